@@ -1,0 +1,29 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test lint
+
+# .venv with the project, what its tests need and the tools of lint
+setup: .venv/.stamp
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.venv/.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -e '.[test,dev]' -c constraints.txt
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo 'setup: Python 3.10 or newer is needed, $(PYTHON) is not: try make setup PYTHON=python3.11' >&2; exit 1; }
+	@$(PYTHON) -m venv .venv >/dev/null 2>&1 || { rm -rf .venv; \
+	  echo 'setup: $(PYTHON) -m venv failed: install the venv module (Debian, Ubuntu: apt install python3-venv)' >&2; exit 1; }
