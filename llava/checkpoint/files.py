@@ -1,0 +1,208 @@
+"""Where a checkpoint lies and the tensors in its files, read through mapped pages: nothing is copied before it is used."""
+
+import json
+import logging
+import pickle
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+from zipfile import is_zipfile
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llava.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SINGLES = ("model.safetensors", "pytorch_model.bin")
+_SMALL_FILES = ("*.json", "tokenizer.model", "*.txt")
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}  # as safetensors writes them
+
+
+def locate(source: str | Path, *, revision: str | None = None, weights: bool = True, what: str = "checkpoint") -> Path:
+    """The folder of a checkpoint: a local one as it is, a hub id through huggingface_hub (cache, token, offline mode).
+
+    `weights`: fetch the weight files too, of one format only. Raises CheckpointError.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise CheckpointError(f"{folder}: is a file; give the folder that the {what} lies in")
+    parts = str(source).split("/")
+    if len(parts) != 2 or not all(parts) or str(source).startswith((".", "~")):
+        raise CheckpointError(f"{source}: no such folder, and not a hub id of the form owner/name, for the {what}")
+    return _download(str(source), revision, weights, what)
+
+
+def _download(repo: str, revision: str | None, weights: bool, what: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    def fetch(patterns: Iterable[str]) -> Path:
+        try:
+            return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CheckpointError(f"{repo}: the {what} can not be fetched from the hub ({reason})") from None
+
+    folder = fetch(_SMALL_FILES)
+    if weights:
+        indexed = [
+            sorted(set(_weight_map(folder / index).values())) for index in _INDEXES if (folder / index).is_file()
+        ]
+        for patterns in indexed[:1] or ([_SINGLES[0]], [_SINGLES[1]], ["mm_projector.bin"]):
+            folder = fetch(patterns)
+            if all((folder / name).exists() for name in patterns):
+                break
+    return folder
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: is missing; the folder is not a whole checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: can not be read as JSON ({error}); fetch it again") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file}: holds no JSON object")
+    return values
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise CheckpointError(f"{index}: has no weight_map; fetch it again")
+    return table
+
+
+class Entry(NamedTuple):
+    """One tensor's header."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def n_values(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def n_bytes(self) -> int:
+        return self.n_values * self.dtype.itemsize
+
+
+class Weights(Mapping[str, Tensor]):
+    """Tensors of a folder by their names on disk; values are mapped from the files when asked for."""
+
+    def __init__(self, files: Iterable[Path]):
+        """Reads headers only. Raises CheckpointError naming a file that is missing, cut short or not what it should be."""
+        self.entries: dict[str, Entry] = {}
+        self._readers: dict[Path, Any] = {}
+        for file in files:
+            reader, entries = _open(file)
+            if twice := sorted(set(entries) & set(self.entries)):
+                raise CheckpointError(
+                    f"{file}: {twice[0]} stands in {self.entries[twice[0]].file.name} too; remove one"
+                )
+            self._readers[file] = reader
+            self.entries.update(entries)
+
+    def __getitem__(self, name: str) -> Tensor:
+        reader = self._readers[self.entries[name].file]
+        tensor: Tensor = reader[name] if isinstance(reader, dict) else reader.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Any:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+def open_weights(folder: Path) -> Weights:
+    """The weights of a folder: safetensors before `.bin`, sharded before single. Empty if it holds none.
+
+    Raises CheckpointError (missing or broken shard, index that does not fit).
+    """
+    for index in _INDEXES:
+        if (folder / index).is_file():
+            return _open_shards(folder, folder / index)
+    for single in _SINGLES:
+        if (folder / single).is_file():
+            return Weights([folder / single])
+    return Weights([])
+
+
+def _open_shards(folder: Path, index: Path) -> Weights:
+    table = _weight_map(index)
+    files = {name: folder / name for name in sorted(set(table.values()))}
+    for name, file in files.items():
+        if not file.is_file():
+            n = sum(value == name for value in table.values())
+            raise CheckpointError(f"{file}: is missing; {index.name} places {n} tensors there: fetch the shard again")
+    weights = Weights(files.values())
+    for tensor, name in table.items():
+        entry = weights.entries.get(tensor)
+        if entry is None or entry.file != files[name]:
+            where = f"it is in {entry.file.name}" if entry else "no shard holds it"
+            raise CheckpointError(
+                f"{index}: places {tensor} in {name}, but {where}; index and shards do not fit: fetch both"
+            )
+    return weights
+
+
+def _open(file: Path) -> tuple[Any, dict[str, Entry]]:
+    return _open_safetensors(file) if file.suffix == ".safetensors" else _open_bin(file)
+
+
+def _open_safetensors(file: Path) -> tuple[Any, dict[str, Entry]]:
+    try:
+        reader = safe_open(str(file), framework="pt")
+        slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, struct.error) as error:
+        size = file.stat().st_size if file.exists() else 0
+        raise CheckpointError(f"{file}: damaged or cut short at {size} bytes ({error}); fetch it again") from None
+    entries = {}
+    for name, part in slices.items():
+        if (dtype := _DTYPES.get(part.get_dtype())) is None:
+            raise CheckpointError(f"{file}: {name} is of type {part.get_dtype()}, which is not supported")
+        entries[name] = Entry(file, dtype, tuple(part.get_shape()))
+    return reader, entries
+
+
+def _open_bin(file: Path) -> tuple[dict[str, Tensor], dict[str, Entry]]:
+    """Only tensors are unpickled; code in the file is refused, not run."""
+    try:
+        mapped = is_zipfile(file)
+        with file.open("rb") as start:
+            if not mapped and start.read(4) == b"PK\x03\x04":
+                raise CheckpointError(f"{file}: cut short at {file.stat().st_size} bytes; fetch it again")
+        if not mapped:
+            log.warning("%s is in torch's format from before 1.6: it can not be mapped and is read into memory", file)
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        reason = next(
+            (line for line in str(error).splitlines() if "Unsupported" in line or "global" in line.lower()), ""
+        )
+        raise CheckpointError(
+            f"{file}: holds more than tensors, or is damaged; refused, nothing in it was run ({reason.strip()[:120]})"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise CheckpointError(f"{file}: damaged or cut short ({reason}); fetch it again") from None
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise CheckpointError(f"{file}: holds no table of tensors by name")
+    return tensors, {name: Entry(file, t.dtype, tuple(t.shape)) for name, t in tensors.items()}

@@ -1,0 +1,160 @@
+"""Names of tensors on disk and ours, as tables. Code that reads a table does not know one format from another."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llava.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Tensors on disk that make one of ours. `*` is a number, `**` anything; of {q,k,v} all are stacked by rows."""
+
+    disk: str
+    ours: str | None  # None: known, and not needed
+
+    def parts(self) -> list[str]:
+        """The patterns of the tensors that are stacked, in order; one where nothing is."""
+        if not (braces := re.search(r"{(.*)}", self.disk)):
+            return [self.disk]
+        return [self.disk.replace(braces[0], part) for part in braces[1].split(",")]
+
+
+def prefixed(prefix: str, rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """The same table for tensors that lie deeper on disk."""
+    return tuple(replace(rule, disk=prefix + rule.disk) for rule in rules)
+
+
+HF_LLAMA_LAYERS = (
+    Rule("embed_tokens.weight", "decoder.embed.weight"),
+    Rule("layers.*.input_layernorm.weight", "decoder.blocks.*.attn_norm.weight"),
+    Rule("layers.*.self_attn.{q,k,v}_proj.weight", "decoder.blocks.*.attn.qkv.weight"),
+    Rule("layers.*.self_attn.o_proj.weight", "decoder.blocks.*.attn.out.weight"),
+    Rule("layers.*.self_attn.rotary_emb.inv_freq", None),  # recomputed; rounded to 16 bits or zero in some checkpoints
+    Rule("layers.*.post_attention_layernorm.weight", "decoder.blocks.*.mlp_norm.weight"),
+    Rule("layers.*.mlp.gate_proj.weight", "decoder.blocks.*.mlp.gate.weight"),
+    Rule("layers.*.mlp.up_proj.weight", "decoder.blocks.*.mlp.up.weight"),
+    Rule("layers.*.mlp.down_proj.weight", "decoder.blocks.*.mlp.down.weight"),
+    Rule("norm.weight", "decoder.norm.weight"),
+)
+HF_LLAMA = (*prefixed("model.", HF_LLAMA_LAYERS), Rule("lm_head.weight", "decoder.head.weight"))
+
+CLIP_TOWER = (
+    Rule("embeddings.class_embedding", "vision.cls"),
+    Rule("embeddings.patch_embedding.weight", "vision.patch.weight"),
+    Rule("embeddings.position_embedding.weight", "vision.pos"),
+    Rule("embeddings.position_ids", None),  # 0, 1, 2, …
+    Rule("pre_layrnorm.weight", "vision.pre_norm.weight"),  # the misspelling is CLIP's
+    Rule("pre_layrnorm.bias", "vision.pre_norm.bias"),
+    *(
+        Rule(f"encoder.layers.*.{disk}.{kind}", f"vision.blocks.*.{ours}.{kind}")
+        for disk, ours in (
+            ("layer_norm1", "attn_norm"),
+            ("self_attn.{q,k,v}_proj", "attn.qkv"),
+            ("self_attn.out_proj", "attn.out"),
+            ("layer_norm2", "mlp_norm"),
+            ("mlp.fc1", "mlp.up"),
+            ("mlp.fc2", "mlp.down"),
+        )
+        for kind in ("weight", "bias")
+    ),
+    Rule("post_layernorm.weight", None),  # behind the layer that LLaVA reads
+    Rule("post_layernorm.bias", None),
+)
+CLIP = (  # a CLIP repository; transformers 5 may leave out `vision_model.`
+    *prefixed("vision_model.", CLIP_TOWER),
+    *CLIP_TOWER,
+    Rule("text_model.**", None),
+    Rule("visual_projection.weight", None),
+    Rule("text_projection.weight", None),
+    Rule("logit_scale", None),
+)
+LLAVA = (  # the merged layout of liuhaotian/llava-*
+    *HF_LLAMA,
+    Rule("model.mm_projector.weight", "projector.0.weight"),
+    Rule("model.mm_projector.bias", "projector.0.bias"),
+    Rule("model.mm_projector.*.weight", "projector.*.weight"),
+    Rule("model.mm_projector.*.bias", "projector.*.bias"),
+    Rule("model.image_newline", "newline"),
+    *prefixed("model.vision_tower.vision_tower.vision_model.", CLIP_TOWER),
+    *prefixed("model.vision_tower.vision_tower.", CLIP_TOWER),
+)
+NATIVE = (Rule("decoder.**", "decoder.**"), Rule("vision.**", "vision.**"), Rule("projector.**", "projector.**"),
+          Rule("newline", "newline"))  # fmt: skip
+
+
+class Plan(NamedTuple):
+    """What becomes of the tensors on disk."""
+
+    sources: dict[str, tuple[str, ...]]  # our name -> names on disk, to be stacked by rows
+    dropped: tuple[str, ...]  # known, and not needed
+
+
+def plan(disk: Iterable[str], rules: Iterable[Rule], where: str, *, lenient: bool = False) -> Plan:
+    """Every name on disk is used by a rule or dropped by one.
+
+    Raises CheckpointError naming the others (`lenient`: they are dropped) and tensors of which a part is missing.
+    """
+    table = [(re.compile(_pattern(part)), i, rule) for rule in rules for i, part in enumerate(rule.parts())]
+    found: dict[str, dict[int, str]] = {}
+    dropped, unknown = [], []
+    for name in disk:
+        for pattern, i, rule in table:
+            if match := pattern.fullmatch(name):
+                if rule.ours is None:
+                    dropped.append(name)
+                else:
+                    found.setdefault(_filled(rule.ours, match), {})[i] = name
+                break
+        else:
+            unknown.append(name)
+    if unknown and not lenient:
+        rest = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise CheckpointError(
+            f"{where}: tensors that no LLaVA of this layout has: {', '.join(unknown[:3])}{rest}; "
+            "pass force=True (--force) to leave them out"
+        )
+    wanted = {_normal(rule.ours): len(rule.parts()) for rule in rules if rule.ours}
+    for ours, parts in found.items():
+        if len(parts) < wanted.get(_normal(ours), 1):
+            raise CheckpointError(f"{where}: {ours} needs more than {', '.join(parts.values())}; a tensor is missing")
+    return Plan({ours: tuple(parts[i] for i in sorted(parts)) for ours, parts in found.items()}, (*dropped, *unknown))
+
+
+def read(weights: Mapping[str, Tensor], sources: tuple[str, ...]) -> Tensor:
+    """One of our tensors: mapped as it is, or stacked by rows."""
+    if len(sources) == 1:
+        return weights[sources[0]]
+    return torch.cat([weights[name] for name in sources])
+
+
+def rename(disk: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str, Tensor]:
+    """All tensors under our names. Raises CheckpointError as `plan` does."""
+    return {ours: read(disk, sources) for ours, sources in plan(disk, tuple(rules), "tensors").sources.items()}
+
+
+def disk_names(ours: str, rules: Iterable[Rule]) -> list[str]:
+    """The table read backwards: the names under which one of our tensors is saved, in the order of its rows."""
+    for rule in rules:
+        if rule.ours and (match := re.fullmatch(_pattern(rule.ours), ours)):
+            return [_filled(part, match) for part in rule.parts()]
+    raise KeyError(ours)
+
+
+def _pattern(text: str) -> str:
+    return re.escape(text).replace(r"\*\*", "(.+)").replace(r"\*", r"(\d+)")
+
+
+def _filled(text: str, match: re.Match[str]) -> str:
+    for value in match.groups():
+        text = text.replace("**" if "**" in text else "*", value, 1)
+    return text
+
+
+def _normal(ours: str) -> str:
+    return re.sub(r"\d+", "*", ours)

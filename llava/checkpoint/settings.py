@@ -1,0 +1,165 @@
+"""Foreign config.json files become a `LlavaConfig`. Shapes of tensors win over what a config says."""
+
+import ast
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from llava.checkpoint import zoo
+from llava.config import DecoderConfig, DType, ImageConfig, ProjectorConfig, RopeScaling, VisionConfig
+from llava.errors import CheckpointError, ConfigError
+
+Shapes = Mapping[str, tuple[int, ...]]  # our tensor names -> shapes
+ImageMode = Literal["original", "hf"]
+
+
+def decoder_config(settings: Mapping[str, Any], shapes: Shapes, where: str) -> DecoderConfig:
+    """A Llama's sizes; defaults are LlamaConfig's of transformers 4.37.2. Raises ConfigError."""
+    dim = _size(settings, "hidden_size", 4096, where)
+    n_heads = _size(settings, "num_attention_heads", 32, where)
+    if settings.get("attention_bias") or settings.get("mlp_bias"):
+        raise ConfigError(f"{where}: attention_bias or mlp_bias is on; this decoder has no biases")
+    if (activation := settings.get("hidden_act", "silu")) != "silu":
+        raise ConfigError(f"{where}: hidden_act is {activation!r}; a Llama has silu")
+    positions = settings.get("max_position_embeddings") or settings.get("max_sequence_length") or 2048
+    rope = settings.get("rope_parameters") or {}  # transformers 5 keeps theta and scaling together
+    scaling = _rope_scaling(settings.get("rope_scaling") or rope, positions, where)
+    stretched = scaling is not None and scaling.kind in ("linear", "dynamic")
+    return DecoderConfig(
+        kind="llama",
+        n_layers=_size(settings, "num_hidden_layers", 32, where),
+        dim=dim,
+        n_heads=n_heads,
+        n_kv_heads=settings.get("num_key_value_heads") or n_heads,
+        head_dim=settings.get("head_dim") or dim // n_heads,
+        mlp_dim=_size(settings, "intermediate_size", 11008, where),
+        vocab_size=shapes["decoder.embed.weight"][0] if "decoder.embed.weight" in shapes else settings["vocab_size"],
+        max_seq=int(positions * scaling.factor) if scaling and stretched else positions,
+        eps=settings.get("rms_norm_eps", 1e-6),
+        rope_theta=settings.get("rope_theta") or rope.get("rope_theta") or 10000.0,
+        rope_scaling=scaling,
+        tied=bool(settings.get("tie_word_embeddings", False)),
+    )
+
+
+def _size(settings: Mapping[str, Any], key: str, default: int, where: str) -> int:
+    value = settings.get(key, default)
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{where}: {key} is {value!r}; expected a positive whole number")
+    return value
+
+
+def _rope_scaling(values: Mapping[str, Any], positions: int, where: str) -> RopeScaling | None:
+    kind = values.get("rope_type") or values.get("type") or "default"
+    if kind == "default":
+        return None
+    if kind not in ("linear", "dynamic", "llama3"):
+        raise ConfigError(f"{where}: rope scaling {kind!r} is not supported; there are linear, dynamic and llama3")
+    return RopeScaling(
+        kind=kind,
+        factor=float(values["factor"]),
+        original_max_seq=values.get("original_max_position_embeddings") or positions,
+        low_freq_factor=values.get("low_freq_factor", 1.0),
+        high_freq_factor=values.get("high_freq_factor", 4.0),
+    )
+
+
+def vision_config(tower: Mapping[str, Any], settings: Mapping[str, Any], shapes: Shapes, where: str) -> VisionConfig:
+    """`tower`: the CLIP repository's config.json (or its vision_config); `settings`: the LLaVA's. Raises ConfigError."""
+    sizes = tower.get("vision_config") or tower
+    feature = settings.get("mm_vision_select_feature", "patch")
+    if feature not in ("patch", "cls_patch"):
+        raise ConfigError(f"{where}: mm_vision_select_feature is {feature!r}; expected patch or cls_patch")
+    try:
+        return VisionConfig(
+            dim=sizes["hidden_size"],
+            n_layers=sizes["num_hidden_layers"],
+            n_heads=sizes["num_attention_heads"],
+            mlp_dim=sizes["intermediate_size"],
+            image_size=sizes["image_size"],
+            patch_size=sizes["patch_size"],
+            eps=sizes.get("layer_norm_eps", 1e-5),
+            activation=sizes.get("hidden_act", "quick_gelu"),
+            select_layer=settings.get("mm_vision_select_layer", -1),
+            select_feature=feature,
+        )
+    except KeyError as key:
+        raise ConfigError(
+            f"{where}: is no CLIP config, it has no {key}; name a CLIP folder with vision_tower="
+        ) from None
+
+
+def tower_from_shapes(shapes: Shapes) -> dict[str, Any] | None:
+    """A vision_config for a tower in the shards whose repository is out of reach; None if its heads are not known."""
+    patch, pos = shapes.get("vision.patch.weight"), shapes.get("vision.pos")
+    if not patch or not pos:
+        return None
+    n_layers = 1 + max(int(m[1]) for name in shapes if (m := re.match(r"vision\.blocks\.(\d+)\.", name)))
+    side = round((pos[0] - 1) ** 0.5)
+    return zoo.clip_like(patch[0], n_layers, side * patch[2], patch[2])
+
+
+def projector_config(settings: Mapping[str, Any], vision: VisionConfig, decoder: DecoderConfig) -> ProjectorConfig:
+    """`linear`, `mlp{N}x_gelu` or `identity`; no key means linear."""
+    kind = settings.get("mm_projector_type") or "linear"
+    depth = {"linear": 1, "identity": 0}.get(kind)
+    if depth is None:
+        if not (match := re.fullmatch(r"mlp(\d+)x_gelu", kind)):
+            raise ConfigError(f"config.json: mm_projector_type {kind!r}; expected linear, mlpNx_gelu or identity")
+        depth = int(match[1])
+    return ProjectorConfig(in_dim=settings.get("mm_hidden_size") or vision.dim, out_dim=decoder.dim, depth=depth)
+
+
+def image_config(
+    processor: Mapping[str, Any], settings: Mapping[str, Any], vision: VisionConfig, mode: ImageMode
+) -> ImageConfig:
+    """`processor`: the tower's preprocessor_config.json (may be empty: CLIP's published values)."""
+    size = processor.get("crop_size") or processor.get("size") or vision.image_size
+    if isinstance(size, Mapping):
+        size = size.get("height") or size.get("shortest_edge")
+    aspect = settings.get("image_aspect_ratio") or "square"
+    if aspect not in ("square", "pad", "anyres"):
+        raise ConfigError(f"config.json: image_aspect_ratio is {aspect!r}; expected square, pad or anyres")
+    merge = settings.get("mm_patch_merge_type") or "flat"
+    if merge not in ("flat", "spatial", "spatial_unpad"):
+        raise ConfigError(f"config.json: mm_patch_merge_type is {merge!r}; expected flat, spatial or spatial_unpad")
+    return ImageConfig(
+        size=int(size or vision.image_size),
+        mean=_triple(processor.get("image_mean"), zoo.CLIP_MEAN),
+        std=_triple(processor.get("image_std"), zoo.CLIP_STD),
+        aspect=aspect,
+        mode=mode,
+        pinpoints=_pinpoints(settings.get("image_grid_pinpoints")),
+        merge=merge,
+    )
+
+
+def _triple(value: Any, default: tuple[float, float, float]) -> tuple[float, float, float]:
+    return (float(value[0]), float(value[1]), float(value[2])) if value else default
+
+
+def _pinpoints(value: Any) -> tuple[tuple[int, int], ...]:
+    if isinstance(value, str):  # some derivatives store the list as text
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            raise ConfigError(f"config.json: image_grid_pinpoints is {value!r}; expected a list of pairs") from None
+    return tuple((int(w), int(h)) for w, h in value or ())
+
+
+def stored_dtype(settings: Mapping[str, Any], default: str = "float16") -> DType:
+    """The type that a config states for its weights."""
+    name = str(settings.get("torch_dtype") or settings.get("dtype") or default).removeprefix("torch.")
+    return cast(DType, name if name in get_args(DType) else default)
+
+
+def end_ids(folder: Path, generation: Mapping[str, Any]) -> tuple[int, ...]:
+    """eos of generation_config.json, one id or several. config.json's is wrong in old checkpoints and not read."""
+    value = generation.get("eos_token_id")
+    ids = value if isinstance(value, list) else [value]
+    if not all(id is None or isinstance(id, int) for id in ids):
+        raise CheckpointError(
+            f"{folder / 'generation_config.json'}: eos_token_id is {value!r}; expected a number or a list"
+        )
+    return tuple(id for id in ids if id is not None)

@@ -1,0 +1,35 @@
+"""What is known about published models and can not be read from their own files."""
+
+from typing import Any
+
+_CLIP_L = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+    "patch_size": 14,
+    "layer_norm_eps": 1e-5,
+    "hidden_act": "quick_gelu",
+}
+CLIP_CONFIGS: dict[str, dict[str, Any]] = {  # their vision_config, by hub id
+    "openai/clip-vit-large-patch14": _CLIP_L | {"image_size": 224},
+    "openai/clip-vit-large-patch14-336": _CLIP_L | {"image_size": 336},
+}
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of both repositories' preprocessor_config.json
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def clip_like(dim: int, n_layers: int, image_size: int, patch_size: int) -> dict[str, Any] | None:
+    """The published CLIP-L config that a tower of these sizes follows, None if none does.
+
+    Tensors do not show the number of heads; width and depth do where they are CLIP-L's.
+    """
+    if (dim, n_layers, patch_size) != (_CLIP_L["hidden_size"], _CLIP_L["num_hidden_layers"], _CLIP_L["patch_size"]):
+        return None
+    return _CLIP_L | {"image_size": image_size}
+
+
+def is_llama_2_chat(repository: str) -> bool:
+    """Whether a repository id written inside a file names Meta's Llama-2-chat: weak evidence, to break a tie."""
+    name = repository.lower().rsplit("/", 1)[-1]
+    return name.startswith("llama-2-") and "-chat" in name

@@ -1,0 +1,199 @@
+"""Sizes and options of a LLaVA, stated in full: nothing here has a meaning that depends on a name or a path."""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from llava.errors import ConfigError
+
+IMAGE = -200  # stands for a picture (or one place of a picture) among token ids; no vocabulary row has this number
+IGNORE = -100  # label of a token that is not learnt
+IMAGE_MARK = "<image>"  # a picture's place in text
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """Sizes of the CLIP image encoder (arXiv:2103.00020) and which of its states LLaVA reads."""
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    mlp_dim: int
+    image_size: int  # pixels a side
+    patch_size: int  # pixels a side
+    eps: float = 1e-5
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    select_layer: int = -2  # counts as transformers' hidden_states: 0 before the first block, -1 after the last
+    select_feature: Literal["patch", "cls_patch"] = "patch"  # without or with the class token
+
+    def __post_init__(self) -> None:
+        if self.dim % self.n_heads:
+            raise ConfigError(f"vision: dim {self.dim} is not a multiple of n_heads {self.n_heads}")
+        if not 0 <= self.n_blocks <= self.n_layers:
+            raise ConfigError(f"vision: select_layer {self.select_layer} is outside a tower of {self.n_layers} layers")
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks that have to run: those behind the selected layer are neither computed nor loaded."""
+        return self.select_layer if self.select_layer >= 0 else self.n_layers + 1 + self.select_layer
+
+    @property
+    def grid(self) -> int:
+        """Patches a side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def n_features(self) -> int:
+        """Feature vectors that LLaVA reads from one view."""
+        return self.grid**2 + (self.select_feature == "cls_patch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectorConfig:
+    """From vision features to the decoder's width: `depth` linear layers with exact GELU between them; 0 is identity."""
+
+    in_dim: int
+    out_dim: int
+    depth: int
+
+    def __post_init__(self) -> None:
+        if self.depth == 0 and self.in_dim != self.out_dim:
+            raise ConfigError(f"projector: identity cannot turn width {self.in_dim} into {self.out_dim}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary positions are stretched beyond the trained context. Names as in Hugging Face configs."""
+
+    kind: Literal["linear", "dynamic", "llama3"]
+    factor: float
+    original_max_seq: int  # tokens, before stretching
+    low_freq_factor: float = 1.0  # llama3 only
+    high_freq_factor: float = 4.0  # llama3 only
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Sizes of the language model. Llama 2: arXiv:2307.09288."""
+
+    kind: Literal["llama"]
+    n_layers: int
+    dim: int  # width of the residual stream
+    n_heads: int
+    n_kv_heads: int  # fewer than n_heads: grouped-query attention
+    head_dim: int
+    mlp_dim: int
+    vocab_size: int  # rows stored, which may differ from the tokenizer's length
+    max_seq: int  # longest context, in tokens, image tokens included
+    eps: float
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tied: bool = False  # the head is the embedding table
+
+    def __post_init__(self) -> None:
+        if self.n_heads % self.n_kv_heads:
+            raise ConfigError(f"decoder: n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.head_dim % 2:
+            raise ConfigError(f"decoder: head_dim {self.head_dim} is odd, rotary positions need pairs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig:
+    """How a picture becomes views of `size` x `size` pixels."""
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    aspect: Literal["square", "pad", "anyres"]  # centre crop, pad to a square, or base view and tiles
+    mode: Literal["original", "hf"] = "original"  # whose arithmetic: the LLaVA code's or transformers'
+    pinpoints: tuple[tuple[int, int], ...] = ()  # anyres: canvas sizes to choose from, (w, h); mode hf: (h, w)
+    merge: Literal["flat", "spatial", "spatial_unpad"] = "flat"  # anyres: how tiles are put together
+
+    def __post_init__(self) -> None:
+        if self.aspect == "anyres" and not self.pinpoints:
+            raise ConfigError("image: anyres needs image_grid_pinpoints, the list of canvas sizes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileGrid:
+    """Which rows and columns of the patches of an anyres picture's tiles are kept; the rest is padding."""
+
+    rows: int  # tiles from top to bottom
+    cols: int  # tiles from left to right
+    top: int  # first patch row kept
+    bottom: int  # first patch row no longer kept
+    left: int
+    right: int
+    newline: bool  # a learned vector closes each row of patches
+
+    @property
+    def n_tokens(self) -> int:
+        """Places that the tiles take, the base view not counted."""
+        return (self.bottom - self.top) * (self.right - self.left + self.newline)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlavaConfig:
+    """All that is needed to build the model and to prepare its input."""
+
+    decoder: DecoderConfig
+    vision: VisionConfig | None = None  # None: a plain language model
+    projector: ProjectorConfig | None = None
+    image: ImageConfig | None = None
+    newline: bool = False  # the checkpoint holds a learned image_newline vector
+    start_end: bool = False  # each picture stands between <im_start> and <im_end>
+    template: str | None = None  # conversation template, None: messages need one named by the caller
+    eos_ids: tuple[int, ...] = field(default=())  # ids that end an answer, besides the tokenizer's own
+    dtype: DType = "float16"  # of the weights as stored
+
+    def __post_init__(self) -> None:
+        if (self.vision is None) != (self.projector is None) or (self.vision is None) != (self.image is None):
+            raise ConfigError("config: vision, projector and image options come together or not at all")
+        if self.projector and self.projector.out_dim != self.decoder.dim:
+            raise ConfigError(f"projector: width {self.projector.out_dim} does not fit decoder dim {self.decoder.dim}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "LlavaConfig":
+        """The inverse of `to_dict`. Raises ConfigError on unknown or missing keys."""
+        values = dict(values)
+        decoder = dict(values.pop("decoder"))
+        scaling = decoder.pop("rope_scaling", None)
+        image = values.pop("image", None)
+        if image:
+            image = {k: tuple(v) if isinstance(v, list) else v for k, v in image.items()}
+            image["pinpoints"] = tuple((w, h) for w, h in image.get("pinpoints", ()))
+        return _build(
+            cls,
+            "config",
+            values
+            | {
+                "decoder": _build(
+                    DecoderConfig,
+                    "decoder",
+                    decoder | {"rope_scaling": scaling and _build(RopeScaling, "rope_scaling", scaling)},
+                ),
+                "vision": _optional(VisionConfig, "vision", values.get("vision")),
+                "projector": _optional(ProjectorConfig, "projector", values.get("projector")),
+                "image": _optional(ImageConfig, "image", image),
+                "eos_ids": tuple(values.get("eos_ids", ())),
+            },
+        )
+
+
+def _build(cls: Any, what: str, values: dict[str, Any]) -> Any:
+    known = {f.name for f in fields(cls)}
+    if unknown := sorted(set(values) - known):
+        raise ConfigError(f"{what}: unknown keys {', '.join(unknown)}; this version knows {', '.join(sorted(known))}")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ConfigError(f"{what}: {str(error).split('__init__() ')[-1]}") from None
+
+
+def _optional(cls: Any, what: str, values: dict[str, Any] | None) -> Any:
+    return None if values is None else _build(cls, what, values)

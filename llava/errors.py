@@ -1,0 +1,21 @@
+"""What a caller can get wrong. Each message says what was found, what was expected and what to do, in one line."""
+
+
+class LlavaError(Exception):
+    """The root of all errors that this package raises on purpose; the command line prints one line and exits 2."""
+
+
+class ConfigError(LlavaError):
+    """A size or an option is missing, unknown or does not fit the others."""
+
+
+class CheckpointError(LlavaError):
+    """A file of a checkpoint is missing, broken, or holds other tensors than it should."""
+
+
+class ImageError(LlavaError):
+    """A picture cannot be read."""
+
+
+class PromptError(LlavaError):
+    """Messages, marks or a prompt's length do not fit the model."""

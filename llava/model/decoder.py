@@ -1,0 +1,58 @@
+"""The language model: embedding table, blocks, final norm, head.
+
+B batch   S new tokens   T cached tokens   D dim   V vocabulary rows
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from llava.config import DecoderConfig
+from llava.model.cache import NoCache
+from llava.model.linear import Linear
+from llava.model.llama import Block, RMSNorm, Rope
+
+
+class Decoder(nn.Module):
+    """Vectors in, vectors or logits out."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.eps)
+        self.head = Linear(config.dim, config.vocab_size, bias=False)
+        self.rope = Rope(config)
+        if config.tied:
+            self.head.weight = self.embed.weight
+
+    def forward(
+        self, x: Tensor, pos: Tensor, *, mask: Tensor | None = None, cache: NoCache | None = None, length: int = 0
+    ) -> Tensor:
+        """x [B, S, D] at pos [S] or [B, S] -> [B, S, D] after the final norm.
+
+        mask [B or 1, 1, S, T], true = may look; None is causal, for a prompt from position 0 or for one token that may
+        look at all of the cache. `length`: tokens in the sequence so far, new ones included (default: S).
+        """
+        *_, last = self.states(x, pos, mask=mask, cache=cache, length=length)
+        return last
+
+    def states(
+        self, x: Tensor, pos: Tensor, *, mask: Tensor | None = None, cache: NoCache | None = None, length: int = 0
+    ) -> Iterator[Tensor]:
+        """As `forward`, but each state in turn: after every block, then after the last block and the final norm."""
+        cache = cache or NoCache()
+        rope = self.rope(pos, length or x.shape[1], x.dtype)
+        for block in self.blocks:
+            x = block(x, pos, rope, mask, cache)
+            yield x
+        yield self.norm(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x [..., D] after the final norm -> [..., V] float32"""
+        return self.head(x).float()
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """ids [...] -> vectors [..., D]; a negative id (a picture's place) gets an arbitrary one, to be overwritten."""
+        return self.embed(torch.clamp(ids, min=0))

@@ -1,0 +1,104 @@
+"""CLIP's image encoder, up to the layer that LLaVA reads. arXiv:2103.00020.
+
+V views   N places (class token first)   P patches   D dim   H heads   E head_dim
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llava.config import VisionConfig
+from llava.model.linear import Linear, linear
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """The approximation that OpenAI's CLIP was trained with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+_ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+class Attention(nn.Module):
+    """All places look at all places."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.qkv = Linear(config.dim, 3 * config.dim)
+        self.out = Linear(config.dim, config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [V, N, D] -> [V, N, D]"""
+        qkv = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)  # [3, V, H, N, E]
+        y = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two layers."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.up = Linear(config.dim, config.mlp_dim)
+        self.down = Linear(config.mlp_dim, config.dim)
+        self.activation = _ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [V, N, D] -> [V, N, D]"""
+        return self.down(self.activation(self.up(x)))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a LayerNorm and beside a residual."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.attn_norm = nn.LayerNorm(config.dim, config.eps)
+        self.attn = Attention(config)
+        self.mlp_norm = nn.LayerNorm(config.dim, config.eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [V, N, D] -> [V, N, D]"""
+        x = x + self.attn(self.attn_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Patch(nn.Module):
+    """Each patch through one linear layer, stored as CLIP's convolution kernel."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.size = config.patch_size
+        self.weight = nn.Parameter(torch.empty(config.dim, 3, self.size, self.size))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels [V, 3, S, S] -> [V, P, D], row by row; what does not fill a patch at the lower right is left out."""
+        p = self.size
+        rows, cols = pixels.shape[2] // p, pixels.shape[3] // p
+        cut = pixels[:, :, : rows * p, : cols * p].unflatten(3, (cols, p)).unflatten(2, (rows, p))  # [V, 3, r, p, c, p]
+        patches = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return linear(patches, self.weight.flatten(1))
+
+
+class Vision(nn.Module):
+    """The tower. Blocks behind the selected layer are not built."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.patch = Patch(config)
+        self.cls = nn.Parameter(torch.empty(config.dim))
+        self.pos = nn.Parameter(torch.empty(config.grid**2 + 1, config.dim))
+        self.pre_norm = nn.LayerNorm(config.dim, config.eps)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_blocks))
+        self.first = 0 if config.select_feature == "cls_patch" else 1
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels [V, 3, S, S] -> features [V, P or P + 1, D] of the selected layer"""
+        patches = self.patch(pixels)
+        cls = self.cls.expand(len(patches), 1, -1)
+        x = self.pre_norm(torch.cat([cls, patches], dim=1) + self.pos)
+        for block in self.blocks:
+            x = block(x)
+        return x[:, self.first :]

@@ -1,0 +1,1 @@
+"""Pictures and messages become a `ModelInput`; ids become text. No modules, no devices."""

@@ -1,0 +1,121 @@
+"""From turns to the prompt's text, in the five styles of the LLaVA code (conversation.py at c121f04).
+
+The result is a list of spans, each marked as learnt or not: a training label is never looked for again in the
+finished string.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal, NamedTuple
+
+from llava.config import IMAGE_MARK
+from llava.errors import PromptError
+
+
+class Style(Enum):
+    """How turns are joined."""
+
+    SINGLE = "single"  # role: text, one separator
+    TWO = "two"  # role: text, one separator after the user, another after the assistant
+    MPT = "mpt"  # ChatML: role, text, separator
+    LLAMA_2 = "llama_2"  # [INST] text [/INST] answer
+    PLAIN = "plain"  # text alone: stage-1 captions
+
+
+class Span(NamedTuple):
+    """A stretch of the prompt, and whether training learns to write it."""
+
+    text: str
+    learn: bool = False
+
+
+class Turn(NamedTuple):
+    """What one side said; an assistant's turn without text is still to be written."""
+
+    role: Literal["user", "assistant"]
+    text: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """One conversation format."""
+
+    style: Style
+    user: str
+    assistant: str
+    sep: str  # after the system text and each turn; TWO: after the user's turns; LLAMA_2: before later user turns
+    sep2: str = ""  # after the assistant's turns, where that differs
+    system: str = ""  # replaced by the caller's own system message
+    system_role: str = ""  # stands before the system text, whoever wrote it
+    few_shot: tuple[Turn, ...] = ()  # turns that stand before the conversation
+
+    @property
+    def stop(self) -> str:
+        """The string that ends an answer."""
+        return self.sep2 or self.sep
+
+
+def render(template: Template, turns: Sequence[Turn], system: str | None = None) -> list[Span]:
+    """The prompt of a conversation. Raises PromptError where turns do not alternate or do not fit the template.
+
+    An empty text is treated as the original does: the turn keeps its role and loses its separator.
+    """
+    for i, turn in enumerate(turns):
+        if turn.role != ("user", "assistant")[i % 2]:
+            raise PromptError(f"message {i + 1} is the {turn.role}'s: turns must alternate, the user's first")
+    system = template.system if system is None else system
+    return list(_STYLES[template.style](template, [*template.few_shot, *turns], system))
+
+
+def _role_and_colon(template: Template, turns: Sequence[Turn], system: str) -> Iterator[Span]:
+    yield Span(system + template.sep)
+    for role, text in turns:
+        answer = role == "assistant"
+        yield Span((template.assistant if answer else template.user) + ":")
+        if text:
+            yield Span(" " + text + ((answer and template.sep2) or template.sep), answer)
+
+
+def _chatml(template: Template, turns: Sequence[Turn], system: str) -> Iterator[Span]:
+    yield Span(template.system_role + system + template.sep)
+    for role, text in turns:
+        answer = role == "assistant"
+        yield Span(template.assistant if answer else template.user)
+        if text:
+            yield Span(text + template.sep, answer)
+
+
+def _llama_2(template: Template, turns: Sequence[Turn], system: str) -> Iterator[Span]:
+    if turns and not turns[0].text:
+        raise PromptError("the first message is empty: this template needs its text")
+    for i, (role, text) in enumerate(turns):
+        if not text:
+            continue
+        if role == "assistant":
+            yield Span(f" {text} {template.sep2}", True)
+            continue
+        if i == 0 and system:
+            text = f"<<SYS>>\n{system}\n<</SYS>>\n\n{text}"
+        yield Span((template.sep if i else "") + f"[INST] {text} [/INST]")  # the tokenizer adds the first <s> itself
+
+
+def _plain(template: Template, turns: Sequence[Turn], system: str) -> Iterator[Span]:
+    """A caption to write after the text, or (stage 1) a caption written after the pictures alone."""
+    if system or len(turns) > 2:
+        raise PromptError("the plain template holds one exchange and no system message: choose another with template=")
+    user, answer = (*(turn.text for turn in turns), None)[:2]
+    if answer:
+        yield Span(IMAGE_MARK * (user or "").count(IMAGE_MARK))
+        yield Span(answer + template.sep, True)
+    elif user:
+        yield Span(user + template.sep)
+
+
+_STYLES = {
+    Style.SINGLE: _role_and_colon,
+    Style.TWO: _role_and_colon,
+    Style.MPT: _chatml,
+    Style.LLAMA_2: _llama_2,
+    Style.PLAIN: _plain,
+}

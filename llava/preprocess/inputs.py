@@ -1,0 +1,208 @@
+"""Messages or a raw prompt, with their pictures, become one `ModelInput`: complete before the model sees it.
+
+S: places of the sequence, each picture expanded to as many as it has feature vectors.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llava.config import IGNORE, IMAGE, IMAGE_MARK, LlavaConfig, TileGrid
+from llava.errors import PromptError
+from llava.preprocess.conversation import Span, Template, Turn, render
+from llava.preprocess.image import Picture, Size, Views, open_picture, to_views
+from llava.preprocess.templates import TEMPLATES
+from llava.preprocess.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]  # {"role": …, "content": text or a list of {"type": "text" | "image", …}}
+Messages = str | Sequence[Message]  # a raw prompt, or a conversation
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInput:
+    """What the model needs of one conversation."""
+
+    prompt: str  # the text after the template
+    token_ids: list[int]  # as the original has them: IMAGE (-200) once a picture
+    ids: Tensor  # int64 [S]: IMAGE at each place of a picture
+    labels: Tensor  # int64 [S]: the id where an answer is learnt, else IGNORE
+    pixels: Tensor | None = None  # float32 [views, 3, size, size], picture after picture
+    views: list[int] = field(default_factory=list)  # how many of them each picture has
+    grids: list[TileGrid | None] = field(default_factory=list)  # how its tiles are put together
+    image_sizes: list[Size] = field(default_factory=list)  # (w, h) in pixels, as opened
+    stop: str | None = None  # the template's string that ends an answer
+
+
+class _Turns(NamedTuple):
+    turns: list[Turn]
+    pictures: list[Picture]
+    system: str | None
+
+
+class Preprocessor:
+    """Prepares input for one model: its tokenizer, its template, its way with pictures."""
+
+    def __init__(self, config: LlavaConfig, tokenizer: Tokenizer, *, template: str | None = None, exif: bool = False):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.template = template or config.template
+        self.exif = exif
+        if template:
+            find_template(template)
+
+    def prepare(
+        self, messages: Messages, *, images: Sequence[Picture] | None = None, template: str | None = None
+    ) -> ModelInput:
+        """Text, ids and pixels of a conversation, or of a raw prompt with `images`, one for each mark in it.
+
+        Raises PromptError (marks, roles, length), ImageError.
+        """
+        stop = None
+        if isinstance(messages, str):
+            spans, pictures = [Span(messages)], list(images or ())
+            _count_marks("the prompt", messages, len(pictures))
+        elif images is not None:
+            raise PromptError("images= goes with a raw prompt; pictures of messages stand in their content")
+        else:
+            chosen = self._chosen(template)
+            turns, pictures, system = self._read(messages)
+            spans, stop = render(chosen, turns, system), chosen.stop
+        return self._assemble(spans, [self._views(picture) for picture in pictures], stop)
+
+    def _chosen(self, template: str | None) -> Template:
+        name = template or self.template
+        if name is None:
+            raise PromptError(f"this model records no conversation template: pass template=, one of {_names()}")
+        return find_template(name)
+
+    def _read(self, messages: Sequence[Message]) -> _Turns:
+        """Messages -> turns with their marks in place; an open assistant turn follows a user's last one."""
+        turns: list[Turn] = []
+        pictures: list[Picture] = []
+        system = None
+        for i, message in enumerate(messages):
+            where = f"message {i + 1}"
+            role, text, own = _parse(message, where)
+            if role == "system":
+                if i:
+                    raise PromptError(f"{where} is the system's: it can only be the first")
+                _count_marks(where, text, len(own))
+                system = text
+                continue
+            turns.append(Turn("user" if role == "user" else "assistant", self._marked(text, len(own), role, where)))
+            pictures += own
+        if not turns:
+            raise PromptError("there is no message of the user's: give at least one")
+        if turns[-1].role == "user":
+            turns.append(Turn("assistant", None))
+        return _Turns(turns, pictures, system)
+
+    def _marked(self, text: str, n_pictures: int, role: str, where: str) -> str:
+        if n_pictures and role != "user":
+            raise PromptError(f"{where} is the {role}'s and holds a picture: only the user's messages can")
+        if IMAGE_MARK not in text:
+            text = f"{IMAGE_MARK}\n" * n_pictures + text
+        _count_marks(where, text, n_pictures)
+        return text.replace(IMAGE_MARK, f"<im_start>{IMAGE_MARK}<im_end>") if self.config.start_end else text
+
+    def _views(self, picture: Picture) -> Views:
+        if self.config.vision is None or self.config.image is None:
+            raise PromptError("this model has no vision part (or was loaded with vision=False): it takes no pictures")
+        return to_views(open_picture(picture, exif=self.exif), self.config.image, self.config.vision.grid)
+
+    def _n_places(self, views: Views) -> int:
+        assert self.config.vision
+        n = self.config.vision.n_features
+        if views.grid:
+            return n + views.grid.n_tokens
+        return n * len(views.pixels)
+
+    def _assemble(self, spans: list[Span], pictures: list[Views], stop: str | None) -> ModelInput:
+        prompt = "".join(span.text for span in spans)
+        tokens = list(self._tokens(prompt, spans))
+        places = iter([self._n_places(views) for views in pictures])
+        ids: list[int] = []
+        labels: list[int] = []
+        for id, learn in tokens:
+            n = next(places) if id == IMAGE else 1
+            ids += [id] * n
+            labels += [id if learn else IGNORE] * n
+        limit = self.config.decoder.max_seq
+        if not ids:
+            raise PromptError("the prompt is empty: give it some text")
+        if len(ids) > limit:
+            raise PromptError(f"the prompt has {len(ids)} tokens, the model's context holds {limit}: shorten it")
+        return ModelInput(
+            prompt=prompt,
+            token_ids=[id for id, _ in tokens],
+            ids=torch.tensor(ids),
+            labels=torch.tensor(labels),
+            pixels=torch.cat([views.pixels for views in pictures]) if pictures else None,
+            views=[len(views.pixels) for views in pictures],
+            grids=[views.grid for views in pictures],
+            image_sizes=[views.size for views in pictures],
+            stop=stop,
+        )
+
+    def _tokens(self, prompt: str, spans: list[Span]) -> Iterator[tuple[int, bool]]:
+        """(id, learnt?) of the prompt. As in the original, text is cut at the marks and each stretch encoded alone."""
+        learnt = b"".join(bytes([span.learn]) * len(span.text.encode()) for span in spans)  # a flag for each byte
+        if self.tokenizer.bos_id is not None:
+            yield self.tokenizer.bos_id, False
+        own_mark = self.tokenizer.id_of(IMAGE_MARK)  # a vocabulary row in llava-hf folders, which cut nothing
+        place = 0
+        for i, stretch in enumerate(prompt.split(IMAGE_MARK) if own_mark is None else [prompt]):
+            if i:
+                yield IMAGE, False
+            for id, start, end in self.tokenizer.encode_tokens(stretch):
+                if id == own_mark:
+                    yield IMAGE, False
+                else:
+                    yield id, any(learnt[place + start : place + max(end, start + 1)])
+            place += len(stretch.encode()) + len(IMAGE_MARK)
+
+
+def find_template(name: str) -> Template:
+    """The template of that name. Raises PromptError naming all of them."""
+    if name not in TEMPLATES:
+        raise PromptError(f"no template is named {name!r}; there are {_names()}")
+    return TEMPLATES[name]
+
+
+def _names() -> str:
+    return ", ".join(TEMPLATES)
+
+
+def _parse(message: Message, where: str) -> tuple[str, str, list[Picture]]:
+    """Role, text and pictures of one message."""
+    if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+        raise PromptError(f"{where}: expected a dictionary with role and content, found {message!r:.60}")
+    role, content = message["role"], message["content"]
+    if role not in ("system", "user", "assistant"):
+        raise PromptError(f"{where}: the role is {role!r}; expected system, user or assistant")
+    if isinstance(content, str):
+        return role, content, []
+    texts: list[str] = []
+    pictures: list[Picture] = []
+    for part in content if isinstance(content, Sequence) else [content]:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind not in ("text", "image") or kind not in part:
+            raise PromptError(
+                f'{where}: a part of the content is {part!r:.60}; expected {{"type": "text" | "image", …}}'
+            )
+        if kind == "text":
+            texts.append(part["text"])
+        else:
+            pictures.append(part["image"])
+    return role, "\n".join(texts), pictures
+
+
+def _count_marks(where: str, text: str, n_pictures: int) -> None:
+    if (marks := text.count(IMAGE_MARK)) != n_pictures:
+        raise PromptError(
+            f"{where} has {marks} {IMAGE_MARK} mark(s) and {n_pictures} picture(s): "
+            "give one picture a mark, or none of the marks to put the pictures in front"
+        )
