@@ -51,7 +51,7 @@ class VisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectorConfig:
-    """From vision features to the decoder's width: `depth` linear layers with exact GELU between them; 0 is identity."""
+    """From vision features to the decoder's width: `depth` linear layers with exact GELU between; 0 is identity."""
 
     in_dim: int
     out_dim: int

@@ -1,4 +1,4 @@
-"""What a folder is, and which conversation template it was made for: from its files, tensors and config, never its name.
+"""What a folder is and which template it was made for: from its files, tensors and config, never from its name.
 
 Each answer comes with the line that decided it. A new family is one rule here and one table in `keymap.py`.
 """

@@ -1,4 +1,4 @@
-"""Where a checkpoint lies and the tensors in its files, read through mapped pages: nothing is copied before it is used."""
+"""Where a checkpoint lies, and the tensors in its files, read through mapped pages."""
 
 import json
 import logging
@@ -22,10 +22,19 @@ _SINGLES = ("model.safetensors", "pytorch_model.bin")
 _SMALL_FILES = ("*.json", "tokenizer.model", "*.txt")
 
 _DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}  # as safetensors writes them
 
 
@@ -108,7 +117,7 @@ class Weights(Mapping[str, Tensor]):
     """Tensors of a folder by their names on disk; values are mapped from the files when asked for."""
 
     def __init__(self, files: Iterable[Path]):
-        """Reads headers only. Raises CheckpointError naming a file that is missing, cut short or not what it should be."""
+        """Reads headers only. Raises CheckpointError naming a file that is damaged or not what it should be."""
         self.entries: dict[str, Entry] = {}
         self._readers: dict[Path, Any] = {}
         for file in files:
@@ -170,7 +179,7 @@ def _open(file: Path) -> tuple[Any, dict[str, Entry]]:
 
 def _open_safetensors(file: Path) -> tuple[Any, dict[str, Entry]]:
     try:
-        reader = safe_open(str(file), framework="pt")
+        reader: Any = safe_open(str(file), framework="pt")
         slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, struct.error) as error:
         size = file.stat().st_size if file.exists() else 0

@@ -9,19 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava.checkpoint import keymap, settings
-from llava.checkpoint.detect import Choice, Facts, Kind, choose_template, detect
+from llava.checkpoint import keymap, settings, zoo
+from llava.checkpoint.detect import FORMAT_KEY, NATIVE_FORMAT, Choice, Facts, Kind, choose_template, detect
 from llava.checkpoint.files import Weights, locate, open_weights, read_json
-from llava.checkpoint.native import native_config
 from llava.checkpoint.settings import ImageMode, Shapes
-from llava.config import DecoderConfig, ImageConfig, LlavaConfig, ProjectorConfig, VisionConfig
+from llava.config import LlavaConfig, ProjectorConfig
 from llava.errors import CheckpointError, ConfigError, LlavaError
 from llava.model.llava import Llava
 from llava.preprocess.tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 
-_SUPPORTED: tuple[Kind, ...] = ("native", "merged", "llama")
+SUPPORTED: tuple[Kind, ...] = ("native", "merged", "llama")
 _NEEDS_BASE: tuple[Kind, ...] = ("delta", "lora", "projector")
 
 
@@ -36,6 +35,10 @@ class Source:
     def shape(self) -> tuple[int, ...]:
         shapes = [self.weights.entries[name].shape for name in self.names]
         return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if len(shapes) > 1 else shapes[0]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(self.weights.entries[name].n_bytes for name in self.names)
 
     @property
     def where(self) -> str:
@@ -87,7 +90,7 @@ def open_checkpoint(
     folder = locate(path, revision=revision)
     facts = Facts(folder, _config_json(folder), open_weights(folder))
     finding = detect(facts)
-    if finding.kind not in _SUPPORTED:
+    if finding.kind not in SUPPORTED:
         raise _unsupported(folder, finding.kind, finding.evidence, base)
     if not facts.weights:
         raise CheckpointError(f"{folder}: holds no weights; expected model*.safetensors or pytorch_model*.bin")
@@ -96,7 +99,7 @@ def open_checkpoint(
     sources = {ours: Source(weights=facts.weights, names=names) for ours, names in planned.sources.items()}
     tokenizer = load_tokenizer(folder, legacy_strip=legacy_strip)
     if finding.kind == "native":
-        config, choice, tower = native_config(facts.settings, str(folder)), None, None
+        config, tower = _native_config(facts), None
         config = config if vision else replace(config, vision=None, projector=None, image=None, newline=False)
         if config.image and image_mode:
             config = replace(config, image=replace(config.image, mode=image_mode))
@@ -106,8 +109,8 @@ def open_checkpoint(
         finding.kind, facts.settings, config.decoder, config.projector or _linear(sources, config), tokenizer
     )
     config = replace(config, template=choice.template)
-    if tower and weights and config.vision and "vision.cls" not in sources:
-        sources |= _tower_sources(tower)
+    if tower and config.vision and "vision.cls" not in sources:
+        sources |= _tower_sources(tower, weights)
     wanted = shapes(config)
     used = {name: sources[name] for name in wanted if name in sources}
     leftover = [name for ours, source in sources.items() if ours not in wanted for name in source.names]
@@ -179,6 +182,18 @@ def _foreign_config(
     ), folder
 
 
+def _native_config(facts: Facts) -> LlavaConfig:
+    where = facts.folder / "config.json"
+    if (found := facts.settings[FORMAT_KEY]) != NATIVE_FORMAT:
+        raise CheckpointError(
+            f"{where}: {FORMAT_KEY} is {found!r}, this version reads {NATIVE_FORMAT!r}; upgrade llava"
+        )
+    try:
+        return LlavaConfig.from_dict({key: value for key, value in facts.settings.items() if key != FORMAT_KEY})
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: is not a whole native config ({error})") from None
+
+
 def _stored_dtype(facts: Facts, sources: Mapping[str, Source]) -> Any:
     norm = sources.get("decoder.norm.weight")
     seen = str(norm.weights.entries[norm.names[0]].dtype).removeprefix("torch.") if norm else "float16"
@@ -190,7 +205,7 @@ def _tower(
 ) -> tuple[Path | None, dict[str, Any], dict[str, Any]]:
     """Folder, config.json and preprocessor_config.json of the CLIP tower."""
     held = "vision.cls" in found
-    known = None if weights else settings.zoo.CLIP_CONFIGS.get(name)  # for a look, the published sizes will do
+    known = None if weights or held else zoo.CLIP_CONFIGS.get(name)  # for a look, the published sizes will do
     if known and not Path(name).is_dir():
         return None, known, {}
     try:
@@ -204,9 +219,9 @@ def _tower(
         raise CheckpointError(f"{error}{heads}: name a CLIP folder with vision_tower= (--vision-tower)") from None
 
 
-def _tower_sources(folder: Path) -> dict[str, Source]:
+def _tower_sources(folder: Path, needed: bool) -> dict[str, Source]:
     weights = open_weights(folder)
-    if not weights:
+    if not weights and needed:
         raise CheckpointError(f"{folder}: the vision tower's folder holds no weights; name another with vision_tower=")
     planned = keymap.plan(weights, keymap.CLIP, str(folder))
     return {ours: Source(weights=weights, names=names) for ours, names in planned.sources.items()}
@@ -267,6 +282,25 @@ def build(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, f
     if checkpoint.config.decoder.tied:
         model.decoder.head.weight = model.decoder.embed.weight
     return model.requires_grad_(False).eval()
+
+
+def check_headers(checkpoint: Checkpoint) -> None:
+    """Every tensor is there and has the shape that the config asks for. Raises CheckpointError."""
+    if checkpoint.missing:
+        n, first = len(checkpoint.missing), checkpoint.missing[0]
+        names = keymap.disk_names(
+            first, keymap.NATIVE if checkpoint.kind == "native" else (*keymap.LLAVA, *keymap.CLIP)
+        )
+        raise CheckpointError(
+            f"{checkpoint.folder}: {n} tensors are missing, the first is {names[0]}; fetch the checkpoint again"
+        )
+    expected = shapes(checkpoint.config)
+    for name, source in checkpoint.sources.items():
+        if source.shape != expected[name]:
+            raise CheckpointError(
+                f"{source.where}: has shape {list(source.shape)}, the config asks for {list(expected[name])}: "
+                "config.json and weights are of different models"
+            )
 
 
 def check_finite(tensor: Tensor, where: str, force: bool = False) -> None:

@@ -1,20 +1,108 @@
-"""Our own layout: safetensors under our names, and one config.json that says all; and the conversion to any layout."""
+"""Conversion, and our own layout: safetensors under our names and one config.json, tower and tokenizer included."""
 
-from collections.abc import Mapping
-from typing import Any
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
+from llava.checkpoint import llama
 from llava.checkpoint.detect import FORMAT_KEY, NATIVE_FORMAT
-from llava.config import LlavaConfig
+from llava.checkpoint.load import Checkpoint, check_finite, check_headers, open_checkpoint
+from llava.checkpoint.write import Item, Progress, new_folder, silent, write_json, write_shards
 from llava.errors import CheckpointError, ConfigError
 
+_TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
 
-def native_config(settings: Mapping[str, Any], where: str) -> LlavaConfig:
-    """The config of a native folder. Raises CheckpointError on a format of a later version."""
-    if settings[FORMAT_KEY] != NATIVE_FORMAT:
-        raise CheckpointError(
-            f"{where}/config.json: {FORMAT_KEY} is {settings[FORMAT_KEY]!r}, this version reads {NATIVE_FORMAT!r}: upgrade"
-        )
-    try:
-        return LlavaConfig.from_dict({key: value for key, value in settings.items() if key != FORMAT_KEY})
-    except (ConfigError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{where}/config.json: {error}") from None
+
+class Layout(NamedTuple):
+    """A layout that can be written: which tensors, and what its config.json says."""
+
+    items: Callable[[Checkpoint], list[Item]]
+    config: Callable[[Checkpoint], dict[str, Any]]
+
+
+def items(checkpoint: Checkpoint) -> list[Item]:
+    """All tensors under our names, as they are stored."""
+
+    def item(name: str) -> Item:
+        source = checkpoint.sources[name]
+        kinds = [source.weights.entries[part].dtype for part in source.names]
+
+        def parts() -> Iterator[Tensor]:
+            for part in source.names:
+                tensor = source.weights[part]
+                check_finite(tensor, f"{source.weights.entries[part].file}: {part}")
+                yield tensor
+
+        dtype = kinds[0] if len(set(kinds)) == 1 else torch.float32
+        return Item(name=name, dtype=dtype, shape=source.shape, parts=parts)
+
+    return [item(name) for name in checkpoint.sources]
+
+
+def config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the native config.json says."""
+    return {FORMAT_KEY: NATIVE_FORMAT, **checkpoint.config.to_dict()}
+
+
+LAYOUTS = {"native": Layout(items, config), "llama": Layout(llama.items, llama.config)}
+
+
+def convert(
+    source: str | Path,
+    target: Path,
+    *,
+    to: str = "native",
+    vision: bool = True,
+    verify: bool = False,
+    progress: Progress = silent,
+    **options: Any,
+) -> Checkpoint:
+    """Writes a checkpoint in another layout into `target` (absent or empty), streaming, and returns the source.
+
+    `to`: native, or llama for a plain Llama folder that any Llama loader opens. `verify`: everything is read back and
+    compared bit by bit. `options` as for `open_checkpoint`. Raises LlavaError; a folder that failed is not left behind.
+    """
+    if to not in LAYOUTS:
+        raise ConfigError(f"there is no layout {to!r} to convert to; expected one of {', '.join(LAYOUTS)}")
+    checkpoint = open_checkpoint(source, vision=vision and to != "llama", **options)
+    check_headers(checkpoint)
+    written = LAYOUTS[to].items(checkpoint)
+    with new_folder(Path(target), sum(item.n_bytes for item in written)) as folder:
+        write_shards(folder, written, progress)
+        write_json(folder / "config.json", LAYOUTS[to].config(checkpoint))
+        for name in _TOKENIZER_FILES:
+            if (checkpoint.folder / name).is_file():
+                shutil.copyfile(checkpoint.folder / name, folder / name)
+        if verify:
+            check_equal(checkpoint, open_checkpoint(folder), progress)
+    return checkpoint
+
+
+def check_equal(one: Checkpoint, other: Checkpoint, progress: Progress = silent) -> None:
+    """Two checkpoints hold the same tensors, bit for bit. Raises CheckpointError naming the first that differs."""
+    if differing := sorted(set(one.sources) ^ set(other.sources)):
+        raise CheckpointError(f"{other.folder}: differs from {one.folder} in having or lacking {differing[0]}")
+    total = sum(source.n_bytes for source in one.sources.values())
+    done = 0
+    for name, tensor in one.tensors():
+        same = other.sources[name].read()
+        if tensor.dtype != same.dtype or not torch.equal(_bits(tensor), _bits(same)):
+            raise CheckpointError(f"{other.folder}: {name} is not what {one.folder} holds; convert again")
+        done += one.sources[name].n_bytes
+        progress(done, total)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """NaN equals itself, 0 is not -0."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -50,14 +50,18 @@ def _size(settings: Mapping[str, Any], key: str, default: int, where: str) -> in
     return value
 
 
+def _one_of(value: Any, known: tuple[str, ...], what: str) -> Any:
+    if value not in known:
+        raise ConfigError(f"{what} is {value!r}; expected one of {', '.join(known)}")
+    return value
+
+
 def _rope_scaling(values: Mapping[str, Any], positions: int, where: str) -> RopeScaling | None:
     kind = values.get("rope_type") or values.get("type") or "default"
     if kind == "default":
         return None
-    if kind not in ("linear", "dynamic", "llama3"):
-        raise ConfigError(f"{where}: rope scaling {kind!r} is not supported; there are linear, dynamic and llama3")
     return RopeScaling(
-        kind=kind,
+        kind=_one_of(kind, ("linear", "dynamic", "llama3"), f"{where}: rope scaling"),
         factor=float(values["factor"]),
         original_max_seq=values.get("original_max_position_embeddings") or positions,
         low_freq_factor=values.get("low_freq_factor", 1.0),
@@ -66,11 +70,9 @@ def _rope_scaling(values: Mapping[str, Any], positions: int, where: str) -> Rope
 
 
 def vision_config(tower: Mapping[str, Any], settings: Mapping[str, Any], shapes: Shapes, where: str) -> VisionConfig:
-    """`tower`: the CLIP repository's config.json (or its vision_config); `settings`: the LLaVA's. Raises ConfigError."""
+    """`tower`: CLIP's config.json (or its vision_config); `settings`: the LLaVA's. Raises ConfigError."""
     sizes = tower.get("vision_config") or tower
     feature = settings.get("mm_vision_select_feature", "patch")
-    if feature not in ("patch", "cls_patch"):
-        raise ConfigError(f"{where}: mm_vision_select_feature is {feature!r}; expected patch or cls_patch")
     try:
         return VisionConfig(
             dim=sizes["hidden_size"],
@@ -82,7 +84,7 @@ def vision_config(tower: Mapping[str, Any], settings: Mapping[str, Any], shapes:
             eps=sizes.get("layer_norm_eps", 1e-5),
             activation=sizes.get("hidden_act", "quick_gelu"),
             select_layer=settings.get("mm_vision_select_layer", -1),
-            select_feature=feature,
+            select_feature=_one_of(feature, ("patch", "cls_patch"), f"{where}: mm_vision_select_feature"),
         )
     except KeyError as key:
         raise ConfigError(
@@ -118,20 +120,15 @@ def image_config(
     size = processor.get("crop_size") or processor.get("size") or vision.image_size
     if isinstance(size, Mapping):
         size = size.get("height") or size.get("shortest_edge")
-    aspect = settings.get("image_aspect_ratio") or "square"
-    if aspect not in ("square", "pad", "anyres"):
-        raise ConfigError(f"config.json: image_aspect_ratio is {aspect!r}; expected square, pad or anyres")
-    merge = settings.get("mm_patch_merge_type") or "flat"
-    if merge not in ("flat", "spatial", "spatial_unpad"):
-        raise ConfigError(f"config.json: mm_patch_merge_type is {merge!r}; expected flat, spatial or spatial_unpad")
+    aspect, merge = settings.get("image_aspect_ratio") or "square", settings.get("mm_patch_merge_type") or "flat"
     return ImageConfig(
         size=int(size or vision.image_size),
         mean=_triple(processor.get("image_mean"), zoo.CLIP_MEAN),
         std=_triple(processor.get("image_std"), zoo.CLIP_STD),
-        aspect=aspect,
+        aspect=_one_of(aspect, ("square", "pad", "anyres"), "config.json: image_aspect_ratio"),
         mode=mode,
         pinpoints=_pinpoints(settings.get("image_grid_pinpoints")),
-        merge=merge,
+        merge=_one_of(merge, ("flat", "spatial", "spatial_unpad"), "config.json: mm_patch_merge_type"),
     )
 
 

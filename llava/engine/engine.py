@@ -1,4 +1,4 @@
-"""Runs requests: pictures are encoded, prompts prefilled together, then every row gets a token a step until it has ended.
+"""Runs requests: pictures encoded, prompts prefilled together, then each row gets a token a step until it ends.
 
 B rows   S places   D dim   V vocabulary rows
 """

@@ -21,7 +21,7 @@ def prefill(model: Llava, x: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
 
 
 def decode_step(model: Llava, ids: Tensor, pos: Tensor, mask: Tensor | None, cache: KVCache, length: int) -> Tensor:
-    """One token a row: ids [B] at pos [B] -> logits [B, V] float32. mask [B, 1, 1, T]; None: one row, all of the window.
+    """One token a row: ids [B] at pos [B] -> logits [B, V] float32. mask [B, 1, 1, T]; None: one row that sees all.
 
     `length`: tokens of the longest row, the new one included.
     """

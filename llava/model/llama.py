@@ -36,7 +36,7 @@ class Rope(nn.Module):
         self.head_dim, self.theta, self.scaling = config.head_dim, config.rope_theta, config.rope_scaling
 
     def forward(self, pos: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """pos [..., S] in a sequence of `length` tokens -> cos, sin [..., 1, S, E/2]; angles in float32, then `dtype`."""
+        """pos [..., S] in a sequence of `length` tokens -> cos, sin [..., 1, S, E/2]; angles are float32."""
         angles = pos[..., None].float() * self.frequencies(length, pos.device)
         return angles.cos().to(dtype).unsqueeze(-3), angles.sin().to(dtype).unsqueeze(-3)
 

@@ -37,7 +37,8 @@ class Llava(nn.Module):
 
     def encode_images(self, pixels: Tensor, views: Sequence[int], grids: Sequence[TileGrid | None]) -> list[Tensor]:
         """pixels [V, 3, S, S], so many views a picture -> what stands for each picture in the sequence, [places, D]."""
-        assert self.vision and self.projector
+        assert self.vision is not None
+        assert self.projector is not None
         features = self.projector(self.vision(pixels))  # [V, N, D]
         pictures = features.split(list(views))
         return [self.pack(picture, grid) for picture, grid in zip(pictures, grids, strict=True)]

@@ -1,4 +1,4 @@
-"""From the vision tower's width to the decoder's: linear, or linear layers with exact GELU between. arXiv:2310.03744."""
+"""From the vision tower's width to the decoder's: linear, or linear layers with exact GELU. arXiv:2310.03744."""
 
 from torch import nn
 

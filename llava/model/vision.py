@@ -3,6 +3,8 @@
 V views   N places (class token first)   P patches   D dim   H heads   E head_dim
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-_ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 class Attention(nn.Module):
@@ -42,7 +44,7 @@ class MLP(nn.Module):
         super().__init__()
         self.up = Linear(config.dim, config.mlp_dim)
         self.down = Linear(config.mlp_dim, config.dim)
-        self.activation = _ACTIVATIONS[config.activation]
+        self.activation: Callable[[Tensor], Tensor] = _ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [V, N, D] -> [V, N, D]"""

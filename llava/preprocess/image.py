@@ -87,11 +87,12 @@ def _crop(image: Image.Image, size: int) -> Image.Image:
         # A 1 x 4000 picture would grow to 336 x 1,344,000: only the square is computed, and what its filter reaches.
         margin = math.ceil(3 * long_after / long)
     low, high = (max(start - margin, 0), min(stop + margin, long_after)) if margin else (0, long_after)
-    box, to, square = [0.0, 0.0, *map(float, image.size)], [size, size], [0, 0, size, size]
-    box[along], box[along + 2] = low * long / long_after, high * long / long_after
-    to[along] = high - low
-    square[along], square[along + 2] = start - low, stop - low
-    return image.resize((to[0], to[1]), Image.Resampling.BICUBIC, box=tuple(box)).crop(tuple(square))
+    a, b, seen = low * long / long_after, high * long / long_after, high - low
+    if along:
+        resized = image.resize((size, seen), Image.Resampling.BICUBIC, box=(0, a, image.width, b))
+        return resized.crop((0, start - low, size, stop - low))
+    resized = image.resize((seen, size), Image.Resampling.BICUBIC, box=(a, 0, b, image.height))
+    return resized.crop((start - low, 0, stop - low, size))
 
 
 def _pad_to_square(image: Image.Image, config: ImageConfig) -> Image.Image:

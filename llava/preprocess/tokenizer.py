@@ -68,7 +68,7 @@ class SentencePieceTokenizer:
         from sentencepiece import SentencePieceProcessor
 
         if not legacy:
-            # `normalizer_spec { add_dummy_prefix: false }` in protobuf's wire form: of a field given twice the last wins
+            # `normalizer_spec { add_dummy_prefix: false }` in protobuf's wire form; of two such fields the last wins
             model += b"\x1a\x02\x18\x00"
         self._model = SentencePieceProcessor(model_proto=model)
         self._legacy = legacy

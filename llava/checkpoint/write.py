@@ -1,0 +1,153 @@
+"""Writes weights tensor by tensor, sizes first and then bytes, so that a model of any size needs no memory to convert.
+
+Everything is written under a temporary name and renamed when it is whole.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from llava.checkpoint.files import DTYPE_NAMES
+from llava.errors import CheckpointError
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+Progress = Callable[[int, int], None]  # bytes written, bytes in all
+
+
+def silent(done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """A tensor to write: its header, and its rows in as many parts as are handy."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parts: Callable[[], Iterator[Tensor]]  # mapped or made when they are written
+
+    @property
+    def n_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def write_bytes(out: BinaryIO | Any, item: Item, on_bytes: Callable[[int], None]) -> None:
+    """The item's values, row-major and little-endian, in one piece."""
+    written = 0
+    for part in item.parts():
+        data = part.to(item.dtype).contiguous().reshape(-1).view(torch.uint8).numpy()
+        out.write(data.data)
+        written += data.nbytes
+        on_bytes(data.nbytes)
+    assert written == item.n_bytes, f"{item.name}: {written} bytes for a tensor of {item.n_bytes}"
+
+
+def write_safetensors(file: Path, items: Sequence[Item], on_bytes: Callable[[int], None]) -> None:
+    """One file in the safetensors format: length of the header, header, values."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for item in items:
+        header[item.name] = {
+            "dtype": DTYPE_NAMES[item.dtype],
+            "shape": list(item.shape),
+            "data_offsets": [place, place + item.n_bytes],
+        }
+        place += item.n_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # values start at a multiple of 8 bytes
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for item in items:
+            write_bytes(out, item, on_bytes)
+
+
+def write_shards(folder: Path, items: Sequence[Item], progress: Progress = silent) -> list[Path]:
+    """model.safetensors, or shards of at most 5 GB with their index. Returns the files, weights first."""
+    total = sum(item.n_bytes for item in items)
+    shards: list[list[Item]] = [[]]
+    for item in items:
+        if shards[-1] and sum(other.n_bytes for other in shards[-1]) + item.n_bytes > MAX_SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(item)
+    done = 0
+
+    def count(n: int) -> None:
+        nonlocal done
+        done += n
+        progress(done, total)
+
+    n = len(shards)
+    names = ["model.safetensors"] if n == 1 else [f"model-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)]
+    for name, shard in zip(names, shards, strict=True):
+        write_safetensors(folder / name, shard, count)
+    files = [folder / name for name in names]
+    if n > 1:
+        weight_map = {item.name: name for name, shard in zip(names, shards, strict=True) for item in shard}
+        index = folder / "model.safetensors.index.json"
+        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        files.append(index)
+    return files
+
+
+def write_json(file: Path, values: dict[str, Any]) -> None:
+    """Indented JSON with a newline at its end."""
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def new_folder(target: Path, n_bytes: int) -> Iterator[Path]:
+    """A folder to write into, which becomes `target` if all goes well and vanishes if not.
+
+    `target` must be absent or empty. Raises CheckpointError, also where `n_bytes` do not fit or writing fails.
+    """
+    target = target.expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target}: is there already and not empty; name another folder or remove it")
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        _check_space(partial, n_bytes, target)
+        yield partial
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    except OSError as error:
+        raise _not_written(target, error) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def new_file(target: Path, n_bytes: int) -> Iterator[Path]:
+    """A file's temporary name, which becomes `target` (replacing it) if all goes well. Raises CheckpointError."""
+    target = target.expanduser()
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        _check_space(target.parent, n_bytes, target)
+        yield partial
+        partial.replace(target)
+    except OSError as error:
+        raise _not_written(target, error) from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _check_space(folder: Path, n_bytes: int, target: Path) -> None:
+    if (free := shutil.disk_usage(folder).free) < n_bytes:
+        raise CheckpointError(
+            f"{target}: needs {n_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; make room"
+        )
+
+
+def _not_written(target: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{target}: can not be written ({error.strerror or error}); nothing was left behind")

@@ -1,0 +1,33 @@
+"""Door of the documented command: a LLaVA folder's language model as gpt-fast's model.pth.
+
+The work is in llava/checkpoint/gptfast.py; sizes come from config.json, never from a name.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works in a clone that is not installed
+
+from llava.cli import guarded, left_out, progress_bar
+
+
+def convert_hf_checkpoint(
+    checkpoint_dir: Annotated[Path, typer.Option("--checkpoint_dir", help="folder with the checkpoint")],
+    model_name: Annotated[str | None, typer.Option("--model_name", help="accepted and not needed")] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="file to write; default: model.pth beside it")] = None,
+) -> None:
+    """Write model.pth in gpt-fast's naming and row order."""
+    with guarded(), progress_bar("convert") as progress:
+        from llava.checkpoint import gptfast
+
+        file, checkpoint = gptfast.convert(checkpoint_dir, output, progress=progress)
+        if checkpoint.unused:
+            print(left_out(checkpoint.unused))
+        print(f"{file}: {len(checkpoint.sources)} tensors, {file.stat().st_size / 1e9:.2f} GB")
+
+
+if __name__ == "__main__":
+    typer.run(convert_hf_checkpoint)
