@@ -150,6 +150,11 @@ class LlavaConfig:
     def __post_init__(self) -> None:
         if (self.vision is None) != (self.projector is None) or (self.vision is None) != (self.image is None):
             raise ConfigError("config: vision, projector and image options come together or not at all")
+        if self.projector and self.vision and self.projector.in_dim != self.vision.dim:
+            raise ConfigError(
+                f"projector: takes features of width {self.projector.in_dim}, this vision tower gives "
+                f"{self.vision.dim}; name the tower it was trained with: vision_tower= (--vision-tower)"
+            )
         if self.projector and self.projector.out_dim != self.decoder.dim:
             raise ConfigError(f"projector: width {self.projector.out_dim} does not fit decoder dim {self.decoder.dim}")
 

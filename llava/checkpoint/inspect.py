@@ -11,7 +11,7 @@ from llava.checkpoint.detect import Facts, Kind, detect
 from llava.checkpoint.files import locate, open_weights, read_json
 from llava.checkpoint.load import SUPPORTED, Checkpoint, open_checkpoint, shapes, skeleton
 from llava.config import LlavaConfig
-from llava.errors import CheckpointError
+from llava.errors import LlavaError
 
 _INT4_GROUP = 128  # weights that share a scale
 
@@ -56,7 +56,7 @@ def describe(path: str | Path, *, base: str | None = None, **options: Any) -> De
         sizes=_sizes(checkpoint),
         template=checkpoint.template.template,
         template_because=checkpoint.template.because,
-        image_mode=checkpoint.config.image.mode if checkpoint.config.image else None,
+        image_mode=_image_mode(checkpoint),
         missing=[name for name in checkpoint.missing if not _comes_from_tower(name, checkpoint)],
         unused=list(checkpoint.unused),
         memory_bytes=memory_bytes(checkpoint.config),
@@ -68,16 +68,22 @@ def _open(folder: Path, options: Mapping[str, Any]) -> tuple[Checkpoint, list[st
     """A tower that is out of reach is no reason to say nothing of the rest."""
     try:
         return open_checkpoint(folder, weights=False, force=True, **options), []
-    except CheckpointError as error:
+    except LlavaError as error:
         try:
             checkpoint = open_checkpoint(folder, weights=False, force=True, **{**options, "vision": False})
-        except CheckpointError:
+        except LlavaError:
             raise error from None
         return checkpoint, [f"without its vision part: {error}"]
 
 
 def _comes_from_tower(name: str, checkpoint: Checkpoint) -> bool:
     return name.startswith("vision.") and "vision.cls" not in checkpoint.sources and checkpoint.tower is None
+
+
+def _image_mode(checkpoint: Checkpoint) -> str | None:
+    if checkpoint.config.image:
+        return checkpoint.config.image.mode
+    return "original" if checkpoint.kind == "merged" else None  # its tower is out of reach
 
 
 def _base(kind: Kind, facts: Facts) -> str | None:

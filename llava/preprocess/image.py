@@ -33,7 +33,7 @@ def open_picture(source: Picture, *, exif: bool = False) -> Image.Image:
 
     `exif`: turn the picture as its EXIF orientation says; LLaVA does not. Raises ImageError.
     """
-    name = "picture" if isinstance(source, bytes | Image.Image) else str(getattr(source, "name", source))
+    name = str(source) if isinstance(source, str | Path) else str(getattr(source, "name", "picture"))
     if isinstance(source, str | Path) and not Path(source).is_file():
         raise ImageError(f"{name}: no such picture")
     try:
