@@ -92,7 +92,8 @@ _STORAGES = {torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage
 class _Tensor:
     def __init__(self, key: int, item: Item):
         stride = torch.empty(item.shape, device="meta").stride()
-        self.arguments = (_Storage(key, item), 0, tuple(item.shape), stride, False, OrderedDict[str, Any]())
+        hooks: OrderedDict[str, Any] = OrderedDict()
+        self.arguments = (_Storage(key, item), 0, tuple(item.shape), stride, False, hooks)
 
 
 class _Pickler(pickle.Pickler):

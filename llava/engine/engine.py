@@ -178,7 +178,7 @@ class Engine:
     def _note_logprobs(self, logits: Tensor, chosen: Tensor, rows: Sequence[Answer], options: Sampling) -> None:
         """Of the model's own distribution, before temperature and filters."""
         logprobs = logits.log_softmax(-1)
-        values, ids = logprobs.topk(min(options.logprobs, logprobs.shape[-1]))
+        values, ids = logprobs.topk(min(int(options.logprobs), logprobs.shape[-1]))
         own = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
         for row, value, best, at in zip(rows, own, values.tolist(), ids.tolist(), strict=True):
             row.logprobs.append(value)

@@ -1,0 +1,52 @@
+"""Pages run as they stand, and the map names every file."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests import tiny
+from tests.conftest import PROJECT
+
+PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the pages speak of: a small checkpoint under the name of a large one, pictures, rows, the scripts."""
+    folder = tmp_path_factory.mktemp("desk")
+    tiny.write_llava(folder / "llava-v1.5-7b", clip=tiny.write_clip(folder / "clip-vit-large-patch14-336"))
+    for name, size in (("photo.jpg", (96, 64)), ("second.jpg", (40, 80))):
+        Image.linear_gradient("L").resize(size).convert("RGB").save(folder / name)
+    (folder / "rows.jsonl").write_text('{"text": "A pier at a lake."}\n{"text": "It is", "image": "photo.jpg"}\n')
+    (folder / "scripts").symlink_to(PROJECT / "scripts")
+    return folder
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_on_a_page_runs(page: Path, desk: Path) -> None:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    python, shell = "\n".join(blocks(page, "python")), "\n".join(blocks(page, "bash"))
+    for command in ([sys.executable, "-c", python], ["bash", "-euo", "pipefail", "-c", shell]):
+        run = subprocess.run(command, cwd=desk, env=environment, capture_output=True, text=True, timeout=280)
+        assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_the_map_names_every_file() -> None:
+    named = set(re.findall(r"^\| `(llava/[^`]+)`", (PROJECT / "docs/map.md").read_text(encoding="utf-8"), re.MULTILINE))
+    files = {str(path.relative_to(PROJECT)) for path in (PROJECT / "llava").rglob("*.py")}
+    assert named == {file for file in files if not file.endswith("/__init__.py") or file == "llava/__init__.py"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_files_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert target.startswith("http") or (page.parent / target).exists(), target

@@ -1,0 +1,326 @@
+"""Small random LLaVA checkpoints with the file names, tensor names and config keys of the published ones.
+
+Every tensor is a function of a seed and its name, so all layouts hold the same values. A model has 2 blocks of
+width 64, its own SentencePiece tokenizer, trained on the text below, and a CLIP of 3 blocks for 56 x 56 pixels.
+
+    python -m tests.tiny OUT    writes OUT/llava (like LLaVA-1.5, sharded .bin) and OUT/clip
+"""
+
+import functools
+import io
+import json
+import sys
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import sentencepiece
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+Layout = Literal["bin-shards", "bin", "safetensors-shards", "safetensors"]
+LAYOUTS: tuple[Layout, ...] = ("bin-shards", "bin", "safetensors-shards", "safetensors")
+
+ABSENT: Any = object()  # as a config value: leave the key out of config.json
+PIECES = 512  # of the tokenizer; added tokens get the ids after them
+IMAGE_SIZE, PATCH = 56, 14  # pixels
+CLIP_DIM, CLIP_MLP, CLIP_BLOCKS, CLIP_HEADS = 64, 128, 3, 4
+MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+N_PATCHES = (IMAGE_SIZE // PATCH) ** 2
+TOWER = "openai/clip-vit-large-patch14-336"  # the name in published configs
+ANYRES: dict[str, Any] = {  # config keys of LLaVA-1.6; give them to write_llava
+    "image_aspect_ratio": "anyres",
+    "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]],
+    "mm_patch_merge_type": "spatial_unpad",
+    "tokenizer_model_max_length": 4096,
+    "unfreeze_mm_vision_tower": True,
+    "mm_vision_tower_lr": 2e-06,
+    "torch_dtype": "bfloat16",
+}
+
+TEXT = """\
+A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, and
+polite answers to the human's questions. USER: What is in the picture? ASSISTANT: A boat lies at the shore of a lake.
+Behind it a long wooden pier leads out to the water, and there are mountains, trees and a few white clouds in the sky.
+USER: What is unusual about it? ASSISTANT: Nobody is there. The water is still, so the sky can be seen in it twice.
+USER: Which colours do you see? ASSISTANT: Mostly blue and green, some brown where the wood is old, and grey stones.
+Look at the left side of the photo, then at the right one, and compare the two. Which one is darker? Why do you say so?
+The first shows a man who irons his shirt on the back of a yellow car; the second shows a street with people and shops.
+How many people are there? I count 3 of them: one with a red hat, one with a bag and one child with a small brown dog.
+Please describe the image in one sentence. Read the text on the sign. Where was this taken, and at what time of day?
+It says "open from 9 to 17", which means that the shop is closed now; the lamps are lit, so it must be late evening.
+Once upon a time there was a painter who would only ever paint the sea. Every morning she walked down to the beach with
+her colours, and every evening she came home with a new picture, and no two of them were the same. When they asked her
+why, she said: the sea has not been the same either. Name the three primary colours. Red, yellow and blue. Say hello.
+def area(width, height):
+    return width * height  # in pixels, for example 336 * 336 = 112896
+
+Things to be careful about when you visit: the boards can be wet, the water is cold and deep, and the weather changes.
+The quick answer is often wrong, the slow answer is often right, and the best answer says how sure it is about itself.
+"""
+
+
+@functools.cache
+def sentencepiece_model() -> bytes:
+    """A tokenizer as Llama's: BPE with byte pieces, no normalisation, no spaces removed; <unk> <s> </s> = 0 1 2."""
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.splitlines()),
+        model_writer=out,
+        model_type="bpe",
+        vocab_size=PIECES,
+        character_coverage=1.0,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return out.getvalue()
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Sets keys of a JSON file; ABSENT takes one out."""
+    value = {**json.loads(path.read_text()), **changes}
+    write_json(path, {key: item for key, item in value.items() if item is not ABSENT})
+
+
+def write_tokenizer(
+    folder: Path, *, added: tuple[str, ...] = (), legacy: bool | None = False, eos: str = "</s>", pad: str = "<unk>"
+) -> Path:
+    """Files of a slow Llama tokenizer; `added` tokens get the ids from PIECES on; legacy None leaves the key out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model())
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    special = {"bos_token": "<s>", "eos_token": eos, "unk_token": "<unk>"}
+    config: dict[str, Any] = {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
+    config |= {name: {"__type": "AddedToken", "content": text, **flags} for name, text in special.items()}
+    config |= {"model_max_length": 2048, "pad_token": None, "padding_side": "right", "sp_model_kwargs": {}}
+    config |= {"tokenizer_class": "LlamaTokenizer"} | ({} if legacy is None else {"legacy": legacy})
+    write_json(folder / "tokenizer_config.json", dict(sorted(config.items())))
+    special_map = {name: {"content": text, **flags} for name, text in special.items()}
+    write_json(folder / "special_tokens_map.json", {**special_map, "pad_token": pad})
+    if added:
+        write_json(folder / "added_tokens.json", {token: PIECES + i for i, token in enumerate(added)})
+    return folder
+
+
+def tensor(seed: int, name: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -> Tensor:
+    """Random values that float16 holds exactly, the same for the same seed, name and shape."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+    return (torch.randn(shape, generator=generator) * std + mean).half()
+
+
+def llama_tensors(config: Mapping[str, Any], seed: int, *, inv_freq: bool) -> dict[str, Tensor]:
+    """A Llama in the names of the hub; `inv_freq` adds the buffer that old files carry, rounded to float16."""
+    dim, mlp, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    head_dim, vocab = dim // heads, config["vocab_size"]
+    kv_dim = config.get("num_key_value_heads", heads) * head_dim
+    tensors = {"model.embed_tokens.weight": tensor(seed, "embed", (vocab, dim), 0.6)}
+    for i in range(config["num_hidden_layers"]):
+        block = f"model.layers.{i}."
+        for name, shape, std in (
+            ("self_attn.q_proj", (dim, dim), 0.2),
+            ("self_attn.k_proj", (kv_dim, dim), 0.2),
+            ("self_attn.v_proj", (kv_dim, dim), 0.125),
+            ("self_attn.o_proj", (dim, dim), 0.125),
+            ("mlp.gate_proj", (mlp, dim), 0.125),
+            ("mlp.up_proj", (mlp, dim), 0.125),
+            ("mlp.down_proj", (dim, mlp), 0.076),
+        ):
+            tensors[f"{block}{name}.weight"] = tensor(seed, block + name, shape, std)
+        if inv_freq:
+            frequencies = 10000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)
+            tensors[f"{block}self_attn.rotary_emb.inv_freq"] = frequencies.half()
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{block}{name}.weight"] = tensor(seed, block + name, (dim,), 0.15, 1.0)
+    tensors["model.norm.weight"] = tensor(seed, "norm", (dim,), 0.15, 1.0)
+    head = tensor(seed, "head", (vocab, dim), 0.25)
+    head[2] = 0  # </s> never has the largest logit: an answer is as long as the test asks for
+    return {**tensors, "lm_head.weight": head}
+
+
+def projector_tensors(config: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
+    kind = config.get("mm_projector_type", "linear")
+    depth = {"linear": 1, "identity": 0}.get(kind) if not kind.startswith("mlp") else int(kind[3 : kind.index("x")])
+    assert depth is not None, kind
+    tensors, width = {}, config["mm_hidden_size"]
+    for i in range(depth):
+        name = "model.mm_projector." if kind == "linear" else f"model.mm_projector.{2 * i}."
+        tensors[name + "weight"] = tensor(seed, name + "weight", (config["hidden_size"], width), 0.12)
+        tensors[name + "bias"] = tensor(seed, name + "bias", (config["hidden_size"],), 0.1)
+        width = config["hidden_size"]
+    return tensors
+
+
+def clip_tensors(seed: int, *, prefix: str = "vision_model.", image_size: int = IMAGE_SIZE) -> dict[str, Tensor]:
+    """The vision part of CLIP. Values do not depend on the prefix."""
+    d, places = CLIP_DIM, (image_size // PATCH) ** 2 + 1
+    made = {
+        "embeddings.class_embedding": tensor(seed, "class", (d,), 0.5),
+        "embeddings.patch_embedding.weight": tensor(seed, "patch", (d, 3, PATCH, PATCH), 0.04),
+        "embeddings.position_embedding.weight": tensor(seed, "position", (places, d), 0.3),
+    }
+
+    def norm(name: str) -> None:
+        made[name + ".weight"] = tensor(seed, name + ".weight", (d,), 0.15, 1.0)
+        made[name + ".bias"] = tensor(seed, name + ".bias", (d,), 0.1)
+
+    norm("pre_layrnorm")
+    for i in range(CLIP_BLOCKS):
+        block = f"encoder.layers.{i}."
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            std = 0.2 if name in ("q_proj", "k_proj") else 0.125
+            made[f"{block}self_attn.{name}.weight"] = tensor(seed, block + name, (d, d), std)
+            made[f"{block}self_attn.{name}.bias"] = tensor(seed, f"{block}{name}.bias", (d,), 0.1)
+        for name, shape in (("fc1", (CLIP_MLP, d)), ("fc2", (d, CLIP_MLP))):
+            made[f"{block}mlp.{name}.weight"] = tensor(seed, block + name, shape, 0.1)
+            made[f"{block}mlp.{name}.bias"] = tensor(seed, f"{block}{name}.bias", shape[:1], 0.1)
+        norm(block + "layer_norm1")
+        norm(block + "layer_norm2")
+    norm("post_layernorm")
+    return {prefix + name: value for name, value in made.items()}
+
+
+def save(tensors: Mapping[str, Tensor], folder: Path, layout: Layout) -> None:
+    """One file, or three shards cut by bytes with their index, as transformers writes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kind, _, sharded = layout.partition("-")
+    stem = "pytorch_model" if kind == "bin" else "model"
+
+    def write(part: dict[str, Tensor], name: str) -> None:
+        if kind == "bin":
+            torch.save(part, folder / name)
+        else:
+            save_file(part, folder / name, metadata={"format": "pt"})
+
+    if not sharded:
+        return write(dict(tensors), f"{stem}.{kind}")
+    total = sum(value.nbytes for value in tensors.values())
+    parts: list[dict[str, Tensor]] = [{}, {}, {}]
+    done = 0
+    for key, value in tensors.items():
+        parts[done * 3 // total][key] = value
+        done += value.nbytes
+    weight_map = {}
+    for i, part in enumerate(parts, 1):
+        name = f"{stem}-{i:05d}-of-00003.{kind}"
+        write(part, name)
+        weight_map |= dict.fromkeys(part, name)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return write_json(folder / f"{stem}.{kind}.index.json", index)
+
+
+def write_clip(folder: Path, *, layout: Layout = "bin", seed: int = 2, image_size: int = IMAGE_SIZE) -> Path:
+    """A CLIP repository: the vision tower, a little of the text model (to be left alone), config and preprocessor.
+
+    `.bin` goes with the integer sizes of clip-vit-large-patch14-336, safetensors with the newer dictionaries.
+    """
+    tensors = {key: value.float() for key, value in clip_tensors(seed, image_size=image_size).items()}
+    tensors["vision_model.embeddings.position_ids"] = torch.arange((image_size // PATCH) ** 2 + 1)[None]
+    tensors["text_model.embeddings.token_embedding.weight"] = tensor(seed, "text", (16, 32), 0.1).float()
+    tensors["visual_projection.weight"] = tensor(seed, "visual_projection", (32, CLIP_DIM), 0.1).float()
+    tensors["logit_scale"] = torch.tensor(4.6052)
+    save(tensors, folder, layout)
+    vision = {"hidden_act": "quick_gelu", "hidden_size": CLIP_DIM, "image_size": image_size, "layer_norm_eps": 1e-05}
+    vision |= {"intermediate_size": CLIP_MLP, "model_type": "clip_vision_model", "num_attention_heads": CLIP_HEADS}
+    vision |= {"num_hidden_layers": CLIP_BLOCKS, "patch_size": PATCH, "projection_dim": 32}
+    config: dict[str, Any] = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 32}
+    config |= {"text_config": {"hidden_size": 32, "model_type": "clip_text_model"}, "vision_config": vision}
+    write_json(folder / "config.json", {**config, "torch_dtype": "float32"})
+    size, crop = (image_size, image_size) if layout.startswith("bin") else ({"shortest_edge": image_size}, None)
+    preprocessor = {"crop_size": crop or {"height": image_size, "width": image_size}, "size": size, "resample": 3}
+    preprocessor |= {"do_center_crop": True, "do_normalize": True, "do_resize": True}
+    preprocessor |= {
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
+    write_json(folder / "preprocessor_config.json", preprocessor)
+    return folder
+
+
+def llama_config(**changes: Any) -> dict[str, Any]:
+    config: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2}
+    config |= {"hidden_act": "silu", "hidden_size": 64, "initializer_range": 0.02, "intermediate_size": 172}
+    config |= {"max_position_embeddings": 4096, "model_type": "llama", "num_attention_heads": 4, "num_hidden_layers": 2}
+    config |= {"num_key_value_heads": 4, "pad_token_id": 0, "pretraining_tp": 1, "rms_norm_eps": 1e-05}
+    config |= {"rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float16", "use_cache": True}
+    config |= {"transformers_version": "4.31.0", "vocab_size": PIECES}
+    return {key: value for key, value in sorted({**config, **changes}.items()) if value is not ABSENT}
+
+
+def llava_config(**changes: Any) -> dict[str, Any]:
+    """config.json as published with LLaVA-1.5, in small."""
+    config: dict[str, Any] = {"_name_or_path": "llava-v1.5-7b", "architectures": ["LlavaLlamaForCausalLM"]}
+    config |= {"freeze_mm_mlp_adapter": False, "freeze_mm_vision_resampler": False, "image_aspect_ratio": "pad"}
+    config |= {"max_length": 4096, "mm_hidden_size": CLIP_DIM, "mm_projector_type": "mlp2x_gelu"}
+    config |= {"mm_resampler_type": None, "mm_use_im_patch_token": False, "mm_use_im_start_end": False}
+    config |= {"mm_vision_select_feature": "patch", "mm_vision_select_layer": -2, "mm_vision_tower": TOWER}
+    config |= {"model_type": "llava", "tune_mm_mlp_adapter": False, "tune_mm_vision_resampler": False}
+    config |= {"unfreeze_mm_vision_tower": False, "use_mm_proj": True}
+    return llama_config(**{**config, **changes})
+
+
+def write_model(folder: Path, tensors: Mapping[str, Tensor], layout: Layout, config: Mapping[str, Any]) -> Path:
+    """Weights in the dtype that the config names, config.json and generation_config.json."""
+    dtype = getattr(torch, config.get("torch_dtype", "float16"))
+    floats = {key: value if key.endswith("inv_freq") else value.to(dtype) for key, value in tensors.items()}
+    save(floats, folder, layout)
+    write_json(folder / "config.json", config)
+    generation = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    write_json(folder / "generation_config.json", {**generation, "max_length": 4096, "transformers_version": "4.31.0"})
+    return folder
+
+
+def write_llama(folder: Path, *, layout: Layout = "safetensors", seed: int = 1, **config: Any) -> Path:
+    """A plain Llama folder: the language model of `write_llava` with the same seed."""
+    final = llama_config(**config)
+    write_tokenizer(folder)
+    return write_model(folder, llama_tensors(final, seed, inv_freq=layout.startswith("bin")), layout, final)
+
+
+def write_llava(
+    folder: Path,
+    *,
+    layout: Layout = "bin-shards",
+    clip: Path | None = None,
+    tower_seed: int | None = None,
+    seed: int = 1,
+    added: tuple[str, ...] = (),
+    **config: Any,
+) -> Path:
+    """A merged LLaVA checkpoint. `.bin` files also carry `rotary_emb.inv_freq`, as v1.5's do.
+
+    clip: a folder that `mm_vision_tower` then names; without it the published hub id stands there.
+    tower_seed: puts a CLIP of that seed inside the shards, as v1.6 has it (write_clip's own seed is 2).
+    added: tokens after the tokenizer's pieces, each with a row. config: keys of config.json; ABSENT leaves one out.
+    """
+    changes = {"vocab_size": PIECES + len(added), **({"mm_vision_tower": str(clip)} if clip else {}), **config}
+    final = llava_config(**changes)
+    write_tokenizer(folder, added=added)
+    tensors = llama_tensors(final, seed, inv_freq=layout.startswith("bin")) | projector_tensors(final, seed)
+    if "unpad" in final.get("mm_patch_merge_type", "flat"):
+        tensors["model.image_newline"] = tensor(seed, "image_newline", (final["hidden_size"],), 0.6)
+    if tower_seed is not None:
+        tensors |= clip_tensors(tower_seed, prefix="model.vision_tower.vision_tower.vision_model.")
+    return write_model(folder, tensors, layout, final)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python -m tests.tiny OUT")
+    out = Path(sys.argv[1])
+    write_llava(out / "llava", clip=write_clip((out / "clip").resolve()))
+    print(f"random weights in the layout of LLaVA-1.5: {out / 'llava'}, its CLIP: {out / 'clip'}")
