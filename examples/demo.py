@@ -1,9 +1,10 @@
 """The main job from end to end: a checkpoint on disk, converted, answers about a picture.
 
 The checkpoint is a small one with random weights, written here in the layout of LLaVA-1.5, so the answer is noise; with
-a real checkpoint the commands are the same.
+a real checkpoint the commands are the same. `--svg FILE` also draws what was shown, for the README.
 """
 
+import io
 import shlex
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 from PIL import Image, ImageDraw
+from rich.console import Console
 
 PROJECT = Path(__file__).resolve().parent.parent
 OUT = Path("build/demo")
@@ -26,27 +28,42 @@ def draw(file: Path) -> None:
     image.save(file)
 
 
-def run(*command: str) -> None:
-    """Shows a command and runs it as a user would."""
-    print(f"$ {shlex.join(command)}", flush=True)
+def say(text: str) -> str:
+    """Shows text at once, and returns it."""
+    print(text, flush=True)
+    return text
+
+
+def run(*command: str) -> str:
+    """Shows a command and runs it as a user would; returns all that was shown."""
+    said = say(f"$ {shlex.join(command)}")
     program = [sys.executable, "-m", "llava.cli"] if command[0] == "llava" else [sys.executable]
-    subprocess.run([*program, *command[1:]], check=True, cwd=PROJECT)
-    print(flush=True)
+    done = subprocess.run([*program, *command[1:]], check=True, cwd=PROJECT, stdout=subprocess.PIPE, encoding="utf-8")
+    return f"{said}\n{say(done.stdout)}"
+
+
+def picture_of(text: str, file: Path) -> None:
+    """A terminal with this text in it, as SVG."""
+    console = Console(record=True, width=110, file=io.StringIO())
+    console.print(text, markup=False, highlight=False)
+    file.write_text(console.export_svg(title="make demo"), encoding="utf-8")
 
 
 def main() -> None:
     shutil.rmtree(PROJECT / OUT, ignore_errors=True)
     (PROJECT / OUT).mkdir(parents=True)
-    print("A small LLaVA with RANDOM weights: every step is real, the answer is noise.\n", flush=True)
     draw(PROJECT / OUT / "picture.png")
-    run("python", "-m", "tests.tiny", f"{OUT}")
-    run("llava", "convert", f"{OUT}/llava", f"{OUT}/native", "--vision-tower", f"{OUT}/clip", "--verify")
-    run("llava", "inspect", f"{OUT}/native")
-    options = ["--model", f"{OUT}/native", "--max-new-tokens", "24"]
-    run("llava", "ask", f"{OUT}/picture.png", "What is in the picture?", *options)
-    print(
-        "That was noise from random weights. With a real model: llava ask photo.jpg QUESTION --model FOLDER_OR_HUB_ID"
-    )
+    model = ["--model", f"{OUT}/native", "--max-new-tokens", "24"]
+    shown = [
+        say("A small LLaVA with RANDOM weights: every step is real, the answer is noise.\n"),
+        run("python", "-m", "tests.tiny", f"{OUT}"),
+        run("llava", "convert", f"{OUT}/llava", f"{OUT}/native", "--vision-tower", f"{OUT}/clip", "--verify"),
+        run("llava", "inspect", f"{OUT}/native"),
+        run("llava", "ask", f"{OUT}/picture.png", "What is in the picture?", *model),
+        say("Noise: the weights are random. With a real model: llava ask photo.jpg QUESTION --model FOLDER_OR_HUB_ID"),
+    ]
+    if sys.argv[1:2] == ["--svg"]:
+        picture_of("\n".join(shown), Path(sys.argv[2]))
 
 
 if __name__ == "__main__":

@@ -313,13 +313,17 @@ def _show(found: "Description", values: "Scan | None") -> None:
         row("context", f"{found.context} tokens")
         row("template", f"{found.template or 'none'} ({found.template_because})")
         row("image mode", found.image_mode or "no pictures")
-        row("memory", ", ".join(f"{kind} {n / 1e9:.2f} GB" for kind, n in found.memory_bytes.items()))
+        row("memory", ", ".join(f"{kind} {_bytes(n)}" for kind, n in found.memory_bytes.items()))
         row("missing", _some(found.missing))
         row("unused", _some(found.unused))
     if values:
         for name, names in (("NaN", list(values.nan)), ("Inf", list(values.inf)), ("all zero", values.zero)):
             row(name, _some(names))
-    Console(soft_wrap=True).print(table)
+    Console(width=None if sys.stdout.isatty() else 110).print(table)
+
+
+def _bytes(n: int) -> str:
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
 
 
 def _some(names: list[str]) -> str:

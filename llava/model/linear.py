@@ -44,6 +44,9 @@ def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class Linear(nn.Linear):
     """`nn.Linear` with the product above."""
 
+    def reset_parameters(self) -> None:
+        """Nothing: weights come from a checkpoint, and random ones for the meta device cost a second of imports."""
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O]"""
         return linear(x, self.weight, self.bias)
