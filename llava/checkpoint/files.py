@@ -94,6 +94,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise CheckpointError(f"{index}: has no weight_map; fetch it again")
+    for tensor, name in table.items():
+        if not isinstance(name, str) or not name.endswith((".safetensors", ".bin")) or Path(name).name != name:
+            raise CheckpointError(f"{index}: places {tensor} in {name!r}; expected the name of a shard in this folder")
     return table
 
 

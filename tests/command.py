@@ -1,0 +1,75 @@
+"""The installed commands, run as people run them: real processes, real pipes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parent.parent
+SCRIPT = Path(sys.executable).parent / "llava"
+LLAVA = [str(SCRIPT)] if SCRIPT.is_file() else [sys.executable, "-m", "llava.cli"]
+CONVERT_HF = [sys.executable, str(PROJECT / "scripts" / "convert_hf_checkpoint.py")]
+TIMEOUT_S = 120
+
+
+def run(*args: object, stdin: bytes | None = None, command: Sequence[str] = LLAVA, **options: Any) -> Any:
+    """`llava ARGS`: a CompletedProcess with text in stdout and stderr."""
+    source = {"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}
+    argv = [*command, *map(str, args)]
+    done = subprocess.run(argv, capture_output=True, timeout=TIMEOUT_S, check=False, **source, **options)
+    done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+    return done
+
+
+def run_well(*args: object, **options: Any) -> Any:
+    """As `run`, for commands that must succeed."""
+    done = run(*args, **options)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def start(*args: object, **options: Any) -> subprocess.Popen[bytes]:
+    """A running `llava ARGS` with pipes to all three ends; stop it with `interrupt` or `kill`."""
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*LLAVA, *map(str, args)], bufsize=0, **pipes, **options)
+
+
+def interrupt(process: subprocess.Popen[bytes]) -> tuple[int, str, str]:
+    """Ctrl-C: exit code, stdout and stderr."""
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=TIMEOUT_S)
+    return process.returncode, out.decode(errors="replace"), err.decode()
+
+
+def wait_for_output(process: subprocess.Popen[bytes], text: str = "") -> str:
+    """What has come on stdout once it holds `text`, or anything but white space."""
+    assert process.stdout is not None
+    os.set_blocking(process.stdout.fileno(), False)
+    seen, end = "", time.monotonic() + TIMEOUT_S
+    while time.monotonic() < end and process.poll() is None:
+        seen += (process.stdout.read(65536) or b"").decode(errors="replace")
+        if seen.strip() and text in seen:
+            os.set_blocking(process.stdout.fileno(), True)
+            return seen
+        time.sleep(0.005)
+    process.kill()
+    raise AssertionError(f"{text!r} did not come; stdout: {seen!r}, stderr: {process.communicate()[1]!r}")
+
+
+def files(folder: Path) -> dict[str, int]:
+    """Everything below a folder: path and size."""
+    return {str(path.relative_to(folder)): path.lstat().st_size for path in sorted(folder.rglob("*"))}
+
+
+def assert_one_line_error(done: Any, *mentions: str) -> None:
+    """Exit code 2 and one line for people on stderr that holds all of `mentions`."""
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    for mention in mentions:
+        assert mention in lines[0]

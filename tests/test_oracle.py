@@ -1,0 +1,130 @@
+"""transformers as a second oracle: the same random Llama and CLIP, saved by it and read by us."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import llava
+from tests import tiny
+
+transformers = pytest.importorskip("transformers")
+
+PROMPT = "Once upon a time there was a painter who would only ever paint the sea. "
+LLAMAS: dict[str, dict[str, Any]] = {
+    "as many key-value heads as heads": {},
+    "grouped-query": {"num_key_value_heads": 2},
+    "one key-value head": {"num_key_value_heads": 1},
+    "another theta": {"rope_theta": 1e6},
+    "linear rope scaling": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "grouped-query, theta and linear scaling": {
+        "num_key_value_heads": 2,
+        "rope_theta": 5e5,
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+    },
+}
+
+
+def random_llama(folder: Path, **changes: Any) -> Any:
+    """A Llama with weights large enough for attention to matter, saved by transformers; our tokenizer beside it."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 3, "num_attention_heads": 4}
+    changes = {"num_key_value_heads": 4, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, **changes}
+    scaling, theta = changes.pop("rope_scaling", None), changes.pop("rope_theta", 1e4)
+    rope = {"rope_theta": theta, "rope_type": "default", **(scaling or {})}  # how transformers 5 says both
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        changes["rope_parameters"] = rope
+    else:
+        changes |= {"rope_theta": theta, "rope_scaling": scaling}
+    config = transformers.LlamaConfig(vocab_size=tiny.PIECES, **sizes, **changes)
+    model = transformers.LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else torch.nn.init.normal_(parameter, 1, 0.1)
+    model.save_pretrained(folder)
+    tiny.write_tokenizer(folder)
+    return model
+
+
+@pytest.mark.parametrize("case", LLAMAS)
+def test_logits_of_a_llama_saved_by_transformers_are_the_same(tmp_path: Path, case: str) -> None:
+    model = random_llama(tmp_path, **LLAMAS[case])
+    ours = llava.load(tmp_path, dtype="float32", device="cpu")
+    ids = ours.prepare(PROMPT * 4).ids
+    assert len(ids) > 100
+    with torch.no_grad():
+        wanted = model(torch.tensor([list(ids)])).logits[0]
+    torch.testing.assert_close(ours.logits(PROMPT * 4), wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("scaling", [{"type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": 2.0}])
+def test_rope_scaling_is_read_from_old_configs_too(tmp_path: Path, scaling: dict[str, Any]) -> None:
+    folder = tiny.write_llama(tmp_path / "llama", rope_scaling=scaling, rope_theta=20000.0)
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ours = llava.load(folder, dtype="float32", device="cpu")
+    with torch.no_grad():
+        wanted = model(torch.tensor([list(ours.prepare(PROMPT).ids)])).logits[0]
+    torch.testing.assert_close(ours.logits(PROMPT), wanted, rtol=0, atol=1e-4)
+
+
+def test_greedy_answers_of_a_llama_are_the_same(tmp_path: Path) -> None:
+    model = random_llama(tmp_path, num_key_value_heads=2)
+    ours = llava.load(tmp_path, dtype="float32", device="cpu")
+    ids = torch.tensor([list(ours.prepare(PROMPT).ids)])
+    wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
+    assert ours.generate(PROMPT, max_new_tokens=40).token_ids == wanted[0, ids.shape[1] :].tolist()
+
+
+def test_hidden_states_are_counted_as_transformers_counts_them(tmp_path: Path) -> None:
+    model = random_llama(tmp_path)
+    ours = llava.load(tmp_path, dtype="float32", device="cpu")
+    with torch.no_grad():
+        wanted = model(torch.tensor([list(ours.prepare(PROMPT).ids)]), output_hidden_states=True).hidden_states
+    for layer, state in ours.hidden_states(PROMPT, [0, 1, 2, 3, -1]).items():
+        torch.testing.assert_close(state, wanted[layer][0], rtol=0, atol=1e-4)
+
+
+def test_a_merged_checkpoint_without_vision_is_the_llama_that_transformers_reads(tmp_path: Path, clip: Path) -> None:
+    """transformers reads the plain Llama folder; we read the same weights out of the LLaVA one."""
+    plain = tiny.write_llama(tmp_path / "llama")
+    model = transformers.LlamaForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
+    ours = llava.load(tiny.write_llava(tmp_path / "llava", clip=clip), vision=False, dtype="float32", device="cpu")
+    with torch.no_grad():
+        wanted = model(torch.tensor([list(ours.prepare(PROMPT).ids)])).logits[0]
+    torch.testing.assert_close(ours.logits(PROMPT), wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("image_size", [28, 56, 84])
+@pytest.mark.parametrize("layer", [-1, -2, 0, 2])
+def test_features_of_a_clip_saved_by_transformers_are_the_same(tmp_path: Path, layer: int, image_size: int) -> None:
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8}
+    config = transformers.CLIPVisionConfig(image_size=image_size, patch_size=14, hidden_act="quick_gelu", **sizes)
+    tower = transformers.CLIPVisionModel(config).eval()
+    for parameter in tower.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    tower.save_pretrained(tmp_path / "clip")
+    tiny.write_clip(tmp_path / "other", image_size=image_size)
+    (tmp_path / "other" / "preprocessor_config.json").rename(tmp_path / "clip" / "preprocessor_config.json")
+    changes = {"mm_vision_select_layer": layer, "mm_vision_select_feature": "cls_patch"}
+    folder = tiny.write_llava(tmp_path / "llava", clip=tmp_path / "clip", **changes)
+    ours = llava.load(folder, dtype="float32", device="cpu")
+    pixels = torch.randn(2, 3, image_size, image_size)
+    with torch.no_grad():
+        wanted = tower(pixels, output_hidden_states=True).hidden_states[layer]
+    torch.testing.assert_close(ours.vision_features(pixels), wanted, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("size", [(90, 60), (61, 97), (56, 56), (300, 20)])
+def test_cropped_pixels_are_those_of_transformers_image_processor(clip: Path, size: tuple[int, int]) -> None:
+    processor_class = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+    processor = processor_class.from_pretrained(clip)
+    noise = torch.randint(256, (7, 9, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    picture = Image.fromarray(noise.numpy()).resize(size, Image.Resampling.BICUBIC)
+    folder = clip.parent / "square"
+    if not folder.exists():
+        tiny.write_llava(folder, clip=clip, image_aspect_ratio="square")
+    ours = llava.load(folder).prepare("<image>", images=[picture]).pixels
+    wanted = torch.as_tensor(processor(picture, return_tensors="pt")["pixel_values"])
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-5)
