@@ -3,7 +3,6 @@
 import io
 import json
 import shutil
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -75,13 +74,12 @@ def test_help_takes_hardly_longer_than_a_bare_typer_program(tmp_path: Path) -> N
         "@app.command()\ndef two(name: str) -> None:\n    print(name)\n\n\napp()\n"
     )
     seconds: dict[str, list[float]] = {"bare": [], "llava": []}
-    for _ in range(5):
+    for _ in range(7):
         for name, argv in (("bare", [sys.executable, str(bare)]), ("llava", command.LLAVA)):
             start = time.perf_counter()
             run_well("--help", command=argv)
             seconds[name].append(time.perf_counter() - start)
-    both = {name: statistics.median(times) for name, times in seconds.items()}
-    assert both["llava"] <= both["bare"] + 0.1, seconds
+    assert min(seconds["llava"]) <= min(seconds["bare"]) + 0.1, seconds  # the least disturbed of each
 
 
 # ------------------------------------------------------------------------------------------------ ask
@@ -237,7 +235,7 @@ def test_inspect_scan_of_a_sound_checkpoint_finds_nothing(anyres: Path) -> None:
     assert seen["missing"] == []
     scan = {key: value for key, value in seen.items() if key not in INSPECT_KEYS and not isinstance(value, str)}
     assert scan
-    assert not any(tiny.TOWER in str(value) or "model." in str(value) for value in scan.values()), scan
+    assert not any("weight" in str(value) or "bias" in str(value) for value in scan.values()), scan  # no tensor's name
 
 
 # ------------------------------------------------------------------------------------------------ convert
