@@ -119,6 +119,7 @@ def config(size: str, layers: int | None, *, vision: bool) -> LlavaConfig:
 
 def clip_config(size: str, layers: int | None = None) -> VisionConfig:
     """CLIP ViT-L/14 at 336 pixels, or a small one; the layer before the last is read."""
+    sizes: dict[str, Any]
     if size == "7b":
         sizes = {"dim": 1024, "n_layers": 24, "n_heads": 16, "mlp_dim": 4096, "image_size": 336}
     else:
@@ -410,7 +411,7 @@ class Result:
             spread = run[self.unit]
             shown = [_short(spread[key]) for key in ("median", "min", "max")]
             table.add_row(name, *shown, *(_short(run[key]) if key in run else "" for key in extra))
-        console = Console(soft_wrap=True)
+        console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 140)
         console.print(table)
         for pair, ratio in found["ratios"].items():
             console.print(f"{pair}: {ratio['median']:.3f} times as fast ({ratio['min']:.3f} to {ratio['max']:.3f})")

@@ -9,7 +9,7 @@ a plain loop over its model and its default cache, quicker than its `generate`. 
 import time
 from collections.abc import Sequence
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import bench
 import torch
@@ -91,7 +91,7 @@ def decode(
     model = bench.build(config, place)
     tensors = bench.hub_tensors(model.state_dict())
     theirs = bench.peer(LlamaForCausalLM, bench.peer_configs(config)[0], tensors, place)
-    engine = Engine(model, Words(), compile=compile)
+    engine = Engine(model, cast(Any, Words()), compile=compile)
     ids = torch.randint(3, config.decoder.vocab_size, (prompt,), generator=torch.Generator().manual_seed(1))
     here = ids.to(place.device)
     with torch.inference_mode():

@@ -7,7 +7,7 @@ the likeliest id behind the last token, on the host. Pictures are opened and res
 """
 
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import bench
 import torch
@@ -41,12 +41,13 @@ def request(config: LlavaConfig, tokens: int) -> ModelInput:
 
 def build_peer(config: LlavaConfig, model: Llava, place: Place) -> Any:
     """transformers' Llava, or its Llama without a tower; the last row of the vocabulary stands for a picture."""
-    import transformers
+    from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
+    from transformers import LlavaConfig as PeerConfig
 
     text, tower = bench.peer_configs(config)
     if tower is None:
-        return bench.peer(transformers.LlamaForCausalLM, text, bench.hub_tensors(model.state_dict()), place)
-    settings = transformers.LlavaConfig(
+        return bench.peer(LlamaForCausalLM, text, bench.hub_tensors(model.state_dict()), place)
+    settings = cast(Any, PeerConfig)(
         vision_config=tower,
         text_config=text,
         image_token_id=config.decoder.vocab_size - 1,
@@ -55,7 +56,7 @@ def build_peer(config: LlavaConfig, model: Llava, place: Place) -> Any:
         tie_word_embeddings=False,
     )
     tensors = bench.hub_tensors(model.state_dict(), tower.num_hidden_layers)
-    return bench.peer(transformers.LlavaForConditionalGeneration, settings, tensors, place)
+    return bench.peer(LlavaForConditionalGeneration, settings, tensors, place)
 
 
 @torch.inference_mode()
@@ -102,7 +103,7 @@ def prefill(
     input = request(config, n)
     model = bench.build(config, place)
     theirs = build_peer(config, model, place)
-    engine = Engine(model, Words())
+    engine = Engine(model, cast(Any, Words()))
     error = bench.agree(logits(engine, input, place), peer_logits(theirs, input, place), place)
     ceilings = bench.matmul_ceilings(place, size)
     contestants = {
