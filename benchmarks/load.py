@@ -122,7 +122,7 @@ def items(ours: str, shape: Sequence[int], rules: Sequence[keymap.Rule], noise: 
         yield tensor
 
     for name in names:
-        yield Item(name=name, dtype=torch.bfloat16, shape=part, parts=values)
+        yield Item(name=name, dtype=torch.bfloat16, shape=part, parts=values, where=name)
 
 
 # ---------------------------------------------------------------------------------------- processes and their memory

@@ -75,7 +75,7 @@ def load(
 ) -> "Assistant":
     """Loads a checkpoint from a folder or the hub.
 
-    base: the language model that a delta, LoRA or projector belongs to.
+    base: the language model that a delta, LoRA or projector belongs to; not used yet, as those do not load yet.
     vision_tower: CLIP's folder or hub id; its weights are read only where the checkpoint holds none.
     vision: False loads the language model alone, and touches no vision file.
     dtype: "auto" | "float32" | "bfloat16" | "float16"; auto is the checkpoint's own on a GPU, on a CPU bfloat16
@@ -98,13 +98,12 @@ def load(
     place = checkpoints.resolve_device(device)
     checkpoint = checkpoints.open_checkpoint(
         path,
-        base=base,
         vision_tower=vision_tower,
         vision=vision,
         revision=revision,
         image_mode=image_mode,
         legacy_strip=legacy_strip,
-        force=force,
+        lenient=force,
     )
     preprocessor = Preprocessor(checkpoint.config, checkpoint.tokenizer, template=template, exif=exif)
     kind = checkpoints.resolve_dtype(dtype, checkpoint, place)
@@ -156,9 +155,14 @@ class Assistant:
     def generate_batch(
         self, requests: Sequence[Request], *, template: str | None = None, batch_size: int = 32, **options: Any
     ) -> list[Reply]:
-        """Answers to many requests, `batch_size` of them side by side; each equals what it would be alone."""
+        """Answers to many requests, `batch_size` of them side by side; in float32 each equals what it would be alone.
+
+        Raw prompts take no template.
+        """
         chosen = sampling(**options)
-        pairs = [item if isinstance(item, tuple) else (item, None) for item in requests]
+        if batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}; expected 1 or more")
+        pairs = [_pair(item) for item in requests]
         replies: list[Reply] = []
         for i in range(0, len(pairs), batch_size):
             replies += self._replies(pairs[i : i + batch_size], template, chosen)
@@ -285,6 +289,13 @@ class Stream(Iterator[str]):
         return reply(self._answer, self._prepare_s, self._options)
 
 
+def _pair(request: Request) -> tuple[Messages, Sequence[Picture] | None]:
+    """A raw prompt with pictures is a pair of a str and a list; anything else stands for itself."""
+    if isinstance(request, tuple) and len(request) == 2 and isinstance(request[0], str):
+        return request[0], request[1]
+    return cast(Messages, request), None
+
+
 def question_about(image: Picture | Sequence[Picture] | None, question: str) -> Messages:
     """The conversation of one question about a picture, several, or none."""
     pictures = [] if image is None else list(image) if isinstance(image, list | tuple) else [cast(Picture, image)]
@@ -294,9 +305,8 @@ def question_about(image: Picture | Sequence[Picture] | None, question: str) -> 
 
 def sampling(*, stop: str | Sequence[str] | None = None, **options: Any) -> Sampling:
     """Options of a request as a caller gives them. Raises ConfigError."""
-    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     try:
-        return Sampling(stop=stops, **options)
+        return Sampling(stop=(stop,) if isinstance(stop, str) else tuple(stop or ()), **options)
     except TypeError as error:
         raise ConfigError(f"sampling options: {str(error).split('__init__() ')[-1]}") from None
 

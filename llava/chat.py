@@ -34,12 +34,17 @@ class Chat:
                         return
                 except LlavaError as error:
                     print(f"llava: {error}", file=sys.stderr)
+                except KeyboardInterrupt:
+                    print()
 
     def _read(self) -> str | None:
         try:
             return input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return None
+        except UnicodeDecodeError:
+            print("llava: that line is not UTF-8", file=sys.stderr)
+            return ""
         except KeyboardInterrupt:  # an empty line, as in a shell
             print()
             return ""
@@ -77,16 +82,19 @@ class Chat:
         except KeyboardInterrupt:
             print(" [ended]", end="")
         print()
-        self.pictures = []
         if said.strip():  # an answer that was ended before its first word leaves no turn behind
             self.messages += [asked, {"role": "assistant", "content": said.strip()}]
+            self.pictures = []
 
     def _save(self, file: Path) -> None:
         if file == Path():
             print("give a file: /save FILE")
             return
         try:
-            file.write_text(json.dumps(self.messages, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise LlavaError(f"{file}: can not be written ({error.strerror})") from None
+            data = (json.dumps(self.messages, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogateescape")
+            partial = file.with_name(f".{file.name}.partial")
+            partial.write_bytes(data)
+            partial.replace(file)
+        except (OSError, ValueError) as error:
+            raise LlavaError(f"{file}: can not be written ({error})") from None
         print(f"{len(self.messages)} messages in {file}")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import time
 from collections import Counter
@@ -198,7 +199,6 @@ def convert(
             vision=vision,
             verify=verify,
             progress=progress,
-            base=base,
             vision_tower=vision_tower,
             revision=revision,
             force=force,
@@ -262,8 +262,8 @@ def _sampling(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _existing(path: str) -> Path:
-    if not Path(path).is_file():
-        raise ImageError(f"{path}: no such picture; the question comes last, in quotes")
+    if not os.path.isfile(path):
+        raise ImageError(f"{path:.200}: no such picture; the question comes last, in quotes")
     return Path(path)
 
 

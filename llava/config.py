@@ -12,6 +12,20 @@ IMAGE_MARK = "<image>"  # a picture's place in text
 DType = Literal["float32", "bfloat16", "float16"]
 
 
+def _check_numbers(config: Any, what: str, *, signed: tuple[str, ...] = ()) -> None:
+    """Fields that are numbers hold numbers, above 0 unless they are `signed`; bool ones hold true or false."""
+    for spec in fields(config):
+        value = getattr(config, spec.name)
+        if spec.type is bool and not isinstance(value, bool):
+            raise ConfigError(f"{what}: {spec.name} is {value!r}; expected true or false")
+        if spec.type in (int, float):
+            kinds = int if spec.type is int else (int, float)
+            if not isinstance(value, kinds) or isinstance(value, bool) or (spec.name not in signed and value <= 0):
+                raise ConfigError(
+                    f"{what}: {spec.name} is {value!r}; expected a {'whole ' * (kinds is int)}number above 0"
+                )
+
+
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
     """Sizes of the CLIP image encoder (arXiv:2103.00020) and which of its states LLaVA reads."""
@@ -28,6 +42,7 @@ class VisionConfig:
     select_feature: Literal["patch", "cls_patch"] = "patch"  # without or with the class token
 
     def __post_init__(self) -> None:
+        _check_numbers(self, "vision", signed=("select_layer",))
         if self.dim % self.n_heads:
             raise ConfigError(f"vision: dim {self.dim} is not a multiple of n_heads {self.n_heads}")
         if not 0 <= self.n_blocks <= self.n_layers:
@@ -72,6 +87,9 @@ class RopeScaling:
     low_freq_factor: float = 1.0  # llama3 only
     high_freq_factor: float = 4.0  # llama3 only
 
+    def __post_init__(self) -> None:
+        _check_numbers(self, "rope scaling")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
@@ -92,6 +110,7 @@ class DecoderConfig:
     tied: bool = False  # the head is the embedding table
 
     def __post_init__(self) -> None:
+        _check_numbers(self, "decoder")
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(f"decoder: n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
@@ -107,7 +126,7 @@ class ImageConfig:
     std: tuple[float, float, float]
     aspect: Literal["square", "pad", "anyres"]  # centre crop, pad to a square, or base view and tiles
     mode: Literal["original", "hf"] = "original"  # whose arithmetic: the LLaVA code's or transformers'
-    pinpoints: tuple[tuple[int, int], ...] = ()  # anyres: canvas sizes to choose from, (w, h); mode hf: (h, w)
+    pinpoints: tuple[tuple[int, int], ...] = ()  # anyres: canvas sizes to choose from, (w, h)
     merge: Literal["flat", "spatial", "spatial_unpad"] = "flat"  # anyres: how tiles are put together
 
     def __post_init__(self) -> None:
@@ -141,7 +160,6 @@ class LlavaConfig:
     vision: VisionConfig | None = None  # None: a plain language model
     projector: ProjectorConfig | None = None
     image: ImageConfig | None = None
-    newline: bool = False  # the checkpoint holds a learned image_newline vector
     start_end: bool = False  # each picture stands between <im_start> and <im_end>
     template: str | None = None  # conversation template, None: messages need one named by the caller
     eos_ids: tuple[int, ...] = field(default=())  # ids that end an answer, besides the tokenizer's own
@@ -150,6 +168,12 @@ class LlavaConfig:
     def __post_init__(self) -> None:
         if (self.vision is None) != (self.projector is None) or (self.vision is None) != (self.image is None):
             raise ConfigError("config: vision, projector and image options come together or not at all")
+        if self.image and self.vision and self.image.size != self.vision.image_size:
+            raise ConfigError(
+                f"image: pictures are cropped to {self.image.size} pixels, the tower takes {self.vision.image_size}"
+            )
+        if self.image and self.vision and self.image.aspect == "anyres" and self.vision.select_feature != "patch":
+            raise ConfigError("image: anyres puts tiles together by patches; mm_vision_select_feature must be patch")
         if self.projector and self.vision and self.projector.in_dim != self.vision.dim:
             raise ConfigError(
                 f"projector: takes features of width {self.projector.in_dim}, this vision tower gives "
@@ -157,6 +181,11 @@ class LlavaConfig:
             )
         if self.projector and self.projector.out_dim != self.decoder.dim:
             raise ConfigError(f"projector: width {self.projector.out_dim} does not fit decoder dim {self.decoder.dim}")
+
+    @property
+    def newline(self) -> bool:
+        """Whether a learned vector closes each row of an anyres picture."""
+        return self.image is not None and self.image.aspect == "anyres" and self.image.merge == "spatial_unpad"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

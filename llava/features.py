@@ -15,7 +15,9 @@ from llava.assistant import Assistant
 from llava.checkpoint.files import DTYPE_NAMES
 from llava.checkpoint.write import Progress, new_file, silent
 from llava.config import IMAGE_MARK
-from llava.errors import PromptError
+from llava.errors import ImageError, PromptError
+
+MAX_HEADER_BYTES = 100_000_000  # what readers of the format accept
 
 
 class Row(NamedTuple):
@@ -31,7 +33,7 @@ def read_rows(file: Path) -> list[Row]:
     Raises PromptError naming the line.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"{file}: can not be read as text ({error})") from None
     if file.suffix not in (".jsonl", ".json"):
@@ -48,7 +50,8 @@ def _row(line: str, where: str, folder: Path) -> Row:
         values = json.loads(line)
     except ValueError as error:
         raise PromptError(f"{where}: not JSON ({error})") from None
-    if not isinstance(values, dict) or not isinstance(values.get("text"), str) or set(values) - {"text", "image"}:
+    fits = isinstance(values, dict) and isinstance(values.get("text"), str) and not set(values) - {"text", "image"}
+    if not fits or not isinstance(values.get("image"), str | None):
         raise PromptError(f'{where}: expected {{"text": …, "image": path?}}, found {line[:60]}')
     return Row(values["text"], str(folder / values["image"]) if values.get("image") else None)
 
@@ -69,6 +72,11 @@ def extract(
     row; then nothing is left behind.
     """
     room = 64 + len(rows) * len(layers) * _entry_bytes(len(rows))
+    if room > MAX_HEADER_BYTES:
+        raise PromptError(
+            f"{len(rows)} rows x {len(layers)} layers are more entries than one safetensors file can have: "
+            f"split the input into parts of at most {len(rows) * MAX_HEADER_BYTES // room} rows"
+        )
     with new_file(out, room) as partial, partial.open("wb") as file:
         file.write(room.to_bytes(8, "little") + b" " * room)
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -104,6 +112,6 @@ def _states(
         else:
             text = f"{IMAGE_MARK}\n{row.text}" if images and IMAGE_MARK not in row.text else row.text
             states = assistant.hidden_states(text, layers, images=images)
-    except PromptError as error:
-        raise PromptError(f"row {number}: {error}") from None
+    except (PromptError, ImageError) as error:
+        raise type(error)(f"row {number}: {error}") from None
     yield from states.items()

@@ -2,9 +2,11 @@
 
 import json
 import logging
+import os
 import pickle
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import is_zipfile
@@ -26,8 +28,6 @@ _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -45,6 +45,10 @@ def locate(source: str | Path, *, revision: str | None = None, weights: bool = T
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
+        try:
+            os.fsencode(folder).decode()
+        except UnicodeDecodeError:
+            raise CheckpointError(f"{folder!r}: the folder's name is not UTF-8; rename it") from None
         return folder
     if folder.is_file():
         raise CheckpointError(f"{folder}: is a file; give the folder that the {what} lies in")
@@ -88,6 +92,17 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{file}: holds no JSON object")
     return values
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """While values of a foreign file are taken in: what is not of the kind expected becomes a CheckpointError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CheckpointError(
+            f"{file}: a value is missing or not of its kind ({type(error).__name__}: {error})"
+        ) from None
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -202,8 +217,6 @@ def _open_bin(file: Path) -> tuple[dict[str, Tensor], dict[str, Entry]]:
         with file.open("rb") as start:
             if not mapped and start.read(4) == b"PK\x03\x04":
                 raise CheckpointError(f"{file}: cut short at {file.stat().st_size} bytes; fetch it again")
-        if not mapped:
-            log.warning("%s is in torch's format from before 1.6: it can not be mapped and is read into memory", file)
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         reason = next(
@@ -212,9 +225,26 @@ def _open_bin(file: Path) -> tuple[dict[str, Tensor], dict[str, Entry]]:
         raise CheckpointError(
             f"{file}: holds more than tensors, or is damaged; refused, nothing in it was run ({reason.strip()[:120]})"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise CheckpointError(f"{file}: damaged or cut short ({reason}); fetch it again") from None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise CheckpointError(f"{file}: holds no table of tensors by name")
+    if not mapped:
+        log.warning("%s is in torch's format from before 1.6: it can not be mapped and was read into memory", file)
     return tensors, {name: Entry(file, t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+
+
+def check_finite(tensor: Tensor, where: str, force: bool = False) -> None:
+    """Refuses NaN and Inf. The smallest and the largest value show them, in one pass and without a copy."""
+    if not tensor.numel() or not tensor.is_floating_point():
+        return
+    low, high = torch.aminmax(tensor)
+    if low.isfinite() and high.isfinite():
+        return
+    bad = int((~tensor.isfinite()).sum())
+    if not force:
+        raise CheckpointError(
+            f"{where}: {bad} of {tensor.numel()} values are NaN or Inf; fetch it again, or force=True"
+        )
+    log.warning("%s: %d values are NaN or Inf", where, bad)

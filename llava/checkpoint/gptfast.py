@@ -17,8 +17,9 @@ from torch import Tensor
 
 from llava.checkpoint import keymap
 from llava.checkpoint.keymap import Rule
-from llava.checkpoint.load import Checkpoint, check_finite, check_headers, open_checkpoint
+from llava.checkpoint.load import Checkpoint, Source, check_headers, open_checkpoint
 from llava.checkpoint.write import Item, Progress, new_file, silent, write_bytes
+from llava.errors import CheckpointError
 
 GPT_FAST = (
     Rule("tok_embeddings.weight", "decoder.embed.weight"),
@@ -35,8 +36,11 @@ GPT_FAST = (
 
 
 def convert(folder: Path, output: Path | None = None, *, progress: Progress = silent) -> tuple[Path, Checkpoint]:
-    """Writes `model.pth` into the folder (or `output`) and returns it with the source. Raises LlavaError."""
-    checkpoint = open_checkpoint(folder, vision=False)
+    """Writes `model.pth` into the folder (or `output`) and returns it with the source.
+
+    Whatever is no part of the language model is left out. Raises LlavaError.
+    """
+    checkpoint = open_checkpoint(folder, vision=False, lenient=True)
     check_headers(checkpoint)
     target = output or checkpoint.folder / "model.pth"
     written = items(checkpoint)
@@ -53,17 +57,23 @@ def items(checkpoint: Checkpoint) -> list[Item]:
     return [
         Item(
             name=keymap.disk_names(ours, GPT_FAST)[0],
-            dtype=source.weights.entries[source.names[0]].dtype,
+            dtype=_writable(source),
             shape=source.shape,
+            where=source.where,
             parts=partial(_parts, checkpoint, ours, source.read),
         )
         for ours, source in sources.items()
     ]
 
 
+def _writable(source: Source) -> torch.dtype:
+    if source.dtype not in _STORAGES:
+        raise CheckpointError(f"{source.where}: is {source.dtype}; model.pth can hold float32, float16 and bfloat16")
+    return source.dtype
+
+
 def _parts(checkpoint: Checkpoint, ours: str, read: Callable[[], Tensor]) -> Iterator[Tensor]:
     tensor = read()
-    check_finite(tensor, f"{checkpoint.folder}: {ours}")
     if not ours.endswith("attn.qkv.weight"):
         yield tensor
         return

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from llava.checkpoint.detect import Facts, Kind, detect
+from llava.checkpoint.detect import Facts, Finding, Kind, choose_template, detect
 from llava.checkpoint.files import locate, open_weights, read_json
-from llava.checkpoint.load import SUPPORTED, Checkpoint, open_checkpoint, shapes, skeleton
+from llava.checkpoint.load import SUPPORTED, Checkpoint, look, open_checkpoint, shapes
+from llava.checkpoint.settings import Shapes
 from llava.config import LlavaConfig
 from llava.errors import LlavaError
 
@@ -35,55 +36,67 @@ class Description:
 
 def describe(path: str | Path, *, base: str | None = None, **options: Any) -> Description:
     """Reads config, tokenizer and headers. Options as for `open_checkpoint`. Raises CheckpointError, ConfigError."""
-    folder = locate(path, revision=options.get("revision"))
-    config = folder / "config.json"
-    facts = Facts(folder, read_json(config) if config.is_file() else {}, open_weights(folder))
+    facts = look(path, options.get("revision"))
     finding = detect(facts)
     if finding.kind == "unknown" or (finding.kind in SUPPORTED and not facts.weights):
-        open_checkpoint(folder)  # raises, saying what is missing
+        open_checkpoint(facts)  # raises, saying what is missing
     if finding.kind not in SUPPORTED:
-        return Description(
-            kind=finding.kind,
-            evidence=finding.evidence,
-            base=base or _base(finding.kind, facts),
-            sizes={"stored_values": sum(entry.n_values for entry in facts.weights.entries.values())},
-        )
-    checkpoint, remark = _open(folder, options)
+        return _recognised(facts, finding, base)
+    checkpoint, remark = _open(facts, options)
+    config = checkpoint.config
+    # of a vision part that could not be described, what lies in the checkpoint itself
+    rest = {} if config.vision else {name: source.shape for name, source in checkpoint.spare.items()}
+    sizes = shapes(config) | rest
+    kept = {name for ours in rest for name in checkpoint.spare[ours].names}
     return Description(
         kind=finding.kind,
         evidence=[*finding.evidence, *remark],
         base=None,
-        sizes=_sizes(checkpoint),
+        sizes=_counts(sizes) | {"dtype": config.dtype, **_parts(config, sizes)},
         template=checkpoint.template.template,
         template_because=checkpoint.template.because,
-        image_mode=_image_mode(checkpoint),
+        image_mode=config.image.mode if config.image else "original" if rest else None,
         missing=[name for name in checkpoint.missing if not _comes_from_tower(name, checkpoint)],
-        unused=list(checkpoint.unused),
-        memory_bytes=memory_bytes(checkpoint.config),
-        context=checkpoint.config.decoder.max_seq,
+        unused=[name for name in checkpoint.unused if name not in kept],
+        memory_bytes=memory_bytes(sizes),
+        context=config.decoder.max_seq,
     )
 
 
-def _open(folder: Path, options: Mapping[str, Any]) -> tuple[Checkpoint, list[str]]:
+def _recognised(facts: Facts, finding: Finding, base: str | None) -> Description:
+    """Of a kind that does not load yet, what its headers and config show."""
+    sizes = {name: entry.shape for name, entry in facts.weights.entries.items()}
+    config = facts.settings
+    context = config.get("max_position_embeddings") or config.get("max_sequence_length") or config.get("max_seq_len")
+    choice = None if finding.kind in ("clip", "lora") else choose_template(finding.kind, config, None, None, None)
+    return Description(
+        kind=finding.kind,
+        evidence=finding.evidence,
+        base=base or _base(finding.kind, facts),
+        sizes=_counts(sizes),
+        template=choice.template if choice else None,
+        template_because=f"{choice.because}, as far as config.json tells" if choice else "",
+        image_mode="hf" if finding.kind == "llava-hf" else "original",
+        memory_bytes=memory_bytes(sizes),
+        context=context,
+    )
+
+
+def _open(facts: Facts, options: Mapping[str, Any]) -> tuple[Checkpoint, list[str]]:
     """A tower that is out of reach is no reason to say nothing of the rest."""
+    options = {"fetch_tower": False, "lenient": True, **options}
     try:
-        return open_checkpoint(folder, weights=False, force=True, **options), []
+        return open_checkpoint(facts, **options), []
     except LlavaError as error:
         try:
-            checkpoint = open_checkpoint(folder, weights=False, force=True, **{**options, "vision": False})
+            return open_checkpoint(facts, **{**options, "vision": False}), [f"vision tower: {error}"]
         except LlavaError:
             raise error from None
-        return checkpoint, [f"without its vision part: {error}"]
 
 
 def _comes_from_tower(name: str, checkpoint: Checkpoint) -> bool:
-    return name.startswith("vision.") and "vision.cls" not in checkpoint.sources and checkpoint.tower is None
-
-
-def _image_mode(checkpoint: Checkpoint) -> str | None:
-    if checkpoint.config.image:
-        return checkpoint.config.image.mode
-    return "original" if checkpoint.kind == "merged" else None  # its tower is out of reach
+    """Whether a tensor that was not seen lies in the tower's own folder, which was not looked for."""
+    return name.startswith("vision.") and "vision.cls" not in checkpoint.sources
 
 
 def _base(kind: Kind, facts: Facts) -> str | None:
@@ -97,42 +110,40 @@ def _base(kind: Kind, facts: Facts) -> str | None:
     return None
 
 
-def _sizes(checkpoint: Checkpoint) -> dict[str, Any]:
-    config = checkpoint.config
-    counts: dict[str, int] = {}
-    for name, shape in shapes(config).items():
+def _counts(sizes: Shapes) -> dict[str, Any]:
+    """Values in all and by the first word of their names."""
+    parts: dict[str, int] = {}
+    for name, shape in sizes.items():
         part = name.split(".")[0]
-        counts[part] = counts.get(part, 0) + torch.Size(shape).numel()
+        parts[part] = parts.get(part, 0) + torch.Size(shape).numel()
+    return {"parameters": sum(parts.values()), "parameters_by_part": parts}
+
+
+def _parts(config: LlavaConfig, sizes: Shapes) -> dict[str, Any]:
     values = config.to_dict()
-    return {
-        "parameters": sum(counts.values()),
-        "parameters_by_part": counts,
-        "dtype": config.dtype,
-        "decoder": values["decoder"],
-        "vision": values["vision"],
-        "projector": values["projector"],
-        "image": values["image"],
-    }
+    layers = [shape for name, shape in sizes.items() if name.startswith("projector.") and name.endswith(".weight")]
+    held = {"in_dim": layers[0][1], "out_dim": layers[-1][0], "depth": len(layers)} if layers else None
+    parts = ("decoder", "vision", "image")
+    return {**{part: values[part] for part in parts}, "projector": values["projector"] or held}
 
 
-def memory_bytes(config: LlavaConfig) -> dict[str, int]:
+def memory_bytes(sizes: Shapes) -> dict[str, int]:
     """Weights in memory: all in bfloat16, or the decoder's matrices in 8 or 4 bits with 16-bit scales.
 
-    int8 has a scale a row, int4 a scale and a zero point for each group of 128; table, norms and tower stay bfloat16.
+    int8 has a scale a row, int4 a scale and a zero point for each group of 128; table, norms, projector and tower stay
+    bfloat16.
     """
-    matrices = {
-        f"decoder.{name}.weight"
-        for name, module in skeleton(config).decoder.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
     sums = {"bf16": 0, "int8": 0, "int4": 0}
-    for name, shape in shapes(config).items():
+    for name, shape in sizes.items():
         n = torch.Size(shape).numel()
-        small = name in matrices
+        small = len(shape) == 2 and not any(word in name for word in _KEPT_IN_16_BITS)
         sums["bf16"] += 2 * n
         sums["int8"] += n + 2 * shape[0] if small else 2 * n
         sums["int4"] += n // 2 + 4 * (n // _INT4_GROUP) if small else 2 * n
     return sums
+
+
+_KEPT_IN_16_BITS = ("vision", "projector", "embed", "wte")
 
 
 @dataclass
@@ -142,10 +153,6 @@ class Scan:
     nan: dict[str, int] = field(default_factory=dict)  # how many
     inf: dict[str, int] = field(default_factory=dict)
     zero: list[str] = field(default_factory=list)  # tensors without any other value
-
-    @property
-    def clean(self) -> bool:
-        return not (self.nan or self.inf or self.zero)
 
 
 def scan(path: str | Path, *, revision: str | None = None, progress: Callable[[int, int], None]) -> Scan:

@@ -76,10 +76,10 @@ CLIP = (  # a CLIP repository; transformers 5 may leave out `vision_model.`
 )
 LLAVA = (  # the merged layout of liuhaotian/llava-*
     *HF_LLAMA,
-    Rule("model.mm_projector.weight", "projector.0.weight"),
-    Rule("model.mm_projector.bias", "projector.0.bias"),
-    Rule("model.mm_projector.*.weight", "projector.*.weight"),
+    Rule("model.mm_projector.*.weight", "projector.*.weight"),  # an MLP
     Rule("model.mm_projector.*.bias", "projector.*.bias"),
+    Rule("model.mm_projector.weight", "projector.0.weight"),  # linear
+    Rule("model.mm_projector.bias", "projector.0.bias"),
     Rule("model.image_newline", "newline"),
     *prefixed("model.vision_tower.vision_tower.vision_model.", CLIP_TOWER),
     *prefixed("model.vision_tower.vision_tower.", CLIP_TOWER),
@@ -93,12 +93,13 @@ class Plan(NamedTuple):
 
     sources: dict[str, tuple[str, ...]]  # our name -> names on disk, to be stacked by rows
     dropped: tuple[str, ...]  # known, and not needed
+    unknown: tuple[str, ...]  # no rule fits
 
 
-def plan(disk: Iterable[str], rules: Iterable[Rule], where: str, *, lenient: bool = False) -> Plan:
-    """Every name on disk is used by a rule or dropped by one.
+def plan(disk: Iterable[str], rules: Iterable[Rule]) -> Plan:
+    """Every name on disk is used by a rule, dropped by one, or unknown.
 
-    Raises CheckpointError naming the others (`lenient`: they are dropped) and tensors of which a part is missing.
+    Raises CheckpointError naming a tensor of which a part is missing.
     """
     table = [(re.compile(_pattern(part)), i, rule) for rule in rules for i, part in enumerate(rule.parts())]
     found: dict[str, dict[int, str]] = {}
@@ -113,17 +114,12 @@ def plan(disk: Iterable[str], rules: Iterable[Rule], where: str, *, lenient: boo
                 break
         else:
             unknown.append(name)
-    if unknown and not lenient:
-        rest = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-        raise CheckpointError(
-            f"{where}: tensors that no LLaVA of this layout has: {', '.join(unknown[:3])}{rest}; "
-            "pass force=True (--force) to leave them out"
-        )
     wanted = {_normal(rule.ours): len(rule.parts()) for rule in rules if rule.ours}
     for ours, parts in found.items():
         if len(parts) < wanted.get(_normal(ours), 1):
-            raise CheckpointError(f"{where}: {ours} needs more than {', '.join(parts.values())}; a tensor is missing")
-    return Plan({ours: tuple(parts[i] for i in sorted(parts)) for ours, parts in found.items()}, (*dropped, *unknown))
+            raise CheckpointError(f"{ours} needs more than {', '.join(parts.values())}; a tensor is missing")
+    sources = {ours: tuple(parts[i] for i in sorted(parts)) for ours, parts in found.items()}
+    return Plan(sources, tuple(dropped), tuple(unknown))
 
 
 def read(weights: Mapping[str, Tensor], sources: tuple[str, ...]) -> Tensor:
@@ -134,8 +130,11 @@ def read(weights: Mapping[str, Tensor], sources: tuple[str, ...]) -> Tensor:
 
 
 def rename(disk: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str, Tensor]:
-    """All tensors under our names. Raises CheckpointError as `plan` does."""
-    return {ours: read(disk, sources) for ours, sources in plan(disk, tuple(rules), "tensors").sources.items()}
+    """All tensors under our names. Raises CheckpointError on a name that no rule knows."""
+    planned = plan(disk, tuple(rules))
+    if planned.unknown:
+        raise CheckpointError(f"no rule knows {', '.join(planned.unknown)}")
+    return {ours: read(disk, sources) for ours, sources in planned.sources.items()}
 
 
 def disk_names(ours: str, rules: Iterable[Rule]) -> list[str]:

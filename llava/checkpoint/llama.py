@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from llava.checkpoint import keymap
-from llava.checkpoint.load import Checkpoint, Source, check_finite
+from llava.checkpoint.load import Checkpoint, Source
 from llava.checkpoint.write import Item
 
 
@@ -19,9 +19,8 @@ def items(checkpoint: Checkpoint) -> list[Item]:
             continue
         names = keymap.disk_names(ours, keymap.HF_LLAMA)
         for i, (name, rows) in enumerate(zip(names, _rows(checkpoint, ours, source, len(names)), strict=True)):
-            dtype = source.weights.entries[source.names[0]].dtype
-            shape = (rows, *source.shape[1:])
-            written.append(Item(name=name, dtype=dtype, shape=shape, parts=partial(_part, checkpoint, ours, i)))
+            shape, parts = (rows, *source.shape[1:]), partial(_part, checkpoint, ours, i)
+            written.append(Item(name=name, dtype=source.dtype, shape=shape, where=source.where, parts=parts))
     return written
 
 
@@ -36,11 +35,9 @@ def _part(checkpoint: Checkpoint, ours: str, i: int) -> Iterator[Tensor]:
     source = checkpoint.sources[ours]
     names = keymap.disk_names(ours, keymap.HF_LLAMA)
     if len(source.names) == len(names):
-        tensor = source.weights[source.names[i]]
+        yield source.weights[source.names[i]]
     else:
-        tensor = source.read().split(_rows(checkpoint, ours, source, len(names)))[i]
-    check_finite(tensor, source.where)
-    yield tensor
+        yield source.read().split(_rows(checkpoint, ours, source, len(names)))[i]
 
 
 def config(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -1,24 +1,21 @@
 """From a folder or hub id to a checkpoint that is understood, and from there to a model with its weights."""
 
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from llava.checkpoint import keymap, settings, zoo
+from llava.checkpoint import keymap, settings
 from llava.checkpoint.detect import FORMAT_KEY, NATIVE_FORMAT, Choice, Facts, Kind, choose_template, detect
-from llava.checkpoint.files import Weights, locate, open_weights, read_json
+from llava.checkpoint.files import Weights, check_finite, locate, open_weights, read_json, reading
 from llava.checkpoint.settings import ImageMode, Shapes
+from llava.checkpoint.tower import find_tower
 from llava.config import LlavaConfig, ProjectorConfig
-from llava.errors import CheckpointError, ConfigError, LlavaError
+from llava.errors import CheckpointError, ConfigError
 from llava.model.llava import Llava
 from llava.preprocess.tokenizer import Tokenizer, load_tokenizer
-
-log = logging.getLogger(__name__)
 
 SUPPORTED: tuple[Kind, ...] = ("native", "merged", "llama")
 _NEEDS_BASE: tuple[Kind, ...] = ("delta", "lora", "projector")
@@ -37,12 +34,18 @@ class Source:
         return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if len(shapes) > 1 else shapes[0]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the values as stored; float32 in the odd case that stacked parts differ."""
+        kinds = {self.weights.entries[name].dtype for name in self.names}
+        return kinds.pop() if len(kinds) == 1 else torch.float32
+
+    @property
     def n_bytes(self) -> int:
         return sum(self.weights.entries[name].n_bytes for name in self.names)
 
     @property
     def where(self) -> str:
-        """For messages: file and tensor."""
+        """For messages: file and tensors."""
         return f"{self.weights.entries[self.names[0]].file}: {', '.join(self.names)}"
 
     def read(self) -> Tensor:
@@ -60,9 +63,9 @@ class Checkpoint:
     config: LlavaConfig
     sources: dict[str, Source]
     missing: tuple[str, ...]  # our names that no file holds
-    unused: tuple[str, ...]  # names on disk that this model does not need
+    spare: dict[str, Source]  # known tensors that this model does not need, under our names
+    unused: tuple[str, ...]  # names on disk that this model does not need, those of `spare` included
     tokenizer: Tokenizer
-    tower: Path | None = None  # the CLIP folder that was read
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Our names and tensors, one at a time, mapped where nothing has to be stacked."""
@@ -70,166 +73,168 @@ class Checkpoint:
             yield name, source.read()
 
 
+def look(path: str | Path, revision: str | None = None) -> Facts:
+    """Config and headers of a folder or hub id, whatever it is. Raises CheckpointError."""
+    folder = locate(path, revision=revision)
+    if not any(folder.iterdir()):
+        raise CheckpointError(f"{folder}: is empty; expected config.json, weights and tokenizer files")
+    config = folder / "config.json"
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json", "mm_projector.bin")):
+        raise CheckpointError(f"{config}: is missing; the folder is not a whole checkpoint")
+    return Facts(folder, read_json(config) if config.is_file() else {}, open_weights(folder))
+
+
 def open_checkpoint(
-    path: str | Path,
+    path: str | Path | Facts,
     *,
-    base: str | Path | None = None,
     vision_tower: str | Path | None = None,
     vision: bool = True,
     revision: str | None = None,
     image_mode: ImageMode | None = None,
     legacy_strip: bool = False,
-    force: bool = False,
-    weights: bool = True,
+    lenient: bool = False,
+    fetch_tower: bool = True,
 ) -> Checkpoint:
-    """Reads config, headers and tokenizer; no weights. `force` leaves unknown tensors out instead of refusing them.
+    """Reads config, headers and tokenizer; no weights.
 
-    `weights` False: for looking only; a vision tower that is out of reach is then described from what is published.
-    Raises CheckpointError, ConfigError.
+    `lenient`: tensors that no rule knows are left out instead of refused. `fetch_tower`: False for looking only, see
+    `find_tower`. Raises CheckpointError, ConfigError.
     """
-    folder = locate(path, revision=revision)
-    facts = Facts(folder, _config_json(folder), open_weights(folder))
-    finding = detect(facts)
+    facts = path if isinstance(path, Facts) else look(path, revision)
+    folder = facts.folder
+    with reading(folder / "config.json"):
+        finding = detect(facts)
     if finding.kind not in SUPPORTED:
-        raise _unsupported(folder, finding.kind, finding.evidence, base)
+        raise _unsupported(folder, finding.kind, finding.evidence)
     if not facts.weights:
         raise CheckpointError(f"{folder}: holds no weights; expected model*.safetensors or pytorch_model*.bin")
-    rules = keymap.NATIVE if finding.kind == "native" else keymap.LLAVA
-    planned = keymap.plan(facts.weights, rules, str(folder), lenient=force)
-    sources = {ours: Source(weights=facts.weights, names=names) for ours, names in planned.sources.items()}
+    planned = keymap.plan(facts.weights, keymap.NATIVE if finding.kind == "native" else keymap.LLAVA)
+    if planned.unknown and not lenient:
+        raise _unknown(facts.weights, planned.unknown)
+    held = {ours: Source(weights=facts.weights, names=names) for ours, names in planned.sources.items()}
     tokenizer = load_tokenizer(folder, legacy_strip=legacy_strip)
-    if finding.kind == "native":
-        config, tower = _native_config(facts), None
-        config = config if vision else replace(config, vision=None, projector=None, image=None, newline=False)
-        if config.image and image_mode:
-            config = replace(config, image=replace(config.image, mode=image_mode))
-    else:
-        config, tower = _foreign_config(facts, sources, vision, vision_tower, image_mode, weights)
-    choice = choose_template(
-        finding.kind, facts.settings, config.decoder, config.projector or _linear(sources, config), tokenizer
-    )
+    with reading(folder / "config.json"):
+        if finding.kind == "native":
+            config, tower = _native_config(facts, vision, image_mode), None
+        else:
+            config, tower = _foreign_config(facts, held, vision, vision_tower, image_mode, fetch_tower)
+        projector = config.projector or _projector_held(held, config)
+        choice = choose_template(finding.kind, facts.settings, config.decoder, projector, tokenizer)
+    if config.vision and config.start_end and tokenizer.id_of("<im_start>") is None:
+        raise CheckpointError(
+            f"{folder}: mm_use_im_start_end is on, but the tokenizer has no <im_start>; add its files"
+        )
     config = replace(config, template=choice.template)
-    if tower and config.vision and "vision.cls" not in sources:
-        sources |= _tower_sources(tower, weights)
     wanted = shapes(config)
-    used = {name: sources[name] for name in wanted if name in sources}
-    leftover = [name for ours, source in sources.items() if ours not in wanted for name in source.names]
+    every = _of_tower(tower, needed=fetch_tower) | held if tower and "vision.cls" not in held else held
+    spare = {ours: source for ours, source in every.items() if ours not in wanted}
+    _refuse_half_a_model(spare, config, lenient)
     return Checkpoint(
         folder=folder,
         kind=finding.kind,
         evidence=finding.evidence,
         template=choice,
         config=config,
-        sources=used,
-        missing=tuple(name for name in wanted if name not in used),
-        unused=(*planned.dropped, *leftover),
+        sources={ours: every[ours] for ours in wanted if ours in every},
+        missing=tuple(ours for ours in wanted if ours not in every),
+        spare=spare,
+        unused=(*planned.dropped, *planned.unknown, *(name for source in spare.values() for name in source.names)),
         tokenizer=tokenizer,
-        tower=tower,
     )
 
 
-def _config_json(folder: Path) -> dict[str, Any]:
-    if not any(folder.iterdir()):
-        raise CheckpointError(f"{folder}: is empty; expected config.json, weights and tokenizer files")
-    known = ("config.json", "adapter_config.json", "mm_projector.bin")
-    if not any((folder / name).is_file() for name in known):
-        raise CheckpointError(f"{folder / 'config.json'}: is missing; the folder is not a whole checkpoint")
-    return read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-
-
-def _unsupported(folder: Path, kind: Kind, evidence: list[str], base: str | Path | None) -> LlavaError:
+def _unsupported(folder: Path, kind: Kind, evidence: list[str]) -> CheckpointError:
     why = f"{folder}: {kind} ({evidence[0]})"
     if kind in _NEEDS_BASE:
-        needs = "" if base else "; such a folder needs base="
-        return CheckpointError(f"{why}: this version does not load these yet{needs}")
+        return CheckpointError(f"{why}: needs a base language model; this version does not load such folders yet")
     if kind == "clip":
         return CheckpointError(f"{why}: a vision tower alone; name it with vision_tower= beside a LLaVA")
     return CheckpointError(f"{why}: this version loads merged LLaVA, plain Llama and native folders only")
 
 
-def _foreign_config(
-    facts: Facts,
-    sources: Mapping[str, Source],
-    vision: bool,
-    vision_tower: str | Path | None,
-    image_mode: ImageMode | None,
-    weights: bool,
-) -> tuple[LlavaConfig, Path | None]:
-    where = str(facts.folder / "config.json")
-    found = {name: source.shape for name, source in sources.items()}
-    decoder = settings.decoder_config(facts.settings, found, where)
-    generation = facts.folder / "generation_config.json"
-    config = LlavaConfig(
-        decoder=decoder,
-        start_end=bool(facts.settings.get("mm_use_im_start_end", False)),
-        eos_ids=settings.end_ids(facts.folder, read_json(generation) if generation.is_file() else {}),
-        dtype=_stored_dtype(facts, sources),
+def _unknown(weights: Weights, names: tuple[str, ...]) -> CheckpointError:
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return CheckpointError(
+        f"{weights.entries[names[0]].file}: tensors that no LLaVA of this layout has: {', '.join(names[:3])}{rest}; "
+        "pass force=True (--force) to leave them out"
     )
-    tower = vision_tower or facts.settings.get("mm_vision_tower")
-    if not vision or not facts.settings.get("mm_vision_tower"):
-        if vision and "projector.0.weight" in sources:
-            raise CheckpointError(f"{where}: names no mm_vision_tower though a projector is there; pass vision=False")
-        return config, None
-    folder, clip, processor = _tower(str(tower), found, weights, facts.settings)
-    seen = settings.vision_config(clip, facts.settings, found, str(folder or tower))
-    projector = settings.projector_config(facts.settings, seen, decoder)
-    return replace(
-        config,
-        vision=seen,
-        projector=projector,
-        image=settings.image_config(processor, facts.settings, seen, image_mode or "original"),
-        newline="newline" in sources,
-    ), folder
 
 
-def _native_config(facts: Facts) -> LlavaConfig:
+def _refuse_half_a_model(spare: Mapping[str, Source], config: LlavaConfig, lenient: bool) -> None:
+    """A decoder's tensors are all needed, but for the head of a tied one."""
+    for ours, source in spare.items():
+        if ours.startswith("decoder.") and not lenient and not (config.decoder.tied and ours == "decoder.head.weight"):
+            raise CheckpointError(
+                f"{source.where}: has no place in a decoder of {config.decoder.n_layers} layers: "
+                "config.json and weights are of different models"
+            )
+
+
+def _native_config(facts: Facts, vision: bool, image_mode: ImageMode | None) -> LlavaConfig:
     where = facts.folder / "config.json"
     if (found := facts.settings[FORMAT_KEY]) != NATIVE_FORMAT:
         raise CheckpointError(
             f"{where}: {FORMAT_KEY} is {found!r}, this version reads {NATIVE_FORMAT!r}; upgrade llava"
         )
-    try:
-        return LlavaConfig.from_dict({key: value for key, value in facts.settings.items() if key != FORMAT_KEY})
-    except (ConfigError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{where}: is not a whole native config ({error})") from None
+    config = LlavaConfig.from_dict({key: value for key, value in facts.settings.items() if key != FORMAT_KEY})
+    if not vision:
+        return replace(config, vision=None, projector=None, image=None)
+    if config.image and image_mode and image_mode != config.image.mode:
+        return replace(config, image=settings.in_mode(config.image, image_mode))
+    return config
 
 
-def _stored_dtype(facts: Facts, sources: Mapping[str, Source]) -> Any:
-    norm = sources.get("decoder.norm.weight")
-    seen = str(norm.weights.entries[norm.names[0]].dtype).removeprefix("torch.") if norm else "float16"
-    return settings.stored_dtype({"dtype": seen}, settings.stored_dtype(facts.settings))
+def _foreign_config(
+    facts: Facts,
+    held: Mapping[str, Source],
+    vision: bool,
+    vision_tower: str | Path | None,
+    image_mode: ImageMode | None,
+    fetch_tower: bool,
+) -> tuple[LlavaConfig, Path | None]:
+    """The config, and the folder of the vision tower where there is one."""
+    where = str(facts.folder / "config.json")
+    found: Shapes = {name: source.shape for name, source in held.items()}
+    generation = facts.folder / "generation_config.json"
+    config = LlavaConfig(
+        decoder=settings.decoder_config(facts.settings, found, where),
+        start_end=bool(facts.settings.get("mm_use_im_start_end", False)),
+        eos_ids=settings.end_ids(facts.folder, read_json(generation) if generation.is_file() else {}),
+        dtype=settings.stored_dtype(facts.settings, held["decoder.norm.weight"].dtype if held else torch.float16),
+    )
+    named = facts.settings.get("mm_vision_tower")
+    if not vision or not (named or "projector.0.weight" in held):
+        return config, None
+    if not (vision_tower or named):
+        raise CheckpointError(
+            f"{where}: names no mm_vision_tower; pass vision_tower= (--vision-tower), or vision=False"
+        )
+    tower = find_tower(str(vision_tower or named), found, fetch=fetch_tower)
+    with reading(tower.folder / "config.json" if tower.folder else Path(where)):
+        seen = settings.vision_config(tower.config, facts.settings, str(tower.folder or where))
+    image = settings.image_config(tower.processor, facts.settings, seen)
+    return replace(
+        config,
+        vision=seen,
+        projector=settings.projector_config(facts.settings, seen, config.decoder),
+        image=settings.in_mode(image, image_mode or "original"),
+    ), tower.folder
 
 
-def _tower(
-    name: str, found: Shapes, weights: bool, llava: Mapping[str, Any]
-) -> tuple[Path | None, dict[str, Any], dict[str, Any]]:
-    """Folder, config.json and preprocessor_config.json of the CLIP tower."""
-    held = "vision.cls" in found
-    known = None if weights or held else zoo.CLIP_CONFIGS.get(name)  # for a look, the published sizes will do
-    if known and not Path(name).is_dir():
-        return None, known, {}
-    try:
-        folder = locate(name, weights=weights and not held, what="vision tower")
-        processor = folder / "preprocessor_config.json"
-        return folder, read_json(folder / "config.json"), read_json(processor) if processor.is_file() else {}
-    except CheckpointError as error:
-        if held and (sizes := settings.tower_from_shapes(found)):
-            return None, sizes, {}
-        heads = "; the shards hold the tower, but only its config tells the number of heads" if held else ""
-        raise CheckpointError(f"{error}{heads}: name a CLIP folder with vision_tower= (--vision-tower)") from None
-
-
-def _tower_sources(folder: Path, needed: bool) -> dict[str, Source]:
+def _of_tower(folder: Path, needed: bool) -> dict[str, Source]:
+    """The tensors of a CLIP folder."""
     weights = open_weights(folder)
     if not weights and needed:
         raise CheckpointError(f"{folder}: the vision tower's folder holds no weights; name another with vision_tower=")
-    planned = keymap.plan(weights, keymap.CLIP, str(folder))
+    planned = keymap.plan(weights, keymap.CLIP)
+    if planned.unknown:
+        raise _unknown(weights, planned.unknown)
     return {ours: Source(weights=weights, names=names) for ours, names in planned.sources.items()}
 
 
-def _linear(sources: Mapping[str, Source], config: LlavaConfig) -> ProjectorConfig | None:
-    """For the template's sake, the projector of a checkpoint that is opened without vision."""
-    weights = [source for name, source in sources.items() if name.startswith("projector.") and name.endswith("weight")]
+def _projector_held(held: Mapping[str, Source], config: LlavaConfig) -> ProjectorConfig | None:
+    """The projector as its tensors show it, for a checkpoint that is opened without vision."""
+    weights = [source for name, source in held.items() if name.startswith("projector.") and name.endswith("weight")]
     if not weights:
         return None
     return ProjectorConfig(in_dim=weights[0].shape[1], out_dim=config.decoder.dim, depth=len(weights))
@@ -256,23 +261,10 @@ def build(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, f
 
     Raises CheckpointError: a tensor is missing, has another shape, or holds NaN or Inf (`force`: a warning).
     """
-    if checkpoint.missing:
-        n, first = len(checkpoint.missing), checkpoint.missing[0]
-        names = keymap.disk_names(
-            first, keymap.NATIVE if checkpoint.kind == "native" else (*keymap.LLAVA, *keymap.CLIP)
-        )
-        raise CheckpointError(
-            f"{checkpoint.folder}: {n} tensors are missing, the first is {names[0]}; fetch the checkpoint again"
-        )
+    check_headers(checkpoint)
     model = skeleton(checkpoint.config)
-    expected = shapes(checkpoint.config)
     state = {}
     for name, source in checkpoint.sources.items():
-        if source.shape != expected[name]:
-            raise CheckpointError(
-                f"{source.where}: has shape {list(source.shape)}, the config asks for {list(expected[name])}: "
-                "config.json and weights are of different models"
-            )
         tensor = source.read()
         check_finite(tensor, source.where, force)
         state[name] = tensor.to(device, dtype)
@@ -288,9 +280,8 @@ def check_headers(checkpoint: Checkpoint) -> None:
     """Every tensor is there and has the shape that the config asks for. Raises CheckpointError."""
     if checkpoint.missing:
         n, first = len(checkpoint.missing), checkpoint.missing[0]
-        names = keymap.disk_names(
-            first, keymap.NATIVE if checkpoint.kind == "native" else (*keymap.LLAVA, *keymap.CLIP)
-        )
+        table = keymap.NATIVE if checkpoint.kind == "native" else (*keymap.LLAVA, *keymap.CLIP)
+        names = keymap.disk_names(first, table)
         raise CheckpointError(
             f"{checkpoint.folder}: {n} tensors are missing, the first is {names[0]}; fetch the checkpoint again"
         )
@@ -301,21 +292,6 @@ def check_headers(checkpoint: Checkpoint) -> None:
                 f"{source.where}: has shape {list(source.shape)}, the config asks for {list(expected[name])}: "
                 "config.json and weights are of different models"
             )
-
-
-def check_finite(tensor: Tensor, where: str, force: bool = False) -> None:
-    """Refuses NaN and Inf. The smallest and the largest value show them, in one pass and without a copy."""
-    if not tensor.numel() or not tensor.is_floating_point():
-        return
-    low, high = torch.aminmax(tensor)
-    if low.isfinite() and high.isfinite():
-        return
-    bad = int((~tensor.isfinite()).sum())
-    if not force:
-        raise CheckpointError(
-            f"{where}: {bad} of {tensor.numel()} values are NaN or Inf; fetch it again, or force=True"
-        )
-    log.warning("%s: %d values are NaN or Inf", where, bad)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

@@ -2,6 +2,8 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from llava.checkpoint import llama
 from llava.checkpoint.detect import FORMAT_KEY, NATIVE_FORMAT
-from llava.checkpoint.load import Checkpoint, check_finite, check_headers, open_checkpoint
+from llava.checkpoint.load import Checkpoint, Source, check_headers, open_checkpoint
 from llava.checkpoint.write import Item, Progress, new_folder, silent, write_json, write_shards
 from llava.errors import CheckpointError, ConfigError
 
@@ -34,20 +36,14 @@ class Layout(NamedTuple):
 def items(checkpoint: Checkpoint) -> list[Item]:
     """All tensors under our names, as they are stored."""
 
-    def item(name: str) -> Item:
-        source = checkpoint.sources[name]
-        kinds = [source.weights.entries[part].dtype for part in source.names]
+    def parts(source: Source) -> Iterator[Tensor]:
+        for name in source.names:  # one by one: stacking by rows is writing one behind the other
+            yield source.weights[name]
 
-        def parts() -> Iterator[Tensor]:
-            for part in source.names:
-                tensor = source.weights[part]
-                check_finite(tensor, f"{source.weights.entries[part].file}: {part}")
-                yield tensor
-
-        dtype = kinds[0] if len(set(kinds)) == 1 else torch.float32
-        return Item(name=name, dtype=dtype, shape=source.shape, parts=parts)
-
-    return [item(name) for name in checkpoint.sources]
+    return [
+        Item(name=name, dtype=source.dtype, shape=source.shape, where=source.where, parts=partial(parts, source))
+        for name, source in checkpoint.sources.items()
+    ]
 
 
 def config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -65,19 +61,21 @@ def convert(
     to: str = "native",
     vision: bool = True,
     verify: bool = False,
+    force: bool = False,
     progress: Progress = silent,
     **options: Any,
 ) -> Checkpoint:
     """Writes a checkpoint in another layout into `target` (absent or empty), streaming, and returns the source.
 
     `to`: native, or llama for a plain Llama folder that any Llama loader opens. `verify`: everything is read back and
-    compared bit by bit. `options` as for `open_checkpoint`. Raises LlavaError; a folder that failed is not left behind.
+    compared bit by bit. `force`: go on in spite of unknown tensors, NaN and Inf. `options` as for `open_checkpoint`.
+    Raises LlavaError; a folder that failed is not left behind.
     """
     if to not in LAYOUTS:
         raise ConfigError(f"there is no layout {to!r} to convert to; expected one of {', '.join(LAYOUTS)}")
-    checkpoint = open_checkpoint(source, vision=vision and to != "llama", **options)
+    checkpoint = open_checkpoint(source, vision=vision and to != "llama", lenient=force, **options)
     check_headers(checkpoint)
-    written = LAYOUTS[to].items(checkpoint)
+    written = [replace(item, force=force) for item in LAYOUTS[to].items(checkpoint)]
     with new_folder(Path(target), sum(item.n_bytes for item in written)) as folder:
         write_shards(folder, written, progress)
         write_json(folder / "config.json", LAYOUTS[to].config(checkpoint))

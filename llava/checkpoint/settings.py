@@ -3,8 +3,11 @@
 import ast
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
+
+import torch
 
 from llava.checkpoint import zoo
 from llava.config import DecoderConfig, DType, ImageConfig, ProjectorConfig, RopeScaling, VisionConfig
@@ -16,38 +19,30 @@ ImageMode = Literal["original", "hf"]
 
 def decoder_config(settings: Mapping[str, Any], shapes: Shapes, where: str) -> DecoderConfig:
     """A Llama's sizes; defaults are LlamaConfig's of transformers 4.37.2. Raises ConfigError."""
-    dim = _size(settings, "hidden_size", 4096, where)
-    n_heads = _size(settings, "num_attention_heads", 32, where)
+    dim = settings.get("hidden_size", 4096)
+    n_heads = settings.get("num_attention_heads", 32)
     if settings.get("attention_bias") or settings.get("mlp_bias"):
         raise ConfigError(f"{where}: attention_bias or mlp_bias is on; this decoder has no biases")
-    if (activation := settings.get("hidden_act", "silu")) != "silu":
-        raise ConfigError(f"{where}: hidden_act is {activation!r}; a Llama has silu")
+    _one_of(settings.get("hidden_act", "silu"), ("silu",), f"{where}: hidden_act")
     positions = settings.get("max_position_embeddings") or settings.get("max_sequence_length") or 2048
     rope = settings.get("rope_parameters") or {}  # transformers 5 keeps theta and scaling together
     scaling = _rope_scaling(settings.get("rope_scaling") or rope, positions, where)
     stretched = scaling is not None and scaling.kind in ("linear", "dynamic")
     return DecoderConfig(
         kind="llama",
-        n_layers=_size(settings, "num_hidden_layers", 32, where),
+        n_layers=settings.get("num_hidden_layers", 32),
         dim=dim,
         n_heads=n_heads,
         n_kv_heads=settings.get("num_key_value_heads") or n_heads,
         head_dim=settings.get("head_dim") or dim // n_heads,
-        mlp_dim=_size(settings, "intermediate_size", 11008, where),
+        mlp_dim=settings.get("intermediate_size", 11008),
         vocab_size=shapes["decoder.embed.weight"][0] if "decoder.embed.weight" in shapes else settings["vocab_size"],
         max_seq=int(positions * scaling.factor) if scaling and stretched else positions,
         eps=settings.get("rms_norm_eps", 1e-6),
         rope_theta=settings.get("rope_theta") or rope.get("rope_theta") or 10000.0,
         rope_scaling=scaling,
-        tied=bool(settings.get("tie_word_embeddings", False)),
+        tied=settings.get("tie_word_embeddings", False),
     )
-
-
-def _size(settings: Mapping[str, Any], key: str, default: int, where: str) -> int:
-    value = settings.get(key, default)
-    if not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{where}: {key} is {value!r}; expected a positive whole number")
-    return value
 
 
 def _one_of(value: Any, known: tuple[str, ...], what: str) -> Any:
@@ -69,7 +64,7 @@ def _rope_scaling(values: Mapping[str, Any], positions: int, where: str) -> Rope
     )
 
 
-def vision_config(tower: Mapping[str, Any], settings: Mapping[str, Any], shapes: Shapes, where: str) -> VisionConfig:
+def vision_config(tower: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> VisionConfig:
     """`tower`: CLIP's config.json (or its vision_config); `settings`: the LLaVA's. Raises ConfigError."""
     sizes = tower.get("vision_config") or tower
     feature = settings.get("mm_vision_select_feature", "patch")
@@ -104,7 +99,7 @@ def tower_from_shapes(shapes: Shapes) -> dict[str, Any] | None:
 
 def projector_config(settings: Mapping[str, Any], vision: VisionConfig, decoder: DecoderConfig) -> ProjectorConfig:
     """`linear`, `mlp{N}x_gelu` or `identity`; no key means linear."""
-    kind = settings.get("mm_projector_type") or "linear"
+    kind = str(settings.get("mm_projector_type") or "linear")
     depth = {"linear": 1, "identity": 0}.get(kind)
     if depth is None:
         if not (match := re.fullmatch(r"mlp(\d+)x_gelu", kind)):
@@ -113,9 +108,7 @@ def projector_config(settings: Mapping[str, Any], vision: VisionConfig, decoder:
     return ProjectorConfig(in_dim=settings.get("mm_hidden_size") or vision.dim, out_dim=decoder.dim, depth=depth)
 
 
-def image_config(
-    processor: Mapping[str, Any], settings: Mapping[str, Any], vision: VisionConfig, mode: ImageMode
-) -> ImageConfig:
+def image_config(processor: Mapping[str, Any], settings: Mapping[str, Any], vision: VisionConfig) -> ImageConfig:
     """`processor`: the tower's preprocessor_config.json (may be empty: CLIP's published values)."""
     size = processor.get("crop_size") or processor.get("size") or vision.image_size
     if isinstance(size, Mapping):
@@ -126,10 +119,20 @@ def image_config(
         mean=_triple(processor.get("image_mean"), zoo.CLIP_MEAN),
         std=_triple(processor.get("image_std"), zoo.CLIP_STD),
         aspect=_one_of(aspect, ("square", "pad", "anyres"), "config.json: image_aspect_ratio"),
-        mode=mode,
         pinpoints=_pinpoints(settings.get("image_grid_pinpoints")),
         merge=_one_of(merge, ("flat", "spatial", "spatial_unpad"), "config.json: mm_patch_merge_type"),
     )
+
+
+def in_mode(image: ImageConfig, mode: ImageMode) -> ImageConfig:
+    """The same options with the other code's arithmetic.
+
+    transformers reads the published list of canvases as (h, w) where LLaVA reads (w, h): the sizes are the same, as
+    the list holds each with its mirror image, but ties fall on the other one.
+    """
+    mirrored = tuple((h, w) for w, h in image.pinpoints)
+    same = mode == image.mode or set(mirrored) != set(image.pinpoints)
+    return replace(image, mode=mode, pinpoints=image.pinpoints if same else mirrored)
 
 
 def _triple(value: Any, default: tuple[float, float, float]) -> tuple[float, float, float]:
@@ -145,10 +148,12 @@ def _pinpoints(value: Any) -> tuple[tuple[int, int], ...]:
     return tuple((int(w), int(h)) for w, h in value or ())
 
 
-def stored_dtype(settings: Mapping[str, Any], default: str = "float16") -> DType:
-    """The type that a config states for its weights."""
-    name = str(settings.get("torch_dtype") or settings.get("dtype") or default).removeprefix("torch.")
-    return cast(DType, name if name in get_args(DType) else default)
+def stored_dtype(settings: Mapping[str, Any], seen: torch.dtype) -> DType:
+    """The type of the weights: as they are stored if that is one to compute in, else what the config states."""
+    stated = str(settings.get("torch_dtype") or settings.get("dtype") or "float16")
+    known = get_args(DType)
+    names = (str(name).removeprefix("torch.") for name in (seen, stated, "float16"))
+    return cast(DType, next(name for name in names if name in known))
 
 
 def end_ids(folder: Path, generation: Mapping[str, Any]) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from llava.checkpoint.files import DTYPE_NAMES
+from llava.checkpoint.files import DTYPE_NAMES, check_finite
 from llava.errors import CheckpointError
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -35,6 +35,8 @@ class Item:
     dtype: torch.dtype
     shape: tuple[int, ...]
     parts: Callable[[], Iterator[Tensor]]  # mapped or made when they are written
+    where: str  # file and tensors that it comes from, for messages
+    force: bool = False  # write NaN and Inf too
 
     @property
     def n_bytes(self) -> int:
@@ -42,9 +44,10 @@ class Item:
 
 
 def write_bytes(out: BinaryIO | Any, item: Item, on_bytes: Callable[[int], None]) -> None:
-    """The item's values, row-major and little-endian, in one piece."""
+    """The item's values, row-major and little-endian, in one piece. Raises CheckpointError on NaN and Inf."""
     written = 0
     for part in item.parts():
+        check_finite(part, item.where, item.force)
         data = part.to(item.dtype).contiguous().reshape(-1).view(torch.uint8).numpy()
         out.write(data.data)
         written += data.nbytes
@@ -72,7 +75,7 @@ def write_safetensors(file: Path, items: Sequence[Item], on_bytes: Callable[[int
 
 
 def write_shards(folder: Path, items: Sequence[Item], progress: Progress = silent) -> list[Path]:
-    """model.safetensors, or shards of at most 5 GB with their index. Returns the files, weights first."""
+    """model.safetensors, or shards of at most 5 GB, and their index. Returns the files, weights first."""
     total = sum(item.n_bytes for item in items)
     shards: list[list[Item]] = [[]]
     for item in items:
@@ -90,13 +93,10 @@ def write_shards(folder: Path, items: Sequence[Item], progress: Progress = silen
     names = ["model.safetensors"] if n == 1 else [f"model-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)]
     for name, shard in zip(names, shards, strict=True):
         write_safetensors(folder / name, shard, count)
-    files = [folder / name for name in names]
-    if n > 1:
-        weight_map = {item.name: name for name, shard in zip(names, shards, strict=True) for item in shard}
-        index = folder / "model.safetensors.index.json"
-        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        files.append(index)
-    return files
+    weight_map = {item.name: name for name, shard in zip(names, shards, strict=True) for item in shard}
+    index = folder / "model.safetensors.index.json"
+    write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return [*(folder / name for name in names), index]
 
 
 def write_json(file: Path, values: dict[str, Any]) -> None:
@@ -110,10 +110,11 @@ def new_folder(target: Path, n_bytes: int) -> Iterator[Path]:
 
     `target` must be absent or empty. Raises CheckpointError, also where `n_bytes` do not fit or writing fails.
     """
-    target = target.expanduser()
+    target = target.expanduser().absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target}: is there already and not empty; name another folder or remove it")
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    made = [folder for folder in partial.parents if not folder.exists()]  # the innermost first
     try:
         partial.mkdir(parents=True)
         _check_space(partial, n_bytes, target)
@@ -125,12 +126,17 @@ def new_folder(target: Path, n_bytes: int) -> Iterator[Path]:
         raise _not_written(target, error) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for folder in made if not target.exists() else ():
+            with suppress(OSError):
+                folder.rmdir()
 
 
 @contextmanager
 def new_file(target: Path, n_bytes: int) -> Iterator[Path]:
     """A file's temporary name, which becomes `target` (replacing it) if all goes well. Raises CheckpointError."""
-    target = target.expanduser()
+    target = target.expanduser().absolute()
+    if target.is_dir():
+        raise CheckpointError(f"{target}: is a folder; name a file to write")
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
         _check_space(target.parent, n_bytes, target)
@@ -139,7 +145,8 @@ def new_file(target: Path, n_bytes: int) -> Iterator[Path]:
     except OSError as error:
         raise _not_written(target, error) from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _check_space(folder: Path, n_bytes: int, target: Path) -> None:

@@ -106,6 +106,11 @@ class Engine:
 
     def run(self, answers: Sequence[Answer], options: Sampling) -> Iterator[tuple[Answer, str]]:
         """Writes all answers, side by side; yields each piece of text with the answer it belongs to."""
+        scaling = self.model.config.decoder.rope_scaling
+        if len(answers) > 1 and scaling and scaling.kind == "dynamic":  # frequencies depend on each row's own length
+            for answer in answers:
+                yield from self.run([answer], options)
+            return
         if options.max_new_tokens == 0:
             for answer in answers:
                 answer.finish_reason = "length"

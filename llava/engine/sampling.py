@@ -27,6 +27,14 @@ class Sampling:
     logprobs: int = 0  # 1 or more: log-probabilities of the chosen tokens and of so many likeliest ones
 
     def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "top_k", "seed", "logprobs"):
+            if not isinstance(getattr(self, name), int | None):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected a whole number")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            if not isinstance(getattr(self, name), int | float | None):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected a number")
+        if not all(isinstance(stop, str) for stop in self.stop):
+            raise ConfigError(f"stop is {self.stop!r}; expected strings")
         for name, good, wanted in (
             ("max_new_tokens", self.max_new_tokens >= 0, "0 or more"),
             ("temperature", self.temperature >= 0, "0 or more"),
@@ -35,10 +43,14 @@ class Sampling:
             ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "from 0 to 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
             ("logprobs", self.logprobs >= 0, "0 or more"),
+            ("seed", self.seed is None or 0 <= self.seed < 2**63, "from 0 to 2**63 - 1"),
             ("stop", all(self.stop), "strings that are not empty"),
         ):
             if not good:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {wanted}")
+
+
+_COLDEST = 1e-5  # below this temperature logits overflow, and the likeliest token is the answer all the same
 
 
 def sample(
@@ -47,7 +59,7 @@ def sample(
     """logits [B, V] float32; for each row the ids `seen` so far and its own generator -> ids [B]."""
     if options.repetition_penalty != 1:
         logits = torch.stack([_penalised(row, ids, options) for row, ids in zip(logits, seen, strict=True)])
-    if options.temperature == 0:
+    if options.temperature < _COLDEST:
         return logits.argmax(-1)
     probs = _filtered(logits / options.temperature, options).softmax(-1)
     return torch.cat([torch.multinomial(p, 1, generator=g) for p, g in zip(probs, generators, strict=True)])

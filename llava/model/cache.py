@@ -28,7 +28,6 @@ class KVCache(NoCache):
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.rows = torch.arange(batch, device=device)[:, None]
-        self.slots = slots
         self.window = slots  # attention reads the slots before this one
 
     def write(self, layer: int, pos: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

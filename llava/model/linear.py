@@ -5,6 +5,8 @@ AVX2 cores). Widening the weight a block at a time and multiplying in float32 is
 16-bit kernels do and rounds once at the end. A block is small enough to stay in the last-level cache.
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,9 +25,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _is_slow(x: Tensor) -> bool:
     if x.device.type != "cpu" or x.numel() < _FEW_ROWS * x.shape[-1]:
         return False
-    if x.dtype == torch.bfloat16:
-        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return x.dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return x.dtype in (torch.bfloat16, torch.float16) and not _has_instructions(x.dtype)
+
+
+@cache
+def _has_instructions(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies 16-bit matrices itself, as oneDNN sees it (builds without it: no)."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    mkldnn = torch.ops.mkldnn
+    return bool(mkldnn._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else mkldnn._is_mkldnn_fp16_supported())
 
 
 def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

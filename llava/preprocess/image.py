@@ -34,9 +34,11 @@ def open_picture(source: Picture, *, exif: bool = False) -> Image.Image:
     `exif`: turn the picture as its EXIF orientation says; LLaVA does not. Raises ImageError.
     """
     name = str(source) if isinstance(source, str | Path) else str(getattr(source, "name", "picture"))
-    if isinstance(source, str | Path) and not Path(source).is_file():
-        raise ImageError(f"{name}: no such picture")
+    if not isinstance(source, str | Path | bytes | Image.Image) and not hasattr(source, "read"):
+        raise ImageError(f"{source!r:.60} is no picture: give a path, bytes or a PIL.Image")
     try:
+        if isinstance(source, str | Path) and not Path(source).is_file():
+            raise ImageError(f"{name:.200}: no such picture")
         image = source if isinstance(source, Image.Image) else Image.open(_stream(source))
         if exif:
             image = ImageOps.exif_transpose(image)
@@ -45,7 +47,7 @@ def open_picture(source: Picture, *, exif: bool = False) -> Image.Image:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise ImageError(f"{name}: more than {limit} pixels, refused as a decompression bomb; shrink it") from None
     except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow's readers raise
-        raise ImageError(f"{name}: not a picture that Pillow can read, or a damaged one ({error})") from None
+        raise ImageError(f"{name:.200}: not a picture that Pillow can read, or a damaged one ({error})") from None
 
 
 def _stream(source: str | Path | bytes | BinaryIO) -> str | Path | BinaryIO:
@@ -106,15 +108,11 @@ def _pad_to_square(image: Image.Image, config: ImageConfig) -> Image.Image:
 
 
 def choose_canvas(size: Size, config: ImageConfig) -> Size:
-    """The canvas (w, h) that shows most of the picture, then the one that wastes least; the first wins a tie.
-
-    transformers (mode "hf") reads the same list as (h, w), so ties fall on the other orientation.
-    """
+    """The canvas (w, h) that shows most of the picture, then the one that wastes least; the first wins a tie."""
     w, h = size
     best: tuple[float, float] = (-1, -math.inf)
     chosen: Size = config.pinpoints[0]
-    for pair in config.pinpoints:
-        canvas = pair if config.mode == "original" else (pair[1], pair[0])
+    for canvas in config.pinpoints:
         scale = min(canvas[0] / w, canvas[1] / h)
         shown = min(int(w * scale) * int(h * scale), w * h)
         if (shown, shown - canvas[0] * canvas[1]) > best:

@@ -86,13 +86,13 @@ class Preprocessor:
         for i, message in enumerate(messages):
             where = f"message {i + 1}"
             role, text, own = _parse(message, where)
+            marked = self._marked(text, len(own), role, where)
             if role == "system":
                 if i:
                     raise PromptError(f"{where} is the system's: it can only be the first")
-                _count_marks(where, text, len(own))
-                system = text
+                system = marked
                 continue
-            turns.append(Turn("user" if role == "user" else "assistant", self._marked(text, len(own), role, where)))
+            turns.append(Turn("user" if role == "user" else "assistant", marked))
             pictures += own
         if not turns:
             raise PromptError("there is no message of the user's: give at least one")
@@ -122,6 +122,10 @@ class Preprocessor:
 
     def _assemble(self, spans: list[Span], pictures: list[Views], stop: str | None) -> ModelInput:
         prompt = "".join(span.text for span in spans)
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise PromptError("the prompt holds bytes that are no UTF-8 text") from None
         tokens = list(self._tokens(prompt, spans))
         places = iter([self._n_places(views) for views in pictures])
         ids: list[int] = []
@@ -133,6 +137,12 @@ class Preprocessor:
         limit = self.config.decoder.max_seq
         if not ids:
             raise PromptError("the prompt is empty: give it some text")
+        if (highest := max(ids)) >= self.config.decoder.vocab_size:
+            text = self.tokenizer.decode([highest], skip_special=False)
+            raise PromptError(
+                f"{text!r} in the prompt is token {highest}, but the model stores rows for "
+                f"{self.config.decoder.vocab_size} tokens: leave it out"
+            )
         if len(ids) > limit:
             raise PromptError(f"the prompt has {len(ids)} tokens, the model's context holds {limit}: shorten it")
         return ModelInput(
@@ -194,6 +204,8 @@ def _parse(message: Message, where: str) -> tuple[str, str, list[Picture]]:
                 f'{where}: a part of the content is {part!r:.60}; expected {{"type": "text" | "image", …}}'
             )
         if kind == "text":
+            if not isinstance(part["text"], str):
+                raise PromptError(f"{where}: a part's text is {part['text']!r:.60}; expected a string")
             texts.append(part["text"])
         else:
             pictures.append(part["image"])

@@ -209,7 +209,10 @@ def load_tokenizer(folder: Path, *, legacy_strip: bool = False) -> Tokenizer:
         if not fast.is_file():
             raise CheckpointError(f"{folder}: no tokenizer.model and no tokenizer.json; add the base model's tokenizer")
         return JsonTokenizer(fast, eos=names["eos_token"])
-    added = _added(settings, _read(folder / "added_tokens.json"), set(names.values()), legacy_strip)
+    try:
+        added = _added(settings, _read(folder / "added_tokens.json"), set(names.values()), legacy_strip)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: added tokens are not of the form expected ({error})") from None
     try:
         return _sentencepiece(model.read_bytes(), added, names, settings)
     except (RuntimeError, ValueError, OSError) as error:
@@ -249,7 +252,7 @@ def _special_names(settings: dict[str, Any], special: dict[str, Any]) -> dict[st
 
 def _added(settings: dict[str, Any], plain: dict[str, int], special: set[str], strip: bool) -> dict[str, Added]:
     """Added tokens of added_tokens.json (untyped) and tokenizer_config.json (with flags), by their text."""
-    added = {text: Added(text, id, text in special, strip, strip) for text, id in plain.items()}
+    added = {text: Added(text, int(id), text in special, strip, strip) for text, id in plain.items() if text}
     for id, token in settings.get("added_tokens_decoder", {}).items():
         text = token["content"]
         flags = (True, True) if strip and text in plain else (token.get("lstrip", False), token.get("rstrip", False))
@@ -261,7 +264,9 @@ def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not JSON ({error})") from None
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{file}: can not be read as JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file}: holds no JSON object")
     return values
