@@ -18,6 +18,12 @@ SHARED = Path(os.environ.get("LLAVA_SHARED", PROJECT.parent / "shared"))
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(PROJECT / "build" / "empty-hub-cache")}
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests are of the CPU, on machines with a GPU too; `pytest -m gpu` runs those of the GPU."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with the reference data."""
