@@ -28,9 +28,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works in a clone that is not installed
 
 from llava.checkpoint import keymap
-from llava.checkpoint.load import skeleton
 from llava.config import DecoderConfig, ImageConfig, LlavaConfig, ProjectorConfig, VisionConfig
-from llava.model.llava import Llava
+from llava.model.llava import Llava, skeleton
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS, PEER = "llava", "transformers"

@@ -30,8 +30,8 @@ import typer
 from bench import OURS, PEER, ROOT, Place
 
 from llava.checkpoint import keymap
-from llava.checkpoint.load import shapes
 from llava.checkpoint.write import Item, write_json, write_shards
+from llava.model.llava import shapes
 from tests import tiny
 
 CHUNK = 16 * 2**20  # bytes a read

@@ -12,7 +12,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from llava.checkpoint import load as checkpoints
+from llava.checkpoint.load import build, resolve_device, resolve_dtype
+from llava.checkpoint.open import open_checkpoint
 from llava.config import LlavaConfig
 from llava.engine.engine import Answer, Engine
 from llava.engine.sampling import Sampling
@@ -95,8 +96,8 @@ def load(
         raise ConfigError(f"quantize={quantize!r}: this version has no quantisation yet; leave it out")
     if image_mode not in (None, "original", "hf"):
         raise ConfigError(f"image_mode is {image_mode!r}; expected original or hf")
-    place = checkpoints.resolve_device(device)
-    checkpoint = checkpoints.open_checkpoint(
+    place = resolve_device(device)
+    checkpoint = open_checkpoint(
         path,
         vision_tower=vision_tower,
         vision=vision,
@@ -106,8 +107,8 @@ def load(
         lenient=force,
     )
     preprocessor = Preprocessor(checkpoint.config, checkpoint.tokenizer, template=template, exif=exif)
-    kind = checkpoints.resolve_dtype(dtype, checkpoint, place)
-    return Assistant(checkpoints.build(checkpoint, dtype=kind, device=place, force=force), preprocessor)
+    kind = resolve_dtype(dtype, checkpoint, place)
+    return Assistant(build(checkpoint, dtype=kind, device=place, force=force), preprocessor)
 
 
 class Assistant:

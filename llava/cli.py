@@ -182,7 +182,6 @@ def convert(
     to: Annotated[str, typer.Option("--to", help="native, or llama for a plain Llama folder")] = "native",
     vision: Annotated[bool, typer.Option("--vision/--no-vision", help="with or without tower and projector")] = True,
     verify: Annotated[bool, typer.Option("--verify", help="read back and compare bit by bit")] = False,
-    base: Base = None,
     vision_tower: VisionTower = None,
     revision: Revision = None,
     force: Force = False,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llava.checkpoint import keymap
 from llava.checkpoint.keymap import Rule
-from llava.checkpoint.load import Checkpoint, Source, check_headers, open_checkpoint
+from llava.checkpoint.open import Checkpoint, Source, check_headers, open_checkpoint
 from llava.checkpoint.write import Item, Progress, new_file, silent, write_bytes
 from llava.errors import CheckpointError
 

@@ -9,10 +9,11 @@ import torch
 
 from llava.checkpoint.detect import Facts, Finding, Kind, choose_template, detect
 from llava.checkpoint.files import locate, open_weights, read_json
-from llava.checkpoint.load import SUPPORTED, Checkpoint, look, open_checkpoint, shapes
+from llava.checkpoint.open import SUPPORTED, Checkpoint, look, open_checkpoint
 from llava.checkpoint.settings import Shapes
 from llava.config import LlavaConfig
 from llava.errors import LlavaError
+from llava.model.llava import shapes
 
 _INT4_GROUP = 128  # weights that share a scale
 

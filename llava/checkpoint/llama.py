@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from llava.checkpoint import keymap
-from llava.checkpoint.load import Checkpoint, Source
+from llava.checkpoint.open import Checkpoint, Source
 from llava.checkpoint.write import Item
 
 

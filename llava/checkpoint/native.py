@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llava.checkpoint import llama
 from llava.checkpoint.detect import FORMAT_KEY, NATIVE_FORMAT
-from llava.checkpoint.load import Checkpoint, Source, check_headers, open_checkpoint
+from llava.checkpoint.open import Checkpoint, Source, check_headers, open_checkpoint
 from llava.checkpoint.write import Item, Progress, new_folder, silent, write_json, write_shards
 from llava.errors import CheckpointError, ConfigError
 

@@ -17,6 +17,7 @@ from llava.engine.sampling import Sampling, sample
 from llava.engine.text import TextStream
 from llava.errors import PromptError
 from llava.model.cache import KVCache
+from llava.model.llama import visible
 from llava.model.llava import Llava
 from llava.preprocess.inputs import ModelInput
 from llava.preprocess.tokenizer import Tokenizer
@@ -166,7 +167,7 @@ class Engine:
             cache.window = -(-length // _WINDOW) * _WINDOW if self.compiled else length
             device = cache.k.device
             pos = torch.tensor(places, device=device)
-            mask = None if len(rows) == 1 and not self.compiled else step.visible(pos, cache.window)
+            mask = None if len(rows) == 1 and not self.compiled else visible(pos, cache.window)
             return self._decode(self.model, torch.tensor(ids, device=device), pos, mask, cache, length)
 
     def _sample(self, logits: Tensor, rows: Sequence[Answer], options: Sampling) -> list[int]:

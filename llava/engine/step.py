@@ -15,9 +15,8 @@ def prefill(model: Llava, x: Tensor, lengths: Tensor, cache: KVCache) -> Tensor:
 
     No mask is needed: attention is causal, so that a prompt never looks at the padding behind it.
     """
-    states = model.decoder(x, torch.arange(x.shape[1], device=x.device), cache=cache)
-    last = states[torch.arange(len(x), device=x.device), lengths - 1]
-    return model.decoder.logits(last)
+    pos = torch.arange(x.shape[1], device=x.device)
+    return model.decoder.logits(model.decoder.last(x, pos, lengths - 1, cache))
 
 
 def decode_step(model: Llava, ids: Tensor, pos: Tensor, mask: Tensor | None, cache: KVCache, length: int) -> Tensor:
@@ -28,8 +27,3 @@ def decode_step(model: Llava, ids: Tensor, pos: Tensor, mask: Tensor | None, cac
     x = model.decoder.lookup(ids)[:, None]
     at = pos if mask is None else pos[:, None]
     return model.decoder.logits(model.decoder(x, at, mask=mask, cache=cache, length=length)[:, -1])
-
-
-def visible(pos: Tensor, window: int) -> Tensor:
-    """pos [B] of the new tokens -> mask [B, 1, 1, T]: a token sees the slots up to its own."""
-    return (torch.arange(window, device=pos.device) <= pos[:, None])[:, None, None]

@@ -4,6 +4,7 @@ B batch   S new tokens   T cached tokens   D dim   V vocabulary rows
 """
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,14 @@ class Decoder(nn.Module):
         self.rope = Rope(config)
         if config.tied:
             self.head.weight = self.embed.weight
+
+    def last(self, x: Tensor, pos: Tensor, at: Tensor, cache: NoCache) -> Tensor:
+        """A whole prompt x [B, S, D] at pos [S], of which one place a row is wanted: `at` [B] -> [B, D], normed."""
+        rope = self.rope(pos, x.shape[1], x.dtype)
+        for block in self.blocks[:-1]:
+            x = block(x, pos, rope, None, cache)
+        final = cast(Block, self.blocks[-1])
+        return self.norm(final.last(x, pos, rope, at, cache))[:, 0]
 
     def forward(
         self, x: Tensor, pos: Tensor, *, mask: Tensor | None = None, cache: NoCache | None = None, length: int = 0

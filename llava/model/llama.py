@@ -68,6 +68,11 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
+def visible(pos: Tensor, window: int) -> Tensor:
+    """pos [B] of one token a row -> mask [B, 1, 1, T]: it sees the slots up to its own."""
+    return (torch.arange(window, device=pos.device) <= pos[:, None])[:, None, None]
+
+
 class Attention(nn.Module):
     """Causal attention with a cache that belongs to the caller."""
 
@@ -84,11 +89,26 @@ class Attention(nn.Module):
         self, x: Tensor, pos: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: NoCache
     ) -> Tensor:
         """x [B, S, D] at pos [S] or [B, S]; mask [B or 1, 1, S, T], true = may look, None = causal. -> [B, S, D]"""
+        return self.attend(*self.heads_of(x, pos, rope, cache), mask)
+
+    def last(self, x: Tensor, pos: Tensor, rope: tuple[Tensor, Tensor], at: Tensor, cache: NoCache) -> Tensor:
+        """As `forward` with causal attention, but only at place `at` [B] of each row. -> [B, 1, D]"""
+        q, k, v = self.heads_of(x, pos, rope, cache)
+        q = q[torch.arange(len(q), device=q.device), :, at].unsqueeze(2)  # [B, H, 1, E]
+        return self.attend(q, k, v, visible(at, k.shape[2]))
+
+    def heads_of(
+        self, x: Tensor, pos: Tensor, rope: tuple[Tensor, Tensor], cache: NoCache
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, S, D] -> q [B, H, S, E] of the new tokens; k, v [B, K, T, E] of all."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H + 2K, S, E]
         qk, v = qkv.split(self.rotated, dim=1)
         q, k = rotate(qk, rope).split(self.heads, dim=1)
-        k, v = cache.write(self.layer, pos, k, v)  # [B, K, T, E]
-        causal = mask is None and x.shape[1] > 1
+        return q, *cache.write(self.layer, pos, k, v)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """q [B, H, S, E], k and v [B, K, T, E] -> [B, S, D]"""
+        causal = mask is None and q.shape[2] > 1
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
         return self.out(y.transpose(1, 2).flatten(2))
 
@@ -123,3 +143,12 @@ class Block(nn.Module):
         """x [B, S, D] -> [B, S, D]; the other arguments as for Attention."""
         x = x + self.attn(self.attn_norm(x), pos, rope, mask, cache)
         return x + self.mlp(self.mlp_norm(x))
+
+    def last(self, x: Tensor, pos: Tensor, rope: tuple[Tensor, Tensor], at: Tensor, cache: NoCache) -> Tensor:
+        """As `forward` with causal attention, but only at place `at` [B] of each row. -> [B, 1, D]
+
+        Of a prompt's other places the last block owes nothing but keys and values.
+        """
+        own = x[torch.arange(len(x), device=x.device), at].unsqueeze(1)
+        own = own + self.attn.last(self.attn_norm(x), pos, rope, at, cache)
+        return own + self.mlp(self.mlp_norm(own))

@@ -62,3 +62,19 @@ class Llava(nn.Module):
         if pictures:
             x[ids == IMAGE] = torch.cat(list(pictures)).to(x.dtype)
         return x
+
+
+def skeleton(config: LlavaConfig) -> Llava:
+    """The model without memory for its weights."""
+    with torch.device("meta"):
+        return Llava(config)
+
+
+def shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
+    """Our tensor names and shapes of a model; a tied head counts once."""
+    state = skeleton(config).state_dict()
+    return {
+        name: tuple(tensor.shape)
+        for name, tensor in state.items()
+        if not (config.decoder.tied and name == "decoder.head.weight")
+    }

@@ -1,0 +1,258 @@
+"""From a folder or hub id to a checkpoint that is understood: its config, and where each of our tensors lies."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llava.checkpoint import keymap, settings
+from llava.checkpoint.detect import FORMAT_KEY, NATIVE_FORMAT, Choice, Facts, Kind, choose_template, detect
+from llava.checkpoint.files import Weights, locate, open_weights, read_json, reading
+from llava.checkpoint.settings import ImageMode, Shapes
+from llava.checkpoint.tower import find_tower
+from llava.config import LlavaConfig, ProjectorConfig
+from llava.errors import CheckpointError
+from llava.model.llava import shapes
+from llava.preprocess.tokenizer import Tokenizer, load_tokenizer
+
+SUPPORTED: tuple[Kind, ...] = ("native", "merged", "llama")
+_NEEDS_BASE: tuple[Kind, ...] = ("delta", "lora", "projector")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where one of our tensors comes from: names on disk, stacked by rows, in one set of files."""
+
+    weights: Weights
+    names: tuple[str, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shapes = [self.weights.entries[name].shape for name in self.names]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if len(shapes) > 1 else shapes[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values as stored; float32 in the odd case that stacked parts differ."""
+        kinds = {self.weights.entries[name].dtype for name in self.names}
+        return kinds.pop() if len(kinds) == 1 else torch.float32
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(self.weights.entries[name].n_bytes for name in self.names)
+
+    @property
+    def where(self) -> str:
+        """For messages: file and tensors."""
+        return f"{self.weights.entries[self.names[0]].file}: {', '.join(self.names)}"
+
+    def read(self) -> Tensor:
+        return keymap.read(self.weights, self.names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A folder that is understood: the model's config, and for each of our tensors where it lies."""
+
+    folder: Path
+    kind: Kind
+    evidence: list[str]
+    template: Choice
+    config: LlavaConfig
+    sources: dict[str, Source]
+    missing: tuple[str, ...]  # our names that no file holds
+    spare: dict[str, Source]  # known tensors that this model does not need, under our names
+    unused: tuple[str, ...]  # names on disk that this model does not need, those of `spare` included
+    tokenizer: Tokenizer
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Our names and tensors, one at a time, mapped where nothing has to be stacked."""
+        for name, source in self.sources.items():
+            yield name, source.read()
+
+
+def look(path: str | Path, revision: str | None = None) -> Facts:
+    """Config and headers of a folder or hub id, whatever it is. Raises CheckpointError."""
+    folder = locate(path, revision=revision)
+    if not any(folder.iterdir()):
+        raise CheckpointError(f"{folder}: is empty; expected config.json, weights and tokenizer files")
+    config = folder / "config.json"
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json", "mm_projector.bin")):
+        raise CheckpointError(f"{config}: is missing; the folder is not a whole checkpoint")
+    return Facts(folder, read_json(config) if config.is_file() else {}, open_weights(folder))
+
+
+def open_checkpoint(
+    path: str | Path | Facts,
+    *,
+    vision_tower: str | Path | None = None,
+    vision: bool = True,
+    revision: str | None = None,
+    image_mode: ImageMode | None = None,
+    legacy_strip: bool = False,
+    lenient: bool = False,
+    fetch_tower: bool = True,
+) -> Checkpoint:
+    """Reads config, headers and tokenizer; no weights.
+
+    `lenient`: tensors that no rule knows are left out instead of refused. `fetch_tower`: False for looking only, see
+    `find_tower`. Raises CheckpointError, ConfigError.
+    """
+    facts = path if isinstance(path, Facts) else look(path, revision)
+    folder = facts.folder
+    with reading(folder / "config.json"):
+        finding = detect(facts)
+    if finding.kind not in SUPPORTED:
+        raise _unsupported(folder, finding.kind, finding.evidence)
+    if not facts.weights:
+        raise CheckpointError(f"{folder}: holds no weights; expected model*.safetensors or pytorch_model*.bin")
+    planned = keymap.plan(facts.weights, keymap.NATIVE if finding.kind == "native" else keymap.LLAVA)
+    if planned.unknown and not lenient:
+        raise _unknown(facts.weights, planned.unknown)
+    held = {ours: Source(weights=facts.weights, names=names) for ours, names in planned.sources.items()}
+    tokenizer = load_tokenizer(folder, legacy_strip=legacy_strip)
+    with reading(folder / "config.json"):
+        if finding.kind == "native":
+            config, tower = _native_config(facts, vision, image_mode), None
+        else:
+            config, tower = _foreign_config(facts, held, vision, vision_tower, image_mode, fetch_tower)
+        projector = config.projector or _projector_held(held, config)
+        choice = choose_template(finding.kind, facts.settings, config.decoder, projector, tokenizer)
+    if config.vision and config.start_end and tokenizer.id_of("<im_start>") is None:
+        raise CheckpointError(
+            f"{folder}: mm_use_im_start_end is on, but the tokenizer has no <im_start>; add its files"
+        )
+    config = replace(config, template=choice.template)
+    wanted = shapes(config)
+    every = _of_tower(tower, needed=fetch_tower) | held if tower and "vision.cls" not in held else held
+    spare = {ours: source for ours, source in every.items() if ours not in wanted}
+    _refuse_half_a_model(spare, config, lenient)
+    return Checkpoint(
+        folder=folder,
+        kind=finding.kind,
+        evidence=finding.evidence,
+        template=choice,
+        config=config,
+        sources={ours: every[ours] for ours in wanted if ours in every},
+        missing=tuple(ours for ours in wanted if ours not in every),
+        spare=spare,
+        unused=(*planned.dropped, *planned.unknown, *(name for source in spare.values() for name in source.names)),
+        tokenizer=tokenizer,
+    )
+
+
+def _unsupported(folder: Path, kind: Kind, evidence: list[str]) -> CheckpointError:
+    why = f"{folder}: {kind} ({evidence[0]})"
+    if kind in _NEEDS_BASE:
+        return CheckpointError(f"{why}: needs a base language model; this version does not load such folders yet")
+    if kind == "clip":
+        return CheckpointError(f"{why}: a vision tower alone; name it with vision_tower= beside a LLaVA")
+    return CheckpointError(f"{why}: this version loads merged LLaVA, plain Llama and native folders only")
+
+
+def _unknown(weights: Weights, names: tuple[str, ...]) -> CheckpointError:
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return CheckpointError(
+        f"{weights.entries[names[0]].file}: tensors that no LLaVA of this layout has: {', '.join(names[:3])}{rest}; "
+        "pass force=True (--force) to leave them out"
+    )
+
+
+def _refuse_half_a_model(spare: Mapping[str, Source], config: LlavaConfig, lenient: bool) -> None:
+    """A decoder's tensors are all needed, but for the head of a tied one."""
+    for ours, source in spare.items():
+        if ours.startswith("decoder.") and not lenient and not (config.decoder.tied and ours == "decoder.head.weight"):
+            raise CheckpointError(
+                f"{source.where}: has no place in a decoder of {config.decoder.n_layers} layers: "
+                "config.json and weights are of different models"
+            )
+
+
+def _native_config(facts: Facts, vision: bool, image_mode: ImageMode | None) -> LlavaConfig:
+    where = facts.folder / "config.json"
+    if (found := facts.settings[FORMAT_KEY]) != NATIVE_FORMAT:
+        raise CheckpointError(
+            f"{where}: {FORMAT_KEY} is {found!r}, this version reads {NATIVE_FORMAT!r}; upgrade llava"
+        )
+    config = LlavaConfig.from_dict({key: value for key, value in facts.settings.items() if key != FORMAT_KEY})
+    if not vision:
+        return replace(config, vision=None, projector=None, image=None)
+    if config.image and image_mode and image_mode != config.image.mode:
+        return replace(config, image=settings.in_mode(config.image, image_mode))
+    return config
+
+
+def _foreign_config(
+    facts: Facts,
+    held: Mapping[str, Source],
+    vision: bool,
+    vision_tower: str | Path | None,
+    image_mode: ImageMode | None,
+    fetch_tower: bool,
+) -> tuple[LlavaConfig, Path | None]:
+    """The config, and the folder of the vision tower where there is one."""
+    where = str(facts.folder / "config.json")
+    found: Shapes = {name: source.shape for name, source in held.items()}
+    generation = facts.folder / "generation_config.json"
+    config = LlavaConfig(
+        decoder=settings.decoder_config(facts.settings, found, where),
+        start_end=bool(facts.settings.get("mm_use_im_start_end", False)),
+        eos_ids=settings.end_ids(facts.folder, read_json(generation) if generation.is_file() else {}),
+        dtype=settings.stored_dtype(facts.settings, held["decoder.norm.weight"].dtype if held else torch.float16),
+    )
+    named = facts.settings.get("mm_vision_tower")
+    if not vision or not (named or "projector.0.weight" in held):
+        return config, None
+    if not (vision_tower or named):
+        raise CheckpointError(
+            f"{where}: names no mm_vision_tower; pass vision_tower= (--vision-tower), or vision=False"
+        )
+    tower = find_tower(str(vision_tower or named), found, fetch=fetch_tower)
+    with reading(tower.folder / "config.json" if tower.folder else Path(where)):
+        seen = settings.vision_config(tower.config, facts.settings, str(tower.folder or where))
+    image = settings.image_config(tower.processor, facts.settings, seen)
+    return replace(
+        config,
+        vision=seen,
+        projector=settings.projector_config(facts.settings, seen, config.decoder),
+        image=settings.in_mode(image, image_mode or "original"),
+    ), tower.folder
+
+
+def _of_tower(folder: Path, needed: bool) -> dict[str, Source]:
+    """The tensors of a CLIP folder."""
+    weights = open_weights(folder)
+    if not weights and needed:
+        raise CheckpointError(f"{folder}: the vision tower's folder holds no weights; name another with vision_tower=")
+    planned = keymap.plan(weights, keymap.CLIP)
+    if planned.unknown:
+        raise _unknown(weights, planned.unknown)
+    return {ours: Source(weights=weights, names=names) for ours, names in planned.sources.items()}
+
+
+def _projector_held(held: Mapping[str, Source], config: LlavaConfig) -> ProjectorConfig | None:
+    """The projector as its tensors show it, for a checkpoint that is opened without vision."""
+    weights = [source for name, source in held.items() if name.startswith("projector.") and name.endswith("weight")]
+    if not weights:
+        return None
+    return ProjectorConfig(in_dim=weights[0].shape[1], out_dim=config.decoder.dim, depth=len(weights))
+
+
+def check_headers(checkpoint: Checkpoint) -> None:
+    """Every tensor is there and has the shape that the config asks for. Raises CheckpointError."""
+    if checkpoint.missing:
+        n, first = len(checkpoint.missing), checkpoint.missing[0]
+        table = keymap.NATIVE if checkpoint.kind == "native" else (*keymap.LLAVA, *keymap.CLIP)
+        names = keymap.disk_names(first, table)
+        raise CheckpointError(
+            f"{checkpoint.folder}: {n} tensors are missing, the first is {names[0]}; fetch the checkpoint again"
+        )
+    expected = shapes(checkpoint.config)
+    for name, source in checkpoint.sources.items():
+        if source.shape != expected[name]:
+            raise CheckpointError(
+                f"{source.where}: has shape {list(source.shape)}, the config asks for {list(expected[name])}: "
+                "config.json and weights are of different models"
+            )
