@@ -5,6 +5,7 @@ a real checkpoint the commands are the same. `--svg FILE` also draws what was sh
 """
 
 import io
+import re
 import shlex
 import shutil
 import subprocess
@@ -45,8 +46,12 @@ def run(*command: str) -> str:
 def picture_of(text: str, file: Path) -> None:
     """A terminal with this text in it, as SVG."""
     console = Console(record=True, width=110, file=io.StringIO())
-    console.print(text, markup=False, highlight=False)
-    file.write_text(console.export_svg(title="make demo"), encoding="utf-8")
+    printable = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    console.print(printable, markup=False, highlight=False)
+    svg = re.sub(
+        r"@font-face\s*{[^}]*}", "", console.export_svg(title="make demo")
+    )  # fonts from afar are not asked for
+    file.write_text(svg, encoding="utf-8")
 
 
 def main() -> None:
