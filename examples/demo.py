@@ -50,7 +50,7 @@ def picture_of(text: str, file: Path) -> None:
     console.print(printable, markup=False, highlight=False)
     svg = re.sub(
         r"@font-face\s*{[^}]*}", "", console.export_svg(title="make demo")
-    )  # fonts from afar are not asked for
+    )  # no fonts from afar
     file.write_text(svg, encoding="utf-8")
 
 
