@@ -48,9 +48,7 @@ def picture_of(text: str, file: Path) -> None:
     console = Console(record=True, width=110, file=io.StringIO())
     printable = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
     console.print(printable, markup=False, highlight=False)
-    svg = re.sub(
-        r"@font-face\s*{[^}]*}", "", console.export_svg(title="make demo")
-    )  # no fonts from afar
+    svg = re.sub(r"@font-face\s*{[^}]*}", "", console.export_svg(title="make demo"))  # no fonts from afar
     file.write_text(svg, encoding="utf-8")
 
 
