@@ -19,3 +19,7 @@ class ImageError(LlavaError):
 
 class PromptError(LlavaError):
     """Messages, marks or a prompt's length do not fit the model."""
+
+
+class DataError(LlavaError):
+    """A training sample or its picture is broken, or a data file is not in a known format."""

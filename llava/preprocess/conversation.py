@@ -49,6 +49,7 @@ class Template:
     system: str = ""  # replaced by the caller's own system message
     system_role: str = ""  # stands before the system text, whoever wrote it
     few_shot: tuple[Turn, ...] = ()  # turns that stand before the conversation
+    tagged: bool = False  # training puts a picture between <Image> and </Image>
 
     @property
     def stop(self) -> str:

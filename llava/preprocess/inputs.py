@@ -12,10 +12,11 @@ from torch import Tensor
 
 from llava.config import IGNORE, IMAGE, IMAGE_MARK, LlavaConfig, TileGrid
 from llava.errors import PromptError
-from llava.preprocess.conversation import Span, Template, Turn, render
+from llava.preprocess.conversation import Span, Style, Template, Turn, render
 from llava.preprocess.image import Picture, Size, Views, open_picture, to_views
 from llava.preprocess.templates import TEMPLATES
 from llava.preprocess.tokenizer import Tokenizer
+from llava.preprocess.training import ImagePlace, placed, training_spans
 
 Message = Mapping[str, Any]  # {"role": …, "content": text or a list of {"type": "text" | "image", …}}
 Messages = str | Sequence[Message]  # a raw prompt, or a conversation
@@ -72,6 +73,24 @@ class Preprocessor:
             spans, stop = render(chosen, turns, system), chosen.stop
         return self._assemble(spans, [self._views(picture) for picture in pictures], stop)
 
+    def prepare_training(
+        self, turns: Sequence[Turn], pictures: Sequence[Picture], *, place: ImagePlace = "front", max_length: int
+    ) -> ModelInput:
+        """A sample with its labels: the text and mask of training, cut at `max_length` places, pictures' included.
+
+        Raises PromptError (roles, marks, nothing to learn), ImageError.
+        """
+        template = self._chosen(None)
+        marks = sum((turn.text or "").count(IMAGE_MARK) for turn in turns)
+        if marks != len(pictures):
+            raise PromptError(f"the sample has {marks} {IMAGE_MARK} mark(s) and {len(pictures)} picture(s)")
+        tagged = template.tagged and template.style is not Style.PLAIN
+        spans = training_spans(template, placed(turns, place, start_end=self.config.start_end, tagged=tagged))
+        whole = self._assemble(spans, [self._views(picture) for picture in pictures], None, limit=max_length)
+        if bool((whole.labels == IGNORE).all()):
+            raise PromptError(f"within {max_length} tokens there is nothing to learn: the sample has no answer there")
+        return whole
+
     def _chosen(self, template: str | None) -> Template:
         name = template or self.template
         if name is None:
@@ -120,7 +139,10 @@ class Preprocessor:
             return n + views.grid.n_tokens
         return n * len(views.pixels)
 
-    def _assemble(self, spans: list[Span], pictures: list[Views], stop: str | None) -> ModelInput:
+    def _assemble(
+        self, spans: list[Span], pictures: list[Views], stop: str | None, limit: int | None = None
+    ) -> ModelInput:
+        """`limit`: cut there; None: refuse what is longer than the model's context."""
         prompt = "".join(span.text for span in spans)
         try:
             prompt.encode()
@@ -134,7 +156,6 @@ class Preprocessor:
             n = next(places) if id == IMAGE else 1
             ids += [id] * n
             labels += [id if learn else IGNORE] * n
-        limit = self.config.decoder.max_seq
         if not ids:
             raise PromptError("the prompt is empty: give it some text")
         if (highest := max(ids)) >= self.config.decoder.vocab_size:
@@ -143,13 +164,14 @@ class Preprocessor:
                 f"{text!r} in the prompt is token {highest}, but the model stores rows for "
                 f"{self.config.decoder.vocab_size} tokens: leave it out"
             )
-        if len(ids) > limit:
-            raise PromptError(f"the prompt has {len(ids)} tokens, the model's context holds {limit}: shorten it")
+        context = self.config.decoder.max_seq
+        if limit is None and len(ids) > context:
+            raise PromptError(f"the prompt has {len(ids)} tokens, the model's context holds {context}: shorten it")
         return ModelInput(
             prompt=prompt,
             token_ids=[id for id, _ in tokens],
-            ids=torch.tensor(ids),
-            labels=torch.tensor(labels),
+            ids=torch.tensor(ids[:limit]),
+            labels=torch.tensor(labels[:limit]),
             pixels=torch.cat([views.pixels for views in pictures]) if pictures else None,
             views=[len(views.pixels) for views in pictures],
             grids=[views.grid for views in pictures],

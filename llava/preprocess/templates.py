@@ -1,5 +1,7 @@
 """The sixteen conversation formats of the LLaVA code (conversation.py at c121f04), as data."""
 
+from dataclasses import replace
+
 from llava.preprocess.conversation import Style, Template, Turn
 
 _HUMAN = (
@@ -96,9 +98,9 @@ TEMPLATES: dict[str, Template] = {
     "plain": _PLAIN,
     "v0_plain": _PLAIN,
     "llava_v0": _single(_HUMAN),
-    "v0_mmtag": _single(_MMTAG),
+    "v0_mmtag": replace(_single(_MMTAG), tagged=True),
     "llava_v1": _two(_HUMAN),
-    "v1_mmtag": _two(_MMTAG),
+    "v1_mmtag": replace(_two(_MMTAG), tagged=True),
     "llava_llama_2": _llama_2(_LLAVA_LLAMA_2),
     "mpt": _chatml(_MPT),
 }

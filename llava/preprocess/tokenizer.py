@@ -118,10 +118,11 @@ class SentencePieceTokenizer:
                 yield part, start
 
     def _pieces(self, text: str, place: int) -> Iterator[Token]:
+        begin = place
         place -= self._legacy  # this model puts a dummy space in front
         for id in self._model.encode(text):
             length = 1 if self._model.is_byte(id) else len(self._model.id_to_piece(id).replace(SPACE, " ").encode())
-            yield Token(id, max(place, 0), place + length)
+            yield Token(id, max(place, begin), place + length)
             place += length
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
