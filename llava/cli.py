@@ -182,6 +182,7 @@ def convert(
     to: Annotated[str, typer.Option("--to", help="native, or llama for a plain Llama folder")] = "native",
     vision: Annotated[bool, typer.Option("--vision/--no-vision", help="with or without tower and projector")] = True,
     verify: Annotated[bool, typer.Option("--verify", help="read back and compare bit by bit")] = False,
+    base: Base = None,
     vision_tower: VisionTower = None,
     revision: Revision = None,
     force: Force = False,
@@ -198,6 +199,7 @@ def convert(
             vision=vision,
             verify=verify,
             progress=progress,
+            base=base,
             vision_tower=vision_tower,
             revision=revision,
             force=force,
@@ -240,6 +242,47 @@ def features(
     with progress_bar("features", unit="rows") as progress:
         job.extract(vlm, rows, numbers, out, template=template, progress=progress)
     print(f"{out}: {len(rows)} rows, layers {layers}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="a shipped recipe's name, or a .toml file")
+    ] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a key; may be given again")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="say what it would take, and do not start")] = False,
+    plot: Annotated[
+        list[Path] | None, typer.Option("--plot", metavar="RUN", help="draw the curves of a run's folder instead")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="picture that --plot writes, not RUN/curves.png")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="name the shipped recipes")] = False,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Train as a recipe says; the same command goes on where it stopped. Under torchrun: on many GPUs."""
+    from llava.train import recipe as recipes
+
+    if plot:
+        from llava.train.plot import plot as draw
+
+        print(draw(plot, out))
+    elif listed:
+        print("\n".join(recipes.names()))
+    elif recipe is None:
+        raise ConfigError("no recipe is named; llava train --list names those that are shipped")
+    elif plan:
+        from llava.train.plan import make_plan
+
+        found = make_plan(recipes.read_recipe(recipe, changes or ()), n_ranks=int(os.environ.get("WORLD_SIZE", "1")))
+        print(json.dumps(asdict(found)) if as_json else found.text())
+    else:
+        from llava.train.loop import train as job
+
+        model = job(recipes.read_recipe(recipe, changes or ()), device=device, as_json=as_json)
+        if os.environ.get("RANK", "0") == "0" and not as_json:
+            print(f"{model}: the trained model")
 
 
 _LOADING = (

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from llava.config import DecoderConfig, RopeScaling
 from llava.model.cache import NoCache
 from llava.model.linear import Linear
+from llava.model.segments import Segments
+
+Mask = Tensor | Segments | None  # [B or 1, 1, S, T], true = may look; samples packed in a row; causal
 
 
 class RMSNorm(nn.Module):
@@ -33,10 +36,14 @@ class Rope(nn.Module):
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
+        assert config.rope_theta is not None
         self.head_dim, self.theta, self.scaling = config.head_dim, config.rope_theta, config.rope_scaling
 
-    def forward(self, pos: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """pos [..., S] in a sequence of `length` tokens -> cos, sin [..., 1, S, E/2]; angles are float32."""
+    def forward(self, pos: Tensor, length: int, dtype: torch.dtype, mask: object = None) -> tuple[Tensor, Tensor]:
+        """pos [..., S] in a sequence of `length` tokens -> cos, sin [..., 1, S, E/2]; angles are float32.
+
+        `mask` is for positions that are a bias, as MPT's.
+        """
         angles = pos[..., None].float() * self.frequencies(length, pos.device)
         return angles.cos().to(dtype).unsqueeze(-3), angles.sin().to(dtype).unsqueeze(-3)
 
@@ -85,10 +92,8 @@ class Attention(nn.Module):
         self.qkv = Linear(config.dim, (config.n_heads + 2 * config.n_kv_heads) * config.head_dim, bias=False)
         self.out = Linear(config.n_heads * config.head_dim, config.dim, bias=False)
 
-    def forward(
-        self, x: Tensor, pos: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: NoCache
-    ) -> Tensor:
-        """x [B, S, D] at pos [S] or [B, S]; mask [B or 1, 1, S, T], true = may look, None = causal. -> [B, S, D]"""
+    def forward(self, x: Tensor, pos: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache: NoCache) -> Tensor:
+        """x [B, S, D] at pos [S] or [B, S]; mask as `Mask` says. -> [B, S, D]"""
         return self.attend(*self.heads_of(x, pos, rope, cache), mask)
 
     def last(self, x: Tensor, pos: Tensor, rope: tuple[Tensor, Tensor], at: Tensor, cache: NoCache) -> Tensor:
@@ -106,8 +111,10 @@ class Attention(nn.Module):
         q, k = rotate(qk, rope).split(self.heads, dim=1)
         return q, *cache.write(self.layer, pos, k, v)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """q [B, H, S, E], k and v [B, K, T, E] -> [B, S, D]"""
+        if isinstance(mask, Segments):
+            return self.out(mask.attend(q, k, v).transpose(1, 2).flatten(2))
         causal = mask is None and q.shape[2] > 1
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
         return self.out(y.transpose(1, 2).flatten(2))
@@ -137,9 +144,7 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.dim, config.eps)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, pos: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: NoCache
-    ) -> Tensor:
+    def forward(self, x: Tensor, pos: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache: NoCache) -> Tensor:
         """x [B, S, D] -> [B, S, D]; the other arguments as for Attention."""
         x = x + self.attn(self.attn_norm(x), pos, rope, mask, cache)
         return x + self.mlp(self.mlp_norm(x))

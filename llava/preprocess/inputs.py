@@ -132,12 +132,14 @@ class Preprocessor:
             raise PromptError("this model has no vision part (or was loaded with vision=False): it takes no pictures")
         return to_views(open_picture(picture, exif=self.exif), self.config.image, self.config.vision.grid)
 
-    def _n_places(self, views: Views) -> int:
+    def n_places(self, input: ModelInput) -> int:
+        """Places that the pictures of an input take, were it not cut off."""
+        return sum(self._n_places(n, grid) for n, grid in zip(input.views, input.grids, strict=True))
+
+    def _n_places(self, n_views: int, grid: TileGrid | None) -> int:
         assert self.config.vision
         n = self.config.vision.n_features
-        if views.grid:
-            return n + views.grid.n_tokens
-        return n * len(views.pixels)
+        return n + grid.n_tokens if grid else n * n_views
 
     def _assemble(
         self, spans: list[Span], pictures: list[Views], stop: str | None, limit: int | None = None
@@ -149,7 +151,7 @@ class Preprocessor:
         except UnicodeEncodeError:
             raise PromptError("the prompt holds bytes that are no UTF-8 text") from None
         tokens = list(self._tokens(prompt, spans))
-        places = iter([self._n_places(views) for views in pictures])
+        places = iter([self._n_places(len(views.pixels), views.grid) for views in pictures])
         ids: list[int] = []
         labels: list[int] = []
         for id, learn in tokens:

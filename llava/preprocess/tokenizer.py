@@ -197,6 +197,11 @@ class JsonTokenizer:
         return text
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a checkpoint folder brings a tokenizer."""
+    return any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
+
+
 def load_tokenizer(folder: Path, *, legacy_strip: bool = False) -> Tokenizer:
     """The tokenizer of a checkpoint folder.
 

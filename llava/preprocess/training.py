@@ -1,5 +1,4 @@
-"""From a training sample's turns to spans with their label mask, as the LLaVA code trains (train.py at c121f04, and v1.0.2
-for MPT; the v0 text as in the first release)."""
+"""From a training sample to spans with their label mask, as the LLaVA code trains (train.py at c121f04; MPT: v1.0.2)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

@@ -1,0 +1,1 @@
+"""A Linear becomes a smaller thing with the same call."""

@@ -1,0 +1,78 @@
+"""4-bit NormalFloat weights, arXiv:2305.14314: the frozen matrices under LoRA adapters.
+
+O rows out   I values in   blocks of 64 values share a scale
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BLOCK = 64  # values that share a scale
+LEVELS = (  # quantiles of a normal distribution, scaled to [-1, 1], with an exact 0; from the paper's appendix E
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
+
+def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight [O, I] -> uint8 [O I / 2], two values a byte, and scales float32 [O I / 64]. I is a multiple of 64."""
+    blocks = weight.float().reshape(-1, BLOCK)
+    scales = blocks.abs().amax(1)
+    levels = torch.tensor(LEVELS, device=weight.device)
+    between = (levels[1:] + levels[:-1]) / 2
+    codes = torch.bucketize(blocks / scales.clamp(min=1e-12)[:, None], between).to(torch.uint8).flatten()
+    return codes[::2] << 4 | codes[1::2], scales
+
+
+def unpack(codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The inverse of `pack`, rounded: [O, I]"""
+    levels = torch.tensor(LEVELS, device=codes.device)
+    values = levels[torch.stack([codes >> 4, codes & 15], dim=1).flatten().int()]
+    return (values.view(-1, BLOCK) * scales[:, None]).to(dtype).view(shape)
+
+
+class _Product(torch.autograd.Function):
+    """x W^T; the wide weight is made again for the backward pass instead of kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, shape: tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(codes, scales)
+        ctx.shape = shape
+        return F.linear(x, unpack(codes, scales, shape, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        codes, scales = ctx.saved_tensors
+        (grad,) = grads
+        return grad @ unpack(codes, scales, ctx.shape, grad.dtype), None, None, None
+
+
+class NF4Linear(nn.Module):
+    """A frozen Linear without bias, 4.5 bits a weight."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        n = in_features * out_features
+        self.register_buffer("codes", torch.empty(n // 2, dtype=torch.uint8))
+        self.register_buffer("scales", torch.empty(n // BLOCK, dtype=torch.float32))
+
+    def hold(self, weight: Tensor) -> None:
+        """Takes the values of weight [O, I] over, rounded to 4 bits."""
+        self.codes, self.scales = pack(weight)
+
+    def wide(self, dtype: torch.dtype) -> Tensor:
+        """The weight [O, I] as it counts."""
+        return unpack(self.codes, self.scales, (self.out_features, self.in_features), dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., I] -> [..., O]"""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        shape = (self.out_features, self.in_features)
+        product: Tensor = _Product.apply(x, self.codes, self.scales, shape)  # type: ignore[no-untyped-call]
+        return product

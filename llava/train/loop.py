@@ -1,0 +1,269 @@
+"""The training loop: the same for a laptop's CPU and for many GPUs, for a projector and for a whole model."""
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.optim import AdamW
+from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.data import DataLoader
+
+from llava.checkpoint.open import Checkpoint
+from llava.checkpoint.write import new_file
+from llava.errors import ConfigError, DataError, LlavaError
+from llava.preprocess.inputs import Preprocessor
+from llava.train import optim
+from llava.train.batch import Batch, Batches, Order
+from llava.train.export import export
+from llava.train.flops import flops_of, peak_flops
+from llava.train.log import open_logs
+from llava.train.loss import Trainee
+from llava.train.progress import TrainProgress
+from llava.train.ranks import Ranks, ranks
+from llava.train.recipe import Recipe, changed, to_dict, to_json
+from llava.train.resume import Saver
+from llava.train.samples import Samples
+from llava.train.start import DTYPES, fill, row_ids, start, trainable
+
+log = logging.getLogger(__name__)
+
+MODEL = "model"  # the folder in a run's folder that the trained model is written to
+_MAY_CHANGE = frozenset({"workers", "logs", "compile", "checkpointing", "save_every", "keep", "max_skipped", "about"})
+_FIRST_SKIPS = 100  # samples to see before a share of broken ones means anything
+
+
+@dataclass
+class Count:
+    """What has been seen so far, over all ranks."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    elapsed_s: float = 0.0
+
+
+@dataclass
+class Run:
+    """A run that is ready to go."""
+
+    recipe: Recipe
+    out: Path
+    ranks: Ranks
+    trainee: Trainee
+    optimizer: AdamW
+    order: Order
+    batches: Batches
+    saver: Saver
+    count: Count = field(default_factory=Count)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+def train(recipe: Recipe, *, device: str = "auto", as_json: bool = False) -> Path:
+    """Trains as the recipe says, or goes on where the same command stopped; returns the folder of the trained model.
+
+    Under torchrun every process calls this. Raises LlavaError.
+    """
+    out = Path(recipe.out)
+    with ranks(device) as found:
+        if (out / MODEL).is_dir():
+            log.warning("%s: this run is finished already; its model is in %s", out, out / MODEL)
+            return out / MODEL
+        _claim(out, recipe, found)
+        checkpoint = start(recipe, out / "tokenizer")
+        run = _ready(recipe, checkpoint, out, found)
+        _steps(run, as_json)
+        export(out / MODEL, run.trainee.model, checkpoint, recipe, first=found.first)
+        found.wait()
+    return out / MODEL
+
+
+def _claim(out: Path, recipe: Recipe, ranks: Ranks) -> None:
+    """The folder belongs to this recipe: what decides the result may not change under way."""
+    file = out / "recipe.json"
+    if file.is_file():
+        if keys := changed(file, recipe) - _MAY_CHANGE:
+            raise ConfigError(
+                f"{out}: holds a run with another {', '.join(sorted(keys))}; "
+                "set out=… to a new folder, or remove this one"
+            )
+    elif ranks.first:
+        out.mkdir(parents=True, exist_ok=True)
+        with new_file(file, 0) as partial:
+            partial.write_text(to_json(recipe) + "\n", encoding="utf-8")
+    ranks.wait()
+
+
+def _ready(recipe: Recipe, checkpoint: Checkpoint, out: Path, ranks: Ranks) -> Run:
+    model = trainable(checkpoint, recipe)
+    rows = row_ids(checkpoint, recipe)
+    trainee = Trainee(model, rows=rows, tower_learns="vision" in recipe.train)
+    trainee.rows = trainee.rows.to(ranks.device)
+    if ranks.n > 1:
+        _shard(trainee, recipe, ranks)
+    fill(model, checkpoint, recipe, ranks.device)
+    trainee.train()
+    _recompute_and_compile(trainee, recipe)
+    samples = Samples([Path(file) for file in recipe.data], Path(recipe.images) if recipe.images else None)
+    order = Order(recipe, samples.lengths)
+    preprocessor = Preprocessor(checkpoint.config, checkpoint.tokenizer, template=recipe.template)
+    batches = Batches(samples, preprocessor, recipe, order, rank=ranks.rank, ranks=ranks.n)
+    saver = Saver(out / "checkpoints", recipe.keep, ranks)
+    run = Run(recipe, out, ranks, trainee, optim.optimizer(trainee, recipe), order, batches, saver)
+    if newest := saver.newest():
+        run.count = Count(**saver.load(newest, trainee, run.optimizer))
+    return run
+
+
+def _shard(trainee: Trainee, recipe: Recipe, ranks: Ranks) -> None:
+    """FSDP2: every block's weights lie spread over the ranks and are gathered when it runs."""
+    compute = DTYPES[recipe.compute]
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    mesh = init_device_mesh(ranks.device.type, (ranks.n,))
+    model = trainee.model
+    blocks = [*model.decoder.blocks, *(model.vision.blocks if model.vision else ())]
+    for module in (*blocks, trainee):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def _recompute_and_compile(trainee: Trainee, recipe: Recipe) -> None:
+    model = trainee.model
+    tower = list(model.vision.blocks) if model.vision else []
+    if recipe.checkpointing:
+        for block in [*model.decoder.blocks, *(tower if trainee.tower_learns else ())]:
+            block.forward = partial(recompute, block.forward, use_reentrant=False)
+    if recipe.compile:
+        for block in [*model.decoder.blocks, *tower]:
+            block.compile()
+
+
+def _steps(run: Run, as_json: bool) -> None:
+    recipe, count, order = run.recipe, run.count, run.order
+    first = run.ranks.first
+    logs = open_logs(run.out, recipe.logs, to_dict(recipe), count.step) if first else []
+    flops = flops_of(run.trainee.model, recipe)
+    peak = peak_flops(run.ranks.device) * run.ranks.n
+    loader = _loader(run)
+    began = time.perf_counter() - count.elapsed_s
+    try:
+        with TrainProgress(order.n_steps if first else 0, count.step, as_json=as_json and first) as shown:
+            while count.step < order.n_steps:
+                started = time.perf_counter()
+                row = _step(run, [next(loader) for _ in range(run.batches.per_step)])
+                seconds = time.perf_counter() - started
+                count.elapsed_s = time.perf_counter() - began
+                row |= {"tokens_per_s": row.pop("new_tokens") / seconds, "elapsed_s": count.elapsed_s}
+                if peak:
+                    row["mfu"] = row["tokens_per_s"] * flops / peak
+                for one in logs:
+                    one.write(row)
+                if first:
+                    shown.update(row)
+                _save(run)
+    finally:
+        for one in logs:
+            one.close()
+    run.saver.finish()
+
+
+def _loader(run: Run) -> Iterator[Batch]:
+    workers = run.recipe.workers
+    return iter(
+        DataLoader(
+            run.batches,
+            batch_size=None,
+            sampler=run.batches.places(run.count.step),
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            pin_memory=run.ranks.device.type == "cuda",
+        )
+    )
+
+
+def _step(run: Run, batches: list[Batch]) -> dict[str, float]:
+    """One optimiser step on this rank's micro-batches. The loss is the mean over all tokens that all ranks learn."""
+    recipe, count, ranks = run.recipe, run.count, run.ranks
+    learnt, samples, tokens, skipped = ranks.sum(
+        [sum(len(batch.at) for batch in batches)]
+        + [sum(getattr(batch, name) for batch in batches) for name in ("n_samples", "n_tokens")]
+        + [sum(len(batch.skipped) for batch in batches)]
+    )
+    _tell_skipped(run, batches, int(samples), int(skipped))
+    loss = torch.zeros((), device=ranks.device)
+    for turn, batch in enumerate(batches):
+        torch.manual_seed(_seed(recipe.seed, count.step, turn * ranks.n + ranks.rank))
+        if isinstance(run.trainee, FSDPModule):
+            run.trainee.set_requires_gradient_sync(turn == len(batches) - 1)
+        loss += _backward(run, batch)
+    optim.scale_gradients(run.parameters, ranks.n / max(learnt, 1))  # FSDP has taken the mean over ranks
+    norm = optim.clip(run.parameters, recipe.clip)
+    share = optim.factor(count.step, run.order.n_steps, recipe)
+    optim.set_rates(run.optimizer, share)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    (total,) = ranks.sum([loss.item()])
+    if not math.isfinite(total):
+        raise LlavaError(
+            f"step {count.step + 1}: the loss is {total}; lower the rate, or look at its samples (batch of this step)"
+        )
+    count.step, count.samples = count.step + 1, count.samples + int(samples)
+    count.tokens, count.skipped = count.tokens + int(tokens), count.skipped + int(skipped)
+    return {
+        "step": count.step,
+        "epoch": count.step / run.order.steps_per_epoch,
+        "loss": total / max(learnt, 1),
+        "rate": recipe.rate * share,
+        "grad_norm": norm.item(),
+        "learnt": int(learnt),
+        "tokens": count.tokens,
+        "samples": count.samples,
+        "skipped": count.skipped,
+        "memory_bytes": torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else 0,
+        "new_tokens": tokens,
+    }
+
+
+def _backward(run: Run, batch: Batch) -> Tensor:
+    device = run.ranks.device
+    mixed = run.recipe.compute == "bfloat16" and not isinstance(run.trainee, FSDPModule)
+    with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+        loss: Tensor = run.trainee(batch.on(device))
+    loss.backward()
+    return loss.detach()
+
+
+def _seed(seed: int, step: int, number: int) -> int:
+    """Of the random numbers of one micro-batch: the same wherever it runs."""
+    return (seed * 1_000_003 + step) * 1_009 + number
+
+
+def _tell_skipped(run: Run, batches: list[Batch], samples: int, skipped: int) -> None:
+    """Names what is left out. Raises DataError once that is too much."""
+    for batch in batches:
+        for why in batch.skipped:
+            log.warning("left out: %s", why)
+    seen = run.count.samples + run.count.skipped + samples + skipped
+    lost = run.count.skipped + skipped
+    if skipped and lost > run.recipe.max_skipped * max(seen, min(_FIRST_SKIPS, len(run.batches.samples))):
+        raise DataError(
+            f"{lost} of {seen} samples are broken, more than {run.recipe.max_skipped:.0%}; "
+            "see what is wrong with: llava data check FILE"
+        )
+
+
+def _save(run: Run) -> None:
+    run.saver.poll()
+    every, step = run.recipe.save_every, run.count.step
+    if step == run.order.n_steps or (every and step % every == 0):
+        run.saver.save(step, run.trainee, run.optimizer, vars(run.count))

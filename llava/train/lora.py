@@ -1,0 +1,99 @@
+"""Low-rank adapters, arXiv:2106.09685, beside the decoder's matrices.
+
+Our query, key and value matrices are one; each of the three has an adapter of its own, as in PEFT's files.
+
+r rank   I values in   O values out of a part
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llava.config import DecoderConfig
+from llava.errors import ConfigError
+from llava.model.decoder import Decoder
+from llava.model.linear import Linear
+from llava.quantize.nf4 import BLOCK, NF4Linear
+
+Pairs = Mapping[str, tuple[Tensor, Tensor]]  # part -> A [r, I], B [O, r]; a matrix that is one part has the part ""
+
+
+class Adapter(nn.Module):
+    """B A of one part."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int):
+        super().__init__()
+        self.a = nn.Parameter(torch.empty(rank, in_features))
+        self.b = nn.Parameter(torch.empty(out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., I] -> [..., O]"""
+        return F.linear(F.linear(x, self.a), self.b)
+
+
+class LoraLinear(nn.Module):
+    """A frozen matrix and adapters for its parts."""
+
+    def __init__(
+        self, base: nn.Module, in_features: int, parts: Mapping[str, int], rank: int, scale: float, drop: float
+    ):
+        """parts: rows of each, in the order in which they are stacked."""
+        super().__init__()
+        self.base, self.scale, self.drop = base, scale, drop
+        self.adapters = nn.ModuleDict({name or "all": Adapter(in_features, n, rank) for name, n in parts.items()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., I] -> [..., O]"""
+        added = [adapter(F.dropout(x, self.drop, self.training)) for adapter in self.adapters.values()]
+        return self.base(x) + self.scale * (torch.cat(added, dim=-1) if len(added) > 1 else added[0])
+
+
+def add_lora(
+    decoder: Decoder, config: DecoderConfig, *, rank: int, alpha: float, dropout: float, nf4: bool = False
+) -> None:
+    """Every matrix of every block gets adapters, and with `nf4` becomes one of 4 bits. The head gets none.
+
+    Raises ConfigError where a matrix does not fit 4-bit blocks.
+    """
+    for name, module in list(decoder.blocks.named_modules()):
+        if not isinstance(module, Linear):
+            continue
+        parent, _, leaf = name.rpartition(".")
+        base = _four_bit(module) if nf4 else module
+        parts = _qkv_rows(config) if leaf == "qkv" else {"": module.out_features}
+        wrapped = LoraLinear(base, module.in_features, parts, rank, alpha / rank, dropout)
+        setattr(decoder.blocks.get_submodule(parent), leaf, wrapped)
+
+
+def _four_bit(module: Linear) -> NF4Linear:
+    if module.in_features % BLOCK:
+        raise ConfigError(f"quantize_base: a matrix of width {module.in_features} does not fill blocks of {BLOCK}")
+    return NF4Linear(module.in_features, module.out_features)
+
+
+def _qkv_rows(config: DecoderConfig) -> dict[str, int]:
+    kv = config.n_kv_heads * config.head_dim
+    return {"q": config.n_heads * config.head_dim, "k": kv, "v": kv}
+
+
+def lora_layers(decoder: Decoder) -> Iterator[tuple[str, LoraLinear]]:
+    """Our names of the adapted matrices, such as decoder.blocks.3.attn.qkv."""
+    for name, module in decoder.named_modules():
+        if isinstance(module, LoraLinear):
+            yield f"decoder.{name}", module
+
+
+def pairs(decoder: Decoder, tensors: Mapping[str, Tensor]) -> dict[str, Pairs]:
+    """The adapters among tensors that are named as the model's parameters, by matrix and part."""
+    found: dict[str, Pairs] = {}
+    for name, layer in lora_layers(decoder):
+        found[name] = {
+            "" if part == "all" else part: (
+                tensors[f"{name}.adapters.{part}.a"],
+                tensors[f"{name}.adapters.{part}.b"],
+            )
+            for part in layer.adapters
+        }
+    return found
