@@ -285,6 +285,41 @@ def train(
             print(f"{model}: the trained model")
 
 
+data = typer.Typer(help="Training data.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+
+@data.command("check")
+def data_check(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="LLaVA's .json or .jsonl, a .tar, or a folder of tars")],
+    images: Annotated[Path | None, typer.Option("--images", help="folder, .zip, .tar or folder of tars")] = None,
+    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="folder whose tokenizer counts")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="counts as this model would")] = None,
+    template: Template = None,
+    max_length: Annotated[int, typer.Option("--max-length", min=2, help="most tokens of a sample")] = 2048,
+    image_tokens: Annotated[int | None, typer.Option("--image-tokens", min=1, help="of a picture; else the model's, or 576")] = None,
+    fix: Annotated[Path | None, typer.Option("--fix", metavar="OUT", help="write a copy without the problems")] = None,
+    workers: Annotated[int | None, typer.Option("--workers", min=0, help="processes; else one a CPU")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look at every sample and picture. Exit code 1: there are problems, and no cleaned copy was written."""
+    from llava.train import check as job
+    from llava.train.measure import open_measure
+    from llava.train.report import shown
+
+    measure = open_measure(tokenizer, model, template=template, limit=max_length, picture_tokens=image_tokens)
+    with progress_bar("check", unit="samples") as progress:
+        found = job.check(file, images, measure=measure, fix=fix, workers=workers, progress=progress)
+    if as_json:
+        print(json.dumps(found.to_dict(), ensure_ascii=False))
+    else:
+        from rich.console import Console
+
+        Console(width=None if sys.stdout.isatty() else 140).print(shown(found))
+    if not found.clean and not found.fixed:
+        raise SystemExit(1)
+
+
 _LOADING = (
     *("base", "vision_tower", "vision", "dtype", "device", "quantize", "template", "revision"),
     *("force", "image_mode", "exif", "legacy_strip"),
@@ -323,13 +358,17 @@ def progress_bar(what: str, unit: str = "bytes") -> Iterator[Callable[[int, int]
         yield lambda done, total: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.progress import TransferSpeedColumn as Speed
 
-    rate = (DownloadColumn(), Speed()) if unit == "bytes" else (MofNCompleteColumn(),)
+    per_s = TextColumn("{task.fields[rate]:,.0f} " + f"{unit}/s")
+    rate = (DownloadColumn(), Speed()) if unit == "bytes" else (MofNCompleteColumn(), per_s)
+    started = time.perf_counter()
     with Progress("{task.description}", BarColumn(), *rate, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task = bar.add_task(what, total=None, rate=0)
+        yield lambda done, total: bar.update(
+            task, completed=done, total=total, rate=done / (time.perf_counter() - started)
+        )
 
 
 def _show(found: "Description", values: "Scan | None") -> None:

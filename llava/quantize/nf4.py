@@ -19,7 +19,7 @@ LEVELS = (  # quantiles of a normal distribution, scaled to [-1, 1], with an exa
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [O, I] -> uint8 [O I / 2], two values a byte, and scales float32 [O I / 64]. I is a multiple of 64."""
+    """weight [O, I] -> uint8 [O I / 2], two values a byte, and scales float32 [O I / 64]. O I is a multiple of 64."""
     blocks = weight.float().reshape(-1, BLOCK)
     scales = blocks.abs().amax(1)
     levels = torch.tensor(LEVELS, device=weight.device)

@@ -68,8 +68,8 @@ def add_lora(
 
 
 def _four_bit(module: Linear) -> NF4Linear:
-    if module.in_features % BLOCK:
-        raise ConfigError(f"quantize_base: a matrix of width {module.in_features} does not fill blocks of {BLOCK}")
+    if (n := module.weight.numel()) % BLOCK:
+        raise ConfigError(f"quantize_base: a matrix of {n} values does not fill blocks of {BLOCK}")
     return NF4Linear(module.in_features, module.out_features)
 
 

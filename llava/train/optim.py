@@ -34,7 +34,7 @@ def rate_of(name: str, recipe: Recipe) -> float:
 
 
 def factor(step: int, n_steps: int, recipe: Recipe) -> float:
-    """Share of the peak rate at a step, from 0 on: a line up from 0, then half a cosine to 0, as transformers has it."""
+    """Share of the peak rate at a step, from 0 on: a line up, then half a cosine down to 0, as transformers has it."""
     warm = math.ceil(recipe.warmup * n_steps)
     if step < warm:
         return step / max(1, warm)

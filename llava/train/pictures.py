@@ -180,7 +180,7 @@ def _of_zip(file: Path) -> Iterator[_Member]:
 def _of_tar(file: Path) -> Iterator[_Member]:
     with tarfile.open(file, "r:") as archive:
         while (info := archive.next()) is not None:
-            archive.members.clear()  # else it keeps an object for each
+            vars(archive)["members"].clear()  # else it keeps an object for each
             if info.isreg() and not info.issparse():
                 yield _Member(_plain(info.name), info.offset_data, info.size, PLAIN)
 

@@ -19,7 +19,8 @@ class Ranks:
     rank: int
     n: int
     device: torch.device
-    saving: dist.ProcessGroup  # of its own, as checkpoints are written beside the steps
+    counting: dist.ProcessGroup
+    saving: dist.ProcessGroup  # apart, as checkpoints are written beside the steps: two threads must not share a group
 
     @property
     def first(self) -> bool:
@@ -31,12 +32,12 @@ class Ranks:
         if self.n == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total, group=self.saving)
+        dist.all_reduce(total, group=self.counting)
         return total.tolist()
 
     def wait(self) -> None:
         """Until all are here."""
-        dist.barrier(group=self.saving)
+        dist.barrier(group=self.counting)
 
 
 @contextmanager
@@ -53,7 +54,8 @@ def ranks(device: str) -> Iterator[Ranks]:
     else:
         dist.init_process_group(backend)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), place, dist.new_group(backend="gloo"))
+        groups = (dist.new_group(backend="gloo"), dist.new_group(backend="gloo"))
+        yield Ranks(dist.get_rank(), dist.get_world_size(), place, *groups)
     finally:
         dist.destroy_process_group()
 

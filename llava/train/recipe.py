@@ -1,4 +1,4 @@
-"""A recipe: all that decides a training run, as one frozen dataclass, read from a TOML file whose keys are its fields."""
+"""A recipe: all that decides a training run, as one frozen dataclass, read from TOML whose keys are its fields."""
 
 import json
 import sys

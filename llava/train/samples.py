@@ -7,6 +7,7 @@ with int64 places, shared by forked workers, and a sample is parsed when it is a
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -84,6 +85,11 @@ class Samples(Sequence[Sample]):
     def lengths(self) -> list[int]:
         """Words over all turns (at least 1), negative for a sample without picture: LLaVA's `modality_lengths`."""
         return self._lengths.tolist()
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether a place of pictures is known."""
+        return self._pictures is not None
 
     def picture(self, name: str) -> bytes:
         """The file of a picture. Raises DataError."""
@@ -206,8 +212,17 @@ class _Scanner:
             if self.at < len(self.block) or not self._more():
                 return self.block[self.at : self.at + 1]
 
+    def take(self, marks: str) -> str:
+        """The next character, which must be one of these. Raises ValueError."""
+        char = self.peek()
+        if not char or char not in marks:
+            raise ValueError(f"found {char!r} instead of {' or '.join(marks)}" if char else "the file ends here")
+        self.at += 1
+        return char
+
     def value(self) -> Record:
-        """The value that begins here. Raises ValueError, RecursionError."""
+        """The next value. Raises ValueError, RecursionError."""
+        self.peek()
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.block, self.at)
@@ -230,19 +245,37 @@ def _of_array(file: Path) -> Iterator[Record]:
     with _reading(file) as text:
         scanner, n = _Scanner(text), 0
         try:
-            while mark := scanner.mark("," if n else "["):
-                if scanner.peek() == "]" and mark == "[":
-                    break
+            mark = scanner.take("[")
+            if scanner.peek() == "]":
+                mark = scanner.take("]")
+            while mark != "]":
                 yield scanner.value()
                 n += 1
-            scanner.mark("]")
+                mark = scanner.take(",]")
             if scanner.peek():
                 raise ValueError("more text behind the array's end")
+        except UnicodeDecodeError:
+            raise
         except (ValueError, RecursionError) as error:
-            if isinstance(error, UnicodeDecodeError):
-                raise
-            found = f"broken or cut off after {n} samples, at character {scanner.before + scanner.at} ({error})"
-            raise DataError(f"{file}: {found}; expected a JSON array of samples: mend it or fetch it again") from None
+            found = f"broken or cut off after {n} samples, at character {scanner.before + scanner.at}: {error}"
+            raise DataError(f"{file}: {found}; expected a JSON array of samples, mend it or fetch it again") from None
+
+
+def _of_lines(file: Path) -> Iterator[Record]:
+    first = True
+    with _reading(file) as lines:
+        for line in lines:
+            if not (text := line.strip()):
+                continue
+            try:
+                yield Record(text, json.loads(text))
+            except (ValueError, RecursionError) as error:
+                if first:
+                    raise DataError(
+                        f"{file}: neither a JSON array nor JSON lines ({error}); expected samples"
+                    ) from None
+                yield Record(text, BROKEN)
+            first = False
 
 
 def _of_tar(file: Path, archives: Archives) -> Iterator[Record]:

@@ -1,0 +1,214 @@
+"""Checks all samples of a data file, in worker processes; reports, and writes a copy without the problems."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+from llava.errors import DataError
+from llava.train.examine import Examined, Examiner
+from llava.train.measure import Measure
+from llava.train.repair import Fault
+from llava.train.report import Finding, Fixed, Report, TokenFigures
+from llava.train.samples import Sample, Samples, is_array
+
+_CHUNK = 64  # samples that a worker takes at once
+Progress = Callable[[int, int], None]  # samples done, samples in all
+
+
+@dataclass
+class _Tally:
+    """Adds up what is known of samples, in their order."""
+
+    findings: list[Finding] = field(default_factory=list)
+    problems: Counter[str] = field(default_factory=Counter)
+    sources: Counter[str] = field(default_factory=Counter)
+    turns: Counter[int] = field(default_factory=Counter)
+    changes: dict[int, str | None] = field(default_factory=dict)  # of a cleaned copy, by index
+    totals: list[int] = field(default_factory=list)  # tokens of each sample that was measured
+    n_pictures: int = 0
+    text_only: int = 0
+    malformed: int = 0
+    learnt: int = 0
+    repeated_ids: int = 0
+    _ids: set[str] = field(default_factory=set)
+    _digests: set[int] = field(default_factory=set)
+
+    def add(self, i: int, found: Examined, text: str) -> None:
+        id = found.sample.id if found.sample else ""
+        if found.digest in self._digests:
+            found.faults.append(Fault("repeated", "the same sample stands further up"))
+            found.text = None
+        elif found.sample:
+            self.repeated_ids += id in self._ids
+            self._ids.add(id)
+        self._digests.add(found.digest)
+        self.problems.update({fault.kind for fault in found.faults})
+        self.findings += [Finding(fault.kind, i, id, fault.text) for fault in found.faults]
+        if found.text != text:
+            self.changes[i] = found.text
+        if found.tokens:
+            self.totals.append(found.tokens.total)
+            self.learnt += found.tokens.learnt
+        self._describe(found.sample)
+
+    def _describe(self, sample: Sample | None) -> None:
+        if sample is None:
+            self.malformed += 1
+            return
+        self.sources[_source(sample)] += 1
+        self.turns[len(sample.turns)] += 1
+        self.n_pictures += len(sample.images)
+        self.text_only += not sample.images
+
+    def tokens(self, limit: int) -> TokenFigures | None:
+        if not self.totals:
+            return None
+        kept = sum(min(n, limit) for n in self.totals)
+        return TokenFigures(
+            limit=limit,
+            samples=len(self.totals),
+            total=sum(self.totals),
+            median=int(median(self.totals)),
+            longest=max(self.totals),
+            learnt=self.learnt,
+            masked_share=1 - self.learnt / kept,
+        )
+
+
+def check(
+    file: Path,
+    images: Path | None = None,
+    *,
+    measure: Measure | None = None,
+    fix: Path | None = None,
+    workers: int | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Report:
+    """Looks at every sample of a data file; with `fix` writes a copy without the problems.
+
+    images: where pictures lie; None: only those of a tar are read. measure: for token figures. workers: processes, 0
+    for this one, None for one a CPU. Raises DataError for a file that cannot be read, or a copy that cannot be written.
+    """
+    started = time.perf_counter()
+    if fix is not None:
+        _check_target(file, fix)
+    samples = Samples([file], images)
+    examiner = Examiner(samples, samples.has_pictures, measure)
+    if measure and measure.needs_sizes and not samples.has_pictures:
+        raise DataError(
+            "how many tokens a picture takes depends on its size in this model: give the pictures (--images)"
+        )
+    tally = _Tally()
+    for i, found in enumerate(_each(examiner, workers, progress)):
+        tally.add(i, found, samples.text(i))
+    fixed = _write(samples, tally.changes, fix, array=is_array(file)) if fix else None
+    return Report(
+        file=str(file),
+        samples=len(samples),
+        with_pictures=len(samples) - tally.text_only - tally.malformed,
+        text_only=tally.text_only,
+        pictures=tally.n_pictures,
+        pictures_read=samples.has_pictures,
+        sources=dict(tally.sources),
+        turns=dict(sorted(tally.turns.items())),
+        problems=dict(tally.problems),
+        repeated_ids=tally.repeated_ids,
+        findings=tally.findings,
+        tokens=tally.tokens(measure.limit) if measure else None,
+        fixed=fixed,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _source(sample: Sample) -> str:
+    """The folder at the front of its first picture's name; numbered ones count as one."""
+    if not sample.images:
+        return "text only"
+    top, slash, _ = sample.images[0].removeprefix("./").partition("/")
+    return "no folder" if not slash else "<number>/" if top.isdecimal() else f"{top}/"
+
+
+_examiner: Examiner | None = None  # of a worker process: set when it starts, else each task would bring the samples
+
+
+def _start_worker(examiner: Examiner) -> None:
+    global _examiner
+    _examiner = examiner
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    warnings.simplefilter("ignore")  # Pillow's, about pictures that it reads all the same
+
+
+def _examine(indices: range) -> list[Examined]:
+    assert _examiner
+    return _examiner(indices)
+
+
+def _each(examiner: Examiner, workers: int | None, progress: Progress) -> Iterator[Examined]:
+    """Every sample's examination, in order."""
+    n = len(examiner.samples)
+    chunks = [range(i, min(i + _CHUNK, n)) for i in range(0, n, _CHUNK)]
+    workers = min(len(chunks) if len(chunks) > 1 else 0, os.cpu_count() or 1 if workers is None else workers)
+    for chunk, found in zip(chunks, _mapped(examiner, chunks, workers), strict=True):
+        yield from found
+        progress(chunk.stop, n)
+
+
+def _mapped(examiner: Examiner, chunks: list[range], workers: int) -> Iterator[list[Examined]]:
+    if workers == 0:
+        yield from map(examiner, chunks)
+        return
+    kind = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")  # fork shares the samples
+    pool = ProcessPoolExecutor(workers, mp_context=kind, initializer=_start_worker, initargs=(examiner,))
+    try:
+        yield from pool.map(_examine, chunks)
+    except BrokenProcessPool:
+        raise DataError(
+            "a worker process was ended from outside; with too little memory give fewer --workers"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _check_target(file: Path, out: Path) -> None:
+    if file.is_dir() or file.suffix == ".tar":
+        raise DataError(f"{file}: --fix writes JSON, not tars; expected a .json or .jsonl file")
+    if out.exists():
+        raise DataError(f"{out}: exists already; name a new file for --fix")
+    if not out.parent.is_dir():
+        raise DataError(f"{out}: its folder does not exist; make it first")
+
+
+def _write(samples: Samples, changes: dict[int, str | None], out: Path, *, array: bool) -> Fixed:
+    """The cleaned copy, in the form of the original; under its name only once it is whole."""
+    texts = (changes[i] if i in changes else samples.text(i) for i in range(len(samples)))
+    dropped = sum(text is None for text in changes.values())
+    if dropped == len(samples):
+        raise DataError(f"{out}: not written, no sample is left; see the report without --fix")
+    first, between, last = ("[\n", ",\n", "\n]\n") if array else ("", "\n", "\n")
+    part = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        with part.open("w", encoding="utf-8", errors="surrogatepass", newline="\n") as file:
+            file.write(first)
+            for n, text in enumerate(text for text in texts if text is not None):
+                file.write(between * bool(n) + text)
+            file.write(last)
+            file.flush()
+            os.fsync(file.fileno())
+        part.rename(out)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error.strerror})") from None
+    finally:
+        with suppress(OSError):
+            part.unlink()
+    return Fixed(str(out), len(samples) - dropped, len(changes) - dropped, dropped)
