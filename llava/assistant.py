@@ -76,7 +76,8 @@ def load(
 ) -> "Assistant":
     """Loads a checkpoint from a folder or the hub.
 
-    base: the language model that a delta, LoRA or projector belongs to; not used yet, as those do not load yet.
+    base: folder or hub id of the language model that a LoRA, a projector or a delta belongs to; they are put together
+        on the way in.
     vision_tower: CLIP's folder or hub id; its weights are read only where the checkpoint holds none.
     vision: False loads the language model alone, and touches no vision file.
     dtype: "auto" | "float32" | "bfloat16" | "float16"; auto is the checkpoint's own on a GPU, on a CPU bfloat16
@@ -99,6 +100,7 @@ def load(
     place = resolve_device(device)
     checkpoint = open_checkpoint(
         path,
+        base=base,
         vision_tower=vision_tower,
         vision=vision,
         revision=revision,

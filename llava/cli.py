@@ -297,7 +297,9 @@ def data_check(
     model: Annotated[str | None, typer.Option("--model", "-m", help="counts as this model would")] = None,
     template: Template = None,
     max_length: Annotated[int, typer.Option("--max-length", min=2, help="most tokens of a sample")] = 2048,
-    image_tokens: Annotated[int | None, typer.Option("--image-tokens", min=1, help="of a picture; else the model's, or 576")] = None,
+    image_tokens: Annotated[
+        int | None, typer.Option("--image-tokens", min=1, help="of a picture; else the model's, or 576")
+    ] = None,
     fix: Annotated[Path | None, typer.Option("--fix", metavar="OUT", help="write a copy without the problems")] = None,
     workers: Annotated[int | None, typer.Option("--workers", min=0, help="processes; else one a CPU")] = None,
     as_json: AsJson = False,

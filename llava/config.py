@@ -18,7 +18,7 @@ def _check_numbers(config: Any, what: str, *, signed: tuple[str, ...] = ()) -> N
         value = getattr(config, spec.name)
         if spec.type is bool and not isinstance(value, bool):
             raise ConfigError(f"{what}: {spec.name} is {value!r}; expected true or false")
-        if spec.type in (int, float):
+        if spec.type in (int, float) or (spec.type == float | None and value is not None):
             kinds = int if spec.type is int else (int, float)
             if not isinstance(value, kinds) or isinstance(value, bool) or (spec.name not in signed and value <= 0):
                 raise ConfigError(
@@ -93,9 +93,9 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Sizes of the language model. Llama 2: arXiv:2307.09288."""
+    """Sizes of the language model. Llama 2: arXiv:2307.09288; MPT: the model's own config.json."""
 
-    kind: Literal["llama"]
+    kind: Literal["llama", "mpt"]
     n_layers: int
     dim: int  # width of the residual stream
     n_heads: int
@@ -105,16 +105,30 @@ class DecoderConfig:
     vocab_size: int  # rows stored, which may differ from the tokenizer's length
     max_seq: int  # longest context, in tokens, image tokens included
     eps: float
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
+    rope_theta: float | None = 10000.0  # llama; None: no rotary positions
+    rope_scaling: RopeScaling | None = None  # llama
+    alibi_bias_max: float | None = None  # mpt: the last of a power of two of heads has the slope 2^-this
+    clip_qkv: float | None = None  # mpt: queries, keys and values are cut to ± this; None: they are not
     tied: bool = False  # the head is the embedding table
 
     def __post_init__(self) -> None:
         _check_numbers(self, "decoder")
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(f"decoder: n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
-        if self.head_dim % 2:
+        if self.kind not in _POSITIONS:
+            raise ConfigError(f"decoder: kind is {self.kind!r}; expected {' or '.join(_POSITIONS)}")
+        for kind, names in _POSITIONS.items():
+            if (getattr(self, names[0]) is not None) != (kind == self.kind):
+                raise ConfigError(f"decoder: {self.kind} {'has no' if kind != self.kind else 'needs'} {names[0]}")
+            if kind != self.kind and getattr(self, names[1]) is not None:
+                raise ConfigError(f"decoder: {self.kind} has no {names[1]}")
+        if self.kind == "llama" and self.head_dim % 2:
             raise ConfigError(f"decoder: head_dim {self.head_dim} is odd, rotary positions need pairs")
+        if self.kind == "mpt" and self.n_kv_heads != self.n_heads:
+            raise ConfigError(f"decoder: n_kv_heads is {self.n_kv_heads}; mpt has as many as n_heads, {self.n_heads}")
+
+
+_POSITIONS = {"llama": ("rope_theta", "rope_scaling"), "mpt": ("alibi_bias_max", "clip_qkv")}  # the first is a must
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,9 @@
 """Our numbers against those of the original LLaVA, in float32 on the CPU; what the data are: golden/README.md."""
 
 import functools
+import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,20 +17,34 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import llava
+from llava.checkpoint.llama import taken_apart
+from llava.checkpoint.open import open_checkpoint
+from llava.checkpoint.original import rules_of
 from tests import tiny
 
 FEATURES_TOLERANCE, LOGITS_TOLERANCE = 5e-5, 1e-4  # largest absolute differences, as the README advises
 FOLDERS = {
     "a_v1.5": "a_v1.5/llava-v1.5-7b",
     "b_llama2": "b_llama2/llava-llama-2-13b-chat-lightning-preview",
+    "c_delta_v0": "c_delta_v0/LLaVA-7b-delta-v0",
+    "d_delta_v1.1": "d_delta_v1.1/LLaVA-Lightning-7B-delta-v1-1",
+    "e_lora": "e_lora/llava-v1-0719-336px-lora-vicuna-13b-v1.3",
+    "f_mpt": "f_mpt/LLaVA-Lightning-MPT-7B-preview",
     "g_v1.6": "g_v1.6/llava-v1.6-vicuna-7b",
+    "i_projector_only": "i_projector_only/llava-pretrain-vicuna-7b-v1.3",
     "j_language_only": "a_v1.5/llava-v1.5-7b",
 }
 TOWERS = {
     "a_v1.5": "openai/clip-vit-large-patch14-336",
     "b_llama2": "openai/clip-vit-large-patch14",
+    "c_delta_v0": "openai/clip-vit-large-patch14",
+    "d_delta_v1.1": "openai/clip-vit-large-patch14",
+    "e_lora": "openai/clip-vit-large-patch14-336",
+    "f_mpt": "openai/clip-vit-large-patch14",
     "g_v1.6": "openai/clip-vit-large-patch14-336",
+    "i_projector_only": "openai/clip-vit-large-patch14",
 }
+ON_BASE = ("c_delta_v0", "d_delta_v1.1", "e_lora", "i_projector_only")  # base/llama-7b
 ROUNDS = [
     *[("a_v1.5", name) for name in ("single", "multi_turn", "text_only", "image_middle", "two_images", "exif")],
     *[("a_v1.5", name) for name in ("one_pixel_wide", "vicuna_v1")],
@@ -37,6 +53,11 @@ ROUNDS = [
         for series in ("start_end", "no_start_end")
         for name in ("single", "multi_turn", "text_only", "two_images", "llama_2")
     ],
+    *[("f_mpt", name) for name in ("single", "multi_turn", "text_only", "two_images")],
+    *[("c_delta_v0", name) for name in ("single", "multi_turn", "text_only", "v0", "v0_mmtag")],
+    *[("d_delta_v1.1", name) for name in ("single", "text_only", "two_images", "v1_mmtag")],
+    *[("e_lora", name) for name in ("single", "multi_turn", "text_only")],
+    *[("i_projector_only", name) for name in ("single", "plain")],
     *[("g_v1.6", name) for name in ("single_wide", "tall", "square", "two_images", "one_pixel_wide", "text_only")],
     *[("j_language_only", name) for name in ("plain0", "plain1", "plain2", "plain3", "vicuna_v1")],
 ]
@@ -71,6 +92,8 @@ def load(golden_checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         if family == "j_language_only":
             return llava.load(folder, vision=False, dtype="float32", device="cpu")
         tower = golden_checkpoints / "vision" / TOWERS[family]
+        if family in ON_BASE:
+            options["base"] = golden_checkpoints / "base" / "llama-7b"
         return llava.load(folder, vision_tower=tower, dtype="float32", device="cpu", **options)
 
     def load(family: str, options: dict[str, Any] | None = None, **changes: Any) -> llava.Assistant:
@@ -139,7 +162,7 @@ def test_pixels_are_the_originals(round_: Round) -> None:
     prepared = round_.prepare()
     assert prepared.pixels.dtype == torch.float32
     assert_close(prepared.pixels, round_.tensors["pixel_values"], 1e-6)
-    assert list(prepared.views) == round_.entry["views_per_image"]
+    assert list(prepared.views) == round_.entry.get("views_per_image", [1] * len(round_.images))
     assert [list(size) for size in prepared.image_sizes] == round_.entry["image_sizes_wh"]
 
 
@@ -218,6 +241,39 @@ def test_exif_orientation_is_applied_only_when_asked_for(golden: Path, load: Cal
     assert [tuple(size) for size in upright.image_sizes] == [(40, 60)]
     assert torch.equal(upright.pixels, turned.pixels)
     assert not torch.equal(upright.pixels, as_stored.pixels)
+
+
+# --------------------------------------------------------------------------------------------- put on their bases
+
+
+def on_base(golden_checkpoints: Path, family: str) -> dict[str, Tensor]:
+    """Language model and projector by their names on disk."""
+    folder, base = golden_checkpoints / FOLDERS[family], golden_checkpoints / "base" / "llama-7b"
+    found = open_checkpoint(folder, base=base, vision_tower=golden_checkpoints / "vision" / TOWERS[family])
+    sources = {name: source for name, source in found.sources.items() if not name.startswith("vision.")}
+    items = taken_apart(sources, found.config, rules_of(found.config))
+    return {item.name: torch.cat(list(item.parts())) for item in items}
+
+
+@pytest.mark.parametrize("family", ["c_delta_v0", "d_delta_v1.1"])
+def test_deltas_give_the_originals_tensors_to_the_bit(golden: Path, golden_checkpoints: Path, family: str) -> None:
+    record = json.loads((golden / family / "golden" / "merged_tensors.json").read_text())
+    stored = {name: entry for name, entry in record["tensors"].items() if "inv_freq" not in name}
+    ours = on_base(golden_checkpoints, family)
+    assert set(ours) == set(stored)
+    for name, tensor in ours.items():
+        assert hashlib.sha256(tensor.numpy().tobytes()).hexdigest() == stored[name]["sha256"], name
+
+
+def test_a_lora_gives_the_originals_matrices(golden: Path, golden_checkpoints: Path) -> None:
+    ours = on_base(golden_checkpoints, "e_lora")
+    for name, tensor in load_file(golden / "e_lora" / "golden" / "merged_float32.safetensors").items():
+        assert_close(ours[name], tensor, 1e-6)
+    record = json.loads((golden / "e_lora" / "golden" / "merged_tensors.json").read_text())["float32"]
+    untouched = [name for name in record if not re.search("_proj[.]weight", name) and "inv_freq" not in name]
+    assert len(untouched) > 8
+    for name in untouched:
+        assert hashlib.sha256(ours[name].float().numpy().tobytes()).hexdigest() == record[name]["sha256"], name
 
 
 # ------------------------------------------------------------------------------------------------ templates and ids

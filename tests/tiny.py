@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import sentencepiece
+import tokenizers
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -291,6 +292,82 @@ def write_llama(folder: Path, *, layout: Layout = "safetensors", seed: int = 1, 
     return write_model(folder, llama_tensors(final, seed, inv_freq=layout.startswith("bin")), layout, final)
 
 
+MPT_ADDED = ("<|im_start|>", "<|im_end|>", "<im_patch>", "<im_start>", "<im_end>")
+
+
+def write_neox_tokenizer(folder: Path) -> int:
+    """Files of a tokenizer as GPT-NeoX's, <|endoftext|> = 0, and MPT's added tokens; how many ids it has."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=PIECES, special_tokens=["<|endoftext|>"], initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.add_special_tokens(list(MPT_ADDED))
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    write_json(folder / "special_tokens_map.json", names)
+    more = {"add_prefix_space": False, "model_max_length": 2048, "tokenizer_class": "GPTNeoXTokenizer"}
+    write_json(folder / "tokenizer_config.json", {**names, **more})
+    return tokenizer.get_vocab_size()
+
+
+def mpt_tensors(config: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
+    """An MPT in the names of the hub. The head is the table; rows of tokens that end an answer never win."""
+    dim = config["d_model"]
+    table = tensor(seed, "wte", (config["vocab_size"], dim), 0.25)
+    table[[0, -4]] = 0  # <|endoftext|>, <|im_end|>
+    tensors = {"transformer.wte.weight": table}
+    for i in range(config["n_layers"]):
+        block = f"transformer.blocks.{i}."
+        for name, shape, std, mean in (
+            ("norm_1", (dim,), 0.15, 1.0),
+            ("attn.Wqkv", (3 * dim, dim), 0.2, 0.0),
+            ("attn.out_proj", (dim, dim), 0.125, 0.0),
+            ("norm_2", (dim,), 0.15, 1.0),
+            ("ffn.up_proj", (config["expansion_ratio"] * dim, dim), 0.125, 0.0),
+            ("ffn.down_proj", (dim, config["expansion_ratio"] * dim), 0.0625, 0.0),
+        ):
+            tensors[f"{block}{name}.weight"] = tensor(seed, block + name, shape, std, mean)
+    return {**tensors, "transformer.norm_f.weight": tensor(seed, "norm_f", (dim,), 0.15, 1.0)}
+
+
+def write_mpt(
+    folder: Path, *, layout: Layout = "bin-shards", clip: Path | None = None, seed: int = 1, **config: Any
+) -> Path:
+    """As LLaVA-Lightning-MPT-7B-preview, or without `clip` a plain MPT, the base of one."""
+    attention = {"alibi": True, "alibi_bias_max": 8, "attn_impl": "torch", "attn_type": "multihead_attention"}
+    attention |= {"clip_qkv": None, "prefix_lm": False, "qk_ln": False, "softmax_scale": None}
+    final: dict[str, Any] = {"architectures": ["MPTForCausalLM"], "attn_config": attention, "d_model": 64}
+    final |= {"expansion_ratio": 4, "learned_pos_emb": True, "logit_scale": None, "max_seq_len": 2048}
+    final |= {"model_type": "mpt", "n_heads": 4, "n_layers": 2, "no_bias": True}
+    final |= {
+        "norm_type": "low_precision_layernorm",
+        "torch_dtype": "bfloat16",
+        "vocab_size": write_neox_tokenizer(folder),
+    }
+    if clip:
+        final |= {"architectures": ["LlavaMPTForCausalLM"], "model_type": "llava_mpt", "hidden_size": 64}
+        final |= {"mm_hidden_size": CLIP_DIM, "mm_use_im_start_end": True, "mm_vision_select_layer": -2}
+        final |= {"mm_vision_tower": str(clip), "use_mm_proj": True}
+    final = {key: value for key, value in {**final, **config}.items() if value is not ABSENT}
+    tensors = mpt_tensors(final, seed)
+    if clip:
+        projector = projector_tensors(final, seed)
+        tensors |= {name.replace("model.", "transformer.", 1): value for name, value in projector.items()}
+    write_model(folder, tensors, layout, final)
+    edit_json(
+        folder / "generation_config.json",
+        bos_token_id=ABSENT,
+        pad_token_id=ABSENT,
+        eos_token_id=[0, final["vocab_size"] - 4],
+    )
+    return folder
+
+
 def write_llava(
     folder: Path,
     *,
@@ -316,6 +393,88 @@ def write_llava(
     if tower_seed is not None:
         tensors |= clip_tensors(tower_seed, prefix="model.vision_tower.vision_tower.vision_model.")
     return write_model(folder, tensors, layout, final)
+
+
+LORA_RANK, LORA_ALPHA = 4, 8
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def lora_tensors(config: Mapping[str, Any], seed: int, targets: tuple[str, ...] = LORA_TARGETS) -> dict[str, Tensor]:
+    """A and B for each matrix of `llama_tensors` whose name ends in a target; names without the wrapper's prefix."""
+    made = {}
+    for name, weight in llama_tensors(config, seed, inv_freq=False).items():
+        module = name.removesuffix(".weight")
+        if module.endswith(targets):
+            out, width = weight.shape
+            made[f"{module}.lora_A.weight"] = tensor(seed, module + ".A", (LORA_RANK, width), 0.1)
+            made[f"{module}.lora_B.weight"] = tensor(seed, module + ".B", (out, LORA_RANK), 0.1)
+    return made
+
+
+def write_lora(
+    folder: Path,
+    *,
+    clip: Path,
+    seed: int = 3,
+    targets: tuple[str, ...] = LORA_TARGETS,
+    wrapper: str = "base_model.model.",
+    adapter: str = "",
+    form: Literal["bin", "safetensors"] = "bin",
+    base: str = "lmsys/vicuna-13b-v1.3",
+    **config: Any,
+) -> Path:
+    """A LoRA with its projector, in bfloat16, as published: it needs a `write_llama` beside it.
+
+    wrapper: what stands before names; adapter: ".default" as peft writes it into a running model's state.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final = llava_config(**{"_name_or_path": base, "mm_vision_tower": str(clip), "vocab_size": PIECES, **config})
+    pairs = {
+        wrapper + name.replace(".weight", f"{adapter}.weight"): value.bfloat16()
+        for name, value in lora_tensors(final, seed, targets).items()
+    }
+    if form == "bin":
+        torch.save(pairs, folder / "adapter_model.bin")
+    else:
+        save_file(pairs, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    beside = {wrapper + name: value.bfloat16() for name, value in projector_tensors(final, seed).items()}
+    torch.save(beside, folder / "non_lora_trainables.bin")
+    settings: dict[str, Any] = {"base_model_name_or_path": base, "bias": "none", "fan_in_fan_out": False}
+    settings |= {"inference_mode": True, "lora_alpha": LORA_ALPHA, "lora_dropout": 0.05, "peft_type": "LORA"}
+    settings |= {"r": LORA_RANK, "target_modules": list(targets), "task_type": "CAUSAL_LM"}
+    write_json(folder / "adapter_config.json", settings)
+    write_json(folder / "config.json", final)
+    return folder
+
+
+def write_projector(
+    folder: Path, *, clip: Path, seed: int = 1, prefix: str = "model.", start_end: bool = False, **config: Any
+) -> Path:
+    """A projector of stage 1 and, with `start_end`, the rows of its two tokens and the tokenizer that has them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    final = llava_config(
+        architectures=["LlamaForCausalLM"],
+        tune_mm_mlp_adapter=True,
+        **{"_name_or_path": "lmsys/vicuna-7b-v1.3", "mm_vision_tower": str(clip), "vocab_size": PIECES, **config},
+        mm_use_im_start_end=start_end,
+    )
+    tensors = {name.replace("model.", prefix, 1): value for name, value in projector_tensors(final, seed).items()}
+    if start_end:
+        tensors[prefix + "embed_tokens.weight"] = tensor(seed, "start_end", (2, final["hidden_size"]), 0.6)
+        write_tokenizer(folder, added=("<im_start>", "<im_end>"))
+    torch.save(tensors, folder / "mm_projector.bin")
+    write_json(folder / "config.json", final)
+    return folder
+
+
+def write_delta(folder: Path, *, clip: Path, seed: int = 1, base_seed: int = 7, added: tuple[str, ...] = ()) -> Path:
+    """What `write_llava` of `seed` has more than `write_llama` of `base_seed`, in float16."""
+    final = llava_config(**{"vocab_size": PIECES + len(added), "mm_vision_tower": str(clip)})
+    tensors = llama_tensors(final, seed, inv_freq=True)
+    for name, base in llama_tensors(llama_config(), base_seed, inv_freq=True).items():
+        tensors[name][: len(base)] -= base
+    write_tokenizer(folder, added=added)
+    return write_model(folder, tensors | projector_tensors(final, seed), "bin-shards", final)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from llava.preprocess.tokenizer import Tokenizer
 
 Kind = Literal["native", "merged", "llama", "delta", "lora", "projector", "llava-hf", "mpt", "clip", "unknown"]
 FORMAT_KEY, NATIVE_FORMAT = "llava_format", "native-1"
+TEMPLATE_KEY = "llava_template"  # in config.json of published layouts that this package wrote
 
 _ALREADY_ADDED = 0.1  # |mean| of a final norm's weight below this: the tensor is a difference
 
@@ -129,8 +130,12 @@ def choose_template(
     """The first that fits. Repository ids inside files break ties; the folder's own name is never looked at."""
     if kind == "native":
         return Choice(settings.get("template"), "recorded in config.json")
+    if named := settings.get(TEMPLATE_KEY):
+        return Choice(str(named), "recorded in config.json")
     if settings.get("model_type") == "llava_mpt":
         return Choice("mpt", "model_type is llava_mpt")
+    if decoder and decoder.kind == "mpt" and settings.get("mm_vision_tower"):
+        return Choice("mpt", "an MPT decoder beside LLaVA's keys")
     if decoder and decoder.n_kv_heads == 8 and decoder.rope_theta == 1e6:
         return Choice("mistral_instruct", "8 key/value heads and rope theta 1e6: a Mistral decoder")
     if tokenizer and tokenizer.eos_id is not None and tokenizer.id_of("<|im_end|>") == tokenizer.eos_id:
@@ -138,7 +143,7 @@ def choose_template(
     if kind == "projector":
         return Choice("plain", "a projector alone: trained on captions")
     if not settings.get("mm_vision_tower"):
-        return Choice(None, "no mm_vision_tower: a plain Llama, name a template yourself")
+        return Choice(None, "no mm_vision_tower: a plain language model, name a template yourself")
     if tokenizer and tokenizer.id_of("[PAD]") in tokenizer.special:
         return Choice("llava_v0", "[PAD] is among the tokenizer's special tokens")
     if "LlamaForCausalLM" in (settings.get("architectures") or []):

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLES = ("model.safetensors", "pytorch_model.bin")
+_LORA = ["adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin"]  # those of them that are there
 _SMALL_FILES = ("*.json", "tokenizer.model", "*.txt")
 
 _DTYPES = {
@@ -74,7 +75,9 @@ def _download(repo: str, revision: str | None, weights: bool, what: str) -> Path
         indexed = [
             sorted(set(_weight_map(folder / index).values())) for index in _INDEXES if (folder / index).is_file()
         ]
-        for patterns in indexed[:1] or ([_SINGLES[0]], [_SINGLES[1]], ["mm_projector.bin"]):
+        adapted = (folder / "adapter_config.json").is_file()
+        single = ([_SINGLES[0]], [_SINGLES[1]], ["mm_projector.bin"])
+        for patterns in [_LORA] if adapted else indexed[:1] or single:
             folder = fetch(patterns)
             if all((folder / name).exists() for name in patterns):
                 break

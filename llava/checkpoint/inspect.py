@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from llava.checkpoint.detect import Facts, Finding, Kind, choose_template, detect
-from llava.checkpoint.files import locate, open_weights, read_json
+from llava.checkpoint.files import locate, open_weights
+from llava.checkpoint.onbase import ON_BASE, recorded_base
 from llava.checkpoint.open import SUPPORTED, Checkpoint, look, open_checkpoint
 from llava.checkpoint.settings import Shapes
 from llava.config import LlavaConfig
@@ -41,9 +42,9 @@ def describe(path: str | Path, *, base: str | None = None, **options: Any) -> De
     finding = detect(facts)
     if finding.kind == "unknown" or (finding.kind in SUPPORTED and not facts.weights):
         open_checkpoint(facts)  # raises, saying what is missing
-    if finding.kind not in SUPPORTED:
-        return _recognised(facts, finding, base)
-    checkpoint, remark = _open(facts, options)
+    if finding.kind not in SUPPORTED and not (base and finding.kind in ON_BASE):
+        return _recognised(facts, finding)
+    checkpoint, remark = _open(facts, options | ({"base": base} if finding.kind in ON_BASE else {}))
     config = checkpoint.config
     # of a vision part that could not be described, what lies in the checkpoint itself
     rest = {} if config.vision else {name: source.shape for name, source in checkpoint.spare.items()}
@@ -64,8 +65,8 @@ def describe(path: str | Path, *, base: str | None = None, **options: Any) -> De
     )
 
 
-def _recognised(facts: Facts, finding: Finding, base: str | None) -> Description:
-    """Of a kind that does not load yet, what its headers and config show."""
+def _recognised(facts: Facts, finding: Finding) -> Description:
+    """Of a folder that does not load by itself, or not yet, what its headers and config show."""
     sizes = {name: entry.shape for name, entry in facts.weights.entries.items()}
     config = facts.settings
     context = config.get("max_position_embeddings") or config.get("max_sequence_length") or config.get("max_seq_len")
@@ -73,7 +74,7 @@ def _recognised(facts: Facts, finding: Finding, base: str | None) -> Description
     return Description(
         kind=finding.kind,
         evidence=finding.evidence,
-        base=base or _base(finding.kind, facts),
+        base=recorded_base(finding.kind, facts) if finding.kind in ON_BASE else None,
         sizes=_counts(sizes),
         template=choice.template if choice else None,
         template_because=f"{choice.because}, as far as config.json tells" if choice else "",
@@ -98,17 +99,6 @@ def _open(facts: Facts, options: Mapping[str, Any]) -> tuple[Checkpoint, list[st
 def _comes_from_tower(name: str, checkpoint: Checkpoint) -> bool:
     """Whether a tensor that was not seen lies in the tower's own folder, which was not looked for."""
     return name.startswith("vision.") and "vision.cls" not in checkpoint.sources
-
-
-def _base(kind: Kind, facts: Facts) -> str | None:
-    if kind == "lora":
-        adapter = read_json(facts.folder / "adapter_config.json")
-        return adapter.get("base_model_name_or_path") or "the language model that it was trained from"
-    if kind == "delta":
-        return "the LLaMA that the difference was taken to"
-    if kind == "projector":
-        return facts.settings.get("_name_or_path") or "the language model that it was trained with"
-    return None
 
 
 def _counts(sizes: Shapes) -> dict[str, Any]:

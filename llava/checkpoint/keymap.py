@@ -44,6 +44,23 @@ HF_LLAMA_LAYERS = (
 )
 HF_LLAMA = (*prefixed("model.", HF_LLAMA_LAYERS), Rule("lm_head.weight", "decoder.head.weight"))
 
+MPT = (
+    *prefixed(
+        "transformer.",
+        (
+            Rule("wte.weight", "decoder.embed.weight"),
+            Rule("blocks.*.norm_1.weight", "decoder.blocks.*.attn_norm.weight"),
+            Rule("blocks.*.attn.Wqkv.weight", "decoder.blocks.*.attn.qkv.weight"),
+            Rule("blocks.*.attn.out_proj.weight", "decoder.blocks.*.attn.out.weight"),
+            Rule("blocks.*.norm_2.weight", "decoder.blocks.*.mlp_norm.weight"),
+            Rule("blocks.*.ffn.up_proj.weight", "decoder.blocks.*.mlp.up.weight"),
+            Rule("blocks.*.ffn.down_proj.weight", "decoder.blocks.*.mlp.down.weight"),
+            Rule("norm_f.weight", "decoder.norm.weight"),
+        ),
+    ),
+    Rule("lm_head.weight", "decoder.head.weight"),  # the embedding table again, in copies saved anew
+)
+
 CLIP_TOWER = (
     Rule("embeddings.class_embedding", "vision.cls"),
     Rule("embeddings.patch_embedding.weight", "vision.patch.weight"),
@@ -74,16 +91,17 @@ CLIP = (  # a CLIP repository; transformers 5 may leave out `vision_model.`
     Rule("text_projection.weight", None),
     Rule("logit_scale", None),
 )
-LLAVA = (  # the merged layout of liuhaotian/llava-*
-    *HF_LLAMA,
-    Rule("model.mm_projector.*.weight", "projector.*.weight"),  # an MLP
-    Rule("model.mm_projector.*.bias", "projector.*.bias"),
-    Rule("model.mm_projector.weight", "projector.0.weight"),  # linear
-    Rule("model.mm_projector.bias", "projector.0.bias"),
-    Rule("model.image_newline", "newline"),
-    *prefixed("model.vision_tower.vision_tower.vision_model.", CLIP_TOWER),
-    *prefixed("model.vision_tower.vision_tower.", CLIP_TOWER),
+VISION = (  # what LLaVA puts beside a language model's layers
+    Rule("mm_projector.*.weight", "projector.*.weight"),  # an MLP
+    Rule("mm_projector.*.bias", "projector.*.bias"),
+    Rule("mm_projector.weight", "projector.0.weight"),  # linear
+    Rule("mm_projector.bias", "projector.0.bias"),
+    Rule("image_newline", "newline"),
+    *prefixed("vision_tower.vision_tower.vision_model.", CLIP_TOWER),
+    *prefixed("vision_tower.vision_tower.", CLIP_TOWER),
 )
+LLAVA = (*HF_LLAMA, *prefixed("model.", VISION))  # the merged layout of liuhaotian/llava-*
+LLAVA_MPT = (*MPT, *prefixed("transformer.", VISION))
 NATIVE = (Rule("decoder.**", "decoder.**"), Rule("vision.**", "vision.**"), Rule("projector.**", "projector.**"),
           Rule("newline", "newline"))  # fmt: skip
 
@@ -120,6 +138,23 @@ def plan(disk: Iterable[str], rules: Iterable[Rule]) -> Plan:
             raise CheckpointError(f"{ours} needs more than {', '.join(parts.values())}; a tensor is missing")
     sources = {ours: tuple(parts[i] for i in sorted(parts)) for ours, parts in found.items()}
     return Plan(sources, tuple(dropped), tuple(unknown))
+
+
+class Place(NamedTuple):
+    """Where a tensor on disk goes."""
+
+    ours: str
+    part: int  # which of the tensors that are stacked
+    of: int  # so many
+
+
+def place(name: str, rules: Iterable[Rule]) -> Place | None:
+    """Where one tensor goes, the others that are stacked with it being there or not; None: no rule wants it."""
+    for rule in rules:
+        for i, part in enumerate(rule.parts()):
+            if rule.ours and (match := re.fullmatch(_pattern(part), name)):
+                return Place(_filled(rule.ours, match), i, len(rule.parts()))
+    return None
 
 
 def read(weights: Mapping[str, Tensor], sources: tuple[str, ...]) -> Tensor:

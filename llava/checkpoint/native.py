@@ -1,9 +1,7 @@
 """Conversion, and our own layout: safetensors under our names and one config.json, tower and tokenizer included."""
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,18 +10,9 @@ from torch import Tensor
 
 from llava.checkpoint import llama
 from llava.checkpoint.detect import FORMAT_KEY, NATIVE_FORMAT
-from llava.checkpoint.open import Checkpoint, Source, check_headers, open_checkpoint
-from llava.checkpoint.write import Item, Progress, new_folder, silent, write_json, write_shards
+from llava.checkpoint.open import Checkpoint, check_headers, open_checkpoint
+from llava.checkpoint.write import Item, Progress, copy_tokenizer, new_folder, silent, write_json, write_shards
 from llava.errors import CheckpointError, ConfigError
-
-_TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-)
 
 
 class Layout(NamedTuple):
@@ -35,13 +24,8 @@ class Layout(NamedTuple):
 
 def items(checkpoint: Checkpoint) -> list[Item]:
     """All tensors under our names, as they are stored."""
-
-    def parts(source: Source) -> Iterator[Tensor]:
-        for name in source.names:  # one by one: stacking by rows is writing one behind the other
-            yield source.weights[name]
-
     return [
-        Item(name=name, dtype=source.dtype, shape=source.shape, where=source.where, parts=partial(parts, source))
+        Item(name=name, dtype=source.dtype, shape=source.shape, where=source.where, parts=source.pieces)
         for name, source in checkpoint.sources.items()
     ]
 
@@ -79,9 +63,7 @@ def convert(
     with new_folder(Path(target), sum(item.n_bytes for item in written)) as folder:
         write_shards(folder, written, progress)
         write_json(folder / "config.json", LAYOUTS[to].config(checkpoint))
-        for name in _TOKENIZER_FILES:
-            if (checkpoint.folder / name).is_file():
-                shutil.copyfile(checkpoint.folder / name, folder / name)
+        copy_tokenizer(checkpoint.tokenizer_folder, folder)
         if verify:
             check_equal(checkpoint, open_checkpoint(folder), progress)
     return checkpoint
@@ -94,7 +76,7 @@ def check_equal(one: Checkpoint, other: Checkpoint, progress: Progress = silent)
     total = sum(source.n_bytes for source in one.sources.values())
     done = 0
     for name, tensor in one.tensors():
-        same = other.sources[name].read()
+        tensor, same = tensor.to(one.sources[name].dtype), other.sources[name].read()
         if tensor.dtype != same.dtype or not torch.equal(_bits(tensor), _bits(same)):
             raise CheckpointError(f"{other.folder}: {name} is not what {one.folder} holds; convert again")
         done += one.sources[name].n_bytes

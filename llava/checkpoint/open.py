@@ -3,53 +3,25 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llava.checkpoint import keymap, settings
-from llava.checkpoint.detect import FORMAT_KEY, NATIVE_FORMAT, Choice, Facts, Kind, choose_template, detect
-from llava.checkpoint.files import Weights, locate, open_weights, read_json, reading
+from llava.checkpoint.detect import FORMAT_KEY, NATIVE_FORMAT, Choice, Facts, Finding, Kind, choose_template, detect
+from llava.checkpoint.files import locate, open_weights, read_json, reading
+from llava.checkpoint.onbase import ON_BASE, Base, Put, put_on, recorded_base
 from llava.checkpoint.settings import ImageMode, Shapes
+from llava.checkpoint.source import Source, Stored
 from llava.checkpoint.tower import find_tower
 from llava.config import LlavaConfig, ProjectorConfig
-from llava.errors import CheckpointError
+from llava.errors import CheckpointError, ConfigError
 from llava.model.llava import shapes
-from llava.preprocess.tokenizer import Tokenizer, load_tokenizer
+from llava.preprocess.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
-SUPPORTED: tuple[Kind, ...] = ("native", "merged", "llama")
-_NEEDS_BASE: tuple[Kind, ...] = ("delta", "lora", "projector")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where one of our tensors comes from: names on disk, stacked by rows, in one set of files."""
-
-    weights: Weights
-    names: tuple[str, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        shapes = [self.weights.entries[name].shape for name in self.names]
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if len(shapes) > 1 else shapes[0]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the values as stored; float32 in the odd case that stacked parts differ."""
-        kinds = {self.weights.entries[name].dtype for name in self.names}
-        return kinds.pop() if len(kinds) == 1 else torch.float32
-
-    @property
-    def n_bytes(self) -> int:
-        return sum(self.weights.entries[name].n_bytes for name in self.names)
-
-    @property
-    def where(self) -> str:
-        """For messages: file and tensors."""
-        return f"{self.weights.entries[self.names[0]].file}: {', '.join(self.names)}"
-
-    def read(self) -> Tensor:
-        return keymap.read(self.weights, self.names)
+SUPPORTED: tuple[Kind, ...] = ("native", "merged", "llama", "mpt")
+_TABLES = {"native": keymap.NATIVE, "mpt": keymap.LLAVA_MPT}  # else keymap.LLAVA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +38,7 @@ class Checkpoint:
     spare: dict[str, Source]  # known tensors that this model does not need, under our names
     unused: tuple[str, ...]  # names on disk that this model does not need, those of `spare` included
     tokenizer: Tokenizer
+    tokenizer_folder: Path  # where its files lie: the base's, for folders that bring none
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Our names and tensors, one at a time, mapped where nothing has to be stacked."""
@@ -87,6 +60,7 @@ def look(path: str | Path, revision: str | None = None) -> Facts:
 def open_checkpoint(
     path: str | Path | Facts,
     *,
+    base: str | Path | None = None,
     vision_tower: str | Path | None = None,
     vision: bool = True,
     revision: str | None = None,
@@ -97,6 +71,7 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Reads config, headers and tokenizer; no weights.
 
+    `base`: the language model that a LoRA, a projector or a delta is put on, any folder or hub id that loads by itself.
     `lenient`: tensors that no rule knows are left out instead of refused. `fetch_tower`: False for looking only, see
     `find_tower`. Raises CheckpointError, ConfigError.
     """
@@ -104,28 +79,36 @@ def open_checkpoint(
     folder = facts.folder
     with reading(folder / "config.json"):
         finding = detect(facts)
-    if finding.kind not in SUPPORTED:
-        raise _unsupported(folder, finding.kind, finding.evidence)
-    if not facts.weights:
+    if finding.kind not in (*SUPPORTED, *ON_BASE):
+        raise _unsupported(folder, finding)
+    if finding.kind in SUPPORTED and not facts.weights:
         raise CheckpointError(f"{folder}: holds no weights; expected model*.safetensors or pytorch_model*.bin")
-    planned = keymap.plan(facts.weights, keymap.NATIVE if finding.kind == "native" else keymap.LLAVA)
-    if planned.unknown and not lenient:
-        raise _unknown(facts.weights, planned.unknown)
-    held = {ours: Source(weights=facts.weights, names=names) for ours, names in planned.sources.items()}
-    tokenizer = load_tokenizer(folder, legacy_strip=legacy_strip)
-    with reading(folder / "config.json"):
-        if finding.kind == "native":
-            config, tower = _native_config(facts, vision, image_mode), None
+    under = _open_base(base, facts, finding, legacy_strip=legacy_strip, lenient=lenient)
+    described = facts if facts.settings or not under else look(under.folder)  # a LoRA of peft alone has no config.json
+    files = folder if under is None or has_tokenizer(folder) else under.tokenizer_folder
+    tokenizer = load_tokenizer(files, legacy_strip=legacy_strip)
+    put = _on_base(facts, finding.kind, under, tokenizer) if under else _alone(facts, finding.kind)
+    if put.unknown and not lenient:
+        raise _unknown(put.unknown)
+    held = put.sources
+    with reading(described.folder / "config.json"):
+        if FORMAT_KEY in described.settings:
+            config, tower = _native_config(described, vision, image_mode), None
         else:
-            config, tower = _foreign_config(facts, held, vision, vision_tower, image_mode, fetch_tower)
+            family = under.config.decoder.kind if under else finding.kind
+            config, tower = _foreign_config(described, family, held, vision, vision_tower, image_mode, fetch_tower)
         projector = config.projector or _projector_held(held, config)
-        choice = choose_template(finding.kind, facts.settings, config.decoder, projector, tokenizer)
+        choice = choose_template(finding.kind, described.settings, config.decoder, projector, tokenizer)
     if config.vision and config.start_end and tokenizer.id_of("<im_start>") is None:
         raise CheckpointError(
             f"{folder}: mm_use_im_start_end is on, but the tokenizer has no <im_start>; add its files"
         )
+    if under and not has_tokenizer(folder):
+        config = replace(config, eos_ids=config.eos_ids or under.config.eos_ids)
     config = replace(config, template=choice.template)
     wanted = shapes(config)
+    if under:
+        _check_base(under, finding.kind, facts, held, wanted)
     every = _of_tower(tower, needed=fetch_tower) | held if tower and "vision.cls" not in held else held
     spare = {ours: source for ours, source in every.items() if ours not in wanted}
     _refuse_half_a_model(spare, config, lenient)
@@ -138,26 +121,77 @@ def open_checkpoint(
         sources={ours: every[ours] for ours in wanted if ours in every},
         missing=tuple(ours for ours in wanted if ours not in every),
         spare=spare,
-        unused=(*planned.dropped, *planned.unknown, *(name for source in spare.values() for name in source.names)),
+        unused=(*put.unused, *put.unknown, *(name for source in spare.values() for name in source.names)),
         tokenizer=tokenizer,
+        tokenizer_folder=files,
     )
 
 
-def _unsupported(folder: Path, kind: Kind, evidence: list[str]) -> CheckpointError:
-    why = f"{folder}: {kind} ({evidence[0]})"
-    if kind in _NEEDS_BASE:
-        return CheckpointError(f"{why}: needs a base language model; this version does not load such folders yet")
-    if kind == "clip":
+def _unsupported(folder: Path, finding: Finding) -> CheckpointError:
+    why = f"{folder}: {finding.kind} ({finding.evidence[0]})"
+    if finding.kind == "clip":
         return CheckpointError(f"{why}: a vision tower alone; name it with vision_tower= beside a LLaVA")
-    return CheckpointError(f"{why}: this version loads merged LLaVA, plain Llama and native folders only")
+    return CheckpointError(f"{why}: this version loads merged LLaVA, plain Llama or MPT and native folders only")
 
 
-def _unknown(weights: Weights, names: tuple[str, ...]) -> CheckpointError:
+def _unknown(files: Mapping[str, Path]) -> CheckpointError:
+    names = list(files)
     rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return CheckpointError(
-        f"{weights.entries[names[0]].file}: tensors that no LLaVA of this layout has: {', '.join(names[:3])}{rest}; "
+        f"{files[names[0]]}: tensors that no LLaVA of this layout has: {', '.join(names[:3])}{rest}; "
         "pass force=True (--force) to leave them out"
     )
+
+
+def _alone(facts: Facts, kind: Kind) -> Put:
+    """A folder that is a model by itself."""
+    planned = keymap.plan(facts.weights, _TABLES.get(kind, keymap.LLAVA))
+    held: dict[str, Source] = {
+        ours: Stored(weights=facts.weights, names=names) for ours, names in planned.sources.items()
+    }
+    return Put(held, planned.dropped, {name: facts.weights.entries[name].file for name in planned.unknown})
+
+
+def _open_base(base: str | Path | None, facts: Facts, finding: Finding, **options: Any) -> Checkpoint | None:
+    """The language model that this folder is put on; None for a folder that is a model by itself."""
+    if finding.kind not in ON_BASE:
+        if base is not None:
+            raise ConfigError(f"{facts.folder}: {finding.kind} ({finding.evidence[0]}): needs no base; leave base= out")
+        return None
+    recorded = recorded_base(finding.kind, facts)
+    if base is None:
+        raise CheckpointError(
+            f"{facts.folder}: {finding.kind} ({finding.evidence[0]}): needs its base, {recorded}; "
+            "name its folder or hub id with base= (--base)"
+        )
+    found = look(locate(base, what="base"))
+    with reading(found.folder / "config.json"):
+        kind = detect(found).kind
+    if kind not in SUPPORTED:
+        raise CheckpointError(f"{found.folder}: is of kind {kind}, no language model; base= is {recorded}")
+    return open_checkpoint(found, vision=False, **options)
+
+
+def _on_base(facts: Facts, kind: Kind, under: Checkpoint, tokenizer: Tokenizer) -> Put:
+    rules = keymap.LLAVA_MPT if under.config.decoder.kind == "mpt" else keymap.LLAVA
+    return put_on(kind, facts, Base(under.folder, {**under.spare, **under.sources}, rules), tokenizer)
+
+
+def _check_base(
+    under: Checkpoint, kind: Kind, facts: Facts, held: Mapping[str, Source], wanted: Mapping[str, tuple[int, ...]]
+) -> None:
+    """The base has the sizes that the folder's own config asks for. Raises CheckpointError."""
+    for ours in sorted({*held, *wanted}):
+        has, asked = held[ours].shape if ours in held else None, wanted.get(ours)
+        if ours.startswith("decoder.") and has != asked and ours != "decoder.head.weight":
+            raise CheckpointError(
+                f"{under.folder}: {ours} has shape {_sizes(has)}, {facts.folder} asks for {_sizes(asked)}: not the "
+                f"base of this {kind}, which is {recorded_base(kind, facts)}"
+            )
+
+
+def _sizes(shape: tuple[int, ...] | None) -> str:
+    return "none" if shape is None else " x ".join(map(str, shape))
 
 
 def _refuse_half_a_model(spare: Mapping[str, Source], config: LlavaConfig, lenient: bool) -> None:
@@ -186,6 +220,7 @@ def _native_config(facts: Facts, vision: bool, image_mode: ImageMode | None) -> 
 
 def _foreign_config(
     facts: Facts,
+    family: str,
     held: Mapping[str, Source],
     vision: bool,
     vision_tower: str | Path | None,
@@ -196,8 +231,9 @@ def _foreign_config(
     where = str(facts.folder / "config.json")
     found: Shapes = {name: source.shape for name, source in held.items()}
     generation = facts.folder / "generation_config.json"
+    read_decoder = settings.mpt_config if family == "mpt" else settings.decoder_config
     config = LlavaConfig(
-        decoder=settings.decoder_config(facts.settings, found, where),
+        decoder=read_decoder(facts.settings, found, where),
         start_end=bool(facts.settings.get("mm_use_im_start_end", False)),
         eos_ids=settings.end_ids(facts.folder, read_json(generation) if generation.is_file() else {}),
         dtype=settings.stored_dtype(facts.settings, held["decoder.norm.weight"].dtype if held else torch.float16),
@@ -228,8 +264,8 @@ def _of_tower(folder: Path, needed: bool) -> dict[str, Source]:
         raise CheckpointError(f"{folder}: the vision tower's folder holds no weights; name another with vision_tower=")
     planned = keymap.plan(weights, keymap.CLIP)
     if planned.unknown:
-        raise _unknown(weights, planned.unknown)
-    return {ours: Source(weights=weights, names=names) for ours, names in planned.sources.items()}
+        raise _unknown({name: weights.entries[name].file for name in planned.unknown})
+    return {ours: Stored(weights=weights, names=names) for ours, names in planned.sources.items()}
 
 
 def _projector_held(held: Mapping[str, Source], config: LlavaConfig) -> ProjectorConfig | None:
@@ -244,7 +280,7 @@ def check_headers(checkpoint: Checkpoint) -> None:
     """Every tensor is there and has the shape that the config asks for. Raises CheckpointError."""
     if checkpoint.missing:
         n, first = len(checkpoint.missing), checkpoint.missing[0]
-        table = keymap.NATIVE if checkpoint.kind == "native" else (*keymap.LLAVA, *keymap.CLIP)
+        table = (*_TABLES.get(checkpoint.kind, keymap.LLAVA), *keymap.CLIP)
         names = keymap.disk_names(first, table)
         raise CheckpointError(
             f"{checkpoint.folder}: {n} tensors are missing, the first is {names[0]}; fetch the checkpoint again"

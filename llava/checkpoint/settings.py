@@ -45,6 +45,45 @@ def decoder_config(settings: Mapping[str, Any], shapes: Shapes, where: str) -> D
     )
 
 
+def mpt_config(settings: Mapping[str, Any], shapes: Shapes, where: str) -> DecoderConfig:
+    """MPT's sizes; what is not stated is as in MPT-7B, for transformers from 4.37 on may save an empty attn_config.
+
+    Raises ConfigError where this decoder does not compute what the config asks for.
+    """
+    attention = settings.get("attn_config") or {}
+    for values, key, only in (
+        (settings, "no_bias", True),
+        (settings, "logit_scale", None),
+        (settings, "embedding_fraction", 1.0),
+        (attention, "alibi", True),
+        (attention, "qk_ln", False),
+        (attention, "prefix_lm", False),
+        (attention, "softmax_scale", None),
+        (attention, "attn_type", "multihead_attention"),
+    ):
+        if (value := values.get(key, only)) != only:
+            raise ConfigError(f"{where}: {key} is {value!r}; this decoder has {only!r} alone")
+    norms = ("low_precision_layernorm", "layernorm")
+    _one_of(settings.get("norm_type", norms[0]), norms, f"{where}: norm_type")
+    dim, n_heads = settings["d_model"], settings["n_heads"]
+    return DecoderConfig(
+        kind="mpt",
+        n_layers=settings["n_layers"],
+        dim=dim,
+        n_heads=n_heads,
+        n_kv_heads=n_heads,
+        head_dim=dim // n_heads,
+        mlp_dim=dim * settings.get("expansion_ratio", 4),
+        vocab_size=shapes["decoder.embed.weight"][0] if "decoder.embed.weight" in shapes else settings["vocab_size"],
+        max_seq=settings.get("max_seq_len", 2048),
+        eps=settings.get("layer_norm_epsilon", 1e-5),
+        rope_theta=None,
+        alibi_bias_max=attention.get("alibi_bias_max", 8),
+        clip_qkv=attention.get("clip_qkv"),
+        tied=True,
+    )
+
+
 def _one_of(value: Any, known: tuple[str, ...], what: str) -> Any:
     if value not in known:
         raise ConfigError(f"{what} is {value!r}; expected one of {', '.join(known)}")

@@ -19,6 +19,14 @@ from llava.checkpoint.files import DTYPE_NAMES, check_finite
 from llava.errors import CheckpointError
 
 MAX_SHARD_BYTES = 5_000_000_000
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
 
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
 
@@ -41,6 +49,9 @@ class Item:
     @property
     def n_bytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+Writer = Callable[[Path, Sequence[Item], Callable[[int], None]], None]  # of one file; the callback is told of bytes
 
 
 def write_bytes(out: BinaryIO | Any, item: Item, on_bytes: Callable[[int], None]) -> None:
@@ -74,34 +85,56 @@ def write_safetensors(file: Path, items: Sequence[Item], on_bytes: Callable[[int
             write_bytes(out, item, on_bytes)
 
 
-def write_shards(folder: Path, items: Sequence[Item], progress: Progress = silent) -> list[Path]:
-    """model.safetensors, or shards of at most 5 GB, and their index. Returns the files, weights first."""
-    total = sum(item.n_bytes for item in items)
-    shards: list[list[Item]] = [[]]
-    for item in items:
-        if shards[-1] and sum(other.n_bytes for other in shards[-1]) + item.n_bytes > MAX_SHARD_BYTES:
-            shards.append([])
-        shards[-1].append(item)
-    done = 0
+def counting(items: Sequence[Item], progress: Progress) -> Callable[[int], None]:
+    """Adds up bytes written and passes the sum on, with that of all items."""
+    total, done = sum(item.n_bytes for item in items), 0
 
     def count(n: int) -> None:
         nonlocal done
         done += n
         progress(done, total)
 
-    n = len(shards)
-    names = ["model.safetensors"] if n == 1 else [f"model-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)]
+    return count
+
+
+def write_shards(
+    folder: Path,
+    items: Sequence[Item],
+    progress: Progress = silent,
+    *,
+    max_bytes: int | None = None,
+    writer: Writer = write_safetensors,
+) -> list[Path]:
+    """One file, or shards of at most `max_bytes` (default: 5 GB), and their index. Returns the files, weights first.
+
+    `writer`: of one file; safetensors, or torch's format for `pytorch_model*.bin`.
+    """
+    stem, suffix = ("model", "safetensors") if writer is write_safetensors else ("pytorch_model", "bin")
+    shards: list[list[Item]] = [[]]
+    for item in items:
+        if shards[-1] and sum(other.n_bytes for other in shards[-1]) + item.n_bytes > (max_bytes or MAX_SHARD_BYTES):
+            shards.append([])
+        shards[-1].append(item)
+    count, n = counting(items, progress), len(shards)
+    names = [f"{stem}.{suffix}"] if n == 1 else [f"{stem}-{i + 1:05}-of-{n:05}.{suffix}" for i in range(n)]
     for name, shard in zip(names, shards, strict=True):
-        write_safetensors(folder / name, shard, count)
+        writer(folder / name, shard, count)
     weight_map = {item.name: name for name, shard in zip(names, shards, strict=True) for item in shard}
-    index = folder / "model.safetensors.index.json"
-    write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    index = folder / f"{stem}.{suffix}.index.json"
+    write_json(index, {"metadata": {"total_size": sum(item.n_bytes for item in items)}, "weight_map": weight_map})
     return [*(folder / name for name in names), index]
 
 
 def write_json(file: Path, values: dict[str, Any]) -> None:
     """Indented JSON with a newline at its end."""
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """The files of a tokenizer, and generation_config.json, which knows further ends of an answer."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 @contextmanager

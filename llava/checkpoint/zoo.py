@@ -22,9 +22,11 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 def clip_like(dim: int, n_layers: int, image_size: int, patch_size: int) -> dict[str, Any] | None:
     """The published CLIP-L config that a tower of these sizes follows, None if none does.
 
-    Tensors do not show the number of heads; width and depth do where they are CLIP-L's.
+    Tensors do not show the number of heads; width and depth do where they are CLIP-L's. The last layer may be missing:
+    LLaVA does not read it, and what we write of a trained tower has none.
     """
-    if (dim, n_layers, patch_size) != (_CLIP_L["hidden_size"], _CLIP_L["num_hidden_layers"], _CLIP_L["patch_size"]):
+    deep = _CLIP_L["num_hidden_layers"] in (n_layers, n_layers + 1)
+    if not deep or (dim, patch_size) != (_CLIP_L["hidden_size"], _CLIP_L["patch_size"]):
         return None
     return _CLIP_L | {"image_size": image_size}
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ from llava.preprocess.image import Size, open_picture
 from llava.train.measure import Measure, Tokens
 from llava.train.repair import Fault, as_conversations, faults, mended, shortened
 from llava.train.samples import Sample, Samples
+
+_BUFFER = re.compile(r" <_io\.BytesIO object at \w+>")  # Pillow's name for what was read from a file
 
 
 @dataclass
@@ -57,7 +60,8 @@ class Examiner:
             except DataError as error:
                 return found.append(Fault("missing_picture", str(error)))
             except ImageError as error:
-                return found.append(Fault("broken_picture", f"{name}: {str(error).removeprefix('picture: ')}"))
+                text = _BUFFER.sub("", str(error)).removeprefix("picture: ")
+                return found.append(Fault("broken_picture", f"{name}: {text}"))
 
     def _measured(
         self, sample: Sample, sizes: list[Size], measure: Measure, found: list[Fault]

@@ -1,0 +1,230 @@
+"""Folders that are no model by themselves: a LoRA, a projector, a delta. Put on their base as they are read."""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from llava.checkpoint import keymap
+from llava.checkpoint.detect import Facts, Kind
+from llava.checkpoint.files import Weights, read_json, reading
+from llava.checkpoint.keymap import Rule
+from llava.checkpoint.source import Adapted, Adapter, Cut, Mean, Rows, Source, Stored, Summed
+from llava.errors import CheckpointError
+from llava.preprocess.tokenizer import Tokenizer
+
+ON_BASE: tuple[Kind, ...] = ("delta", "lora", "projector")
+LENGTHENED = ("decoder.embed.weight", "decoder.head.weight")  # by new tokens
+
+
+class Base(NamedTuple):
+    """What a folder is put on."""
+
+    folder: Path
+    sources: Mapping[str, Source]  # all that it holds, by our names
+    rules: tuple[Rule, ...]  # names on disk of a LLaVA with this language model
+
+
+class Put(NamedTuple):
+    """A model put together."""
+
+    sources: dict[str, Source]
+    unused: tuple[str, ...]  # names on disk that are known and not needed
+    unknown: dict[str, Path]  # names on disk that no rule knows, and their files
+
+
+def put_on(kind: Kind, facts: Facts, base: Base, tokenizer: Tokenizer) -> Put:
+    """`tokenizer`: of the result. Raises CheckpointError where folder and base can not belong together."""
+    if kind == "lora":
+        return _lora(facts.folder, base)
+    if kind == "projector":
+        return _projector(facts.folder / "mm_projector.bin", base, tokenizer)
+    return _delta(facts.weights, base)
+
+
+def recorded_base(kind: Kind, facts: Facts) -> str:
+    """The base as the folder names it, else in words."""
+    named = facts.settings.get("_name_or_path")
+    if kind == "lora":
+        adapter = read_json(facts.folder / "adapter_config.json")
+        return str(adapter.get("base_model_name_or_path") or named or "the language model that it was trained from")
+    if kind == "delta":
+        return "the LLaMA that the difference was taken to"
+    return str(named or "the language model that it was trained with")
+
+
+# ---------------------------------------------------------------------------------------------------- LoRA
+
+
+def _lora(folder: Path, base: Base) -> Put:
+    """PEFT's adapter is added to the base's matrices; what was trained besides takes the place of the base's own."""
+    extra = folder / "non_lora_trainables.bin"
+    plain = _taken(Weights([extra] if extra.is_file() else []), _unwrapped, base.rules)
+    file = next((folder / name for name in _ADAPTERS if (folder / name).is_file()), None)
+    if file is None:
+        raise CheckpointError(f"{folder}: holds no {' or '.join(_ADAPTERS)}; fetch the LoRA again")
+    sources, (pairs, unknown) = {**base.sources, **plain.sources}, _pairs(Weights([file]))
+    alpha = _alpha(folder / "adapter_config.json")
+    adapters: dict[str, list[Adapter]] = {}
+    for name, pair in pairs.items():
+        ours, adapter = _adapter(name, pair, alpha, sources, base, file)
+        adapters.setdefault(ours, []).append(adapter)
+    sources |= {ours: Adapted(sources[ours], parts) for ours, parts in adapters.items()}
+    return Put(sources, plain.unused, plain.unknown | dict.fromkeys(unknown, file))
+
+
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def _pairs(weights: Weights) -> tuple[dict[str, dict[str, Source]], list[str]]:
+    """A and B by the name of the matrix that they are added to, and names that are neither."""
+    pairs: dict[str, dict[str, Source]] = {}
+    unknown = []
+    for plain, name in _unwrapped(weights).items():
+        if match := re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", plain):
+            pairs.setdefault(f"{match[1]}.weight", {})[match[2]] = _whole(weights, name)
+        else:
+            unknown.append(name)
+    return pairs, unknown
+
+
+def _alpha(file: Path) -> Callable[[int], float]:
+    """The factor of B @ A for a rank. Raises CheckpointError for kinds of LoRA that this is not."""
+    config = read_json(file)
+    for key in ("fan_in_fan_out", "use_dora", "alpha_pattern"):
+        if config.get(key):
+            raise CheckpointError(f"{file}: {key} is {config[key]!r}, which is not supported; merge it with peft first")
+    with reading(file):
+        alpha, rooted = float(config["lora_alpha"]), bool(config.get("use_rslora"))
+    return lambda r: alpha / (r**0.5 if rooted else r)
+
+
+def _adapter(
+    name: str,
+    pair: dict[str, Source],
+    alpha: Callable[[int], float],
+    under: Mapping[str, Source],
+    base: Base,
+    file: Path,
+) -> tuple[str, Adapter]:
+    """One pair, and our tensor that it belongs to."""
+    if missing := {"A", "B"} - set(pair):
+        raise CheckpointError(f"{file}: has no lora_{missing.pop()} for {name}; fetch the LoRA again")
+    place, a, b = keymap.place(name, base.rules), pair["A"], pair["B"]
+    if place is None or place.ours not in under:
+        raise CheckpointError(f"{file}: adapts {name}, which {base.folder} does not hold; give the LoRA's own base")
+    rows, columns = under[place.ours].shape
+    # q, k and v lie under each other; k and v are of one height, which q exceeds where heads share them
+    first = rows - (place.of - place.part) * b.shape[0] if place.part else 0
+    fits = place.of * b.shape[0] <= rows if place.part else b.shape[0] <= rows <= place.of * b.shape[0]
+    if a.shape[1] != columns or a.shape[0] != b.shape[1] or not fits:
+        raise CheckpointError(
+            f"{file}: adapts {name} by {b.shape[0]} x {a.shape[1]} values, {base.folder} holds it in {rows} x {columns}"
+            f"{' with its neighbours' * (place.of > 1)}: not the base that this LoRA was trained from"
+        )
+    return place.ours, Adapter(first, a, b, alpha(a.shape[0]))
+
+
+def _unwrapped(names: Weights) -> dict[str, str]:
+    """Names without what PEFT's and DeepSpeed's wrappers put in front, and with it."""
+    plain = {name.removeprefix("base_model."): name for name in names}
+    if any(name.startswith(("model.model.", "model.transformer.")) for name in plain):
+        plain = {name.removeprefix("model."): given for name, given in plain.items()}
+    return plain
+
+
+# ----------------------------------------------------------------------------------------------- projector
+
+
+def _projector(file: Path, base: Base, tokenizer: Tokenizer) -> Put:
+    """The projector beside its language model, and rows of <im_start> and <im_end> where they were trained."""
+    put = _taken(Weights([file]), _after_projector, _BESIDE)
+    rows = put.sources.pop("decoder.embed.weight", None)
+    sources = {**base.sources, **put.sources}
+    if rows is not None:
+        sources |= _with_tokens(rows, base, tokenizer, file)
+    return put._replace(sources=sources)
+
+
+def _with_tokens(rows: Source, base: Base, tokenizer: Tokenizer, file: Path) -> dict[str, Source]:
+    """The table with the last two of `rows` in the two tokens' places; a head that is too short goes on with means."""
+    start, end = tokenizer.id_of("<im_start>"), tokenizer.id_of("<im_end>")
+    if start is None or end != start + 1:
+        raise CheckpointError(
+            f"{file}: holds rows of <im_start> and <im_end>, which the tokenizer does not have as its last two; "
+            "put the tokenizer files of that training into the folder"
+        )
+    made: dict[str, Source] = {}
+    for name in LENGTHENED:
+        if (table := base.sources.get(name)) is None:
+            continue  # a tied head
+        if (more := end + 1 - table.shape[0]) > 0:
+            table = Rows(table, Mean(table, more), table.shape[0])
+        made[name] = table
+    made["decoder.embed.weight"] = Rows(
+        made["decoder.embed.weight"], Cut(rows, rows.shape[0] - 2, rows.shape[0]), start
+    )
+    return made
+
+
+_BESIDE = (*keymap.VISION, Rule("embed_tokens.weight", "decoder.embed.weight"))
+
+
+def _after_projector(names: Weights) -> dict[str, str]:
+    """Prefixes differ from file to file; what follows `mm_projector.` does not."""
+    return {re.sub(r"^.*?(mm_projector\.|embed_tokens\.|image_newline)", r"\1", name): name for name in names}
+
+
+# --------------------------------------------------------------------------------------------------- delta
+
+
+def _delta(weights: Weights, base: Base) -> Put:
+    """Differences are added in the delta's type; what the base has not, rows of new tokens too, stands for itself."""
+    put = _taken(weights, _as_they_are, base.rules)
+    decoder = {ours for ours in (*put.sources, *base.sources) if ours.startswith("decoder.")}
+    for ours in sorted(decoder):
+        delta, own = put.sources.get(ours), base.sources.get(ours)
+        if delta is None or own is None or not fits(ours, delta, own):
+            wanted, found = (list(source.shape) if source else "none" for source in (delta, own))
+            raise CheckpointError(
+                f"{base.folder}: holds {ours} in shape {found}, the delta is one of shape {wanted}: "
+                "not the base that it was taken to"
+            )
+        put.sources[ours] = Summed(delta, own, delta.dtype)
+    return put
+
+
+def fits(ours: str, longer: Source, base: Source) -> bool:
+    """Of one shape, but that new tokens lengthen a table."""
+    same_rows = longer.shape[0] == base.shape[0] or (ours in LENGTHENED and longer.shape[0] > base.shape[0])
+    return same_rows and longer.shape[1:] == base.shape[1:]
+
+
+def _as_they_are(names: Weights) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+# ----------------------------------------------------------------------------------------------------- all
+
+
+def _taken(weights: Weights, renamed: Callable[[Weights], dict[str, str]], rules: tuple[Rule, ...]) -> Put:
+    """Tensors of a file under our names."""
+    given = renamed(weights)
+    planned = keymap.plan(given, rules)
+    sources: dict[str, Source] = {}
+    for ours, names in planned.sources.items():
+        for name in names:
+            _whole(weights, given[name])
+        sources[ours] = Stored(weights=weights, names=tuple(given[name] for name in names))
+    unknown = {given[name]: weights.entries[given[name]].file for name in planned.unknown}
+    return Put(sources, tuple(given[name] for name in planned.dropped), unknown)
+
+
+def _whole(weights: Weights, name: str) -> Source:
+    """A tensor that holds values: training with ZeRO-3 may leave empty ones behind."""
+    entry = weights.entries[name]
+    if not entry.n_values:
+        raise CheckpointError(
+            f"{entry.file}: {name} is empty, as ZeRO-3 leaves it where it was not gathered; save the training again"
+        )
+    return Stored(weights=weights, names=(name,))

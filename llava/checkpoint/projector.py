@@ -1,0 +1,46 @@
+"""A projector alone, as stage 1 leaves it: mm_projector.bin and config.json. It is read by `onbase.py`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llava.checkpoint.original import llava_settings, named
+from llava.checkpoint.torchzip import write_torch
+from llava.checkpoint.write import copy_tokenizer, counting, new_folder, silent, write_json
+from llava.config import LlavaConfig
+from llava.errors import ConfigError
+from llava.preprocess.tokenizer import load_tokenizer
+
+
+def write_projector(
+    folder: Path,
+    config: LlavaConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    vision_tower: str,
+    base: str,
+    start_end: Tensor | None = None,
+    tokenizer_from: Path | None = None,
+    recorded: Mapping[str, Any] | None = None,
+) -> None:
+    """`projector.*` and `newline` of `tensors`, in the type they have.
+
+    base: the language model, recorded in config.json. start_end: [2, D], rows of <im_start> and <im_end> where they
+    were trained; it takes `tokenizer_from`, a folder with a tokenizer that has the two. Raises ConfigError.
+    """
+    if start_end is not None and tokenizer_from is None:
+        raise ConfigError("rows of <im_start> and <im_end> need the tokenizer that has them: pass tokenizer_from=")
+    kept = {name: tensor for name, tensor in tensors.items() if name.startswith("projector.") or name == "newline"}
+    if start_end is not None:
+        kept["decoder.embed.weight"] = start_end
+    tokenizer = load_tokenizer(tokenizer_from) if tokenizer_from else None
+    settings = llava_settings(config, tokenizer, vision_tower)
+    settings |= {"_name_or_path": base, "tune_mm_mlp_adapter": True, **(recorded or {})}
+    items = named(kept, config)
+    with new_folder(folder, sum(item.n_bytes for item in items)) as partial:
+        write_torch(partial / "mm_projector.bin", items, counting(items, silent))
+        write_json(partial / "config.json", settings)
+        if tokenizer_from:
+            copy_tokenizer(tokenizer_from, partial)

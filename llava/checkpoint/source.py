@@ -1,0 +1,265 @@
+"""Where one of our tensors comes from: files, memory, or a sum of such. Values are made when they are asked for.
+
+R rows, the first dimension
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llava.checkpoint import keymap
+from llava.checkpoint.files import Weights
+
+
+class Source(ABC):
+    """One tensor. What `read` gives may be wider than `dtype`, the type to store it in: a sum is rounded once."""
+
+    names: tuple[str, ...]  # on disk
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    @abstractmethod
+    def where(self) -> str:
+        """For messages: file and tensors."""
+
+    @property
+    def n_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    @property
+    def cuts(self) -> list[int]:
+        """Rows between which it is read without joining or copying, from 0 to R."""
+        return [0, self.shape[0]]
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Some of the rows; nothing is done for the others."""
+
+    def read(self) -> Tensor:
+        """All rows."""
+        return self.rows(0, self.shape[0])
+
+    def pieces(self) -> Iterator[Tensor]:
+        """All rows, in as many pieces as are handy."""
+        for start, stop in pairwise(self.cuts):
+            yield self.rows(start, stop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored(Source):
+    """Names on disk, stacked by rows, in one set of files."""
+
+    weights: Weights
+    names: tuple[str, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shapes = [self.weights.entries[name].shape for name in self.names]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if len(shapes) > 1 else shapes[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values as stored; float32 in the odd case that stacked parts differ."""
+        kinds = {self.weights.entries[name].dtype for name in self.names}
+        return kinds.pop() if len(kinds) == 1 else torch.float32
+
+    @property
+    def where(self) -> str:
+        return f"{self.weights.entries[self.names[0]].file}: {', '.join(self.names)}"
+
+    @property
+    def cuts(self) -> list[int]:
+        return list(accumulate((self.weights.entries[name].shape[0] for name in self.names), initial=0))
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        parts = [
+            self.weights[name][max(start - first, 0) : stop - first]
+            for name, (first, last) in zip(self.names, pairwise(self.cuts), strict=True)
+            if first < stop and start < last
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def read(self) -> Tensor:
+        return keymap.read(self.weights, self.names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given(Source):
+    """A tensor in memory, on any device."""
+
+    tensor: Tensor
+    what: str  # for messages
+    names: tuple[str, ...] = ()
+
+    @property
+    def where(self) -> str:
+        return self.what
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.tensor.detach()[start:stop].cpu()
+
+
+class _Over(Source):
+    """Something done to another tensor, whose shape and type it keeps."""
+
+    base: Source
+
+    @property
+    def names(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.base.names
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
+
+    @property
+    def where(self) -> str:
+        return self.base.where
+
+    @property
+    def cuts(self) -> list[int]:
+        return self.base.cuts
+
+
+class Adapter(NamedTuple):
+    """A LoRA of the rows from `first` on: scale * B @ A."""
+
+    first: int
+    a: Source  # [r, in]
+    b: Source  # [rows, r]
+    scale: float
+
+
+@dataclass(frozen=True)
+class Adapted(_Over):
+    """W + scale * B @ A in float32. arXiv:2106.09685."""
+
+    base: Source
+    adapters: Sequence[Adapter]
+
+    @property
+    def where(self) -> str:
+        return f"{self.base.where} + {self.adapters[0].a.where}"
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        values = self.base.rows(start, stop).to(torch.float32, copy=True)
+        for first, a, b, scale in self.adapters:
+            low, high = max(start, first), min(stop, first + b.shape[0])
+            if low < high:
+                part = values[low - start : high - start]
+                part.addmm_(b.rows(low - first, high - first).float(), a.read().float(), alpha=scale)
+        return values
+
+
+@dataclass(frozen=True)
+class Summed(_Over):
+    """base + sign * other of values in one type, rounded to it; rows that `other` has not are the base's own."""
+
+    base: Source
+    other: Source
+    kind: torch.dtype
+    sign: int = 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.kind
+
+    @property
+    def where(self) -> str:
+        return f"{self.base.where} and {self.other.where}"
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        values = self.base.rows(start, stop).to(self.kind).to(torch.float32, copy=True)
+        if start < (last := min(stop, self.other.shape[0])):
+            other = self.other.rows(start, last).to(self.kind).float()
+            values[: last - start] += self.sign * other
+        return values.to(self.kind)
+
+
+@dataclass(frozen=True)
+class Rows(_Over):
+    """A table with `extra` rows from row `first` on, in place of its own or behind them."""
+
+    base: Source
+    extra: Source
+    first: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (max(self.base.shape[0], self.first + self.extra.shape[0]), *self.base.shape[1:])
+
+    @property
+    def cuts(self) -> list[int]:
+        return sorted({0, self.first, self.first + self.extra.shape[0], self.shape[0]})
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        own = self.base.rows(start, min(stop, self.base.shape[0]))
+        values = torch.cat([own, own.new_empty(stop - start - len(own), *own.shape[1:])])
+        low, high = max(start, self.first), min(stop, self.first + self.extra.shape[0])
+        if low < high:
+            values[low - start : high - start] = self.extra.rows(low - self.first, high - self.first).to(self.dtype)
+        return values
+
+
+@dataclass(frozen=True)
+class Mean(_Over):
+    """`n` rows, each the mean of a table's rows: as LLaVA starts the rows of new tokens."""
+
+    base: Source
+    n: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.n, *self.base.shape[1:])
+
+    @property
+    def cuts(self) -> list[int]:
+        return [0, self.n]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        mean = self.base.read().float().mean(0, keepdim=True)
+        return mean.to(self.dtype).expand(stop - start, *mean.shape[1:])
+
+
+@dataclass(frozen=True)
+class Cut(_Over):
+    """Some rows of a table."""
+
+    base: Source
+    first: int
+    stop: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.stop - self.first, *self.base.shape[1:])
+
+    @property
+    def cuts(self) -> list[int]:
+        return [0, self.stop - self.first]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.base.rows(self.first + start, self.first + stop)
