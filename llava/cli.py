@@ -317,7 +317,7 @@ def data_check(
     else:
         from rich.console import Console
 
-        Console(width=None if sys.stdout.isatty() else 140).print(shown(found))
+        Console(width=None if sys.stdout.isatty() else 140, markup=False, highlight=False).print(shown(found))
     if not found.clean and not found.fixed:
         raise SystemExit(1)
 

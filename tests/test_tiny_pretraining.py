@@ -81,11 +81,11 @@ def test_every_glyph_has_all_variants_and_every_word_all_fonts(sprites: Sprites)
 def test_patches_are_labelled_with_what_they_show(pack: Path) -> None:
     glyphs = Glyphs.load(pack)
     plain = load_sprites(glyphs, ["bare"], [], torch.device("cpu"), plain=True)
-    scenes = Composer(plain, size=160, patch=16, max_objects=3, seed=3, augment=False).draw(32)
+    scenes = Composer(plain, size=160, patch=16, max_objects=3, seed=3, augment=False).draw(20)
     means = F.avg_pool2d(bytes_of(scenes).float(), 16).flatten(2).transpose(1, 2)  # [B, P, 3]
     full = scenes.labels >= 0
     nearest = torch.cdist(means[full], torch.tensor(COLORS).float()).argmin(-1)
-    assert full.sum() > 200
+    assert full.sum() > 150
     assert (nearest == scenes.labels[full]).float().mean() > 0.9  # patches half covered show the background too
 
 
@@ -211,14 +211,14 @@ def test_a_style_kept_back_is_measured_and_not_trained_on(pack: Path, tmp_path: 
 
 
 def dialogues(n: int) -> list[Any]:
-    """Samples of LLaVA's JSON, captions and plain texts among them."""
+    """Samples of LLaVA's JSON, plain texts among them."""
     rng = random.Random(0)
     samples: list[Any] = ["A square has four corners.", {"text": "A disc is round.\nIt has none."}]
     for i in range(n):
         thing = rng.choice(NAMES)
-        asked = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": f"It is a {thing}."}]
-        said = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": f"a {thing}"}]
-        samples.append({"id": str(i), "image": "a.png", "scene": thing, "conversations": asked if i % 3 else said})
+        asked = {"from": "human", "value": f"<image>\nHere is a {thing}. What is it?"}
+        said = {"from": "gpt", "value": f"It is a {thing}."}
+        samples.append({"id": str(i), "image": "a.png", "conversations": [asked, said]})
     return samples
 
 
@@ -241,13 +241,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "llama"
 
 
-def test_dialogues_are_written_out_and_a_scene_in_words_stands_for_the_picture(llama: Path) -> None:
+def test_dialogues_are_written_out_in_the_template_without_their_pictures(llama: Path) -> None:
     texts = language.read_texts([llama.parent / "data.json"])
     assert texts[:2] == ["A square has four corners.", "A disc is round.\nIt has none."]
-    assert texts[2] in {f"a {name}" for name in NAMES}
-    assert texts[3].startswith(language.TEMPLATE.system + " USER: ")
-    assert texts[3].split("USER: ")[1].split("\nWhat is it? ASSISTANT: It is a ")[0] in NAMES
-    assert texts[3].endswith(".</s>")
+    thing = texts[2].split("It is a ")[1].removesuffix(".</s>")
+    assert (
+        texts[2] == f"{language.TEMPLATE.system} USER: Here is a {thing}. What is it? ASSISTANT: It is a {thing}.</s>"
+    )
 
 
 def test_ids_in_training_are_those_of_the_tokenizer_on_disk(llama: Path) -> None:
@@ -265,7 +265,7 @@ def test_the_language_models_folder_is_a_llama_for_llava_and_transformers(llama:
     assert open_checkpoint(llama).kind == "llama"
     ours = llava.load(llama, dtype="float32", device="cpu")
     theirs = transformers.LlamaForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
-    prompt = f"{language.TEMPLATE.system} USER: red square\nWhat is it? ASSISTANT:"
+    prompt = f"{language.TEMPLATE.system} USER: Here is a red square. What is it? ASSISTANT:"
     ids = ours.prepare(prompt).ids
     with torch.no_grad():
         wanted = theirs(torch.tensor([list(ids)])).logits[0]

@@ -113,11 +113,14 @@ def _adapter(
     place, a, b = keymap.place(name, base.rules), pair["A"], pair["B"]
     if place is None or place.ours not in under:
         raise CheckpointError(f"{file}: adapts {name}, which {base.folder} does not hold; give the LoRA's own base")
-    rows, columns = under[place.ours].shape
+    held = under[place.ours].shape
+    if not len(held) == len(a.shape) == len(b.shape) == 2:
+        raise CheckpointError(f"{file}: adapts {name}, which is no matrix; only matrices take a LoRA here")
+    rows, columns = held
     # q, k and v lie under each other; k and v are of one height, which q exceeds where heads share them
     first = rows - (place.of - place.part) * b.shape[0] if place.part else 0
-    fits = place.of * b.shape[0] <= rows if place.part else b.shape[0] <= rows <= place.of * b.shape[0]
-    if a.shape[1] != columns or a.shape[0] != b.shape[1] or not fits:
+    high = place.of * b.shape[0] <= rows if place.part else b.shape[0] <= rows <= place.of * b.shape[0]
+    if a.shape[1] != columns or a.shape[0] != b.shape[1] or not high:
         raise CheckpointError(
             f"{file}: adapts {name} by {b.shape[0]} x {a.shape[1]} values, {base.folder} holds it in {rows} x {columns}"
             f"{' with its neighbours' * (place.of > 1)}: not the base that this LoRA was trained from"

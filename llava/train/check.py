@@ -198,7 +198,7 @@ def _write(samples: Samples, changes: dict[int, str | None], out: Path, *, array
     first, between, last = ("[\n", ",\n", "\n]\n") if array else ("", "\n", "\n")
     part = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        with part.open("w", encoding="utf-8", errors="surrogatepass", newline="\n") as file:
+        with part.open("w", encoding="utf-8", newline="\n") as file:
             file.write(first)
             for n, text in enumerate(text for text in texts if text is not None):
                 file.write(between * bool(n) + text)

@@ -84,4 +84,4 @@ class Examiner:
 
     def _rewritten(self, i: int, sample: Sample) -> str:
         value = self.samples.value(i) | {"conversations": as_conversations(sample.turns)}
-        return json.dumps(value, ensure_ascii=False)
+        return json.dumps(value)

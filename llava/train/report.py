@@ -19,7 +19,7 @@ class Finding(NamedTuple):
 
     kind: str  # a key of RULES
     sample: int  # its number in the data, from 0
-    id: str
+    id: str  # empty for a malformed sample: its text names it
     text: str
 
 
@@ -75,7 +75,7 @@ class Report:
 
 
 def shown(report: Report) -> "Group":
-    """The report as tables."""
+    """The report as tables, for a Console with markup=False: names may hold brackets."""
     from rich.console import Group
 
     parts = [_facts(report), *([_problems(report)] if report.problems else [])]
@@ -117,14 +117,13 @@ def _most(counts: Mapping[str, int]) -> str:
 
 
 def _problems(report: Report) -> "Table":
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table("problem", "samples", "for example", "what --fix does")
     for kind, count in sorted(report.problems.items(), key=lambda item: -item[1]):
         some = [finding for finding in report.findings if finding.kind == kind][:_EXAMPLES]
-        lines = [f"{finding.sample} (id {finding.id:.30}): {finding.text:.160}" for finding in some]
-        table.add_row(kind.replace("_", " "), f"{count:,}", escape("\n".join(lines)), RULES[kind])
+        lines = [f"{number} (id {id:.30}): {text:.160}" if id else f"{text:.200}" for _, number, id, text in some]
+        table.add_row(kind.replace("_", " "), f"{count:,}", "\n".join(lines), RULES[kind])
     return table
 
 
