@@ -70,9 +70,9 @@ def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """x [B, H, S, E] with rope's cos, sin [.., 1, S, E/2]: pairs (i, i + E/2) are turned by their angle."""
-    cos, sin = rope
+    cos, sin = rope  # wider than x where training computes in 16 bits beside a float32 residual stream
     a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 def visible(pos: Tensor, window: int) -> Tensor:

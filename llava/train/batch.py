@@ -70,7 +70,7 @@ def collate(inputs: Sequence[ModelInput], *, packing: bool, pad_to: int, slots: 
         rows = [
             pad_sequence(parts, batch_first=True, padding_value=rest) for parts, rest in ((ids, 0), (labels, IGNORE))
         ]
-        pos = torch.arange(max(lengths)).expand(len(ids), -1)
+        pos = torch.arange(max(lengths)).repeat(len(ids), 1)
     flat = rows[1].flatten()
     at = (flat != IGNORE).nonzero()[:, 0]
     pixels = [input.pixels for input in inputs if input.pixels is not None]

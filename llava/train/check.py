@@ -18,9 +18,10 @@ from statistics import median
 from llava.errors import DataError
 from llava.train.examine import Examined, Examiner
 from llava.train.measure import Measure
+from llava.train.records import is_array
 from llava.train.repair import Fault
 from llava.train.report import Finding, Fixed, Report, TokenFigures
-from llava.train.samples import Sample, Samples, is_array
+from llava.train.samples import Sample, Samples
 
 _CHUNK = 64  # samples that a worker takes at once
 Progress = Callable[[int, int], None]  # samples done, samples in all

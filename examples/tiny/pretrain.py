@@ -1,0 +1,162 @@
+"""What the two pretraining scripts share: first weights, a loop that ends on time, folders as a hub has them."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava.checkpoint.keymap import Rule, disk_names
+from llava.checkpoint.write import Item, write_json, write_safetensors
+
+REPORT_S = 5.0  # seconds between reports
+WARM_UP = 0.05  # share of the steps in which the rate rises
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, n_layers: int) -> None:
+    """Matrices that keep the size of what they multiply, smaller where a block adds to its residual; embeddings 0.02,
+    norms 1, biases and other vectors 0. What is known by name as something else is set by the caller."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            nn.init.constant_(parameter, 1.0 if name.endswith("norm.weight") else 0.0)
+        elif name.endswith("embed.weight"):
+            nn.init.trunc_normal_(parameter, std=0.02)
+        else:
+            adds = name.endswith(("attn.out.weight", "mlp.down.weight"))
+            nn.init.trunc_normal_(
+                parameter, std=parameter[0].numel() ** -0.5 / (math.sqrt(2 * n_layers) if adds else 1)
+            )
+
+
+@dataclass
+class Budget:
+    """How far training is: by steps, or by minutes turned into steps as soon as their pace is known."""
+
+    minutes: float | None
+    steps: int | None
+    clock: Callable[[], float] = time.monotonic  # seconds
+    step: int = 0
+    _started: float = field(init=False)
+    _marked: tuple[int, float] | None = None  # step and time of the last `measure`
+
+    def __post_init__(self) -> None:
+        self._started = self.clock()
+
+    @property
+    def elapsed_s(self) -> float:
+        return self.clock() - self._started
+
+    def measure(self) -> float:
+        """Called where the device has finished its work: steps a second since the last call; sets the number of steps.
+
+        The first call only sets a mark: what lies before it is compiling.
+        """
+        now, mark = self.elapsed_s, self._marked
+        self._marked = (self.step, now)
+        if mark is None or self.step == mark[0]:
+            return 0.0
+        pace = (self.step - mark[0]) / (now - mark[1])
+        if self.minutes is not None:
+            self.steps = self.step + max(0, int((60 * self.minutes - now) * pace))
+        return pace
+
+    @property
+    def rate(self) -> float:
+        """Share of the highest learning rate at this step: up in a line, down in a cosine to 0."""
+        if self.steps is None:
+            return min(1.0, (self.step + 1) / 100)
+        done = (self.step + 1) / max(self.steps, 1)
+        rise = (self.step + 1) / max(1.0, WARM_UP * self.steps)
+        return min(rise, 0.5 + 0.5 * math.cos(math.pi * min(1.0, done)))
+
+    @property
+    def over(self) -> bool:
+        return self.steps is not None and self.step >= self.steps
+
+
+Report = Callable[[], dict[str, float]]
+
+
+def fit(
+    forward: Callable[[], Tensor],
+    parameters: Iterable[nn.Parameter],
+    budget: Budget,
+    report: Report,
+    log: Callable[[dict[str, float]], None],
+    *,
+    lr: float,
+    weight_decay: float,
+    samples: int,
+) -> None:
+    """AdamW on what `forward` returns, a loss, until the budget is spent; matrices alone decay.
+
+    The device is waited for only at reports, about every REPORT_S seconds. `samples`: in a step, for the speed.
+    """
+    weights = [p for p in parameters if p.requires_grad]
+    device = weights[0].device
+    groups = [
+        {"params": [p for p in weights if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-8, fused=True)
+    next_look = 10
+    while not budget.over:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * budget.rate
+        loss = forward()
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        budget.step += 1
+        if budget.step >= next_look or budget.over:
+            value = float(loss.detach())  # waits for the device
+            pace = budget.measure()
+            log({"step": budget.step, "steps": budget.steps or 0, "seconds": round(budget.elapsed_s, 1),
+                 "loss": round(value, 4), "samples_per_s": round(pace * samples, 1), **report()})  # fmt: skip
+            _wait(device)
+            budget.measure()  # the report's own time is no step's
+            next_look = budget.step + max(5, int(pace * REPORT_S))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def logger(file: Path) -> Callable[[dict[str, float]], None]:
+    """Prints what is reported and adds it to `file`, a JSON object a line."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("")
+
+    def log(values: dict[str, float]) -> None:
+        print("  ".join(f"{key} {value:g}" for key, value in values.items()), flush=True)
+        with file.open("a") as out:
+            out.write(json.dumps(values) + "\n")
+
+    return log
+
+
+def save(folder: Path, ours: Mapping[str, Tensor], rules: Iterable[Rule], config: dict[str, Any]) -> None:
+    """model.safetensors in float16 under the hub's names, and config.json; what we stack is taken apart."""
+    table, items = tuple(rules), list[Item]()
+    for name, tensor in ours.items():
+        names = disk_names(name, table)
+        parts = tensor.detach().to("cpu", torch.float16).chunk(len(names))
+        for disk, part in zip(names, parts, strict=True):
+            values = partial(iter, (part,))
+            items.append(Item(name=disk, dtype=part.dtype, shape=tuple(part.shape), parts=values, where=name))
+    write_safetensors(folder / "model.safetensors", items, lambda n_bytes: None)
+    write_json(folder / "config.json", config)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 on a GPU; a CPU keeps float32, which it is faster in."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
