@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import pickle
 import random
+import re
 import tarfile
 import zipfile
 from collections.abc import Mapping
@@ -20,14 +21,14 @@ from llava.errors import DataError
 from llava.preprocess.conversation import Turn
 from llava.preprocess.inputs import Preprocessor
 from llava.preprocess.tokenizer import load_tokenizer
-from llava.train import samples as samples_module
+from llava.train import records
 from llava.train.check import check
 from llava.train.measure import Measure, open_measure
 from llava.train.pictures import open_pictures
 from llava.train.repair import RULES, faults, mended
 from llava.train.samples import Sample, Samples
 from tests import tiny
-from tests.command import assert_one_line_error, run, run_well
+from tests.command import PROJECT, assert_one_line_error, run, run_well
 
 SHORT = "\nAnswer the question using a single word or phrase."
 OPTIONS = "Options: (A) yes (B) no"
@@ -193,7 +194,7 @@ def test_published_sets_are_read_in_every_form(name: str, form: str, tmp_path: P
 def test_where_a_block_of_the_file_ends_changes_nothing(
     block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(samples_module, "BLOCK", block)
+    monkeypatch.setattr(records, "BLOCK", block)
     file = write_json(tmp_path / "data.json", MIX, ensure_ascii=False, indent=1)
     assert list(Samples([file], None)) == expected(MIX)
 
@@ -690,3 +691,9 @@ def test_a_copy_that_cannot_be_written_is_refused_before_anything_is_read(tmp_pa
 
 def test_what_the_caller_got_wrong_is_one_line(tmp_path: Path) -> None:
     assert_one_line_error(run("data", "check", tmp_path / "absent.json"), "absent.json", "cannot be read")
+
+
+def test_the_page_has_every_rule() -> None:
+    page = (PROJECT / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([a-z ]+) \| .* \| (.*) \|$", page, re.MULTILINE)
+    assert {kind.replace(" ", "_"): rule for kind, rule in rows if kind.replace(" ", "_") in RULES} == RULES

@@ -1,0 +1,447 @@
+"""The shipped recipes: each says what its row of the zoo says, runs on data of that row's form, and changes no more
+than it should. Paths in recipes are relative: the tests work in a folder where all that they name lies in small."""
+
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import llava
+from llava.checkpoint.open import Checkpoint, open_checkpoint
+from llava.errors import ConfigError
+from llava.model.llava import Llava
+from llava.train import loop
+from llava.train.plan import make_plan
+from llava.train.recipe import RECIPES, Recipe, names, read_recipe, recipe_from
+from tests import formats, tiny
+from tests.command import assert_one_line_error, run, run_well
+
+NAMES = names()
+OTHERS = {"custom", "llava-tiny"}  # folders that belong to no row
+
+# ------------------------------------------------------------------------------------------- what the zoo says
+
+H = "liuhaotian/"
+ROWS = {
+    f"{H}LLaVA-7b-delta-v0": "llava-v0-7b/finetune",
+    f"{H}LLaVA-13b-delta-v0": "llava-v0-13b/finetune",
+    f"{H}LLaVA-13b-delta-v0-science_qa": "llava-v0-13b-scienceqa/finetune",
+    f"{H}LLaVA-13b-delta-v1-1": "llava-v1.1-13b/finetune",
+    f"{H}LLaVA-Lightning-7B-delta-v1-1": "llava-lightning-7b/finetune",
+    f"{H}LLaVA-Lightning-MPT-7B-preview": "llava-lightning-mpt-7b/finetune",
+    f"{H}llava-v1-0719-336px-lora-vicuna-13b-v1.3": "llava-v1-13b-336px/finetune-lora",
+    f"{H}llava-v1-0719-336px-lora-merge-vicuna-13b-v1.3": "llava-v1-13b-336px/finetune-lora",
+    f"{H}llava-llama-2-13b-chat-lightning-preview": "llava-llama-2-13b/finetune",
+    f"{H}llava-llama-2-7b-chat-lightning-lora-preview": "llava-llama-2-7b/finetune-lora",
+    f"{H}llava-lcs558k-scienceqa-vicuna-13b-v1.3": "llava-v1-13b-scienceqa/finetune",
+    f"{H}llava-v1.5-7b": "llava-v1.5/finetune",
+    f"{H}llava-v1.5-13b": "llava-v1.5-13b/finetune",
+    f"{H}llava-v1.5-7b-lora": "llava-v1.5/finetune-lora",
+    f"{H}llava-v1.5-13b-lora": "llava-v1.5-13b/finetune-lora",
+    f"{H}llava-v1.6-vicuna-7b": "llava-v1.6-vicuna-7b/finetune",
+    f"{H}llava-v1.6-vicuna-13b": "llava-v1.6-vicuna-13b/finetune",
+    f"{H}llava-v1.6-mistral-7b": "llava-v1.6-mistral-7b/finetune",
+    f"{H}llava-v1.6-34b": "llava-v1.6-34b/finetune",
+    f"{H}llava-v1.5-mlp2x-336px-pretrain-vicuna-7b-v1.5": "llava-v1.5/pretrain",
+    f"{H}llava-v1.5-mlp2x-336px-pretrain-vicuna-13b-v1.5": "llava-v1.5-13b/pretrain",
+    f"{H}llava-336px-pretrain-llama-2-13b-chat": "llava-llama-2-13b-336px/pretrain",
+    f"{H}llava-336px-pretrain-llama-2-7b-chat": "llava-llama-2-7b-336px/pretrain",
+    f"{H}llava-pretrain-llama-2-13b-chat": "llava-llama-2-13b/pretrain",
+    f"{H}llava-pretrain-llama-2-7b-chat": "llava-llama-2-7b/pretrain",
+    f"{H}llava-336px-pretrain-vicuna-13b-v1.3": "llava-v1-13b-336px/pretrain",
+    f"{H}llava-336px-pretrain-vicuna-7b-v1.3": "llava-v1-7b-336px/pretrain",
+    f"{H}llava-pretrain-vicuna-13b-v1.3": "llava-v1-13b/pretrain",
+    f"{H}llava-pretrain-vicuna-7b-v1.3": "llava-v1-7b/pretrain",
+    f"{H}LLaVA-Pretrained-Projectors#LLaVA-7b-pretrain-projector-v1-1-LCS-558K-blip_caption.bin": (
+        "llava-lightning-7b/pretrain"
+    ),
+    f"{H}LLaVA-Pretrained-Projectors#LLaVA-13b-pretrain-projector-v0-CC3M-595K-original_caption.bin": (
+        "llava-v0-13b/pretrain"
+    ),
+    f"{H}LLaVA-Pretrained-Projectors#LLaVA-7b-pretrain-projector-v0-CC3M-595K-original_caption.bin": (
+        "llava-v0-7b/pretrain"
+    ),
+    f"{H}LLaVA-Pretrained-Projectors#LLaVA-13b-pretrain-projector-v0-CC3M-595K-original_caption-no_im_token.bin": (
+        "llava-v0-13b-scienceqa/pretrain"
+    ),
+}
+FILES = {  # of a data set's name in the table
+    "LCS-558K": "blip_laion_cc_sbu_558k.json",
+    "CC-595K": "chat.json",
+    "LLaVA-Instruct-158K": "llava_instruct_150k.json",
+    "LLaVA-Instruct-80K": "llava_instruct_80k.json",
+    "llava_v1_5_mix665k": "llava_v1_5_mix665k.json",
+    "158K GPT instruct + 500K academic VQA + 50K GPT-4V + 40K ShareGPT (model card)": "llava_v1_6_mix.json",
+}
+SCIENCE = {
+    "v0-delta-scienceqa": "llava_train_QCM-LEPA.json",
+    "scienceqa-v1.3": "llava_train_QCM-LEA.json",
+}
+
+
+@pytest.fixture(scope="session")
+def zoo(shared: Path) -> dict[str, dict[str, Any]]:
+    return {row["id"]: row for row in json.loads((shared / "reference" / "zoo.json").read_text())["entries"]}
+
+
+def pretraining(recipe: Recipe) -> Recipe:
+    """The recipe whose projector this one starts from."""
+    assert recipe.projector
+    return read_recipe(recipe.projector.removeprefix("runs/").removesuffix("/model"))
+
+
+def template_of(row: dict[str, Any]) -> str:
+    named = row["conversation"]["train"]
+    if named.startswith("v0/v1"):
+        return "llava_v0" if row["base_llm"].endswith("v0") else "vicuna_v1"
+    return "llava_v0" if named.startswith("v0 ") else named.split()[0]
+
+
+def test_every_row_of_the_zoo_has_recipes_and_every_folder_a_row(zoo: dict[str, Any]) -> None:
+    assert set(ROWS) == set(zoo)
+    assert {name.split("/")[0] for name in (*NAMES, *OTHERS)} == {name.split("/")[0] for name in ROWS.values()} | OTHERS
+
+
+@pytest.mark.parametrize("id", ROWS, ids=lambda id: re.split("[/#]", id)[-1])
+def test_a_recipe_says_what_its_row_says(zoo: dict[str, Any], id: str) -> None:
+    row, recipe = zoo[id], read_recipe(ROWS[id])
+    assert re.split("[/#]", id)[-1] in " ".join(recipe.about.split())
+    assert Path(recipe.model).name == Path(re.sub(r" \((.+)\)", r"-\1", row["trained_from"])).name
+    assert recipe.vision_tower == row["vision_tower"]
+    assert recipe.vision_tower.endswith("-336") == ("336" in str(row["resolution"]))
+    assert recipe.template == template_of(row)
+    assert recipe.aspect == ("square" if "absent" in row["image_aspect_ratio"] else row["image_aspect_ratio"])
+    assert [list(size) for size in recipe.pinpoints] == (row.get("image_grid_pinpoints") or [])
+    assert recipe.start_end == row["image_tokens"]["mm_use_im_start_end"]
+    assert recipe.projector_type == row["projector"]["type"]
+    stages = [recipe] if recipe.projector is None else [pretraining(recipe), recipe]
+    assert stages[0].projector_type == recipe.projector_type
+    assert Path(stages[0].data[0]).name == FILES[row["pretrain_data"]]
+    assert f"{stages[0].epochs:g}e" == row["pretrain_schedule"]
+    if row["format"] == "projector":
+        return
+    assert Path(recipe.data[0]).name == {**FILES, "ScienceQA": SCIENCE.get(row["family"])}[row["finetune_data"]]
+    way = "lora" if recipe.lora_rank else "full_ft"
+    assert row["finetune_schedule"].removeprefix("proj-1e, ") == f"{way}-{recipe.epochs:g}e"
+    if "lora" in row:
+        assert (recipe.lora_rank, recipe.lora_alpha) == (row["lora"]["r"], row["lora"]["alpha"])
+        assert recipe.lora_dropout == row["lora"]["dropout"]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.split("/")[0] not in OTHERS])
+def test_rates_batches_and_what_learns_are_those_of_the_training_scripts(name: str) -> None:
+    """checkpoints.md §13."""
+    recipe, newer = read_recipe(name), "v1.5" in name or "v1.6" in name
+    train = set(recipe.train)
+    if name.endswith("/pretrain"):
+        assert (recipe.rate, recipe.batch) == ((1e-3, 256) if newer else (2e-3, 128))
+        assert train == {"projector", "rows"} if recipe.start_end else {"projector"}
+    else:
+        assert recipe.rate == (2e-4 if "v1.5" in name and recipe.lora_rank else 2e-5)
+        assert recipe.projector_rate in (0, 2e-5)
+        assert recipe.batch == (32 if re.match(r"llava-v(0|1\.1)-", name) else 128)
+        assert train - {"vision"} == ({"decoder"} if "lightning-7b" in name else {"projector", "decoder"})
+        assert recipe.vision_rate == (2e-6 if "v1.6" in name else 0)
+        assert ("vision" in train) == ("v1.6" in name)
+        assert recipe.order == ("by_modality_length" if newer else "shuffled")
+    early = ("llava-v0", "llava-v1.1", "llava-lightning")
+    assert recipe.image_place == ("as_written" if name.startswith(early) else "front")
+    assert recipe.select_layer == -2
+    assert recipe.max_length == (4096 if recipe.aspect == "anyres" else 2048)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_is_dealt_evenly_to_one_two_four_or_eight_gpus(name: str) -> None:
+    recipe = read_recipe(name)
+    assert recipe.batch // recipe.micro_batch % 8 == 0
+    assert name.startswith("custom/") or recipe.out == f"runs/{name}"
+    assert recipe.about
+
+
+@pytest.mark.parametrize("folder", ["llava-v1.5", "llava-v1.5-13b"])
+def test_qlora_is_lora_on_four_bits(folder: str) -> None:
+    lora, qlora = (read_recipe(f"{folder}/finetune-{kind}") for kind in ("lora", "qlora"))
+    assert qlora == replace(lora, quantize_base="nf4", about=qlora.about, out=qlora.out)
+
+
+# ---------------------------------------------------------------------------------------------------- three steps
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A recipe that was run."""
+
+    recipe: Recipe
+    before: dict[str, Tensor]  # the model's parameters and buffers when it was filled
+    after: dict[str, Tensor]  # and when it was exported
+    folder: Path
+    rows: tuple[int, ...]  # ids of <im_start> and <im_end>
+
+    def changed(self) -> set[str]:
+        return {name for name, value in self.before.items() if not torch.equal(value, self.after[name])}
+
+
+Runner = Callable[[str], Trained]
+SMALL = ("batch=4", "micro_batch=2", "workers=0", "compute=float32", "max_steps=3", "save_every=0", "pad_to=32")
+
+
+class Ground:
+    """The working folder: language models, a tower, data, and what was trained in it so far."""
+
+    def __init__(self, folder: Path, clip: Path, merged: Path):
+        self.clip, self.merged = clip, merged
+        self.llama = tiny.write_llama(folder / "llama")
+        self.grouped = tiny.write_llama(folder / "grouped", num_key_value_heads=2)
+        self.mpt = tiny.write_mpt(folder / "mpt")
+        self.done: dict[str, Trained] = {}
+
+    def changes(self, name: str) -> list[str]:
+        """What makes a recipe small."""
+        recipe = read_recipe(name)
+        if recipe.vision_tower is None:
+            return [*SMALL, f"model={self.merged}"]
+        grouped = "mistral" in recipe.model or "Yi" in recipe.model
+        model = self.grouped if grouped else self.mpt if "mpt" in recipe.model else self.llama
+        tiles = ["pinpoints=[[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]"] if recipe.pinpoints else []
+        return [*SMALL, *tiles, f"model={model}", f"vision_tower={self.clip}"]
+
+    def trained(self, name: str) -> Trained:
+        """Runs a recipe once, and before it the one whose projector it starts from."""
+        if name not in self.done:
+            recipe = read_recipe(name, self.changes(name))
+            if recipe.projector:
+                self.trained(recipe.projector.removeprefix("runs/").removesuffix("/model"))
+            self.done[name] = self._train(recipe)
+        return self.done[name]
+
+    def _train(self, recipe: Recipe) -> Trained:
+        for file in recipe.data:
+            formats.write(file, str(recipe.images))
+        seen: dict[str, Any] = {}
+
+        def fill(model: Llava, checkpoint: Checkpoint, *rest: Any) -> None:
+            real_fill(model, checkpoint, *rest)
+            ids = [checkpoint.tokenizer.id_of(text) for text in ("<im_start>", "<im_end>")]
+            seen.update(before=state(model), rows=tuple(ids))
+
+        def export(folder: Path, model: Llava, *rest: Any, **options: Any) -> None:
+            seen.update(after=state(model))
+            real_export(folder, model, *rest, **options)
+
+        real_fill, real_export = loop.fill, loop.export
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "fill", fill)
+            patch.setattr(loop, "export", export)
+            folder = loop.train(recipe, device="cpu")
+        return Trained(recipe=recipe, folder=folder, **seen)
+
+
+def state(model: Llava) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def ground(clip: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
+    folder = tmp_path_factory.mktemp("ground")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield Ground(folder, clip, checkpoint)
+
+
+def meant(run: Trained) -> set[str]:
+    """Names of all that the recipe says learns, the two tokens' rows left out."""
+    parts = set(run.recipe.train) - {"rows"}
+    found = {name for name in run.before if name.split(".")[0] in parts}
+    if run.recipe.lora_rank:
+        found = {name for name in found if not name.startswith("decoder.") or ".adapters." in name}
+    return found | ({"newline"} & set(run.before) if "projector" in parts else set())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_three_steps_change_what_the_recipe_says_and_no_more(ground: Ground, name: str) -> None:
+    run = ground.trained(name)
+    changed, rows = run.changed(), "rows" in run.recipe.train
+    embeddings = {"decoder.embed.weight", "decoder.head.weight"} & changed if rows else set()
+    assert changed - embeddings == meant(run)
+    if rows:
+        before, after = (tensors["decoder.embed.weight"] for tensors in (run.before, run.after))
+        assert tuple((before != after).any(1).nonzero()[:, 0].tolist()) == run.rows
+        tied = torch.equal(run.before["decoder.head.weight"], before)
+        assert embeddings == {"decoder.embed.weight"} | ({"decoder.head.weight"} if tied else set())
+    if run.recipe.quantize_base == "nf4":
+        assert any(name.endswith("codes") for name in run.before)
+    assert all(torch.isfinite(value).all() for value in run.after.values() if value.is_floating_point())
+    logged = [json.loads(line) for line in Path(run.recipe.out, "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in logged] == [1, 2, 3]
+    assert not any(row["skipped"] for row in logged)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_left_opens_as_the_zoos_own_kind(ground: Ground, name: str) -> None:
+    run = ground.trained(name)
+    recipe = run.recipe
+    stage = "projector" if name.endswith("pretrain") else "lora" if "lora" in name else "merged"
+    base = None if stage == "merged" else recipe.model
+    opened = open_checkpoint(run.folder, base=base)
+    family = {"merged": ("llava", "mpt")}
+    assert opened.kind == stage or opened.kind in family.get(stage, ())
+    assistant = llava.load(run.folder, base=base, dtype="float32", device="cpu")
+    config = assistant.config
+    assert config.image is not None
+    assert config.start_end == recipe.start_end
+    assert config.image.aspect == recipe.aspect
+    assert config.template == recipe.template
+    loaded = assistant.model.state_dict()
+    for key in sorted(run.after.keys() & loaded.keys()):
+        close = {"atol": 2e-3, "rtol": 2e-3}  # float16 on disk
+        torch.testing.assert_close(loaded[key].float(), run.after[key].float(), **close, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_a_base_under_adapters_is_read_back_bit_by_bit(ground: Ground) -> None:
+    """Whatever a run did to the base in memory, its files and the merged weights less the adapters are the same."""
+    run = ground.trained("llava-v1.5/finetune-lora")
+    frozen = {name for name in run.before if name.startswith("decoder.") and ".adapters." not in name}
+    base = dict(open_checkpoint(ground.llama).tensors())
+    assert len(frozen) == len(base)
+    for name in frozen:
+        assert torch.equal(run.after[name], base[name.replace(".base.", ".")].float()), name
+
+
+def test_the_command_does_the_same(ground: Ground) -> None:
+    run = ground.trained("llava-v1.5/finetune-lora")
+    changes = [word for change in ground.changes("llava-v1.5/finetune-lora") for word in ("--set", change)]
+    done = run_well("train", "llava-v1.5/finetune-lora", *changes, "--set", "out=runs/command", "--device", "cpu")
+    assert "runs/command/model" in done.stdout
+    both = [dict(open_checkpoint(folder, base=ground.llama).tensors()) for folder in (run.folder, "runs/command/model")]
+    assert both[0].keys() == both[1].keys()
+    for name, tensor in both[0].items():
+        torch.testing.assert_close(both[1][name], tensor)
+
+
+# ----------------------------------------------------------------------------------------------------- the plan
+
+DIM, MLP = 64, 172  # of tiny.llama_config
+LLAMA = 2 * tiny.PIECES * DIM + DIM + 2 * (4 * DIM**2 + 3 * DIM * MLP + 2 * DIM)
+PROJECTOR = 2 * (DIM**2 + DIM)
+CLIP_BLOCK = 4 * (DIM**2 + DIM) + 2 * DIM * tiny.CLIP_MLP + tiny.CLIP_MLP + DIM + 4 * DIM
+CLIP = DIM + DIM * 3 * tiny.PATCH**2 + (tiny.N_PATCHES + 1) * DIM + 2 * DIM + 2 * CLIP_BLOCK  # without its last block
+
+
+def planned(ground: Ground, name: str, *more: str) -> Any:
+    recipe = read_recipe(name, [*ground.changes(name), *more])
+    for file in recipe.data:
+        formats.write(file, str(recipe.images))
+    return make_plan(recipe)
+
+
+def test_a_plan_counts_what_learns_and_what_does_not(ground: Ground) -> None:
+    ground.trained("llava-v1.5/pretrain")
+    plan = planned(ground, "llava-v1.5/pretrain")
+    assert (plan.layout, plan.trained) == ("projector", {"projector": PROJECTOR})
+    assert plan.frozen == {"vision": CLIP, "decoder": LLAMA}
+    plan = planned(ground, "llava-v1.5/finetune")
+    assert (plan.layout, plan.trained) == ("merged", {"projector": PROJECTOR, "decoder": LLAMA})
+    plan = planned(ground, "llava-v1.5/finetune-lora", "lora_rank=8")
+    adapters = 2 * 8 * (4 * 2 * DIM + 3 * (DIM + MLP))
+    assert (plan.layout, plan.trained) == ("lora", {"projector": PROJECTOR, "adapters": adapters})
+    assert plan.frozen == {"vision": CLIP, "decoder": LLAMA}
+
+
+def test_a_plan_counts_samples_steps_and_bytes(ground: Ground) -> None:
+    plan = planned(ground, "llava-v1.5/pretrain", "max_steps=0", "epochs=3", "batch=6")
+    assert (plan.samples, plan.broken, plan.batch) == (formats.N, 0, 6)
+    assert (plan.steps_per_epoch, plan.steps) == (math.ceil(formats.N / 6), 3 * math.ceil(formats.N / 6))
+    assert plan.memory_bytes["weights"] == 4 * (PROJECTOR + LLAMA + CLIP)
+    assert plan.memory_bytes["gradients"] == 4 * PROJECTOR
+    assert plan.memory_bytes["optimizer"] == 8 * PROJECTOR
+    assert tiny.N_PATCHES < plan.learnt_per_sample + tiny.N_PATCHES < plan.tokens_per_sample < tiny.N_PATCHES + 60
+    assert plan.tokens == round(plan.tokens_per_sample * 6 * plan.steps)
+
+
+def test_the_command_prints_the_plan_and_starts_nothing(ground: Ground) -> None:
+    name = "llava-v1.5/pretrain"
+    planned(ground, name)
+    changes = [word for change in ground.changes(name) for word in ("--set", change)]
+    done = run_well("train", name, *changes, "--set", "out=runs/nothing", "--plan")
+    assert re.search(rf"^trained +{PROJECTOR:,} parameters: projector {PROJECTOR:,}$", done.stdout, re.MULTILINE)
+    assert not Path("runs/nothing").exists()
+
+
+# -------------------------------------------------------------------------------------------- names and values
+
+
+def test_the_shipped_recipes_are_listed() -> None:
+    listed = run_well("train", "--list").stdout.split()
+    assert listed == NAMES
+    assert len(listed) == len(list(RECIPES.rglob("*.toml")))
+    assert {"llava-v1.5/finetune-lora", "custom/finetune-lora", "llava-tiny/pretrain"} <= set(listed)
+
+
+@pytest.mark.parametrize(
+    ("words", "mentions"),
+    [
+        (["llava-v1.5/finetune_lora"], ["llava-v1.5/finetune-lora", "finetune_lora"]),
+        (["mine.toml"], ["mine.toml"]),
+        (["llava-v1.5/finetune", "--set", "learning_rate=1"], ["'learning_rate'", "nearest"]),
+        (["llava-v1.5/finetune", "--set", "epoch=3"], ["'epoch'", "'epochs'"]),
+        (["llava-v1.5/finetune", "--set", "epochs"], ["epochs", "key=value"]),
+    ],
+)
+def test_the_command_refuses_in_one_line(words: list[str], mentions: list[str]) -> None:
+    assert_one_line_error(run("train", *words), *mentions)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("batc=3", "nearest is 'batch'"),
+        ("vision_tour=x", "nearest is 'vision_tower'"),
+        ("batch=many", "batch is 'many'; expected int"),
+        ("batch=1.5", "batch is 1.5; expected int"),
+        ("batch=true", "batch is True; expected int"),
+        ("batch=100", "batch is 100; expected a multiple of micro_batch"),
+        ("rate=high", "rate is 'high'; expected float"),
+        ("start_end=1", "start_end is 1; expected bool"),
+        ("train=projectors", "expected one of 'projector'"),
+        ("betas=[0.9]", "expected 2 values"),
+        ("data=[]", "data is (); expected one file at least"),
+        ("template=vicuna", "vicuna_v1"),
+        ("aspect=anyres", "pinpoints"),
+        ("model=3", "model is 3; expected str"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_what_was_expected(change: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)) as raised:
+        read_recipe("llava-v1.5/finetune", [change])
+    assert "\n" not in str(raised.value)
+
+
+def test_values_are_read_as_toml_and_bare_words_are_text() -> None:
+    recipe = read_recipe(
+        "llava-v1.5/finetune", ["rate=3e-5", "epochs=2", "data=my.json", "model=a/b=c", "start_end=true", " batch = 64 "]
+    )
+    assert (recipe.rate, recipe.epochs, recipe.data) == (3e-5, 2.0, ("my.json",))
+    assert (recipe.model, recipe.start_end, recipe.batch) == ("a/b=c", True, 64)
+    assert read_recipe("llava-v1.5/finetune", ["data=['a.json', 'b.json']"]).data == ("a.json", "b.json")
+
+
+def test_a_file_of_ones_own_is_a_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text((RECIPES / "custom" / "finetune-lora.toml").read_text())
+    assert read_recipe(str(file)) == read_recipe("custom/finetune-lora")
+    file.write_text('model = "a"')
+    with pytest.raises(ConfigError, match="data is missing"):
+        read_recipe(str(file))
+    file.write_text("model = a")
+    with pytest.raises(ConfigError, match="is no TOML"):
+        read_recipe(str(file))
+    with pytest.raises(ConfigError, match="nearest is 'projector_rate'"):
+        recipe_from({"model": "a", "data": "b", "projector_rat": 1}, "here")

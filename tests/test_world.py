@@ -1,0 +1,459 @@
+"""The drawn world: scenes, what is asked about them, the data made of them, and the marks that replies get."""
+
+import io
+import json
+import random
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageChops
+
+from examples.tiny import dataset, phrases, questions, score, things, world
+from examples.tiny.glyphs import Entry, Glyphs, read_names
+from examples.tiny.marks import Names, correct, found_and_invented, number
+from examples.tiny.questions import Asker, Truth, Turn
+from examples.tiny.talk import talk
+from llava.errors import ConfigError, ImageError
+
+FOLDER = Path(__file__).parent / "glyphs"
+GLYPHS = Glyphs.load(FOLDER)
+KNOWLEDGE = dataset.know(GLYPHS)
+BY_NAME = {entry.name: entry for entry in GLYPHS.entries}
+ALL_NAMES = FOLDER / "names.txt"
+
+
+def scenes(n: int, **options) -> list[world.Scene]:
+    return [world.draw(seed, GLYPHS, GLYPHS.styles, **options) for seed in range(n)]
+
+
+def everything() -> list[Entry]:
+    """All things of the world, where Unicode's list is on this machine; else those of the tests."""
+    file = Path("/usr/share/unicode/emoji/emoji-test.txt")
+    return read_names(file) if file.is_file() else GLYPHS.entries
+
+
+def turns_of(n: int, which: phrases.Phrasing = "training") -> list[tuple[world.Scene, Turn]]:
+    found = []
+    for seed in range(n):
+        scene = world.imagine(seed, GLYPHS.entries)
+        found += [(scene, turn) for turn in questions.dialogue(Asker(random.Random(seed), KNOWLEDGE, which), scene, 6)]
+    return found
+
+
+# ---------------------------------------------------------------- glyphs
+
+
+def test_committed_glyphs_are_few_small_and_of_both_training_styles() -> None:
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 300_000
+    assert (len(GLYPHS.entries), GLYPHS.styles) == (24, ["noto", "twemoji"])
+    assert all(GLYPHS.image(entry, style).mode == "RGBA" for entry in GLYPHS.entries for style in GLYPHS.styles)
+    assert max(max(GLYPHS.image(entry, "noto").size) for entry in GLYPHS.entries) == 112
+
+
+def test_names_are_read_from_unicodes_list(tmp_path) -> None:
+    lines = """\
+        # group: Animals & Nature
+        # subgroup: animal-mammal
+        1F415 ; fully-qualified # x E0.7 dog
+        1F415 200D 1F9BA ; fully-qualified # x E12.0 service dog
+        # group: Travel & Places
+        # subgroup: sky & weather
+        2600 FE0F ; fully-qualified # x E0.6 sun
+        2600 ; unqualified # x E0.6 sun
+        1F550 ; fully-qualified # x E0.6 one o’clock
+        # group: Flags
+        1F6A9 ; fully-qualified # x E0.6 triangular flag"""
+    file = tmp_path / "emoji-test.txt"
+    file.write_text("\n".join(line.strip() for line in lines.splitlines()), encoding="utf-8")
+    assert read_names(file) == [
+        Entry("1f415", "dog", "Animals & Nature", "animal-mammal"),
+        Entry("2600", "sun", "Travel & Places", "sky & weather"),
+    ]
+
+
+def test_a_pack_that_is_none_and_a_missing_style_are_named(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"index\.json is not in it"):
+        Glyphs.load(tmp_path)
+    with pytest.raises(ImageError, match="no picture of dog in style openmoji; the packs have noto, twemoji"):
+        GLYPHS.image(BY_NAME["dog"], "openmoji")
+
+
+# ---------------------------------------------------------------- scenes
+
+
+def test_a_scene_is_settled_by_its_seed() -> None:
+    for seed in range(20):
+        first, again = (world.draw(seed, GLYPHS, GLYPHS.styles, stylise_p=0.5) for _ in range(2))
+        assert first == again
+        assert first.image.tobytes() == again.image.tobytes()
+    assert len({scene.image.tobytes() for scene in scenes(20)}) == 20
+
+
+def test_things_are_where_the_truth_says() -> None:
+    """Beside an empty ground of its colour, each box is filled to its edges, and nothing is drawn outside of all."""
+    for scene in scenes(60, words=()):
+        if scene.background.kind != "plain":
+            continue
+        ground = Image.new("RGB", scene.size, scene.image.getpixel((0, 0)))
+        drawn = np.asarray(ImageChops.difference(scene.image, ground)).max(axis=2) > 12
+        for thing in scene.objects:
+            left, top, right, bottom = thing.box
+            assert 0 <= left < right <= scene.size[0]
+            assert 0 <= top < bottom <= scene.size[1]
+            assert drawn[top:bottom, left:right].mean() > 0.04  # thin things, too
+            drawn[top:bottom, left:right] = False
+        assert not drawn.any()
+
+
+def test_things_hardly_overlap_and_words_not_at_all() -> None:
+    for scene in scenes(150):
+        boxes = [thing.box for thing in scene.objects]
+        assert all(world.overlap(a, b) <= 0.1 for i, a in enumerate(boxes) for b in boxes[:i])
+        assert all(world.overlap(word.box, box) == 0 for word in scene.words for box in boxes)
+
+
+def test_scenes_vary() -> None:
+    drawn = scenes(300)
+    assert {len(scene.objects) for scene in drawn} == {1, 2, 3, 4, 5, 6}
+    assert {len(scene.words) for scene in drawn} == {0, 1, 2}
+    assert {"plain", "gradient", *world.TEXTURES} == {scene.background.kind for scene in drawn}
+    assert {scene.background.color for scene in drawn} == {*world.COLORS, None}
+    assert {len(Truth(scene).counts) == len(scene.objects) for scene in drawn} == {True, False}  # copies, and none
+    sizes = np.array([scene.size for scene in drawn])
+    assert (sizes.min(), sizes.max()) >= (120, 240)
+    assert sizes.max() <= 256
+    assert all(word.text in world.WORDS for scene in drawn for word in scene.words)
+
+
+def test_no_thing_has_the_colour_of_its_ground() -> None:
+    """No more of it than the third that may be lost."""
+    for scene in scenes(80, n_objects=2):
+        color = scene.background.color
+        for thing in scene.objects if color else []:
+            assert world.lost_on(GLYPHS.image(thing.entry, thing.style))[list(world.COLORS).index(color)] < 0.34
+
+
+def test_pairs_that_are_held_back_stand_together_only_when_asked_for() -> None:
+    def holds(scene: world.Scene) -> bool:
+        entries = {thing.entry for thing in scene.objects}
+        return any(world.held_back(a, b) for a in entries for b in entries)
+
+    assert not any(holds(scene) for scene in scenes(200))
+    assert not any(holds(world.imagine(seed, GLYPHS.entries)) for seed in range(200))
+    assert sum(holds(scene) for scene in scenes(40, n_objects=4, pairs="held back")) >= 38  # a crowded scene drops one
+    every = everything()
+    share = np.mean([world.held_back(a, b) for a in every[:60] for b in every if a != b])
+    assert 0.05 < share < 0.15
+
+
+def test_another_hand_keeps_the_shape() -> None:
+    rng = random.Random(0)
+    for entry in GLYPHS.entries:
+        glyph = GLYPHS.image(entry, "noto")
+        for _ in range(5):
+            other = world.stylise(rng, glyph)
+            assert 0.6 < other.width / other.height / (glyph.width / glyph.height) < 1.7
+            assert other.getchannel("A").getextrema()[1] > 100
+
+
+# ---------------------------------------------------------------- things
+
+
+def test_all_lists_name_things_that_there_are() -> None:
+    every = {entry.name for entry in everything()}
+    if len(every) < 100:
+        pytest.skip("Unicode's list is not on this machine (Debian: unicode-data)")
+    listed = things.PLURAL | things.BARE | things.LOOSE
+    for kind in things.KINDS.values():
+        listed |= kind.named | kind.never | kind.unclear
+    for use in (*things.USES, things.LIVES_IN_WATER, things.CAN_FLY):
+        listed |= use.named | use.unclear
+    assert listed - every == set()
+    subgroups = {entry.subgroup for entry in everything()}
+    for kind in things.KINDS.values():
+        assert kind.subgroups | kind.unclear_subgroups <= subgroups
+
+
+def test_articles_and_plurals() -> None:
+    assert [things.a(name) for name in ("owl", "unicorn", "hourglass done", "scissors", "bread", "red apple")] == [
+        "an owl", "a unicorn", "an hourglass done", "scissors", "bread", "a red apple"
+    ]  # fmt: skip
+    plurals = {"bus": "buses", "hot dog": "hot dogs", "fish": "fish", "potato": "potatoes", "box": "boxes"}
+    assert {name: things.many(name) for name in plurals} == plurals
+    assert [things.many(name) for name in ("wolf", "scissors", "glass of milk", "butterfly", "bow and arrow")] == [
+        None
+    ] * 5
+    assert all(many.startswith(entry.name) for entry in everything() if (many := things.many(entry.name)))
+
+
+def test_kinds() -> None:
+    holds = {
+        (name, kind): things.KINDS[kind].holds(BY_NAME[name])
+        for name, kind in [
+            ("dog", "animal"),
+            ("hot dog", "animal"),
+            ("penguin", "bird"),
+            ("red apple", "food"),
+            ("tropical fish", "food"),
+        ]
+    }
+    assert list(holds.values()) == [True, False, True, True, None]
+    assert things.what_is(BY_NAME["scissors"]) == "Scissors are a thing for work."
+    assert things.what_is(BY_NAME["owl"]) == "An owl is a bird."
+
+
+# ---------------------------------------------------------------- questions
+
+
+def test_every_topic_keeps_some_phrasings_back_and_data_never_use_them() -> None:
+    for topic in phrases.TOPICS:
+        kept, used = phrases.phrasings(topic, "held back"), phrases.phrasings(topic, "training")
+        assert kept
+        assert len(kept) <= max(2, 0.2 * len(used))
+        assert not set(kept) & set(used)
+    # as asked, the slots filled: only phrasings without slots but the picture's name can be compared whole
+    kept = {line.format(pic=name) for topic in phrases.TOPICS for line in phrases.phrasings(topic, "held back")
+            if "{" not in line.replace("{pic}", "") for name in phrases.PICTURE}  # fmt: skip
+    used = {line.format(pic=name) for topic in phrases.TOPICS for line in phrases.phrasings(topic, "training")
+            if "{" not in line.replace("{pic}", "") for name in phrases.PICTURE}  # fmt: skip
+    asked = {turn.question for _, turn in turns_of(300)}
+    assert not asked & (kept - used)
+    assert {turn.question for _, turn in turns_of(300, "held back")} & (kept - used)
+
+
+def test_all_kinds_are_asked_and_yes_is_as_frequent_as_no() -> None:
+    turns = [turn for _, turn in turns_of(700)]
+    shares = {kind: n / len(turns) for kind, n in Counter(turn.kind for turn in turns).items()}
+    assert set(shares) == {*score.CONVERSATION, "detail", "complex"}
+    assert min(shares.values()) > 0.03
+    answers = Counter(turn.answer.split(",")[0] for turn in turns if turn.kind == "yes or no")
+    assert set(answers) == {"Yes", "No"}
+    assert 0.4 < answers["Yes"] / answers.total() < 0.6
+
+
+def test_answers_about_things_hold_their_names_and_counts_are_numbers() -> None:
+    names = Names.of_things(BY_NAME)
+    for scene, turn in turns_of(300):
+        there = {thing.entry.name for thing in scene.objects}
+        said = names.split(questions_without_printed(turn.answer))[0]
+        match turn.kind:
+            case "naming":
+                assert len(said & there) == 1
+            case "listing" | "detail":
+                assert said == there
+            case "absent":
+                assert said
+                assert not said & there
+            case "counting":
+                assert number(things_tokens(turn.answer)) in range(7)
+
+
+def questions_without_printed(text: str) -> str:
+    from examples.tiny.marks import without_printed
+
+    return without_printed(text)
+
+
+def things_tokens(text: str) -> list[str]:
+    from examples.tiny.marks import tokens
+
+    return tokens(text)
+
+
+def test_counts_are_those_of_the_scene() -> None:
+    for scene, turn in turns_of(400):
+        if turn.kind == "counting" and "objects." in turn.answer:
+            assert number(things_tokens(turn.answer)) == len(scene.objects)
+            assert not scene.words
+        for entry, n in Truth(scene).counts.items():
+            if turn.kind == "counting" and turn.answer == f"There are {things.NUMBERS[n]} {things.many(entry.name)}.":
+                assert n == sum(thing.entry == entry for thing in scene.objects) > 1
+
+
+def test_relations_are_clear() -> None:
+    """What is said to be to the left ends before the other begins, and is more to the left than above or below."""
+    names = Names.of_things(BY_NAME)
+    seen = 0
+    for scene, turn in turns_of(500):
+        match = [side for side, words in questions.SIDES.items() if f" {words} the " in turn.answer]
+        if turn.kind != "position" or not match or turn.measure != "place":
+            continue
+        one, other = (next(iter(names.split(part)[0])) for part in turn.answer.split(questions.SIDES[match[0]]))
+        boxes = {thing.entry.name: thing.box for thing in scene.objects}
+        (l1, t1, r1, b1), (l2, t2, r2, b2) = boxes[one], boxes[other]
+        apart = {"left": r1 <= l2, "right": l1 >= r2, "above": b1 <= t2, "below": t1 >= b2}
+        across, down = abs(l1 + r1 - l2 - r2), abs(t1 + b1 - t2 - b2)
+        assert apart[match[0]]
+        assert across > 1.5 * down if match[0] in ("left", "right") else down > 1.5 * across
+        seen += 1
+    assert seen > 20
+
+
+def test_nothing_is_asked_by_a_name_that_could_mean_two() -> None:
+    dog, poodle, bird, owl = (
+        Entry("1", "dog", "", "animal-mammal"), Entry("2", "guide dog", "", "animal-mammal"),
+        Entry("3", "bird", "", "animal-bird"), Entry("4", "owl", "", "animal-bird"),
+    )  # fmt: skip
+    assert things.confusable(dog, poodle)
+    assert things.confusable(bird, owl)
+    assert not things.confusable(owl, Entry("5", "penguin", "", "animal-bird"))
+    boxes = [(10 + 60 * i, 10, 50 + 60 * i, 50) for i in range(2)]
+    placed = [world.Placed(entry, "noto", box) for entry, box in zip((dog, poodle), boxes, strict=True)]
+    scene = world.Scene(Image.new("RGB", (1, 1)), placed, [], world.Background("plain", "red"), (200, 120))
+    assert Truth(scene).clear == []
+
+
+def test_odd_one_out_is_the_only_one() -> None:
+    def scene_of(*names: str) -> Truth:
+        placed = [world.Placed(BY_NAME[name], "noto", (40 * i, 0, 40 * i + 30, 30)) for i, name in enumerate(names)]
+        return Truth(world.Scene(Image.new("RGB", (1, 1)), placed, [], world.Background("plain", "red"), (200, 120)))
+
+    ask = Asker(random.Random(0), KNOWLEDGE)
+    turn = questions.odd_one(ask, scene_of("dog", "cat", "lion", "guitar"))
+    assert turn is not None
+    assert turn.answer == "The guitar is the odd one out. The others are animals."
+    assert questions.odd_one(ask, scene_of("dog", "cat", "red apple", "banana")) is None
+    assert questions.odd_one(ask, scene_of("dog", "guitar")) is None
+    # three animals and a bird among them: the banana is odd, and nobody could mean another
+    assert questions.odd_one(ask, scene_of("dog", "guitar", "banana")) is None
+
+
+def test_colour_is_asked_only_where_all_styles_agree() -> None:
+    colors = {entry.name: shade for entry, shade in KNOWLEDGE.colors.items()}
+    assert colors["cactus"] == "green"
+    assert not {"soccer ball", "tropical fish", "guitar", "lion"} & set(colors)
+
+
+# ---------------------------------------------------------------- marks
+
+
+def test_right_answers_get_full_marks_and_those_of_other_questions_do_not() -> None:
+    names, rng = Names.of_things(BY_NAME), random.Random(0)
+    turns = [turn for _, turn in turns_of(500)]
+    assert all(correct(turn, turn.answer, names) for turn in turns)
+    assert not any(correct(turn, "", names) for turn in turns)
+    chance = {}
+    for kind in ("naming", "counting", "position", "colour", "yes or no", "listing"):
+        own = [turn for turn in turns if turn.kind == kind]
+        chance[kind] = np.mean([correct(turn, rng.choice(own).answer, names) for turn in own])
+    assert 0.35 < chance.pop("yes or no") < 0.65
+    assert chance.pop("counting") < 0.5
+    assert max(chance.values()) < 0.25
+
+
+def test_every_name_is_found_whole_in_an_answer() -> None:
+    """Also where one name stands in another: a hot dog is no dog."""
+    every = everything()
+    names = Names.of_things(entry.name for entry in every)
+    for entry in every:
+        for text in (f"This is {things.a(entry.name)}.", f"There is no {entry.name} in the picture."):
+            assert names.split(text)[0] == {entry.name}
+        if many := things.many(entry.name):
+            assert names.split(f"There are three {many}.")[0] == {entry.name}
+
+
+@pytest.mark.parametrize(
+    ("measure", "answer", "right", "wrong"),
+    [
+        ("names", "This is a dog.", "It's a dog!", "This is a hot dog."),
+        ("names", "None of these.", "You can eat none of them.", "The dog."),
+        ("number", "There are three dogs.", "I see 3 dogs.", "There are two dogs."),
+        ("number", "There are no dogs.", "There are 0.", "There is one dog."),
+        ("place", "The dog is at the top left.", "Top left", "The dog is at the top."),
+        ("color", "The dog is red.", "red", "The dog is blue and red."),
+        ("yes or no", "Yes, there is a dog.", "yes", "There is a dog, yes."),
+        ("words", "It says ZOO and 26.", "26 ZOO", "It says ZOO."),
+        ("words", "There is no text in the picture.", "There is none.", "It says ZOO."),
+        ("none", "There is no dog in the picture.", "No dog is there.", "The dog is on the left."),
+    ],
+)
+def test_marks(measure, answer, right, wrong) -> None:
+    names, turn = Names.of_things(BY_NAME), Turn("any", measure, "?", answer)
+    assert correct(turn, right, names)
+    assert not correct(turn, wrong, names)
+
+
+def test_descriptions_are_marked_by_what_they_name() -> None:
+    names = Names.of_things(BY_NAME)
+    turn = Turn("detail", "detail", "?", "There is a dog and two cats. The word BUS is printed in red.")
+    assert found_and_invented(turn, turn.answer, names) == (2, 2, 0)
+    assert found_and_invented(turn, "There are three dogs and a bus and a hot dog.", names) == (1, 2, 2)
+
+
+def test_scores_of_a_perfect_model_are_full_and_scenes_are_none_of_training() -> None:
+    asked = list(score.items(GLYPHS, GLYPHS.styles, 60, 0))
+    scores = score.tally(asked, [item.turn.answer for item in asked], Names.of_things(BY_NAME))
+    assert list(scores) == ["noto", "twemoji"]
+    for style in scores.values():
+        assert all(share["right"] == 1 for share in style["kinds"].values())
+        assert style["detail"]["objects invented"] == 0
+        assert style["detail"]["objects named"] == 1
+        assert all(share["questions"] > 10 for share in style["conversation by subset"].values())
+    assert min(item.seed for item in asked) >= dataset.TRAINING_SEEDS
+
+
+# ---------------------------------------------------------------- data
+
+
+def test_talk_needs_no_picture() -> None:
+    said = [turn for seed in range(300) for turn in talk(Asker(random.Random(seed), KNOWLEDGE), 3)]
+    assert all(turn.question and turn.answer and "{" not in turn.question + turn.answer for turn in said)
+    assert len({turn.answer for turn in said}) > 200
+
+
+@pytest.mark.parametrize("kind", ["caption", "instruct"])
+def test_data_are_in_llavas_format(tmp_path, kind) -> None:
+    dataset.write(dataset.Job((FOLDER,), kind, 3, None, 0.3), tmp_path / "data", 120)
+    samples = json.loads((tmp_path / "data" / "data.json").read_text(encoding="utf-8"))
+    with tarfile.open(tmp_path / "data" / "images.tar") as tar:
+        pictures = {member.name: Image.open(io.BytesIO(tar.extractfile(member).read())).size for member in tar}
+    assert len(samples) == 120
+    assert {sample["image"] for sample in samples if "image" in sample} == set(pictures)
+    assert any(width != height for width, height in pictures.values())
+    for sample in samples:
+        said = sample["conversations"]
+        assert [turn["from"] for turn in said] == ["human", "gpt"] * (len(said) // 2)
+        assert said[0]["value"].startswith("<image>\n") == ("image" in sample)
+        assert sum(turn["value"].count("<image>") for turn in said) == ("image" in sample)
+        assert 1 <= len(said) // 2 <= (6 if kind == "instruct" else 1)
+    without = sum("image" not in sample for sample in samples)
+    assert 2 <= without <= 20 if kind == "instruct" else without == 0
+
+
+def test_data_are_the_same_for_one_worker_and_for_two(tmp_path) -> None:
+    for workers in ("1", "2"):
+        command = [
+            sys.executable,
+            "-m",
+            "examples.tiny.dataset",
+            "--glyphs",
+            str(FOLDER),
+            "--kind",
+            "instruct",
+            "--n",
+            "230",
+        ]
+        command += ["--seed", "5", "--stylise", "0.2", "--entries", "8", "--workers", workers]
+        subprocess.run([*command, "--out", str(tmp_path / workers)], check=True, cwd=FOLDER.parent.parent, timeout=120)
+    for file in ("data.json", "images.tar"):
+        assert (tmp_path / "1" / file).read_bytes() == (tmp_path / "2" / file).read_bytes()
+
+
+def test_what_is_there_is_not_written_over(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="is there already"):
+        dataset.write(dataset.Job((FOLDER,), "text", 0, None, 0.0), tmp_path, 5)
+
+
+def test_text_covers_all_names_and_printed_words(tmp_path) -> None:
+    dataset.write(dataset.Job((FOLDER,), "text", 0, None, 0.0), tmp_path / "text", 1500)
+    assert [path.name for path in (tmp_path / "text").iterdir()] == ["data.json"]
+    said = json.loads((tmp_path / "text" / "data.json").read_text(encoding="utf-8"))
+    answers = " ".join(turn["value"] for sample in said for turn in sample["conversations"][1::2])
+    assert all(name in answers for name in BY_NAME)
+    assert np.mean([f" {word}" in answers for word in world.WORDS]) > 0.9
