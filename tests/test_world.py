@@ -15,16 +15,17 @@ from PIL import Image, ImageChops
 
 from examples.tiny import dataset, phrases, questions, score, things, world
 from examples.tiny.glyphs import Entry, Glyphs, read_names
-from examples.tiny.marks import Names, correct, found_and_invented, number
-from examples.tiny.questions import Asker, Truth, Turn
+from examples.tiny.marks import Names, correct, found_and_invented, number, tokens, without_printed
+from examples.tiny.paint import COLORS, TEXTURES, WORDS, lost_on, stylise
+from examples.tiny.questions import Asker, Turn
 from examples.tiny.talk import talk
+from examples.tiny.truth import SIDES, Truth
 from llava.errors import ConfigError, ImageError
 
 FOLDER = Path(__file__).parent / "glyphs"
 GLYPHS = Glyphs.load(FOLDER)
 KNOWLEDGE = dataset.know(GLYPHS)
 BY_NAME = {entry.name: entry for entry in GLYPHS.entries}
-ALL_NAMES = FOLDER / "names.txt"
 
 
 def scenes(n: int, **options) -> list[world.Scene]:
@@ -122,13 +123,13 @@ def test_scenes_vary() -> None:
     drawn = scenes(300)
     assert {len(scene.objects) for scene in drawn} == {1, 2, 3, 4, 5, 6}
     assert {len(scene.words) for scene in drawn} == {0, 1, 2}
-    assert {"plain", "gradient", *world.TEXTURES} == {scene.background.kind for scene in drawn}
-    assert {scene.background.color for scene in drawn} == {*world.COLORS, None}
+    assert {"plain", "gradient", *TEXTURES} == {scene.background.kind for scene in drawn}
+    assert {scene.background.color for scene in drawn} == {*COLORS, None}
     assert {len(Truth(scene).counts) == len(scene.objects) for scene in drawn} == {True, False}  # copies, and none
     sizes = np.array([scene.size for scene in drawn])
     assert (sizes.min(), sizes.max()) >= (120, 240)
     assert sizes.max() <= 256
-    assert all(word.text in world.WORDS for scene in drawn for word in scene.words)
+    assert all(word.text in WORDS for scene in drawn for word in scene.words)
 
 
 def test_no_thing_has_the_colour_of_its_ground() -> None:
@@ -136,7 +137,7 @@ def test_no_thing_has_the_colour_of_its_ground() -> None:
     for scene in scenes(80, n_objects=2):
         color = scene.background.color
         for thing in scene.objects if color else []:
-            assert world.lost_on(GLYPHS.image(thing.entry, thing.style))[list(world.COLORS).index(color)] < 0.34
+            assert lost_on(GLYPHS.image(thing.entry, thing.style))[list(COLORS).index(color)] < 0.34
 
 
 def test_pairs_that_are_held_back_stand_together_only_when_asked_for() -> None:
@@ -157,7 +158,7 @@ def test_another_hand_keeps_the_shape() -> None:
     for entry in GLYPHS.entries:
         glyph = GLYPHS.image(entry, "noto")
         for _ in range(5):
-            other = world.stylise(rng, glyph)
+            other = stylise(rng, glyph)
             assert 0.6 < other.width / other.height / (glyph.width / glyph.height) < 1.7
             assert other.getchannel("A").getextrema()[1] > 100
 
@@ -241,7 +242,7 @@ def test_answers_about_things_hold_their_names_and_counts_are_numbers() -> None:
     names = Names.of_things(BY_NAME)
     for scene, turn in turns_of(300):
         there = {thing.entry.name for thing in scene.objects}
-        said = names.split(questions_without_printed(turn.answer))[0]
+        said = names.split(without_printed(turn.answer))[0]
         match turn.kind:
             case "naming":
                 assert len(said & there) == 1
@@ -251,25 +252,13 @@ def test_answers_about_things_hold_their_names_and_counts_are_numbers() -> None:
                 assert said
                 assert not said & there
             case "counting":
-                assert number(things_tokens(turn.answer)) in range(7)
-
-
-def questions_without_printed(text: str) -> str:
-    from examples.tiny.marks import without_printed
-
-    return without_printed(text)
-
-
-def things_tokens(text: str) -> list[str]:
-    from examples.tiny.marks import tokens
-
-    return tokens(text)
+                assert number(tokens(turn.answer)) in range(7)
 
 
 def test_counts_are_those_of_the_scene() -> None:
     for scene, turn in turns_of(400):
         if turn.kind == "counting" and "objects." in turn.answer:
-            assert number(things_tokens(turn.answer)) == len(scene.objects)
+            assert number(tokens(turn.answer)) == len(scene.objects)
             assert not scene.words
         for entry, n in Truth(scene).counts.items():
             if turn.kind == "counting" and turn.answer == f"There are {things.NUMBERS[n]} {things.many(entry.name)}.":
@@ -281,10 +270,10 @@ def test_relations_are_clear() -> None:
     names = Names.of_things(BY_NAME)
     seen = 0
     for scene, turn in turns_of(500):
-        match = [side for side, words in questions.SIDES.items() if f" {words} the " in turn.answer]
+        match = [side for side, words in SIDES.items() if f" {words} the " in turn.answer]
         if turn.kind != "position" or not match or turn.measure != "place":
             continue
-        one, other = (next(iter(names.split(part)[0])) for part in turn.answer.split(questions.SIDES[match[0]]))
+        one, other = (next(iter(names.split(part)[0])) for part in turn.answer.split(SIDES[match[0]]))
         boxes = {thing.entry.name: thing.box for thing in scene.objects}
         (l1, t1, r1, b1), (l2, t2, r2, b2) = boxes[one], boxes[other]
         apart = {"left": r1 <= l2, "right": l1 >= r2, "above": b1 <= t2, "below": t1 >= b2}
@@ -451,9 +440,9 @@ def test_what_is_there_is_not_written_over(tmp_path) -> None:
 
 
 def test_text_covers_all_names_and_printed_words(tmp_path) -> None:
-    dataset.write(dataset.Job((FOLDER,), "text", 0, None, 0.0), tmp_path / "text", 1500)
+    dataset.write(dataset.Job((FOLDER,), "text", 0, None, 0.0), tmp_path / "text", 3000)
     assert [path.name for path in (tmp_path / "text").iterdir()] == ["data.json"]
     said = json.loads((tmp_path / "text" / "data.json").read_text(encoding="utf-8"))
     answers = " ".join(turn["value"] for sample in said for turn in sample["conversations"][1::2])
     assert all(name in answers for name in BY_NAME)
-    assert np.mean([f" {word}" in answers for word in world.WORDS]) > 0.9
+    assert np.mean([f" {word}" in answers for word in WORDS]) > 0.9

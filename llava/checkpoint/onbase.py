@@ -170,12 +170,16 @@ def _with_tokens(rows: Source, base: Base, tokenizer: Tokenizer, file: Path) -> 
     return made
 
 
-_BESIDE = (*keymap.VISION, Rule("embed_tokens.weight", "decoder.embed.weight"))
+_BESIDE = (
+    *keymap.VISION,
+    Rule("embed_tokens.weight", "decoder.embed.weight"),
+    Rule("wte.weight", "decoder.embed.weight"),  # MPT's
+)
 
 
 def _after_projector(names: Weights) -> dict[str, str]:
     """Prefixes differ from file to file; what follows `mm_projector.` does not."""
-    return {re.sub(r"^.*?(mm_projector\.|embed_tokens\.|image_newline)", r"\1", name): name for name in names}
+    return {re.sub(r"^.*?(mm_projector\.|embed_tokens\.|wte\.|image_newline)", r"\1", name): name for name in names}
 
 
 # --------------------------------------------------------------------------------------------------- delta

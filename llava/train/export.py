@@ -1,11 +1,9 @@
 """What a run leaves: a folder in the zoo's own layout."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -13,12 +11,11 @@ from llava.checkpoint.lora import write_lora
 from llava.checkpoint.open import Checkpoint, look
 from llava.checkpoint.original import write_merged
 from llava.checkpoint.projector import write_projector
-from llava.config import LlavaConfig
 from llava.errors import ConfigError
 from llava.model.llava import Llava
 from llava.train.lora import pairs
 from llava.train.recipe import Recipe
-from llava.train.start import DTYPES, row_ids
+from llava.train.start import row_ids
 
 
 def kind(recipe: Recipe) -> str:
@@ -34,7 +31,7 @@ def export(folder: Path, model: Llava, checkpoint: Checkpoint, recipe: Recipe, *
     others = {} if kind(recipe) != "merged" else {n: _whole(p) for n, p in model.named_parameters() if n not in learnt}
     if not first:
         return
-    config = _as_trained(checkpoint.config, recipe)
+    config = checkpoint.config
     common: dict[str, Any] = {"vision_tower": _tower(checkpoint, recipe), "recorded": _recorded(recipe)}
     if kind(recipe) == "merged":
         inside = "vision" in recipe.train or _holds_tower(checkpoint)
@@ -82,12 +79,6 @@ def _holds_tower(checkpoint: Checkpoint) -> bool:
     """Whether the tower comes from the model's own files: the trained model has to bring it too."""
     inside = ("model.vision_tower.", "transformer.vision_tower.", "vision.")
     return any(name.startswith(inside) for name in checkpoint.sources["vision.cls"].names)
-
-
-def _as_trained(config: LlavaConfig, recipe: Recipe) -> LlavaConfig:
-    """The config of what is written: weights are stored as they were computed with."""
-    computed = "bfloat16" if DTYPES[recipe.compute] is torch.bfloat16 else config.dtype
-    return replace(config, dtype=computed)
 
 
 def _recorded(recipe: Recipe) -> Mapping[str, Any]:

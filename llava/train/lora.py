@@ -1,6 +1,7 @@
 """Low-rank adapters, arXiv:2106.09685, beside the decoder's matrices.
 
-Our query, key and value matrices are one; each of the three has an adapter of its own, as in PEFT's files.
+Our query, key and value matrices are one; each of the three has an adapter of its own, as in PEFT's files. MPT's are
+one there too, and have one.
 
 r rank   I values in   O values out of a part
 """
@@ -62,7 +63,7 @@ def add_lora(
             continue
         parent, _, leaf = name.rpartition(".")
         base = _four_bit(module) if nf4 else module
-        parts = _qkv_rows(config) if leaf == "qkv" else {"": module.out_features}
+        parts = _qkv_rows(config) if leaf == "qkv" and config.kind == "llama" else {"": module.out_features}
         wrapped = LoraLinear(base, module.in_features, parts, rank, alpha / rank, dropout)
         setattr(decoder.blocks.get_submodule(parent), leaf, wrapped)
 

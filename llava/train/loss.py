@@ -38,7 +38,8 @@ class Trainee(nn.Module):
         x = self.model.decoder(x, pos, mask=mask, length=length)
         learnt = x.flatten(0, 1)[batch.at]
         # a rank whose batch holds nothing to learn still takes part: its gradients are zeros, not absent
-        return cross_entropy(self.model.decoder, learnt, batch.to) + 0 * x[0, 0].float().sum()
+        loss = cross_entropy(self.model.decoder, learnt, batch.to, head_learns=not len(self.rows))
+        return loss + 0 * x[0, 0].float().sum()
 
     def embed(self, batch: Batch) -> Tensor:
         """ids and pixels -> [B, S, D]"""
@@ -74,14 +75,18 @@ class Trainee(nn.Module):
         return torch.cat([self.model.pack(one, grid) for one, grid in zip(pictures, batch.grids, strict=True)])
 
 
-def cross_entropy(decoder: Decoder, x: Tensor, to: Tensor) -> Tensor:
-    """x [N, D], tokens to [N] -> the sum of -log p. Logits [N, V] are never held whole, nor kept to go back."""
+def cross_entropy(decoder: Decoder, x: Tensor, to: Tensor, *, head_learns: bool = True) -> Tensor:
+    """x [N, D], tokens to [N] -> the sum of -log p. Logits [N, V] are never held whole, nor kept to go back.
+
+    head_learns: False where rows of the input embedding learn, which may be the head too (MPT): all of it would.
+    """
     rows = max(1, _CHUNK_VALUES // decoder.embed.num_embeddings)
     total = x.new_zeros((), dtype=torch.float32)
     for part, wanted in zip(x.split(rows), to.split(rows), strict=True):
-        total = total + checkpoint(_part, decoder, part, wanted, use_reentrant=False)
+        total = total + checkpoint(_part, decoder, part, wanted, head_learns, use_reentrant=False)
     return total
 
 
-def _part(decoder: Decoder, x: Tensor, to: Tensor) -> Tensor:
-    return F.cross_entropy(decoder.logits(x), to, reduction="sum")
+def _part(decoder: Decoder, x: Tensor, to: Tensor, head_learns: bool) -> Tensor:
+    logits = decoder.logits(x) if head_learns else F.linear(x, decoder.head.weight.detach()).float()
+    return F.cross_entropy(logits, to, reduction="sum")

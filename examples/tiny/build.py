@@ -1,0 +1,186 @@
+"""Builds llava-tiny from glyphs to the weights that the package brings: `python -m examples.tiny.build`.
+
+Four stages, each a command that can be run again by itself and starts from what the last ones left: a vision tower, a
+language model, then LLaVA's own two stages by `llava train`. Training data are drawn while the tower learns.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+import typer
+
+Stage = Literal["tower", "language", "pretrain", "finetune", "ship"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much of everything."""
+
+    data: dict[str, int]  # kind of data set -> samples
+    tower: tuple[str, ...]  # options of tower.py
+    language: tuple[str, ...]  # options of language.py
+    recipe: dict[Stage, tuple[str, ...]] = field(default_factory=dict)  # --set of the two recipes
+    drawing: tuple[str, ...] = ()  # options of dataset.py
+
+
+FULL = Size(
+    data={"text": 200_000, "caption": 60_000, "instruct": 160_000},
+    tower=("--minutes", "6"),
+    language=("--minutes", "1.3"),
+    drawing=("--stylise", "0.25"),
+)
+SMOKE = Size(  # eight things, small pictures: two minutes on two cores
+    data={"text": 1500, "caption": 600, "instruct": 1000},
+    tower=(
+        *("--entries", "8", "--words", "0", "--objects", "2", "--no-augment", "--batch", "32", "--steps", "220"),
+        *("--lr", "4e-3", "--image-size", "64", "--patch-size", "16", "--dim", "64", "--layers", "3", "--heads", "2"),
+        *("--mlp", "128"),
+    ),
+    language=(
+        *("--batch", "8", "--row", "256", "--dim", "64", "--layers", "2", "--heads", "2", "--mlp", "160"),
+        *("--vocab", "512", "--lr", "5e-3", "--steps", "200"),
+    ),
+    recipe={
+        "pretrain": (
+            "compute=float32",
+            "compile=false",
+            "workers=1",
+            "pad_to=1",
+            "batch=32",
+            "micro_batch=32",
+            "epochs=1",
+        ),
+        "finetune": (
+            "compute=float32",
+            "compile=false",
+            "workers=1",
+            "pad_to=1",
+            "batch=16",
+            "micro_batch=16",
+            "epochs=1",
+        ),
+    },
+    drawing=("--entries", "8"),
+)
+
+
+class Build:
+    """One build in one folder."""
+
+    def __init__(self, work: Path, glyphs: Path, size: Size, changes: tuple[str, ...] = ()):
+        self.work, self.glyphs, self.size, self.changes = work, glyphs, size, changes
+        self.drawn: subprocess.Popen[bytes] | None = None
+
+    def run(self, stages: list[Stage]) -> dict[str, float]:
+        """Seconds of each stage. What a stage left before is made anew."""
+        kinds = {"language": "text", "pretrain": "caption", "finetune": "instruct"}
+        self._draw_ahead([kinds[stage] for stage in stages if stage in kinds])
+        seconds = {}
+        for stage in stages:
+            began = time.monotonic()
+            getattr(self, stage)()
+            seconds[stage] = round(time.monotonic() - began, 1)
+            print(json.dumps({"stage": stage, "seconds": seconds[stage]}), flush=True)
+        return seconds
+
+    def tower(self) -> None:
+        out = self._fresh("tower")
+        _python("-m", "examples.tiny.tower", "--glyphs", str(self.glyphs), "--out", str(out), *self.size.tower)
+
+    def language(self) -> None:
+        texts, out = self._data("text"), self._fresh("lm")
+        _python("-m", "examples.tiny.language", "--texts", str(texts), "--out", str(out), *self.size.language)
+
+    def pretrain(self) -> None:
+        self._train("pretrain", self._data("caption"))
+
+    def finetune(self) -> None:
+        self._train("finetune", self._data("instruct"), f"projector={self.work / 'pretrain' / 'model'}")
+
+    def ship(self) -> None:
+        """The trained model in our own layout, one file of weights, where the package looks for it."""
+        source, target = self.work / "finetune" / "model", self.work / "llava-tiny"
+        shutil.rmtree(target, ignore_errors=True)
+        _python("-m", "llava.cli", "convert", str(source), str(target), "--vision-tower", str(self.work / "tower"))
+
+    def _train(self, stage: Stage, data: Path, *changes: str) -> None:
+        out = self._fresh(stage)
+        values = (
+            f"model={self.work / 'lm'}",
+            f"vision_tower={self.work / 'tower'}",
+            f'data=["{data}"]',
+            f"images={data.with_name('images.tar')}",
+            f"out={out}",
+            *changes,
+            *self.size.recipe.get(stage, ()),
+            *self.changes,
+        )
+        sets = [word for value in values for word in ("--set", value)]
+        _python("-m", "llava.cli", "train", f"llava-tiny/{stage}", *sets)
+
+    def _fresh(self, name: str) -> Path:
+        shutil.rmtree(self.work / name, ignore_errors=True)
+        return self.work / name
+
+    def _draw_ahead(self, kinds: list[str]) -> None:
+        """Draws what is not there yet, one set after the other, in a process of its own."""
+        missing = [kind for kind in kinds if not (self.work / kind).is_dir()]
+        if missing:
+            self.work.mkdir(parents=True, exist_ok=True)
+            options = [str(self.work), str(self.glyphs), *self.size.drawing]
+            counts = [f"{kind}={self.size.data[kind]}" for kind in missing]
+            command = [sys.executable, "-m", "examples.tiny.build", "draw", ",".join(counts), *options]
+            self.drawn = subprocess.Popen(command)
+
+    def _data(self, kind: str) -> Path:
+        """The data file of a kind, once it is drawn."""
+        while not (self.work / kind).is_dir():
+            if self.drawn is None or self.drawn.poll() not in (None, 0):
+                raise SystemExit(f"build: {self.work / kind} was not drawn")
+            time.sleep(0.2)
+        return self.work / kind / "data.json"
+
+
+def _python(*words: str) -> None:
+    subprocess.run([sys.executable, *words], check=True)
+
+
+def draw(counts: str, work: Path, glyphs: Path, options: list[str]) -> None:
+    """Data sets one after the other; each appears whole."""
+    workers = max(1, (os.cpu_count() or 2) - 1)
+    for number, count in enumerate(counts.split(",")):
+        kind, n = count.split("=")
+        command = ["-m", "examples.tiny.dataset", "--glyphs", str(glyphs), "--out", str(work / kind), "--kind", kind]
+        _python(*command, "--n", n, "--seed", str(number), "--workers", str(workers), *options)
+
+
+def main(
+    stages: Annotated[list[str] | None, typer.Argument(help=f"some of {', '.join(STAGES)}; none: all")] = None,
+    work: Annotated[Path, typer.Option(help="folder for parts, data and runs")] = Path("build/tiny"),
+    glyphs: Annotated[Path, typer.Option(help="pack of glyphs, made by examples.tiny.glyphs")] = Path(
+        "build/tiny/glyphs.zip"
+    ),
+    smoke: Annotated[bool, typer.Option(help="a small one: eight things, two minutes on two cores")] = False,
+    changes: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the two recipes")] = None,
+) -> None:
+    """Builds llava-tiny; the trained model is WORK/finetune/model, in our own layout WORK/llava-tiny."""
+    chosen: list[Stage] = [stage for stage in STAGES if not stages or stage in stages]
+    if unknown := set(stages or ()) - set(STAGES):
+        raise typer.BadParameter(f"{unknown.pop()}: expected some of {', '.join(STAGES)}")
+    seconds = Build(work, glyphs, SMOKE if smoke else FULL, tuple(changes or ())).run(chosen)
+    print(json.dumps({"seconds": seconds, "total": round(sum(seconds.values()), 1)}))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["draw"]:  # the process that draws ahead
+        draw(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), sys.argv[5:])
+    else:
+        typer.run(main)

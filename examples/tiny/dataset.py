@@ -1,0 +1,196 @@
+"""Training data of the drawn world in LLaVA's own format: `python -m examples.tiny.dataset --kind instruct --n 9 …`.
+
+Writes data.json and, but for `text`, images.tar. The same options give the same bytes with any number of workers.
+"""
+
+import io
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from examples.tiny.glyphs import Glyphs
+from examples.tiny.questions import Asker, Knowledge, Turn, caption, description, dialogue
+from examples.tiny.talk import talk
+from examples.tiny.things import a
+from examples.tiny.truth import Truth
+from examples.tiny.world import Scene, color_of, draw, imagine
+from llava.errors import ConfigError, LlavaError
+
+DataKind = Literal["caption", "instruct", "text"]
+TRAINING_SEEDS = 2**31  # scenes of training have seeds below, scenes of scoring from here on
+TEXT_SHARE = 0.08  # of instruct samples have no picture
+CHUNK = 100  # samples a worker makes at a time
+BRIEFLY = (
+    "Describe the image concisely.",
+    "Provide a brief description of the given image.",
+    "Give a short description of the image.",
+    "What is in the picture, in short?",
+    "Summarise the picture.",
+    "Write a short caption.",
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that settles a data set but for the number of samples."""
+
+    glyphs: tuple[Path, ...]
+    kind: DataKind
+    seed: int
+    entries: int | None  # so many of the pack's things only
+    stylise: float
+
+
+class Writer:
+    """Makes samples, one by one; each depends on its number alone."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.glyphs = Glyphs.load(*job.glyphs).first(job.entries)
+        self.knowledge = know(self.glyphs)
+
+    def sample(self, i: int) -> tuple[dict[str, object], bytes | None]:
+        """A sample as the JSON has it, and its picture as JPEG."""
+        rng = random.Random(f"{self.job.kind} {self.job.seed} {i}")
+        ask, name = Asker(rng, self.knowledge), f"{self.job.kind}-{self.job.seed}-{i:06}"
+        if self.job.kind == "text" or (self.job.kind == "instruct" and rng.random() < TEXT_SHARE):
+            return {"id": name, "conversations": conversations(self.words(ask), "")}, None
+        scene = draw(rng.randrange(TRAINING_SEEDS), self.glyphs, self.glyphs.styles, stylise_p=self.job.stylise)
+        turns = dialogue(ask, scene, rng.randint(3, 6)) if self.job.kind == "instruct" else [brief(ask, scene)]
+        picture = f"{name}.jpg"
+        return {"id": name, "image": picture, "conversations": conversations(turns, "<image>\n")}, jpeg(scene)
+
+    def words(self, ask: Asker) -> list[Turn]:
+        """A dialogue without a picture; for the language model's own training also scenes told in words."""
+        if self.job.kind == "instruct" or ask.rng.random() < 0.3:
+            return talk(ask, ask.rng.randint(1, 4))
+        scene = imagine(ask.rng.randrange(TRAINING_SEEDS), self.glyphs.entries)
+        turns = dialogue(ask, scene, ask.rng.randint(2, 6))
+        first = turns[0]
+        told = f"{description(Truth(scene))}\n{first.question}"
+        return [Turn(first.kind, first.measure, told, first.answer), *turns[1:]]
+
+
+def know(glyphs: Glyphs) -> Knowledge:
+    return Knowledge(glyphs.entries, {entry: shade for entry in glyphs.entries if (shade := color_of(glyphs, entry))})
+
+
+def brief(ask: Asker, scene: Scene) -> Turn:
+    """The one exchange of projector pretraining: all that is in the picture, in one sentence."""
+    text = caption(Truth(scene)).removesuffix(".")
+    if scene.background.color:
+        text += f" on {a(scene.background.color)} background"
+    if scene.words:
+        text += f" with the text {' and '.join(word.text for word in scene.words)}"
+    return Turn("caption", "names", ask.rng.choice(BRIEFLY), f"{text}.")
+
+
+def conversations(turns: list[Turn], before: str) -> list[dict[str, str]]:
+    """before: what stands before the first question."""
+    said = []
+    for turn in turns:
+        said += [{"from": "human", "value": before + turn.question}, {"from": "gpt", "value": turn.answer}]
+        before = ""
+    return said
+
+
+def jpeg(scene: Scene) -> bytes:
+    buffer = io.BytesIO()
+    scene.image.save(buffer, "JPEG", quality=92, subsampling=0)
+    return buffer.getvalue()
+
+
+# ---------------------------------------------------------------- many at once
+
+_writer: Writer | None = None  # of a worker process
+
+
+def _begin(job: Job) -> None:
+    global _writer  # a pool's workers have no other place for what they keep
+    _writer = Writer(job)
+
+
+def _chunk(numbers: range) -> list[tuple[dict[str, object], bytes | None]]:
+    assert _writer is not None
+    return [_writer.sample(i) for i in numbers]
+
+
+def samples(job: Job, n: int, workers: int) -> Iterator[list[tuple[dict[str, object], bytes | None]]]:
+    """Samples 0 to n - 1 in order, chunk by chunk."""
+    chunks = [range(i, min(i + CHUNK, n)) for i in range(0, n, CHUNK)]
+    if workers <= 1:
+        writer = Writer(job)
+        yield from ([writer.sample(i) for i in chunk] for chunk in chunks)
+        return
+    with multiprocessing.get_context("spawn").Pool(workers, _begin, (job,)) as pool:
+        yield from pool.imap(_chunk, chunks)
+
+
+def write(job: Job, out: Path, n: int, workers: int = 1) -> None:
+    """Writes the folder; it appears when it is whole. Raises ConfigError where there is one already."""
+    if out.exists():
+        raise ConfigError(f"{out} is there already; expected a folder that is not there yet: delete it or name another")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
+    unfinished.mkdir()
+    try:
+        _fill(unfinished, job, n, workers)
+        unfinished.rename(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _fill(folder: Path, job: Job, n: int, workers: int) -> None:
+    console = Console(stderr=True)
+    chunks = track(
+        samples(job, n, workers), "samples", total=-(-n // CHUNK), console=console, disable=not sys.stderr.isatty()
+    )
+    said: list[dict[str, object]] = []
+    with tarfile.open(folder / "images.tar", "w", format=tarfile.USTAR_FORMAT) as images:
+        for sample, picture in (pair for chunk in chunks for pair in chunk):
+            said.append(sample)
+            if picture is not None:
+                member = tarfile.TarInfo(str(sample["image"]))
+                member.size = len(picture)
+                images.addfile(member, io.BytesIO(picture))
+    if job.kind == "text":
+        (folder / "images.tar").unlink()
+    (folder / "data.json").write_text(json.dumps(said, ensure_ascii=False), encoding="utf-8")
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="folder to write; must not be there yet")],
+    kind: Annotated[str, typer.Option(help="caption, instruct or text")],
+    n: Annotated[int, typer.Option("--n", help="samples")],
+    glyphs: Annotated[list[Path], typer.Option(help="pack of glyphs; may be named several times")] = [  # noqa: B006
+        Path("build/tiny/glyphs.zip")
+    ],
+    seed: Annotated[int, typer.Option(help="another seed, other scenes")] = 0,
+    workers: Annotated[int, typer.Option(help="processes")] = os.cpu_count() or 1,
+    entries: Annotated[int | None, typer.Option(help="use so many of the things only")] = None,
+    stylise: Annotated[float, typer.Option(help="how probably a thing is drawn in another hand, 0 to 1")] = 0.0,
+) -> None:
+    """Draws scenes and writes dialogues about them."""
+    try:
+        if kind not in ("caption", "instruct", "text"):
+            raise ConfigError(f"--kind is {kind!r}; expected caption, instruct or text")
+        write(Job(tuple(glyphs), kind, seed, entries, stylise), out, n, workers)  # type: ignore[arg-type]
+    except LlavaError as error:
+        typer.echo(f"dataset: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+if __name__ == "__main__":
+    typer.run(main)
