@@ -56,7 +56,10 @@ def instructions(choose: random.Random, i: int) -> Json:
 def mixture(choose: random.Random, i: int) -> Json:
     """mix665k: short answers, several in one sample, from five folders; some samples are text alone."""
     if i % 4 == 3:
-        return {"id": f"text{i}", "conversations": told("Say hello.", choose.choice(LINES), "Why do you say so?", "No.")}
+        return {
+            "id": f"text{i}",
+            "conversations": told("Say hello.", choose.choice(LINES), "Why?", "No."),
+        }
     short = "Answer the question using a single word or phrase."
     place = ("coco/train2017", "gqa/images", "ocr_vqa/images", "textvqa/train_images", "vg/VG_100K")[i % 5]
     turns = [f"<image>\nHow many people are there?\n{short}", "3", "Which one is darker?", "Left"]

@@ -4,8 +4,7 @@ than it should. Paths in recipes are relative: the tests work in a folder where 
 import json
 import math
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,14 @@ from torch import Tensor
 
 import llava
 from llava.checkpoint.open import Checkpoint, open_checkpoint
-from llava.errors import ConfigError
+from llava.cli import main
+from llava.errors import ConfigError, LlavaError
 from llava.model.llava import Llava
 from llava.train import loop
 from llava.train.plan import make_plan
 from llava.train.recipe import RECIPES, Recipe, names, read_recipe, recipe_from
 from tests import formats, tiny
-from tests.command import assert_one_line_error, run, run_well
+from tests.command import run_well
 
 NAMES = names()
 OTHERS = {"custom", "llava-tiny"}  # folders that belong to no row
@@ -107,7 +107,8 @@ def template_of(row: dict[str, Any]) -> str:
 
 def test_every_row_of_the_zoo_has_recipes_and_every_folder_a_row(zoo: dict[str, Any]) -> None:
     assert set(ROWS) == set(zoo)
-    assert {name.split("/")[0] for name in (*NAMES, *OTHERS)} == {name.split("/")[0] for name in ROWS.values()} | OTHERS
+    of_rows, shipped = ({name.split("/")[0] for name in names} for names in (ROWS.values(), NAMES))
+    assert shipped == of_rows | OTHERS
 
 
 @pytest.mark.parametrize("id", ROWS, ids=lambda id: re.split("[/#]", id)[-1])
@@ -161,7 +162,7 @@ def test_rates_batches_and_what_learns_are_those_of_the_training_scripts(name: s
 @pytest.mark.parametrize("name", NAMES)
 def test_a_batch_is_dealt_evenly_to_one_two_four_or_eight_gpus(name: str) -> None:
     recipe = read_recipe(name)
-    assert recipe.batch // recipe.micro_batch % 8 == 0
+    assert recipe.batch // recipe.micro_batch % 8 == 0 or name.startswith("llava-tiny/")  # which is for one GPU
     assert name.startswith("custom/") or recipe.out == f"runs/{name}"
     assert recipe.about
 
@@ -189,8 +190,8 @@ class Trained:
         return {name for name, value in self.before.items() if not torch.equal(value, self.after[name])}
 
 
-Runner = Callable[[str], Trained]
-SMALL = ("batch=4", "micro_batch=2", "workers=0", "compute=float32", "max_steps=3", "save_every=0", "pad_to=32")
+SMALL = ("batch=4", "micro_batch=2", "max_steps=3", "save_every=0", "pad_to=32", "workers=0")
+SMALL += ("compute=float32", "compile=false")
 
 
 class Ground:
@@ -274,8 +275,7 @@ def test_three_steps_change_what_the_recipe_says_and_no_more(ground: Ground, nam
     if rows:
         before, after = (tensors["decoder.embed.weight"] for tensors in (run.before, run.after))
         assert tuple((before != after).any(1).nonzero()[:, 0].tolist()) == run.rows
-        tied = torch.equal(run.before["decoder.head.weight"], before)
-        assert embeddings == {"decoder.embed.weight"} | ({"decoder.head.weight"} if tied else set())
+        assert "decoder.head.weight" not in changed or torch.equal(run.after["decoder.head.weight"], after)  # tied
     if run.recipe.quantize_base == "nf4":
         assert any(name.endswith("codes") for name in run.before)
     assert all(torch.isfinite(value).all() for value in run.after.values() if value.is_floating_point())
@@ -288,25 +288,44 @@ def test_three_steps_change_what_the_recipe_says_and_no_more(ground: Ground, nam
 def test_what_is_left_opens_as_the_zoos_own_kind(ground: Ground, name: str) -> None:
     run = ground.trained(name)
     recipe = run.recipe
-    stage = "projector" if name.endswith("pretrain") else "lora" if "lora" in name else "merged"
-    base = None if stage == "merged" else recipe.model
-    opened = open_checkpoint(run.folder, base=base)
-    family = {"merged": ("llava", "mpt")}
-    assert opened.kind == stage or opened.kind in family.get(stage, ())
+    kind = "projector" if name.endswith("pretrain") else "lora" if "lora" in name else "merged"
+    base = None if kind == "merged" else recipe.model
+    assert open_checkpoint(run.folder, base=base).kind == ("mpt" if kind == "merged" and "mpt" in name else kind)
     assistant = llava.load(run.folder, base=base, dtype="float32", device="cpu")
     config = assistant.config
     assert config.image is not None
     assert config.start_end == recipe.start_end
     assert config.image.aspect == recipe.aspect
     assert config.template == recipe.template
-    loaded = assistant.model.state_dict()
-    for key in sorted(run.after.keys() & loaded.keys()):
-        close = {"atol": 2e-3, "rtol": 2e-3}  # float16 on disk
-        torch.testing.assert_close(loaded[key].float(), run.after[key].float(), **close, msg=lambda m, k=key: f"{k}: {m}")
+    loaded, expected = assistant.model.state_dict(), merged(run)
+    assert set(expected) == {name for name in loaded if recipe.quantize_base == "none" or not four_bits(run, name)}
+    rounded = kind == "merged" or "rows" in recipe.train  # written into 16 bits; MPT's are bfloat16
+    close = {"rtol": 4e-3, "atol": 1e-5} if rounded else {"rtol": 0.0, "atol": 2e-6}
+    for name, tensor in expected.items():
+        torch.testing.assert_close(loaded[name].float(), tensor, **close, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_a_base_under_adapters_is_read_back_bit_by_bit(ground: Ground) -> None:
-    """Whatever a run did to the base in memory, its files and the merged weights less the adapters are the same."""
+def merged(run: Trained) -> dict[str, Tensor]:
+    """What was trained, with its adapters added; without matrices that were of 4 bits."""
+    found = {name.replace(".base.weight", ".weight"): value for name, value in run.after.items()}
+    found = {name: value for name, value in found.items() if ".adapters." not in name and ".base." not in name}
+    scale = run.recipe.lora_alpha / max(run.recipe.lora_rank, 1)
+    for name in found:
+        if parts := [run.after[key] for key in adapters_of(run, name)]:
+            found[name] = found[name] + scale * torch.cat([b @ a for a, b in zip(parts[::2], parts[1::2], strict=True)])
+    return found
+
+
+def adapters_of(run: Trained, weight: str) -> list[str]:
+    """Names of A, B, A, B, … beside a weight, in the order in which its parts are stacked."""
+    return [name for name in run.after if name.startswith(weight.removesuffix("weight") + "adapters.")]
+
+
+def four_bits(run: Trained, weight: str) -> bool:
+    return weight.removesuffix("weight") + "base.codes" in run.after
+
+
+def test_the_matrices_under_adapters_are_the_bases_own_bit_by_bit(ground: Ground) -> None:
     run = ground.trained("llava-v1.5/finetune-lora")
     frozen = {name for name in run.before if name.startswith("decoder.") and ".adapters." not in name}
     base = dict(open_checkpoint(ground.llama).tensors())
@@ -366,20 +385,29 @@ def test_a_plan_counts_samples_steps_and_bytes(ground: Ground) -> None:
     assert plan.tokens == round(plan.tokens_per_sample * 6 * plan.steps)
 
 
-def test_the_command_prints_the_plan_and_starts_nothing(ground: Ground) -> None:
+def command(*words: str) -> int:
+    """`llava train WORDS` in this process: its exit code."""
+    with pytest.raises(SystemExit) as done:
+        main(["train", *words])
+    return int(done.value.code or 0)
+
+
+def test_the_command_prints_the_plan_and_starts_nothing(ground: Ground, capsys: pytest.CaptureFixture[str]) -> None:
     name = "llava-v1.5/pretrain"
     planned(ground, name)
     changes = [word for change in ground.changes(name) for word in ("--set", change)]
-    done = run_well("train", name, *changes, "--set", "out=runs/nothing", "--plan")
-    assert re.search(rf"^trained +{PROJECTOR:,} parameters: projector {PROJECTOR:,}$", done.stdout, re.MULTILINE)
+    assert command(name, *changes, "--set", "out=runs/nothing", "--plan") == 0
+    shown = capsys.readouterr().out
+    assert re.search(rf"^trained +{PROJECTOR:,} parameters: projector {PROJECTOR:,}$", shown, re.MULTILINE)
     assert not Path("runs/nothing").exists()
 
 
 # -------------------------------------------------------------------------------------------- names and values
 
 
-def test_the_shipped_recipes_are_listed() -> None:
-    listed = run_well("train", "--list").stdout.split()
+def test_the_shipped_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("--list") == 0
+    listed = capsys.readouterr().out.split()
     assert listed == NAMES
     assert len(listed) == len(list(RECIPES.rglob("*.toml")))
     assert {"llava-v1.5/finetune-lora", "custom/finetune-lora", "llava-tiny/pretrain"} <= set(listed)
@@ -395,8 +423,13 @@ def test_the_shipped_recipes_are_listed() -> None:
         (["llava-v1.5/finetune", "--set", "epochs"], ["epochs", "key=value"]),
     ],
 )
-def test_the_command_refuses_in_one_line(words: list[str], mentions: list[str]) -> None:
-    assert_one_line_error(run("train", *words), *mentions)
+def test_the_command_refuses_in_one_line(
+    words: list[str], mentions: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(*words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    for mention in mentions:
+        assert mention in line
 
 
 @pytest.mark.parametrize(
@@ -419,14 +452,15 @@ def test_the_command_refuses_in_one_line(words: list[str], mentions: list[str]) 
     ],
 )
 def test_a_wrong_value_is_refused_with_what_was_expected(change: str, says: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(says)) as raised:
+    with pytest.raises(LlavaError, match=re.escape(says)) as raised:
         read_recipe("llava-v1.5/finetune", [change])
     assert "\n" not in str(raised.value)
 
 
 def test_values_are_read_as_toml_and_bare_words_are_text() -> None:
     recipe = read_recipe(
-        "llava-v1.5/finetune", ["rate=3e-5", "epochs=2", "data=my.json", "model=a/b=c", "start_end=true", " batch = 64 "]
+        "llava-v1.5/finetune",
+        ["rate=3e-5", "epochs=2", "data=my.json", "model=a/b=c", "start_end=true", " batch =64"],
     )
     assert (recipe.rate, recipe.epochs, recipe.data) == (3e-5, 2.0, ("my.json",))
     assert (recipe.model, recipe.start_end, recipe.batch) == ("a/b=c", True, 64)

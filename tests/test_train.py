@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import llava.train.loss
+import llava.train.start
+from llava.checkpoint.open import open_checkpoint
 from llava.checkpoint.original import named
 from llava.errors import CheckpointError, ConfigError, LlavaError
 from llava.model.decoder import Decoder
@@ -28,6 +31,7 @@ from llava.train.optim import optimizer
 from llava.train.ranks import ranks
 from llava.train.recipe import Recipe
 from llava.train.resume import Saver
+from llava.train.start import start
 from tests import command, tiny, training
 from tests.test_golden import FOLDERS, TOWERS
 from tests.training import LORA, School, begin, from_parts, gradients, losses, recipe, rows, run_apart, trainee_of
@@ -76,10 +80,14 @@ class Plain(nn.Module):
         self.llama = transformers.LlamaForCausalLM(config)
         own = {name: tensor for name, tensor in tensors.items() if "mm_projector" not in name}
         self.llama.load_state_dict(own)
-        self.tower = transformers.CLIPVisionModel.from_pretrained(school.clip, dtype=torch.float32).requires_grad_(False)
+        self.tower = transformers.CLIPVisionModel.from_pretrained(school.clip, dtype=torch.float32).requires_grad_(
+            False
+        )
         self.mm_projector = nn.Sequential(nn.Linear(tiny.CLIP_DIM, 64), nn.GELU(), nn.Linear(64, 64))
         prefix = "model.mm_projector."
-        self.mm_projector.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+        self.mm_projector.load_state_dict(
+            {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        )
 
     def forward(self, inputs: list[ModelInput]) -> Tensor:
         """Right-padded rows -> transformers' own loss."""
@@ -209,7 +217,7 @@ def test_losses_and_gradients_are_the_originals(
     assert total.item() / len(batch.at) == pytest.approx(record["batch_loss"], abs=2e-5)
     means = {name.removeprefix("model."): grad / len(batch.at) for name, grad in grads.items()}
     ours = {item.name: torch.cat(list(item.parts())) for item in named(means, trainee.model.config)}
-    norms = {name: grad.norm().item() for name, grad in ours.items()}
+    norms = {name: grad.double().norm().item() for name, grad in ours.items()}
     assert norms == pytest.approx(record["grad_norms"], rel=1e-5, abs=1e-9)
     for name, grad in projector.items():
         torch.testing.assert_close(ours[name], grad, rtol=0, atol=1e-5)
@@ -300,10 +308,12 @@ def test_worker_processes_change_nothing(usual: tuple[Recipe, list[float]], tmp_
     assert ours == wanted
 
 
-@pytest.mark.parametrize("master", ["float32", "bfloat16"])
-def test_bfloat16_stays_near_float32(usual: tuple[Recipe, list[float]], tmp_path: Path, master: str) -> None:
+@pytest.mark.parametrize(("master", "most"), [("float32", 0.05), ("bfloat16", 0.25)])
+def test_bfloat16_stays_near_float32(
+    usual: tuple[Recipe, list[float]], tmp_path: Path, master: str, most: float
+) -> None:
     ours, wanted = again(usual, tmp_path / "run", compute="bfloat16", master=master)
-    assert ours == pytest.approx(wanted, abs=0.05)
+    assert ours == pytest.approx(wanted, abs=most)
     assert ours != wanted
 
 
@@ -322,10 +332,16 @@ def test_weights_that_learn_are_float32_under_bfloat16_compute(school: School, t
     assert changed["float32"] > 100 * max(changed["bfloat16"], 1)
 
 
-@pytest.mark.slow
-def test_compiled_equals_eager(usual: tuple[Recipe, list[float]], tmp_path: Path) -> None:
-    ours, wanted = again(usual, tmp_path / "run", compile=True)
-    assert ours == pytest.approx(wanted, abs=1e-4)
+@pytest.mark.parametrize("packing", [True, False])
+def test_compiled_equals_eager(school: School, tmp_path: Path, packing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced, cut into forward and backward as for the compiler, and run without its minutes of C++."""
+    compiled = []
+    traced = partial(nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self) or traced(self))
+    values = {"max_steps": 3, "packing": packing, "checkpointing": True}
+    eager = run(recipe(school, tmp_path / "eager", **values))
+    assert run(recipe(school, tmp_path / "compiled", compile=True, **values)) == pytest.approx(eager, abs=1e-4)
+    assert len(compiled) == 2 + 2  # blocks of decoder and tower
 
 
 def restore(recipe: Recipe, trainee: llava.train.loss.Trainee) -> None:
@@ -356,16 +372,16 @@ def test_a_tower_that_learns_has_its_own_rate_and_comes_with_the_export(school: 
         assert torch.equal(tensor, after[name]), name
 
 
-def test_an_export_is_what_was_trained(usual: tuple[Recipe, list[float]], school: School, tmp_path: Path) -> None:
-    for asked in (usual[0], recipe(school, tmp_path / "bf16", compute="bfloat16", max_steps=3)):
-        if not Path(asked.out).is_dir():
-            train(asked, device="cpu")
+def test_an_export_has_the_trained_weights_in_the_type_of_its_model(school: School, tmp_path: Path) -> None:
+    half = tiny.write_llava(tmp_path / "half", clip=school.clip)  # float16
+    for model, dtype in ((school.llava, torch.float32), (half, torch.float16)):
+        asked = recipe(school, tmp_path / str(dtype), model=str(model), compute="bfloat16", max_steps=3)
+        written = open_checkpoint(train(asked, device="cpu")).sources
         trainee, _ = trainee_of(asked)
         restore(asked, trainee)
-        written = training.weights(Path(asked.out) / "model")
         for name, p in trainee.model.named_parameters():
-            stored = p.detach() if name.startswith("vision") else p.detach().to(getattr(torch, asked.compute)).float()
-            assert torch.equal(written[name], stored.float()) or name.startswith("vision"), name
+            if p.requires_grad:
+                assert torch.equal(written[name].read(), p.detach().to(dtype)), name
 
 
 @pytest.mark.parametrize("kind", ["llama", "mpt"])
@@ -391,32 +407,48 @@ def test_of_a_frozen_language_model_the_start_and_end_rows_alone_learn(
 
 SPREAD = {
     "full, tower too, text-only ranks": {"train": ["projector", "decoder", "vision"], "batch": 3, "micro_batch": 1},
-    "LoRA": {**LORA, "lora_dropout": 0.3, "micro_batch": 2, "order": "by_modality_length"},
+    "QLoRA": {**LORA, "quantize_base": "nf4", "lora_dropout": 0.3, "micro_batch": 2, "order": "by_modality_length"},
     "projector and rows": {"train": ["projector", "rows"], "start_end": True, "checkpointing": True},
 }
 
 
 @pytest.mark.parametrize("case", SPREAD)
 def test_the_number_of_ranks_changes_nothing(school: School, tmp_path: Path, case: str) -> None:
-    """Three ranks of three, two or one micro-batches: some hold no picture, some nothing."""
+    """Two or three ranks share two or three micro-batches: some hold no picture, some nothing."""
     values = SPREAD[case]
     one = recipe(school, tmp_path / "one", **values)
     wanted = run(one)
-    for n in (2, 3) if case.startswith("full") else (3,):
+    for n in (2,) if case == "QLoRA" else (3,):
         some = recipe(school, tmp_path / f"on{n}", **values)
         run_apart(some, ranks=n)
         assert losses(tmp_path / f"on{n}") == pytest.approx(wanted, abs=1e-5)
         for row, other in zip(rows(tmp_path / f"on{n}"), rows(tmp_path / "one"), strict=True):
             assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
-            assert [row[k] for k in ("tokens", "learnt", "samples")] == [other[k] for k in ("tokens", "learnt", "samples")]
+            assert [row[k] for k in ("tokens", "learnt", "samples")] == [
+                other[k] for k in ("tokens", "learnt", "samples")
+            ]
         found, expected = (stored(tmp_path / name / "model") for name in (f"on{n}", "one"))
         assert set(found) == set(expected)
         for name, tensor in found.items():
-            torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5, msg=name)
+            if not name.endswith("k_proj.bias"):  # no loss depends on it: Adam makes steps of rounding errors
+                torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5, msg=name)
     if case.startswith("full"):
         _, batches = trainee_of(one)
         kinds = [{batches.samples.lengths[i] > 0 for p in batches.order.step(s) for i in p.samples} for s in range(6)]
         assert {True, False} in kinds
+
+
+def test_ranks_may_write_the_tokenizer_at_once(school: School, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = llava.train.start._write_tokenizer
+
+    def after_another(*args: Any) -> None:
+        write(*args)  # the other rank's
+        write(*args)
+
+    monkeypatch.setattr(llava.train.start, "_write_tokenizer", after_another)
+    values = from_parts(school) | {"train": ["projector", "rows"], "start_end": True}
+    found = start(recipe(school, tmp_path / "run", **values), tmp_path / "tokenizer")
+    assert found.tokenizer.id_of("<im_end>") == tiny.PIECES + 2
 
 
 def stored(model: Path) -> dict[str, Tensor]:
@@ -439,6 +471,14 @@ def test_tied_tables_are_trained_as_one_on_two_ranks(school: School, tmp_path: P
     for name, tensor in training.weights(tmp_path / "one" / "model").items():
         torch.testing.assert_close(written[name], tensor, rtol=0, atol=1e-5, msg=name)
     assert (written["decoder.embed.weight"] - before["decoder.embed.weight"]).abs().max() > 1e-4
+
+
+def test_two_ranks_in_bfloat16_stay_near_one(school: School, tmp_path: Path) -> None:
+    """Sharded, all is computed in bfloat16; alone, the residual stream is float32."""
+    values = {"compute": "bfloat16", "train": ["projector", "decoder", "vision"], "max_steps": 4}
+    wanted = run(recipe(school, tmp_path / "one", **values))
+    run_apart(recipe(school, tmp_path / "two", **values), ranks=2)
+    assert losses(tmp_path / "two") == pytest.approx(wanted, abs=0.05)
 
 
 @pytest.mark.slow
@@ -465,7 +505,7 @@ STAGES = {
     "stage 2": {"packing": False},
     "LoRA with dropout": {**LORA, "lora_dropout": 0.5},
 }
-LONG = {"max_steps": 14, "save_every": 1, "batch": 3, "micro_batch": 1, "order": "by_modality_length"}
+LONG = {"max_steps": 12, "save_every": 1, "batch": 3, "micro_batch": 1, "order": "by_modality_length"}
 
 
 def until(moment: Any, run: training.Apart) -> None:
@@ -500,20 +540,22 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(school: School, tmp_path: P
     assert losses(out) == wanted
     found, expected = stored(out / "model"), stored(tmp_path / "whole" / "model")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    assert sorted(p.name for p in (out / "checkpoints").glob("step-*")) == ["step-00000013", "step-00000014"]
+    assert sorted(p.name for p in (out / "checkpoints").glob("step-*")) == ["step-00000011", "step-00000012"]
     for key in ("samples", "tokens", "rate", "epoch"):
         assert [row[key] for row in rows(out)] == [row[key] for row in rows(tmp_path / "whole")]
 
 
-@pytest.mark.parametrize("stage", ["stage 2", "LoRA with dropout"])
-def test_a_run_goes_on_with_another_number_of_ranks(school: School, tmp_path: Path, stage: str) -> None:
-    values = LONG | STAGES[stage] | {"micro_batch": 1, "batch": 4}
+@pytest.mark.parametrize(("stage", "before", "after"), [("stage 2", 2, 1), ("LoRA with dropout", 1, 2)])
+def test_a_run_goes_on_with_another_number_of_ranks(
+    school: School, tmp_path: Path, stage: str, before: int, after: int
+) -> None:
+    values = LONG | STAGES[stage] | {"max_steps": 10, "micro_batch": 1, "batch": 2}
     wanted = run(recipe(school, tmp_path / "whole", **values))
     out = tmp_path / "torn"
     asked = recipe(school, out, **values)
-    until(at_step(out, 4), begin(asked, ranks=2))
-    until(at_step(out, 9), begin(asked, ranks=1))
-    run_apart(asked, ranks=2)
+    until(at_step(out, 5), begin(asked, ranks=before))
+    assert list((out / "checkpoints").glob("step-*"))
+    run_apart(asked, ranks=after)
     assert losses(out) == pytest.approx(wanted, abs=1e-5)
     found, expected = stored(out / "model"), stored(tmp_path / "whole" / "model")
     for name, tensor in expected.items():
@@ -554,6 +596,8 @@ def test_what_a_killed_writer_left_is_not_taken_for_a_checkpoint(
     shutil.rmtree(out / "model")
     last = max((out / "checkpoints").glob("step-*"))
     last.rename(last.with_name(f".{last.name}.partial"))
+    for whole in (out / "checkpoints").glob("step-*"):
+        shutil.rmtree(whole)
     next((out / "checkpoints").glob(".step-*/*.distcp")).write_bytes(b"torn")
     train(finished, device="cpu")
     assert losses(out) == usual[1]
@@ -571,7 +615,8 @@ def test_a_checkpoint_that_is_damaged_is_named(finished: Recipe) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "key"), [({"rate": 2e-3}, "rate"), ({"seed": 1}, "seed"), ({"batch": 3}, "batch"), ({"packing": False}, "packing")]
+    ("changes", "key"),
+    [({"rate": 2e-3}, "rate"), ({"seed": 1}, "seed"), ({"batch": 3}, "batch"), ({"packing": False}, "packing")],
 )
 def test_another_recipe_in_the_same_folder_is_refused(finished: Recipe, changes: dict[str, Any], key: str) -> None:
     shutil.rmtree(Path(finished.out) / "model")

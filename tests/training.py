@@ -133,7 +133,7 @@ def gradients(trainee: Trainee, batch: Batch) -> tuple[torch.Tensor, dict[str, t
 # Runs apart. A server that has torch loaded forks them: each is a process of its own that starts in no time.
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["tests.training"])
+_FORKS.set_forkserver_preload(["tests.training", "torch._dynamo"])
 
 
 @dataclass

@@ -86,7 +86,11 @@ def _with_tokens(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     """The vocabulary with the picture's tokens behind it; their rows start at the mean of all others."""
     first = checkpoint.tokenizer.size
     if not folder.is_dir():
-        _write_tokenizer(checkpoint.tokenizer_folder, folder, {text: first + i for i, text in enumerate(_NEW_TOKENS)})
+        try:
+            _write_tokenizer(checkpoint.tokenizer_folder, folder, {t: first + i for i, t in enumerate(_NEW_TOKENS)})
+        except CheckpointError:
+            if not folder.is_dir():  # another rank was faster: it wrote the same
+                raise
     sources = dict(checkpoint.sources)
     for name in ("decoder.embed.weight", "decoder.head.weight"):
         if table := sources.get(name):

@@ -1,0 +1,305 @@
+"""Which samples a step learns from, how they share a row, and what becomes of broken ones."""
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llava.config import IGNORE, IMAGE
+from llava.errors import DataError
+from llava.preprocess.inputs import ModelInput
+from llava.train.batch import Batch, Batches, Order, by_modality_length, collate
+from llava.train.loop import train
+from llava.train.loss import Trainee
+from tests import command, tiny, training
+from tests.training import School, gradients, recipe, rows, sample, trainee_of, write_data
+
+
+@pytest.fixture(scope="module")
+def school(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> School:
+    folder = tmp_path_factory.mktemp("school")
+    return training.build_school(folder, clip, tiny.write_llava(folder / "llava", clip=clip))
+
+
+# ------------------------------------------------------------------------------------------------------ packing
+
+
+@pytest.fixture(scope="module", params=["llama", "grouped heads", "anyres", "mpt"])
+def trained(
+    request: pytest.FixtureRequest, school: School, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Trainee, Batches]:
+    folder = tmp_path_factory.mktemp("trained")
+    if request.param == "mpt":
+        model = tiny.write_mpt(folder / "model", clip=school.clip)
+        changes: dict[str, Any] = {"template": "mpt", "start_end": True}
+    elif request.param == "anyres":
+        model = tiny.write_llava(folder / "model", clip=school.clip, **tiny.ANYRES)
+        changes = {"aspect": "anyres", "pinpoints": tiny.ANYRES["image_grid_pinpoints"]}
+    else:
+        heads = {"num_key_value_heads": 2} if request.param == "grouped heads" else {}
+        model, changes = tiny.write_llava(folder / "model", clip=school.clip, **heads), {}
+    values = {"model": str(model), "train": ["projector", "decoder", "vision"], "max_length": 512}
+    return trainee_of(recipe(school, folder / "run", **values, **changes))
+
+
+def packed(inputs: list[ModelInput], pad_to: int = 32) -> Batch:
+    return collate(inputs, packing=True, pad_to=pad_to, slots=len(inputs) + 1, longest=512)
+
+
+def padded(inputs: list[ModelInput]) -> Batch:
+    return collate(inputs, packing=False, pad_to=1, slots=len(inputs), longest=512)
+
+
+def each_loss(trainee: Trainee, batch: Batch, inputs: list[ModelInput]) -> list[Tensor]:
+    """-log p at the learnt places, sample by sample, of a packed row."""
+    x = trainee.model.decoder(
+        trainee.embed(batch), batch.pos, mask=batch.segments, length=batch.segments.longest if batch.segments else 0
+    )
+    logits = trainee.model.decoder.logits(x[0, batch.at])
+    each = torch.nn.functional.cross_entropy(logits, batch.to, reduction="none")
+    return list(each.split([int((one.labels[1:] != IGNORE).sum()) for one in inputs]))
+
+
+@pytest.mark.parametrize("join", [packed, padded])
+def test_samples_together_are_samples_one_by_one(trained: tuple[Trainee, Batches], join: Any) -> None:
+    trainee, batches = trained
+    inputs = [batches.prepare(i) for i in (0, 1, 2, 5, 7, 8)]
+    assert {one.pixels is None for one in inputs} == {True, False}
+    loss, grads = gradients(trainee, join(inputs))
+    wanted = torch.zeros(())
+    sums = {name: torch.zeros_like(p) for name, p in trainee.named_parameters() if p.requires_grad}
+    for one in inputs:
+        own, parts = gradients(trainee, padded([one]))
+        wanted += own
+        for name, grad in parts.items():
+            sums[name] += grad
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert set(grads) == set(sums)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, sums[name], rtol=1e-3, atol=2e-5 * max(1, sums[name].abs().max().item()))
+
+
+def test_no_sample_of_a_row_sees_another(trained: tuple[Trainee, Batches]) -> None:
+    trainee, batches = trained
+    inputs = [batches.prepare(i) for i in (2, 0, 8, 1)]
+    with torch.no_grad():
+        before = each_loss(trainee, packed(inputs), inputs)
+        changed = inputs[1]
+        ids = torch.where(changed.ids == IMAGE, changed.ids, (changed.ids + 7) % 400)
+        assert changed.pixels is not None
+        other = ModelInput(**{**vars(changed), "ids": ids, "pixels": -changed.pixels})
+        swapped = [inputs[0], other, *inputs[2:]]
+        after = each_loss(trainee, packed(swapped), swapped)
+    assert not torch.equal(before[1], after[1])
+    for i in (0, 2, 3):
+        assert torch.equal(before[i], after[i])
+
+
+def test_positions_start_anew_and_nothing_is_learnt_across_a_border(trained: tuple[Trainee, Batches]) -> None:
+    _, batches = trained
+    inputs = [batches.prepare(i) for i in (0, 2, 1)]
+    batch = packed(inputs)
+    assert batch.ids.shape[0] == 1
+    assert batch.ids.shape[1] % 32 == 0
+    assert batch.n_tokens == sum(len(one.ids) for one in inputs)
+    start, learnt = 0, []
+    for one in inputs:
+        assert batch.pos[0, start : start + len(one.ids)].tolist() == list(range(len(one.ids)))
+        learnt += [(start + i, one.labels[i + 1]) for i in range(len(one.ids) - 1) if one.labels[i + 1] != IGNORE]
+        start += len(one.ids)
+    assert list(zip(batch.at.tolist(), batch.to.tolist(), strict=True)) == [(a, int(b)) for a, b in learnt]
+    assert batch.segments is not None
+    assert len(batch.segments.bounds) == len(inputs) + 3  # one sample less than fits, and the filling behind
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_an_empty_micro_batch_gives_zeros_for_every_gradient(school: School, tmp_path: Path, packing: bool) -> None:
+    """A rank without samples or pictures runs every part that the others run."""
+    values = {"train": ["projector", "decoder", "vision"], "packing": packing}
+    trainee, batches = trainee_of(recipe(school, tmp_path / "run", **values))
+    learning = {name for name, p in trainee.named_parameters() if p.requires_grad}
+    loss, grads = gradients(trainee, batches.make(()))
+    assert loss == 0
+    assert set(grads) == learning
+    assert all(grad.abs().max() == 0 for grad in grads.values())
+    text, grads = gradients(trainee, batches.make([i for i, n in enumerate(batches.samples.lengths) if n < 0][:2]))
+    assert text > 0
+    assert set(grads) == learning
+    seen = {name for name, grad in grads.items() if grad.abs().max() > 0}
+    assert not any(name.startswith(("model.vision", "model.projector")) for name in seen)
+
+
+# ------------------------------------------------------------------------------------------------------ the order
+
+
+def original_order(lengths: list[int], size: int, world: int, generator: torch.Generator) -> list[int]:
+    """`group_by_modality_length`, written from its description alone."""
+    if all(n > 0 for n in lengths) or all(n < 0 for n in lengths):
+        return grouped([abs(n) for n in lengths], size, world, generator)
+    megabatches: list[list[list[int]]] = []
+    for sign in (1, -1):
+        own = [i for i in range(len(lengths)) if lengths[i] * sign > 0]
+        order = [own[j] for j in grouped([lengths[i] * sign for i in own], size, world, generator)]
+        megabatches.append([order[i : i + world * size] for i in range(0, len(order), world * size)])
+    rest = megabatches[0].pop() + megabatches[1].pop()
+    whole = megabatches[0] + megabatches[1]
+    shuffled = [whole[i] for i in torch.randperm(len(whole), generator=generator).tolist()]
+    return [i for megabatch in [*shuffled, sorted(rest)] for i in megabatch]
+
+
+def grouped(lengths: list[int], size: int, world: int, generator: torch.Generator) -> list[int]:
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    result = []
+    while order:
+        chunk, order = order[: world * size], order[world * size :]
+        chunk.sort(key=lambda i: -lengths[i])
+        if len(chunk) % world:
+            result += [i for k in range(world) for i in chunk[k::world]]
+            continue
+        shares: list[list[int]] = [[] for _ in range(world)]
+        for i in chunk:
+            open_shares = [share for share in shares if len(share) < len(chunk) // world]
+            min(open_shares, key=lambda share: sum(lengths[j] for j in share)).append(i)
+        result += [i for share in shares for i in share]
+    return result
+
+
+def some_lengths(seed: int, n: int, text_share: float) -> list[int]:
+    choose = random.Random(seed)
+    return [choose.randint(1, 60) * (-1 if choose.random() < text_share else 1) for _ in range(n)]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_grouped_order_is_the_originals(seed: int) -> None:
+    n, size, world = 17 + 31 * seed, 1 + seed % 4, 1 + seed % 5
+    lengths = some_lengths(seed, n, (0.0, 0.4, 1.0, 0.1)[seed % 4])
+    ours = by_modality_length(lengths, size, world, torch.Generator().manual_seed(seed))
+    assert ours == original_order(lengths, size, world, torch.Generator().manual_seed(seed))
+
+
+def test_the_grouped_order_has_batches_of_one_kind_and_like_length(school: School, tmp_path: Path) -> None:
+    lengths = some_lengths(1, 500, 0.3)
+    asked = recipe(school, tmp_path, batch=24, micro_batch=4, order="by_modality_length", max_steps=0)
+    order = Order(asked, lengths)
+    steps = [order.step(i) for i in range(order.n_steps)]
+    assert Counter(i for step in steps for place in step for i in place.samples) == Counter(range(500))
+    kinds = [{lengths[i] > 0 for place in step for i in place.samples} for step in steps]
+    assert all(len(kind) == 1 for kind in kinds[:-2])
+    assert {True} in kinds
+    assert {False} in kinds
+    for step in steps[:-2]:
+        sums = [sum(abs(lengths[i]) for i in place.samples) for place in step]
+        assert max(sums) - min(sums) <= 60  # no more than one sample apart
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "by_modality_length"])
+def test_every_epoch_has_each_sample_once_in_another_order(school: School, tmp_path: Path, kind: str) -> None:
+    lengths = some_lengths(2, 103, 0.3)
+    asked = recipe(school, tmp_path, batch=12, micro_batch=3, order=kind, epochs=3, max_steps=0)
+    order = Order(asked, lengths)
+    assert (order.steps_per_epoch, order.n_steps) == (9, 27)
+    epochs = [[i for s in range(9) for p in order.step(9 * e + s) for i in p.samples] for e in range(3)]
+    assert all(sorted(epoch) == list(range(103)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert Order(asked, lengths).step(20) == order.step(20)  # a function of the step alone
+    assert order.step(3) == Order(asked, lengths).step(3)
+    assert all(len(p.samples) <= 3 for s in range(27) for p in order.step(s))
+
+
+def test_ranks_share_a_steps_micro_batches(school: School, tmp_path: Path) -> None:
+    asked = recipe(school, tmp_path, batch=10, micro_batch=2, max_steps=7)
+    _, one = trainee_of(asked)
+    for ranks in (2, 3, 7):
+        parts = [
+            Batches(one.samples, one.preprocessor, asked, one.order, rank=rank, ranks=ranks) for rank in range(ranks)
+        ]
+        assert len({len(part) for part in parts}) == 1
+        for step in range(2):
+            per_step = parts[0].per_step
+            seen = [parts[r][step * per_step + turn] for turn in range(per_step) for r in range(ranks)]
+            whole = [one[step * one.per_step + turn] for turn in range(one.per_step)]
+            assert [b.n_samples for b in seen if b.n_samples] == [b.n_samples for b in whole]
+            full = [b for b in seen if b.n_samples]
+            assert all(torch.equal(a.ids, b.ids) for a, b in zip(full, whole, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------- broken samples
+
+
+def spoiled(school: School, folder: Path, n: int, bad: dict[int, Any]) -> School:
+    """n samples, some of them broken."""
+    choose = random.Random(3)
+    samples = [sample(choose, i, with_picture=i % 2 == 0) for i in range(n)]
+    for i, change in bad.items():
+        samples[i] |= change
+    folder.mkdir()
+    (school.images / "broken.png").write_bytes((school.images / "0.png").read_bytes()[:70])
+    data = write_data(folder / "data.json", samples)
+    return School(school.llama, school.clip, school.llava, data, school.images)
+
+
+BROKEN = {
+    "a broken picture": {"image": "broken.png"},
+    "a missing picture": {"image": "nowhere.png"},
+    "no answer": {"image": None, "conversations": [{"from": "human", "value": "What is it?"}]},
+    "no turns": {"conversations": []},
+    "a picture that does not fit": {
+        "conversations": [{"from": "human", "value": "long " * 300 + "<image>"}, {"from": "gpt", "value": "yes"}]
+    },
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_sample_is_left_out_counted_and_named(
+    school: School, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    bad = {key: value for key, value in BROKEN[kind].items() if value is not None}
+    here = spoiled(school, tmp_path / "data", 100, {40: bad})
+    if "image" in BROKEN[kind] and BROKEN[kind]["image"] is None:
+        drop_key(here.data, 40, "image")
+    place = {"image_place": "as_written"} if "fit" in kind else {}
+    asked = recipe(here, tmp_path / "run", epochs=1, max_steps=0, batch=20, micro_batch=10, **place)
+    train(asked, device="cpu")
+    last = rows(tmp_path / "run")[-1]
+    assert (last["samples"], last["skipped"]) == (99, 1)
+    named = [record.message for record in caplog.records if "left out" in record.message]
+    assert len(named) == 1
+    assert "s40" in named[0] or "broken.png" in named[0] or "nowhere.png" in named[0] or "sample 40" in named[0]
+
+
+def drop_key(file: Path, i: int, key: str) -> None:
+    samples = json.loads(file.read_text())
+    samples[i].pop(key, None)
+    write_data(file, samples)
+
+
+def test_too_many_broken_samples_stop_the_command_in_one_line(school: School, tmp_path: Path) -> None:
+    here = spoiled(school, tmp_path / "data", 100, {i: {"image": "nowhere.png"} for i in (10, 50, 90)})
+    asked = recipe(here, tmp_path / "run", epochs=1, max_steps=0, batch=20, micro_batch=10)
+    with pytest.raises(DataError, match=r"^2 of \d+ samples are broken, more than 1%") as raised:
+        train(asked, device="cpu")
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run" / "model").exists()
+    file = tmp_path / "recipe.toml"
+    values = {key: value for key, value in training.to_dict(asked).items() if value not in (None, ())}
+    file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
+    done = command.run("train", file, "--device", "cpu", "--set", f"out={tmp_path / 'other'}")
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.strip() and "left out" not in line]
+    assert len([line for line in lines if "are broken, more than 1%" in line]) == 1
+    assert "Traceback" not in done.stderr
+    assert "nowhere.png" in done.stderr
+    assert len(lines) == 1, done.stderr
+
+
+def test_a_share_that_is_allowed_is_gone_through(school: School, tmp_path: Path) -> None:
+    here = spoiled(school, tmp_path / "data", 20, {i: {"image": "nowhere.png"} for i in (2, 10, 16)})
+    asked = recipe(here, tmp_path / "run", epochs=1, max_steps=0, batch=10, micro_batch=5, max_skipped=0.2)
+    train(asked, device="cpu")
+    assert rows(tmp_path / "run")[-1]["skipped"] == 3
+    assert rows(tmp_path / "run")[-1]["samples"] == 17
