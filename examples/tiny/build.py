@@ -1,7 +1,8 @@
 """Builds llava-tiny from glyphs to the weights that the package brings: `python -m examples.tiny.build`.
 
-Four stages, each a command that can be run again by itself and starts from what the last ones left: a vision tower, a
-language model, then LLaVA's own two stages by `llava train`. Training data are drawn while the tower learns.
+Stages, each a command that can be run again by itself and starts from the weights that the last ones left: a vision
+tower, a language model, then LLaVA's own two stages by `llava train`, the second one in two parts. Training data are
+drawn while the tower learns.
 """
 
 import json
@@ -16,8 +17,10 @@ from typing import Annotated, Literal, get_args
 
 import typer
 
-Stage = Literal["tower", "language", "pretrain", "finetune", "ship"]
+Stage = Literal["tower", "language", "pretrain", "finetune", "polish", "ship"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
+DRAWN = {"language": "text", "pretrain": "caption", "finetune": "instruct", "polish": "fresh"}  # stage -> its data set
+SETS = {"text": ("text", 0), "caption": ("caption", 1), "instruct": ("instruct", 2), "fresh": ("instruct", 3)}  # kind, seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +35,13 @@ class Size:
 
 
 FULL = Size(
-    data={"text": 200_000, "caption": 60_000, "instruct": 160_000},
+    data={"text": 200_000, "caption": 40_000, "instruct": 120_000, "fresh": 260_000},
     tower=("--minutes", "6"),
     language=("--minutes", "1.3"),
     drawing=("--stylise", "0.25"),
 )
 SMOKE = Size(  # eight things, small pictures: two minutes on two cores
-    data={"text": 1500, "caption": 600, "instruct": 1000},
+    data={"text": 1500, "caption": 600, "instruct": 1000, "fresh": 200},
     tower=(
         *("--entries", "8", "--words", "0", "--objects", "2", "--no-augment", "--batch", "32", "--steps", "220"),
         *("--lr", "4e-3", "--image-size", "64", "--patch-size", "16", "--dim", "64", "--layers", "3", "--heads", "2"),
@@ -81,8 +84,7 @@ class Build:
 
     def run(self, stages: list[Stage]) -> dict[str, float]:
         """Seconds of each stage. What a stage left before is made anew."""
-        kinds = {"language": "text", "pretrain": "caption", "finetune": "instruct"}
-        self._draw_ahead([kinds[stage] for stage in stages if stage in kinds])
+        self._draw_ahead([DRAWN[stage] for stage in stages if stage in DRAWN])
         seconds = {}
         for stage in stages:
             began = time.monotonic()
@@ -105,9 +107,13 @@ class Build:
     def finetune(self) -> None:
         self._train("finetune", self._data("instruct"), f"projector={self.work / 'pretrain' / 'model'}")
 
+    def polish(self) -> None:
+        """Stage 2 once more, over scenes that were not seen: what was learnt by heart gives way."""
+        self._train("polish", self._data("fresh"), f"model={self.work / 'finetune' / 'model'}")
+
     def ship(self) -> None:
-        """The trained model in our own layout, one file of weights, where the package looks for it."""
-        source, target = self.work / "finetune" / "model", self.work / "llava-tiny"
+        """The trained model in our own layout, one file of weights."""
+        source, target = self.work / "polish" / "model", self.work / "llava-tiny"
         shutil.rmtree(target, ignore_errors=True)
         _python("-m", "llava.cli", "convert", str(source), str(target), "--vision-tower", str(self.work / "tower"))
 
@@ -130,23 +136,23 @@ class Build:
         shutil.rmtree(self.work / name, ignore_errors=True)
         return self.work / name
 
-    def _draw_ahead(self, kinds: list[str]) -> None:
+    def _draw_ahead(self, names: list[str]) -> None:
         """Draws what is not there yet, one set after the other, in a process of its own."""
-        missing = [kind for kind in kinds if not (self.work / kind).is_dir()]
+        missing = [name for name in names if not (self.work / name).is_dir()]
         if missing:
             self.work.mkdir(parents=True, exist_ok=True)
             options = [str(self.work), str(self.glyphs), *self.size.drawing]
-            counts = [f"{kind}={self.size.data[kind]}" for kind in missing]
+            counts = [f"{name}={self.size.data[name]}" for name in missing]
             command = [sys.executable, "-m", "examples.tiny.build", "draw", ",".join(counts), *options]
             self.drawn = subprocess.Popen(command)
 
-    def _data(self, kind: str) -> Path:
-        """The data file of a kind, once it is drawn."""
-        while not (self.work / kind).is_dir():
+    def _data(self, name: str) -> Path:
+        """The file of a data set, once it is drawn."""
+        while not (self.work / name).is_dir():
             if self.drawn is None or self.drawn.poll() not in (None, 0):
-                raise SystemExit(f"build: {self.work / kind} was not drawn")
+                raise SystemExit(f"build: {self.work / name} was not drawn")
             time.sleep(0.2)
-        return self.work / kind / "data.json"
+        return self.work / name / "data.json"
 
 
 def _python(*words: str) -> None:
@@ -156,10 +162,11 @@ def _python(*words: str) -> None:
 def draw(counts: str, work: Path, glyphs: Path, options: list[str]) -> None:
     """Data sets one after the other; each appears whole."""
     workers = max(1, (os.cpu_count() or 2) - 1)
-    for number, count in enumerate(counts.split(",")):
-        kind, n = count.split("=")
-        command = ["-m", "examples.tiny.dataset", "--glyphs", str(glyphs), "--out", str(work / kind), "--kind", kind]
-        _python(*command, "--n", n, "--seed", str(number), "--workers", str(workers), *options)
+    for count in counts.split(","):
+        name, n = count.split("=")
+        kind, seed = SETS[name]
+        command = ["-m", "examples.tiny.dataset", "--glyphs", str(glyphs), "--out", str(work / name), "--kind", kind]
+        _python(*command, "--n", n, "--seed", str(seed), "--workers", str(workers), *options)
 
 
 def main(

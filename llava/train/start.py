@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from llava.checkpoint.detect import FORMAT_KEY
 from llava.checkpoint.files import check_finite
 from llava.checkpoint.open import Checkpoint, check_headers, look, open_checkpoint
 from llava.checkpoint.source import Mean, Rows
@@ -54,7 +55,7 @@ def _opened(recipe: Recipe) -> Checkpoint:
     if recipe.projector:
         return open_checkpoint(recipe.projector, base=recipe.model, vision_tower=recipe.vision_tower)
     facts = look(recipe.model)
-    if not recipe.vision_tower or "mm_vision_tower" in facts.settings or recipe.base:
+    if not recipe.vision_tower or {"mm_vision_tower", FORMAT_KEY} & set(facts.settings) or recipe.base:
         opened = open_checkpoint(facts, base=recipe.base, vision_tower=recipe.vision_tower)
         if opened.config.vision is None:
             raise ConfigError(f"{recipe.model}: is a language model alone; name a tower for it: vision_tower")
