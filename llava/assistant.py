@@ -22,6 +22,8 @@ from llava.model.llava import Llava
 from llava.preprocess.image import Picture
 from llava.preprocess.inputs import Messages, ModelInput, Preprocessor
 
+LLAVA_TINY = Path(__file__).parent / "weights" / "llava-tiny"  # a small LLaVA that knows drawn objects
+
 Request = Messages | tuple[str, Sequence[Picture]]  # a conversation, a raw prompt, or one with its pictures
 
 
@@ -74,7 +76,7 @@ def load(
     exif: bool = False,
     legacy_strip: bool = False,
 ) -> "Assistant":
-    """Loads a checkpoint from a folder or the hub.
+    """Loads a checkpoint from a folder or the hub; without a path llava-tiny, which lies in this package.
 
     base: folder or hub id of the language model that a LoRA, a projector or a delta belongs to; they are put together
         on the way in.
@@ -91,8 +93,7 @@ def load(
 
     Raises LlavaError: one line that says what was found, what was expected and what to do.
     """
-    if path is None:
-        raise ConfigError("no model is named: pass the folder or hub id of a LLaVA checkpoint")
+    path = LLAVA_TINY if path is None else path
     if quantize is not None:
         raise ConfigError(f"quantize={quantize!r}: this version has no quantisation yet; leave it out")
     if image_mode not in (None, "original", "hf"):

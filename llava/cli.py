@@ -52,7 +52,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[str, typer.Option("--model", "-m", help="folder or hub id of a checkpoint")]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="folder or hub id of a checkpoint; none: llava-tiny, in this package"),
+]
 Checkpoint = Annotated[str, typer.Argument(metavar="M", help="folder or hub id of a checkpoint")]
 Base = Annotated[str | None, typer.Option("--base", help="language model that a delta, LoRA or projector belongs to")]
 VisionTower = Annotated[str | None, typer.Option("--vision-tower", help="CLIP's folder or hub id")]
@@ -80,7 +83,7 @@ Stop = Annotated[list[str] | None, typer.Option("--stop", help="string that ends
 @app.command()
 def ask(
     words: Annotated[list[str], typer.Argument(metavar='[IMAGE]... "QUESTION"', help="- reads a picture from stdin")],
-    model: Model,
+    model: Model = None,
     base: Base = None,
     vision_tower: VisionTower = None,
     template: Template = None,
@@ -121,7 +124,7 @@ def ask(
 
 @app.command()
 def chat(
-    model: Model,
+    model: Model = None,
     base: Base = None,
     vision_tower: VisionTower = None,
     template: Template = None,
@@ -333,6 +336,12 @@ def _load(options: dict[str, Any]) -> "Assistant":
     import llava
 
     path = options.get("model") or options.get("checkpoint")
+    if path is None:
+        print(
+            "llava: no --model is named, so llava-tiny answers: it knows drawn objects alone; "
+            "--model FOLDER_OR_HUB_ID takes a real LLaVA",
+            file=sys.stderr,
+        )
     return llava.load(path, **{name: options[name] for name in _LOADING if name in options})
 
 

@@ -120,12 +120,6 @@ def test_ask_takes_the_options_of_load(tmp_path: Path, vlm: llava.Assistant, cli
     assert done.stdout.removesuffix("\n") == answer
 
 
-def test_ask_without_a_model_is_a_usage_error(photo: Path) -> None:
-    done = run("ask", photo, QUESTION)
-    assert done.returncode == 2
-    assert "--model" in done.stderr
-
-
 # ------------------------------------------------------------------------------------------------ chat
 
 

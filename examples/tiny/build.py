@@ -35,41 +35,27 @@ class Size:
 
 
 FULL = Size(
-    data={"text": 200_000, "caption": 40_000, "instruct": 120_000, "fresh": 260_000},
+    data={"text": 200_000, "caption": 40_000, "instruct": 120_000, "fresh": 215_000},
     tower=("--minutes", "6"),
     language=("--minutes", "1.3"),
     drawing=("--stylise", "0.25"),
 )
-SMOKE = Size(  # eight things, small pictures: two minutes on two cores
+_ON_CPU = ("compute=float32", "compile=false", "workers=1", "pad_to=1", "max_steps=0", "epochs=1")
+SMOKE = Size(  # eight things, small pictures: under two minutes on two cores
     data={"text": 1500, "caption": 600, "instruct": 1000, "fresh": 200},
     tower=(
-        *("--entries", "8", "--words", "0", "--objects", "2", "--no-augment", "--batch", "32", "--steps", "220"),
-        *("--lr", "4e-3", "--image-size", "64", "--patch-size", "16", "--dim", "64", "--layers", "3", "--heads", "2"),
+        *("--entries", "8", "--words", "0", "--objects", "1", "--no-augment", "--batch", "32", "--steps", "300"),
+        *("--lr", "4e-3", "--image-size", "48", "--patch-size", "12", "--dim", "64", "--layers", "3", "--heads", "2"),
         *("--mlp", "128"),
     ),
     language=(
         *("--batch", "8", "--row", "256", "--dim", "64", "--layers", "2", "--heads", "2", "--mlp", "160"),
-        *("--vocab", "512", "--lr", "5e-3", "--steps", "200"),
+        *("--vocab", "512", "--lr", "5e-3", "--steps", "150"),
     ),
     recipe={
-        "pretrain": (
-            "compute=float32",
-            "compile=false",
-            "workers=1",
-            "pad_to=1",
-            "batch=32",
-            "micro_batch=32",
-            "epochs=1",
-        ),
-        "finetune": (
-            "compute=float32",
-            "compile=false",
-            "workers=1",
-            "pad_to=1",
-            "batch=16",
-            "micro_batch=16",
-            "epochs=1",
-        ),
+        "pretrain": (*_ON_CPU, "batch=16", "micro_batch=16", "rate=5e-3"),
+        "finetune": (*_ON_CPU, "batch=8", "micro_batch=8", "rate=3e-3"),
+        "polish": (*_ON_CPU, "batch=8", "micro_batch=8", "rate=1e-3"),
     },
     drawing=("--entries", "8"),
 )

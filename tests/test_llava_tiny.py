@@ -1,0 +1,84 @@
+"""The model that lies in the package: it is there, it is small, and it sees."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import llava
+from llava.assistant import LLAVA_TINY, Assistant
+from tests.command import run_well
+from tests.conftest import PROJECT
+
+PICTURES = PROJECT / "examples" / "pictures"
+SHOWN = {
+    "kitchen.png": ("red apple", "croissant", "carrot", "teapot", "MENU"),
+    "beach.png": ("sailboat", "palm tree", "crab", "SUMMER"),
+    "zoo.png": ("giraffe", "lion", "penguin", "ZOO"),
+}
+
+
+@pytest.fixture(scope="module")
+def vlm() -> Assistant:
+    return llava.load(device="cpu")
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_it_describes_a_picture(vlm: Assistant, name: str) -> None:
+    answer = vlm.ask(PICTURES / name, "Describe this image in detail.", max_new_tokens=96)
+    assert all(thing in answer for thing in SHOWN[name]), answer
+
+
+def test_the_answer_comes_from_the_picture(vlm: Assistant) -> None:
+    question = "Is there a lion in the picture?"
+    assert vlm.ask(PICTURES / "zoo.png", question).startswith("Yes")
+    assert vlm.ask(PICTURES / "kitchen.png", question).startswith("No")
+    assert vlm.ask(PICTURES / "beach.png", "What is the colour of the background?") != vlm.ask(
+        PICTURES / "zoo.png", "What is the colour of the background?"
+    )
+
+
+def test_it_keeps_a_conversation(vlm: Assistant) -> None:
+    image = {"type": "image", "image": PICTURES / "kitchen.png"}
+    first = {"role": "user", "content": [image, {"type": "text", "text": "Is there a teapot in the picture?"}]}
+    said = vlm.generate([first]).text
+    assert said.startswith("Yes")
+    then = {"role": "user", "content": "What colour is the background?"}
+    assert "blue" in vlm.generate([first, {"role": "assistant", "content": said}, then]).text
+
+
+def test_ask_without_a_model_uses_it_and_says_so() -> None:
+    done = run_well("ask", PICTURES / "zoo.png", "What animals are in the picture?")
+    assert "penguin" in done.stdout
+    (line,) = done.stderr.splitlines()
+    assert "llava-tiny" in line
+    assert "drawn objects" in line
+    assert "--model" in line
+
+
+def test_chat_without_a_model_uses_it() -> None:
+    typed = f"/image {PICTURES / 'beach.png'}\nIs there a crab in the picture?\n/quit\n"
+    done = run_well("chat", "--temperature", "0", stdin=typed.encode())
+    assert "Yes" in done.stdout
+    assert "llava-tiny" in done.stderr
+
+
+def test_it_is_an_ordinary_llava_of_at_most_16_megabytes() -> None:
+    assert sum(file.stat().st_size for file in LLAVA_TINY.iterdir()) <= 16_000_000
+    described = json.loads(run_well("inspect", LLAVA_TINY, "--json").stdout)
+    assert described["kind"] == "native"
+    assert not described["missing"]
+    for file in (PROJECT / "llava").rglob("*.py"):
+        if file.name not in ("assistant.py", "cli.py"):
+            assert "llava-tiny" not in file.read_text(encoding="utf-8"), file  # no branch for this model
+
+
+def test_the_card_says_what_it_is(vlm: Assistant) -> None:
+    card = (LLAVA_TINY / "README.md").read_text(encoding="utf-8")
+    for word in ("Noto", "Twemoji", "OpenMoji", "Scores", "Limits"):
+        assert word in card
+
+
+def test_pictures_of_the_readme_are_small(vlm: Assistant) -> None:
+    assert all((PICTURES / name).stat().st_size < 60_000 for name in SHOWN)
+    assert {path.name for path in Path(PICTURES).iterdir()} == set(SHOWN)

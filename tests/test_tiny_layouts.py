@@ -1,0 +1,162 @@
+"""llava-tiny answers the same from every layout that LLaVAs are published in."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from torch import Tensor
+
+import llava
+from examples.tiny import layouts
+from examples.tiny.layouts import LAYOUTS
+from llava.assistant import LLAVA_TINY, Assistant, question_about
+from tests.conftest import PROJECT
+
+PICTURES = sorted((PROJECT / "examples" / "pictures").glob("*.png"))
+QUESTIONS = ("What is there in the picture?", "What does the text say?", "Is there a crab in the picture?")
+TEXT_QUESTIONS = ("Name three animals.", "What is a penguin?", "Is a carrot a fruit?")
+ROUNDED = 2e-2  # what logits of about 25 may differ by where weights were rounded to float16 once more
+
+Asked = tuple[Path | None, str]
+SEEING: list[Asked] = [(picture, question) for picture in PICTURES for question in QUESTIONS]
+READING: list[Asked] = [(None, question) for question in TEXT_QUESTIONS]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model in every layout. Tests that change files work on a copy."""
+    out = tmp_path_factory.mktemp("zoo") / "layouts"
+    layouts.write(LLAVA_TINY, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Assistant:
+    return llava.load(LLAVA_TINY, device="cpu")
+
+
+def loaded(folder: Path, name: str, **options: Any) -> Assistant:
+    return LAYOUTS[name].load(folder / name, device="cpu", **options)
+
+
+def answers(assistant: Assistant, asked: list[Asked]) -> list[str]:
+    messages = [question_about(picture, question) for picture, question in asked]
+    return [reply.text for reply in assistant.generate_batch(messages, temperature=0.0, max_new_tokens=40)]
+
+
+def logits(assistant: Assistant, asked: list[Asked]) -> Tensor:
+    """[S, V] of all prompts."""
+    return torch.cat([assistant.logits(question_about(picture, question)) for picture, question in asked])
+
+
+@pytest.fixture(scope="module")
+def expected(shipped: Assistant) -> dict[Asked, str]:
+    asked = SEEING + READING
+    return dict(zip(asked, answers(shipped, asked), strict=True))
+
+
+def asked_of(name: str) -> list[Asked]:
+    return SEEING + READING if LAYOUTS[name].sees else READING
+
+
+def test_the_answers_depend_on_the_pictures_and_are_right(expected: dict[Asked, str]) -> None:
+    """Else that all layouts agree would say little."""
+    said = {(picture.stem, question): expected[picture, question] for picture, question in SEEING if picture}
+    assert len(PICTURES) == 3
+    assert "crab" in said["beach", QUESTIONS[0]]
+    assert "SUMMER" in said["beach", QUESTIONS[1]]
+    assert "MENU" in said["kitchen", QUESTIONS[1]]
+    assert "ZOO" in said["zoo", QUESTIONS[1]]
+    assert [said[name, QUESTIONS[2]].split(",")[0] for name in ("beach", "kitchen", "zoo")] == ["Yes", "No", "No"]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_is_the_same_model(
+    folders: Path, shipped: Assistant, expected: dict[Asked, str], name: str
+) -> None:
+    assistant, asked = loaded(folders, name), asked_of(name)
+    assert answers(assistant, asked) == [expected[item] for item in asked]
+    assert (assistant.model.vision is not None) == LAYOUTS[name].sees
+    difference = (logits(assistant, asked[::3]) - logits(shipped, asked[::3])).abs().max().item()
+    assert difference <= (1e-5 if LAYOUTS[name].exact else ROUNDED)
+    if LAYOUTS[name].exact:
+        weights = shipped.model.state_dict()
+        assert [key for key, tensor in assistant.model.state_dict().items() if not tensor.equal(weights[key])] == []
+
+
+@pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if layout.sees])
+def test_every_layout_that_sees_records_the_template_and_the_tower(folders: Path, name: str) -> None:
+    """But for the base, a folder opens by itself; merged-safetensors names a tower whose weights it does not use."""
+    base = {"base": folders / folder} if (folder := LAYOUTS[name].base) else {}
+    assistant = llava.load(folders / name, device="cpu", **base)
+    assert assistant.config.template == "vicuna_v1"
+    assert assistant.config == llava.load(LLAVA_TINY, device="cpu").config
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("lora", {"base": "llama"}),
+        ("delta", {"base": "llama"}),
+        ("projector", {"base": "llama-before-lora"}),
+        ("projector", {"base": "llama-before-delta"}),
+        ("merged-bin", {"vision_tower": "clip-before"}),
+    ],
+)
+def test_the_folders_beside_are_needed_as_they_are(
+    folders: Path, expected: dict[Asked, str], name: str, wrong: dict[str, str]
+) -> None:
+    """A layout whose base answers alike anyway would prove nothing."""
+    other = loaded(folders, name, **{option: folders / folder for option, folder in wrong.items()})
+    said = answers(other, SEEING)
+    assert sum(one == expected[item] for one, item in zip(said, SEEING, strict=True)) <= len(SEEING) * 2 / 3
+
+
+@contextmanager
+def away(folder: Path) -> Iterator[None]:
+    """The folder is not where it was."""
+    hidden = folder.with_name("away")
+    folder.rename(hidden)
+    try:
+        yield
+    finally:
+        hidden.rename(folder)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_names_of_folders_change_nothing(folders: Path, expected: dict[Asked, str], tmp_path: Path, name: str) -> None:
+    """Also where config.json still tells the old place of the tower."""
+    options = LAYOUTS[name].options(folders)
+    given = {"path": folders / name} | {key: value for key, value in options.items() if isinstance(value, Path)}
+    for key, folder in given.items():
+        # a name that says something else: the original takes the kind of model from it
+        given[key] = shutil.copytree(folder, tmp_path / f"mpt-{key}-lora-v0", copy_function=os.link)
+    with away(folders):
+        assistant = llava.load(**(options | given), device="cpu")
+    asked = asked_of(name)[::2]
+    assert answers(assistant, asked) == [expected[item] for item in asked]
+
+
+def test_the_forms_are_those_that_were_meant(folders: Path) -> None:
+    assert len(list((folders / "merged-bin").glob("pytorch_model-*-of-*.bin"))) >= 3
+    assert len(list((folders / "merged-safetensors").glob("model-*-of-*.safetensors"))) >= 3
+    assert (folders / "lora" / "non_lora_trainables.bin").is_file()
+    assert not list((folders / "projector").glob("*model*"))
+    for name in ("merged-bin", "lora", "delta", "projector", "llama"):
+        kept = sum(file.stat().st_size for file in (folders / name).iterdir())
+        assert kept < 9e6, f"{name} holds a tower"
+
+
+def test_a_model_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit):
+        layouts.main(tmp_path / "out", tmp_path / "nothing")
+    said = capsys.readouterr().err
+    assert said.startswith("layouts: ")
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
