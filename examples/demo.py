@@ -1,7 +1,7 @@
 """The main job from end to end: a checkpoint on disk, converted, answers about a picture.
 
-The checkpoint is a small one with random weights, written here in the layout of LLaVA-1.5, so the answer is noise; with
-a real checkpoint the commands are the same. `--svg FILE` also draws what was shown, for the README.
+The checkpoint is llava-tiny, which this package brings, written here in the layout of LLaVA-1.5; with a real one the
+commands are the same. `--svg FILE` also draws what was shown, for the README.
 """
 
 import io
@@ -12,21 +12,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from PIL import Image, ImageDraw
 from rich.console import Console
 
 PROJECT = Path(__file__).resolve().parent.parent
 OUT = Path("build/demo")
-
-
-def draw(file: Path) -> None:
-    """A lake in the evening."""
-    image = Image.new("RGB", (480, 320), (250, 190, 140))
-    pen = ImageDraw.Draw(image)
-    pen.ellipse((300, 90, 380, 170), fill=(250, 90, 60))
-    pen.polygon([(0, 200), (120, 80), (240, 200)], fill=(80, 80, 120))
-    pen.rectangle((0, 200, 480, 320), fill=(60, 110, 170))
-    image.save(file)
+PICTURE = "examples/pictures/kitchen.png"
 
 
 def say(text: str) -> str:
@@ -55,15 +45,14 @@ def picture_of(text: str, file: Path) -> None:
 def main() -> None:
     shutil.rmtree(PROJECT / OUT, ignore_errors=True)
     (PROJECT / OUT).mkdir(parents=True)
-    draw(PROJECT / OUT / "picture.png")
-    model = ["--model", f"{OUT}/native", "--max-new-tokens", "24"]
     shown = [
-        say("A small LLaVA with RANDOM weights: every step is real, the answer is noise.\n"),
-        run("python", "-m", "tests.tiny", f"{OUT}"),
-        run("llava", "convert", f"{OUT}/llava", f"{OUT}/native", "--vision-tower", f"{OUT}/clip", "--verify"),
+        say("llava-tiny, a LLaVA that knows drawn objects: as LLaVA-1.5 is published, then in our own layout.\n"),
+        run("python", "-m", "examples.tiny.layouts", "--out", f"{OUT}/layouts"),
+        run("llava", "convert", f"{OUT}/layouts/merged-bin", f"{OUT}/native", "--verify"),
         run("llava", "inspect", f"{OUT}/native"),
-        run("llava", "ask", f"{OUT}/picture.png", "What is in the picture?", *model),
-        say("Noise: the weights are random. With a real model: llava ask photo.jpg QUESTION --model FOLDER_OR_HUB_ID"),
+        run("llava", "ask", PICTURE, "Describe this image in detail.", "--model", f"{OUT}/native"),
+        run("llava", "ask", PICTURE, "What is on the right?"),
+        say("With a real model: llava ask photo.jpg QUESTION --model FOLDER_OR_HUB_ID"),
     ]
     if sys.argv[1:2] == ["--svg"]:
         picture_of("\n".join(shown), Path(sys.argv[2]))

@@ -20,7 +20,12 @@ import typer
 Stage = Literal["tower", "language", "pretrain", "finetune", "polish", "ship"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 DRAWN = {"language": "text", "pretrain": "caption", "finetune": "instruct", "polish": "fresh"}  # stage -> its data set
-SETS = {"text": ("text", 0), "caption": ("caption", 1), "instruct": ("instruct", 2), "fresh": ("instruct", 3)}  # kind, seed
+SETS = {  # data set -> kind and seed
+    "text": ("text", 0),
+    "caption": ("caption", 1),
+    "instruct": ("instruct", 2),
+    "fresh": ("instruct", 3),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
