@@ -399,7 +399,7 @@ def _show(found: "Description", values: "Scan | None") -> None:
     if found.base:
         row("needs base", found.base)
     for name, part in found.sizes.items():
-        text = ", ".join(f"{key} {value}" for key, value in part.items()) if isinstance(part, dict) else part
+        text = ", ".join(f"{k} {v}" for k, v in part.items() if v is not None) if isinstance(part, dict) else part
         row(name, f"{part:,}" if isinstance(part, int) else text)
     if found.context:
         row("context", f"{found.context} tokens")

@@ -48,11 +48,11 @@ def trained(
 
 
 def packed(inputs: list[ModelInput], pad_to: int = 32) -> Batch:
-    return collate(inputs, packing=True, pad_to=pad_to, slots=len(inputs) + 1, longest=512)
+    return collate(inputs, packing=True, pad_to=pad_to, slots=len(inputs) + 1, limit=512)
 
 
 def padded(inputs: list[ModelInput]) -> Batch:
-    return collate(inputs, packing=False, pad_to=1, slots=len(inputs), longest=512)
+    return collate(inputs, packing=False, pad_to=1, slots=len(inputs), limit=512)
 
 
 def each_loss(trainee: Trainee, batch: Batch, inputs: list[ModelInput]) -> list[Tensor]:

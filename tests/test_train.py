@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import random
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -267,7 +269,7 @@ def test_the_loss_is_the_mean_over_all_tokens_of_the_step(school: School, tmp_pa
     asked = recipe(school, tmp_path / "run", max_steps=1, warmup=0, batch=6, micro_batch=2)
     trainee, batches = trainee_of(asked)
     inputs = training.inputs_of(batches, 0)
-    alone = [collate([one], packing=False, pad_to=1, slots=1, longest=256) for one in inputs]
+    alone = [collate([one], packing=False, pad_to=1, slots=1, limit=256) for one in inputs]
     counts = [len(batch.at) for batch in alone]
     assert len(set(counts)) > 3  # else the mean of means would be the same
     trainee.eval()
@@ -651,12 +653,107 @@ def test_a_checkpoint_is_what_was_when_it_was_asked_for(tmp_path: Path) -> None:
     assert adam.state[model.weight]["step"] == 1
 
 
+# ------------------------------------------------------------------------------------- the folder, and early ends
+
+
+def test_a_folder_of_something_else_is_left_alone(school: School, tmp_path: Path) -> None:
+    thesis = tmp_path / "run" / "model" / "thesis.txt"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds no run; set out"):
+        train(recipe(school, tmp_path / "run"), device="cpu")
+    with pytest.raises(ConfigError, match=r"holds no run; set out"):
+        train(recipe(school, thesis), device="cpu")
+    with pytest.raises(LlavaError, match="can not be written"):
+        train(recipe(school, Path("/proc/run")), device="cpu")
+    assert command.files(tmp_path / "run") == {"model": thesis.parent.lstat().st_size, "model/thesis.txt": 4}
+
+
+def test_a_finished_run_of_another_recipe_is_refused(finished: Recipe) -> None:
+    with pytest.raises(ConfigError, match="another rate; set out"):
+        train(replace(finished, rate=3e-3), device="cpu")
+
+
+def test_what_killed_runs_left_is_removed_at_the_start(finished: Recipe) -> None:
+    out = Path(finished.out)
+    (out / "model").rename(out / ".model.partial-12345")
+    (out / "checkpoints" / ".step-00000003.partial").mkdir()
+    train(finished, device="cpu")
+    assert not [path for path in out.rglob(".*") if "partial" in path.name]
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_in_one_line_and_the_same_command_goes_on(
+    school: School, tmp_path: Path, kind: signal.Signals
+) -> None:
+    """Sent to all processes, as a terminal does it; workers go, and what was being written is whole."""
+    out = tmp_path / "run"
+    file = toml(tmp_path / "recipe.toml", recipe(school, out, max_steps=400, save_every=1, workers=2))
+    going = command.start("train", file, "--device", "cpu", start_new_session=True)
+    end = time.monotonic() + training.TIMEOUT_S
+    while not at_step(out, 3)() and time.monotonic() < end:
+        time.sleep(0.01)
+    with pytest.raises(ConfigError, match="another process is training here"):
+        train(recipe(school, out, max_steps=400, save_every=1, workers=2), device="cpu")
+    os.killpg(going.pid, kind)
+    _, told = going.communicate(timeout=training.TIMEOUT_S)
+    assert (going.returncode, told.decode()) == (130, "llava: interrupted\n")
+    with pytest.raises(ProcessLookupError):
+        os.killpg(going.pid, 0)
+    with ranks("cpu") as here:
+        newest = Saver(out / "checkpoints", 2, here).newest()
+    assert newest is not None
+    assert int(newest.name.removeprefix("step-")) >= len(rows(out)) - 2
+
+
+def test_a_worker_that_is_killed_is_one_line(school: School, tmp_path: Path) -> None:
+    file = toml(tmp_path / "recipe.toml", recipe(school, tmp_path / "run", max_steps=4000, save_every=0, workers=1))
+    going = command.start("train", file, "--device", "cpu")
+    end = time.monotonic() + training.TIMEOUT_S
+    while not at_step(tmp_path / "run", 2)() and time.monotonic() < end:
+        time.sleep(0.01)
+    (children,) = Path(f"/proc/{going.pid}/task/{going.pid}").glob("children")
+    os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
+    _, told = going.communicate(timeout=training.TIMEOUT_S)
+    assert going.returncode == 2
+    assert told.decode().startswith("llava: a worker process was ended")
+    assert told.count(b"\n") == 1
+
+
+def test_a_checkpoint_that_can_not_be_written_is_one_line(school: School, tmp_path: Path) -> None:
+    """Files are held to 100 kB, as on a full disk."""
+    file = toml(tmp_path / "recipe.toml", recipe(school, tmp_path / "run"))
+    limited = ["bash", "-c", 'ulimit -f 100; exec "$@"', "-", *command.LLAVA]
+    done = command.run("train", file, "--device", "cpu", command=limited)
+    command.assert_one_line_error(done, "step-00000002: can not be written", "make room")
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_only_matrices_newline_and_class_embedding_decay(school: School, tmp_path: Path) -> None:
+    """And of a table of which two rows learn, nothing: its other rows must stay."""
+    asked = recipe(school, tmp_path / "a", train=["projector", "decoder", "vision"], weight_decay=0.1)
+    trainee, _ = trainee_of(asked)
+    names = {id(parameter): name for name, parameter in trainee.named_parameters()}
+    for group in optimizer(trainee, asked).param_groups:
+        for name in (names[id(parameter)] for parameter in group["params"]):
+            kept = "norm" in name or name.endswith("bias")
+            assert group["weight_decay"] == (0 if kept else 0.1), name
+    values = from_parts(school) | {"train": ["projector", "rows"], "start_end": True, "weight_decay": 0.5}
+    asked = recipe(school, tmp_path / "b", **values)
+    trainee, batches = trainee_of(asked)
+    table = trainee.model.decoder.embed.weight
+    before, adam = table.detach().clone(), optimizer(trainee, asked)
+    gradients(trainee, batches[0])
+    adam.step()
+    assert (table != before).any(1).nonzero()[:, 0].tolist() == trainee.rows.tolist()
+
+
 # ------------------------------------------------------------------------------------------------- what it refuses
 
 
 def test_a_loss_that_is_no_number_stops_the_run(school: School, tmp_path: Path) -> None:
     asked = recipe(school, tmp_path / "run", rate=1e30, clip=0, warmup=0)
-    with pytest.raises(LlavaError, match=r"^step \d: the loss is (nan|inf)") as raised:
+    with pytest.raises(LlavaError, match=r"^step \d: the loss is (nan|inf) on samples \d+, ") as raised:
         train(asked, device="cpu")
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "run" / "model").exists()

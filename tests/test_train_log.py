@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -298,13 +299,8 @@ def test_a_pipe_gets_rows_if_asked_and_nothing_else(capsys: pytest.CaptureFixtur
         assert [json.loads(line)["step"] for line in out.splitlines()] == ([1, 2, 3] if as_json else [])
 
 
-def test_a_terminal_sees_a_bar_with_what_matters() -> None:
-    script = """if True:
-        from llava.train.progress import TrainProgress
-        with TrainProgress(20, 4) as progress:
-            for step in range(5, 21):
-                progress.update({"step": step, "loss": 1.25, "rate": 2e-5, "tokens_per_s": 51234.5, "mfu": 0.413,
-                                 "skipped": 2})"""
+def in_a_terminal(script: str) -> str:
+    """What a terminal of 140 columns gets from a Python script on stderr; its stdout stays empty."""
     master, slave = pty.openpty()
     environment = os.environ | {"COLUMNS": "140", "TERM": "xterm"}
     argv = [sys.executable, "-c", script]
@@ -318,5 +314,32 @@ def test_a_terminal_sees_a_bar_with_what_matters() -> None:
         except OSError:  # the other end is closed
             pass
     assert process.communicate(timeout=60)[0] == b""
+    return seen.decode()
+
+
+def test_a_terminal_sees_a_bar_with_what_matters() -> None:
+    script = """if True:
+        from llava.train.progress import TrainProgress
+        with TrainProgress(20, 4) as progress:
+            for step in range(5, 21):
+                progress.update({"step": step, "loss": 1.25, "rate": 2e-5, "tokens_per_s": 51234.5, "mfu": 0.413,
+                                 "skipped": 2})"""
+    seen = in_a_terminal(script)
     for part in ("20/20", "loss 1.2500", "rate 2.00e-05", "51,234 tokens/s", "MFU 41.3%", "2 skipped"):
-        assert part in seen.decode(), seen.decode()[-500:]
+        assert part in seen, seen[-500:]
+
+
+def test_warnings_stand_above_the_bar() -> None:
+    script = """if True:
+        import logging
+        from llava.train.progress import TrainProgress
+        logging.basicConfig(format="llava: %(message)s")
+        with TrainProgress(3) as progress:
+            for step in range(1, 4):
+                logging.getLogger("llava.train").warning("left out: [sample %d]", step)
+                progress.update({"step": step, "loss": 1.25, "rate": 2e-5})
+        logging.warning("behind")"""
+    seen = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", in_a_terminal(script))
+    lines = [line.strip() for line in re.split(r"[\r\n]+", seen)]
+    for text in (*(f"llava: left out: [sample {step}]" for step in (1, 2, 3)), "llava: behind"):
+        assert lines.count(text) == 1, seen

@@ -154,10 +154,11 @@ class Apart:
         return [process.exitcode for process in self.processes]
 
     def kill(self) -> None:
-        """kill -9."""
+        """kill -9, all at once: a rank that is left alone ends by itself."""
         for process in self.processes:
             if process.is_alive():
                 process.kill()
+        for process in self.processes:
             process.join(10)
 
 

@@ -35,34 +35,34 @@ class Size:
     data: dict[str, int]  # kind of data set -> samples
     tower: tuple[str, ...]  # options of tower.py
     language: tuple[str, ...]  # options of language.py
-    recipe: dict[Stage, tuple[str, ...]] = field(default_factory=dict)  # --set of the two recipes
-    drawing: tuple[str, ...] = ()  # options of dataset.py
+    drawing: tuple[str, ...]  # the module that draws the data, and its options
+    recipe: dict[Stage, tuple[str, ...]] = field(default_factory=dict)  # --set of the recipes
 
 
 FULL = Size(
     data={"text": 200_000, "caption": 40_000, "instruct": 120_000, "fresh": 215_000},
     tower=("--minutes", "6"),
     language=("--minutes", "1.3"),
-    drawing=("--stylise", "0.25"),
+    drawing=("examples.tiny.dataset", "--stylise", "0.25"),
 )
-_ON_CPU = ("compute=float32", "compile=false", "workers=1", "pad_to=1", "max_steps=0", "epochs=1")
-SMOKE = Size(  # eight things, small pictures: under two minutes on two cores
-    data={"text": 1500, "caption": 600, "instruct": 1000, "fresh": 200},
+_ON_CPU = ("compute=float32", "compile=false", "workers=1", "pad_to=1", "max_steps=0")
+SMOKE = Size(  # eight things, one a scene, only named: under two minutes on two cores
+    data={"text": 1500, "caption": 600, "instruct": 1000, "fresh": 300},
     tower=(
-        *("--entries", "8", "--words", "0", "--objects", "1", "--no-augment", "--batch", "32", "--steps", "300"),
-        *("--lr", "4e-3", "--image-size", "48", "--patch-size", "12", "--dim", "64", "--layers", "3", "--heads", "2"),
+        *("--entries", "8", "--words", "0", "--objects", "1", "--no-augment", "--batch", "32", "--steps", "280"),
+        *("--lr", "4e-3", "--image-size", "48", "--patch-size", "8", "--dim", "64", "--layers", "2", "--heads", "2"),
         *("--mlp", "128"),
     ),
     language=(
         *("--batch", "8", "--row", "256", "--dim", "64", "--layers", "2", "--heads", "2", "--mlp", "160"),
-        *("--vocab", "512", "--lr", "5e-3", "--steps", "150"),
+        *("--vocab", "512", "--lr", "5e-3", "--steps", "200"),
     ),
+    drawing=("examples.tiny.naming", "--entries", "8"),
     recipe={
-        "pretrain": (*_ON_CPU, "batch=16", "micro_batch=16", "rate=5e-3"),
-        "finetune": (*_ON_CPU, "batch=8", "micro_batch=8", "rate=3e-3"),
-        "polish": (*_ON_CPU, "batch=8", "micro_batch=8", "rate=1e-3"),
+        "pretrain": (*_ON_CPU, "epochs=1", "batch=16", "micro_batch=16"),
+        "finetune": (*_ON_CPU, "epochs=2", "batch=16", "micro_batch=16"),
+        "polish": (*_ON_CPU, "epochs=1", "batch=16", "micro_batch=16"),
     },
-    drawing=("--entries", "8"),
 )
 
 
@@ -150,13 +150,13 @@ def _python(*words: str) -> None:
     subprocess.run([sys.executable, *words], check=True)
 
 
-def draw(counts: str, work: Path, glyphs: Path, options: list[str]) -> None:
+def draw(counts: str, work: Path, glyphs: Path, module: str, options: list[str]) -> None:
     """Data sets one after the other; each appears whole."""
     workers = max(1, (os.cpu_count() or 2) - 1)
     for count in counts.split(","):
         name, n = count.split("=")
         kind, seed = SETS[name]
-        command = ["-m", "examples.tiny.dataset", "--glyphs", str(glyphs), "--out", str(work / name), "--kind", kind]
+        command = ["-m", module, "--glyphs", str(glyphs), "--out", str(work / name), "--kind", kind]
         _python(*command, "--n", n, "--seed", str(seed), "--workers", str(workers), *options)
 
 
@@ -179,6 +179,6 @@ def main(
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["draw"]:  # the process that draws ahead
-        draw(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), sys.argv[5:])
+        draw(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), sys.argv[5], sys.argv[6:])
     else:
         typer.run(main)

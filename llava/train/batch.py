@@ -40,6 +40,7 @@ class Batch:
     grids: list[TileGrid | None]
     n_samples: int
     n_tokens: int  # places, filling not counted
+    longest: int  # places of its longest sample
     skipped: list[str] = field(default_factory=list)  # why a sample was left out, each with its name
 
     def on(self, device: torch.device) -> "Batch":
@@ -56,13 +57,13 @@ class Batch:
         return replace(self, **held)
 
 
-def collate(inputs: Sequence[ModelInput], *, packing: bool, pad_to: int, slots: int, longest: int) -> Batch:
-    """Samples -> a batch. `slots`: samples of a full micro-batch; `longest`: places that a sample may have."""
+def collate(inputs: Sequence[ModelInput], *, packing: bool, pad_to: int, slots: int, limit: int) -> Batch:
+    """Samples -> a batch. `slots`: samples of a full micro-batch; `limit`: places that a sample may have."""
     ids = [input.ids for input in inputs] or [torch.zeros(1, dtype=torch.int64)]  # a rank must have something to do
     labels = [_shifted(input.labels) for input in inputs] or [torch.tensor([IGNORE])]
     lengths = [len(row) for row in ids]
     if packing:
-        segments, filled = _packed(lengths, pad_to, slots, longest)
+        segments, filled = _packed(lengths, pad_to, slots, limit)
         rows = [torch.cat([*parts, torch.full((filled,), rest)])[None] for parts, rest in ((ids, 0), (labels, IGNORE))]
         pos = torch.cat([torch.arange(n) for n in (*lengths, filled)])[None]
     else:
@@ -86,6 +87,7 @@ def collate(inputs: Sequence[ModelInput], *, packing: bool, pad_to: int, slots: 
         grids=[grid for input in inputs for grid in input.grids],
         n_samples=len(inputs),
         n_tokens=sum(lengths) if inputs else 0,
+        longest=max(lengths),
     )
 
 
@@ -94,12 +96,15 @@ def _shifted(labels: Tensor) -> Tensor:
     return torch.cat([labels[1:], labels.new_tensor([IGNORE])])
 
 
-def _packed(lengths: Sequence[int], pad_to: int, slots: int, longest: int) -> tuple[Segments, int]:
-    """Bounds of the samples and of the filling behind them, always `slots` + 1 of them; places to fill."""
+def _packed(lengths: Sequence[int], pad_to: int, slots: int, limit: int) -> tuple[Segments, int]:
+    """Bounds of the samples and of the filling behind them, always `slots` + 1 of them; places to fill.
+
+    What a compiled block sees, the kernel's `longest` too, is the same for all rows of a length.
+    """
     filled = -sum(lengths) % pad_to
     spread = [*lengths, *[0] * (slots - len(lengths)), filled]
     bounds = torch.tensor([0, *spread], dtype=torch.int64).cumsum(0).to(torch.int32)
-    return Segments(bounds, tuple(spread), max(longest, filled)), filled
+    return Segments(bounds, tuple(spread), max(limit, filled)), filled
 
 
 class Place(NamedTuple):
@@ -232,7 +237,7 @@ class Batches(Dataset[Batch]):
             packing=recipe.packing,
             pad_to=recipe.pad_to,
             slots=recipe.micro_batch,
-            longest=recipe.max_length,
+            limit=recipe.max_length,
         )
         return replace(batch, skipped=skipped)
 

@@ -1,9 +1,10 @@
 """Checks all samples of a data file, in worker processes; reports, and writes a copy without the problems."""
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
-import sys
+import threading
 import time
 import warnings
 from collections import Counter
@@ -21,7 +22,7 @@ from llava.train.measure import Measure
 from llava.train.records import is_array
 from llava.train.repair import Fault
 from llava.train.report import Finding, Fixed, Report, TokenFigures
-from llava.train.samples import Sample, Samples
+from llava.train.samples import WORKERS_START, Sample, Samples
 
 _CHUNK = 64  # samples that a worker takes at once
 Progress = Callable[[int, int], None]  # samples done, samples in all
@@ -147,7 +148,16 @@ def _start_worker(examiner: Examiner) -> None:
     global _examiner
     _examiner = examiner
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     warnings.simplefilter("ignore")  # Pillow's, about pictures that it reads all the same
+
+
+def _end_with_parent() -> None:
+    """A worker of a parent that was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _examine(indices: range) -> list[Examined]:
@@ -169,7 +179,7 @@ def _mapped(examiner: Examiner, chunks: list[range], workers: int) -> Iterator[l
     if workers == 0:
         yield from map(examiner, chunks)
         return
-    kind = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")  # fork shares the samples
+    kind = multiprocessing.get_context(WORKERS_START)
     pool = ProcessPoolExecutor(workers, mp_context=kind, initializer=_start_worker, initargs=(examiner,))
     try:
         yield from pool.map(_examine, chunks)

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,26 +17,27 @@ from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader
 
 from llava.checkpoint.open import Checkpoint
-from llava.checkpoint.write import new_file
-from llava.errors import ConfigError, DataError, LlavaError
+from llava.errors import DataError, LlavaError
 from llava.preprocess.inputs import Preprocessor
 from llava.train import optim
-from llava.train.batch import Batch, Batches, Order
+from llava.train.batch import Batch, Batches, Order, Place
+from llava.train.endings import in_one_line, interruptible, leave_interrupts
 from llava.train.export import export
 from llava.train.flops import flops_of, peak_flops
+from llava.train.folder import check_folder, claimed
 from llava.train.log import open_logs
 from llava.train.loss import Trainee
 from llava.train.progress import TrainProgress
 from llava.train.ranks import Ranks, ranks
-from llava.train.recipe import Recipe, changed, to_dict, to_json
+from llava.train.recipe import Recipe, to_dict
 from llava.train.resume import Saver
-from llava.train.samples import Samples
+from llava.train.samples import WORKERS_START, Samples
 from llava.train.start import DTYPES, fill, row_ids, start, trainable
 
 log = logging.getLogger(__name__)
 
 MODEL = "model"  # the folder in a run's folder that the trained model is written to
-_MAY_CHANGE = frozenset({"workers", "logs", "compile", "checkpointing", "save_every", "keep", "max_skipped", "about"})
+_NAMED = 32  # samples that a message names
 _FIRST_SKIPS = 100  # samples to see before a share of broken ones means anything
 
 
@@ -76,36 +77,28 @@ def train(recipe: Recipe, *, device: str = "auto", as_json: bool = False) -> Pat
     Under torchrun every process calls this. Raises LlavaError.
     """
     out = Path(recipe.out)
-    with ranks(device) as found:
+    with interruptible(), in_one_line(), ranks(device) as found:
+        check_folder(out, recipe)
         if (out / MODEL).is_dir():
             log.warning("%s: this run is finished already; its model is in %s", out, out / MODEL)
             return out / MODEL
-        _claim(out, recipe, found)
-        checkpoint = start(recipe, out / "tokenizer")
-        run = _ready(recipe, checkpoint, out, found)
-        _steps(run, as_json)
-        export(out / MODEL, run.trainee.model, checkpoint, recipe, first=found.first)
-        found.wait()
+        with claimed(out, recipe, found):
+            checkpoint = start(recipe, out / "tokenizer")
+            run = _ready(recipe, checkpoint, out, found)
+            _steps(run, as_json)
+            export(out / MODEL, run.trainee.model, checkpoint, recipe, first=found.first)
+            found.wait()
     return out / MODEL
 
 
-def _claim(out: Path, recipe: Recipe, ranks: Ranks) -> None:
-    """The folder belongs to this recipe: what decides the result may not change under way."""
-    file = out / "recipe.json"
-    if file.is_file():
-        if keys := changed(file, recipe) - _MAY_CHANGE:
-            raise ConfigError(
-                f"{out}: holds a run with another {', '.join(sorted(keys))}; "
-                "set out=… to a new folder, or remove this one"
-            )
-    elif ranks.first:
-        out.mkdir(parents=True, exist_ok=True)
-        with new_file(file, 0) as partial:
-            partial.write_text(to_json(recipe) + "\n", encoding="utf-8")
-    ranks.wait()
-
-
 def _ready(recipe: Recipe, checkpoint: Checkpoint, out: Path, ranks: Ranks) -> Run:
+    # data first: what is wrong with them shows before the weights are read
+    samples = Samples([Path(file) for file in recipe.data], Path(recipe.images) if recipe.images else None)
+    order = Order(recipe, samples.lengths)
+    preprocessor = Preprocessor(checkpoint.config, checkpoint.tokenizer, template=recipe.template)
+    batches = Batches(samples, preprocessor, recipe, order, rank=ranks.rank, ranks=ranks.n)
+    if ranks.first and order.micro % ranks.n:
+        log.warning("a step is %d micro-batches, which %d ranks can not share evenly: some wait", order.micro, ranks.n)
     model = trainable(checkpoint, recipe)
     rows = row_ids(checkpoint, recipe)
     trainee = Trainee(model, rows=rows, tower_learns="vision" in recipe.train)
@@ -115,11 +108,9 @@ def _ready(recipe: Recipe, checkpoint: Checkpoint, out: Path, ranks: Ranks) -> R
     fill(model, checkpoint, recipe, ranks.device)
     trainee.train()
     _recompute_and_compile(trainee, recipe)
-    samples = Samples([Path(file) for file in recipe.data], Path(recipe.images) if recipe.images else None)
-    order = Order(recipe, samples.lengths)
-    preprocessor = Preprocessor(checkpoint.config, checkpoint.tokenizer, template=recipe.template)
-    batches = Batches(samples, preprocessor, recipe, order, rank=ranks.rank, ranks=ranks.n)
     saver = Saver(out / "checkpoints", recipe.keep, ranks)
+    if ranks.first:
+        saver.clean()
     run = Run(recipe, out, ranks, trainee, optim.optimizer(trainee, recipe), order, batches, saver)
     if newest := saver.newest():
         run.count = Count(**saver.load(newest, trainee, run.optimizer))
@@ -157,7 +148,7 @@ def _steps(run: Run, as_json: bool) -> None:
     loader = _loader(run)
     began = time.perf_counter() - count.elapsed_s
     try:
-        with TrainProgress(order.n_steps if first else 0, count.step, as_json=as_json and first) as shown:
+        with run.saver, TrainProgress(order.n_steps, count.step, as_json=as_json, first=first) as shown:
             while count.step < order.n_steps:
                 started = time.perf_counter()
                 row = _step(run, [next(loader) for _ in range(run.batches.per_step)])
@@ -168,13 +159,11 @@ def _steps(run: Run, as_json: bool) -> None:
                     row["mfu"] = row["tokens_per_s"] * flops / peak
                 for one in logs:
                     one.write(row)
-                if first:
-                    shown.update(row)
+                shown.update(row)
                 _save(run)
     finally:
         for one in logs:
             one.close()
-    run.saver.finish()
 
 
 def _loader(run: Run) -> Iterator[Batch]:
@@ -185,6 +174,8 @@ def _loader(run: Run) -> Iterator[Batch]:
             batch_size=None,
             sampler=run.batches.places(run.count.step),
             num_workers=workers,
+            multiprocessing_context=WORKERS_START if workers else None,
+            worker_init_fn=leave_interrupts,
             prefetch_factor=4 if workers else None,
             pin_memory=run.ranks.device.type == "cuda",
         )
@@ -200,23 +191,21 @@ def _step(run: Run, batches: list[Batch]) -> dict[str, float]:
         + [sum(len(batch.skipped) for batch in batches)]
     )
     _tell_skipped(run, batches, int(samples), int(skipped))
-    loss = torch.zeros((), device=ranks.device)
+    losses = []
     for turn, batch in enumerate(batches):
         torch.manual_seed(_seed(recipe.seed, count.step, turn * ranks.n + ranks.rank))
         if isinstance(run.trainee, FSDPModule):
             run.trainee.set_requires_gradient_sync(turn == len(batches) - 1)
-        loss += _backward(run, batch)
+        losses.append(_backward(run, batch))
+    total = _sum_of_losses(run, torch.stack(losses).tolist())
     optim.scale_gradients(run.parameters, ranks.n / max(learnt, 1))  # FSDP has taken the mean over ranks
-    norm = optim.clip(run.parameters, recipe.clip)
+    norm = optim.clip(run.parameters, recipe.clip).item()
+    if not math.isfinite(norm):
+        raise _no_number(run, "norm of the gradient", norm, run.order.step(count.step))
     share = optim.factor(count.step, run.order.n_steps, recipe)
     optim.set_rates(run.optimizer, share)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    (total,) = ranks.sum([loss.item()])
-    if not math.isfinite(total):
-        raise LlavaError(
-            f"step {count.step + 1}: the loss is {total}; lower the rate, or look at its samples (batch of this step)"
-        )
     count.step, count.samples = count.step + 1, count.samples + int(samples)
     count.tokens, count.skipped = count.tokens + int(tokens), count.skipped + int(skipped)
     return {
@@ -224,7 +213,7 @@ def _step(run: Run, batches: list[Batch]) -> dict[str, float]:
         "epoch": count.step / run.order.steps_per_epoch,
         "loss": total / max(learnt, 1),
         "rate": recipe.rate * share,
-        "grad_norm": norm.item(),
+        "grad_norm": norm,
         "learnt": int(learnt),
         "tokens": count.tokens,
         "samples": count.samples,
@@ -241,6 +230,27 @@ def _backward(run: Run, batch: Batch) -> Tensor:
         loss: Tensor = run.trainee(batch.on(device))
     loss.backward()
     return loss.detach()
+
+
+def _sum_of_losses(run: Run, losses: list[float]) -> float:
+    """Of all ranks' micro-batches. Raises LlavaError that names the samples of one whose loss is no number."""
+    ranks = run.ranks
+    every = [0.0] * (len(losses) * ranks.n)
+    every[ranks.rank :: ranks.n] = losses
+    every = ranks.sum(every)
+    for place in run.order.step(run.count.step):
+        if not math.isfinite(loss := every[place.number]):
+            raise _no_number(run, "loss", loss, [place])
+    return sum(every)
+
+
+def _no_number(run: Run, what: str, value: float, places: Iterable[Place]) -> LlavaError:
+    samples = sorted(index for place in places for index in place.samples)
+    named = ", ".join(map(str, samples[:_NAMED])) + (f" and {len(samples) - _NAMED} more" if samples[_NAMED:] else "")
+    return LlavaError(
+        f"step {run.count.step + 1}: the {what} is {value} on samples {named} (counted from 0); "
+        "look at them, or lower the rate"
+    )
 
 
 def _seed(seed: int, step: int, number: int) -> int:

@@ -33,9 +33,8 @@ class Trainee(nn.Module):
         """The sum over all learnt tokens of -log p, float32."""
         x = self.embed(batch)
         mask = batch.segments
-        length = mask.longest if mask else batch.ids.shape[1]
         pos = batch.pos if mask else batch.pos[0]
-        x = self.model.decoder(x, pos, mask=mask, length=length)
+        x = self.model.decoder(x, pos, mask=mask, length=batch.longest)
         learnt = x.flatten(0, 1)[batch.at]
         # a rank whose batch holds nothing to learn still takes part: its gradients are zeros, not absent
         loss = cross_entropy(self.model.decoder, learnt, batch.to, head_learns=not len(self.rows))

@@ -11,11 +11,18 @@ from llava.train.recipe import Recipe
 
 
 def optimizer(model: nn.Module, recipe: Recipe) -> AdamW:
-    """AdamW over all that learns, in groups: each part's rate, and no decay for norms and biases."""
+    """AdamW over all that learns, in groups by rate and decay.
+
+    As in the original, norms and biases do not decay. Nor does a table of which only some rows learn: its others must
+    stay as they are.
+    """
+    only_rows = "rows" in recipe.train and ("decoder" not in recipe.train or bool(recipe.lora_rank))
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decay = recipe.weight_decay if parameter.dim() > 1 else 0.0
+            vector = parameter.dim() == 1 and not name.endswith((".newline", ".vision.cls"))
+            kept = vector or (only_rows and name.endswith(".embed.weight"))
+            decay = 0.0 if kept else recipe.weight_decay
             groups.setdefault((rate_of(name, recipe), decay), []).append(parameter)
     return AdamW(
         [{"params": group, "lr": rate, "rate": rate, "weight_decay": decay} for (rate, decay), group in groups.items()],

@@ -1,9 +1,10 @@
 """How a run is followed while it goes: a bar on a terminal, rows on stdout if asked for, nothing in a pipe."""
 
+import logging
 import math
 import sys
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from llava.train.log import Row, to_json
 
@@ -25,22 +26,27 @@ class MovingAverage:
 
 
 class TrainProgress:
-    """A context to `update` with each step's row. For rank 0 alone.
+    """A context to `update` with each step's row. Of all ranks, only the `first` shows anything.
 
-    The bar is drawn where stderr is a terminal; `as_json` writes each row as a line to stdout, be that what it is.
+    The bar is drawn where stderr is a terminal, and warnings then stand above it; `as_json` writes each row as a line
+    to stdout, be that what it is.
     """
 
-    def __init__(self, n_steps: int, resume_step: int = 0, *, as_json: bool = False):
-        self.as_json = as_json
+    def __init__(self, n_steps: int, resume_step: int = 0, *, as_json: bool = False, first: bool = True):
+        self.as_json = as_json and first
         self.loss = MovingAverage()
         self.bar: Any = None
-        if sys.stderr.isatty():
+        if first and sys.stderr.isatty():
             self.bar = _bar()
+            self.handlers: list[Any] = []
             self.task = self.bar.add_task("train", total=n_steps, completed=resume_step, told="")
 
     def __enter__(self) -> "TrainProgress":
         if self.bar:
-            self.bar.start()
+            told = sys.stderr
+            self.bar.start()  # from here on what goes to sys.stderr is set above the bar
+            self.handlers = [one for one in logging.getLogger().handlers if getattr(one, "stream", None) is told]
+            self._log_to(sys.stderr)
         return self
 
     def __exit__(
@@ -48,6 +54,11 @@ class TrainProgress:
     ) -> None:
         if self.bar:
             self.bar.stop()
+            self._log_to(sys.stderr)
+
+    def _log_to(self, stream: TextIO) -> None:
+        for handler in self.handlers:
+            handler.setStream(stream)
 
     def update(self, row: Row) -> None:
         """Shows one step's row."""

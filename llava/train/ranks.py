@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from llava.errors import ConfigError
+from llava.errors import ConfigError, LlavaError
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,25 @@ class Ranks:
         if self.n == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total, group=self.counting)
+        with _together():
+            dist.all_reduce(total, group=self.counting)
         return total.tolist()
 
     def wait(self) -> None:
         """Until all are here."""
-        dist.barrier(group=self.counting)
+        with _together():
+            dist.barrier(group=self.counting)
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """A rank that another leaves alone ends in a line, too."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LlavaError(
+            f"another rank has ended or does not answer ({str(error).splitlines()[0]:.120}); its own message says why"
+        ) from None
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """A recipe: all that decides a training run, as one frozen dataclass, read from TOML whose keys are its fields."""
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -32,7 +33,7 @@ class Recipe:
     model: str  # a language model (plain Llama, MPT) or a LLaVA to go on from
     base: str | None = None  # the language model under `model`, where that is a delta, LoRA or projector
     vision_tower: str | None = None  # CLIP; None: the one that the LLaVA names
-    projector: str | None = None  # folder or file with a projector of stage 1; None: the LLaVA's own, or a new one
+    projector: str | None = None  # folder that stage 1 left; None: the LLaVA's own, or a new one
     projector_type: str = "mlp2x_gelu"  # of a new one: linear, mlpNx_gelu
     select_layer: int = -2  # of the tower, whose state is read
     aspect: Literal["square", "pad", "anyres"] = "pad"
@@ -87,11 +88,16 @@ class Recipe:
     logs: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not all(math.isfinite(n) for n in (value if field.name == "betas" else [value]) if type(n) is float):
+                raise ConfigError(f"recipe: {field.name} is {value!r}; expected finite numbers")
         for name, good, wanted in (
             ("data", bool(self.data), "one file at least"),
             ("train", bool(self.train), "one part at least"),
             ("max_length", self.max_length > 1, "2 or more"),
             ("lora_rank", self.lora_rank >= 0, "0 or more"),
+            ("lora_alpha", self.lora_alpha > 0, "above 0"),
             ("lora_dropout", 0 <= self.lora_dropout < 1, "from 0 to below 1"),
             ("epochs", self.epochs > 0, "above 0"),
             ("max_steps", self.max_steps >= 0, "0 or more"),
@@ -101,11 +107,16 @@ class Recipe:
             ("projector_rate", self.projector_rate >= 0, "0 or more"),
             ("vision_rate", self.vision_rate >= 0, "0 or more"),
             ("warmup", 0 <= self.warmup < 1, "from 0 to below 1"),
+            ("betas", all(0 <= beta < 1 for beta in self.betas), "two values from 0 to below 1"),
+            ("eps", self.eps >= 0, "0 or more"),
+            ("weight_decay", self.weight_decay >= 0, "0 or more"),
             ("clip", self.clip >= 0, "0 or more"),
+            ("seed", 0 <= self.seed < 2**32, "from 0 to below 2^32"),
             ("pad_to", self.pad_to >= 1, "1 or more"),
             ("workers", self.workers >= 0, "0 or more"),
             ("max_skipped", 0 <= self.max_skipped <= 1, "from 0 to 1"),
             ("save_every", self.save_every >= 0, "0 or more"),
+            ("out", bool(self.out.strip()), "a folder"),
             ("keep", self.keep >= 1, "1 or more"),
         ):
             if not good:
@@ -144,7 +155,11 @@ def names() -> list[str]:
 def read_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
     """A recipe with `key=value` changes; values as in TOML, bare words are strings. Raises ConfigError."""
     file = find_recipe(name)
-    values = _toml(file.read_text(encoding="utf-8"), str(file))
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: can not be read ({error}); expected a TOML file in UTF-8") from None
+    values = _toml(text, str(file))
     for change in changes:
         key, equals, value = change.partition("=")
         if not equals:

@@ -7,7 +7,9 @@ import json
 import re
 import shutil
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from torch import nn
@@ -18,6 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.optim import Optimizer
 
 from llava.errors import CheckpointError
+from llava.train.log import writing
 from llava.train.ranks import Ranks
 
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen weights come from where the run started
@@ -25,11 +28,28 @@ _PROGRESS = "progress.json"
 
 
 class Saver:
-    """The checkpoints of one run."""
+    """The checkpoints of one run; a context that ends with none half written, be it by an error."""
 
     def __init__(self, folder: Path, keep: int, ranks: Ranks):
         self.folder, self.keep, self.ranks = folder, keep, ranks
         self._writing: tuple[Future[Any], Path, Path] | None = None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.finish()
+        else:
+            with suppress(CheckpointError):  # the run's own error is the one to tell
+                self.finish()
+
+    def clean(self) -> None:
+        """Removes what a killed run left half written. For rank 0, before any `save`."""
+        for partial in self.folder.glob(".step-*.partial"):
+            shutil.rmtree(partial, ignore_errors=True)
 
     def newest(self) -> Path | None:
         """The last checkpoint that was written whole."""
@@ -43,9 +63,8 @@ class Saver:
             state: dict[str, Any] = {"model": weights, "optimizer": moments}
             load(state, checkpoint_id=checkpoint, process_group=self.ranks.saving)
         except (OSError, ValueError, KeyError, RuntimeError, CheckpointException) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(
-                f"{checkpoint}: can not be read ({reason:.200}); remove it to go on from the one before"
+                f"{checkpoint}: can not be read ({_reason(error)}); remove it to go on from the one before"
             ) from None
         set_state_dict(
             model,
@@ -63,8 +82,9 @@ class Saver:
         partial = final.with_name(f".{final.name}.partial")
         if self.ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            (partial / _PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
+            with writing(partial):
+                partial.mkdir(parents=True)
+                (partial / _PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
         self.ranks.wait()
         weights, moments = get_state_dict(model, optimizer, options=_OPTIONS)
         state = {"model": weights, "optimizer": moments}
@@ -82,19 +102,32 @@ class Saver:
         if not self._writing:
             return
         future, partial, final = self._writing
-        self._writing = None
         try:
             future.result()
             if self.ranks.first:
-                shutil.rmtree(final, ignore_errors=True)
-                partial.rename(final)
+                if partial.exists():  # else an interrupt came behind this line
+                    shutil.rmtree(final, ignore_errors=True)
+                    partial.rename(final)
                 for old in sorted(self._whole())[: -self.keep]:
                     shutil.rmtree(old)
-        except (OSError, CheckpointException) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(f"{final}: can not be written ({reason:.200}); the one before is whole") from None
+        except (OSError, RuntimeError, CheckpointException) as error:
+            self._writing = None
+            if self.ranks.first:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(
+                f"{final}: can not be written ({_reason(error)}); make room, and the same command goes on from the "
+                "checkpoint before"
+            ) from None
+        self._writing = None
 
     def _whole(self) -> list[Path]:
         if not self.folder.is_dir():
             return []
         return [path for path in self.folder.iterdir() if re.fullmatch(r"step-\d{8}", path.name)]
+
+
+def _reason(error: BaseException) -> str:
+    """In one line; where ranks failed, the first of them."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error, _ = next(iter(error.failures.values()))
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

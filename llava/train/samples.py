@@ -5,6 +5,7 @@ with int64 places, shared by forked workers, and a sample is parsed when it is a
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ from llava.preprocess.conversation import Turn
 from llava.train.pictures import Archives, Pictures, open_pictures, tars_in
 from llava.train.records import records
 
+# How worker processes start: forked ones share the samples. They use no GPU and one thread, so that a parent with
+# threads of its own does them no harm (Python 3.12 warns of that where it shows DeprecationWarnings).
+WORKERS_START = "fork" if sys.platform == "linux" else "spawn"
 ROLES = {"human": "user", "gpt": "assistant"}
 
 
