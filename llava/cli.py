@@ -308,9 +308,9 @@ def data_check(
     as_json: AsJson = False,
 ) -> None:
     """Look at every sample and picture. Exit code 1: there are problems, and no cleaned copy was written."""
-    from llava.train import check as job
-    from llava.train.measure import open_measure
-    from llava.train.report import shown
+    from llava.data import check as job
+    from llava.data.measure import open_measure
+    from llava.data.report import shown
 
     measure = open_measure(tokenizer, model, template=template, limit=max_length, picture_tokens=image_tokens)
     with progress_bar("check", unit="samples") as progress:

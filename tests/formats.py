@@ -97,6 +97,7 @@ FORMATS: dict[str, Callable[[random.Random, int], Json]] = {
     "data/custom.json": own,
     "build/tiny/caption/data.json": own,
     "build/tiny/instruct/data.json": own,
+    "build/tiny/fresh/data.json": own,
 }
 
 

@@ -17,16 +17,16 @@ import pytest
 from PIL import Image
 
 from llava.config import IGNORE
+from llava.data import records
+from llava.data.check import check
+from llava.data.measure import Measure, open_measure
+from llava.data.pictures import open_pictures
+from llava.data.repair import RULES, faults, mended
+from llava.data.samples import Sample, Samples
 from llava.errors import DataError
 from llava.preprocess.conversation import Turn
 from llava.preprocess.inputs import Preprocessor
 from llava.preprocess.tokenizer import load_tokenizer
-from llava.train import records
-from llava.train.check import check
-from llava.train.measure import Measure, open_measure
-from llava.train.pictures import open_pictures
-from llava.train.repair import RULES, faults, mended
-from llava.train.samples import Sample, Samples
 from tests import tiny
 from tests.command import PROJECT, assert_one_line_error, run, run_well
 

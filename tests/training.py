@@ -17,13 +17,13 @@ import torch
 from PIL import Image
 
 from llava.checkpoint.open import open_checkpoint
+from llava.data.samples import Samples
 from llava.errors import LlavaError
 from llava.preprocess.inputs import ModelInput, Preprocessor
 from llava.train.batch import Batch, Batches, Order
 from llava.train.loop import train
 from llava.train.loss import Trainee
 from llava.train.recipe import Recipe, recipe_from, to_dict
-from llava.train.samples import Samples
 from llava.train.start import fill, row_ids, start, trainable
 from tests import tiny
 

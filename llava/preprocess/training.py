@@ -1,4 +1,4 @@
-"""From a training sample to spans with their label mask, as the LLaVA code trains (train.py at c121f04; MPT: v1.0.2)."""
+"""From a training sample to spans with their label mask, as the LLaVA code trains (c121f04; MPT: v1.0.2)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

@@ -17,12 +17,12 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from llava.config import IGNORE, IMAGE, TileGrid
+from llava.data.samples import Samples
 from llava.errors import DataError, ImageError, PromptError
 from llava.model.segments import Segments
 from llava.preprocess.image import Picture
 from llava.preprocess.inputs import ModelInput, Preprocessor
 from llava.train.recipe import Recipe
-from llava.train.samples import Samples
 
 
 @dataclass(frozen=True, kw_only=True)

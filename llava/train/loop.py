@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader
 
 from llava.checkpoint.open import Checkpoint
+from llava.data.samples import WORKERS_START, Samples
 from llava.errors import DataError, LlavaError
 from llava.preprocess.inputs import Preprocessor
 from llava.train import optim
@@ -31,7 +32,6 @@ from llava.train.progress import TrainProgress
 from llava.train.ranks import Ranks, ranks
 from llava.train.recipe import Recipe, to_dict
 from llava.train.resume import Saver
-from llava.train.samples import WORKERS_START, Samples
 from llava.train.start import DTYPES, fill, row_ids, start, trainable
 
 log = logging.getLogger(__name__)

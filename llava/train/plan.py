@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from llava.data.samples import Samples
 from llava.errors import LlavaError
 from llava.model.llava import Llava
 from llava.preprocess.inputs import Preprocessor
 from llava.train.batch import Batches, Order
 from llava.train.export import kind
 from llava.train.recipe import Recipe
-from llava.train.samples import Samples
 from llava.train.start import DTYPES, start, trainable
 
 _LOOKED_AT = 200  # samples that token figures are estimated from

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from llava.data.pictures import Archives, Pictures
 from llava.errors import DataError
-from llava.train.pictures import Archives, Pictures
 
 BLOCK = 1 << 24  # characters of a JSON array that are read at once
 BROKEN = object()  # the value of what is no JSON

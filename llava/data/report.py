@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llava.train.repair import RULES
+from llava.data.repair import RULES
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
+from llava.data.examine import Examined, Examiner
+from llava.data.measure import Measure
+from llava.data.records import is_array
+from llava.data.repair import Fault
+from llava.data.report import Finding, Fixed, Report, TokenFigures
+from llava.data.samples import WORKERS_START, Sample, Samples
 from llava.errors import DataError
-from llava.train.examine import Examined, Examiner
-from llava.train.measure import Measure
-from llava.train.records import is_array
-from llava.train.repair import Fault
-from llava.train.report import Finding, Fixed, Report, TokenFigures
-from llava.train.samples import WORKERS_START, Sample, Samples
 
 _CHUNK = 64  # samples that a worker takes at once
 Progress = Callable[[int, int], None]  # samples done, samples in all

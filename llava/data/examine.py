@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from llava.data.measure import Measure, Tokens
+from llava.data.repair import Fault, as_conversations, faults, mended, shortened
+from llava.data.samples import Sample, Samples
 from llava.errors import DataError, ImageError, PromptError
 from llava.preprocess.image import Size, open_picture
-from llava.train.measure import Measure, Tokens
-from llava.train.repair import Fault, as_conversations, faults, mended, shortened
-from llava.train.samples import Sample, Samples
 
 _BUFFER = re.compile(r" <_io\.BytesIO object at \w+>")  # Pillow's name for what was read from a file
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from llava.data.pictures import Archives, Pictures, open_pictures, tars_in
+from llava.data.records import records
 from llava.errors import DataError
 from llava.preprocess.conversation import Turn
-from llava.train.pictures import Archives, Pictures, open_pictures, tars_in
-from llava.train.records import records
 
 # How worker processes start: forked ones share the samples. They use no GPU and one thread, so that a parent with
 # threads of its own does them no harm (Python 3.12 warns of that where it shows DeprecationWarnings).

@@ -6,8 +6,8 @@ from itertools import groupby
 from typing import NamedTuple
 
 from llava.config import IMAGE_MARK
+from llava.data.samples import ROLES, Sample
 from llava.preprocess.conversation import Turn
-from llava.train.samples import ROLES, Sample
 
 _MARKS = "marks set anew: one a picture, in front of the first turn"
 RULES = {  # every kind of fault, and what `--fix` does about it
