@@ -6,20 +6,15 @@ One run of the command serves all tests. Only the glyphs of tests/glyphs are nee
 import json
 import os
 import random
-import re
-import shutil
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 
-import llava
 from examples.tiny.dataset import TRAINING_SEEDS, know
 from examples.tiny.glyphs import Glyphs
 from examples.tiny.marks import Names, correct
@@ -48,7 +43,7 @@ class Built:
 
 
 def build(work: Path, *stages: str) -> str:
-    """What the command printed. One thread: a second one only waits in steps so small."""
+    """What the command printed. One thread: on a shared machine two mostly wait for each other."""
     command = [sys.executable, "-m", "examples.tiny.build", *stages, "--smoke"]
     done = subprocess.run(
         [*command, "--work", str(work), "--glyphs", str(GLYPHS)],
@@ -91,8 +86,8 @@ def share_named(model: Path, *, blind: bool) -> float:
     return sum(correct(turn, reply, names) for (_, turn), reply in zip(asked, replies, strict=True)) / SCENES
 
 
-def log_of(work: Path, stage: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (work / stage / "log.jsonl").read_text().splitlines()]
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in folder.read_text().splitlines()]
 
 
 def test_it_names_what_it_sees_on_fresh_scenes(built: Built) -> None:
@@ -101,3 +96,72 @@ def test_it_names_what_it_sees_on_fresh_scenes(built: Built) -> None:
 
 def test_without_its_pictures_it_guesses(built: Built) -> None:
     assert share_named(built.work / "llava-tiny", blind=True) <= 0.25
+
+
+def test_trained_without_pictures_it_guesses(built: Built, tmp_path: Path) -> None:
+    for part in ("tower", "lm", "pretrain"):
+        (tmp_path / part).symlink_to(built.work / part)
+    (tmp_path / "instruct").mkdir()
+    (tmp_path / "instruct" / "images.tar").symlink_to(built.work / "instruct" / "images.tar")
+    told = (built.work / "instruct" / "data.json").read_text(encoding="utf-8").replace("<image>\\n", "")
+    samples = [{key: value for key, value in sample.items() if key != "image"} for sample in json.loads(told)]
+    assert not any("<image>" in turn["value"] for sample in samples for turn in sample["conversations"])
+    (tmp_path / "instruct" / "data.json").write_text(json.dumps(samples), encoding="utf-8")
+    build(tmp_path, "finetune")
+    assert share_named(tmp_path / "finetune" / "model", blind=False) <= 0.25
+
+
+def test_each_stage_learns_and_logs(built: Built) -> None:
+    for log in ("tower.jsonl", "lm.jsonl", "pretrain/log.jsonl", "finetune/log.jsonl"):
+        found = losses(built.work / log)
+        few = max(1, len(found) // 5)
+        assert sum(found[-few:]) < 0.8 * sum(found[:few]), log
+    assert losses(built.work / "polish" / "log.jsonl")[0] < losses(built.work / "finetune" / "log.jsonl")[0]
+
+
+def test_each_stage_leaves_its_folder(built: Built) -> None:
+    work = built.work
+    assert (work / "tower" / "preprocessor_config.json").is_file()
+    assert (work / "lm" / "tokenizer.model").is_file()
+    assert not (work / "text" / "images.tar").exists()
+    for data in ("caption", "instruct", "fresh"):
+        assert (work / data / "images.tar").is_file()
+    assert sorted(path.name for path in (work / "pretrain" / "model").iterdir()) == ["config.json", "mm_projector.bin"]
+    for stage in ("pretrain", "finetune", "polish"):
+        assert (work / stage / "recipe.json").is_file()
+    assert not list(work.glob(".*")), "an unfinished folder is left"
+
+
+def test_the_shipped_model_is_the_polished_one_with_its_tower(built: Built) -> None:
+    shipped = load_file(built.work / "llava-tiny" / "model.safetensors")
+    assert {name.split(".")[0] for name in shipped} == {"vision", "projector", "decoder"}
+    trained = load_file(built.work / "polish" / "model" / "model.safetensors")
+    assert shipped["decoder.embed.weight"].equal(
+        trained["model.embed_tokens.weight"].to(shipped["decoder.embed.weight"])
+    )
+
+
+def test_a_stage_runs_again_by_itself_to_the_same_weights(built: Built, tmp_path: Path) -> None:
+    for part in ("tower", "lm", "pretrain", "finetune", "fresh"):
+        (tmp_path / part).symlink_to(built.work / part)
+    output = build(tmp_path, "polish", "ship")
+    assert [json.loads(line)["stage"] for line in output.splitlines() if '"stage"' in line] == ["polish", "ship"]
+    again, before = (load_file(work / "llava-tiny" / "model.safetensors") for work in (tmp_path, built.work))
+    assert again.keys() == before.keys()
+    assert all(again[name].equal(tensor) for name, tensor in before.items())
+
+
+def test_a_stage_that_does_not_exist_is_refused() -> None:
+    command = [sys.executable, "-m", "examples.tiny.build", "towers", "--smoke"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "towers" in done.stderr.decode()
+
+
+def test_the_build_is_quick(built: Built) -> None:
+    last = json.loads(built.output.splitlines()[-1])
+    assert list(last["seconds"]) == STAGES
+    assert last["total"] <= built.seconds
+    if built.load > QUIET:
+        pytest.skip(f"the machine was busy, load {built.load:.1f}: {built.seconds:.0f} s say nothing")
+    assert built.seconds < 150
