@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 from typing import Annotated, Literal, get_args
 
 import typer
@@ -35,7 +36,7 @@ class Size:
     data: dict[str, int]  # kind of data set -> samples
     tower: tuple[str, ...]  # options of tower.py
     language: tuple[str, ...]  # options of language.py
-    drawing: tuple[str, ...]  # the module that draws the data, and its options
+    drawing: tuple[str, ...]  # options of dataset.py
     recipe: dict[Stage, tuple[str, ...]] = field(default_factory=dict)  # --set of the recipes
 
 
@@ -43,7 +44,7 @@ FULL = Size(
     data={"text": 200_000, "caption": 40_000, "instruct": 120_000, "fresh": 215_000},
     tower=("--minutes", "6"),
     language=("--minutes", "1.3"),
-    drawing=("examples.tiny.dataset", "--stylise", "0.25"),
+    drawing=("--stylise", "0.25"),
 )
 _ON_CPU = ("compute=float32", "compile=false", "workers=1", "pad_to=1", "max_steps=0")
 SMOKE = Size(  # eight things, one a scene, only named: under two minutes on two cores
@@ -57,7 +58,7 @@ SMOKE = Size(  # eight things, one a scene, only named: under two minutes on two
         *("--batch", "8", "--row", "256", "--dim", "64", "--layers", "2", "--heads", "2", "--mlp", "160"),
         *("--vocab", "512", "--lr", "5e-3", "--steps", "200"),
     ),
-    drawing=("examples.tiny.naming", "--entries", "8"),
+    drawing=("--lessons", "names", "--entries", "8"),
     recipe={
         "pretrain": (*_ON_CPU, "epochs=4", "batch=16", "micro_batch=16", "rate=4e-3"),
         "finetune": (*_ON_CPU, "epochs=2", "batch=8", "micro_batch=8"),
@@ -71,7 +72,7 @@ class Build:
 
     def __init__(self, work: Path, glyphs: Path, size: Size, changes: tuple[str, ...] = ()):
         self.work, self.glyphs, self.size, self.changes = work, glyphs, size, changes
-        self.drawn: subprocess.Popen[bytes] | None = None
+        self.drawing: Thread | None = None
 
     def run(self, stages: list[Stage]) -> dict[str, float]:
         """Seconds of each stage. What a stage left before is made anew."""
@@ -128,36 +129,36 @@ class Build:
         return self.work / name
 
     def _draw_ahead(self, names: list[str]) -> None:
-        """Draws what is not there yet, one set after the other, in a process of its own."""
+        """Draws what is not there yet, one set after the other, while the stages run."""
         missing = [name for name in names if not (self.work / name).is_dir()]
-        if missing:
-            self.work.mkdir(parents=True, exist_ok=True)
-            options = [str(self.work), str(self.glyphs), *self.size.drawing]
-            counts = [f"{name}={self.size.data[name]}" for name in missing]
-            command = [sys.executable, "-m", "examples.tiny.build", "draw", ",".join(counts), *options]
-            self.drawn = subprocess.Popen(command)
+        self.drawing = Thread(target=self._draw, args=missing, daemon=True)
+        self.drawing.start()
+
+    def _draw(self, *names: str) -> None:
+        """Data sets; each appears whole."""
+        for name in names:
+            self._draw_one(name)
+
+    def _draw_one(self, name: str) -> None:
+        kind, seed = SETS[name]
+        sizes = ("--kind", kind, "--n", str(self.size.data[name]), "--seed", str(seed))
+        workers = str(max(1, (os.cpu_count() or 2) - 1))
+        files = ("--glyphs", str(self.glyphs), "--out", str(self.work / name), "--workers", workers)
+        _python("-m", "examples.tiny.dataset", *sizes, *files, *self.size.drawing)
 
     def _data(self, name: str) -> Path:
         """The file of a data set, once it is drawn."""
+        going = True
         while not (self.work / name).is_dir():
-            if self.drawn is None or self.drawn.poll() not in (None, 0):
+            if not going:
                 raise SystemExit(f"build: {self.work / name} was not drawn")
+            going = self.drawing is not None and self.drawing.is_alive()  # one more look: a set may have come last
             time.sleep(0.2)
         return self.work / name / "data.json"
 
 
 def _python(*words: str) -> None:
     subprocess.run([sys.executable, *words], check=True)
-
-
-def draw(counts: str, work: Path, glyphs: Path, module: str, options: list[str]) -> None:
-    """Data sets one after the other; each appears whole."""
-    workers = max(1, (os.cpu_count() or 2) - 1)
-    for count in counts.split(","):
-        name, n = count.split("=")
-        kind, seed = SETS[name]
-        command = ["-m", module, "--glyphs", str(glyphs), "--out", str(work / name), "--kind", kind]
-        _python(*command, "--n", n, "--seed", str(seed), "--workers", str(workers), *options)
 
 
 def main(
@@ -167,9 +168,9 @@ def main(
         "build/tiny/glyphs.zip"
     ),
     smoke: Annotated[bool, typer.Option(help="a small one: eight things, two minutes on two cores")] = False,
-    changes: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the two recipes")] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the recipes")] = None,
 ) -> None:
-    """Builds llava-tiny; the trained model is WORK/finetune/model, in our own layout WORK/llava-tiny."""
+    """Builds llava-tiny; the trained model is WORK/polish/model, in our own layout WORK/llava-tiny."""
     chosen: list[Stage] = [stage for stage in STAGES if not stages or stage in stages]
     if unknown := set(stages or ()) - set(STAGES):
         raise typer.BadParameter(f"{unknown.pop()}: expected some of {', '.join(STAGES)}")
@@ -178,7 +179,4 @@ def main(
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["draw"]:  # the process that draws ahead
-        draw(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), sys.argv[5], sys.argv[6:])
-    else:
-        typer.run(main)
+    typer.run(main)

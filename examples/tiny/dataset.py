@@ -8,7 +8,6 @@ import json
 import multiprocessing
 import os
 import random
-import shutil
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -26,9 +25,11 @@ from examples.tiny.talk import talk
 from examples.tiny.things import a
 from examples.tiny.truth import Truth
 from examples.tiny.world import Scene, color_of, draw, imagine
+from llava.checkpoint.write import new_folder
 from llava.errors import ConfigError, LlavaError
 
 DataKind = Literal["caption", "instruct", "text"]
+Lessons = Literal["all", "names"]  # names: one thing a scene, and only its name is asked
 TRAINING_SEEDS = 2**31  # scenes of training have seeds below, scenes of scoring from here on
 TEXT_SHARE = 0.08  # of instruct samples have no picture
 CHUNK = 100  # samples a worker makes at a time
@@ -51,6 +52,15 @@ class Job:
     seed: int
     entries: int | None  # so many of the pack's things only
     stylise: float
+    lessons: Lessons = "all"
+
+    def writer(self) -> "Writer":
+        """What makes its samples."""
+        if self.lessons == "all":
+            return Writer(self)
+        from examples.tiny.naming import Namer
+
+        return Namer(self)
 
 
 class Writer:
@@ -119,7 +129,7 @@ _writer: Writer | None = None  # of a worker process
 
 def _begin(job: Job) -> None:
     global _writer  # a pool's workers have no other place for what they keep
-    _writer = Writer(job)
+    _writer = job.writer()
 
 
 def _chunk(numbers: range) -> list[tuple[dict[str, object], bytes | None]]:
@@ -131,7 +141,7 @@ def samples(job: Job, n: int, workers: int) -> Iterator[list[tuple[dict[str, obj
     """Samples 0 to n - 1 in order, chunk by chunk."""
     chunks = [range(i, min(i + CHUNK, n)) for i in range(0, n, CHUNK)]
     if workers <= 1:
-        writer = Writer(job)
+        writer = job.writer()
         yield from ([writer.sample(i) for i in chunk] for chunk in chunks)
         return
     with multiprocessing.get_context("spawn").Pool(workers, _begin, (job,)) as pool:
@@ -142,14 +152,8 @@ def write(job: Job, out: Path, n: int, workers: int = 1) -> None:
     """Writes the folder; it appears when it is whole. Raises ConfigError where there is one already."""
     if out.exists():
         raise ConfigError(f"{out} is there already; expected a folder that is not there yet: delete it or name another")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    unfinished.mkdir()
-    try:
+    with new_folder(out, 0) as unfinished:
         _fill(unfinished, job, n, workers)
-        unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _fill(folder: Path, job: Job, n: int, workers: int) -> None:
@@ -181,12 +185,15 @@ def main(
     workers: Annotated[int, typer.Option(help="processes")] = os.cpu_count() or 1,
     entries: Annotated[int | None, typer.Option(help="use so many of the things only")] = None,
     stylise: Annotated[float, typer.Option(help="how probably a thing is drawn in another hand, 0 to 1")] = 0.0,
+    lessons: Annotated[str, typer.Option(help="all, or names: one thing a scene and its name alone")] = "all",
 ) -> None:
     """Draws scenes and writes dialogues about them."""
     try:
         if kind not in ("caption", "instruct", "text"):
             raise ConfigError(f"--kind is {kind!r}; expected caption, instruct or text")
-        write(Job(tuple(glyphs), kind, seed, entries, stylise), out, n, workers)  # type: ignore[arg-type]
+        if lessons not in ("all", "names"):
+            raise ConfigError(f"--lessons is {lessons!r}; expected all or names")
+        write(Job(tuple(glyphs), kind, seed, entries, stylise, lessons), out, n, workers)  # type: ignore[arg-type]
     except LlavaError as error:
         typer.echo(f"dataset: {error}", err=True)
         raise typer.Exit(2) from None
