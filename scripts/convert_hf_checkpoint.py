@@ -11,7 +11,8 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works in a clone that is not installed
 
-from llava.cli import guarded, left_out, progress_bar
+from llava.cli import guarded, progress_bar
+from llava.cli.checkpoint import left_out
 
 
 def convert_hf_checkpoint(

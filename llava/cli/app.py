@@ -1,0 +1,70 @@
+"""What all commands stand on: the program, its errors in one line, the progress bar."""
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from llava.errors import LlavaError
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """What a caller got wrong is one line on stderr and exit code 2; Ctrl-C is exit code 130."""
+    try:
+        yield
+    except LlavaError as error:
+        print(f"llava: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("llava: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        sys.stderr.close()
+        raise SystemExit(0) from None
+
+
+class _Guarded(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        with guarded():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    cls=_Guarded,
+    help="LLaVA in native PyTorch: load, convert and ask every published checkpoint.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@contextmanager
+def progress_bar(what: str, unit: str = "bytes") -> Iterator[Callable[[int, int], None]]:
+    """A bar with rate and time left on a terminal, nothing in a pipe."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import TransferSpeedColumn as Speed
+
+    per_s = TextColumn("{task.fields[rate]:,.0f} " + f"{unit}/s")
+    rate = (DownloadColumn(), Speed()) if unit == "bytes" else (MofNCompleteColumn(), per_s)
+    started = time.perf_counter()
+    with Progress("{task.description}", BarColumn(), *rate, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=None, rate=0)
+        yield lambda done, total: bar.update(
+            task, completed=done, total=total, rate=done / (time.perf_counter() - started)
+        )
+
+
+def main(args: list[str] | None = None) -> None:
+    """The console script."""
+    logging.basicConfig(format="llava: %(message)s", level=logging.WARNING)
+    app(args, prog_name="llava")

@@ -1,0 +1,126 @@
+"""Commands on files: inspect, convert."""
+
+import json
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llava.cli.app import app, progress_bar
+from llava.cli.options import AsJson, Base, Checkpoint, Force, Revision, VisionTower
+
+if TYPE_CHECKING:
+    from llava.checkpoint.inspect import Description, Scan
+
+
+@app.command()
+def inspect(
+    checkpoint: Checkpoint,
+    base: Base = None,
+    vision_tower: VisionTower = None,
+    revision: Revision = None,
+    scan: Annotated[
+        bool, typer.Option("--scan", help="read all weights; report NaN, Inf and all-zero tensors")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What a checkpoint is and needs, from headers alone."""
+    from llava.checkpoint import inspect as job
+
+    found = job.describe(checkpoint, base=base, vision_tower=vision_tower, revision=revision)
+    values = None
+    if scan:
+        with progress_bar("scan") as progress:
+            values = job.scan(checkpoint, revision=revision, progress=progress)
+    if as_json:
+        print(json.dumps(asdict(found) | ({"scan": asdict(values)} if values else {}), ensure_ascii=False))
+    else:
+        _show(found, values)
+
+
+@app.command()
+def convert(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write; absent or empty")],
+    to: Annotated[str, typer.Option("--to", help="native, or llama for a plain Llama folder")] = "native",
+    vision: Annotated[bool, typer.Option("--vision/--no-vision", help="with or without tower and projector")] = True,
+    verify: Annotated[bool, typer.Option("--verify", help="read back and compare bit by bit")] = False,
+    base: Base = None,
+    vision_tower: VisionTower = None,
+    revision: Revision = None,
+    force: Force = False,
+) -> None:
+    """Write a checkpoint in another layout."""
+    from llava.checkpoint import native as job
+
+    started = time.perf_counter()
+    with progress_bar("convert") as progress:
+        source = job.convert(
+            checkpoint,
+            out,
+            to=to,
+            vision=vision,
+            verify=verify,
+            progress=progress,
+            base=base,
+            vision_tower=vision_tower,
+            revision=revision,
+            force=force,
+        )
+    verified = ", verified bit by bit" if verify else ""
+    print(f"{out}: {len(source.sources)} tensors as {to} in {time.perf_counter() - started:.1f} s{verified}")
+    if source.unused:
+        print(left_out(source.unused))
+
+
+def left_out(names: tuple[str, ...]) -> str:
+    """One line on tensors that a conversion leaves behind, by the part of the model they belong to."""
+    parts = ("mm_projector", "vision_tower", "vision_model", "text_model", "inv_freq")
+    counts = Counter(next((part for part in parts if part in name), name) for name in names)
+    return "left out: " + ", ".join(f"{part} ({n} tensors)" if n > 1 else part for part, n in counts.items())
+
+
+def _show(found: "Description", values: "Scan | None") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+
+    def row(name: str, text: object) -> None:
+        table.add_row(name, str(text))
+
+    row("kind", found.kind)
+    for line in found.evidence:
+        row("", line)
+    if found.base:
+        row("needs base", found.base)
+    for name, part in found.sizes.items():
+        text = ", ".join(f"{k} {v}" for k, v in part.items() if v is not None) if isinstance(part, dict) else part
+        row(name, f"{part:,}" if isinstance(part, int) else text)
+    if found.context:
+        row("context", f"{found.context} tokens")
+        row("template", f"{found.template or 'none'} ({found.template_because})")
+        row("image mode", found.image_mode or "no pictures")
+        row("memory", ", ".join(f"{kind} {_bytes(n)}" for kind, n in found.memory_bytes.items()))
+        row("missing", _some(found.missing))
+        row("unused", _some(found.unused))
+    if values:
+        for name, names in (("NaN", list(values.nan)), ("Inf", list(values.inf)), ("all zero", values.zero)):
+            row(name, _some(names))
+    Console(width=None if sys.stdout.isatty() else 110).print(table)
+
+
+def _bytes(n: int) -> str:
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
+
+
+def _some(names: list[str]) -> str:
+    if not names:
+        return "none"
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
