@@ -20,8 +20,25 @@ import typer
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from torch import Tensor, nn
 
-from examples.tiny.pretrain import Budget, autocast, fit, initialise, logger, save
+from examples.tiny.pretrain import (
+    Budget,
+    Compile,
+    Decay,
+    Device,
+    Minutes,
+    Out,
+    Rate,
+    Seed,
+    Size,
+    Steps,
+    autocast,
+    fit,
+    initialise,
+    logger,
+    save,
+)
 from llava.checkpoint.keymap import HF_LLAMA
+from llava.checkpoint.load import resolve_device
 from llava.checkpoint.write import new_folder, write_json
 from llava.config import IMAGE_MARK, DecoderConfig
 from llava.errors import ConfigError, LlavaError
@@ -165,9 +182,7 @@ class Language(nn.Module):
 
 def train(options: Options) -> dict[str, float]:
     """Trains tokenizer and model, writes their folder and returns the last measurements. Raises LlavaError."""
-    device = torch.device(
-        options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    )
+    device = resolve_device(options.device)
     budget = Budget(None if options.steps else options.minutes, options.steps)
     with new_folder(options.out, 64_000_000) as folder:
         torch.manual_seed(options.seed)
@@ -259,20 +274,20 @@ def write(folder: Path, language: Language, model: bytes) -> None:
 
 def main(
     texts: Annotated[list[Path], typer.Option(help="JSON in LLaVA's format; repeatable")],
-    out: Annotated[Path, typer.Option(help="folder to write; absent or empty")],
-    minutes: Annotated[float, typer.Option(help="all in all, compiling included")] = 1.5,
-    steps: Annotated[int | None, typer.Option(help="instead of --minutes")] = None,
+    out: Out,
+    minutes: Minutes = 1.5,
+    steps: Steps = None,
     batch: Annotated[int, typer.Option(help="rows a step")] = Options.batch,
     row: Annotated[int, typer.Option(help="tokens a row")] = Options.row,
-    lr: Annotated[float, typer.Option(help="highest learning rate")] = Options.lr,
-    weight_decay: Annotated[float, typer.Option(help="of the matrices")] = Options.weight_decay,
-    seed: Annotated[int, typer.Option(help="of weights and order")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda")] = "auto",
-    compile: Annotated[bool, typer.Option(help="on a GPU")] = True,
-    dim: Annotated[int, typer.Option()] = LLAVA_TINY.dim,
-    layers: Annotated[int, typer.Option()] = LLAVA_TINY.n_layers,
-    heads: Annotated[int, typer.Option()] = LLAVA_TINY.n_heads,
-    mlp: Annotated[int, typer.Option()] = LLAVA_TINY.mlp_dim,
+    lr: Rate = Options.lr,
+    weight_decay: Decay = Options.weight_decay,
+    seed: Seed = 0,
+    device: Device = "auto",
+    compile: Compile = True,
+    dim: Size = LLAVA_TINY.dim,
+    layers: Size = LLAVA_TINY.n_layers,
+    heads: Size = LLAVA_TINY.n_heads,
+    mlp: Size = LLAVA_TINY.mlp_dim,
     vocab: Annotated[int, typer.Option(help="pieces")] = LLAVA_TINY.vocab_size,
     max_seq: Annotated[int, typer.Option(help="tokens")] = LLAVA_TINY.max_seq,
 ) -> None:

@@ -7,13 +7,25 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import Tensor, nn
 
 from llava.checkpoint.keymap import Rule, disk_names
 from llava.checkpoint.write import Item, write_json, write_safetensors
+
+# Options of both scripts
+Out = Annotated[Path, typer.Option(help="folder to write; absent or empty")]
+Minutes = Annotated[float, typer.Option(help="all in all, compiling included")]
+Steps = Annotated[int | None, typer.Option(help="instead of --minutes")]
+Rate = Annotated[float, typer.Option("--lr", help="highest learning rate")]
+Decay = Annotated[float, typer.Option("--weight-decay", help="of the matrices")]
+Seed = Annotated[int, typer.Option(help="of first weights and of the order or the scenes")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda")]
+Compile = Annotated[bool, typer.Option(help="on a GPU")]
+Size = Annotated[int, typer.Option()]
 
 REPORT_S = 5.0  # seconds between reports
 WARM_UP = 0.05  # share of the steps in which the rate rises

@@ -21,10 +21,27 @@ from torch import Tensor, nn
 
 from examples.tiny.compose import BACKGROUND, UNCLEAR, Composer, Scenes
 from examples.tiny.glyphs import Glyphs
-from examples.tiny.pretrain import Budget, autocast, fit, initialise, logger, save
+from examples.tiny.pretrain import (
+    Budget,
+    Compile,
+    Decay,
+    Device,
+    Minutes,
+    Out,
+    Rate,
+    Seed,
+    Size,
+    Steps,
+    autocast,
+    fit,
+    initialise,
+    logger,
+    save,
+)
 from examples.tiny.sprites import Sprites, load_sprites
 from examples.tiny.world import WORDS
 from llava.checkpoint.keymap import CLIP, Rule
+from llava.checkpoint.load import resolve_device
 from llava.checkpoint.write import new_folder, write_json
 from llava.checkpoint.zoo import CLIP_MEAN, CLIP_STD
 from llava.config import VisionConfig
@@ -195,9 +212,7 @@ def accuracy(tower: Tower, scenes: Scenes) -> dict[str, float]:
 
 def train(options: Options) -> dict[str, float]:
     """Trains a tower, writes its folder and returns the last measurements. Raises LlavaError."""
-    device = torch.device(
-        options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    )
+    device = resolve_device(options.device)
     budget = Budget(None if options.steps else options.minutes, options.steps)
     with new_folder(options.out, 64_000_000) as folder:
         torch.manual_seed(options.seed)
@@ -287,25 +302,25 @@ def write(folder: Path, tower: Tower) -> None:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="folder to write; absent or empty")],
+    out: Out,
     glyphs: Annotated[Path, typer.Option(help="pack of glyphs")] = Path("build/tiny/glyphs.zip"),
-    minutes: Annotated[float, typer.Option(help="all in all, compiling included")] = 5.0,
-    steps: Annotated[int | None, typer.Option(help="instead of --minutes")] = None,
+    minutes: Minutes = 5.0,
+    steps: Steps = None,
     batch: Annotated[int, typer.Option(help="scenes a step")] = 1024,
-    lr: Annotated[float, typer.Option(help="highest learning rate")] = Options.lr,
-    weight_decay: Annotated[float, typer.Option(help="of the matrices")] = Options.weight_decay,
+    lr: Rate = Options.lr,
+    weight_decay: Decay = Options.weight_decay,
     entries: Annotated[int | None, typer.Option(help="only so many of the pack's glyphs")] = None,
     styles: Annotated[list[str], typer.Option(help="train in this style alone, repeatable; others are measured")] = [],  # noqa: B006
     words: Annotated[int | None, typer.Option(help="only so many printed words")] = None,
     objects: Annotated[int, typer.Option(help="in a scene, at most; 1 to 6")] = 6,
     augment: Annotated[bool, typer.Option(help="glyphs in many styles and colours")] = True,
-    seed: Annotated[int, typer.Option(help="of weights and scenes")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda")] = "auto",
-    compile: Annotated[bool, typer.Option(help="on a GPU")] = True,
-    dim: Annotated[int, typer.Option()] = LLAVA_TINY.dim,
-    layers: Annotated[int, typer.Option()] = LLAVA_TINY.n_layers,
-    heads: Annotated[int, typer.Option()] = LLAVA_TINY.n_heads,
-    mlp: Annotated[int, typer.Option()] = LLAVA_TINY.mlp_dim,
+    seed: Seed = 0,
+    device: Device = "auto",
+    compile: Compile = True,
+    dim: Size = LLAVA_TINY.dim,
+    layers: Size = LLAVA_TINY.n_layers,
+    heads: Size = LLAVA_TINY.n_heads,
+    mlp: Size = LLAVA_TINY.mlp_dim,
     image_size: Annotated[int, typer.Option(help="px")] = LLAVA_TINY.image_size,
     patch_size: Annotated[int, typer.Option(help="px")] = LLAVA_TINY.patch_size,
 ) -> None:
