@@ -23,6 +23,9 @@ def train(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a key; may be given again")
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="say what it would take, and do not start")] = False,
+    ranks: Annotated[
+        int, typer.Option("--ranks", min=1, envvar="WORLD_SIZE", help="GPUs that --plan reckons with")
+    ] = 1,
     plot: Annotated[
         list[Path] | None, typer.Option("--plot", metavar="RUN", help="draw the curves of a run's folder instead")
     ] = None,
@@ -45,7 +48,7 @@ def train(
     elif plan:
         from llava.train.plan import make_plan
 
-        found = make_plan(recipes.read_recipe(recipe, changes or ()), n_ranks=int(os.environ.get("WORLD_SIZE", "1")))
+        found = make_plan(recipes.read_recipe(recipe, changes or ()), n_ranks=ranks)
         print(json.dumps(asdict(found)) if as_json else found.text())
     else:
         from llava.train.loop import train as job

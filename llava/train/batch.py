@@ -9,6 +9,7 @@ B rows   S places   N samples   V views
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from llava.checkpoint.open import Checkpoint
 from llava.config import IGNORE, IMAGE, TileGrid
 from llava.data.samples import Samples
 from llava.errors import DataError, ImageError, PromptError
@@ -209,6 +211,13 @@ class Batches(Dataset[Batch]):
         self.samples, self.preprocessor, self.recipe, self.order = samples, preprocessor, recipe, order
         self.rank, self.ranks = rank, ranks
         self.per_step = -(-order.micro // ranks)
+
+    @classmethod
+    def of(cls, recipe: Recipe, checkpoint: Checkpoint, *, rank: int = 0, ranks: int = 1) -> "Batches":
+        """Those of a recipe's data for a model. Raises DataError."""
+        samples = Samples([Path(file) for file in recipe.data], Path(recipe.images) if recipe.images else None)
+        preprocessor = Preprocessor(checkpoint.config, checkpoint.tokenizer, template=recipe.template)
+        return cls(samples, preprocessor, recipe, Order(recipe, samples.lengths), rank=rank, ranks=ranks)
 
     def __len__(self) -> int:
         return self.order.n_steps * self.per_step

@@ -17,6 +17,8 @@ from llava.train.lora import pairs
 from llava.train.recipe import Recipe
 from llava.train.start import row_ids
 
+Tensors = Mapping[str, Tensor]  # our names
+
 
 def kind(recipe: Recipe) -> str:
     """Of the layout that this recipe leaves: lora, merged or projector."""
@@ -27,44 +29,57 @@ def kind(recipe: Recipe) -> str:
 
 def export(folder: Path, model: Llava, checkpoint: Checkpoint, recipe: Recipe, *, first: bool) -> None:
     """Writes the trained model. Every rank calls this, the `first` writes."""
-    learnt = {name: _whole(p) for name, p in model.named_parameters() if p.requires_grad}
-    others = {} if kind(recipe) != "merged" else {n: _whole(p) for n, p in model.named_parameters() if n not in learnt}
+    whole = {n: _whole(p) for n, p in model.named_parameters() if p.requires_grad or kind(recipe) == "merged"}
     if not first:
         return
-    config = checkpoint.config
-    common: dict[str, Any] = {"vision_tower": _tower(checkpoint, recipe), "recorded": _recorded(recipe)}
-    if kind(recipe) == "merged":
-        inside = "vision" in recipe.train or _holds_tower(checkpoint)
-        write_merged(
-            folder, config, learnt | others, tokenizer_from=checkpoint.tokenizer_folder, tower_inside=inside, **common
-        )
-    elif kind(recipe) == "projector":
-        ids = row_ids(checkpoint, recipe)
-        rows = learnt["decoder.embed.weight"][list(ids)] if ids else None
-        tensors = {name: tensor for name, tensor in learnt.items() if not name.startswith("decoder.")}
-        write_projector(
-            folder,
-            config,
-            tensors,
-            base=recipe.model,
-            start_end=rows,
-            tokenizer_from=checkpoint.tokenizer_folder if ids else None,
-            **common,
-        )
-    else:
-        added = recipe.start_end and checkpoint.tokenizer_folder.parent != checkpoint.folder
-        write_lora(
-            folder,
-            config,
-            pairs(model.decoder, learnt),
-            r=recipe.lora_rank,
-            alpha=recipe.lora_alpha,
-            dropout=recipe.lora_dropout,
-            base=recipe.model,
-            non_lora={name: tensor for name, tensor in learnt.items() if ".adapters." not in name},
-            tokenizer_from=checkpoint.tokenizer_folder if added else None,
-            **common,
-        )
+    recorded = {"mm_projector_lr": recipe.projector_rate, "mm_vision_tower_lr": recipe.vision_rate}
+    common: dict[str, Any] = {
+        "vision_tower": _tower(checkpoint, recipe),
+        "recorded": {key: value for key, value in recorded.items() if value},
+    }
+    write = {"lora": _lora, "merged": _merged, "projector": _projector}[kind(recipe)]
+    write(folder, model, whole, checkpoint, recipe, common)
+
+
+def _merged(
+    folder: Path, model: Llava, tensors: Tensors, checkpoint: Checkpoint, recipe: Recipe, common: dict[str, Any]
+) -> None:
+    inside = "vision" in recipe.train or _holds_tower(checkpoint)
+    tokenizer = checkpoint.tokenizer_folder
+    write_merged(folder, checkpoint.config, tensors, tokenizer_from=tokenizer, tower_inside=inside, **common)
+
+
+def _projector(
+    folder: Path, model: Llava, tensors: Tensors, checkpoint: Checkpoint, recipe: Recipe, common: dict[str, Any]
+) -> None:
+    ids = row_ids(checkpoint, recipe)
+    write_projector(
+        folder,
+        checkpoint.config,
+        {name: tensor for name, tensor in tensors.items() if not name.startswith("decoder.")},
+        base=recipe.model,
+        start_end=tensors["decoder.embed.weight"][list(ids)] if ids else None,
+        tokenizer_from=checkpoint.tokenizer_folder if ids else None,
+        **common,
+    )
+
+
+def _lora(
+    folder: Path, model: Llava, tensors: Tensors, checkpoint: Checkpoint, recipe: Recipe, common: dict[str, Any]
+) -> None:
+    added = recipe.start_end and checkpoint.tokenizer_folder.parent != checkpoint.folder
+    write_lora(
+        folder,
+        checkpoint.config,
+        pairs(model.decoder, tensors),
+        r=recipe.lora_rank,
+        alpha=recipe.lora_alpha,
+        dropout=recipe.lora_dropout,
+        base=recipe.model,
+        non_lora={name: tensor for name, tensor in tensors.items() if ".adapters." not in name},
+        tokenizer_from=checkpoint.tokenizer_folder if added else None,
+        **common,
+    )
 
 
 def _tower(checkpoint: Checkpoint, recipe: Recipe) -> str:
@@ -79,11 +94,6 @@ def _holds_tower(checkpoint: Checkpoint) -> bool:
     """Whether the tower comes from the model's own files: the trained model has to bring it too."""
     inside = ("model.vision_tower.", "transformer.vision_tower.", "vision.")
     return any(name.startswith(inside) for name in checkpoint.sources["vision.cls"].names)
-
-
-def _recorded(recipe: Recipe) -> Mapping[str, Any]:
-    values = {"mm_projector_lr": recipe.projector_rate, "mm_vision_tower_lr": recipe.vision_rate}
-    return {key: value for key, value in values.items() if value}
 
 
 def _whole(parameter: nn.Parameter) -> Tensor:

@@ -17,9 +17,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader
 
 from llava.checkpoint.open import Checkpoint
-from llava.data.samples import WORKERS_START, Samples
+from llava.data.samples import WORKERS_START
 from llava.errors import DataError, LlavaError
-from llava.preprocess.inputs import Preprocessor
 from llava.train import optim
 from llava.train.batch import Batch, Batches, Order, Place
 from llava.train.endings import in_one_line, interruptible, leave_interrupts
@@ -61,10 +60,13 @@ class Run:
     ranks: Ranks
     trainee: Trainee
     optimizer: AdamW
-    order: Order
     batches: Batches
     saver: Saver
     count: Count = field(default_factory=Count)
+
+    @property
+    def order(self) -> Order:
+        return self.batches.order
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -93,12 +95,9 @@ def train(recipe: Recipe, *, device: str = "auto", as_json: bool = False) -> Pat
 
 def _ready(recipe: Recipe, checkpoint: Checkpoint, out: Path, ranks: Ranks) -> Run:
     # data first: what is wrong with them shows before the weights are read
-    samples = Samples([Path(file) for file in recipe.data], Path(recipe.images) if recipe.images else None)
-    order = Order(recipe, samples.lengths)
-    preprocessor = Preprocessor(checkpoint.config, checkpoint.tokenizer, template=recipe.template)
-    batches = Batches(samples, preprocessor, recipe, order, rank=ranks.rank, ranks=ranks.n)
-    if ranks.first and order.micro % ranks.n:
-        log.warning("a step is %d micro-batches, which %d ranks can not share evenly: some wait", order.micro, ranks.n)
+    batches = Batches.of(recipe, checkpoint, rank=ranks.rank, ranks=ranks.n)
+    if ranks.first and (n := batches.order.micro) % ranks.n:
+        log.warning("a step is %d micro-batches, which %d ranks can not share evenly: some wait", n, ranks.n)
     model = trainable(checkpoint, recipe)
     rows = row_ids(checkpoint, recipe)
     trainee = Trainee(model, rows=rows, tower_learns="vision" in recipe.train)
@@ -111,7 +110,7 @@ def _ready(recipe: Recipe, checkpoint: Checkpoint, out: Path, ranks: Ranks) -> R
     saver = Saver(out / "checkpoints", recipe.keep, ranks)
     if ranks.first:
         saver.clean()
-    run = Run(recipe, out, ranks, trainee, optim.optimizer(trainee, recipe), order, batches, saver)
+    run = Run(recipe, out, ranks, trainee, optim.optimizer(trainee, recipe), batches, saver)
     if newest := saver.newest():
         run.count = Count(**saver.load(newest, trainee, run.optimizer))
     return run
@@ -185,12 +184,9 @@ def _loader(run: Run) -> Iterator[Batch]:
 def _step(run: Run, batches: list[Batch]) -> dict[str, float]:
     """One optimiser step on this rank's micro-batches. The loss is the mean over all tokens that all ranks learn."""
     recipe, count, ranks = run.recipe, run.count, run.ranks
-    learnt, samples, tokens, skipped = ranks.sum(
-        [sum(len(batch.at) for batch in batches)]
-        + [sum(getattr(batch, name) for batch in batches) for name in ("n_samples", "n_tokens")]
-        + [sum(len(batch.skipped) for batch in batches)]
-    )
-    _tell_skipped(run, batches, int(samples), int(skipped))
+    parts = [(len(batch.at), batch.n_samples, batch.n_tokens, len(batch.skipped)) for batch in batches]
+    learnt, samples, tokens, skipped = map(int, ranks.sum([sum(column) for column in zip(*parts, strict=True)]))
+    _tell_skipped(run, batches, samples, skipped)
     losses = []
     for turn, batch in enumerate(batches):
         torch.manual_seed(_seed(recipe.seed, count.step, turn * ranks.n + ranks.rank))
@@ -206,15 +202,15 @@ def _step(run: Run, batches: list[Batch]) -> dict[str, float]:
     optim.set_rates(run.optimizer, share)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    count.step, count.samples = count.step + 1, count.samples + int(samples)
-    count.tokens, count.skipped = count.tokens + int(tokens), count.skipped + int(skipped)
+    count.step, count.samples = count.step + 1, count.samples + samples
+    count.tokens, count.skipped = count.tokens + tokens, count.skipped + skipped
     return {
         "step": count.step,
         "epoch": count.step / run.order.steps_per_epoch,
         "loss": total / max(learnt, 1),
         "rate": recipe.rate * share,
         "grad_norm": norm,
-        "learnt": int(learnt),
+        "learnt": learnt,
         "tokens": count.tokens,
         "samples": count.samples,
         "skipped": count.skipped,

@@ -1,15 +1,15 @@
 """What a run would take: `llava train --plan`. Headers and data are read, no weights."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from llava.data.samples import Samples
+from llava.config import IGNORE
 from llava.errors import LlavaError
 from llava.model.llava import Llava
-from llava.preprocess.inputs import Preprocessor
-from llava.train.batch import Batches, Order
+from llava.train.batch import Batches
 from llava.train.export import kind
 from llava.train.recipe import Recipe
 from llava.train.start import DTYPES, start, trainable
@@ -61,20 +61,12 @@ def make_plan(recipe: Recipe, *, n_ranks: int = 1) -> Plan:
     with TemporaryDirectory() as folder:
         checkpoint = start(recipe, Path(folder) / "tokenizer")
         model = trainable(checkpoint, recipe)
-    samples = Samples([Path(file) for file in recipe.data], Path(recipe.images) if recipe.images else None)
-    order = Order(recipe, samples.lengths)
-    preprocessor = Preprocessor(checkpoint.config, checkpoint.tokenizer, template=recipe.template)
-    batches = Batches(samples, preprocessor, recipe, order, rank=0, ranks=1)
-    chosen = random.Random(recipe.seed).sample(range(len(samples)), min(_LOOKED_AT, len(samples)))
-    tokens, learnt, good = 0, 0, 0
-    for index in chosen:
-        try:
-            input = batches.prepare(index)
-        except LlavaError:
-            continue
-        good, tokens = good + 1, tokens + len(input.ids)
-        learnt += int((input.labels >= 0).sum())
-    mean = tokens / max(good, 1)
+    batches = Batches.of(recipe, checkpoint)
+    n, order = len(batches.samples), batches.order
+    chosen = random.Random(recipe.seed).sample(range(n), min(_LOOKED_AT, n))
+    tokens, learnt = _tokens(batches, chosen)
+    good = len(tokens)
+    mean = sum(tokens) / max(good, 1)
     return Plan(
         model=recipe.model,
         layout=kind(recipe),
@@ -82,16 +74,29 @@ def make_plan(recipe: Recipe, *, n_ranks: int = 1) -> Plan:
         frozen=_by_part(model, learns=False),
         ranks=n_ranks,
         memory_bytes=_memory(model, recipe, mean, n_ranks),
-        samples=len(samples),
+        samples=n,
         samples_looked_at=len(chosen),
         tokens_per_sample=mean,
-        learnt_per_sample=learnt / max(good, 1),
+        learnt_per_sample=sum(learnt) / max(good, 1),
         broken=len(chosen) - good,
         batch=recipe.batch,
         steps_per_epoch=order.steps_per_epoch,
         steps=order.n_steps,
         tokens=round(mean * recipe.batch * order.n_steps),
     )
+
+
+def _tokens(batches: Batches, indices: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Places of these samples, and how many of them are learnt; broken samples are left out."""
+    tokens, learnt = [], []
+    for index in indices:
+        try:
+            input = batches.prepare(index)
+        except LlavaError:
+            continue
+        tokens.append(len(input.ids))
+        learnt.append(int((input.labels != IGNORE).sum()))
+    return tokens, learnt
 
 
 def _by_part(model: Llava, *, learns: bool) -> dict[str, int]:
