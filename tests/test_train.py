@@ -626,6 +626,17 @@ def test_another_recipe_in_the_same_folder_is_refused(finished: Recipe, changes:
         train(replace(finished, **changes), device="cpu")
 
 
+def test_other_data_behind_the_same_path_are_refused(school: School, tmp_path: Path) -> None:
+    samples = json.loads(school.data.read_text())
+    (tmp_path / "data.json").write_text(json.dumps(samples))
+    asked = recipe(school, tmp_path / "run", data=str(tmp_path / "data.json"))
+    train(asked, device="cpu")
+    shutil.rmtree(tmp_path / "run" / "model")
+    (tmp_path / "data.json").write_text(json.dumps(samples[:-1]))
+    with pytest.raises(ConfigError, match=f"began on {len(samples)} samples, its data now hold {len(samples) - 1}"):
+        train(asked, device="cpu")
+
+
 def test_a_checkpoint_is_what_was_when_it_was_asked_for(tmp_path: Path) -> None:
     """It is written beside the steps that go on and change the weights."""
     model = nn.Linear(1000, 1000)

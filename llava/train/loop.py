@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from llava.checkpoint.open import Checkpoint
 from llava.data.samples import WORKERS_START
-from llava.errors import DataError, LlavaError
+from llava.errors import ConfigError, DataError, LlavaError
 from llava.train import optim
 from llava.train.batch import Batch, Batches, Order, Place
 from llava.train.endings import in_one_line, interruptible, leave_interrupts
@@ -49,6 +49,7 @@ class Count:
     tokens: int = 0
     skipped: int = 0
     elapsed_s: float = 0.0
+    n_data: int = 0  # samples that the data hold, whatever has been seen of them
 
 
 @dataclass
@@ -111,8 +112,14 @@ def _ready(recipe: Recipe, checkpoint: Checkpoint, out: Path, ranks: Ranks) -> R
     if ranks.first:
         saver.clean()
     run = Run(recipe, out, ranks, trainee, optim.optimizer(trainee, recipe), batches, saver)
+    run.count.n_data = n = len(batches.samples)
     if newest := saver.newest():
         run.count = Count(**saver.load(newest, trainee, run.optimizer))
+        if run.count.n_data != n:
+            raise ConfigError(
+                f"{out}: this run began on {run.count.n_data} samples, its data now hold {n}; "
+                "give it the same data, or set out=… to a new folder"
+            )
     return run
 
 
