@@ -726,8 +726,8 @@ def test_a_worker_that_is_killed_is_one_line(school: School, tmp_path: Path) -> 
     (children,) = Path(f"/proc/{going.pid}/task/{going.pid}").glob("children")
     os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
     _, told = going.communicate(timeout=training.TIMEOUT_S)
-    assert going.returncode == 2
     assert told.decode().startswith("llava: a worker process was ended")
+    assert going.returncode == 2
     assert told.count(b"\n") == 1
 
 

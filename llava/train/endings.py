@@ -1,14 +1,20 @@
 """How a run ends before its time: by a signal, or by what its machine lacks."""
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, TracebackType
+from typing import TypeVar
 
 import torch
 
 from llava.errors import LlavaError
+
+T = TypeVar("T")
+
+_WORKER_ENDED = "a worker process was ended from outside; with too little memory (/dev/shm, too) set fewer workers"
 
 
 @contextmanager
@@ -29,13 +35,69 @@ def interruptible() -> Iterator[None]:
 
 def _stop(signum: int, frame: FrameType | None) -> None:
     """torch's handler of SIGCHLD would raise on top, as workers of a group that is signalled end at once."""
-    signal.signal(signal.SIGCHLD, lambda signum, frame: None)
+    signal.signal(signal.SIGCHLD, _stay)
     raise KeyboardInterrupt
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """What is done here is done whole; a signal that comes is answered behind it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    for kind in before:
+        signal.signal(kind, lambda signum, frame: came.append(signum))
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+    for signum in came[:1]:
+        signal.raise_signal(signum)
+
+
 def leave_interrupts(worker: int) -> None:
-    """At the start of a worker process: Ctrl-C is its parent's to answer."""
+    """At the start of a worker process: Ctrl-C is its parent's to answer, and a parent that has gone is no error.
+
+    The thread that hands tensors over would print a traceback when its parent ends in the middle of one.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _tell_unless_parent_went
+
+
+def _tell_unless_parent_went(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not isinstance(error, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
+
+
+def drawn(loader: Iterator[T]) -> Iterator[T]:
+    """The loader's batches. A worker that dies raises while one is waited for, and nowhere else.
+
+    torch raises in a handler of SIGCHLD: wherever the run is, in what ends it too.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield from loader
+        return
+    raise_if_dead = signal.getsignal(signal.SIGCHLD)
+    while True:
+        signal.signal(signal.SIGCHLD, raise_if_dead)
+        try:
+            if callable(raise_if_dead):
+                raise_if_dead(signal.SIGCHLD, None)
+            batch = next(loader, None)
+        except (ConnectionError, EOFError):  # it died while it handed a tensor over
+            raise LlavaError(_WORKER_ENDED) from None
+        finally:
+            signal.signal(signal.SIGCHLD, _stay)
+        if batch is None:
+            return
+        yield batch
+
+
+def _stay(signum: int, frame: FrameType | None) -> None:
+    pass
 
 
 @contextmanager
@@ -51,6 +113,4 @@ def in_one_line() -> Iterator[None]:
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
-        raise LlavaError(
-            "a worker process was ended from outside; with too little memory (/dev/shm, too) set fewer workers"
-        ) from None
+        raise LlavaError(_WORKER_ENDED) from None

@@ -21,7 +21,7 @@ from llava.data.samples import WORKERS_START
 from llava.errors import ConfigError, DataError, LlavaError
 from llava.train import optim
 from llava.train.batch import Batch, Batches, Order, Place
-from llava.train.endings import in_one_line, interruptible, leave_interrupts
+from llava.train.endings import drawn, in_one_line, interruptible, leave_interrupts
 from llava.train.export import export
 from llava.train.flops import flops_of, peak_flops
 from llava.train.folder import check_folder, claimed
@@ -151,7 +151,7 @@ def _steps(run: Run, as_json: bool) -> None:
     logs = open_logs(run.out, recipe.logs, to_dict(recipe), count.step) if first else []
     flops = flops_of(run.trainee.model, recipe)
     peak = peak_flops(run.ranks.device) * run.ranks.n
-    loader = _loader(run)
+    loader = drawn(_loader(run))
     began = time.perf_counter() - count.elapsed_s
     try:
         with run.saver, TrainProgress(order.n_steps, count.step, as_json=as_json, first=first) as shown:

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.optim import Optimizer
 
 from llava.errors import CheckpointError
+from llava.train.endings import uninterrupted
 from llava.train.log import writing
 from llava.train.ranks import Ranks
 
@@ -88,9 +89,10 @@ class Saver:
         self.ranks.wait()
         weights, moments = get_state_dict(model, optimizer, options=_OPTIONS)
         state = {"model": weights, "optimizer": moments}
-        future = async_save(state, checkpoint_id=partial, process_group=self.ranks.saving)
-        assert isinstance(future, Future)
-        self._writing = future, partial, final
+        with uninterrupted():  # else nobody waits for the thread that writes
+            future = async_save(state, checkpoint_id=partial, process_group=self.ranks.saving)
+            assert isinstance(future, Future)
+            self._writing = future, partial, final
 
     def poll(self) -> None:
         """Gives a checkpoint that is written its final name, if one is."""
