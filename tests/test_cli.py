@@ -303,8 +303,9 @@ def test_the_native_form_records_the_template_that_was_found(clip: Path, tmp_pat
 
 def test_converting_the_native_form_again_changes_nothing(native: Path, tmp_path: Path) -> None:
     run_well("convert", native, tmp_path / "twice")
-    assert command.files(native) == command.files(tmp_path / "twice")
-    for name in command.files(native):
+    again = command.files(tmp_path / "twice")
+    assert set(again) == set(command.files(native))
+    for name in set(again) - {"conversion.md"}:  # which says what each was made from
         assert (native / name).read_bytes() == (tmp_path / "twice" / name).read_bytes(), name
 
 

@@ -80,8 +80,8 @@ CLIP_TOWER = (
         )
         for kind in ("weight", "bias")
     ),
-    Rule("post_layernorm.weight", None),  # behind the layer that LLaVA reads
-    Rule("post_layernorm.bias", None),
+    Rule("post_layernorm.weight", "vision.post_norm.weight"),  # behind the layer that LLaVA reads
+    Rule("post_layernorm.bias", "vision.post_norm.bias"),
 )
 CLIP = (  # a CLIP repository; transformers 5 may leave out `vision_model.`
     *prefixed("vision_model.", CLIP_TOWER),
@@ -102,6 +102,23 @@ VISION = (  # what LLaVA puts beside a language model's layers
 )
 LLAVA = (*HF_LLAMA, *prefixed("model.", VISION))  # the merged layout of liuhaotian/llava-*
 LLAVA_MPT = (*MPT, *prefixed("transformer.", VISION))
+HF_PROJECTOR = tuple(
+    Rule(f"multi_modal_projector.linear_{i + 1}.{kind}", f"projector.{2 * i}.{kind}")
+    for i in (0, 1)
+    for kind in ("weight", "bias")
+)
+LLAVA_HF = (  # up to transformers 4.51, then from 4.52 on
+    *prefixed("language_model.", HF_LLAMA),
+    *prefixed("vision_tower.vision_model.", CLIP_TOWER),
+    *HF_PROJECTOR,
+    Rule("image_newline", "newline"),
+    *prefixed("model.language_model.", HF_LLAMA_LAYERS),
+    Rule("lm_head.weight", "decoder.head.weight"),
+    *prefixed("model.vision_tower.vision_model.", CLIP_TOWER),
+    *prefixed("model.vision_tower.", CLIP_TOWER),
+    *prefixed("model.", HF_PROJECTOR),
+    Rule("model.image_newline", "newline"),
+)
 NATIVE = (Rule("decoder.**", "decoder.**"), Rule("vision.**", "vision.**"), Rule("projector.**", "projector.**"),
           Rule("newline", "newline"))  # fmt: skip
 

@@ -40,7 +40,7 @@ def taken_apart(sources: Mapping[str, Source], config: LlavaConfig, rules: Itera
         for name, (start, stop) in zip(names, pairwise(ends), strict=True):
             parts = partial(_rows, source, start, stop)
             shape = (stop - start, *source.shape[1:])
-            written.append(Item(name=name, dtype=source.dtype, shape=shape, where=source.where, parts=parts))
+            written.append(Item(name=name, dtype=source.dtype, shape=shape, where=source.where, parts=parts, ours=ours))
     return written
 
 

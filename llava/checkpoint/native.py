@@ -1,4 +1,4 @@
-"""Conversion, and our own layout: safetensors under our names and one config.json, tower and tokenizer included."""
+"""Conversion into any layout, and our own: safetensors under our names, one config.json, tower and tokenizer in it."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,18 +8,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llava.checkpoint import llama
+from llava.checkpoint import llama, llavahf, original
 from llava.checkpoint.detect import FORMAT_KEY, NATIVE_FORMAT
+from llava.checkpoint.load import n_parameters
+from llava.checkpoint.onbase import LENGTHENED
 from llava.checkpoint.open import Checkpoint, check_headers, open_checkpoint
+from llava.checkpoint.report import check_logits, report
 from llava.checkpoint.write import Item, Progress, copy_tokenizer, new_folder, silent, write_json, write_shards
 from llava.errors import CheckpointError, ConfigError
+from llava.preprocess.tokenizer import JsonTokenizer
+
+CHECKED_PARAMETERS = 1e9  # below this a conversion compares logits unless told not to
 
 
 class Layout(NamedTuple):
-    """A layout that can be written: which tensors, and what its config.json says."""
+    """A layout that can be written."""
 
-    items: Callable[[Checkpoint], list[Item]]
-    config: Callable[[Checkpoint], dict[str, Any]]
+    items: Callable[[Checkpoint], list[Item]]  # which tensors
+    config: Callable[[Checkpoint, Path], dict[str, Any]]  # config.json of a folder that becomes the path
+    beside: Callable[[Checkpoint, Path], None]  # tokenizer and further files, into the folder
 
 
 def items(checkpoint: Checkpoint) -> list[Item]:
@@ -35,7 +42,24 @@ def config(checkpoint: Checkpoint) -> dict[str, Any]:
     return {FORMAT_KEY: NATIVE_FORMAT, **checkpoint.config.to_dict()}
 
 
-LAYOUTS = {"native": Layout(items, config), "llama": Layout(llama.items, llama.config)}
+def _copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+    """A reader takes tokenizer.model before tokenizer.json: where that is not what is used, it is left out."""
+    copy_tokenizer(checkpoint.tokenizer_folder, folder)
+    if isinstance(checkpoint.tokenizer, JsonTokenizer):
+        (folder / "tokenizer.model").unlink(missing_ok=True)
+
+
+def _write_original_beside(checkpoint: Checkpoint, folder: Path) -> None:
+    llavahf.copy_plain_tokenizer(checkpoint, folder)
+    original.write_own_tower(checkpoint, folder)
+
+
+LAYOUTS = {
+    "native": Layout(items, lambda checkpoint, target: config(checkpoint), _copy_tokenizer),
+    "llama": Layout(llama.items, lambda checkpoint, target: llama.config(checkpoint), _copy_tokenizer),
+    "original": Layout(original.items, original.config, _write_original_beside),
+    "hf": Layout(llavahf.items, lambda checkpoint, target: llavahf.config(checkpoint), llavahf.write_beside),
+}
 
 
 def convert(
@@ -45,38 +69,68 @@ def convert(
     to: str = "native",
     vision: bool = True,
     verify: bool = False,
+    check: bool | None = None,
     force: bool = False,
     progress: Progress = silent,
     **options: Any,
 ) -> Checkpoint:
     """Writes a checkpoint in another layout into `target` (absent or empty), streaming, and returns the source.
 
-    `to`: native, or llama for a plain Llama folder that any Llama loader opens. `verify`: everything is read back and
-    compared bit by bit. `force`: go on in spite of unknown tensors, NaN and Inf. `options` as for `open_checkpoint`.
+    `to`: native, original (as LLaVA-1.5 is published), hf (as llava-hf's, for transformers), or llama for a plain Llama
+    folder that any Llama loader opens. `verify`: everything is read back and compared bit by bit. `check`: the logits
+    of both are compared, which takes both in memory; None: for models below 1 B parameters. `force`: go on in spite of
+    unknown tensors, NaN and Inf. `options` as for `open_checkpoint`. conversion.md in the folder tells what was done.
     Raises LlavaError; a folder that failed is not left behind.
     """
     if to not in LAYOUTS:
         raise ConfigError(f"there is no layout {to!r} to convert to; expected one of {', '.join(LAYOUTS)}")
-    checkpoint = open_checkpoint(source, vision=vision and to != "llama", lenient=force, **options)
-    check_headers(checkpoint)
+    if to == "original":
+        options["image_mode"] = "original"  # this layout has no other
+    opened = open_checkpoint(source, vision=vision and to != "llama", lenient=force, **options)
+    check_headers(opened)
+    checkpoint = llavahf.without_added_rows(opened) if to == "original" else opened
     written = [replace(item, force=force) for item in LAYOUTS[to].items(checkpoint)]
-    with new_folder(Path(target), sum(item.n_bytes for item in written)) as folder:
+    target = Path(target)
+    with new_folder(target, sum(item.n_bytes for item in written)) as folder:
         write_shards(folder, written, progress)
-        write_json(folder / "config.json", LAYOUTS[to].config(checkpoint))
-        copy_tokenizer(checkpoint.tokenizer_folder, folder)
-        if verify:
-            check_equal(checkpoint, open_checkpoint(folder), progress)
+        write_json(folder / "config.json", LAYOUTS[to].config(checkpoint, target))
+        LAYOUTS[to].beside(checkpoint, folder)
+        lines = []
+        if check is None:
+            check = not force and n_parameters(checkpoint.config) < CHECKED_PARAMETERS
+        if verify or check:
+            again = _reopened(folder, target, checkpoint)
+            if verify:
+                check_equal(checkpoint, again, progress)
+                lines.append("Read back: every tensor has the same bits.")
+            if check:
+                lines.append(f"Logits of both, float32: largest difference {check_logits(checkpoint, again):.1e}.")
+        text = report(opened, written, to, lines)
+        (folder / "conversion.md").write_text(text, encoding="utf-8")
     return checkpoint
 
 
+def _reopened(folder: Path, target: Path, checkpoint: Checkpoint) -> Checkpoint:
+    """What was written. Its config may name a folder inside the one that it is going to be."""
+    own = folder / original.OWN_TOWER
+    tower = own if own.is_dir() else None if checkpoint.tower_inside else checkpoint.vision_tower
+    again = open_checkpoint(folder, vision=checkpoint.config.vision is not None, vision_tower=tower)
+    check_headers(again)
+    return again
+
+
 def check_equal(one: Checkpoint, other: Checkpoint, progress: Progress = silent) -> None:
-    """Two checkpoints hold the same tensors, bit for bit. Raises CheckpointError naming the first that differs."""
+    """Two checkpoints hold the same tensors, bit for bit. Raises CheckpointError naming the first that differs.
+
+    Of tables that `other` has lengthened, the rows that both have are compared.
+    """
     if differing := sorted(set(one.sources) ^ set(other.sources)):
         raise CheckpointError(f"{other.folder}: differs from {one.folder} in having or lacking {differing[0]}")
     total = sum(source.n_bytes for source in one.sources.values())
     done = 0
     for name, tensor in one.tensors():
         tensor, same = tensor.to(one.sources[name].dtype), other.sources[name].read()
+        same = same[: len(tensor)] if name in LENGTHENED else same
         if tensor.dtype != same.dtype or not torch.equal(_bits(tensor), _bits(same)):
             raise CheckpointError(f"{other.folder}: {name} is not what {one.folder} holds; convert again")
         done += one.sources[name].n_bytes

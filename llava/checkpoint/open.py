@@ -14,14 +14,14 @@ from llava.checkpoint.files import locate, open_weights, read_json, reading
 from llava.checkpoint.onbase import ON_BASE, Base, Put, put_on, recorded_base
 from llava.checkpoint.settings import ImageMode, Shapes
 from llava.checkpoint.source import Source, Stored
-from llava.checkpoint.tower import find_tower
+from llava.checkpoint.tower import Tower, find_tower
 from llava.config import LlavaConfig, ProjectorConfig
 from llava.errors import CheckpointError, ConfigError
 from llava.model.llava import shapes
 from llava.preprocess.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
-SUPPORTED: tuple[Kind, ...] = ("native", "merged", "llama", "mpt")
-_TABLES = {"native": keymap.NATIVE, "mpt": keymap.LLAVA_MPT}  # else keymap.LLAVA
+SUPPORTED: tuple[Kind, ...] = ("native", "merged", "llama", "mpt", "llava-hf")
+_TABLES = {"native": keymap.NATIVE, "mpt": keymap.LLAVA_MPT, "llava-hf": keymap.LLAVA_HF}  # else keymap.LLAVA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,8 @@ class Checkpoint:
     unused: tuple[str, ...]  # names on disk that this model does not need, those of `spare` included
     tokenizer: Tokenizer
     tokenizer_folder: Path  # where its files lie: the base's, for folders that bring none
+    vision_tower: str | None  # as config.json names it, or as it was given
+    tower_inside: bool  # the folder holds the tower's weights itself
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Our names and tensors, one at a time, mapped where nothing has to be stacked."""
@@ -79,6 +81,10 @@ def open_checkpoint(
     folder = facts.folder
     with reading(folder / "config.json"):
         finding = detect(facts)
+        if finding.kind == "llava-hf":
+            processor = _processor(folder)
+            facts = facts._replace(settings=settings.flat(facts.settings, processor, str(folder)))
+            image_mode = image_mode or settings.mode_of(processor)
     if finding.kind not in (*SUPPORTED, *ON_BASE):
         raise _unsupported(folder, finding)
     if finding.kind in SUPPORTED and not facts.weights:
@@ -86,7 +92,7 @@ def open_checkpoint(
     under = _open_base(base, facts, finding, legacy_strip=legacy_strip, lenient=lenient)
     described = facts if facts.settings or not under else look(under.folder)  # a LoRA of peft alone has no config.json
     files = folder if under is None or has_tokenizer(folder) else under.tokenizer_folder
-    tokenizer = load_tokenizer(files, legacy_strip=legacy_strip)
+    tokenizer = load_tokenizer(files, legacy_strip=legacy_strip, fast=finding.kind == "llava-hf")
     put = _on_base(facts, finding.kind, under, tokenizer) if under else _alone(facts, finding.kind)
     if put.unknown and not lenient:
         raise _unknown(put.unknown)
@@ -124,6 +130,8 @@ def open_checkpoint(
         unused=(*put.unused, *put.unknown, *(name for source in spare.values() for name in source.names)),
         tokenizer=tokenizer,
         tokenizer_folder=files,
+        vision_tower=described.settings.get("mm_vision_tower") or (str(vision_tower) if vision_tower else None),
+        tower_inside="vision.cls" in held,
     )
 
 
@@ -245,7 +253,10 @@ def _foreign_config(
         raise CheckpointError(
             f"{where}: names no mm_vision_tower; pass vision_tower= (--vision-tower), or vision=False"
         )
-    tower = find_tower(str(vision_tower or named), found, fetch=fetch_tower)
+    if own := facts.settings.get("vision_config"):
+        tower = Tower(None, own, _processor(facts.folder))
+    else:
+        tower = find_tower(str(vision_tower or named), found, fetch=fetch_tower)
     with reading(tower.folder / "config.json" if tower.folder else Path(where)):
         seen = settings.vision_config(tower.config, facts.settings, str(tower.folder or where))
     image = settings.image_config(tower.processor, facts.settings, seen)
@@ -255,6 +266,11 @@ def _foreign_config(
         projector=settings.projector_config(facts.settings, seen, config.decoder),
         image=settings.in_mode(image, image_mode or "original"),
     ), tower.folder
+
+
+def _processor(folder: Path) -> dict[str, Any]:
+    file = folder / "preprocessor_config.json"
+    return read_json(file) if file.is_file() else {}
 
 
 def _of_tower(folder: Path, needed: bool) -> dict[str, Source]:

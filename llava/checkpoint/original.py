@@ -8,9 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from llava.checkpoint import keymap, llama
+from llava.checkpoint import keymap, llama, zoo
 from llava.checkpoint.detect import TEMPLATE_KEY
 from llava.checkpoint.keymap import Rule
+from llava.checkpoint.open import Checkpoint
 from llava.checkpoint.source import Given, Source
 from llava.checkpoint.torchzip import write_torch
 from llava.checkpoint.write import (
@@ -30,6 +31,7 @@ from llava.model.llava import shapes
 from llava.preprocess.tokenizer import Tokenizer, load_tokenizer
 
 Form = Literal["safetensors", "bin"]
+OWN_TOWER = "vision_tower"
 WRITERS = {"safetensors": write_safetensors, "bin": write_torch}
 
 
@@ -79,8 +81,43 @@ def write_tower(folder: Path, config: LlavaConfig, tensors: Mapping[str, Tensor]
     written = llama.taken_apart(tower, config, keymap.prefixed("vision_model.", keymap.CLIP_TOWER))
     with new_folder(folder, sum(item.n_bytes for item in written)) as partial:
         write_shards(partial, written)
-        write_json(partial / "config.json", _clip_settings(config.vision))
-        write_json(partial / "preprocessor_config.json", _processor(config.image))
+        write_json(partial / "config.json", clip_settings(config.vision))
+        write_json(partial / "preprocessor_config.json", processor_settings(config.image))
+
+
+def items(checkpoint: Checkpoint) -> list[Item]:
+    """All tensors under the layout's names; the tower's where the folder itself holds them."""
+    kept = {name: source for name, source in checkpoint.sources.items() if not name.startswith("vision.")}
+    if checkpoint.tower_inside:
+        kept = {**checkpoint.sources, **{n: s for n, s in checkpoint.spare.items() if n.startswith("vision.")}}
+    return llama.taken_apart(kept, checkpoint.config, rules_of(checkpoint.config))
+
+
+def config(checkpoint: Checkpoint, target: Path) -> dict[str, Any]:
+    """config.json of a checkpoint that is written into `target`."""
+    settings = llava_settings(checkpoint.config, checkpoint.tokenizer, _tower_name(checkpoint, target))
+    return settings | {"unfreeze_mm_vision_tower": checkpoint.tower_inside}
+
+
+def _tower_name(checkpoint: Checkpoint, target: Path) -> str | None:
+    """A published CLIP, or the folder that is named; of a tower that is inside, a folder with its config beside it."""
+    vision = checkpoint.config.vision
+    if vision is None:
+        return None
+    published = zoo.clip_id(clip_settings(vision))
+    if checkpoint.tower_inside:
+        return published or str(target.expanduser().absolute() / OWN_TOWER)
+    return checkpoint.vision_tower
+
+
+def write_own_tower(checkpoint: Checkpoint, folder: Path) -> None:
+    """The folder that `config` names for a tower of sizes that were never published."""
+    vision = checkpoint.config.vision
+    if vision and checkpoint.tower_inside and zoo.clip_id(clip_settings(vision)) is None:
+        every = {**checkpoint.sources, **checkpoint.spare}
+        write_tower(
+            folder / OWN_TOWER, checkpoint.config, {n: s.read() for n, s in every.items() if n.startswith("vision.")}
+        )
 
 
 def named(tensors: Mapping[str, Tensor], config: LlavaConfig) -> list[Item]:
@@ -177,7 +214,8 @@ def _generation_settings(config: LlavaConfig, settings: Mapping[str, Any]) -> di
     )
 
 
-def _clip_settings(sizes: VisionConfig) -> dict[str, Any]:
+def clip_settings(sizes: VisionConfig) -> dict[str, Any]:
+    """A CLIPVisionConfig."""
     return {
         "architectures": ["CLIPVisionModel"],
         "model_type": "clip_vision_model",
@@ -192,7 +230,8 @@ def _clip_settings(sizes: VisionConfig) -> dict[str, Any]:
     }
 
 
-def _processor(image: ImageConfig) -> dict[str, Any]:
+def processor_settings(image: ImageConfig) -> dict[str, Any]:
+    """preprocessor_config.json of a CLIP: shortest edge, then the middle square."""
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,

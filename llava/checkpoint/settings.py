@@ -204,3 +204,41 @@ def end_ids(folder: Path, generation: Mapping[str, Any]) -> tuple[int, ...]:
             f"{folder / 'generation_config.json'}: eos_token_id is {value!r}; expected a number or a list"
         )
     return tuple(id for id in ids if id is not None)
+
+
+def flat(settings: Mapping[str, Any], processor: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """llava-hf's config.json with the keys of the original's, the tower's config among them under `vision_config`.
+
+    Raises ConfigError for what LLaVA does not compute.
+    """
+    text, vision = settings.get("text_config") or {}, settings.get("vision_config") or {}
+    layer, strategy = settings.get("vision_feature_layer", -2), settings.get("vision_feature_select_strategy")
+    if not isinstance(layer, int):
+        raise ConfigError(f"{where}: vision_feature_layer is {layer!r}; this tower hands on one layer alone")
+    if (act := settings.get("projector_hidden_act", "gelu")) != "gelu":
+        raise ConfigError(f"{where}: projector_hidden_act is {act!r}; expected gelu")
+    features = {"default": "patch", "full": "cls_patch", None: "patch"}
+    if strategy not in features:
+        raise ConfigError(f"{where}: vision_feature_select_strategy is {strategy!r}; expected default or full")
+    grid = settings.get("image_grid_pinpoints") or processor.get("image_grid_pinpoints")
+    return {
+        **text,
+        "torch_dtype": settings.get("torch_dtype") or settings.get("dtype") or text.get("torch_dtype"),
+        "tie_word_embeddings": bool(settings.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+        "vision_config": {**zoo.CLIP_DEFAULTS, **vision},
+        "mm_vision_tower": zoo.clip_id(vision) or "the one inside",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": layer,
+        "mm_vision_select_feature": features[strategy],
+        "mm_use_im_patch_token": False,
+        "image_aspect_ratio": "anyres" if grid else "pad",  # a crop in transformers' way with pictures
+        "image_grid_pinpoints": grid,
+        "mm_patch_merge_type": "spatial_unpad" if grid else "flat",
+        **{key: settings[key] for key in ("llava_template",) if key in settings},
+    }
+
+
+def mode_of(processor: Mapping[str, Any]) -> ImageMode:
+    """transformers' own way with pictures, but for the processor that pads to a square as LLaVA does."""
+    pads = processor.get("image_processor_type") == "LlavaImageProcessor" and processor.get("do_pad")
+    return "original" if pads else "hf"

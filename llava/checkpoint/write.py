@@ -45,6 +45,7 @@ class Item:
     parts: Callable[[], Iterator[Tensor]]  # mapped or made when they are written
     where: str  # file and tensors that it comes from, for messages
     force: bool = False  # write NaN and Inf too
+    ours: str = ""  # our name of the tensor that it is, or is a part of
 
     @property
     def n_bytes(self) -> int:

@@ -1,5 +1,6 @@
 """What is known about published models and can not be read from their own files."""
 
+from collections.abc import Mapping
 from typing import Any
 
 _CLIP_L = {
@@ -15,6 +16,16 @@ CLIP_CONFIGS: dict[str, dict[str, Any]] = {  # their vision_config, by hub id
     "openai/clip-vit-large-patch14": _CLIP_L | {"image_size": 224},
     "openai/clip-vit-large-patch14-336": _CLIP_L | {"image_size": 336},
 }
+CLIP_DEFAULTS: dict[str, Any] = {  # of transformers' CLIPVisionConfig, for what a config.json leaves out
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "patch_size": 32,
+    "image_size": 224,
+    "layer_norm_eps": 1e-5,
+    "hidden_act": "quick_gelu",
+}
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of both repositories' preprocessor_config.json
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -29,6 +40,14 @@ def clip_like(dim: int, n_layers: int, image_size: int, patch_size: int) -> dict
     if not deep or (dim, patch_size) != (_CLIP_L["hidden_size"], _CLIP_L["patch_size"]):
         return None
     return _CLIP_L | {"image_size": image_size}
+
+
+def clip_id(sizes: Mapping[str, Any]) -> str | None:
+    """The published CLIP of these sizes, None if there is none."""
+    for name, known in CLIP_CONFIGS.items():
+        if all(sizes.get(key, CLIP_DEFAULTS[key]) == value for key, value in known.items()):
+            return name
+    return None
 
 
 def is_llama_2_chat(repository: str) -> bool:

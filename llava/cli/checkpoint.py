@@ -46,9 +46,12 @@ def inspect(
 def convert(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write; absent or empty")],
-    to: Annotated[str, typer.Option("--to", help="native, or llama for a plain Llama folder")] = "native",
+    to: Annotated[str, typer.Option("--to", help="native, original, hf, or llama for a plain Llama")] = "native",
     vision: Annotated[bool, typer.Option("--vision/--no-vision", help="with or without tower and projector")] = True,
     verify: Annotated[bool, typer.Option("--verify", help="read back and compare bit by bit")] = False,
+    check: Annotated[
+        bool | None, typer.Option("--check/--no-check", help="compare logits; default: below 1 B parameters")
+    ] = None,
     base: Base = None,
     vision_tower: VisionTower = None,
     revision: Revision = None,
@@ -65,6 +68,7 @@ def convert(
             to=to,
             vision=vision,
             verify=verify,
+            check=check,
             progress=progress,
             base=base,
             vision_tower=vision_tower,

@@ -202,19 +202,19 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
 
 
-def load_tokenizer(folder: Path, *, legacy_strip: bool = False) -> Tokenizer:
-    """The tokenizer of a checkpoint folder.
+def load_tokenizer(folder: Path, *, legacy_strip: bool = False, fast: bool = False) -> Tokenizer:
+    """The tokenizer of a checkpoint folder. `fast`: tokenizer.json first, as transformers' processors take it.
 
     `legacy_strip`: tokens of added_tokens.json swallow the white space beside them, as transformers up to 4.31 did;
     LLaVA v0 and v1.1 were trained so. Raises CheckpointError where the files are missing or broken.
     """
-    model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
+    model, whole = folder / "tokenizer.model", folder / "tokenizer.json"
     settings = _read(folder / "tokenizer_config.json")
     names = _special_names(settings, _read(folder / "special_tokens_map.json"))
+    if whole.is_file() and (fast or not model.is_file()):
+        return JsonTokenizer(whole, eos=names["eos_token"])
     if not model.is_file():
-        if not fast.is_file():
-            raise CheckpointError(f"{folder}: no tokenizer.model and no tokenizer.json; add the base model's tokenizer")
-        return JsonTokenizer(fast, eos=names["eos_token"])
+        raise CheckpointError(f"{folder}: no tokenizer.model and no tokenizer.json; add the base model's tokenizer")
     try:
         added = _added(settings, _read(folder / "added_tokens.json"), set(names.values()), legacy_strip)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -1,0 +1,203 @@
+"""The layout of llava-hf: one config.json with three parts, other names, rows for <image> and <pad>.
+
+Read: as transformers wrote it up to 4.51 and from 4.52 on. Written: the older one, which all its versions open.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava.checkpoint import llama
+from llava.checkpoint.detect import TEMPLATE_KEY
+from llava.checkpoint.files import read_json
+from llava.checkpoint.keymap import LLAVA_HF
+from llava.checkpoint.onbase import LENGTHENED
+from llava.checkpoint.open import Checkpoint
+from llava.checkpoint.original import clip_settings, processor_settings
+from llava.checkpoint.source import Cut, Given, Mean, Rows, Source
+from llava.checkpoint.write import Item, copy_tokenizer, write_json
+from llava.config import ImageConfig, ProjectorConfig, VisionConfig
+from llava.errors import CheckpointError
+from llava.preprocess.tokenizer import Tokenizer
+
+MULTIPLE = 64  # rows of the embedding table are filled up to one of it, as transformers' conversion does
+VOCAB_KEY = "llava_vocab_size"  # our own key: rows before the table was lengthened
+IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
+
+
+def items(checkpoint: Checkpoint) -> list[Item]:
+    """All tensors under llava-hf's names; the table lengthened, the tower with every block that is at hand."""
+    vision = _parts(checkpoint)[0]
+    tower = {name: source for name, source in checkpoint.spare.items() if name.startswith("vision.")}
+    sources: dict[str, Source] = {**checkpoint.sources, **tower}
+    rows = _vocab_size(checkpoint)
+    for name in LENGTHENED:
+        if name in sources and (more := rows - sources[name].shape[0]) > 0:
+            sources[name] = Rows(sources[name], Mean(sources[name], more), sources[name].shape[0])
+    # transformers builds the norm behind the last block, which LLaVA does not use
+    like = sources["vision.pre_norm.weight"].dtype
+    for part, value in (("weight", 1.0), ("bias", 0.0)):
+        filled = Given(tensor=torch.full((vision.dim,), value, dtype=like), what="an unused norm")
+        sources.setdefault(f"vision.post_norm.{part}", filled)
+    return llama.taken_apart(sources, checkpoint.config, LLAVA_HF)
+
+
+def config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """config.json in its three parts. Raises CheckpointError for a model that llava-hf has no form for."""
+    vision, _projector, image = _parts(checkpoint)
+    tokenizer, anyres = checkpoint.tokenizer, image.aspect == "anyres"
+    rows = _vocab_size(checkpoint)
+    held = 1 + max(
+        int(name.split(".")[2]) for name in (*checkpoint.sources, *checkpoint.spare) if name.startswith("vision.blocks")
+    )
+    whole = held == vision.n_layers
+    settings: dict[str, Any] = {
+        "architectures": ["LlavaNextForConditionalGeneration" if anyres else "LlavaForConditionalGeneration"],
+        "model_type": "llava_next" if anyres else "llava",
+        "text_config": llama.settings(checkpoint.config, tokenizer) | {"vocab_size": rows},
+        "vision_config": clip_settings(vision) | {"num_hidden_layers": held, "projection_dim": vision.dim},
+        "image_token_index": added(tokenizer)[IMAGE_TOKEN],
+        "pad_token_id": added(tokenizer)[PAD_TOKEN],
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": vision.select_layer if whole else -1,  # blocks behind that layer are not at hand
+        "vision_feature_select_strategy": "default" if vision.select_feature == "patch" else "full",
+        "image_seq_length": (vision.image_size // vision.patch_size) ** 2 + (vision.select_feature != "patch"),
+        "multimodal_projector_bias": True,
+        "tie_word_embeddings": checkpoint.config.decoder.tied,
+        "torch_dtype": checkpoint.config.dtype,
+        "vocab_size": rows,
+    }
+    if anyres:
+        settings |= {"image_grid_pinpoints": _stored_pinpoints(image), "use_image_newline_parameter": True}
+    if checkpoint.template.template:
+        settings[TEMPLATE_KEY] = checkpoint.template.template
+    return settings | {VOCAB_KEY: checkpoint.config.decoder.vocab_size}
+
+
+def write_beside(checkpoint: Checkpoint, folder: Path) -> None:
+    """Tokenizer with the two tokens, and how transformers prepares pictures and prompts."""
+    vision, _, image = _parts(checkpoint)
+    anyres = image.aspect == "anyres"
+    _write_tokenizer(checkpoint, folder)
+    processor = processor_settings(image)
+    if anyres:
+        kind = {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": _stored_pinpoints(image)}
+        processor |= kind | {"do_pad": True}
+    elif image.aspect == "pad" and image.mode == "original":
+        processor |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+    write_json(folder / "preprocessor_config.json", processor)
+    beside = {
+        "processor_class": "LlavaNextProcessor" if anyres else "LlavaProcessor",
+        "image_token": IMAGE_TOKEN,
+        "patch_size": vision.patch_size,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "default" if vision.select_feature == "patch" else "full",
+    }
+    write_json(folder / "processor_config.json", beside)
+
+
+def _parts(checkpoint: Checkpoint) -> tuple[VisionConfig, ProjectorConfig, ImageConfig]:
+    config, where = checkpoint.config, checkpoint.folder
+    if config.vision is None or config.projector is None or config.image is None:
+        raise CheckpointError(f"{where}: has no vision part; llava-hf's layout holds whole LLaVAs, use --to llama")
+    llama.require_llama(checkpoint)
+    if config.projector.depth != 2:
+        raise CheckpointError(
+            f"{where}: its projector has {config.projector.depth} layers; llava-hf's layout has room for 2 alone"
+        )
+    if config.start_end:
+        raise CheckpointError(
+            f"{where}: sets <im_start> and <im_end> around pictures, which llava-hf's layout does not"
+        )
+    if config.image.aspect == "anyres" and config.image.merge != "spatial_unpad":
+        raise CheckpointError(f"{where}: merges tiles as {config.image.merge!r}; llava-hf knows spatial_unpad alone")
+    return config.vision, config.projector, config.image
+
+
+def _stored_pinpoints(image: ImageConfig) -> list[list[int]]:
+    """Pairs as the published file has them: transformers takes them for (h, w), LLaVA for (w, h)."""
+    return [[h, w] if image.mode == "hf" else [w, h] for w, h in image.pinpoints]
+
+
+def added(tokenizer: Tokenizer) -> dict[str, int]:
+    """Ids of <image> and <pad>: the tokenizer's own, else the next ones."""
+    ids: dict[str, int] = {}
+    for text in (IMAGE_TOKEN, PAD_TOKEN):
+        known = tokenizer.id_of(text)
+        ids[text] = tokenizer.size + sum(id >= tokenizer.size for id in ids.values()) if known is None else known
+    return ids
+
+
+def _vocab_size(checkpoint: Checkpoint) -> int:
+    needed = max(checkpoint.config.decoder.vocab_size, 1 + max(added(checkpoint.tokenizer).values()))
+    return needed + -needed % MULTIPLE
+
+
+def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+    copy_tokenizer(checkpoint.tokenizer_folder, folder)
+    ids = added(checkpoint.tokenizer)
+    _extend(folder / "added_tokens.json", ids)
+    entries = {
+        str(id): {"content": text, "lstrip": False, "rstrip": False, "normalized": False, "special": True,
+                  "single_word": False}
+        for text, id in ids.items()
+    }  # fmt: skip
+    file = folder / "tokenizer_config.json"
+    settings: dict[str, Any] = read_json(file) if file.is_file() else {"tokenizer_class": "LlamaTokenizer"}
+    decoder = {**settings.get("added_tokens_decoder", {}), **entries}
+    write_json(file, settings | {"added_tokens_decoder": decoder, "pad_token": PAD_TOKEN})
+    _extend(folder / "special_tokens_map.json", {"pad_token": PAD_TOKEN})
+    if (folder / "tokenizer.json").is_file():
+        _extend_json_tokenizer(folder / "tokenizer.json", list(ids))
+
+
+def _extend(file: Path, values: Mapping[str, Any]) -> None:
+    write_json(file, (read_json(file) if file.is_file() else {}) | dict(values))
+
+
+def _extend_json_tokenizer(file: Path, texts: list[str]) -> None:
+    import tokenizers
+
+    model = tokenizers.Tokenizer.from_file(str(file))
+    model.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in texts])
+    model.save(str(file))
+
+
+def without_added_rows(checkpoint: Checkpoint) -> Checkpoint:
+    """The same model without the rows of <image>, <pad> and the filling behind them, which are not trained."""
+    if checkpoint.kind != "llava-hf":
+        return checkpoint
+    recorded = read_json(checkpoint.folder / "config.json").get(VOCAB_KEY)
+    rows = recorded if isinstance(recorded, int) else checkpoint.tokenizer.id_of(IMAGE_TOKEN)
+    if rows is None or not 0 < rows <= checkpoint.config.decoder.vocab_size:
+        return checkpoint
+    cut = {name: Cut(checkpoint.sources[name], 0, rows) for name in LENGTHENED if name in checkpoint.sources}
+    config = replace(checkpoint.config, decoder=replace(checkpoint.config.decoder, vocab_size=rows))
+    return replace(checkpoint, sources={**checkpoint.sources, **cut}, config=config)
+
+
+def copy_plain_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+    """The tokenizer's files without <image> and <pad>, where it is a SentencePiece model that they were added to."""
+    copy_tokenizer(checkpoint.tokenizer_folder, folder)
+    if checkpoint.kind != "llava-hf" or not (folder / "tokenizer.model").is_file():
+        return
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    (folder / "added_tokens.json").unlink(missing_ok=True)
+    ours = {IMAGE_TOKEN, PAD_TOKEN}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if not (file := folder / name).is_file():
+            continue
+        settings = {
+            key: value for key, value in read_json(file).items() if key != "pad_token" and not _names(value, ours)
+        }
+        kept = {
+            id: token for id, token in settings.get("added_tokens_decoder", {}).items() if token["content"] not in ours
+        }
+        write_json(file, settings | ({"added_tokens_decoder": kept} if kept else {}))
+
+
+def _names(value: Any, texts: set[str]) -> bool:
+    return isinstance(value, str) and value in texts
