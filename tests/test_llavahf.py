@@ -1,16 +1,26 @@
 """llava-hf's layout: read as transformers reads it, and written so that transformers opens it."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import llava
+from llava.assistant import question_about
+from llava.checkpoint.files import open_weights
+from llava.checkpoint.native import LAYOUTS as WRITTEN
+from llava.checkpoint.native import convert
+from llava.checkpoint.open import open_checkpoint
 from llava.config import IMAGE
+from llava.errors import CheckpointError
+from tests import tiny
 
 NAMES = ("single", "two_images", "multi_turn", "text_only")
 LAYOUTS = ("old", "new")
@@ -52,3 +62,185 @@ def test_ids_pixels_logits_and_answers_are_those_of_transformers(
     reply = assistant.generate(prompt, images=images, max_new_tokens=32, temperature=0)
     assert reply.token_ids == case.entry["generated_ids"]
     assert reply.text == case.entry["generated_text"]
+
+
+def test_the_originals_way_with_pictures_is_an_option(golden: Path, golden_checkpoints: Path) -> None:
+    folder = golden_checkpoints / "h_hf" / "llava-1.5-7b-hf-old"
+    assistant = llava.load(folder, dtype="float32", device="cpu", image_mode="original")
+    original = load_file(golden / "a_v1.5" / "golden" / "single.safetensors")
+    record = json.loads((golden / "a_v1.5" / "golden" / "prompts.json").read_text())["prompts"]
+    entry = next(entry for entry in record if entry["id"] == "single")
+    images = [golden / "images" / image for image in entry["images"]]
+    input = assistant.prepare(entry["prompt"], images=images)
+    assert input.token_ids == entry["input_ids"]
+    torch.testing.assert_close(input.pixels, original["pixel_values"], atol=1e-6, rtol=0)
+    logits = assistant.logits(entry["prompt"], images=images)[-1, :32000]
+    torch.testing.assert_close(logits, original["logits_last"][:32000], atol=1e-4, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------- written
+
+PICTURES = [Image.linear_gradient("L").resize(size).convert("RGB") for size in ((96, 64), (40, 120))]
+PROMPT = "USER: <image>\nWhat is in the picture? ASSISTANT:"
+FORMS = {"1.5": {}, "1.6": {"tower_seed": 5, "layout": "safetensors-shards", **tiny.ANYRES}}
+
+
+@pytest.fixture(scope="module")
+def made(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A small LLaVA of that version, as the original publishes it."""
+    out = tmp_path_factory.mktemp("original")
+
+    def make(form: str) -> Path:
+        folder = out / form
+        return folder if folder.is_dir() else tiny.write_llava(folder, clip=clip, **FORMS[form])
+
+    return make
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_transformers_opens_the_export_and_computes_the_same(
+    made: Callable[[str], Path], tmp_path: Path, form: str
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    convert(made(form), tmp_path / "hf", to="hf", verify=True)
+    kind = {"1.5": "LlavaForConditionalGeneration", "1.6": "LlavaNextForConditionalGeneration"}[form]
+    theirs, info = getattr(transformers, kind).from_pretrained(
+        tmp_path / "hf", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "hf")
+    theirs.save_pretrained(tmp_path / "again")  # in the newer layout of names
+    for file in (tmp_path / "hf").glob("*token*"):
+        shutil.copy(file, tmp_path / "again")
+    shutil.copy(tmp_path / "hf" / "preprocessor_config.json", tmp_path / "again")
+    for picture in PICTURES:
+        inputs = processor(images=picture, text=PROMPT, return_tensors="pt")
+        with torch.inference_mode():
+            expected = theirs(**inputs).logits[0]
+        for folder in ("hf", "again"):
+            # pads as LLaVA does where the folder's processor says so; text is cut as transformers cuts it
+            ours = llava.load(tmp_path / folder, dtype="float32", device="cpu", image_mode="hf")
+            input = ours.prepare(PROMPT, images=[picture])
+            assert [512 if id == IMAGE else id for id in input.ids.tolist()] == inputs["input_ids"][0].tolist()
+            if form == "1.6":
+                assert torch.equal(input.pixels, inputs["pixel_values"][0])
+                logits = ours.logits(PROMPT, images=[picture])
+                torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    if form == "1.5":
+        ours = llava.load(tmp_path / "hf", dtype="float32", device="cpu")
+        input = ours.prepare(PROMPT, images=[picture])
+        assert torch.equal(input.pixels, inputs["pixel_values"])
+
+
+def test_an_export_answers_as_the_original_did(made: Callable[[str], Path], tmp_path: Path) -> None:
+    """Through us: what the layout has no key for is recorded in keys of our own."""
+    for form in FORMS:
+        convert(made(form), tmp_path / form, to="hf")
+        before, after = (llava.load(f, dtype="float32", device="cpu") for f in (made(form), tmp_path / form))
+        assert after.config.template == before.config.template
+        for picture in PICTURES:
+            asked = question_about(picture, "What is unusual about it?")
+            replies = [one.generate(asked, max_new_tokens=12).token_ids for one in (before, after)]
+            assert replies[0] == replies[1], form
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    """Every tensor under its name on disk; buffers that every reader computes anew are none."""
+    weights = open_weights(folder)
+    return {name: weights[name] for name in weights if "inv_freq" not in name}
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+WAYS = [(form, to) for form in ("1.5", "1.6") for to in ("native", "hf")] + [("mpt", "native"), ("llama", "native")]
+
+
+@pytest.mark.parametrize(("form", "to"), WAYS)
+def test_there_and_back_gives_the_same_bytes(
+    made: Callable[[str], Path], clip: Path, tmp_path: Path, form: str, to: str
+) -> None:
+    if form == "mpt":
+        folder = tiny.write_mpt(tmp_path / "mpt", clip=clip)
+    else:
+        folder = tiny.write_llama(tmp_path / "llama") if form == "llama" else made(form)
+    convert(folder, tmp_path / "there", to=to, verify=True, check=True)
+    convert(tmp_path / "there", tmp_path / "back", to="llama" if form == "llama" else "original", verify=True)
+    before, after = stored(folder), stored(tmp_path / "back")
+    assert set(before) <= set(after)
+    assert all("vision_tower" in name for name in set(after) - set(before))  # it came along
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype, name
+        assert torch.equal(bits(tensor), bits(after[name])), name
+    tokens = [open_checkpoint(f).tokenizer for f in (folder, tmp_path / "back")]
+    assert tokens[0].size == tokens[1].size
+    assert tokens[0].encode("A boat lies at the shore.") == tokens[1].encode("A boat lies at the shore.")
+    assert open_checkpoint(folder).config == open_checkpoint(tmp_path / "back").config
+
+
+@pytest.mark.parametrize("to", ["original", "native"])
+def test_rows_that_were_added_for_transformers_come_back_too(
+    made: Callable[[str], Path], tmp_path: Path, to: str
+) -> None:
+    """Published llava-hf folders hold random values there."""
+    convert(made("1.6"), tmp_path / "hf", to="hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(file)
+    for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+        tensors[name][512:] = tiny.tensor(7, name, tensors[name][512:].shape, 0.5)
+    save_file(tensors, file, metadata={"format": "pt"})
+    convert(tmp_path / "hf", tmp_path / "there", to=to)
+    if to == "original":
+        assert open_checkpoint(tmp_path / "there").config.decoder.vocab_size == 512
+    convert(tmp_path / "there", tmp_path / "back", to="hf")
+    before, after = stored(tmp_path / "hf"), stored(tmp_path / "back")
+    assert set(before) == set(after)
+    assert not [name for name, tensor in before.items() if not torch.equal(bits(tensor), bits(after[name]))]
+
+
+def test_the_report_tells_what_was_renamed_filled_up_and_left_out(
+    made: Callable[[str], Path], clip: Path, tmp_path: Path
+) -> None:
+    convert(made("1.5"), tmp_path / "hf", to="hf", verify=True, check=True)
+    text = (tmp_path / "hf" / "conversion.md").read_text()
+    assert "| `projector.N.weight` | `multi_modal_projector.linear_2.weight` | 1 |" in text
+    assert "512 rows before, 576 here" in text
+    assert "`model.layers.N.self_attn.rotary_emb.inv_freq` (2): computed anew" in text
+    assert "every tensor has the same bits" in text
+    assert "largest difference 0.0e+00" in text
+    convert(tmp_path / "hf", tmp_path / "original", to="original", check=False)
+    text = (tmp_path / "original" / "conversion.md").read_text()
+    assert "576 rows before, 512 here" in text
+    assert "logits were not compared" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"mm_projector_type": "linear"}, "its projector has 1 layers"),
+        ({"mm_use_im_start_end": True, "added": ("<im_start>", "<im_end>")}, "sets <im_start> and <im_end>"),
+    ],
+)
+def test_what_the_layout_has_no_place_for_is_refused(
+    clip: Path, tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    folder = tiny.write_llava(tmp_path / "llava", clip=clip, **changes)
+    with pytest.raises(CheckpointError, match=reason):
+        convert(folder, tmp_path / "hf", to="hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_wrong_conversion_does_not_pass_the_check(
+    made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another eps in what is written: the tensors are the same, the logits are not."""
+    layout = WRITTEN["original"]
+
+    def wrong(checkpoint: Any, target: Path) -> dict[str, Any]:
+        return layout.config(checkpoint, target) | {"rms_norm_eps": 0.1}
+
+    monkeypatch.setitem(WRITTEN, "original", layout._replace(config=wrong))
+    with pytest.raises(CheckpointError, match="logits differ"):
+        convert(made("1.6"), tmp_path / "original", to="original")
+    assert not (tmp_path / "original").exists()

@@ -14,7 +14,7 @@ from llava.preprocess.tokenizer import Tokenizer
 
 Kind = Literal["native", "merged", "llama", "delta", "lora", "projector", "llava-hf", "mpt", "clip", "unknown"]
 FORMAT_KEY, NATIVE_FORMAT = "llava_format", "native-1"
-TEMPLATE_KEY = "llava_template"  # in config.json of published layouts that this package wrote
+TEMPLATE_KEY, MODE_KEY = "llava_template", "llava_image_mode"  # of published layouts that this package wrote
 
 _ALREADY_ADDED = 0.1  # |mean| of a final norm's weight below this: the tensor is a difference
 

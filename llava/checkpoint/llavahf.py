@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from llava.checkpoint import llama
-from llava.checkpoint.detect import TEMPLATE_KEY
-from llava.checkpoint.files import read_json
+from llava.checkpoint.detect import MODE_KEY, TEMPLATE_KEY
+from llava.checkpoint.files import Weights, read_json
 from llava.checkpoint.keymap import LLAVA_HF
 from llava.checkpoint.onbase import LENGTHENED
 from llava.checkpoint.open import Checkpoint
 from llava.checkpoint.original import clip_settings, processor_settings
-from llava.checkpoint.source import Cut, Given, Mean, Rows, Source
-from llava.checkpoint.write import Item, copy_tokenizer, write_json
+from llava.checkpoint.source import Cut, Given, Mean, Rows, Source, Stored
+from llava.checkpoint.write import Item, copy_tokenizer, write_json, write_safetensors
 from llava.config import ImageConfig, ProjectorConfig, VisionConfig
 from llava.errors import CheckpointError
 from llava.preprocess.tokenizer import Tokenizer
@@ -26,23 +26,35 @@ from llava.preprocess.tokenizer import Tokenizer
 MULTIPLE = 64  # rows of the embedding table are filled up to one of it, as transformers' conversion does
 VOCAB_KEY = "llava_vocab_size"  # our own key: rows before the table was lengthened
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
+HAVE_ROWS = ("llava-hf", "native")  # kinds of folders whose tables may have rows for the two
+ADDED_ROWS = "llava_hf_rows.safetensors"  # beside the original's layout: what it has no place for, for the way back
 
 
 def items(checkpoint: Checkpoint) -> list[Item]:
     """All tensors under llava-hf's names; the table lengthened, the tower with every block that is at hand."""
     vision = _parts(checkpoint)[0]
-    tower = {name: source for name, source in checkpoint.spare.items() if name.startswith("vision.")}
-    sources: dict[str, Source] = {**checkpoint.sources, **tower}
+    sources: dict[str, Source] = checkpoint.sources | checkpoint.rest_of_tower
     rows = _vocab_size(checkpoint)
     for name in LENGTHENED:
-        if name in sources and (more := rows - sources[name].shape[0]) > 0:
-            sources[name] = Rows(sources[name], Mean(sources[name], more), sources[name].shape[0])
+        if name in sources:
+            sources[name] = _lengthened(name, sources[name], rows, checkpoint.folder / ADDED_ROWS)
     # transformers builds the norm behind the last block, which LLaVA does not use
     like = sources["vision.pre_norm.weight"].dtype
     for part, value in (("weight", 1.0), ("bias", 0.0)):
         filled = Given(tensor=torch.full((vision.dim,), value, dtype=like), what="an unused norm")
         sources.setdefault(f"vision.post_norm.{part}", filled)
     return llama.taken_apart(sources, checkpoint.config, LLAVA_HF)
+
+
+def _lengthened(name: str, table: Source, rows: int, kept: Path) -> Source:
+    """A table with further rows: those that were kept when they were cut off, else the mean of the others."""
+    first = table.shape[0]
+    if (more := rows - first) <= 0:
+        return table
+    weights = Weights([kept] if kept.is_file() else [])
+    if name in weights.entries and weights.entries[name].shape == (more, *table.shape[1:]):
+        return Rows(table, Stored(weights=weights, names=(name,)), first)
+    return Rows(table, Mean(table, more), first)
 
 
 def config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -74,7 +86,8 @@ def config(checkpoint: Checkpoint) -> dict[str, Any]:
         settings |= {"image_grid_pinpoints": _stored_pinpoints(image), "use_image_newline_parameter": True}
     if checkpoint.template.template:
         settings[TEMPLATE_KEY] = checkpoint.template.template
-    return settings | {VOCAB_KEY: checkpoint.config.decoder.vocab_size}
+    own = {VOCAB_KEY: checkpoint.config.decoder.vocab_size, MODE_KEY: image.mode}
+    return settings | own | {"image_aspect_ratio": image.aspect}
 
 
 def write_beside(checkpoint: Checkpoint, folder: Path) -> None:
@@ -168,7 +181,7 @@ def _extend_json_tokenizer(file: Path, texts: list[str]) -> None:
 
 def without_added_rows(checkpoint: Checkpoint) -> Checkpoint:
     """The same model without the rows of <image>, <pad> and the filling behind them, which are not trained."""
-    if checkpoint.kind != "llava-hf":
+    if checkpoint.kind not in HAVE_ROWS:
         return checkpoint
     recorded = read_json(checkpoint.folder / "config.json").get(VOCAB_KEY)
     rows = recorded if isinstance(recorded, int) else checkpoint.tokenizer.id_of(IMAGE_TOKEN)
@@ -179,25 +192,39 @@ def without_added_rows(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, sources={**checkpoint.sources, **cut}, config=config)
 
 
+def keep_added_rows(opened: Checkpoint, folder: Path) -> None:
+    """Writes the rows that `without_added_rows` cuts off, so that the way back gives the same file."""
+    rows = without_added_rows(opened).config.decoder.vocab_size
+    tables = {name: opened.sources[name] for name in LENGTHENED if name in opened.sources}
+    cut = {name: Cut(table, rows, table.shape[0]) for name, table in tables.items() if table.shape[0] > rows}
+    items = [
+        Item(name=name, dtype=part.dtype, shape=part.shape, where=part.where, parts=part.pieces)
+        for name, part in cut.items()
+    ]
+    if items:
+        write_safetensors(folder / ADDED_ROWS, items, lambda n: None)
+
+
 def copy_plain_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     """The tokenizer's files without <image> and <pad>, where it is a SentencePiece model that they were added to."""
     copy_tokenizer(checkpoint.tokenizer_folder, folder)
-    if checkpoint.kind != "llava-hf" or not (folder / "tokenizer.model").is_file():
+    has_rows = checkpoint.kind in HAVE_ROWS and checkpoint.tokenizer.id_of(IMAGE_TOKEN) is not None
+    if not has_rows or not (folder / "tokenizer.model").is_file():
         return
-    (folder / "tokenizer.json").unlink(missing_ok=True)
-    (folder / "added_tokens.json").unlink(missing_ok=True)
     ours = {IMAGE_TOKEN, PAD_TOKEN}
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    if (file := folder / "added_tokens.json").is_file():
+        write_json(file, {text: id for text, id in read_json(file).items() if text not in ours})
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if not (file := folder / name).is_file():
             continue
-        settings = {
-            key: value for key, value in read_json(file).items() if key != "pad_token" and not _names(value, ours)
-        }
-        kept = {
-            id: token for id, token in settings.get("added_tokens_decoder", {}).items() if token["content"] not in ours
-        }
-        write_json(file, settings | ({"added_tokens_decoder": kept} if kept else {}))
+        settings = {key: value for key, value in read_json(file).items() if not _speaks_of(value, ours)}
+        if decoder := settings.get("added_tokens_decoder"):
+            settings["added_tokens_decoder"] = {id: t for id, t in decoder.items() if t["content"] not in ours}
+        write_json(file, settings)
 
 
-def _names(value: Any, texts: set[str]) -> bool:
-    return isinstance(value, str) and value in texts
+def _speaks_of(value: Any, texts: set[str]) -> bool:
+    """A setting such as {"pad_token": "<pad>"}, or one with the token's flags."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return isinstance(text, str) and text in texts

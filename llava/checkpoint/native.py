@@ -18,6 +18,7 @@ from llava.checkpoint.write import Item, Progress, copy_tokenizer, new_folder, s
 from llava.errors import CheckpointError, ConfigError
 from llava.preprocess.tokenizer import JsonTokenizer
 
+CUT = ("original", "llama")  # layouts that have no rows for <image>, <pad> and what fills the table up
 CHECKED_PARAMETERS = 1e9  # below this a conversion compares logits unless told not to
 
 
@@ -30,10 +31,11 @@ class Layout(NamedTuple):
 
 
 def items(checkpoint: Checkpoint) -> list[Item]:
-    """All tensors under our names, as they are stored."""
+    """All tensors under our names, as they are stored; all of a tower that the folder itself holds."""
+    sources = checkpoint.sources | (checkpoint.rest_of_tower if checkpoint.tower_inside else {})
     return [
-        Item(name=name, dtype=source.dtype, shape=source.shape, where=source.where, parts=source.pieces)
-        for name, source in checkpoint.sources.items()
+        Item(name=name, dtype=source.dtype, shape=source.shape, where=source.where, parts=source.pieces, ours=name)
+        for name, source in sources.items()
     ]
 
 
@@ -56,7 +58,7 @@ def _write_original_beside(checkpoint: Checkpoint, folder: Path) -> None:
 
 LAYOUTS = {
     "native": Layout(items, lambda checkpoint, target: config(checkpoint), _copy_tokenizer),
-    "llama": Layout(llama.items, lambda checkpoint, target: llama.config(checkpoint), _copy_tokenizer),
+    "llama": Layout(llama.items, lambda checkpoint, target: llama.config(checkpoint), llavahf.copy_plain_tokenizer),
     "original": Layout(original.items, original.config, _write_original_beside),
     "hf": Layout(llavahf.items, lambda checkpoint, target: llavahf.config(checkpoint), llavahf.write_beside),
 }
@@ -88,13 +90,15 @@ def convert(
         options["image_mode"] = "original"  # this layout has no other
     opened = open_checkpoint(source, vision=vision and to != "llama", lenient=force, **options)
     check_headers(opened)
-    checkpoint = llavahf.without_added_rows(opened) if to == "original" else opened
+    checkpoint = llavahf.without_added_rows(opened) if to in CUT else opened
     written = [replace(item, force=force) for item in LAYOUTS[to].items(checkpoint)]
     target = Path(target)
     with new_folder(target, sum(item.n_bytes for item in written)) as folder:
         write_shards(folder, written, progress)
         write_json(folder / "config.json", LAYOUTS[to].config(checkpoint, target))
         LAYOUTS[to].beside(checkpoint, folder)
+        if to == "original":
+            llavahf.keep_added_rows(opened, folder)
         lines = []
         if check is None:
             check = not force and n_parameters(checkpoint.config) < CHECKED_PARAMETERS

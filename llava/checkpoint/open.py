@@ -42,6 +42,11 @@ class Checkpoint:
     vision_tower: str | None  # as config.json names it, or as it was given
     tower_inside: bool  # the folder holds the tower's weights itself
 
+    @property
+    def rest_of_tower(self) -> dict[str, Source]:
+        """What of the tower lies behind the layer that is read: other readers want it."""
+        return {n: s for n, s in self.spare.items() if n.startswith("vision.") and self.config.vision}
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Our names and tensors, one at a time, mapped where nothing has to be stacked."""
         for name, source in self.sources.items():
@@ -83,8 +88,8 @@ def open_checkpoint(
         finding = detect(facts)
         if finding.kind == "llava-hf":
             processor = _processor(folder)
+            image_mode = image_mode or settings.mode_of(facts.settings, processor)
             facts = facts._replace(settings=settings.flat(facts.settings, processor, str(folder)))
-            image_mode = image_mode or settings.mode_of(processor)
     if finding.kind not in (*SUPPORTED, *ON_BASE):
         raise _unsupported(folder, finding)
     if finding.kind in SUPPORTED and not facts.weights:

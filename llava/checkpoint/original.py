@@ -89,7 +89,7 @@ def items(checkpoint: Checkpoint) -> list[Item]:
     """All tensors under the layout's names; the tower's where the folder itself holds them."""
     kept = {name: source for name, source in checkpoint.sources.items() if not name.startswith("vision.")}
     if checkpoint.tower_inside:
-        kept = {**checkpoint.sources, **{n: s for n, s in checkpoint.spare.items() if n.startswith("vision.")}}
+        kept = checkpoint.sources | checkpoint.rest_of_tower
     return llama.taken_apart(kept, checkpoint.config, rules_of(checkpoint.config))
 
 
@@ -114,7 +114,7 @@ def write_own_tower(checkpoint: Checkpoint, folder: Path) -> None:
     """The folder that `config` names for a tower of sizes that were never published."""
     vision = checkpoint.config.vision
     if vision and checkpoint.tower_inside and zoo.clip_id(clip_settings(vision)) is None:
-        every = {**checkpoint.sources, **checkpoint.spare}
+        every = checkpoint.sources | checkpoint.rest_of_tower
         write_tower(
             folder / OWN_TOWER, checkpoint.config, {n: s.read() for n, s in every.items() if n.startswith("vision.")}
         )

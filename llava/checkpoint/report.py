@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from llava.checkpoint.load import build
+from llava.checkpoint.onbase import LENGTHENED
 from llava.checkpoint.open import Checkpoint
 from llava.checkpoint.write import Item
 from llava.errors import CheckpointError
 
 TOLERANCE = 1e-4  # logits of the same weights, float32
-_N_IDS = 24
+_PLACES = 24  # of text
 
 
 def report(source: Checkpoint, written: Sequence[Item], to: str, checks: Sequence[str]) -> str:
@@ -24,22 +25,51 @@ def report(source: Checkpoint, written: Sequence[Item], to: str, checks: Sequenc
     lines = [f"# Conversion to {to}", "", f"From a {source.kind} checkpoint: {'; '.join(source.evidence)}."]
     if source.template.template:
         lines.append(f"Template: {source.template.template} ({source.template.because}).")
-    lines += ["", "## Names", "", "`N` is a number.", "", "| ours | here | tensors |", "|---|---|---|"]
-    counts = Counter((_normal(item.ours or item.name), _normal(item.name)) for item in written)
-    lines += [f"| `{ours}` | `{name}` | {n} |" for (ours, name), n in counts.items()]
-    tables = [item for item in written if item.ours in ("decoder.embed.weight", "decoder.head.weight")]
-    rows = source.config.decoder.vocab_size
-    changed = {item.shape[0] for item in tables} - {rows}
-    if changed:
-        lines += ["", "## Rows", "", f"Embedding table and head: {rows} rows before, {changed.pop()} here. "
-                  "llava-hf's layout has rows for <image> and <pad> and is filled up to a multiple of 64; "
-                  "what is added is the mean of the others, and never looked up."]  # fmt: skip
-    if source.unused:
-        left = Counter(_normal(name) for name in source.unused)
-        lines += ["", "## Left out: not needed to compute the model, or made anew by readers", ""]
-        lines += [f"- `{name}` ({n})" for name, n in left.items()]
+    lines += _names(written) + _rows(source, written) + _left_out(source, written)
     lines += ["", "## Checked", "", *(checks or ["Shapes and finite values; logits were not compared."])]
     return "\n".join(lines) + "\n"
+
+
+def _names(written: Sequence[Item]) -> list[str]:
+    counts = Counter((_normal(item.ours or item.name), _normal(item.name)) for item in written)
+    lines = [f"| `{ours}` | `{name}` | {n} |" for (ours, name), n in counts.items()]
+    return ["", "## Names", "", "`N` is a number.", "", "| ours | here | tensors |", "|---|---|---|", *lines]
+
+
+def _rows(source: Checkpoint, written: Sequence[Item]) -> list[str]:
+    """Of the embedding table and the head, where there are more or fewer than before."""
+    before, now = source.config.decoder.vocab_size, {item.shape[0] for item in written if item.ours in LENGTHENED}
+    if not now or now == {before}:
+        return []
+    why = (
+        "llava-hf's layout has rows for <image> and <pad> and is filled up to a multiple of 64; they are never looked "
+        "up. Added here: what was kept from there, else the mean of the others."
+        if max(now) > before
+        else "Left out: those of <image> and <pad> and what fills a llava-hf table up, untrained and never looked up."
+    )
+    return ["", "## Rows", "", f"Embedding table and head: {before} rows before, {max(now)} here. {why}"]
+
+
+def _left_out(source: Checkpoint, written: Sequence[Item]) -> list[str]:
+    kept = {name for item in written if item.ours in source.spare for name in source.spare[item.ours].names}
+    left = Counter(_normal(name) for name in source.unused if name not in kept)
+    lines = [f"- `{name}` ({n}): {_why(name)}" for name, n in left.items()]
+    return ["", "## Left out", "", *lines] if lines else []
+
+
+def _why(name: str) -> str:
+    return next((why for part, why in _REASONS.items() if part in name), "not needed to compute this model")
+
+
+_REASONS = {  # part of a name on disk -> why it is not written
+    "inv_freq": "computed anew by every reader",
+    "position_ids": "0, 1, 2 and so on: made anew by every reader",
+    "text_model": "CLIP's side for texts",
+    "projection": "CLIP's way to compare pictures with texts",
+    "logit_scale": "CLIP's way to compare pictures with texts",
+    "post_layernorm": "behind the layer that LLaVA reads",
+    "encoder.layers": "the tower lies in its own folder, or this block is behind the layer that LLaVA reads",
+}
 
 
 def _normal(name: str) -> str:
@@ -48,22 +78,21 @@ def _normal(name: str) -> str:
 
 def check_logits(one: Checkpoint, other: Checkpoint) -> float:
     """Largest difference of logits, on the rows that both have. Raises CheckpointError above `TOLERANCE`."""
-    a, b = logits(one), logits(other)
-    n = min(a.shape[1], b.shape[1])
-    difference = (a[:, :n] - b[:, :n]).abs().max().item()
+    n = min(one.config.decoder.vocab_size, other.config.decoder.vocab_size)
+    difference = (logits(one, n)[:, :n] - logits(other, n)[:, :n]).abs().max().item()
     if not difference <= TOLERANCE:
         raise CheckpointError(f"{other.folder}: its logits differ from {one.folder}'s by {difference:.1e}; not written")
     return difference
 
 
 @torch.inference_mode()
-def logits(checkpoint: Checkpoint) -> Tensor:
-    """[S, V] float32 of a fixed picture, where there is a tower, and fixed ids behind it.
+def logits(checkpoint: Checkpoint, n_ids: int) -> Tensor:
+    """[S, V] float32 of a fixed picture, where there is a tower, and fixed ids below `n_ids` behind it.
 
     Of a sum, such as a LoRA on its base, the values are rounded to the type that they are stored in.
     """
     model = build(checkpoint, dtype=torch.float32, device=torch.device("cpu"), force=True, rounded=True)
-    ids = torch.arange(1, _N_IDS + 1) * 7919 % min(checkpoint.config.decoder.vocab_size, 31999)
+    ids = torch.arange(1, _PLACES + 1) * 7919 % n_ids
     x = model.embed(ids)
     if model.vision is not None and checkpoint.config.vision is not None:
         size = checkpoint.config.vision.image_size

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 
 from llava.checkpoint import zoo
+from llava.checkpoint.detect import MODE_KEY, TEMPLATE_KEY
 from llava.config import DecoderConfig, DType, ImageConfig, ProjectorConfig, RopeScaling, VisionConfig
 from llava.errors import CheckpointError, ConfigError
 
@@ -221,6 +222,7 @@ def flat(settings: Mapping[str, Any], processor: Mapping[str, Any], where: str) 
     if strategy not in features:
         raise ConfigError(f"{where}: vision_feature_select_strategy is {strategy!r}; expected default or full")
     grid = settings.get("image_grid_pinpoints") or processor.get("image_grid_pinpoints")
+    aspect = "anyres" if grid else "pad"  # in transformers' way with pictures, the middle square instead of a pad
     return {
         **text,
         "torch_dtype": settings.get("torch_dtype") or settings.get("dtype") or text.get("torch_dtype"),
@@ -231,14 +233,16 @@ def flat(settings: Mapping[str, Any], processor: Mapping[str, Any], where: str) 
         "mm_vision_select_layer": layer,
         "mm_vision_select_feature": features[strategy],
         "mm_use_im_patch_token": False,
-        "image_aspect_ratio": "anyres" if grid else "pad",  # a crop in transformers' way with pictures
+        "image_aspect_ratio": settings.get("image_aspect_ratio") or aspect,
         "image_grid_pinpoints": grid,
         "mm_patch_merge_type": "spatial_unpad" if grid else "flat",
-        **{key: settings[key] for key in ("llava_template",) if key in settings},
+        **{key: settings[key] for key in (MODE_KEY, TEMPLATE_KEY) if key in settings},
     }
 
 
-def mode_of(processor: Mapping[str, Any]) -> ImageMode:
-    """transformers' own way with pictures, but for the processor that pads to a square as LLaVA does."""
+def mode_of(settings: Mapping[str, Any], processor: Mapping[str, Any]) -> ImageMode:
+    """Of a llava-hf folder: as recorded, else transformers' own way, but for the processor that pads as LLaVA does."""
+    if (recorded := settings.get(MODE_KEY)) is not None:
+        return cast(ImageMode, _one_of(recorded, get_args(ImageMode), f"config.json: {MODE_KEY}"))
     pads = processor.get("image_processor_type") == "LlavaImageProcessor" and processor.get("do_pad")
     return "original" if pads else "hf"

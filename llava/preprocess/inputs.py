@@ -182,11 +182,15 @@ class Preprocessor:
         )
 
     def _tokens(self, prompt: str, spans: list[Span]) -> Iterator[tuple[int, bool]]:
-        """(id, learnt?) of the prompt. As in the original, text is cut at the marks and each stretch encoded alone."""
+        """(id, learnt?) of the prompt. As in the original, text is cut at the marks and each stretch encoded alone.
+
+        transformers does not cut: there the mark is a token of the vocabulary, and the stretch behind it goes on.
+        """
         learnt = b"".join(bytes([span.learn]) * len(span.text.encode()) for span in spans)  # a flag for each byte
         if self.tokenizer.bos_id is not None:
             yield self.tokenizer.bos_id, False
-        own_mark = self.tokenizer.id_of(IMAGE_MARK)  # a vocabulary row in llava-hf folders, which cut nothing
+        whole = self.config.image is not None and self.config.image.mode == "hf"
+        own_mark = self.tokenizer.id_of(IMAGE_MARK) if whole else None
         place = 0
         for i, stretch in enumerate(prompt.split(IMAGE_MARK) if own_mark is None else [prompt]):
             if i:
