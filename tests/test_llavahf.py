@@ -15,11 +15,13 @@ from torch import Tensor
 import llava
 from llava.assistant import question_about
 from llava.checkpoint.files import open_weights
+from llava.checkpoint.jinja import chat_template
 from llava.checkpoint.native import LAYOUTS as WRITTEN
 from llava.checkpoint.native import convert
 from llava.checkpoint.open import open_checkpoint
 from llava.config import IMAGE
 from llava.errors import CheckpointError
+from llava.preprocess.templates import TEMPLATES
 from tests import tiny
 
 NAMES = ("single", "two_images", "multi_turn", "text_only")
@@ -197,6 +199,25 @@ def test_rows_that_were_added_for_transformers_come_back_too(
     before, after = stored(tmp_path / "hf"), stored(tmp_path / "back")
     assert set(before) == set(after)
     assert not [name for name, tensor in before.items() if not torch.equal(bits(tensor), bits(after[name]))]
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if chat_template(TEMPLATES[name])])
+def test_transformers_renders_our_template_to_the_same_prompt(
+    made: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = shutil.copytree(made("1.5"), tmp_path / "llava")
+    tiny.edit_json(folder / "config.json", llava_template=name)
+    convert(folder, tmp_path / "hf", to="hf", check=False)
+    theirs = transformers.AutoProcessor.from_pretrained(tmp_path / "hf")
+    preprocessor = llava.load(tmp_path / "hf", device="cpu").preprocessor
+    text = {"type": "text", "text": "What is it?\nSay."}
+    first = [{"role": "user", "content": [{"type": "image", "image": PICTURES[0]}, text]}]
+    more = [{"role": "assistant", "content": "A boat."}, {"role": "user", "content": "Why?"}]
+    system = [{"role": "system", "content": "Be brief."}]
+    for messages in (first, first + more, system + first):
+        rendered = theirs.apply_chat_template(messages, add_generation_prompt=True)
+        assert rendered == preprocessor.prepare(messages).prompt
 
 
 def test_the_report_tells_what_was_renamed_filled_up_and_left_out(

@@ -11,6 +11,8 @@ then brings back.
   lora                A and B, non_lora_trainables.bin                 base=llama-before-lora, vision_tower=clip
   delta               the difference in float16                        base=llama-before-delta, vision_tower=clip
   projector           mm_projector.bin                                 base=llama, vision_tower=clip
+  hf                  as llava-hf's, which transformers opens          -
+  original            the merged layout, made by converting            -
   llama               the language model alone, for any Llama loader   template=vicuna_v1
 
 `LAYOUTS` is this table; `LAYOUTS[name].options(DIR)` are the arguments of `llava.load(DIR / name, ...)`. Towers are
@@ -46,6 +48,7 @@ class Layout:
     vision_tower: str | None = None
     template: str | None = None  # for folders that record none
     exact: bool = True  # the weights come back bit for bit; else rounded to float16 once more
+    lengthened: bool = False  # the embedding table has further rows, and the tower is told to end where it is read
     sees: bool = True  # False: a language model alone
 
     def options(self, out: Path) -> dict[str, Any]:
@@ -66,6 +69,8 @@ LAYOUTS = {
     "lora": Layout(base="llama-before-lora", vision_tower="clip", exact=False),
     "delta": Layout(base="llama-before-delta", vision_tower="clip"),
     "projector": Layout(base="llama", vision_tower="clip"),
+    "hf": Layout(lengthened=True),
+    "original": Layout(),
     "llama": Layout(template="vicuna_v1", sees=False),
 }
 
@@ -93,6 +98,12 @@ class Writer:
 
     def native(self, folder: Path) -> None:
         native.convert(self.model, folder)
+
+    def hf(self, folder: Path) -> None:
+        native.convert(self.model, folder, to="hf")
+
+    def original(self, folder: Path) -> None:
+        native.convert(self.model, folder, to="original")
 
     def merged_bin(self, folder: Path) -> None:
         self._merged(folder, form="bin", max_shard_bytes=SHARD_BYTES)
@@ -190,6 +201,8 @@ WRITERS: dict[str, Callable[[Writer, Path], None]] = {  # parts first: a delta i
     "lora": Writer.lora,
     "delta": Writer.delta,
     "projector": Writer.projector,
+    "hf": Writer.hf,
+    "original": Writer.original,
 }
 
 

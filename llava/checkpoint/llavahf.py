@@ -13,6 +13,7 @@ import torch
 from llava.checkpoint import llama
 from llava.checkpoint.detect import MODE_KEY, TEMPLATE_KEY
 from llava.checkpoint.files import Weights, read_json
+from llava.checkpoint.jinja import chat_template
 from llava.checkpoint.keymap import LLAVA_HF
 from llava.checkpoint.onbase import LENGTHENED
 from llava.checkpoint.open import Checkpoint
@@ -21,6 +22,7 @@ from llava.checkpoint.source import Cut, Given, Mean, Rows, Source, Stored
 from llava.checkpoint.write import Item, copy_tokenizer, write_json, write_safetensors
 from llava.config import ImageConfig, ProjectorConfig, VisionConfig
 from llava.errors import CheckpointError
+from llava.preprocess.templates import TEMPLATES
 from llava.preprocess.tokenizer import Tokenizer
 
 MULTIPLE = 64  # rows of the embedding table are filled up to one of it, as transformers' conversion does
@@ -110,6 +112,8 @@ def write_beside(checkpoint: Checkpoint, folder: Path) -> None:
         "vision_feature_select_strategy": "default" if vision.select_feature == "patch" else "full",
     }
     write_json(folder / "processor_config.json", beside)
+    if (name := checkpoint.template.template) and (text := chat_template(TEMPLATES[name])):
+        (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
 
 
 def _parts(checkpoint: Checkpoint) -> tuple[VisionConfig, ProjectorConfig, ImageConfig]:

@@ -103,7 +103,7 @@ def convert(
         if check is None:
             check = not force and n_parameters(checkpoint.config) < CHECKED_PARAMETERS
         if verify or check:
-            again = _reopened(folder, target, checkpoint)
+            again = _reopened(folder, checkpoint)
             if verify:
                 check_equal(checkpoint, again, progress)
                 lines.append("Read back: every tensor has the same bits.")
@@ -114,10 +114,9 @@ def convert(
     return checkpoint
 
 
-def _reopened(folder: Path, target: Path, checkpoint: Checkpoint) -> Checkpoint:
-    """What was written. Its config may name a folder inside the one that it is going to be."""
-    own = folder / original.OWN_TOWER
-    tower = own if own.is_dir() else None if checkpoint.tower_inside else checkpoint.vision_tower
+def _reopened(folder: Path, checkpoint: Checkpoint) -> Checkpoint:
+    """What was written."""
+    tower = None if checkpoint.tower_inside else checkpoint.vision_tower
     again = open_checkpoint(folder, vision=checkpoint.config.vision is not None, vision_tower=tower)
     check_headers(again)
     return again

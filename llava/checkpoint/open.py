@@ -14,7 +14,7 @@ from llava.checkpoint.files import locate, open_weights, read_json, reading
 from llava.checkpoint.onbase import ON_BASE, Base, Put, put_on, recorded_base
 from llava.checkpoint.settings import ImageMode, Shapes
 from llava.checkpoint.source import Source, Stored
-from llava.checkpoint.tower import Tower, find_tower
+from llava.checkpoint.tower import Tower, find_tower, own_tower
 from llava.config import LlavaConfig, ProjectorConfig
 from llava.errors import CheckpointError, ConfigError
 from llava.model.llava import shapes
@@ -261,7 +261,7 @@ def _foreign_config(
     if own := facts.settings.get("vision_config"):
         tower = Tower(None, own, _processor(facts.folder))
     else:
-        tower = find_tower(str(vision_tower or named), found, fetch=fetch_tower)
+        tower = find_tower(str(vision_tower or own_tower(facts.folder) or named), found, fetch=fetch_tower)
     with reading(tower.folder / "config.json" if tower.folder else Path(where)):
         seen = settings.vision_config(tower.config, facts.settings, str(tower.folder or where))
     image = settings.image_config(tower.processor, facts.settings, seen)

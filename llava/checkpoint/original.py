@@ -14,6 +14,7 @@ from llava.checkpoint.keymap import Rule
 from llava.checkpoint.open import Checkpoint
 from llava.checkpoint.source import Given, Source
 from llava.checkpoint.torchzip import write_torch
+from llava.checkpoint.tower import OWN_TOWER
 from llava.checkpoint.write import (
     MAX_SHARD_BYTES,
     Item,
@@ -31,7 +32,6 @@ from llava.model.llava import shapes
 from llava.preprocess.tokenizer import Tokenizer, load_tokenizer
 
 Form = Literal["safetensors", "bin"]
-OWN_TOWER = "vision_tower"
 WRITERS = {"safetensors": write_safetensors, "bin": write_torch}
 
 

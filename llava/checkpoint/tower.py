@@ -10,6 +10,8 @@ from llava.checkpoint.files import locate, read_json
 from llava.checkpoint.settings import Shapes
 from llava.errors import CheckpointError
 
+OWN_TOWER = "vision_tower"  # folder inside a checkpoint that describes, or holds, a tower nobody has published
+
 log = logging.getLogger(__name__)
 
 
@@ -19,6 +21,11 @@ class Tower(NamedTuple):
     folder: Path | None  # None: described by what is published
     config: Mapping[str, Any]  # config.json or its vision_config
     processor: Mapping[str, Any]  # preprocessor_config.json; empty: CLIP's published values
+
+
+def own_tower(folder: Path) -> Path | None:
+    """The tower that a checkpoint's folder brings, wherever the folder has been moved to since."""
+    return folder / OWN_TOWER if (folder / OWN_TOWER / "config.json").is_file() else None
 
 
 def find_tower(name: str, found: Shapes, *, fetch: bool = True) -> Tower:
