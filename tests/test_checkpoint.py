@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import llava
 from llava.checkpoint import keymap
-from llava.checkpoint.native import check_equal, convert
+from llava.checkpoint.check import check_equal
+from llava.checkpoint.native import convert
 from llava.checkpoint.open import open_checkpoint
 from llava.config import ImageConfig, LlavaConfig
 from llava.errors import CheckpointError, ConfigError, LlavaError

@@ -13,8 +13,9 @@ from torch import Tensor
 import llava
 from llava.assistant import Assistant
 from llava.checkpoint import gptfast
+from llava.checkpoint.check import check_equal
 from llava.checkpoint.inspect import describe
-from llava.checkpoint.native import check_equal, convert
+from llava.checkpoint.native import convert
 from llava.checkpoint.open import open_checkpoint
 from llava.config import DecoderConfig, LlavaConfig
 from llava.errors import CheckpointError, ConfigError

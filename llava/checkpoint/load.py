@@ -9,17 +9,9 @@ from llava.errors import ConfigError
 from llava.model.llava import Llava, shapes, skeleton
 
 
-def build(
-    checkpoint: Checkpoint,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    force: bool = False,
-    rounded: bool = False,
-) -> Llava:
+def build(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, force: bool = False) -> Llava:
     """The model with its weights. Weights that have the right type and place already stay mapped from their file.
 
-    `rounded`: sums that are made wider than they are stored pass through the type to store them in.
     Raises CheckpointError: a tensor is missing, has another shape, or holds NaN or Inf (`force`: a warning).
     """
     check_headers(checkpoint)
@@ -28,7 +20,7 @@ def build(
     for name, source in checkpoint.sources.items():
         tensor = source.read()
         check_finite(tensor, source.where, force)
-        state[name] = (tensor.to(source.dtype) if rounded else tensor).to(device, dtype)
+        state[name] = tensor.to(device, dtype)
     if checkpoint.config.decoder.tied:
         state["decoder.head.weight"] = state["decoder.embed.weight"]
     model.load_state_dict(state, strict=True, assign=True)

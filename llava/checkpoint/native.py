@@ -1,25 +1,20 @@
 """Conversion into any layout, and our own: safetensors under our names, one config.json, tower and tokenizer in it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
 from llava.checkpoint import llama, llavahf, original
+from llava.checkpoint.check import check_equal, check_logits
 from llava.checkpoint.detect import FORMAT_KEY, NATIVE_FORMAT
-from llava.checkpoint.load import n_parameters
-from llava.checkpoint.onbase import LENGTHENED
 from llava.checkpoint.open import Checkpoint, check_headers, open_checkpoint
-from llava.checkpoint.report import check_logits, report
+from llava.checkpoint.report import report
 from llava.checkpoint.write import Item, Progress, copy_tokenizer, new_folder, silent, write_json, write_shards
-from llava.errors import CheckpointError, ConfigError
+from llava.errors import ConfigError
 from llava.preprocess.tokenizer import JsonTokenizer
 
 CUT = ("original", "llama")  # layouts that have no rows for <image>, <pad> and what fills the table up
-CHECKED_PARAMETERS = 1e9  # below this a conversion compares logits unless told not to
 
 
 class Layout(NamedTuple):
@@ -71,7 +66,7 @@ def convert(
     to: str = "native",
     vision: bool = True,
     verify: bool = False,
-    check: bool | None = None,
+    check: bool = True,
     force: bool = False,
     progress: Progress = silent,
     **options: Any,
@@ -80,8 +75,8 @@ def convert(
 
     `to`: native, original (as LLaVA-1.5 is published), hf (as llava-hf's, for transformers), or llama for a plain Llama
     folder that any Llama loader opens. `verify`: everything is read back and compared bit by bit. `check`: the logits
-    of both are compared, which takes both in memory; None: for models below 1 B parameters. `force`: go on in spite of
-    unknown tensors, NaN and Inf. `options` as for `open_checkpoint`. conversion.md in the folder tells what was done.
+    of both are compared, block by block. `force`: go on in spite of unknown tensors, NaN and Inf, without that check.
+    `options` as for `open_checkpoint`. conversion.md in the folder tells what was done.
     Raises LlavaError; a folder that failed is not left behind.
     """
     if to not in LAYOUTS:
@@ -99,47 +94,20 @@ def convert(
         LAYOUTS[to].beside(checkpoint, folder)
         if to == "original":
             llavahf.keep_added_rows(opened, folder)
-        lines = []
-        if check is None:
-            check = not force and n_parameters(checkpoint.config) < CHECKED_PARAMETERS
-        if verify or check:
-            again = _reopened(folder, checkpoint)
-            if verify:
-                check_equal(checkpoint, again, progress)
-                lines.append("Read back: every tensor has the same bits.")
-            if check:
-                lines.append(f"Logits of both, float32: largest difference {check_logits(checkpoint, again):.1e}.")
-        text = report(opened, written, to, lines)
-        (folder / "conversion.md").write_text(text, encoding="utf-8")
+        found = list(_checked(folder, checkpoint, verify, check and not force, progress))
+        (folder / "conversion.md").write_text(report(opened, written, to, found), encoding="utf-8")
     return checkpoint
 
 
-def _reopened(folder: Path, checkpoint: Checkpoint) -> Checkpoint:
-    """What was written."""
+def _checked(folder: Path, checkpoint: Checkpoint, verify: bool, check: bool, progress: Progress) -> Iterator[str]:
+    """What was written, opened again. Lines for the report. Raises CheckpointError."""
+    if not (verify or check):
+        return
     tower = None if checkpoint.tower_inside else checkpoint.vision_tower
     again = open_checkpoint(folder, vision=checkpoint.config.vision is not None, vision_tower=tower)
     check_headers(again)
-    return again
-
-
-def check_equal(one: Checkpoint, other: Checkpoint, progress: Progress = silent) -> None:
-    """Two checkpoints hold the same tensors, bit for bit. Raises CheckpointError naming the first that differs.
-
-    Of tables that `other` has lengthened, the rows that both have are compared.
-    """
-    if differing := sorted(set(one.sources) ^ set(other.sources)):
-        raise CheckpointError(f"{other.folder}: differs from {one.folder} in having or lacking {differing[0]}")
-    total = sum(source.n_bytes for source in one.sources.values())
-    done = 0
-    for name, tensor in one.tensors():
-        tensor, same = tensor.to(one.sources[name].dtype), other.sources[name].read()
-        same = same[: len(tensor)] if name in LENGTHENED else same
-        if tensor.dtype != same.dtype or not torch.equal(_bits(tensor), _bits(same)):
-            raise CheckpointError(f"{other.folder}: {name} is not what {one.folder} holds; convert again")
-        done += one.sources[name].n_bytes
-        progress(done, total)
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """NaN equals itself, 0 is not -0."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    if verify:
+        check_equal(checkpoint, again, progress)
+        yield "Read back: every tensor has the same bits."
+    if check:
+        yield f"Logits of both, float32: largest difference {check_logits(checkpoint, again):.1e}."

@@ -1,23 +1,12 @@
-"""What a conversion did: in words for conversion.md, and in logits of both sides.
-
-S places   V vocabulary rows
-"""
+"""What a conversion did, in words: conversion.md."""
 
 import re
 from collections import Counter
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
-from llava.checkpoint.load import build
 from llava.checkpoint.onbase import LENGTHENED
 from llava.checkpoint.open import Checkpoint
 from llava.checkpoint.write import Item
-from llava.errors import CheckpointError
-
-TOLERANCE = 1e-4  # logits of the same weights, float32
-_PLACES = 24  # of text
 
 
 def report(source: Checkpoint, written: Sequence[Item], to: str, checks: Sequence[str]) -> str:
@@ -74,31 +63,3 @@ _REASONS = {  # part of a name on disk -> why it is not written
 
 def _normal(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "N", name)
-
-
-def check_logits(one: Checkpoint, other: Checkpoint) -> float:
-    """Largest difference of logits, on the rows that both have. Raises CheckpointError above `TOLERANCE`."""
-    n = min(one.config.decoder.vocab_size, other.config.decoder.vocab_size)
-    difference = (logits(one, n)[:, :n] - logits(other, n)[:, :n]).abs().max().item()
-    if not difference <= TOLERANCE:
-        raise CheckpointError(f"{other.folder}: its logits differ from {one.folder}'s by {difference:.1e}; not written")
-    return difference
-
-
-@torch.inference_mode()
-def logits(checkpoint: Checkpoint, n_ids: int) -> Tensor:
-    """[S, V] float32 of a fixed picture, where there is a tower, and fixed ids below `n_ids` behind it.
-
-    Of a sum, such as a LoRA on its base, the values are rounded to the type that they are stored in.
-    """
-    model = build(checkpoint, dtype=torch.float32, device=torch.device("cpu"), force=True, rounded=True)
-    ids = torch.arange(1, _PLACES + 1) * 7919 % n_ids
-    x = model.embed(ids)
-    if model.vision is not None and checkpoint.config.vision is not None:
-        size = checkpoint.config.vision.image_size
-        pixels = torch.linspace(-2, 2, 3 * size * size).view(1, 3, size, size).sin()
-        (picture,) = model.encode_images(pixels, [1], [None])
-        x = torch.cat([picture, x])
-    hidden = model.decoder(x[None], torch.arange(len(x)))
-    found: Tensor = model.decoder.logits(hidden)[0]
-    return found

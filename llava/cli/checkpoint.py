@@ -49,9 +49,7 @@ def convert(
     to: Annotated[str, typer.Option("--to", help="native, original, hf, or llama for a plain Llama")] = "native",
     vision: Annotated[bool, typer.Option("--vision/--no-vision", help="with or without tower and projector")] = True,
     verify: Annotated[bool, typer.Option("--verify", help="read back and compare bit by bit")] = False,
-    check: Annotated[
-        bool | None, typer.Option("--check/--no-check", help="compare logits; default: below 1 B parameters")
-    ] = None,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="compare the logits of both")] = True,
     base: Base = None,
     vision_tower: VisionTower = None,
     revision: Revision = None,
