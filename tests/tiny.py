@@ -421,11 +421,14 @@ def write_lora(
     adapter: str = "",
     form: Literal["bin", "safetensors"] = "bin",
     base: str = "lmsys/vicuna-13b-v1.3",
+    rows: bool = False,
+    added: tuple[str, ...] = (),
     **config: Any,
 ) -> Path:
     """A LoRA with its projector, in bfloat16, as published: it needs a `write_llama` beside it.
 
-    wrapper: what stands before names; adapter: ".default" as peft writes it into a running model's state.
+    wrapper: what stands before names; adapter: ".default" as peft writes it into a running model's state. rows: the
+    embedding table and the head too, as of June 2023; added: a tokenizer with these tokens.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = llava_config(**{"_name_or_path": base, "mm_vision_tower": str(clip), "vocab_size": PIECES, **config})
@@ -438,7 +441,12 @@ def write_lora(
     else:
         save_file(pairs, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     beside = {wrapper + name: value.bfloat16() for name, value in projector_tensors(final, seed).items()}
+    if rows:
+        whole = llama_tensors(final, seed, inv_freq=False)
+        beside |= {wrapper + name: whole[name].bfloat16() for name in ("model.embed_tokens.weight", "lm_head.weight")}
     torch.save(beside, folder / "non_lora_trainables.bin")
+    if added:
+        write_tokenizer(folder, added=added)
     settings: dict[str, Any] = {"base_model_name_or_path": base, "bias": "none", "fan_in_fan_out": False}
     settings |= {"inference_mode": True, "lora_alpha": LORA_ALPHA, "lora_dropout": 0.05, "peft_type": "LORA"}
     settings |= {"r": LORA_RANK, "target_modules": list(targets), "task_type": "CAUSAL_LM"}

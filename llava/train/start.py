@@ -20,9 +20,10 @@ from llava.checkpoint.write import TOKENIZER_FILES, new_folder, write_json
 from llava.config import ImageConfig, LlavaConfig
 from llava.errors import CheckpointError, ConfigError
 from llava.model.llava import Llava, shapes, skeleton
+from llava.model.lora import Adapter, LoraLinear
 from llava.preprocess.tokenizer import load_tokenizer
 from llava.quantize.nf4 import NF4Linear
-from llava.train.lora import Adapter, LoraLinear, add_lora
+from llava.train.lora import add_lora
 from llava.train.recipe import Recipe
 
 _NEW_TOKENS = ("<im_patch>", "<im_start>", "<im_end>")
