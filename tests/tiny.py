@@ -455,6 +455,25 @@ def write_lora(
     return folder
 
 
+def write_mpt_lora(folder: Path, *, base: Path, seed: int = 3, wrapper: str = "base_model.model.") -> Path:
+    """A LoRA of all matrices of a `write_mpt`, with the config and the projector of that one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.loads((base / "config.json").read_text())
+    pairs, beside = {}, projector_tensors(config, seed)
+    for name, weight in mpt_tensors(config, seed).items():
+        module = wrapper + name.removesuffix(".weight")
+        if weight.dim() == 2 and "wte" not in name:
+            pairs[f"{module}.lora_A.weight"] = tensor(seed, name + ".A", (LORA_RANK, weight.shape[1]), 0.1).bfloat16()
+            pairs[f"{module}.lora_B.weight"] = tensor(seed, name + ".B", (weight.shape[0], LORA_RANK), 0.1).bfloat16()
+    torch.save(pairs, folder / "adapter_model.bin")
+    named = {wrapper + name.replace("model.", "transformer.", 1): value for name, value in beside.items()}
+    torch.save(named, folder / "non_lora_trainables.bin")
+    settings = {"base_model_name_or_path": "mosaicml/mpt-7b-chat", "lora_alpha": LORA_ALPHA, "r": LORA_RANK}
+    write_json(folder / "adapter_config.json", {**settings, "peft_type": "LORA"})
+    write_json(folder / "config.json", config)
+    return folder
+
+
 def write_projector(
     folder: Path, *, clip: Path, seed: int = 1, prefix: str = "model.", start_end: bool = False, **config: Any
 ) -> Path:
