@@ -12,7 +12,7 @@ from torch import Tensor
 
 import llava
 from llava.assistant import question_about
-from llava.checkpoint.inspect import describe
+from llava.checkpoint.inspect import Scan, describe, scan
 from llava.checkpoint.native import convert
 from llava.checkpoint.open import Checkpoint, check_headers, open_checkpoint
 from tests import tiny
@@ -152,6 +152,8 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line(clip: Path, base: Path,
     file = written(tmp_path / "x.bin", projector())
     assert "needs its base" in refused(file)
     assert describe(file).kind == "projector"
+    assert describe(file, base=str(base), vision_tower=clip).missing == []
+    assert scan(file, progress=lambda done, total: None) == Scan()
     assert "only projectors load" in refused(written(tmp_path / "y.bin", {"model.norm.weight": torch.ones(4)}))
     assert "not the base" in refused(
         written(tmp_path / "z.bin", projector(rows=torch.ones(2, 32))), base=base, vision_tower=clip
