@@ -100,12 +100,16 @@ def _with_files(checkpoint: Checkpoint, folder: Path, more: Mapping[str, int]) -
     """The tokenizer with these tokens is written there, unless it is there."""
     if not folder.is_dir():
         try:
-            with new_folder(folder, 0) as partial:
-                copy_tokenizer(checkpoint.tokenizer_folder, partial, more)
+            _write_tokenizer(checkpoint.tokenizer_folder, folder, more)
         except CheckpointError:
             if not folder.is_dir():  # another rank was faster: it wrote the same
                 raise
     return replace(checkpoint, tokenizer=load_tokenizer(folder), tokenizer_folder=folder, new_tokens={})
+
+
+def _write_tokenizer(source: Path, target: Path, more: Mapping[str, int]) -> None:
+    with new_folder(target, 0) as folder:
+        copy_tokenizer(source, folder, more)
 
 
 def trainable(checkpoint: Checkpoint, recipe: Recipe) -> Llava:
