@@ -4,16 +4,17 @@ S places of a sequence   V vocabulary rows or views   N features a view   D widt
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from llava.checkpoint.load import build, resolve_device, resolve_dtype
-from llava.checkpoint.open import open_checkpoint
+from llava.checkpoint.apart import open_apart
+from llava.checkpoint.load import Pool, build, resolve_device, resolve_dtype
+from llava.checkpoint.open import Checkpoint, open_checkpoint
 from llava.config import LlavaConfig
 from llava.engine.engine import Answer, Engine
 from llava.engine.sampling import Sampling
@@ -75,11 +76,16 @@ def load(
     image_mode: Literal["original", "hf"] | None = None,
     exif: bool = False,
     legacy_strip: bool = False,
+    merge: bool = True,
+    adapters: Mapping[str, str | Path] | None = None,
 ) -> "Assistant":
     """Loads a checkpoint from a folder or the hub; without a path llava-tiny, which lies in this package.
 
     base: folder or hub id of the language model that a LoRA, a projector or a delta belongs to; they are put together
         on the way in.
+    merge: False keeps a LoRA apart from its base, as the adapter "default".
+    adapters: folders or hub ids of LoRAs or projectors by names of your choice, each to be put on the model at `path`;
+        `Assistant.adapter` switches between them. The first is chosen at the start.
     vision_tower: CLIP's folder or hub id; its weights are read only where the checkpoint holds none.
     vision: False loads the language model alone, and touches no vision file.
     dtype: "auto" | "float32" | "bfloat16" | "float16"; auto is the checkpoint's own on a GPU, on a CPU bfloat16
@@ -99,28 +105,72 @@ def load(
     if image_mode not in (None, "original", "hf"):
         raise ConfigError(f"image_mode is {image_mode!r}; expected original or hf")
     place = resolve_device(device)
-    checkpoint = open_checkpoint(
-        path,
-        base=base,
-        vision_tower=vision_tower,
-        vision=vision,
-        revision=revision,
-        image_mode=image_mode,
-        legacy_strip=legacy_strip,
-        lenient=force,
+    options: dict[str, Any] = {"base": base, "vision_tower": vision_tower, "vision": vision, "revision": revision}
+    options |= {"image_mode": image_mode, "legacy_strip": legacy_strip, "lenient": force}
+    apart = bool(adapters) or not merge
+    checkpoints: dict[str | None, Checkpoint] = (
+        open_apart(path, merge=merge, adapters=adapters or {}, **options)
+        if apart
+        else {None: open_checkpoint(path, **options)}
     )
-    preprocessor = Preprocessor(checkpoint.config, checkpoint.tokenizer, template=template, exif=exif)
-    kind = resolve_dtype(dtype, checkpoint, place)
-    return Assistant(build(checkpoint, dtype=kind, device=place, force=force), preprocessor)
+    kind = resolve_dtype(dtype, next(iter(checkpoints.values())), place)
+    pool: Pool | None = {} if apart else None
+    loaded = {
+        name: Loaded(
+            build(checkpoint, dtype=kind, device=place, force=force, pool=pool),
+            Preprocessor(checkpoint.config, checkpoint.tokenizer, template=template, exif=exif),
+        )
+        for name, checkpoint in checkpoints.items()
+    }
+    return Assistant(*loaded[None], adapters={name: one for name, one in loaded.items() if name is not None})
+
+
+class Loaded(NamedTuple):
+    """A model and what prepares its input."""
+
+    model: Llava
+    preprocessor: Preprocessor
 
 
 class Assistant:
     """A loaded model that answers. Every method takes messages or a raw prompt (a str, with `images=`)."""
 
-    def __init__(self, model: Llava, preprocessor: Preprocessor, *, compile: bool = False):
-        self.model = model
-        self.preprocessor = preprocessor
-        self.engine = Engine(model, preprocessor.tokenizer, compile=compile)
+    model: Llava
+    preprocessor: Preprocessor
+    engine: Engine
+    active: str | None  # the adapter that answers
+
+    def __init__(
+        self,
+        model: Llava,
+        preprocessor: Preprocessor,
+        *,
+        compile: bool = False,
+        adapters: Mapping[str, Loaded] | None = None,
+    ):
+        """adapters: the same model with other weights; those that it does not change are the same tensors."""
+        named: Iterable[tuple[str | None, Loaded]] = (adapters or {}).items()
+        self._loaded = dict([*named, (None, Loaded(model, preprocessor))])
+        self._engines = {
+            name: Engine(one.model, one.preprocessor.tokenizer, compile=compile) for name, one in self._loaded.items()
+        }
+        self.adapter(next(iter(self._loaded)))
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names that `adapter` takes, besides None."""
+        return [name for name in self._loaded if name is not None]
+
+    def adapter(self, name: str | None) -> None:
+        """From now on this adapter answers, with its own template, tokenizer and projector; None: the base alone.
+
+        Nothing is loaded or copied; a stream that has begun goes on as it is. Raises ConfigError.
+        """
+        if name not in self._loaded:
+            there = ", ".join(self.adapters) or "none; load with adapters= or merge=False"
+            raise ConfigError(f"no adapter is named {name!r}; there are {there}")
+        self.active, self.engine = name, self._engines[name]
+        self.model, self.preprocessor = self._loaded[name]
 
     @property
     def config(self) -> LlavaConfig:

@@ -9,7 +9,9 @@ from llava.assistant import Assistant
 from llava.errors import LlavaError
 from llava.preprocess.image import open_picture
 
-HELP = "/image PATH puts a picture before your next message; /reset; /save FILE; /quit. Ctrl-C ends an answer."
+HELP = """\
+/image PATH puts a picture before your next message; /adapter NAME switches, without a name to the base alone;
+/reset; /save FILE; /quit. Ctrl-C ends an answer."""
 
 
 class Chat:
@@ -62,6 +64,9 @@ class Chat:
             open_picture(rest)
             self.pictures.append(rest)
             print(f"{rest} stands before your next message")
+        elif command == "/adapter":
+            self.assistant.adapter(rest or None)
+            print(f"{rest or 'the base alone'} answers from now on; there are {', '.join(self.assistant.adapters)}")
         elif command == "/save":
             self._save(Path(rest))
         elif command.startswith("/") and command[1:].isalpha():

@@ -1,15 +1,24 @@
 """The same answers on a GPU. Run with `pytest -m gpu` on a machine that has one."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 import llava
-from llava.assistant import Assistant
+from llava.assistant import Assistant, Loaded
+from llava.engine import step
 from llava.engine.engine import Engine
+from llava.model.cache import KVCache
+from llava.model.llama import visible
+from llava.model.llava import Llava
 from llava.preprocess.image import open_picture
+from tests import tiny
+
+LONG = "Look at the left side of the photo, then at the right one, and compare the two. " * 12  # beyond one window
 
 pytestmark = [
     pytest.mark.gpu,
@@ -81,3 +90,101 @@ def test_compiled_steps_equal_eager_ones(gpu: Assistant, picture: Path) -> None:
     for messages in (conversation(picture, "What is in the picture?"), "Once upon a time there was"):
         expected = gpu.generate(messages, max_new_tokens=16).token_ids
         assert compiled.generate(messages, max_new_tokens=16).token_ids == expected
+
+
+def test_an_mpts_compiled_steps_equal_eager_ones(clip: Path, picture: Path, tmp_path: Path) -> None:
+    mpt = tiny.write_mpt(tmp_path / "mpt", clip=clip)
+    eager = llava.load(mpt, device="cuda", dtype="float32")
+    compiled = Assistant(eager.model, eager.preprocessor, compile=True)
+    requests = [conversation(picture, "What is it?"), "Once upon a time there was", conversation(None, LONG)]
+    expected = [eager.generate(request, max_new_tokens=16).token_ids for request in requests]
+    assert [compiled.generate(request, max_new_tokens=16).token_ids for request in requests] == expected
+    for batched in (eager, compiled):
+        assert [reply.token_ids for reply in batched.generate_batch(requests, max_new_tokens=16)] == expected
+    on_cpu = llava.load(mpt, device="cpu", dtype="float32")
+    assert [on_cpu.generate(request, max_new_tokens=16).token_ids for request in requests] == expected
+
+
+def test_an_mpt_in_bfloat16_stays_near_float32(clip: Path, picture: Path, tmp_path: Path) -> None:
+    mpt = tiny.write_mpt(tmp_path / "mpt", clip=clip)
+    messages = conversation(picture, "What is in the picture?")
+    expected = llava.load(mpt, device="cpu", dtype="float32").logits(messages)
+    found = llava.load(mpt, device="cuda", dtype="bfloat16").logits(messages).cpu()
+    assert (found - expected).norm() / expected.norm() < 0.05
+
+
+def next_logits(model: Llava, prefill: Callable[..., Tensor], decode: Callable[..., Tensor]) -> Tensor:
+    """[2, V] on the CPU: behind a prompt of 4 tokens, then behind one more."""
+    ids, after = (torch.tensor(ids, device=model.device) for ids in ([[1, 40, 50, 60]], [70]))
+    at = torch.tensor([4], device=model.device)
+    cache = KVCache(model.config.decoder, 1, 8, dtype=model.dtype, device=model.device)
+    with torch.inference_mode():
+        cache.window = 4
+        first = prefill(model, model.decoder.lookup(ids), at, cache)
+        cache.window = 8
+        return torch.cat([first, decode(model, after, at, visible(at, 8), cache, 5)]).cpu()
+
+
+def test_adapters_switch_in_eager_and_in_compiled_steps(clip: Path, picture: Path, tmp_path: Path) -> None:
+    """In bfloat16, against merged weights in float32; an adapter that stayed behind would be as far as two are."""
+    base = tiny.write_llama(tmp_path / "base")
+    folders = {
+        name: tiny.write_lora(tmp_path / name, clip=clip, seed=seed) for name, seed in (("cats", 3), ("dogs", 5))
+    }
+    vlm = llava.load(base, adapters=folders, device="cuda", dtype="bfloat16")
+    merged = {name: llava.load(folder, base=base, device="cpu", dtype="float32") for name, folder in folders.items()}
+    alone: dict[str | None, Assistant] = {**merged, None: llava.load(base, device="cpu", dtype="float32")}
+    expected = {name: next_logits(one.model, step.prefill, step.decode_step) for name, one in alone.items()}
+    compiled = (torch.compile(step.prefill, dynamic=True), torch.compile(step.decode_step))
+    for name in ("cats", "dogs", None, "cats", None, "dogs"):
+        vlm.adapter(name)
+        for steps in ((step.prefill, step.decode_step), compiled):
+            logits = next_logits(vlm.model, *steps)
+            apart = {other: float((logits - wanted).norm() / wanted.norm()) for other, wanted in expected.items()}
+            assert apart.pop(name) < 0.1 < 0.2 < min(apart.values()), (name, apart)
+    messages = conversation(picture, "What is in the picture?")
+    for name, one in merged.items():
+        vlm.adapter(name)
+        assert vlm.device.type == "cuda"
+        wanted = one.logits(messages)
+        assert (vlm.logits(messages).cpu() - wanted).norm() / wanted.norm() < 0.15
+
+
+def test_switching_adapters_takes_no_memory_and_no_weights(clip: Path, tmp_path: Path) -> None:
+    base = tiny.write_llama(tmp_path / "base")
+    folders = {
+        name: tiny.write_lora(tmp_path / name, clip=clip, seed=seed) for name, seed in (("cats", 3), ("dogs", 5))
+    }
+    vlm = llava.load(base, adapters=folders, device="cuda", dtype="bfloat16")
+    held = torch.cuda.memory_allocated()
+    models = {}
+    for name in ("cats", "dogs", None, "cats"):
+        vlm.adapter(name)
+        assert models.setdefault(name, vlm.model) is vlm.model
+    assert torch.cuda.memory_allocated() == held
+    weights = {name: model.state_dict() for name, model in models.items()}
+    assert weights[None]["decoder.blocks.0.attn.qkv.weight"].data_ptr() == (
+        weights["cats"]["decoder.blocks.0.attn.qkv.base.weight"].data_ptr()
+    )
+
+
+def test_adapters_answer_through_compiled_engines(clip: Path, tmp_path: Path) -> None:
+    base = tiny.write_llama(tmp_path / "base")
+    folders = {
+        name: tiny.write_lora(tmp_path / name, clip=clip, seed=seed) for name, seed in (("cats", 3), ("dogs", 5))
+    }
+    eager = llava.load(base, adapters=folders, device="cuda", dtype="float32")
+    loaded = {}
+    for name in ("cats", "dogs"):
+        eager.adapter(name)
+        loaded[name] = Loaded(eager.model, eager.preprocessor)
+    eager.adapter(None)
+    compiled = Assistant(eager.model, eager.preprocessor, compile=True, adapters=loaded)
+    answers = []
+    for name in ("cats", "dogs", None, "cats"):
+        eager.adapter(name)
+        compiled.adapter(name)
+        answers.append(eager.generate("Once upon a time", max_new_tokens=16).token_ids)
+        assert compiled.generate("Once upon a time", max_new_tokens=16).token_ids == answers[-1]
+    assert answers[0] == answers[3]
+    assert len(set(map(tuple, answers))) == 3

@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import llava
-from llava.assistant import Assistant
+from llava.assistant import Assistant, question_about
 from llava.checkpoint import gptfast
 from llava.checkpoint.check import check_equal
 from llava.checkpoint.inspect import describe
 from llava.checkpoint.native import convert
 from llava.checkpoint.open import open_checkpoint
 from llava.config import DecoderConfig, LlavaConfig
+from llava.engine import step
 from llava.errors import CheckpointError, ConfigError
 from llava.model.cache import KVCache
 from llava.model.decoder import Decoder
@@ -32,10 +34,19 @@ SIZES |= {"kind": "mpt", "vocab_size": 40, "max_seq": 64, "eps": 1e-5, "rope_the
 CLIPS_OWN = {"vision_model", "text_model", "visual_projection", "logit_scale"}  # beside the layers that LLaVA reads
 PROMPTS = ["What is in the picture?", "Once upon a time there was a painter who would only", "Hello"]
 
+LONG = "Look at the left side of the photo, then at the right one, and compare the two. " * 12  # beyond one window
+
 
 @pytest.fixture(scope="module")
 def mpt(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_mpt(tmp_path_factory.mktemp("mpt") / "llava", clip=clip)
+
+
+@pytest.fixture(scope="module")
+def picture(mpt: Path) -> Path:
+    path = mpt.parent / "picture.png"
+    Image.linear_gradient("L").resize((90, 60)).convert("RGB").save(path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -176,10 +187,12 @@ def test_a_plain_mpt_is_a_language_model_without_a_template(tmp_path: Path) -> N
     assert len(base.generate(PROMPTS[1], max_new_tokens=6).token_ids) == 6
 
 
-@pytest.mark.parametrize("change", [{"attn_config": {"model_type": ""}}, {"attn_config": tiny.ABSENT}], ids=str)
-def test_an_attn_config_that_was_wiped_is_mpt_7bs(
-    tmp_path: Path, clip: Path, mpt: Path, change: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [{"architectures": ["LlavaMptForCausalLM"]}, {"attn_config": {"model_type": ""}}, {"attn_config": tiny.ABSENT}],
+    ids=str,
+)
+def test_what_newer_code_saved_anew_is_the_same(tmp_path: Path, clip: Path, mpt: Path, change: dict[str, Any]) -> None:
     folder = tiny.write_mpt(tmp_path / "wiped", clip=clip, **change)
     assert open_checkpoint(folder).config == open_checkpoint(mpt).config
 
@@ -302,13 +315,95 @@ def test_greedy_answers_follow_from_logits_without_a_cache(assistant: Assistant)
 
 
 @pytest.mark.skipif(COMPILER is None, reason="torch.compile on a CPU needs a C++ compiler, and there is none")
-def test_compiled_steps_equal_eager_ones(assistant: Assistant) -> None:
+def test_compiled_steps_equal_eager_ones_in_two_shapes(assistant: Assistant) -> None:
     compiled = Assistant(assistant.model, assistant.preprocessor, compile=True)
-    for prompt in (PROMPTS[2], PROMPTS[1]):
+    for prompt in (PROMPTS[2], LONG):
         assert (
             compiled.generate(prompt, max_new_tokens=6).token_ids
             == assistant.generate(prompt, max_new_tokens=6).token_ids
         )
+
+
+def test_pictures_and_text_of_all_lengths_answer_together_as_alone(assistant: Assistant, picture: Path) -> None:
+    requests = [question_about(picture, "What is it?"), question_about(None, "Hello"), LONG]
+    requests += [question_about([picture, picture], "Compare."), PROMPTS[1]]
+    together = assistant.generate_batch(requests, max_new_tokens=8)
+    assert [reply.token_ids for reply in together] == [
+        assistant.generate(request, max_new_tokens=8).token_ids for request in requests
+    ]
+    assert assistant.config.start_end
+
+
+def test_traced_steps_of_several_rows_in_two_windows_equal_plain_ones(assistant: Assistant) -> None:
+    """Without a compiler behind: what is traced and when it is traced anew."""
+    model = assistant.model
+    prefill, decode = (torch.compile(one, backend="eager") for one in (step.prefill, step.decode_step))
+    for n, window in ((4, 8), (11, 16)):
+        x, lengths = model.decoder.lookup(torch.arange(2 * n).view(2, n) + 9), torch.tensor([n - 2, n])
+        logits = []
+        for first, then in ((prefill, decode), (step.prefill, step.decode_step)):
+            cache = KVCache(model.config.decoder, 2, window, dtype=model.dtype, device=model.device)
+            with torch.inference_mode():
+                cache.window = n
+                made = [first(model, x, lengths, cache)]
+                cache.window = window
+                made.append(then(model, torch.tensor([70, 71]), lengths, visible(lengths, window), cache, n + 1))
+            logits.append(torch.cat(made))
+        torch.testing.assert_close(*logits)
+
+
+def test_transformers_pads_on_either_side_and_computes_the_same(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    base = tiny.write_mpt(tmp_path / "base", torch_dtype="float32", layout="safetensors")
+    theirs = transformers.MptForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    ours = llava.load(base, dtype="float32", device="cpu")
+    rows = [ours.prepare(prompt).ids for prompt in PROMPTS]
+    longest = max(map(len, rows))
+    for left in (True, False):
+        pads = [torch.zeros(longest - len(row), dtype=torch.int64) for row in rows]
+        ids = torch.stack([torch.cat([pad, row] if left else [row, pad]) for row, pad in zip(rows, pads, strict=True)])
+        kept = torch.stack(
+            [torch.arange(longest) >= len(pad) if left else torch.arange(longest) < longest - len(pad) for pad in pads]
+        )
+        with torch.no_grad():
+            logits = theirs(ids, attention_mask=kept.long()).logits
+        for prompt, found, there in zip(PROMPTS, logits, kept, strict=True):
+            torch.testing.assert_close(ours.logits(prompt), found[there], rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_side_that_a_tokenizer_pads_on_changes_nothing(
+    tmp_path: Path, mpt: Path, assistant: Assistant, side: str
+) -> None:
+    folder = shutil.copytree(mpt, tmp_path / "copy")
+    tiny.edit_json(folder / "tokenizer_config.json", padding_side=side)
+    found = llava.load(folder, dtype="float32", device="cpu").generate_batch(PROMPTS, max_new_tokens=4)
+    expected = assistant.generate_batch(PROMPTS, max_new_tokens=4)
+    assert [reply.token_ids for reply in found] == [reply.token_ids for reply in expected]
+
+
+@pytest.mark.parametrize("wrapper", ["base_model.model.", "base_model.model.module.", ""])
+def test_a_lora_of_an_mpt_kept_apart_answers_as_merged(tmp_path: Path, mpt: Path, picture: Path, wrapper: str) -> None:
+    lora = tiny.write_mpt_lora(tmp_path / "lora", base=mpt, wrapper=wrapper)
+    merged, apart = (llava.load(lora, base=mpt, merge=merge, dtype="float32", device="cpu") for merge in (True, False))
+    requests = [question_about(picture, "What?"), PROMPTS[1], PROMPTS[2]]
+    for request in requests:
+        torch.testing.assert_close(apart.logits(request), merged.logits(request), rtol=0, atol=1e-4)
+    found, expected = (one.generate_batch(requests, max_new_tokens=6) for one in (apart, merged))
+    assert [reply.token_ids for reply in found] == [reply.token_ids for reply in expected]
+    apart.adapter(None)
+    alone = llava.load(mpt, dtype="float32", device="cpu")
+    assert torch.equal(apart.logits(requests[0]), alone.logits(requests[0]))
+    assert not torch.allclose(apart.logits(requests[0]), merged.logits(requests[0]), atol=1e-2)
+
+
+def test_sixteen_bits_in_a_batch_with_pictures_stay_close(mpt: Path, assistant: Assistant, picture: Path) -> None:
+    rounded = llava.load(mpt, dtype="bfloat16", device="cpu")
+    message = question_about(picture, "What is it?")
+    exact = assistant.logits(message)
+    assert (rounded.logits(message) - exact).norm() < 0.03 * exact.norm()
+    replies = rounded.generate_batch([message, PROMPTS[0]], max_new_tokens=4)
+    assert all(len(reply.token_ids) == 4 for reply in replies)
 
 
 def test_bfloat16_stays_close(mpt: Path, assistant: Assistant) -> None:

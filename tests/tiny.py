@@ -421,11 +421,14 @@ def write_lora(
     adapter: str = "",
     form: Literal["bin", "safetensors"] = "bin",
     base: str = "lmsys/vicuna-13b-v1.3",
+    rows: bool = False,
+    added: tuple[str, ...] = (),
     **config: Any,
 ) -> Path:
     """A LoRA with its projector, in bfloat16, as published: it needs a `write_llama` beside it.
 
-    wrapper: what stands before names; adapter: ".default" as peft writes it into a running model's state.
+    wrapper: what stands before names; adapter: ".default" as peft writes it into a running model's state. rows: the
+    embedding table and the head too, as of June 2023; added: a tokenizer with these tokens.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = llava_config(**{"_name_or_path": base, "mm_vision_tower": str(clip), "vocab_size": PIECES, **config})
@@ -438,12 +441,36 @@ def write_lora(
     else:
         save_file(pairs, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     beside = {wrapper + name: value.bfloat16() for name, value in projector_tensors(final, seed).items()}
+    if rows:
+        whole = llama_tensors(final, seed, inv_freq=False)
+        beside |= {wrapper + name: whole[name].bfloat16() for name in ("model.embed_tokens.weight", "lm_head.weight")}
     torch.save(beside, folder / "non_lora_trainables.bin")
+    if added:
+        write_tokenizer(folder, added=added)
     settings: dict[str, Any] = {"base_model_name_or_path": base, "bias": "none", "fan_in_fan_out": False}
     settings |= {"inference_mode": True, "lora_alpha": LORA_ALPHA, "lora_dropout": 0.05, "peft_type": "LORA"}
     settings |= {"r": LORA_RANK, "target_modules": list(targets), "task_type": "CAUSAL_LM"}
     write_json(folder / "adapter_config.json", settings)
     write_json(folder / "config.json", final)
+    return folder
+
+
+def write_mpt_lora(folder: Path, *, base: Path, seed: int = 3, wrapper: str = "base_model.model.") -> Path:
+    """A LoRA of all matrices of a `write_mpt`, with the config and the projector of that one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.loads((base / "config.json").read_text())
+    pairs, beside = {}, projector_tensors(config, seed)
+    for name, weight in mpt_tensors(config, seed).items():
+        module = wrapper + name.removesuffix(".weight")
+        if weight.dim() == 2 and "wte" not in name:
+            pairs[f"{module}.lora_A.weight"] = tensor(seed, name + ".A", (LORA_RANK, weight.shape[1]), 0.1).bfloat16()
+            pairs[f"{module}.lora_B.weight"] = tensor(seed, name + ".B", (weight.shape[0], LORA_RANK), 0.1).bfloat16()
+    torch.save(pairs, folder / "adapter_model.bin")
+    named = {wrapper + name.replace("model.", "transformer.", 1): value for name, value in beside.items()}
+    torch.save(named, folder / "non_lora_trainables.bin")
+    settings = {"base_model_name_or_path": "mosaicml/mpt-7b-chat", "lora_alpha": LORA_ALPHA, "r": LORA_RANK}
+    write_json(folder / "adapter_config.json", {**settings, "peft_type": "LORA"})
+    write_json(folder / "config.json", config)
     return folder
 
 

@@ -22,7 +22,7 @@ _ALREADY_ADDED = 0.1  # |mean| of a final norm's weight below this: the tensor i
 class Facts(NamedTuple):
     """What can be seen of a folder."""
 
-    folder: Path
+    folder: Path  # or a file that holds a projector alone
     settings: Mapping[str, Any]  # config.json, {} if there is none
     weights: Weights
 
@@ -52,6 +52,8 @@ def _lora(facts: Facts) -> list[str]:
 
 
 def _projector(facts: Facts) -> list[str]:
+    if facts.folder.is_file():
+        return ["a single file that holds mm_projector.*"]
     alone = _has(facts, "mm_projector.bin") and not facts.weights
     return ["mm_projector.bin is there and no weights of a language model"] * alone
 

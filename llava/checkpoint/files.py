@@ -59,16 +59,39 @@ def locate(source: str | Path, *, revision: str | None = None, weights: bool = T
     return _download(str(source), revision, weights, what)
 
 
-def _download(repo: str, revision: str | None, weights: bool, what: str) -> Path:
+def locate_file(source: str | Path, *, revision: str | None = None) -> Path | None:
+    """The one file of tensors that is named, here or as `owner/name#file` on the hub; None: no such name.
+
+    Raises CheckpointError where the hub does not give it.
+    """
+    if not str(source).endswith((".bin", ".safetensors")):
+        return None
+    if (file := Path(source).expanduser()).is_file():
+        return file
+    repo, _, name = str(source).partition("#")
+    if file.exists() or not name or repo.count("/") != 1:
+        return None
+    folder = _fetch(repo, [name], revision, "checkpoint")
+    if not (folder / name).is_file():
+        raise CheckpointError(f"{repo}: has no file {name} on the hub, or none that was fetched before")
+    return folder / name
+
+
+def _fetch(repo: str, patterns: Iterable[str], revision: str | None, what: str) -> Path:
+    """The folder in the cache that holds those of the files that there are."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{repo}: the {what} can not be fetched from the hub ({reason})") from None
+
+
+def _download(repo: str, revision: str | None, weights: bool, what: str) -> Path:
     def fetch(patterns: Iterable[str]) -> Path:
-        try:
-            return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise CheckpointError(f"{repo}: the {what} can not be fetched from the hub ({reason})") from None
+        return _fetch(repo, patterns, revision, what)
 
     folder = fetch(_SMALL_FILES)
     if weights:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llava.checkpoint.detect import Facts, Finding, Kind, choose_template, detect
-from llava.checkpoint.files import locate, open_weights
+from llava.checkpoint.files import Weights, locate, locate_file, open_weights
 from llava.checkpoint.onbase import ON_BASE, recorded_base
 from llava.checkpoint.open import SUPPORTED, Checkpoint, look, open_checkpoint
 from llava.checkpoint.settings import Shapes
@@ -148,7 +148,8 @@ class Scan:
 
 def scan(path: str | Path, *, revision: str | None = None, progress: Callable[[int, int], None]) -> Scan:
     """Streams all values of a folder, whatever its kind."""
-    weights = open_weights(locate(path, revision=revision))
+    file = locate_file(path, revision=revision)
+    weights = Weights([file]) if file else open_weights(locate(path, revision=revision))
     found = Scan()
     total, done = sum(entry.n_bytes for entry in weights.entries.values()), 0
     for name, entry in weights.entries.items():

@@ -154,7 +154,7 @@ def _vocab_size(checkpoint: Checkpoint) -> int:
 
 
 def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
-    copy_tokenizer(checkpoint.tokenizer_folder, folder)
+    copy_tokenizer(checkpoint.tokenizer_folder, folder, checkpoint.new_tokens)
     ids = added(checkpoint.tokenizer)
     _extend(folder / "added_tokens.json", ids)
     entries = {
@@ -211,7 +211,7 @@ def keep_added_rows(opened: Checkpoint, folder: Path) -> None:
 
 def copy_plain_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     """The tokenizer's files without <image> and <pad>, where it is a SentencePiece model that they were added to."""
-    copy_tokenizer(checkpoint.tokenizer_folder, folder)
+    copy_tokenizer(checkpoint.tokenizer_folder, folder, checkpoint.new_tokens)
     has_rows = checkpoint.kind in HAVE_ROWS and checkpoint.tokenizer.id_of(IMAGE_TOKEN) is not None
     if not has_rows or not (folder / "tokenizer.model").is_file():
         return

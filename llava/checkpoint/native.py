@@ -41,7 +41,7 @@ def config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     """A reader takes tokenizer.model before tokenizer.json: where that is not what is used, it is left out."""
-    copy_tokenizer(checkpoint.tokenizer_folder, folder)
+    copy_tokenizer(checkpoint.tokenizer_folder, folder, checkpoint.new_tokens)
     if isinstance(checkpoint.tokenizer, JsonTokenizer):
         (folder / "tokenizer.model").unlink(missing_ok=True)
 

@@ -1,7 +1,7 @@
 """Folders that are no model by themselves: a LoRA, a projector, a delta. Put on their base as they are read."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ class Put(NamedTuple):
     sources: dict[str, Source]
     unused: tuple[str, ...]  # names on disk that are known and not needed
     unknown: dict[str, Path]  # names on disk that no rule knows, and their files
+    start_end: bool = False  # rows of <im_start> and <im_end> came with it
 
 
 def put_on(kind: Kind, facts: Facts, base: Base, tokenizer: Tokenizer) -> Put:
@@ -38,8 +39,26 @@ def put_on(kind: Kind, facts: Facts, base: Base, tokenizer: Tokenizer) -> Put:
     if kind == "lora":
         return _lora(facts.folder, base)
     if kind == "projector":
-        return _projector(facts.folder / "mm_projector.bin", base, tokenizer)
+        return _projector(_projector_file(facts.folder), base, tokenizer)
     return _delta(facts.weights, base)
+
+
+def new_tokens(kind: Kind, facts: Facts, first: int) -> dict[str, int]:
+    """Tokens around a picture and their ids, for a tokenizer of ids below `first`, where rows of them were trained."""
+    if kind == "projector":
+        trained = set(_TABLES) & set(_after_projector(Weights([_projector_file(facts.folder)])))
+        return {name: first + i for i, name in enumerate(_AROUND if trained else ())}
+    extra = facts.folder / "non_lora_trainables.bin"
+    if kind == "lora" and facts.settings.get("mm_use_im_start_end") and extra.is_file():
+        weights = Weights([extra])
+        rows = [weights.entries[name].shape[0] for name in weights if name.endswith(_TABLES)]
+        names = {2: _AROUND, 3: ("<im_patch>", *_AROUND)}.get(max(rows, default=0) - first, ())
+        return {name: first + i for i, name in enumerate(names)}
+    return {}
+
+
+_AROUND = ("<im_start>", "<im_end>")
+_TABLES = ("embed_tokens.weight", "wte.weight")
 
 
 def recorded_base(kind: Kind, facts: Facts) -> str:
@@ -63,46 +82,56 @@ def _lora(folder: Path, base: Base) -> Put:
     file = next((folder / name for name in _ADAPTERS if (folder / name).is_file()), None)
     if file is None:
         raise CheckpointError(f"{folder}: holds no {' or '.join(_ADAPTERS)}; fetch the LoRA again")
-    sources, (pairs, unknown) = {**base.sources, **plain.sources}, _pairs(Weights([file]))
-    alpha = _alpha(folder / "adapter_config.json")
+    pairs, saved = _pairs(Weights([file]), base.rules)
+    sources = {**base.sources, **plain.sources, **saved.sources}
+    scale = _scale(folder / "adapter_config.json")
     adapters: dict[str, list[Adapter]] = {}
     for name, pair in pairs.items():
-        ours, adapter = _adapter(name, pair, alpha, sources, base, file)
+        ours, adapter = _adapter(name, pair, scale, sources, base, file)
         adapters.setdefault(ours, []).append(adapter)
     sources |= {ours: Adapted(sources[ours], parts) for ours, parts in adapters.items()}
-    return Put(sources, plain.unused, plain.unknown | dict.fromkeys(unknown, file))
+    return Put(sources, plain.unused + saved.unused, plain.unknown | saved.unknown)
 
 
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
-def _pairs(weights: Weights) -> tuple[dict[str, dict[str, Source]], list[str]]:
-    """A and B by the name of the matrix that they are added to, and names that are neither."""
+def _pairs(weights: Weights, rules: tuple[Rule, ...]) -> tuple[dict[str, dict[str, Source]], Put]:
+    """A and B by the name of the matrix that they are added to; and tensors that PEFT saved whole (modules_to_save)."""
     pairs: dict[str, dict[str, Source]] = {}
-    unknown = []
+    whole: dict[str, str] = {}
     for plain, name in _unwrapped(weights).items():
         if match := re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", plain):
             pairs.setdefault(f"{match[1]}.weight", {})[match[2]] = _whole(weights, name)
         else:
-            unknown.append(name)
-    return pairs, unknown
+            whole[re.sub(r"\.(modules_to_save(\.default)?|base_layer)\.", ".", plain)] = name
+    return pairs, _taken(weights, lambda _: whole, rules)
 
 
-def _alpha(file: Path) -> Callable[[int], float]:
-    """The factor of B @ A for a rank. Raises CheckpointError for kinds of LoRA that this is not."""
+def _scale(file: Path) -> Callable[[str, int], float]:
+    """The factor of B @ A by name and rank. Raises CheckpointError for kinds of LoRA that this is not."""
     config = read_json(file)
-    for key in ("fan_in_fan_out", "use_dora", "alpha_pattern"):
+    for key in ("fan_in_fan_out", "use_dora", "layer_replication"):
         if config.get(key):
             raise CheckpointError(f"{file}: {key} is {config[key]!r}, which is not supported; merge it with peft first")
+    if (kind := config.get("peft_type", "LORA")) != "LORA":
+        raise CheckpointError(f"{file}: peft_type is {kind!r}; expected LORA")
     with reading(file):
-        alpha, rooted = float(config["lora_alpha"]), bool(config.get("use_rslora"))
-    return lambda r: alpha / (r**0.5 if rooted else r)
+        usual, rooted = float(config["lora_alpha"]), bool(config.get("use_rslora"))
+        own = {str(key): float(alpha) for key, alpha in (config.get("alpha_pattern") or {}).items()}
+
+    def scale(name: str, r: int) -> float:
+        module = name.removesuffix(".weight")
+        alpha = next((own[key] for key in own if re.fullmatch(rf"(.*\.)?({key})", module)), usual)
+        return alpha / (r**0.5 if rooted else r)
+
+    return scale
 
 
 def _adapter(
     name: str,
     pair: dict[str, Source],
-    alpha: Callable[[int], float],
+    scale: Callable[[str, int], float],
     under: Mapping[str, Source],
     base: Base,
     file: Path,
@@ -125,15 +154,15 @@ def _adapter(
             f"{file}: adapts {name} by {b.shape[0]} x {a.shape[1]} values, {base.folder} holds it in {rows} x {columns}"
             f"{' with its neighbours' * (place.of > 1)}: not the base that this LoRA was trained from"
         )
-    return place.ours, Adapter(first, a, b, alpha(a.shape[0]))
+    return place.ours, Adapter(first, a, b, scale(name, a.shape[0]))
 
 
 def _unwrapped(names: Weights) -> dict[str, str]:
     """Names without what PEFT's and DeepSpeed's wrappers put in front, and with it."""
-    plain = {name.removeprefix("base_model."): name for name in names}
-    if any(name.startswith(("model.model.", "model.transformer.")) for name in plain):
-        plain = {name.removeprefix("model."): given for name, given in plain.items()}
-    return plain
+    return {re.sub(_WRAPPERS, "", name): name for name in names}
+
+
+_WRAPPERS = r"^(?:(?:base_model|module|_forward_module)\.|model\.(?=(?:model|module|transformer|lm_head)\.))+"
 
 
 # ----------------------------------------------------------------------------------------------- projector
@@ -146,7 +175,11 @@ def _projector(file: Path, base: Base, tokenizer: Tokenizer) -> Put:
     sources = {**base.sources, **put.sources}
     if rows is not None:
         sources |= _with_tokens(rows, base, tokenizer, file)
-    return put._replace(sources=sources)
+    return put._replace(sources=sources, start_end=rows is not None)
+
+
+def _projector_file(folder: Path) -> Path:
+    return folder if folder.is_file() else folder / "mm_projector.bin"
 
 
 def _with_tokens(rows: Source, base: Base, tokenizer: Tokenizer, file: Path) -> dict[str, Source]:
@@ -156,6 +189,12 @@ def _with_tokens(rows: Source, base: Base, tokenizer: Tokenizer, file: Path) -> 
         raise CheckpointError(
             f"{file}: holds rows of <im_start> and <im_end>, which the tokenizer does not have as its last two; "
             "put the tokenizer files of that training into the folder"
+        )
+    width = base.sources["decoder.embed.weight"].shape[1]
+    if len(rows.shape) != 2 or rows.shape[0] < len(_AROUND) or rows.shape[1] != width:
+        raise CheckpointError(
+            f"{file}: holds rows of tokens in shape {list(rows.shape)}, {base.folder} has rows of {width} values: "
+            "not the base that they were trained with"
         )
     made: dict[str, Source] = {}
     for name in LENGTHENED:
@@ -177,7 +216,7 @@ _BESIDE = (
 )
 
 
-def _after_projector(names: Weights) -> dict[str, str]:
+def _after_projector(names: Iterable[str]) -> dict[str, str]:
     """Prefixes differ from file to file; what follows `mm_projector.` does not."""
     return {re.sub(r"^.*?(mm_projector\.|embed_tokens\.|wte\.|image_newline)", r"\1", name): name for name in names}
 

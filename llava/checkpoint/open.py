@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava.checkpoint import keymap, settings
+from llava.checkpoint import keymap, lone, settings
 from llava.checkpoint.detect import FORMAT_KEY, NATIVE_FORMAT, Choice, Facts, Finding, Kind, choose_template, detect
-from llava.checkpoint.files import locate, open_weights, read_json, reading
-from llava.checkpoint.onbase import ON_BASE, Base, Put, put_on, recorded_base
+from llava.checkpoint.files import locate, locate_file, open_weights, read_json, reading
+from llava.checkpoint.onbase import ON_BASE, Base, Put, new_tokens, put_on, recorded_base
 from llava.checkpoint.settings import ImageMode, Shapes
 from llava.checkpoint.source import Source, Stored
 from llava.checkpoint.tower import Tower, find_tower, own_tower
-from llava.config import LlavaConfig, ProjectorConfig
+from llava.config import DecoderConfig, LlavaConfig, ProjectorConfig
 from llava.errors import CheckpointError, ConfigError
 from llava.model.llava import shapes
 from llava.preprocess.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
@@ -39,6 +39,7 @@ class Checkpoint:
     unused: tuple[str, ...]  # names on disk that this model does not need, those of `spare` included
     tokenizer: Tokenizer
     tokenizer_folder: Path  # where its files lie: the base's, for folders that bring none
+    new_tokens: Mapping[str, int]  # that the tokenizer has and those files do not
     vision_tower: str | None  # as config.json names it, or as it was given
     tower_inside: bool  # the folder holds the tower's weights itself
 
@@ -55,6 +56,8 @@ class Checkpoint:
 
 def look(path: str | Path, revision: str | None = None) -> Facts:
     """Config and headers of a folder or hub id, whatever it is. Raises CheckpointError."""
+    if file := locate_file(path, revision=revision):
+        return lone.look_at(file)
     folder = locate(path, revision=revision)
     if not any(folder.iterdir()):
         raise CheckpointError(f"{folder}: is empty; expected config.json, weights and tokenizer files")
@@ -96,8 +99,13 @@ def open_checkpoint(
         raise CheckpointError(f"{folder}: holds no weights; expected model*.safetensors or pytorch_model*.bin")
     under = _open_base(base, facts, finding, legacy_strip=legacy_strip, lenient=lenient)
     described = facts if facts.settings or not under else look(under.folder)  # a LoRA of peft alone has no config.json
+    if bare := folder.is_file() and not facts.settings:
+        described = facts._replace(settings=lone.seen(facts, vision_tower))
     files = folder if under is None or has_tokenizer(folder) else under.tokenizer_folder
     tokenizer = load_tokenizer(files, legacy_strip=legacy_strip, fast=finding.kind == "llava-hf")
+    more = dict[str, int]()
+    if under and tokenizer.id_of("<im_start>") is None and (more := new_tokens(finding.kind, facts, tokenizer.size)):
+        tokenizer = load_tokenizer(files, legacy_strip=legacy_strip, more=more)
     put = _on_base(facts, finding.kind, under, tokenizer) if under else _alone(facts, finding.kind)
     if put.unknown and not lenient:
         raise _unknown(put.unknown)
@@ -106,10 +114,14 @@ def open_checkpoint(
         if FORMAT_KEY in described.settings:
             config, tower = _native_config(described, vision, image_mode), None
         else:
+            sizes = under.config.decoder if under and bare else None
             family = under.config.decoder.kind if under else finding.kind
-            config, tower = _foreign_config(described, family, held, vision, vision_tower, image_mode, fetch_tower)
+            decoder = _decoder(described, family, held, sizes)
+            config, tower = _foreign_config(described, decoder, held, vision, vision_tower, image_mode, fetch_tower)
         projector = config.projector or _projector_held(held, config)
         choice = choose_template(finding.kind, described.settings, config.decoder, projector, tokenizer)
+    if put.start_end:
+        config = replace(config, start_end=True)
     if config.vision and config.start_end and tokenizer.id_of("<im_start>") is None:
         raise CheckpointError(
             f"{folder}: mm_use_im_start_end is on, but the tokenizer has no <im_start>; add its files"
@@ -135,6 +147,7 @@ def open_checkpoint(
         unused=(*put.unused, *put.unknown, *(name for source in spare.values() for name in source.names)),
         tokenizer=tokenizer,
         tokenizer_folder=files,
+        new_tokens=more,
         vision_tower=described.settings.get("mm_vision_tower") or (str(vision_tower) if vision_tower else None),
         tower_inside="vision.cls" in held,
     )
@@ -231,9 +244,18 @@ def _native_config(facts: Facts, vision: bool, image_mode: ImageMode | None) -> 
     return config
 
 
+def _decoder(facts: Facts, family: str, held: Mapping[str, Source], like: DecoderConfig | None) -> DecoderConfig:
+    """The language model's sizes as config.json has them, else `like` another's; the rows are those held."""
+    if like:
+        return replace(like, vocab_size=held["decoder.embed.weight"].shape[0])
+    read = settings.mpt_config if family == "mpt" else settings.decoder_config
+    where = str(facts.folder / "config.json")
+    return read(facts.settings, {name: source.shape for name, source in held.items()}, where)
+
+
 def _foreign_config(
     facts: Facts,
-    family: str,
+    decoder: DecoderConfig,
     held: Mapping[str, Source],
     vision: bool,
     vision_tower: str | Path | None,
@@ -241,12 +263,11 @@ def _foreign_config(
     fetch_tower: bool,
 ) -> tuple[LlavaConfig, Path | None]:
     """The config, and the folder of the vision tower where there is one."""
-    where = str(facts.folder / "config.json")
+    where = str(facts.folder if facts.folder.is_file() else facts.folder / "config.json")
     found: Shapes = {name: source.shape for name, source in held.items()}
     generation = facts.folder / "generation_config.json"
-    read_decoder = settings.mpt_config if family == "mpt" else settings.decoder_config
     config = LlavaConfig(
-        decoder=read_decoder(facts.settings, found, where),
+        decoder=decoder,
         start_end=bool(facts.settings.get("mm_use_im_start_end", False)),
         eos_ids=settings.end_ids(facts.folder, read_json(generation) if generation.is_file() else {}),
         dtype=settings.stored_dtype(facts.settings, held["decoder.norm.weight"].dtype if held else torch.float16),

@@ -89,7 +89,7 @@ class Stored(Source):
             for name, (first, last) in zip(self.names, pairwise(self.cuts), strict=True)
             if first < stop and start < last
         ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else self.weights[self.names[0]][:0]
 
     def read(self) -> Tensor:
         return keymap.read(self.weights, self.names)
@@ -217,7 +217,8 @@ class Rows(_Over):
         return sorted({0, self.first, self.first + self.extra.shape[0], self.shape[0]})
 
     def rows(self, start: int, stop: int) -> Tensor:
-        own = self.base.rows(start, min(stop, self.base.shape[0]))
+        held = self.base.shape[0]
+        own = self.base.rows(min(start, held), min(stop, held))
         values = torch.cat([own, own.new_empty(stop - start - len(own), *own.shape[1:])])
         low, high = max(start, self.first), min(stop, self.first + self.extra.shape[0])
         if low < high:

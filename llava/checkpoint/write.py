@@ -6,7 +6,7 @@ Everything is written under a temporary name and renamed when it is whole.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,11 +131,20 @@ def write_json(file: Path, values: dict[str, Any]) -> None:
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """The files of a tokenizer, and generation_config.json, which knows further ends of an answer."""
+def copy_tokenizer(source: Path, target: Path, more: Mapping[str, int] | None = None) -> None:
+    """The files of a tokenizer, and generation_config.json, which knows further ends of an answer; `more` tokens."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    if more and (target / "tokenizer.model").is_file():
+        added = target / "added_tokens.json"
+        known = json.loads(added.read_text(encoding="utf-8")) if added.is_file() else {}
+        write_json(added, known | dict(more))
+    if more and (target / "tokenizer.json").is_file():
+        fast = json.loads((target / "tokenizer.json").read_text(encoding="utf-8"))
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        fast["added_tokens"] += [{"id": id, "content": text, **flags, "special": True} for text, id in more.items()]
+        write_json(target / "tokenizer.json", fast)
 
 
 @contextmanager

@@ -50,6 +50,13 @@ def clip_id(sizes: Mapping[str, Any]) -> str | None:
     return None
 
 
+def tower_of(in_dim: int, depth: int) -> str | None:
+    """The tower of published projectors of that input width: linear ones from the time of 224 pixels, or MLPs."""
+    if in_dim != _CLIP_L["hidden_size"]:
+        return None
+    return "openai/clip-vit-large-patch14" if depth == 1 else "openai/clip-vit-large-patch14-336"
+
+
 def is_llama_2_chat(repository: str) -> bool:
     """Whether a repository id written inside a file names Meta's Llama-2-chat: weak evidence, to break a tie."""
     name = repository.lower().rsplit("/", 1)[-1]

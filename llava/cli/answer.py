@@ -11,6 +11,7 @@ import typer
 
 from llava.cli.app import app, progress_bar
 from llava.cli.options import (
+    Adapters,
     AsJson,
     Base,
     Checkpoint,
@@ -45,6 +46,7 @@ def ask(
     words: Annotated[list[str], typer.Argument(metavar='[IMAGE]... "QUESTION"', help="- reads a picture from stdin")],
     model: Model = None,
     base: Base = None,
+    adapter: Adapters = None,
     vision_tower: VisionTower = None,
     template: Template = None,
     dtype: DType = "auto",
@@ -86,6 +88,7 @@ def ask(
 def chat(
     model: Model = None,
     base: Base = None,
+    adapter: Adapters = None,
     vision_tower: VisionTower = None,
     template: Template = None,
     dtype: DType = "auto",
@@ -105,7 +108,7 @@ def chat(
     seed: Seed = None,
     stop: Stop = None,
 ) -> None:
-    """Talk in turns. /image PATH, /reset, /save FILE, /quit; Ctrl-C ends an answer and keeps the conversation."""
+    """Talk in turns. /image PATH, /adapter NAME, /reset, /save FILE, /quit; Ctrl-C ends an answer, nothing else."""
     options = dict(locals())
     vlm = _load(options)
     from llava.chat import Chat
@@ -164,7 +167,15 @@ def _load(options: dict[str, Any]) -> "Assistant":
             "--model FOLDER_OR_HUB_ID takes a real LLaVA",
             file=sys.stderr,
         )
-    return llava.load(path, **{name: options[name] for name in _LOADING if name in options})
+    adapters = dict(map(_named, options.get("adapter") or ()))
+    return llava.load(path, adapters=adapters, **{name: options[name] for name in _LOADING if name in options})
+
+
+def _named(adapter: str) -> tuple[str, str]:
+    name, _, folder = adapter.partition("=")
+    if not (name and folder):
+        raise ConfigError(f"--adapter is {adapter!r}; expected NAME=FOLDER_OR_HUB_ID")
+    return name, folder
 
 
 def _sampling(options: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,10 @@ Model = Annotated[
 ]
 Checkpoint = Annotated[str, typer.Argument(metavar="M", help="folder or hub id of a checkpoint")]
 Base = Annotated[str | None, typer.Option("--base", help="language model that a delta, LoRA or projector belongs to")]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", metavar="NAME=M", help="LoRA or projector to put on --model; may be given again"),
+]
 VisionTower = Annotated[str | None, typer.Option("--vision-tower", help="CLIP's folder or hub id")]
 Template = Annotated[str | None, typer.Option("--template", help="conversation template, by name")]
 DType = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16")]

@@ -7,7 +7,7 @@ added tokens are cut out of the text first, and each stretch between them goes t
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -164,14 +164,17 @@ def _place(token: Added, start: int) -> Token:
 class JsonTokenizer:
     """Any tokenizer of the `tokenizers` library, from its `tokenizer.json`."""
 
-    def __init__(self, file: Path, *, eos: str | None):
-        """Raises CheckpointError if the file cannot be read."""
+    def __init__(self, file: Path, *, eos: str | None, more: Mapping[str, int] | None = None):
+        """`more`: special tokens besides, the next ids. Raises CheckpointError if the file cannot be read."""
         import tokenizers
 
         try:
             self._model = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{file}: not a tokenizer of the tokenizers library ({error})") from None
+        self._model.add_special_tokens(sorted(more or {}, key=(more or {}).__getitem__))
+        if lost := [text for text, id in (more or {}).items() if self._model.token_to_id(text) != id]:
+            raise CheckpointError(f"{file}: {lost[0]} can not be added: its id would not be the next one")
         added = self._model.get_added_tokens_decoder()
         self.size = self._model.get_vocab_size(with_added_tokens=True)
         self.special = frozenset(id for id, token in added.items() if token.special)
@@ -202,23 +205,27 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
 
 
-def load_tokenizer(folder: Path, *, legacy_strip: bool = False, fast: bool = False) -> Tokenizer:
+def load_tokenizer(
+    folder: Path, *, legacy_strip: bool = False, fast: bool = False, more: Mapping[str, int] | None = None
+) -> Tokenizer:
     """The tokenizer of a checkpoint folder. `fast`: tokenizer.json first, as transformers' processors take it.
 
     `legacy_strip`: tokens of added_tokens.json swallow the white space beside them, as transformers up to 4.31 did;
-    LLaVA v0 and v1.1 were trained so. Raises CheckpointError where the files are missing or broken.
+    LLaVA v0 and v1.1 were trained so. `more`: special tokens beyond those of the files, and their ids.
+    Raises CheckpointError where the files are missing or broken.
     """
     model, whole = folder / "tokenizer.model", folder / "tokenizer.json"
     settings = _read(folder / "tokenizer_config.json")
     names = _special_names(settings, _read(folder / "special_tokens_map.json"))
     if whole.is_file() and (fast or not model.is_file()):
-        return JsonTokenizer(whole, eos=names["eos_token"])
+        return JsonTokenizer(whole, eos=names["eos_token"], more=more or {})
     if not model.is_file():
         raise CheckpointError(f"{folder}: no tokenizer.model and no tokenizer.json; add the base model's tokenizer")
     try:
         added = _added(settings, _read(folder / "added_tokens.json"), set(names.values()), legacy_strip)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder}: added tokens are not of the form expected ({error})") from None
+    added |= {text: Added(text, id, True, legacy_strip, legacy_strip) for text, id in (more or {}).items()}
     try:
         return _sentencepiece(model.read_bytes(), added, names, settings)
     except (RuntimeError, ValueError, OSError) as error:

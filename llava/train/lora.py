@@ -8,47 +8,16 @@ r rank   I values in   O values out of a part
 
 from collections.abc import Iterator, Mapping
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from llava.config import DecoderConfig
 from llava.errors import ConfigError
 from llava.model.decoder import Decoder
 from llava.model.linear import Linear
+from llava.model.lora import Adapter, LoraLinear
 from llava.quantize.nf4 import BLOCK, NF4Linear
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]  # part -> A [r, I], B [O, r]; a matrix that is one part has the part ""
-
-
-class Adapter(nn.Module):
-    """B A of one part."""
-
-    def __init__(self, in_features: int, out_features: int, rank: int):
-        super().__init__()
-        self.a = nn.Parameter(torch.empty(rank, in_features))
-        self.b = nn.Parameter(torch.empty(out_features, rank))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., I] -> [..., O]"""
-        return F.linear(F.linear(x, self.a), self.b)
-
-
-class LoraLinear(nn.Module):
-    """A frozen matrix and adapters for its parts."""
-
-    def __init__(
-        self, base: nn.Module, in_features: int, parts: Mapping[str, int], rank: int, scale: float, drop: float
-    ):
-        """parts: rows of each, in the order in which they are stacked."""
-        super().__init__()
-        self.base, self.scale, self.drop = base, scale, drop
-        self.adapters = nn.ModuleDict({name or "all": Adapter(in_features, n, rank) for name, n in parts.items()})
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., I] -> [..., O]"""
-        added = [adapter(F.dropout(x, self.drop, self.training)) for adapter in self.adapters.values()]
-        return self.base(x) + self.scale * (torch.cat(added, dim=-1) if len(added) > 1 else added[0])
 
 
 def add_lora(
@@ -63,9 +32,9 @@ def add_lora(
             continue
         parent, _, leaf = name.rpartition(".")
         base = _four_bit(module) if nf4 else module
-        parts = _qkv_rows(config) if leaf == "qkv" and config.kind == "llama" else {"": module.out_features}
-        wrapped = LoraLinear(base, module.in_features, parts, rank, alpha / rank, dropout)
-        setattr(decoder.blocks.get_submodule(parent), leaf, wrapped)
+        rows = _qkv_rows(config) if leaf == "qkv" and config.kind == "llama" else {"all": module.out_features}
+        parts = {part: Adapter(module.in_features, n, rank, alpha / rank) for part, n in rows.items()}
+        setattr(decoder.blocks.get_submodule(parent), leaf, LoraLinear(base, parts, dropout))
 
 
 def _four_bit(module: Linear) -> NF4Linear:

@@ -1,9 +1,7 @@
 """What a run starts from: a language model and a tower put together, or a LLaVA to go on from; which weights learn."""
 
-import json
 import math
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,13 +14,14 @@ from llava.checkpoint.detect import FORMAT_KEY
 from llava.checkpoint.files import check_finite
 from llava.checkpoint.open import Checkpoint, check_headers, look, open_checkpoint
 from llava.checkpoint.source import Mean, Rows
-from llava.checkpoint.write import TOKENIZER_FILES, new_folder, write_json
+from llava.checkpoint.write import copy_tokenizer, new_folder
 from llava.config import ImageConfig, LlavaConfig
 from llava.errors import CheckpointError, ConfigError
 from llava.model.llava import Llava, shapes, skeleton
+from llava.model.lora import Adapter, LoraLinear
 from llava.preprocess.tokenizer import load_tokenizer
 from llava.quantize.nf4 import NF4Linear
-from llava.train.lora import Adapter, LoraLinear, add_lora
+from llava.train.lora import add_lora
 from llava.train.recipe import Recipe
 
 _NEW_TOKENS = ("<im_patch>", "<im_start>", "<im_end>")
@@ -36,6 +35,8 @@ def start(recipe: Recipe, tokenizer_folder: Path) -> Checkpoint:
     Raises LlavaError.
     """
     checkpoint = _opened(recipe)
+    if recipe.start_end and checkpoint.new_tokens:
+        checkpoint = _with_files(checkpoint, tokenizer_folder, checkpoint.new_tokens)
     if recipe.start_end and checkpoint.tokenizer.id_of("<im_start>") is None:
         checkpoint = _with_tokens(checkpoint, tokenizer_folder)
     config = replace(
@@ -86,42 +87,29 @@ def _image(recipe: Recipe, config: LlavaConfig) -> ImageConfig:
 def _with_tokens(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     """The vocabulary with the picture's tokens behind it; their rows start at the mean of all others."""
     first = checkpoint.tokenizer.size
-    if not folder.is_dir():
-        try:
-            _write_tokenizer(checkpoint.tokenizer_folder, folder, {t: first + i for i, t in enumerate(_NEW_TOKENS)})
-        except CheckpointError:
-            if not folder.is_dir():  # another rank was faster: it wrote the same
-                raise
     sources = dict(checkpoint.sources)
     for name in ("decoder.embed.weight", "decoder.head.weight"):
         if table := sources.get(name):
             sources[name] = Rows(table, Mean(table, len(_NEW_TOKENS)), first)
     decoder = replace(checkpoint.config.decoder, vocab_size=sources["decoder.embed.weight"].shape[0])
-    return replace(
-        checkpoint,
-        config=replace(checkpoint.config, decoder=decoder),
-        sources=sources,
-        tokenizer=load_tokenizer(folder),
-        tokenizer_folder=folder,
-    )
+    longer = replace(checkpoint, config=replace(checkpoint.config, decoder=decoder), sources=sources)
+    return _with_files(longer, folder, {text: first + i for i, text in enumerate(_NEW_TOKENS)})
 
 
-def _write_tokenizer(source: Path, target: Path, tokens: dict[str, int]) -> None:
+def _with_files(checkpoint: Checkpoint, folder: Path, more: Mapping[str, int]) -> Checkpoint:
+    """The tokenizer with these tokens is written there, unless it is there."""
+    if not folder.is_dir():
+        try:
+            _write_tokenizer(checkpoint.tokenizer_folder, folder, more)
+        except CheckpointError:
+            if not folder.is_dir():  # another rank was faster: it wrote the same
+                raise
+    return replace(checkpoint, tokenizer=load_tokenizer(folder), tokenizer_folder=folder, new_tokens={})
+
+
+def _write_tokenizer(source: Path, target: Path, more: Mapping[str, int]) -> None:
     with new_folder(target, 0) as folder:
-        for name in TOKENIZER_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
-        if (folder / "tokenizer.model").is_file():
-            added = folder / "added_tokens.json"
-            known = json.loads(added.read_text(encoding="utf-8")) if added.is_file() else {}
-            write_json(added, known | tokens)
-        if (folder / "tokenizer.json").is_file():
-            fast = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-            fast["added_tokens"] += [
-                {"id": id, "content": text, **flags, "special": True} for text, id in tokens.items()
-            ]
-            write_json(folder / "tokenizer.json", fast)
+        copy_tokenizer(source, folder, more)
 
 
 def trainable(checkpoint: Checkpoint, recipe: Recipe) -> Llava:

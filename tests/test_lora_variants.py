@@ -1,0 +1,226 @@
+"""LoRAs as they lie on the hub: prefixes, ranks, what was trained besides. test_layouts.py has the plain ones."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import llava
+from llava.checkpoint.native import convert
+from llava.checkpoint.open import Checkpoint, check_headers, open_checkpoint
+from tests import tiny
+
+FLOAT32: dict[str, Any] = {"dtype": "float32", "device": "cpu"}
+TOKENS = ("<im_patch>", "<im_start>", "<im_end>")
+PROMPT = "Behind it a long wooden pier leads out to the water."
+
+
+@pytest.fixture(scope="module")
+def base(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_llama(tmp_path_factory.mktemp("variants") / "base")
+
+
+@pytest.fixture
+def lora(clip: Path, tmp_path: Path) -> Path:
+    return tiny.write_lora(tmp_path / "lora", clip=clip)
+
+
+def opened(path: Path, **options: Any) -> Checkpoint:
+    checkpoint = open_checkpoint(path, **options)
+    check_headers(checkpoint)
+    return checkpoint
+
+
+def refused(path: Path, **options: Any) -> str:
+    with pytest.raises(llava.LlavaError) as caught:
+        opened(path, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def edit(file: Path, change: Any) -> None:
+    torch.save(change(torch.load(file, weights_only=True)), file)
+
+
+def assert_same(ours: Checkpoint, theirs: Checkpoint) -> None:
+    assert ours.config == theirs.config
+    assert set(ours.sources) == set(theirs.sources)
+    for name, source in ours.sources.items():
+        assert torch.equal(source.read(), theirs.sources[name].read()), name
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        "base_model.model.",
+        "base_model.",
+        "",
+        "module.base_model.model.",
+        "base_model.model.module.",
+        "module.",
+        "model.",
+    ],
+)
+@pytest.mark.parametrize("file", ["adapter_model.bin", "non_lora_trainables.bin"])
+def test_what_stands_before_the_names_does_not_matter(
+    lora: Path, base: Path, clip: Path, tmp_path: Path, file: str, wrapper: str
+) -> None:
+    expected = opened(tiny.write_lora(tmp_path / "expected", clip=clip), base=base)
+    edit(lora / file, lambda held: {wrapper + n.removeprefix("base_model.model."): t for n, t in held.items()})
+    assert_same(opened(lora, base=base), expected)
+
+
+def test_extra_names_without_the_double_model_are_known_too(lora: Path, base: Path, clip: Path, tmp_path: Path) -> None:
+    expected = opened(tiny.write_lora(tmp_path / "expected", clip=clip), base=base)
+    edit(
+        lora / "non_lora_trainables.bin", lambda held: {n.replace("model.model.", "model."): t for n, t in held.items()}
+    )
+    assert_same(opened(lora, base=base), expected)
+
+
+def test_the_lora_of_june_2023_brings_a_longer_vocabulary(clip: Path, base: Path, tmp_path: Path) -> None:
+    """Its tokenizer is the base's, which does not have the three tokens; the last two rows are <im_start>, <im_end>."""
+    longer = {"vocab_size": tiny.PIECES + 3, "mm_use_im_start_end": True, "mm_projector_type": "linear"}
+    lora = tiny.write_lora(tmp_path / "lora", clip=clip, rows=True, **longer)
+    found = opened(lora, base=base)
+    assert found.config.decoder.vocab_size == tiny.PIECES + 3
+    assert found.config.start_end
+    assert [found.tokenizer.id_of(text) for text in TOKENS] == [tiny.PIECES + i for i in range(3)]
+    whole = tiny.llama_tensors(tiny.llama_config(vocab_size=tiny.PIECES + 3), 3, inv_freq=False)
+    for ours, disk in (("embed", "model.embed_tokens.weight"), ("head", "lm_head.weight")):
+        assert torch.equal(found.sources[f"decoder.{ours}.weight"].read(), whole[disk].bfloat16())
+    with_files = tiny.write_lora(tmp_path / "files", clip=clip, rows=True, added=TOKENS, **longer)
+    theirs = opened(with_files, base=base)
+    assert found.config == replace(theirs.config, eos_ids=(2,))  # of the base's generation_config.json
+    text = "USER: <im_start><im_end> Hi"
+    assert found.tokenizer.encode(text) == theirs.tokenizer.encode(text)
+
+
+def test_what_was_added_in_memory_is_written_by_a_conversion(clip: Path, base: Path, tmp_path: Path) -> None:
+    longer = {"vocab_size": tiny.PIECES + 3, "mm_use_im_start_end": True, "mm_projector_type": "linear"}
+    lora = tiny.write_lora(tmp_path / "lora", clip=clip, rows=True, **longer)
+    for to in ("native", "original"):
+        convert(lora, tmp_path / to, to=to, base=base)
+        found = opened(tmp_path / to)
+        assert (found.config.start_end, found.tokenizer.id_of("<im_end>")) == (True, tiny.PIECES + 2)
+
+
+def change_of(found: Checkpoint, base: Path, name: str) -> Tensor:
+    return found.sources[name].read().float() - opened(base).sources[name].read().float()
+
+
+def product(module: str, rank: int = tiny.LORA_RANK) -> Tensor:
+    pairs = tiny.lora_tensors(tiny.llama_config(), 3)
+    a, b = (pairs[f"{module}.lora_{kind}.weight"].bfloat16().float() for kind in "AB")
+    return b[:, :rank] @ a[:rank]
+
+
+@pytest.mark.parametrize(
+    ("settings", "factor"),
+    [
+        ({"use_rslora": True}, tiny.LORA_ALPHA / math.sqrt(tiny.LORA_RANK)),
+        ({"alpha_pattern": {"mlp.up_proj": 3}}, 3 / tiny.LORA_RANK),
+        ({"alpha_pattern": {"layers.1.mlp.up_proj": 3}}, tiny.LORA_ALPHA / tiny.LORA_RANK),
+        ({"alpha_pattern": {r"layers\.\d+\.mlp\.up_proj": 3}, "use_rslora": True}, 3 / math.sqrt(tiny.LORA_RANK)),
+    ],
+    ids=str,
+)
+def test_the_factor_is_the_one_that_the_settings_tell(
+    lora: Path, base: Path, settings: dict[str, Any], factor: float
+) -> None:
+    tiny.edit_json(lora / "adapter_config.json", **settings)
+    change = change_of(opened(lora, base=base), base, "decoder.blocks.0.mlp.up.weight")
+    torch.testing.assert_close(change, factor * product("model.layers.0.mlp.up_proj"), rtol=0, atol=1e-5)
+
+
+def test_ranks_may_differ_from_matrix_to_matrix(lora: Path, base: Path) -> None:
+    def cut(held: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: (t[:2] if "lora_A" in name else t[:, :2]).clone() if "k_proj" in name else t
+            for name, t in held.items()
+        }
+
+    edit(lora / "adapter_model.bin", cut)
+    tiny.edit_json(lora / "adapter_config.json", rank_pattern={"k_proj": 2})
+    change = change_of(opened(lora, base=base), base, "decoder.blocks.1.attn.qkv.weight")
+    expected = tiny.LORA_ALPHA / 2 * product("model.layers.1.self_attn.k_proj", rank=2)
+    torch.testing.assert_close(change[64:128], expected, rtol=0, atol=1e-5)
+    merged, apart = (llava.load(lora, base=base, merge=merge, **FLOAT32).logits(PROMPT) for merge in (True, False))
+    torch.testing.assert_close(apart, merged, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("where", ["", ".modules_to_save", ".modules_to_save.default", ".base_layer"])
+def test_modules_that_were_saved_whole_replace_the_bases(lora: Path, base: Path, where: str) -> None:
+    head = torch.randn(tiny.PIECES, 64).bfloat16()
+    edit(lora / "adapter_model.bin", lambda held: held | {f"base_model.model.lm_head{where}.weight": head})
+    tiny.edit_json(lora / "adapter_config.json", modules_to_save=["lm_head"])
+    assert torch.equal(opened(lora, base=base).sources["decoder.head.weight"].read(), head)
+
+
+def test_a_lora_of_the_head_is_known(lora: Path, base: Path) -> None:
+    a, b = torch.randn(4, 64) * 0.1, torch.randn(tiny.PIECES, 4) * 0.1
+    names = [f"base_model.model.lm_head.lora_{kind}.weight" for kind in "AB"]
+    edit(lora / "adapter_model.bin", lambda held: held | dict(zip(names, (a, b), strict=True)))
+    change = change_of(opened(lora, base=base), base, "decoder.head.weight")
+    torch.testing.assert_close(change, tiny.LORA_ALPHA / 4 * b @ a, rtol=0, atol=1e-5)
+    merged, apart = (llava.load(lora, base=base, merge=merge, **FLOAT32).logits(PROMPT) for merge in (True, False))
+    torch.testing.assert_close(apart, merged, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("described", [True, False], ids=["its own config.json", "none"])
+def test_without_an_extra_file_the_projector_is_the_llavas_below(lora: Path, checkpoint: Path, described: bool) -> None:
+    (lora / "non_lora_trainables.bin").unlink()
+    if not described:
+        (lora / "config.json").unlink()
+    found, under = opened(lora, base=checkpoint), opened(checkpoint)
+    assert found.config == under.config
+    for name, source in under.sources.items():
+        if not name.startswith("decoder.blocks."):
+            assert torch.equal(found.sources[name].read(), source.read()), name
+
+
+def test_types_may_differ_and_the_sum_is_of_the_bases(lora: Path, base: Path) -> None:
+    found = opened(lora, base=base)
+    assert found.config.dtype == "float16"
+    vlm = llava.load(lora, base=base, merge=False, dtype="float16", device="cpu")
+    assert {tensor.dtype for tensor in vlm.model.state_dict().values()} == {torch.float16}
+
+
+def test_what_zero_3_left_empty_is_refused_by_name(lora: Path, base: Path) -> None:
+    name = "base_model.model.model.mm_projector.0.weight"
+    edit(lora / "non_lora_trainables.bin", lambda held: held | {name: torch.empty(0)})
+    assert name in (message := refused(lora, base=base))
+    assert "ZeRO-3" in message
+
+
+def test_the_lora_itself_is_no_base_and_other_kinds_are_no_loras(lora: Path, base: Path) -> None:
+    message = refused(lora, base=lora)
+    assert "kind lora" in message
+    assert "lmsys/vicuna-13b-v1.3" in message
+    tiny.edit_json(lora / "adapter_config.json", peft_type="LOHA")
+    assert "LOHA" in refused(lora, base=base)
+
+
+def test_peft_reads_ranks_factors_and_saved_modules_alike(base: Path, tmp_path: Path) -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    llama = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    settings = peft.LoraConfig(
+        r=4, lora_alpha=5, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM", use_rslora=True,
+        rank_pattern={"v_proj": 2, "layers.1.mlp.up_proj": 3}, alpha_pattern={"layers.0.self_attn.q_proj": 7},
+        modules_to_save=["lm_head"],
+    )  # fmt: skip
+    model = peft.get_peft_model(llama, settings).eval()
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "modules_to_save" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "lora")
+    for merge in (True, False):
+        ours = llava.load(tmp_path / "lora", base=base, merge=merge, **FLOAT32)
+        with torch.no_grad():
+            wanted = model(torch.tensor([list(ours.prepare(PROMPT).ids)])).logits[0]
+        torch.testing.assert_close(ours.logits(PROMPT), wanted, rtol=0, atol=1e-4)

@@ -1,0 +1,184 @@
+"""Projectors: folders, and files that lie alone as the oldest were published."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import llava
+from llava.assistant import question_about
+from llava.checkpoint.inspect import Scan, describe, scan
+from llava.checkpoint.native import convert
+from llava.checkpoint.open import Checkpoint, check_headers, open_checkpoint
+from tests import tiny
+
+FLOAT32: dict[str, Any] = {"dtype": "float32", "device": "cpu"}
+ROWS = tiny.tensor(1, "start_end", (2, 64), 0.6).float()
+
+
+@pytest.fixture(scope="module")
+def base(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_llama(tmp_path_factory.mktemp("projectors") / "base")
+
+
+def projector(kind: str = "linear", prefix: str = "model.", rows: Tensor | None = None) -> dict[str, Tensor]:
+    """As in the published files, in float32."""
+    made = tiny.projector_tensors(tiny.llava_config(mm_projector_type=kind), 1)
+    named = {name.replace("model.", prefix, 1): tensor.float() for name, tensor in made.items()}
+    return named | ({} if rows is None else {prefix + "embed_tokens.weight": rows})
+
+
+def written(file: Path, tensors: dict[str, Tensor]) -> Path:
+    torch.save(tensors, file)
+    return file
+
+
+def opened(path: Path | str, **options: Any) -> Checkpoint:
+    checkpoint = open_checkpoint(path, **options)
+    check_headers(checkpoint)
+    return checkpoint
+
+
+def refused(path: Path | str, **options: Any) -> str:
+    with pytest.raises(llava.LlavaError) as caught:
+        opened(path, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
+@pytest.mark.parametrize("prefix", ["model.", "", "base_model.model.model.", "module.model."])
+def test_a_file_alone_is_what_a_folder_with_its_config_is(
+    clip: Path, base: Path, tmp_path: Path, kind: str, prefix: str
+) -> None:
+    file = written(tmp_path / "x.bin", projector(kind, prefix))
+    folder = tiny.write_projector(tmp_path / "folder", clip=clip, mm_projector_type=kind, image_aspect_ratio="square")
+    found, expected = opened(file, base=base, vision_tower=clip), opened(folder, base=base)
+    assert found.config == expected.config
+    assert found.template.template == "plain"
+    for name, source in expected.sources.items():
+        assert torch.equal(found.sources[name].read().to(source.dtype), source.read()), name
+
+
+@pytest.mark.parametrize("rows", [ROWS, torch.cat([torch.ones(tiny.PIECES + 1, 64), ROWS])], ids=["two", "all"])
+@pytest.mark.parametrize("alone", [True, False], ids=["file", "folder"])
+def test_rows_of_start_and_end_bring_their_tokens(
+    clip: Path, base: Path, tmp_path: Path, rows: Tensor, alone: bool
+) -> None:
+    if alone:
+        path = written(tmp_path / "x.bin", projector(rows=rows))
+    else:
+        path = tiny.write_projector(
+            tmp_path / "x", clip=clip, mm_projector_type="linear"
+        )  # a config that tells of none
+        written(path / "mm_projector.bin", projector(rows=rows))
+    found = opened(path, base=base, vision_tower=clip)
+    assert found.config.start_end
+    assert found.config.decoder.vocab_size == tiny.PIECES + 2
+    assert [found.tokenizer.id_of(text) for text in ("<im_start>", "<im_end>")] == [tiny.PIECES, tiny.PIECES + 1]
+    assert torch.equal(found.sources["decoder.embed.weight"].read()[tiny.PIECES :].float(), ROWS)
+    picture = tmp_path / "picture.png"
+    Image.linear_gradient("L").resize((90, 60)).convert("RGB").save(picture)
+    vlm = llava.load(path, base=base, vision_tower=clip, template="llava_v1", **FLOAT32)
+    input = vlm.prepare(question_about(picture, "What?"))
+    at = input.token_ids.index(-200)
+    assert (input.token_ids[at - 1], input.token_ids[at + 1]) == (tiny.PIECES, tiny.PIECES + 1)
+    assert vlm.generate(question_about(picture, "What?"), max_new_tokens=3).token_ids
+
+
+def test_a_base_that_has_the_tokens_keeps_its_tokenizer(clip: Path, tmp_path: Path) -> None:
+    added = ("<im_patch>", "<im_start>", "<im_end>")
+    base = tiny.write_llama(tmp_path / "base", vocab_size=tiny.PIECES + 3)
+    tiny.write_tokenizer(base, added=added)
+    found = opened(written(tmp_path / "x.bin", projector(rows=ROWS)), base=base, vision_tower=clip)
+    assert not found.new_tokens
+    assert found.config.decoder.vocab_size == tiny.PIECES + 3
+    assert torch.equal(found.sources["decoder.embed.weight"].read()[tiny.PIECES + 1 :].float(), ROWS)
+
+
+def test_without_rows_there_are_no_tokens(clip: Path, base: Path, tmp_path: Path) -> None:
+    found = opened(written(tmp_path / "x.bin", projector()), base=base, vision_tower=clip)
+    assert (found.config.start_end, found.config.decoder.vocab_size) == (False, tiny.PIECES)
+    assert found.tokenizer.id_of("<im_start>") is None
+
+
+def test_rows_are_put_on_an_mpt_too(clip: Path, tmp_path: Path) -> None:
+    base = tiny.write_mpt(tmp_path / "base")  # its tokenizer has the tokens
+    tensors = projector() | {"transformer.wte.weight": ROWS}
+    found = opened(written(tmp_path / "x.bin", tensors), base=base, vision_tower=clip)
+    start = found.tokenizer.id_of("<im_start>")
+    assert start is not None
+    assert torch.equal(found.sources["decoder.embed.weight"].read()[start : start + 2].float(), ROWS.bfloat16().float())
+
+
+def test_the_tower_is_seen_of_the_width_and_said(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    wide = {"model.mm_projector.weight": torch.zeros(64, 1024), "model.mm_projector.bias": torch.zeros(64)}
+    found = open_checkpoint(written(tmp_path / "x.bin", wide), base=base, fetch_tower=False)
+    assert found.config.vision is not None
+    assert (found.vision_tower, found.config.vision.image_size) == ("openai/clip-vit-large-patch14", 224)
+    assert found.config.vision.select_layer == -2
+    assert "vision_tower= names another" in caplog.text
+    narrow = written(tmp_path / "y.bin", projector())
+    assert "vision_tower= (--vision-tower)" in refused(narrow, base=base)
+
+
+def test_a_config_beside_the_file_counts(clip: Path, base: Path, tmp_path: Path) -> None:
+    folder = tiny.write_projector(tmp_path / "folder", clip=clip)
+    assert opened(folder / "mm_projector.bin", base=base).config == opened(folder, base=base).config
+
+
+def test_a_file_goes_on_a_native_and_on_a_llava_base(clip: Path, base: Path, checkpoint: Path, tmp_path: Path) -> None:
+    file = written(tmp_path / "x.bin", projector(rows=ROWS))
+    convert(base, tmp_path / "native")
+    expected = opened(file, base=base, vision_tower=clip)
+    for other in (tmp_path / "native", checkpoint):
+        assert opened(file, base=other, vision_tower=clip).config == expected.config
+
+
+def test_what_was_put_together_becomes_native(clip: Path, base: Path, tmp_path: Path) -> None:
+    file = written(tmp_path / "x.bin", projector(rows=ROWS))
+    convert(file, tmp_path / "native", base=base, vision_tower=clip)
+    expected, found = opened(file, base=base, vision_tower=clip), opened(tmp_path / "native")
+    assert found.config == expected.config
+    assert found.tokenizer.id_of("<im_start>") == tiny.PIECES
+
+
+def test_a_file_that_does_not_fit_is_refused_in_one_line(clip: Path, base: Path, tmp_path: Path) -> None:
+    file = written(tmp_path / "x.bin", projector())
+    assert "needs its base" in refused(file)
+    assert describe(file).kind == "projector"
+    assert describe(file, base=str(base), vision_tower=clip).missing == []
+    assert scan(file, progress=lambda done, total: None) == Scan()
+    assert "only projectors load" in refused(written(tmp_path / "y.bin", {"model.norm.weight": torch.ones(4)}))
+    assert "not the base" in refused(
+        written(tmp_path / "z.bin", projector(rows=torch.ones(2, 32))), base=base, vision_tower=clip
+    )
+    assert "is a file" in refused(file, base=file)
+    (tmp_path / "w.bin").write_bytes(b"no tensors")
+    assert "w.bin" in refused(tmp_path / "w.bin", base=base)
+
+
+def test_the_file_of_a_repository_is_fetched_alone(
+    clip: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the cache of huggingface_hub, as it lies after a fetch."""
+    import huggingface_hub.constants
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "models--someone--projectors"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    (cached / "snapshots" / commit).mkdir(parents=True)
+    written(cached / "snapshots" / commit / "old.bin", projector())
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    found = opened("someone/projectors#old.bin", base=base, vision_tower=clip)
+    assert found.folder.name == "old.bin"
+    assert "has no file other.bin" in refused("someone/projectors#other.bin", base=base)
+    shutil.rmtree(cached)
+    assert "can not be fetched" in refused("someone/projectors#old.bin", base=base)
