@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llava.checkpoint import keymap
 from llava.checkpoint.files import Weights
+from llava.errors import CheckpointError
 
 
 class Source(ABC):
@@ -145,7 +146,7 @@ class _Over(Source):
         return self.base.cuts
 
 
-_PIECE_BYTES = 64 * 2**20  # of what has to be copied to be put together
+PIECE_BYTES = 64 * 2**20  # of what has to be copied to be put together
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ class Columns(Stacked):
 
     @property
     def cuts(self) -> list[int]:
-        height = max(_PIECE_BYTES // (self.shape[1] * self.dtype.itemsize), 1)
+        height = max(PIECE_BYTES // (self.shape[1] * self.dtype.itemsize), 1)
         return [*range(0, self.shape[0], height), self.shape[0]]
 
     def rows(self, start: int, stop: int) -> Tensor:
@@ -217,6 +218,25 @@ class HalfSplit(_Over):
         heads = self.base.rows(first, last)
         split = heads.unflatten(0, (-1, self.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
         return split[start - first : stop - first]
+
+
+@dataclass(frozen=True)
+class Typed(_Over):
+    """A tensor in another type."""
+
+    base: Source
+    kind: torch.dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.kind
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        values = self.base.rows(start, stop)
+        narrow = values.to(self.kind)
+        if self.kind == torch.float16 != values.dtype and bool((narrow.isinf() & values.isfinite()).any()):
+            raise CheckpointError(f"{self.where}: holds values beyond float16, which ends at 65504")
+        return narrow
 
 
 class Adapter(NamedTuple):
