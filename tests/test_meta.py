@@ -1,6 +1,7 @@
 """Language models in Meta's own format: by themselves, converted, and as the base of a LLaVA."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ from torch import Tensor
 import llava
 from llava.checkpoint.inspect import describe
 from llava.checkpoint.native import convert
-from llava.checkpoint.open import open_checkpoint
-from llava.errors import CheckpointError
+from llava.checkpoint.open import check_headers, open_checkpoint
+from llava.errors import CheckpointError, LlavaError
 from tests import tiny
 
 TEXT = "Which colours do you see?"
@@ -111,6 +112,14 @@ def test_inspect_tells_what_it_is(tmp_path: Path) -> None:
     assert "2 shards" in found.evidence[0]
 
 
+@pytest.mark.parametrize("key", ["dim", "n_heads", "n_layers", "norm_eps", "n_kv_heads", "rope_theta", "max_seq_len"])
+@pytest.mark.parametrize("value", [0, -1, 3, 1e30, "many", None, [1], float("nan")])
+def test_a_wrong_value_in_params_loads_or_is_an_error_of_ours(tmp_path: Path, key: str, value: object) -> None:
+    folder = tiny.write_meta(tmp_path / "m" / "a", params={key: value})
+    with suppress(LlavaError):
+        check_headers(open_checkpoint(folder))
+
+
 def test_what_is_not_whole_is_told_in_one_line(tmp_path: Path) -> None:
     def said(folder: Path) -> str:
         with pytest.raises(CheckpointError) as error:
@@ -123,6 +132,11 @@ def test_what_is_not_whole_is_told_in_one_line(tmp_path: Path) -> None:
     assert "not all shards are there" in said(first)
     (first / "consolidated.01.pth").unlink()
     assert "consolidated.01.pth: is missing" in said(first)
+    other = tiny.write_meta(tmp_path / "e" / "m")
+    torch.save(
+        torch.load(other / "consolidated.01.pth") | {"norm.weight": torch.ones(65)}, other / "consolidated.01.pth"
+    )
+    assert "not shards of one model" in said(other)
     bare = tiny.write_meta(tmp_path / "b" / "m")
     params = json.loads((bare / "params.json").read_text())
     tiny.write_json(bare / "params.json", {key: value for key, value in params.items() if key != "n_heads"})

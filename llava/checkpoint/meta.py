@@ -35,7 +35,7 @@ def is_meta(weights: Weights) -> bool:
 
 
 def shards(weights: Weights) -> Shards:
-    """Raises CheckpointError where shards do not hold the same tensors."""
+    """Raises CheckpointError where shards do not hold the same tensors in the same sizes."""
     files = sorted({entry.file for entry in weights.entries.values()})
     names: dict[str, list[str]] = {}
     for name in weights:
@@ -44,6 +44,13 @@ def shards(weights: Weights) -> Shards:
         if len(held) != len(files):
             lacking = next(file for file in files if f"{file.name}/{name}" not in held)
             raise CheckpointError(f"{lacking}: holds no {name}, other shards do; fetch it again")
+        first, *others = (weights.entries[part] for part in held)
+        for other in others:
+            if other[1:] != first[1:]:
+                raise CheckpointError(
+                    f"{other.file}: holds {name} in {other.dtype} {list(other.shape)}, {first.file.name} in "
+                    f"{first.dtype} {list(first.shape)}: not shards of one model"
+                )
     return Shards(files, names)
 
 
@@ -55,18 +62,13 @@ def settings(folder: Path, weights: Weights) -> dict[str, Any]:
     file, found = folder / "params.json", shards(weights)
     params = read_json(file)
     with reading(file):
-        dim, n_heads = int(params["dim"]), int(params["n_heads"])
-        rows = _height(weights, found, "layers.0.attention.wq.weight")
-        if rows != dim:
-            raise CheckpointError(
-                f"{folder}: holds {len(found.files)} shards with {rows} rows of wq, dim is {dim}: not all shards are "
-                "there; fetch the others"
-            )
+        dim, n_heads, n_layers = (int(params[key]) for key in ("dim", "n_heads", "n_layers"))
+        _check_sizes(folder, weights, found, dim, n_heads, n_layers)
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "hidden_size": dim,
-            "num_hidden_layers": int(params["n_layers"]),
+            "num_hidden_layers": n_layers,
             "num_attention_heads": n_heads,
             "num_key_value_heads": int(params.get("n_kv_heads") or n_heads),
             "intermediate_size": _height(weights, found, "layers.0.feed_forward.w1.weight"),
@@ -74,6 +76,21 @@ def settings(folder: Path, weights: Weights) -> dict[str, Any]:
             "rope_theta": float(params.get("rope_theta") or 10000.0),
             "max_position_embeddings": positions(params, weights.entries[found.names[_TABLE][0]].dtype),
         }
+
+
+def _check_sizes(folder: Path, weights: Weights, found: Shards, dim: int, n_heads: int, n_layers: int) -> None:
+    """params.json and tensors are of one model, and all its shards are there. Raises CheckpointError."""
+    file = folder / "params.json"
+    if dim < 1 or n_heads < 1 or dim % n_heads:
+        raise CheckpointError(f"{file}: dim is {dim} and n_heads {n_heads}; expected a multiple")
+    held = len({name.split(".")[1] for name in found.names if name.startswith("layers.")})
+    if n_layers != held:
+        raise CheckpointError(f"{file}: n_layers is {n_layers}, the shards hold {held}: not of one model")
+    if (rows := _height(weights, found, "layers.0.attention.wq.weight")) != dim:
+        raise CheckpointError(
+            f"{folder}: holds {len(found.files)} shards with {rows} rows of wq, dim is {dim}: not all shards are "
+            "there; fetch the others"
+        )
 
 
 def positions(params: Mapping[str, Any], stored: torch.dtype) -> int:
@@ -100,7 +117,8 @@ def put(folder: Path, weights: Weights) -> Put:
     params, found = read_json(folder / "params.json"), shards(weights)
     planned = keymap.plan(found.names, keymap.META)
     with reading(folder / "params.json"):
-        dim, head_dim = int(params["dim"]), int(params["dim"]) // int(params["n_heads"])
+        dim = int(params["dim"])
+        head_dim = dim // int(params["n_heads"])  # `settings` has seen that it goes
     joined: dict[str, Source] = {}
     for ours, names in planned.sources.items():
         parts = [_joined(weights, name, found.names[name], dim, head_dim) for name in names]
@@ -113,7 +131,7 @@ def put(folder: Path, weights: Weights) -> Put:
 def _joined(weights: Weights, name: str, parts: list[str], dim: int, head_dim: int) -> Source:
     """One tensor of Meta's, whole."""
     shape = weights.entries[parts[0]].shape
-    if len(shape) == 1:
+    if len(shape) != 2:
         return Stored(weights=weights, names=(parts[0],))
     # LLaMA-1 and Llama 2 split the table by columns, Llama 3 by rows
     beside = name.endswith(_BY_COLUMNS) or (name == _TABLE and shape[1] != dim)
