@@ -51,7 +51,7 @@ def test_pieces_and_rows_are_parts_of_the_whole(tmp_path: Path) -> None:
 
 
 def test_columns_are_joined_a_few_rows_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llava.checkpoint.source.PIECE_BYTES", 1000)
+    monkeypatch.setattr("llava.checkpoint.joined.PIECE_BYTES", 1000)
     table = open_checkpoint(tiny.write_meta(tmp_path / "m" / "a")).sources["decoder.embed.weight"]
     pieces = list(table.pieces())
     assert {len(piece) for piece in pieces} == {7, 1}  # 128 bytes a row

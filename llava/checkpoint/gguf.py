@@ -18,10 +18,11 @@ from torch import Tensor
 
 from llava.checkpoint import ggufvocab, keymap
 from llava.checkpoint.gptfast import interleaved
+from llava.checkpoint.joined import PIECE_BYTES
 from llava.checkpoint.keymap import Rule
 from llava.checkpoint.llama import part_rows
 from llava.checkpoint.open import Checkpoint
-from llava.checkpoint.source import PIECE_BYTES, Source, Typed
+from llava.checkpoint.source import Source, Typed
 from llava.checkpoint.write import Item, Progress, counting, write_bytes
 from llava.errors import CheckpointError, ConfigError
 

@@ -12,8 +12,9 @@ import torch
 
 from llava.checkpoint import keymap
 from llava.checkpoint.files import Weights, read_json, reading
+from llava.checkpoint.joined import Columns, Stacked
 from llava.checkpoint.onbase import Put
-from llava.checkpoint.source import Columns, HalfSplit, Source, Stacked, Stored
+from llava.checkpoint.source import HalfSplit, Source, Stored
 from llava.errors import CheckpointError
 from llava.preprocess.tokenizer import has_tokenizer
 

@@ -14,6 +14,7 @@ from llava.checkpoint.write import Item, Progress, copy_tokenizer, new_folder, s
 from llava.errors import ConfigError
 from llava.preprocess.tokenizer import JsonTokenizer
 
+
 def items(checkpoint: Checkpoint) -> list[Item]:
     """All tensors under our names, as they are stored; all of a tower that the folder itself holds."""
     sources = checkpoint.sources | (checkpoint.rest_of_tower if checkpoint.tower_inside else {})
@@ -130,17 +131,16 @@ def convert(
         layout.write(checkpoint, folder, target, written, progress)
         if to == "original":
             llavahf.keep_added_rows(opened, folder)
-        again = layout.again(folder, checkpoint) if verify or check and not force else None
-        found = list(_checked(checkpoint, again, verify, check and not force, progress)) if again else []
+        check = check and not force
+        again = layout.again(folder, checkpoint) if verify or check else None
+        found = list(_checked(checkpoint, again, verify, check, progress)) if again else []
         (folder / "conversion.md").write_text(
             report(opened, written, to, found, layout.remarks(opened)), encoding="utf-8"
         )
     return checkpoint
 
 
-def _checked(
-    checkpoint: Checkpoint, again: Checkpoint, verify: bool, check: bool, progress: Progress
-) -> Iterator[str]:
+def _checked(checkpoint: Checkpoint, again: Checkpoint, verify: bool, check: bool, progress: Progress) -> Iterator[str]:
     """What was written, opened again. Lines for the report. Raises CheckpointError."""
     if verify:
         check_equal(checkpoint, again, progress)
