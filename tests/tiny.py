@@ -292,6 +292,48 @@ def write_llama(folder: Path, *, layout: Layout = "safetensors", seed: int = 1, 
     return write_model(folder, llama_tensors(final, seed, inv_freq=layout.startswith("bin")), layout, final)
 
 
+def interleaved(rows: Tensor, head_dim: int) -> Tensor:
+    """Rows of q or k with the two halves of each head in neighbouring pairs, as Meta's code and llama.cpp have them."""
+    pairs = [[h + i, h + head_dim // 2 + i] for h in range(0, len(rows), head_dim) for i in range(head_dim // 2)]
+    return rows[[row for pair in pairs for row in pair]]
+
+
+def write_meta(
+    folder: Path, *, shards: int = 2, seed: int = 1, params: Mapping[str, Any] | None = None, **config: Any
+) -> Path:
+    """The language model of `write_llama` in Meta's own format, the tokenizer in the folder above.
+
+    Matrices are split among model-parallel shards as Meta's layers split them. params: further keys of params.json.
+    """
+    final = llama_config(**config)
+    dim, n_heads, dtype = final["hidden_size"], final["num_attention_heads"], getattr(torch, final["torch_dtype"])
+    names = {"embed_tokens": "tok_embeddings", "lm_head": "output", "norm": "norm", "o_proj": "attention.wo"}
+    names |= {f"{part}_proj": f"attention.w{part}" for part in "qkv"}
+    names |= {"gate_proj": "feed_forward.w1", "down_proj": "feed_forward.w2", "up_proj": "feed_forward.w3"}
+    names |= {"input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
+    parts: list[dict[str, Tensor]] = [{} for _ in range(shards)]
+    for name, value in llama_tensors(final, seed, inv_freq=False).items():
+        words = name.split(".")
+        layer = f"layers.{words[2]}." if "layers" in words else ""
+        meta, value = f"{layer}{names[words[-2]]}.weight", value.to(dtype)
+        if words[-2] in ("q_proj", "k_proj"):
+            value = interleaved(value, dim // n_heads)
+        by_columns = words[-2] in ("embed_tokens", "o_proj", "down_proj")
+        split = value.chunk(shards, dim=int(by_columns)) if value.dim() == 2 else [value] * shards
+        for part, piece in zip(parts, split, strict=True):
+            part[meta] = piece.clone()
+    folder.mkdir(parents=True)
+    for i, part in enumerate(parts):
+        torch.save({**part, "rope.freqs": torch.ones(dim // n_heads // 2)}, folder / f"consolidated.{i:02}.pth")
+    known = {"dim": dim, "multiple_of": 4, "n_heads": n_heads, "n_layers": final["num_hidden_layers"]}
+    known |= {"norm_eps": final["rms_norm_eps"], "vocab_size": -1}
+    if (shared := final["num_key_value_heads"]) != n_heads:
+        known |= {"n_kv_heads": shared}
+    write_json(folder / "params.json", {**known, **(params or {})})
+    (folder.parent / "tokenizer.model").write_bytes(sentencepiece_model())
+    return folder
+
+
 MPT_ADDED = ("<|im_start|>", "<|im_end|>", "<im_patch>", "<im_start>", "<im_end>")
 
 

@@ -12,7 +12,7 @@ from llava.checkpoint.files import Weights
 from llava.config import DecoderConfig, ProjectorConfig
 from llava.preprocess.tokenizer import Tokenizer
 
-Kind = Literal["native", "merged", "llama", "delta", "lora", "projector", "llava-hf", "mpt", "clip", "unknown"]
+Kind = Literal["native", "merged", "llama", "delta", "lora", "projector", "llava-hf", "mpt", "meta", "clip", "unknown"]
 FORMAT_KEY, NATIVE_FORMAT = "llava_format", "native-1"
 TEMPLATE_KEY, MODE_KEY = "llava_template", "llava_image_mode"  # of published layouts that this package wrote
 
@@ -56,6 +56,11 @@ def _projector(facts: Facts) -> list[str]:
         return ["a single file that holds mm_projector.*"]
     alone = _has(facts, "mm_projector.bin") and not facts.weights
     return ["mm_projector.bin is there and no weights of a language model"] * alone
+
+
+def _meta(facts: Facts) -> list[str]:
+    n = len({entry.file for name, entry in facts.weights.entries.items() if ".pth/" in name})
+    return [f"{n} shards named consolidated.NN.pth, of Meta's own format"] * (n > 0)
 
 
 def _llava_hf(facts: Facts) -> list[str]:
@@ -107,6 +112,7 @@ _RULES: tuple[tuple[Kind, Callable[[Facts], list[str]]], ...] = (
     ("lora", _lora),
     ("projector", _projector),
     ("clip", _clip),
+    ("meta", _meta),
     ("llava-hf", _llava_hf),
     ("mpt", _mpt),
     ("delta", _delta),

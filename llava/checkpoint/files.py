@@ -99,7 +99,7 @@ def _download(repo: str, revision: str | None, weights: bool, what: str) -> Path
             sorted(set(_weight_map(folder / index).values())) for index in _INDEXES if (folder / index).is_file()
         ]
         adapted = (folder / "adapter_config.json").is_file()
-        single = ([_SINGLES[0]], [_SINGLES[1]], ["mm_projector.bin"])
+        single = ([_SINGLES[0]], [_SINGLES[1]], ["mm_projector.bin"], ["consolidated.*.pth"])
         for patterns in [_LORA] if adapted else indexed[:1] or single:
             folder = fetch(patterns)
             if all((folder / name).exists() for name in patterns):
@@ -160,12 +160,17 @@ class Entry(NamedTuple):
 class Weights(Mapping[str, Tensor]):
     """Tensors of a folder by their names on disk; values are mapped from the files when asked for."""
 
-    def __init__(self, files: Iterable[Path]):
-        """Reads headers only. Raises CheckpointError naming a file that is damaged or not what it should be."""
+    def __init__(self, files: Iterable[Path], *, apart: bool = False):
+        """Reads headers only. `apart`: files hold parts of the same tensors, names are `file/name`.
+
+        Raises CheckpointError naming a file that is damaged or not what it should be.
+        """
         self.entries: dict[str, Entry] = {}
         self._readers: dict[Path, Any] = {}
         for file in files:
             reader, entries = _open(file)
+            if apart:
+                entries = {f"{file.name}/{name}": entry for name, entry in entries.items()}
             if twice := sorted(set(entries) & set(self.entries)):
                 raise CheckpointError(
                     f"{file}: {twice[0]} stands in {self.entries[twice[0]].file.name} too; remove one"
@@ -174,7 +179,8 @@ class Weights(Mapping[str, Tensor]):
             self.entries.update(entries)
 
     def __getitem__(self, name: str) -> Tensor:
-        reader = self._readers[self.entries[name].file]
+        file = self.entries[name].file
+        reader, name = self._readers[file], name.removeprefix(f"{file.name}/")
         tensor: Tensor = reader[name] if isinstance(reader, dict) else reader.get_tensor(name)
         return tensor
 
@@ -186,7 +192,7 @@ class Weights(Mapping[str, Tensor]):
 
 
 def open_weights(folder: Path) -> Weights:
-    """The weights of a folder: safetensors before `.bin`, sharded before single. Empty if it holds none.
+    """The weights of a folder: safetensors before `.bin`, sharded before single, then Meta's. Empty if it holds none.
 
     Raises CheckpointError (missing or broken shard, index that does not fit).
     """
@@ -196,7 +202,16 @@ def open_weights(folder: Path) -> Weights:
     for single in _SINGLES:
         if (folder / single).is_file():
             return Weights([folder / single])
-    return Weights([])
+    return Weights(meta_shards(folder), apart=True)
+
+
+def meta_shards(folder: Path) -> list[Path]:
+    """`consolidated.00.pth` and so on, as Meta's own format has them. Raises CheckpointError where one is lacking."""
+    files = sorted(folder.glob("consolidated.[0-9][0-9].pth"))
+    for i, file in enumerate(files):
+        if file.name != (name := f"consolidated.{i:02}.pth"):
+            raise CheckpointError(f"{folder / name}: is missing, {file.name} is there; fetch it")
+    return files
 
 
 def _open_shards(folder: Path, index: Path) -> Weights:

@@ -44,6 +44,21 @@ HF_LLAMA_LAYERS = (
 )
 HF_LLAMA = (*prefixed("model.", HF_LLAMA_LAYERS), Rule("lm_head.weight", "decoder.head.weight"))
 
+META = (  # Meta's own; what model-parallel shards hold parts of is joined in meta.py
+    Rule("tok_embeddings.weight", "decoder.embed.weight"),
+    Rule("layers.*.attention_norm.weight", "decoder.blocks.*.attn_norm.weight"),
+    Rule("layers.*.attention.w{q,k,v}.weight", "decoder.blocks.*.attn.qkv.weight"),
+    Rule("layers.*.attention.wo.weight", "decoder.blocks.*.attn.out.weight"),
+    Rule("layers.*.attention.inner_attention.rope.freqs", None),  # recomputed
+    Rule("layers.*.ffn_norm.weight", "decoder.blocks.*.mlp_norm.weight"),
+    Rule("layers.*.feed_forward.w1.weight", "decoder.blocks.*.mlp.gate.weight"),
+    Rule("layers.*.feed_forward.w3.weight", "decoder.blocks.*.mlp.up.weight"),
+    Rule("layers.*.feed_forward.w2.weight", "decoder.blocks.*.mlp.down.weight"),
+    Rule("norm.weight", "decoder.norm.weight"),
+    Rule("output.weight", "decoder.head.weight"),
+    Rule("rope.freqs", None),
+)
+
 MPT = (
     *prefixed(
         "transformer.",

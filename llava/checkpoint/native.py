@@ -1,11 +1,11 @@
 """Conversion into any layout, and our own: safetensors under our names, one config.json, tower and tokenizer in it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava.checkpoint import llama, llavahf, original
+from llava.checkpoint import gguf, ggufread, llama, llavahf, original
 from llava.checkpoint.check import check_equal, check_logits
 from llava.checkpoint.detect import FORMAT_KEY, NATIVE_FORMAT
 from llava.checkpoint.open import Checkpoint, check_headers, open_checkpoint
@@ -13,16 +13,6 @@ from llava.checkpoint.report import report
 from llava.checkpoint.write import Item, Progress, copy_tokenizer, new_folder, silent, write_json, write_shards
 from llava.errors import ConfigError
 from llava.preprocess.tokenizer import JsonTokenizer
-
-CUT = ("original", "llama")  # layouts that have no rows for <image>, <pad> and what fills the table up
-
-
-class Layout(NamedTuple):
-    """A layout that can be written."""
-
-    items: Callable[[Checkpoint], list[Item]]  # which tensors
-    config: Callable[[Checkpoint, Path], dict[str, Any]]  # config.json of a folder that becomes the path
-    beside: Callable[[Checkpoint, Path], None]  # tokenizer and further files, into the folder
 
 
 def items(checkpoint: Checkpoint) -> list[Item]:
@@ -51,11 +41,59 @@ def _write_original_beside(checkpoint: Checkpoint, folder: Path) -> None:
     original.write_own_tower(checkpoint, folder)
 
 
+Write = Callable[[Checkpoint, Path, Path, Sequence[Item], Progress], None]
+
+
+def _shards(
+    settings: Callable[[Checkpoint, Path], dict[str, Any]], beside: Callable[[Checkpoint, Path], None]
+) -> Write:
+    """Safetensors; config.json with `settings` of a folder that becomes the path; what `beside` puts beside it."""
+
+    def write(checkpoint: Checkpoint, folder: Path, target: Path, written: Sequence[Item], progress: Progress) -> None:
+        write_shards(folder, written, progress)
+        write_json(folder / "config.json", settings(checkpoint, target))
+        beside(checkpoint, folder)
+
+    return write
+
+
+def _reopened(folder: Path, checkpoint: Checkpoint) -> Checkpoint:
+    tower = None if checkpoint.tower_inside else checkpoint.vision_tower
+    again = open_checkpoint(folder, vision=checkpoint.config.vision is not None, vision_tower=tower)
+    check_headers(again)
+    return again
+
+
+def _as_it_is(checkpoint: Checkpoint) -> Checkpoint:
+    return checkpoint
+
+
+def _nothing(source: Checkpoint) -> list[str]:
+    return []
+
+
+class Layout(NamedTuple):
+    """A layout that can be written."""
+
+    items: Callable[[Checkpoint], list[Item]]  # which tensors
+    write: Write  # all files of a folder that becomes the second path
+    held: Callable[[Checkpoint], Checkpoint] = _as_it_is  # the model as this layout holds it: types, rows
+    again: Callable[[Path, Checkpoint], Checkpoint] = _reopened  # what was written of a checkpoint, read back
+    remarks: Callable[[Checkpoint], list[str]] = _nothing  # for the report
+
+
 LAYOUTS = {
-    "native": Layout(items, lambda checkpoint, target: config(checkpoint), _copy_tokenizer),
-    "llama": Layout(llama.items, lambda checkpoint, target: llama.config(checkpoint), llavahf.copy_plain_tokenizer),
-    "original": Layout(original.items, original.config, _write_original_beside),
-    "hf": Layout(llavahf.items, lambda checkpoint, target: llavahf.config(checkpoint), llavahf.write_beside),
+    "native": Layout(items, _shards(lambda checkpoint, target: config(checkpoint), _copy_tokenizer)),
+    "llama": Layout(
+        llama.items,
+        _shards(lambda checkpoint, target: llama.config(checkpoint), llavahf.copy_plain_tokenizer),
+        held=llavahf.without_added_rows,
+    ),
+    "original": Layout(
+        original.items, _shards(original.config, _write_original_beside), held=llavahf.without_added_rows
+    ),
+    "hf": Layout(llavahf.items, _shards(lambda checkpoint, target: llavahf.config(checkpoint), llavahf.write_beside)),
+    "gguf": Layout(gguf.items, gguf.write, held=gguf.held, again=ggufread.read, remarks=gguf.remarks),
 }
 
 
@@ -73,10 +111,10 @@ def convert(
 ) -> Checkpoint:
     """Writes a checkpoint in another layout into `target` (absent or empty), streaming, and returns the source.
 
-    `to`: native, original (as LLaVA-1.5 is published), hf (as llava-hf's, for transformers), or llama for a plain Llama
-    folder that any Llama loader opens. `verify`: everything is read back and compared bit by bit. `check`: the logits
-    of both are compared, block by block. `force`: go on in spite of unknown tensors, NaN and Inf, without that check.
-    `options` as for `open_checkpoint`. conversion.md in the folder tells what was done.
+    `to`: native, original (as LLaVA-1.5 is published), hf (as llava-hf's, for transformers), gguf (for llama.cpp), or
+    llama for a plain Llama folder that any Llama loader opens. `verify`: everything is read back and compared bit by
+    bit. `check`: the logits of both are compared, block by block. `force`: go on in spite of unknown tensors, NaN and
+    Inf, without that check. `options` as for `open_checkpoint`. conversion.md in the folder tells what was done.
     Raises LlavaError; a folder that failed is not left behind.
     """
     if to not in LAYOUTS:
@@ -85,27 +123,25 @@ def convert(
         options["image_mode"] = "original"  # this layout has no other
     opened = open_checkpoint(source, vision=vision and to != "llama", lenient=force, **options)
     check_headers(opened)
-    checkpoint = llavahf.without_added_rows(opened) if to in CUT else opened
-    written = [replace(item, force=force) for item in LAYOUTS[to].items(checkpoint)]
+    layout = LAYOUTS[to]
+    checkpoint = layout.held(opened)
+    written = [replace(item, force=force) for item in layout.items(checkpoint)]
     target = Path(target)
     with new_folder(target, sum(item.n_bytes for item in written)) as folder:
-        write_shards(folder, written, progress)
-        write_json(folder / "config.json", LAYOUTS[to].config(checkpoint, target))
-        LAYOUTS[to].beside(checkpoint, folder)
+        layout.write(checkpoint, folder, target, written, progress)
         if to == "original":
             llavahf.keep_added_rows(opened, folder)
-        found = list(_checked(folder, checkpoint, verify, check and not force, progress))
-        (folder / "conversion.md").write_text(report(opened, written, to, found), encoding="utf-8")
+        check = check and not force
+        again = layout.again(folder, checkpoint) if verify or check else None
+        found = list(_checked(checkpoint, again, verify, check, progress)) if again else []
+        (folder / "conversion.md").write_text(
+            report(opened, written, to, found, layout.remarks(opened)), encoding="utf-8"
+        )
     return checkpoint
 
 
-def _checked(folder: Path, checkpoint: Checkpoint, verify: bool, check: bool, progress: Progress) -> Iterator[str]:
+def _checked(checkpoint: Checkpoint, again: Checkpoint, verify: bool, check: bool, progress: Progress) -> Iterator[str]:
     """What was written, opened again. Lines for the report. Raises CheckpointError."""
-    if not (verify or check):
-        return
-    tower = None if checkpoint.tower_inside else checkpoint.vision_tower
-    again = open_checkpoint(folder, vision=checkpoint.config.vision is not None, vision_tower=tower)
-    check_headers(again)
     if verify:
         check_equal(checkpoint, again, progress)
         yield "Read back: every tensor has the same bits."

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava.checkpoint import keymap, lone, settings
+from llava.checkpoint import keymap, lone, meta, settings
 from llava.checkpoint.detect import FORMAT_KEY, NATIVE_FORMAT, Choice, Facts, Finding, Kind, choose_template, detect
-from llava.checkpoint.files import locate, locate_file, open_weights, read_json, reading
+from llava.checkpoint.files import locate, locate_file, meta_shards, open_weights, read_json, reading
 from llava.checkpoint.onbase import ON_BASE, Base, Put, new_tokens, put_on, recorded_base
 from llava.checkpoint.settings import ImageMode, Shapes
 from llava.checkpoint.source import Source, Stored
@@ -20,8 +20,13 @@ from llava.errors import CheckpointError, ConfigError
 from llava.model.llava import shapes
 from llava.preprocess.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
-SUPPORTED: tuple[Kind, ...] = ("native", "merged", "llama", "mpt", "llava-hf")
-_TABLES = {"native": keymap.NATIVE, "mpt": keymap.LLAVA_MPT, "llava-hf": keymap.LLAVA_HF}  # else keymap.LLAVA
+SUPPORTED: tuple[Kind, ...] = ("native", "merged", "llama", "mpt", "llava-hf", "meta")
+_TABLES = {
+    "native": keymap.NATIVE,
+    "mpt": keymap.LLAVA_MPT,
+    "llava-hf": keymap.LLAVA_HF,
+    "meta": keymap.META,
+}  # else keymap.LLAVA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +67,13 @@ def look(path: str | Path, revision: str | None = None) -> Facts:
     if not any(folder.iterdir()):
         raise CheckpointError(f"{folder}: is empty; expected config.json, weights and tokenizer files")
     config = folder / "config.json"
-    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json", "mm_projector.bin")):
+    known = ("config.json", "adapter_config.json", "mm_projector.bin")
+    if not any((folder / name).is_file() for name in known) and not meta_shards(folder):
         raise CheckpointError(f"{config}: is missing; the folder is not a whole checkpoint")
-    return Facts(folder, read_json(config) if config.is_file() else {}, open_weights(folder))
+    weights = open_weights(folder)
+    if meta.is_meta(weights):
+        return Facts(folder, meta.settings(folder, weights), weights)
+    return Facts(folder, read_json(config) if config.is_file() else {}, weights)
 
 
 def open_checkpoint(
@@ -102,6 +111,7 @@ def open_checkpoint(
     if bare := folder.is_file() and not facts.settings:
         described = facts._replace(settings=lone.seen(facts, vision_tower))
     files = folder if under is None or has_tokenizer(folder) else under.tokenizer_folder
+    files = meta.tokenizer_folder(folder) if finding.kind == "meta" else files
     tokenizer = load_tokenizer(files, legacy_strip=legacy_strip, fast=finding.kind == "llava-hf")
     more = dict[str, int]()
     if under and tokenizer.id_of("<im_start>") is None and (more := new_tokens(finding.kind, facts, tokenizer.size)):
@@ -171,6 +181,8 @@ def _unknown(files: Mapping[str, Path]) -> CheckpointError:
 
 def _alone(facts: Facts, kind: Kind) -> Put:
     """A folder that is a model by itself."""
+    if kind == "meta":
+        return meta.put(facts.folder, facts.weights)
     planned = keymap.plan(facts.weights, _TABLES.get(kind, keymap.LLAVA))
     held: dict[str, Source] = {
         ours: Stored(weights=facts.weights, names=names) for ours, names in planned.sources.items()

@@ -9,12 +9,16 @@ from llava.checkpoint.open import Checkpoint
 from llava.checkpoint.write import Item
 
 
-def report(source: Checkpoint, written: Sequence[Item], to: str, checks: Sequence[str]) -> str:
-    """Markdown: what was renamed, filled up and left out, and why."""
+def report(
+    source: Checkpoint, written: Sequence[Item], to: str, checks: Sequence[str], remarks: Sequence[str] = ()
+) -> str:
+    """Markdown: what was renamed, filled up and left out, and why; what a reader of the new files should know."""
     lines = [f"# Conversion to {to}", "", f"From a {source.kind} checkpoint: {'; '.join(source.evidence)}."]
     if source.template.template:
         lines.append(f"Template: {source.template.template} ({source.template.because}).")
     lines += _names(written) + _rows(source, written) + _left_out(source, written)
+    if remarks:
+        lines += ["", "## To know", "", *(f"- {remark}" for remark in remarks)]
     lines += ["", "## Checked", "", *(checks or ["Shapes and finite values; logits were not compared."])]
     return "\n".join(lines) + "\n"
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llava.checkpoint import keymap
 from llava.checkpoint.files import Weights
+from llava.errors import CheckpointError
 
 
 class Source(ABC):
@@ -143,6 +144,43 @@ class _Over(Source):
     @property
     def cuts(self) -> list[int]:
         return self.base.cuts
+
+
+@dataclass(frozen=True)
+class HalfSplit(_Over):
+    """Rows of q or k that lie in neighbouring pairs, as Meta's code and llama.cpp rotate them, in the order of the hub.
+
+    Row i of a head is the first of pair i in the first half of the head, the second of its pair in the second.
+    """
+
+    base: Source
+    head_dim: int
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        first = start - start % self.head_dim  # whole heads are read
+        last = stop + -stop % self.head_dim
+        heads = self.base.rows(first, last)
+        split = heads.unflatten(0, (-1, self.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+        return split[start - first : stop - first]
+
+
+@dataclass(frozen=True)
+class Typed(_Over):
+    """A tensor in another type."""
+
+    base: Source
+    kind: torch.dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.kind
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        values = self.base.rows(start, stop)
+        narrow = values.to(self.kind)
+        if self.kind == torch.float16 != values.dtype and bool((narrow.isinf() & values.isfinite()).any()):
+            raise CheckpointError(f"{self.where}: holds values beyond float16, which ends at 65504")
+        return narrow
 
 
 class Adapter(NamedTuple):

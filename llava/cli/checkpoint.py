@@ -46,7 +46,7 @@ def inspect(
 def convert(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write; absent or empty")],
-    to: Annotated[str, typer.Option("--to", help="native, original, hf, or llama for a plain Llama")] = "native",
+    to: Annotated[str, typer.Option("--to", help="native, original, hf, gguf, or llama for a plain Llama")] = "native",
     vision: Annotated[bool, typer.Option("--vision/--no-vision", help="with or without tower and projector")] = True,
     verify: Annotated[bool, typer.Option("--verify", help="read back and compare bit by bit")] = False,
     check: Annotated[bool, typer.Option("--check/--no-check", help="compare the logits of both")] = True,

@@ -73,7 +73,8 @@ class SentencePieceTokenizer:
         self._model = SentencePieceProcessor(model_proto=model)
         self._legacy = legacy
         self._added = {token.text: token for token in added}
-        self._by_id = {token.id: token for token in self._added.values()}
+        self.added = tuple(self._added.values())
+        self._by_id = {token.id: token for token in self.added}
         longest_first = sorted(self._added, key=len, reverse=True)
         self._cuts = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")" if longest_first else "(?!)()")
         self._n_pieces: int = self._model.get_piece_size()
