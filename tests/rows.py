@@ -119,8 +119,7 @@ def write_scaled(folder: Path, entry: Entry, clip: Path) -> Path:
     if entry["format"] == "delta":
         tiny.write_delta(folder, clip=clip, **config)
     elif entry["format"] == "lora":
-        tiny.write_lora(folder, clip=clip, base=f"./checkpoints/{start_id(entry)}", **config)
-        _with_tables(folder, config) if added(entry) else None
+        tiny.write_lora(folder, clip=clip, base=f"./checkpoints/{start_id(entry)}", rows=bool(added(entry)), **config)
     elif entry["format"] == "projector":
         config.pop("mm_use_im_start_end")
         tiny.write_projector(folder, clip=clip, **{k: v for k, v in config.items() if k not in _OF_PROJECTOR})
@@ -133,14 +132,6 @@ def write_scaled(folder: Path, entry: Entry, clip: Path) -> Path:
 
 
 _OF_PROJECTOR = ("architectures", "tune_mm_mlp_adapter")
-
-
-def _with_tables(folder: Path, config: Mapping[str, Any]) -> None:
-    """Whole tables beside the projector, as the LoRA of June 2023 has them."""
-    file = folder / "non_lora_trainables.bin"
-    wrapped, shape = "base_model.model.", (config["vocab_size"], 64)
-    tables = {name: tiny.tensor(3, name, shape, 0.3) for name in ("model.embed_tokens.weight", "lm_head.weight")}
-    torch.save(torch.load(file) | {wrapped + name: value for name, value in tables.items()}, file)
 
 
 def write_base(folder: Path, entry: Entry) -> Path:
@@ -161,7 +152,7 @@ def full(entry: Entry) -> dict[str, Any]:
 
 
 def write_headers(folder: Path, entry: Entry) -> Path:
-    """A folder with the row's config and all its tensors at full size, without their values."""
+    """A folder (or lone file) with the row's config and all its tensors at full size, without their values."""
     folder.mkdir(parents=True)
     start = zoo.origin(entry)
     sizes, kind = full(entry), entry["format"]
@@ -172,8 +163,11 @@ def write_headers(folder: Path, entry: Entry) -> Path:
         _write_mpt(folder, entry)
     elif kind == "projector":
         rows: Shapes = {"model.embed_tokens.weight": (2, sizes["hidden_size"])} if marks(entry) else {}
-        _write_bin(folder / "mm_projector.bin", _projector(config) | rows)
-        tiny.write_json(folder / "config.json", config) if not bare(entry) else None
+        file = folder / ("nonsense.bin" if bare(entry) else "mm_projector.bin")
+        _write_bin(file, _projector(config) | rows)
+        if bare(entry):
+            return file
+        tiny.write_json(folder / "config.json", config)
     elif kind == "lora":
         _write_lora(folder, entry, config)
     else:

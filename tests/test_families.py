@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from llava.checkpoint import zoo
+from llava.checkpoint.detect import MODE_KEY, TEMPLATE_KEY
 from llava.checkpoint.identify import identify
 from llava.checkpoint.native import convert
 from llava.checkpoint.open import check_headers, look, open_checkpoint
@@ -26,8 +27,10 @@ def written(folder: Path, entry: Any, clip: Path) -> tuple[Path, Path | None]:
     """The row's folder and its base."""
     if entry["format"] == "hf-reexport":
         convert(rows.write_scaled(folder / "source", entry, clip), folder / "nonsense", to="hf", check=False)
-        # the published ones crop, ours tells transformers to pad as LLaVA does
+        # the published ones crop and have no keys of ours; this tells transformers to pad as LLaVA does
         tiny.edit_json(folder / "nonsense" / "preprocessor_config.json", image_processor_type="CLIPImageProcessor")
+        own = dict.fromkeys((MODE_KEY, TEMPLATE_KEY, "image_aspect_ratio"), tiny.ABSENT)
+        tiny.edit_json(folder / "nonsense" / "config.json", **own)
     else:
         rows.write_scaled(folder / "nonsense", entry, clip)
     needs_base = entry["format"] in ("delta", "lora", "projector")
@@ -58,6 +61,22 @@ def test_a_row_opens_under_any_name_as_the_zoo_says(id: str, clip: Path, tmp_pat
         assert found.tower_inside
     assert not caplog.records  # the base is the one that is recorded
     assert not any(name in found.evidence[0] for name in ("nonsense", "mpt-lora"))
+
+
+@pytest.mark.parametrize("id", sorted(set(ROWS) - set(FOLDERS)))
+def test_a_row_that_is_a_lone_file_opens_under_any_name(id: str, clip: Path, tmp_path: Path) -> None:
+    entry = ROWS[id]
+    folder = tiny.write_projector(
+        tmp_path / "x", clip=clip, start_end=rows.marks(entry), mm_projector_type="linear", **tiny.LLAMA_1
+    )
+    file = (folder / "mm_projector.bin").rename(tmp_path / "mpt-lora.bin")
+    base = rows.write_base(tmp_path / "delta", entry)
+    found = open_checkpoint(file, base=base, vision_tower=clip)
+    check_headers(found)
+    assert found.config.template == template(entry)
+    assert found.config.start_end == rows.marks(entry)
+    assert found.config.decoder.vocab_size == tiny.PIECES + 2 * rows.marks(entry)
+    assert not found.tower_inside
 
 
 @pytest.mark.parametrize("id", NEEDY)
