@@ -92,7 +92,7 @@ def load(
         (float32 below 1 B parameters).
     device: "auto" | "cpu" | "cuda" | "cuda:N".
     template: conversation template, where the checkpoint's own is not wanted.
-    force: load in spite of unknown tensors, NaN and Inf.
+    force: load in spite of unknown tensors, NaN and Inf, and of a base that is not the one of a delta.
     image_mode: whose arithmetic for pictures, LLaVA's or transformers'; default: what the layout was made for.
     exif: turn pictures as their EXIF orientation says; the original does not.
     legacy_strip: white space beside <im_start> and the like is dropped, as when v0 and v1.1 were trained.

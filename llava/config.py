@@ -178,8 +178,12 @@ class LlavaConfig:
     template: str | None = None  # conversation template, None: messages need one named by the caller
     eos_ids: tuple[int, ...] = field(default=())  # ids that end an answer, besides the tokenizer's own
     dtype: DType = "float16"  # of the weights as stored
+    padding_side: Literal["left", "right"] = "right"  # of training batches; a fact that no answer depends on
+    trained_seq: int | None = None  # longest input in training, tokens; the original cuts longer ones off, we do not
 
     def __post_init__(self) -> None:
+        if self.padding_side not in ("left", "right"):
+            raise ConfigError(f"config: padding_side is {self.padding_side!r}; expected left or right")
         if (self.vision is None) != (self.projector is None) or (self.vision is None) != (self.image is None):
             raise ConfigError("config: vision, projector and image options come together or not at all")
         if self.image and self.vision and self.image.size != self.vision.image_size:

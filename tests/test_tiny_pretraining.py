@@ -18,7 +18,7 @@ from examples.tiny.glyphs import Glyphs
 from examples.tiny.pretrain import Budget
 from examples.tiny.sprites import WEIGHTS, Sprites, load_sprites
 from llava.checkpoint.open import open_checkpoint
-from llava.checkpoint.zoo import CLIP_MEAN, CLIP_STD
+from llava.checkpoint.published import CLIP_MEAN, CLIP_STD
 from llava.config import DecoderConfig, VisionConfig
 from llava.errors import CheckpointError, ConfigError
 from llava.preprocess.tokenizer import load_tokenizer

@@ -40,6 +40,7 @@ ANYRES: dict[str, Any] = {  # config keys of LLaVA-1.6; give them to write_llava
     "mm_vision_tower_lr": 2e-06,
     "torch_dtype": "bfloat16",
 }
+LLAMA_1: dict[str, Any] = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-06}  # for write_llama: a delta's base
 
 TEXT = """\
 A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, and
@@ -99,15 +100,27 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 
 def write_tokenizer(
-    folder: Path, *, added: tuple[str, ...] = (), legacy: bool | None = False, eos: str = "</s>", pad: str = "<unk>"
+    folder: Path,
+    *,
+    added: tuple[str, ...] = (),
+    legacy: bool | None = False,
+    bos: str = "<s>",
+    eos: str = "</s>",
+    pad: str = "<unk>",
+    add_bos: bool = True,
+    blank: bool = False,
 ) -> Path:
-    """Files of a slow Llama tokenizer; `added` tokens get the ids from PIECES on; legacy None leaves the key out."""
+    """Files of a slow Llama tokenizer; `added` tokens get the ids from PIECES on; legacy None leaves the key out.
+
+    blank: special tokens are empty strings in tokenizer_config.json, as LLaVA-v0's are.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(sentencepiece_model())
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    special = {"bos_token": "<s>", "eos_token": eos, "unk_token": "<unk>"}
-    config: dict[str, Any] = {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
+    special = {"bos_token": bos, "eos_token": eos, "unk_token": "<unk>"}
+    config: dict[str, Any] = {"add_bos_token": add_bos, "add_eos_token": False, "clean_up_tokenization_spaces": False}
     config |= {name: {"__type": "AddedToken", "content": text, **flags} for name, text in special.items()}
+    config |= dict.fromkeys(special, "") if blank else {}
     config |= {"model_max_length": 2048, "pad_token": None, "padding_side": "right", "sp_model_kwargs": {}}
     config |= {"tokenizer_class": "LlamaTokenizer"} | ({} if legacy is None else {"legacy": legacy})
     write_json(folder / "tokenizer_config.json", dict(sorted(config.items())))
@@ -536,9 +549,11 @@ def write_projector(
     return folder
 
 
-def write_delta(folder: Path, *, clip: Path, seed: int = 1, base_seed: int = 7, added: tuple[str, ...] = ()) -> Path:
+def write_delta(
+    folder: Path, *, clip: Path, seed: int = 1, base_seed: int = 7, added: tuple[str, ...] = (), **config: Any
+) -> Path:
     """What `write_llava` of `seed` has more than `write_llama` of `base_seed`, in float16."""
-    final = llava_config(**{"vocab_size": PIECES + len(added), "mm_vision_tower": str(clip)})
+    final = llava_config(**{"vocab_size": PIECES + len(added), "mm_vision_tower": str(clip), **config})
     tensors = llama_tensors(final, seed, inv_freq=True)
     for name, base in llama_tensors(llama_config(), base_seed, inv_freq=True).items():
         tensors[name][: len(base)] -= base

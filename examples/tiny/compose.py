@@ -16,7 +16,7 @@ from torch import Tensor
 
 from examples.tiny.sprites import LEVELS, PLAIN, SIDE, WEIGHTS, WORD_SIZE, Sprites
 from examples.tiny.world import FONT_VARIANTS
-from llava.checkpoint.zoo import CLIP_MEAN, CLIP_STD
+from llava.checkpoint.published import CLIP_MEAN, CLIP_STD
 
 BACKGROUND, UNCLEAR = -1, -2  # labels of patches that show no object, or too little of one
 BAR = tuple(int(255 * channel) / 255 for channel in CLIP_MEAN)  # what LLaVA pads a picture to a square with

@@ -42,8 +42,8 @@ from examples.tiny.sprites import Sprites, load_sprites
 from examples.tiny.world import WORDS
 from llava.checkpoint.keymap import CLIP, Rule
 from llava.checkpoint.load import resolve_device
+from llava.checkpoint.published import CLIP_MEAN, CLIP_STD
 from llava.checkpoint.write import new_folder, write_json
-from llava.checkpoint.zoo import CLIP_MEAN, CLIP_STD
 from llava.config import VisionConfig
 from llava.errors import ConfigError, LlavaError
 from llava.model.vision import Block, Vision

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from llava.checkpoint import zoo
+from llava.checkpoint import published
 from llava.checkpoint.files import Weights
 from llava.config import DecoderConfig, ProjectorConfig
 from llava.preprocess.tokenizer import Tokenizer
@@ -152,12 +152,12 @@ def choose_template(
         return Choice("plain", "a projector alone: trained on captions")
     if not settings.get("mm_vision_tower"):
         return Choice(None, "no mm_vision_tower: a plain language model, name a template yourself")
-    if tokenizer and tokenizer.id_of("[PAD]") in tokenizer.special:
+    if tokenizer and (tokenizer.pad == "[PAD]" or tokenizer.id_of("[PAD]") in tokenizer.special):
         return Choice("llava_v0", "[PAD] is among the tokenizer's special tokens")
     if "LlamaForCausalLM" in (settings.get("architectures") or []):
         return Choice("llava_v0", "architectures is LlamaForCausalLM beside LLaVA's keys")
     if decoder and projector and projector.depth == 1 and decoder.max_seq == 4096:
         return Choice("llava_llama_2", "a linear projector and 4096 positions")
-    if (base := settings.get("_name_or_path")) and zoo.is_llama_2_chat(base):
+    if (base := settings.get("_name_or_path")) and published.is_llama_2_chat(base):
         return Choice("llava_llama_2", f"config.json records {base} as the base")
     return Choice("llava_v1", "none of the other rules fits")

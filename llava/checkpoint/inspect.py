@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from llava.checkpoint import bases, zoo
 from llava.checkpoint.detect import Facts, Finding, Kind, choose_template, detect
 from llava.checkpoint.files import Weights, locate, locate_file, open_weights
-from llava.checkpoint.onbase import ON_BASE, recorded_base
+from llava.checkpoint.identify import identify
+from llava.checkpoint.onbase import ON_BASE
 from llava.checkpoint.open import SUPPORTED, Checkpoint, look, open_checkpoint
 from llava.checkpoint.settings import Shapes
 from llava.config import LlavaConfig
@@ -26,6 +28,7 @@ class Description:
     kind: Kind
     evidence: list[str]
     base: str | None  # the language model that this folder needs beside it
+    licences: list[str] = field(default_factory=list)  # of the language model, as noted in rows of the zoo that fit
     sizes: dict[str, Any] = field(default_factory=dict)
     template: str | None = None
     template_because: str = ""
@@ -54,6 +57,7 @@ def describe(path: str | Path, *, base: str | None = None, **options: Any) -> De
         kind=finding.kind,
         evidence=[*finding.evidence, *remark],
         base=None,
+        licences=licences(facts, finding),
         sizes=_counts(sizes) | {"dtype": config.dtype, **_parts(config, sizes)},
         template=checkpoint.template.template,
         template_because=checkpoint.template.because,
@@ -65,6 +69,18 @@ def describe(path: str | Path, *, base: str | None = None, **options: Any) -> De
     )
 
 
+def licences(facts: Facts, finding: Finding) -> list[str]:
+    """Each note on the language model's licence that rows of the zoo like this folder have, with the rows' families."""
+    try:
+        rows = identify(facts, finding).family
+    except LlavaError:
+        return []
+    notes: dict[str, list[str]] = {}
+    for match in rows:
+        notes.setdefault(zoo.licence(match.entry), []).append(match.entry["id"])
+    return [f"{note} (as {', '.join(ids)})" for note, ids in notes.items()]
+
+
 def _recognised(facts: Facts, finding: Finding) -> Description:
     """Of a folder that does not load by itself, or not yet, what its headers and config show."""
     sizes = {name: entry.shape for name, entry in facts.weights.entries.items()}
@@ -74,7 +90,8 @@ def _recognised(facts: Facts, finding: Finding) -> Description:
     return Description(
         kind=finding.kind,
         evidence=finding.evidence,
-        base=recorded_base(finding.kind, facts) if finding.kind in ON_BASE else None,
+        base=bases.words(finding.kind, bases.needed_base(facts, finding)) if finding.kind in ON_BASE else None,
+        licences=licences(facts, finding),
         sizes=_counts(sizes),
         template=choice.template if choice else None,
         template_because=f"{choice.because}, as far as config.json tells" if choice else "",

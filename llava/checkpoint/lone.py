@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llava.checkpoint import zoo
+from llava.checkpoint import published
 from llava.checkpoint.detect import Facts
 from llava.checkpoint.files import Weights, read_json
 from llava.errors import CheckpointError
@@ -33,7 +33,7 @@ def seen(facts: Facts, vision_tower: str | Path | None) -> dict[str, Any]:
         for name in sorted(facts.weights)
         if re.search(r"mm_projector\.(\d+\.)?weight$", name)
     ]
-    tower = vision_tower or zoo.tower_of(widths[0], len(widths))
+    tower = vision_tower or published.tower_of(widths[0], len(widths))
     if tower and not vision_tower:
         log.warning("%s: its shape is that of projectors of %s; vision_tower= names another", facts.folder, tower)
     return {

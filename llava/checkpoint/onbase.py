@@ -61,17 +61,6 @@ _AROUND = ("<im_start>", "<im_end>")
 _TABLES = ("embed_tokens.weight", "wte.weight")
 
 
-def recorded_base(kind: Kind, facts: Facts) -> str:
-    """The base as the folder names it, else in words."""
-    named = facts.settings.get("_name_or_path")
-    if kind == "lora":
-        adapter = read_json(facts.folder / "adapter_config.json")
-        return str(adapter.get("base_model_name_or_path") or named or "the language model that it was trained from")
-    if kind == "delta":
-        return "the LLaMA that the difference was taken to"
-    return str(named or "the language model that it was trained with")
-
-
 # ---------------------------------------------------------------------------------------------------- LoRA
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava.checkpoint import keymap, lone, meta, settings
+from llava.checkpoint import bases, keymap, lone, meta, settings
 from llava.checkpoint.detect import FORMAT_KEY, NATIVE_FORMAT, Choice, Facts, Finding, Kind, choose_template, detect
 from llava.checkpoint.files import locate, locate_file, meta_shards, open_weights, read_json, reading
-from llava.checkpoint.onbase import ON_BASE, Base, Put, new_tokens, put_on, recorded_base
+from llava.checkpoint.onbase import ON_BASE, Base, Put, new_tokens, put_on
 from llava.checkpoint.settings import ImageMode, Shapes
 from llava.checkpoint.source import Source, Stored
 from llava.checkpoint.tower import Tower, find_tower, own_tower
@@ -91,8 +91,8 @@ def open_checkpoint(
     """Reads config, headers and tokenizer; no weights.
 
     `base`: the language model that a LoRA, a projector or a delta is put on, any folder or hub id that loads by itself.
-    `lenient`: tensors that no rule knows are left out instead of refused. `fetch_tower`: False for looking only, see
-    `find_tower`. Raises CheckpointError, ConfigError.
+    `lenient`: tensors that no rule knows are left out instead of refused, and a base that is not the one of a delta is
+    warned of. `fetch_tower`: False for looking only, see `find_tower`. Raises CheckpointError, ConfigError.
     """
     facts = path if isinstance(path, Facts) else look(path, revision)
     folder = facts.folder
@@ -141,7 +141,7 @@ def open_checkpoint(
     config = replace(config, template=choice.template)
     wanted = shapes(config)
     if under:
-        _check_base(under, finding.kind, facts, held, wanted)
+        _check_base(under, facts, finding, config, held, wanted, lenient)
     every = _of_tower(tower, needed=fetch_tower) | held if tower and "vision.cls" not in held else held
     spare = {ours: source for ours, source in every.items() if ours not in wanted}
     _refuse_half_a_model(spare, config, lenient)
@@ -196,17 +196,14 @@ def _open_base(base: str | Path | None, facts: Facts, finding: Finding, **option
         if base is not None:
             raise ConfigError(f"{facts.folder}: {finding.kind} ({finding.evidence[0]}): needs no base; leave base= out")
         return None
-    recorded = recorded_base(finding.kind, facts)
     if base is None:
-        raise CheckpointError(
-            f"{facts.folder}: {finding.kind} ({finding.evidence[0]}): needs its base, {recorded}; "
-            "name its folder or hub id with base= (--base)"
-        )
+        raise bases.missing_base(facts, finding)
     found = look(locate(base, what="base"))
     with reading(found.folder / "config.json"):
         kind = detect(found).kind
-    if kind not in SUPPORTED:
-        raise CheckpointError(f"{found.folder}: is of kind {kind}, no language model; base= is {recorded}")
+    bases.check_kind(found, kind, kind in SUPPORTED, facts, finding)
+    if finding.kind != "delta":
+        bases.warn_of_other_name(facts, finding.kind, found)
     return open_checkpoint(found, vision=False, **options)
 
 
@@ -216,16 +213,31 @@ def _on_base(facts: Facts, kind: Kind, under: Checkpoint, tokenizer: Tokenizer) 
 
 
 def _check_base(
-    under: Checkpoint, kind: Kind, facts: Facts, held: Mapping[str, Source], wanted: Mapping[str, tuple[int, ...]]
+    under: Checkpoint,
+    facts: Facts,
+    finding: Finding,
+    config: LlavaConfig,
+    held: Mapping[str, Source],
+    wanted: Mapping[str, tuple[int, ...]],
+    lenient: bool,
 ) -> None:
     """The base has the sizes that the folder's own config asks for. Raises CheckpointError."""
+    kind, wrong = finding.kind, f"not the base of this {finding.kind}"
     for ours in sorted({*held, *wanted}):
         has, asked = held[ours].shape if ours in held else None, wanted.get(ours)
         if ours.startswith("decoder.") and has != asked and ours != "decoder.head.weight":
             raise CheckpointError(
-                f"{under.folder}: {ours} has shape {_sizes(has)}, {facts.folder} asks for {_sizes(asked)}: not the "
-                f"base of this {kind}, which is {recorded_base(kind, facts)}"
+                f"{under.folder}: {ours} has shape {_sizes(has)}, {facts.folder} asks for {_sizes(asked)}: {wrong}, "
+                f"which is {bases.words(kind, bases.needed_base(facts, finding))}"
             )
+    bases.check_heads(under.config.decoder, config.decoder, under.folder, f"{facts.folder} asks for", wrong)
+    if kind == "delta":
+        own = under.folder / "config.json"
+        recorded = read_json(own) if own.is_file() else {}
+        bases.check_raw(under.folder, under.kind, under.config.decoder, config.decoder, recorded, lenient)
+    else:
+        rows = under.config.decoder.vocab_size, config.decoder.vocab_size
+        bases.check_vocabulary(*rows, facts, f"{under.folder}: {wrong}", lenient)
 
 
 def _sizes(shape: tuple[int, ...] | None) -> str:
@@ -283,6 +295,8 @@ def _foreign_config(
         start_end=bool(facts.settings.get("mm_use_im_start_end", False)),
         eos_ids=settings.end_ids(facts.folder, read_json(generation) if generation.is_file() else {}),
         dtype=settings.stored_dtype(facts.settings, held["decoder.norm.weight"].dtype if held else torch.float16),
+        padding_side=facts.settings.get("tokenizer_padding_side") or "right",
+        trained_seq=facts.settings.get("tokenizer_model_max_length"),
     )
     named = facts.settings.get("mm_vision_tower")
     if not vision or not (named or "projector.0.weight" in held):

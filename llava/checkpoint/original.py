@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from llava.checkpoint import keymap, llama, zoo
+from llava.checkpoint import keymap, llama, published
 from llava.checkpoint.detect import TEMPLATE_KEY
 from llava.checkpoint.keymap import Rule
 from llava.checkpoint.open import Checkpoint
@@ -104,16 +104,16 @@ def _tower_name(checkpoint: Checkpoint, target: Path) -> str | None:
     vision = checkpoint.config.vision
     if vision is None:
         return None
-    published = zoo.clip_id(clip_settings(vision))
+    known = published.clip_id(clip_settings(vision))
     if checkpoint.tower_inside:
-        return published or str(target.expanduser().absolute() / OWN_TOWER)
+        return known or str(target.expanduser().absolute() / OWN_TOWER)
     return checkpoint.vision_tower
 
 
 def write_own_tower(checkpoint: Checkpoint, folder: Path) -> None:
     """The folder that `config` names for a tower of sizes that were never published."""
     vision = checkpoint.config.vision
-    if vision and checkpoint.tower_inside and zoo.clip_id(clip_settings(vision)) is None:
+    if vision and checkpoint.tower_inside and published.clip_id(clip_settings(vision)) is None:
         every = checkpoint.sources | checkpoint.rest_of_tower
         write_tower(
             folder / OWN_TOWER, checkpoint.config, {n: s.read() for n, s in every.items() if n.startswith("vision.")}
@@ -175,8 +175,8 @@ def llava_settings(config: LlavaConfig, tokenizer: Tokenizer | None, vision_towe
         "mm_patch_merge_type": config.image.merge,
         "image_aspect_ratio": config.image.aspect,
         "image_grid_pinpoints": [list(size) for size in config.image.pinpoints] or None,
-        "tokenizer_model_max_length": config.decoder.max_seq,
-        "tokenizer_padding_side": "right",
+        "tokenizer_model_max_length": config.trained_seq,
+        "tokenizer_padding_side": config.padding_side,
         "tune_mm_mlp_adapter": False,
         "freeze_mm_mlp_adapter": False,
         "unfreeze_mm_vision_tower": False,

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 
-from llava.checkpoint import zoo
+from llava.checkpoint import published
 from llava.checkpoint.detect import MODE_KEY, TEMPLATE_KEY
 from llava.config import DecoderConfig, DType, ImageConfig, ProjectorConfig, RopeScaling, VisionConfig
 from llava.errors import CheckpointError, ConfigError
@@ -134,7 +134,7 @@ def tower_from_shapes(shapes: Shapes) -> dict[str, Any] | None:
         return None
     n_layers = 1 + max(int(m[1]) for name in shapes if (m := re.match(r"vision\.blocks\.(\d+)\.", name)))
     side = round((pos[0] - 1) ** 0.5)
-    return zoo.clip_like(patch[0], n_layers, side * patch[2], patch[2])
+    return published.clip_like(patch[0], n_layers, side * patch[2], patch[2])
 
 
 def projector_config(settings: Mapping[str, Any], vision: VisionConfig, decoder: DecoderConfig) -> ProjectorConfig:
@@ -156,8 +156,8 @@ def image_config(processor: Mapping[str, Any], settings: Mapping[str, Any], visi
     aspect, merge = settings.get("image_aspect_ratio") or "square", settings.get("mm_patch_merge_type") or "flat"
     return ImageConfig(
         size=int(size or vision.image_size),
-        mean=_triple(processor.get("image_mean"), zoo.CLIP_MEAN),
-        std=_triple(processor.get("image_std"), zoo.CLIP_STD),
+        mean=_triple(processor.get("image_mean"), published.CLIP_MEAN),
+        std=_triple(processor.get("image_std"), published.CLIP_STD),
         aspect=_one_of(aspect, ("square", "pad", "anyres"), "config.json: image_aspect_ratio"),
         pinpoints=_pinpoints(settings.get("image_grid_pinpoints")),
         merge=_one_of(merge, ("flat", "spatial", "spatial_unpad"), "config.json: mm_patch_merge_type"),
@@ -227,8 +227,8 @@ def flat(settings: Mapping[str, Any], processor: Mapping[str, Any], where: str) 
         **text,
         "torch_dtype": settings.get("torch_dtype") or settings.get("dtype") or text.get("torch_dtype"),
         "tie_word_embeddings": bool(settings.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
-        "vision_config": {**zoo.CLIP_DEFAULTS, **vision},
-        "mm_vision_tower": zoo.clip_id(vision) or "the one inside",
+        "vision_config": {**published.CLIP_DEFAULTS, **vision},
+        "mm_vision_tower": published.clip_id(vision) or "the one inside",
         "mm_projector_type": "mlp2x_gelu",
         "mm_vision_select_layer": layer,
         "mm_vision_select_feature": features[strategy],

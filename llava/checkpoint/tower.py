@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava.checkpoint import settings, zoo
+from llava.checkpoint import published, settings
 from llava.checkpoint.files import locate, read_json
 from llava.checkpoint.settings import Shapes
 from llava.errors import CheckpointError
@@ -36,8 +36,8 @@ def find_tower(name: str, found: Shapes, *, fetch: bool = True) -> Tower:
     depth, CLIP-L's config stands in. Raises CheckpointError naming the option that mends it.
     """
     held = "vision.cls" in found
-    if not fetch and not held and not Path(name).is_dir() and name in zoo.CLIP_CONFIGS:
-        return Tower(None, zoo.CLIP_CONFIGS[name], {})
+    if not fetch and not held and not Path(name).is_dir() and name in published.CLIP_CONFIGS:
+        return Tower(None, published.CLIP_CONFIGS[name], {})
     try:
         folder = locate(name, weights=fetch and not held, what="vision tower")
     except CheckpointError as error:

@@ -1,63 +1,226 @@
-"""What is known about published models and can not be read from their own files."""
+"""The catalogue of published LLaVAs, `zoo.json` beside this file; and what a row needs: commands to fetch and run it.
 
-from collections.abc import Mapping
-from typing import Any
+An entry has the keys of its row in zoo.json, `id` first. Nothing here looks at a checkpoint: see `identify.py`.
+"""
 
-_CLIP_L = {
-    "hidden_size": 1024,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "intermediate_size": 4096,
-    "patch_size": 14,
-    "layer_norm_eps": 1e-5,
-    "hidden_act": "quick_gelu",
-}
-CLIP_CONFIGS: dict[str, dict[str, Any]] = {  # their vision_config, by hub id
-    "openai/clip-vit-large-patch14": _CLIP_L | {"image_size": 224},
-    "openai/clip-vit-large-patch14-336": _CLIP_L | {"image_size": 336},
-}
-CLIP_DEFAULTS: dict[str, Any] = {  # of transformers' CLIPVisionConfig, for what a config.json leaves out
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "patch_size": 32,
-    "image_size": 224,
-    "layer_norm_eps": 1e-5,
-    "hidden_act": "quick_gelu",
-}
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of both repositories' preprocessor_config.json
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+import difflib
+import functools
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import resources
+from typing import Any, NamedTuple
+
+from llava.errors import ConfigError
+
+Entry = Mapping[str, Any]
+OTHERS = "Not in the zoo's tables"  # the heading of entries without rows
+_DATA = ("pretrain_data", "finetune_data")
 
 
-def clip_like(dim: int, n_layers: int, image_size: int, patch_size: int) -> dict[str, Any] | None:
-    """The published CLIP-L config that a tower of these sizes follows, None if none does.
+@functools.cache
+def _catalogue() -> dict[str, Any]:
+    text = (resources.files("llava.checkpoint") / "zoo.json").read_text(encoding="utf-8")
+    values: dict[str, Any] = json.loads(text)
+    return values
 
-    Tensors do not show the number of heads; width and depth do where they are CLIP-L's. The last layer may be missing:
-    LLaVA does not read it, and what we write of a trained tower has none.
+
+def entries() -> list[dict[str, Any]]:
+    """All rows of the zoo's tables in their order, then the entries that stand in none of them."""
+    return [*_catalogue()["entries"], *_catalogue()["extra_entries"]]
+
+
+def select(
+    *,
+    base_llm: str | None = None,
+    format: str | None = None,
+    vision_encoder: str | None = None,
+    data: str | None = None,
+) -> list[dict[str, Any]]:
+    """Entries whose cells hold these texts, upper and lower case alike."""
+
+    def fits(entry: Entry) -> bool:
+        encoder = entry.get("vision_encoder") or entry.get("vision_tower")
+        return (
+            _holds([entry.get("base_llm")], base_llm)
+            and _holds([entry["format"]], format)
+            and _holds([encoder], vision_encoder)
+            and _holds([entry.get(key) for key in _DATA], data)
+        )
+
+    return [entry for entry in entries() if fits(entry)]
+
+
+def _holds(cells: Iterable[str | None], text: str | None) -> bool:
+    return text is None or any(text.lower() in cell.lower() for cell in cells if cell)
+
+
+def find(name: str) -> dict[str, Any]:
+    """The entry of that id, or of that last part of an id. Raises ConfigError naming near ones."""
+    names = {entry["id"]: entry for entry in entries()}
+    if name in names:
+        return names[name]
+    wanted = name.lower()
+    found = [entry for id, entry in names.items() if wanted in (id.lower(), *_short(id.lower()))]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ConfigError(f"{name}: several entries end so: {', '.join(entry['id'] for entry in found)}")
+    near = [id for id in names if wanted and wanted in id.lower()][:5]
+    shorts = {short: id for id in names for short in (id.lower(), *_short(id.lower()))}
+    near = near or list(dict.fromkeys(shorts[hit] for hit in difflib.get_close_matches(wanted, shorts, 4, 0.5)))
+    hint = f"near: {', '.join(near)}" if near else "llava zoo lists all"
+    raise ConfigError(f"{name}: no such entry in the zoo; {hint}")
+
+
+def _short(id: str) -> list[str]:
+    """The last part of an id; of a file in a repository with and without its ending."""
+    last = re.split("[/#]", id)[-1]
+    return [last, last.removesuffix(".bin")]
+
+
+class Table(NamedTuple):
+    """One of the zoo's tables: a line is the id and the row's cells."""
+
+    title: str
+    columns: list[str]
+    lines: list[list[str]]
+
+
+def tables(chosen: Iterable[Entry]) -> Iterator[Table]:
+    """The entries as the zoo shows them: under the newest table that has them, with its columns; the others last."""
+    groups: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
+    for entry in chosen:
+        rows = entry.get("source_rows")
+        title = rows[-1]["table"].split(": ", 1)[-1] if rows else OTHERS
+        groups.setdefault(title, []).append((entry["id"], rows[-1]["cells"] if rows else _outside(entry)))
+    for title in sorted(groups, key=lambda title: title == OTHERS):
+        columns = list(dict.fromkeys(column for _, cells in groups[title] for column in cells))
+        lines = [[id, *(_text(cells.get(column)) for column in columns)] for id, cells in groups[title]]
+        yield Table(title, columns, lines)
+
+
+def _outside(entry: Entry) -> dict[str, Any]:
+    """Cells of an entry that stands in no table."""
+    return {
+        "Format": entry["format"],
+        "Size": entry.get("size") or find(entry["reexport_of"])["size"],
+        "Made from": entry.get("reexport_of") or entry.get("base_llm"),
+        "Class": entry.get("model_class"),
+        "Vocabulary": entry.get("vocab_size"),
+    }
+
+
+def _text(cell: Any) -> str:
+    return "" if cell is None else str(cell)
+
+
+# --------------------------------------------------------------------------------------------------- what it needs
+
+
+def origin(entry: Entry) -> Entry:
+    """The entry that a re-export was made from; any other is its own."""
+    return find(entry["reexport_of"]) if "reexport_of" in entry else entry
+
+
+def base_id(entry: Entry) -> str | None:
+    """The hub id of the base that must be given with the entry, None if it needs none.
+
+    Of a base in Meta's licence that is a repository that holds it in the hub's format. Vicuna v0 was published as
+    a delta alone: its id is that delta's.
     """
-    deep = _CLIP_L["num_hidden_layers"] in (n_layers, n_layers + 1)
-    if not deep or (dim, patch_size) != (_CLIP_L["hidden_size"], _CLIP_L["patch_size"]):
+    named = entry.get("base_llm_repo")
+    if not named:
         return None
-    return _CLIP_L | {"image_size": image_size}
+    if match := re.fullmatch(r"(\S+/\S+) \((v[\d.]+)\)", named):  # lmsys/vicuna-7b (v1.1)
+        repo, version = match.groups()
+        return f"{repo}-delta-v0" if version == "v0" else f"{repo}-{version}"
+    match = re.search(r"[\w.-]+/[\w.-]+", named.replace("LLaMA-1", ""))
+    return match[0] if match else str(named)
 
 
-def clip_id(sizes: Mapping[str, Any]) -> str | None:
-    """The published CLIP of these sizes, None if there is none."""
-    for name, known in CLIP_CONFIGS.items():
-        if all(sizes.get(key, CLIP_DEFAULTS[key]) == value for key, value in known.items()):
-            return name
-    return None
+def base_words(entry: Entry) -> str | None:
+    """The base for people: a delta's is the raw LLaMA-1, which is easily mistaken."""
+    id = base_id(entry)
+    if entry["format"] == "delta":
+        return f"the raw LLaMA-1 {entry['size'].upper()} in the hub's format (e.g. {id}; not Vicuna)"
+    return id
 
 
-def tower_of(in_dim: int, depth: int) -> str | None:
-    """The tower of published projectors of that input width: linear ones from the time of 224 pixels, or MLPs."""
-    if in_dim != _CLIP_L["hidden_size"]:
-        return None
-    return "openai/clip-vit-large-patch14" if depth == 1 else "openai/clip-vit-large-patch14-336"
+def licence(entry: Entry) -> str:
+    """The note on the language model's licence."""
+    start = origin(entry)
+    return str(start.get("license_note") or f"that of the base LLM, {start['base_llm']}")
 
 
-def is_llama_2_chat(repository: str) -> bool:
-    """Whether a repository id written inside a file names Meta's Llama-2-chat: weak evidence, to break a tie."""
-    name = repository.lower().rsplit("/", 1)[-1]
-    return name.startswith("llama-2-") and "-chat" in name
+def tower(entry: Entry) -> str | None:
+    """The hub id of the vision tower that must be fetched with the entry; None: it lies in the entry's own files."""
+    inside = entry["format"] == "hf-reexport" or entry.get("vision_tower_in_checkpoint") is True
+    return None if inside else entry["vision_tower"]
+
+
+def commands(entry: Entry) -> list[tuple[str, str]]:
+    """What to type, each with a word on what it is for: fetch, merge, ask, convert."""
+    repo, file = entry.get("repo", entry["id"].split("#")[0]), entry.get("file")
+    folder = repo.split("/")[-1]
+    given = f"{folder}/{file}" if file else folder
+    lines = [("fetch", f"hf download {repo}{f' {file}' if file else ''} --local-dir {folder}")]
+    if vision := tower(entry):
+        lines.append(("fetch", f"hf download {vision}"))
+    base, lines = _base_commands(entry, lines)
+    under = f" --base {base}" if base else ""
+    lines.append(("ask", f'llava ask photo.jpg "What is in the picture?" --model {given}{under}'))
+    if base and entry["format"] in ("delta", "lora"):
+        job, kind = ("apply-delta", "delta") if entry["format"] == "delta" else ("merge-lora", "lora")
+        lines.append(("merge", f"llava {job} --base {base} --target {folder}-merged --{kind} {given}"))
+        lines.append(("ask", f'llava ask photo.jpg "What is in the picture?" --model {folder}-merged'))
+    lines.append(("convert", f"llava convert {given} {folder}-native --to native{under}"))
+    return lines
+
+
+def _base_commands(entry: Entry, lines: list[tuple[str, str]]) -> tuple[str | None, list[tuple[str, str]]]:
+    """The folder to give as base, and the commands that bring it."""
+    id = base_id(entry)
+    if id is None:
+        return None, lines
+    base = id.split("/")[-1]
+    lines = [*lines, ("fetch", f"hf download {id} --local-dir {base}")]
+    if base.endswith("-delta-v0"):  # Vicuna v0
+        raw, whole = f"huggyllama/llama-{entry['size']}", base.replace("-delta", "")
+        lines.append(("base", f"llava apply-delta --base {raw} --target {whole} --delta {base}"))
+        base = whole
+    return base, lines
+
+
+def facts(entry: Entry) -> list[tuple[str, str]]:
+    """The entry for people, line by line."""
+    start = origin(entry)
+    base, vision = base_words(entry), tower(entry)
+    prompts = start.get("conversation") or {}
+    mode = "hf (crops as transformers does)" if entry["format"] == "hf-reexport" else "original"
+    projector = start.get("projector") or {}
+    named = {
+        "id": entry["id"],
+        "made from": entry.get("reexport_of"),
+        "format": entry["format"],
+        "language model": f"{start['base_llm']} ({start['size']})",
+        "needs base": base or "none",
+        "vision tower": vision or f"inside; made from {start['vision_tower']}",
+        "projector": projector.get("type"),
+        "pretraining": _joined(start, "pretrain_data", "pretrain_schedule"),
+        "finetuning": _joined(start, "finetune_data", "finetune_schedule"),
+        "template, trained": prompts.get("train"),
+        "template, served": prompts.get("serve"),
+        "image mode": f"{mode}; aspect {start.get('image_aspect_ratio', 'square')}",
+        "vocabulary": entry.get("vocab_size"),
+        "added tokens": ", ".join(f"{text} {id}" for text, id in entry.get("added_tokens", {}).items()),
+        "scores": ", ".join(f"{name} {score}" for name, score in (start.get("scores") or {}).items())
+        or "none published",
+        "licence": licence(entry),
+        "note": entry.get("note") or entry.get("vocab_size_note") or entry.get("added_tokens_note"),
+    }
+    return [(name, str(value)) for name, value in named.items() if value]
+
+
+def _joined(entry: Entry, *keys: str) -> str:
+    return ", ".join(str(entry[key]) for key in keys if entry.get(key))

@@ -102,6 +102,8 @@ def _show(found: "Description", values: "Scan | None") -> None:
         row("", line)
     if found.base:
         row("needs base", found.base)
+    for note in found.licences:
+        row("licence", note)
     for name, part in found.sizes.items():
         text = ", ".join(f"{k} {v}" for k, v in part.items() if v is not None) if isinstance(part, dict) else part
         row(name, f"{part:,}" if isinstance(part, int) else text)

@@ -20,7 +20,7 @@ DType = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or 
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N")]
 Quantize = Annotated[str | None, typer.Option("--quantize", help="quantisation of the weights")]
 Revision = Annotated[str | None, typer.Option("--revision", help="branch, tag or commit on the hub")]
-Force = Annotated[bool, typer.Option("--force", help="go on in spite of unknown tensors, NaN and Inf")]
+Force = Annotated[bool, typer.Option("--force", help="go on in spite of unknown tensors, NaN, Inf, a doubtful base")]
 ImageMode = Annotated[str | None, typer.Option("--image-mode", help="arithmetic for pictures: original or hf")]
 Exif = Annotated[bool, typer.Option("--exif", help="turn pictures as their EXIF orientation says")]
 LegacyStrip = Annotated[bool, typer.Option("--legacy-strip", help="white space as when v0 and v1.1 were trained")]

@@ -41,6 +41,7 @@ class Tokenizer(Protocol):
     size: int  # ids, added ones included
     bos_id: int | None  # put in front of a text; None: this tokenizer puts none
     eos_id: int | None
+    pad: str | None  # what the files name as the padding token; it may have no id
     special: frozenset[int]
 
     def encode(self, text: str) -> list[int]:
@@ -63,7 +64,16 @@ class Tokenizer(Protocol):
 class SentencePieceTokenizer:
     """The Llama tokenizer over a `tokenizer.model`."""
 
-    def __init__(self, model: bytes, added: Iterable[Added], *, legacy: bool, bos_id: int | None, eos_id: int | None):
+    def __init__(
+        self,
+        model: bytes,
+        added: Iterable[Added],
+        *,
+        legacy: bool,
+        bos_id: int | None,
+        eos_id: int | None,
+        pad: str | None = None,
+    ):
         """Raises RuntimeError if `model` holds no SentencePiece model."""
         from sentencepiece import SentencePieceProcessor
 
@@ -81,6 +91,7 @@ class SentencePieceTokenizer:
         self.size = max([self._n_pieces, *(id + 1 for id in self._by_id)])
         self.bos_id = bos_id
         self.eos_id = eos_id
+        self.pad = pad
         self.special = frozenset(token.id for token in self._added.values() if token.special)
 
     def id_of(self, text: str) -> int | None:
@@ -165,7 +176,7 @@ def _place(token: Added, start: int) -> Token:
 class JsonTokenizer:
     """Any tokenizer of the `tokenizers` library, from its `tokenizer.json`."""
 
-    def __init__(self, file: Path, *, eos: str | None, more: Mapping[str, int] | None = None):
+    def __init__(self, file: Path, *, eos: str | None, pad: str | None = None, more: Mapping[str, int] | None = None):
         """`more`: special tokens besides, the next ids. Raises CheckpointError if the file cannot be read."""
         import tokenizers
 
@@ -183,6 +194,7 @@ class JsonTokenizer:
         start = self._model.encode("").ids
         self.bos_id = start[0] if start else None
         self.eos_id = self._model.token_to_id(eos) if eos else None
+        self.pad = pad
 
     def id_of(self, text: str) -> int | None:
         return self._ids.get(text)
@@ -219,7 +231,7 @@ def load_tokenizer(
     settings = _read(folder / "tokenizer_config.json")
     names = _special_names(settings, _read(folder / "special_tokens_map.json"))
     if whole.is_file() and (fast or not model.is_file()):
-        return JsonTokenizer(whole, eos=names["eos_token"], more=more or {})
+        return JsonTokenizer(whole, eos=names["eos_token"], pad=names.get("pad_token"), more=more or {})
     if not model.is_file():
         raise CheckpointError(f"{folder}: no tokenizer.model and no tokenizer.json; add the base model's tokenizer")
     try:
@@ -250,6 +262,7 @@ def _sentencepiece(
         legacy=settings.get("legacy") is not False,
         bos_id=bos.id if bos and settings.get("add_bos_token", True) else None,
         eos_id=eos.id if eos else None,
+        pad=names.get("pad_token"),
     )
 
 

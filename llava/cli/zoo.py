@@ -1,0 +1,142 @@
+"""Commands on the catalogue of published checkpoints: zoo, zoo show, zoo check."""
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llava.checkpoint import zoo as catalogue  # data alone: no torch
+from llava.cli.app import app
+from llava.cli.options import AsJson, Revision
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from llava.checkpoint.identify import Identity, Match
+
+zoo = typer.Typer(help="The published checkpoints: the zoo's tables, an entry, what a folder is.")
+app.add_typer(zoo, name="zoo")
+
+
+@zoo.callback(invoke_without_command=True)
+def tables(
+    context: typer.Context,
+    base_llm: Annotated[str | None, typer.Option("--base-llm", help="rows whose base LLM holds this text")] = None,
+    format: Annotated[
+        str | None, typer.Option("--format", help="merged, delta, lora, projector or hf-reexport; a part will do")
+    ] = None,
+    vision_encoder: Annotated[str | None, typer.Option("--vision-encoder", help="such as CLIP-L-336px")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="pretraining or finetuning data, such as 558K")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The published checkpoints: the zoo's tables, an entry, what a folder is."""
+    if context.invoked_subcommand:
+        return
+    chosen = catalogue.select(base_llm=base_llm, format=format, vision_encoder=vision_encoder, data=data)
+    if as_json:
+        _print_json(chosen)
+    elif chosen:
+        _print_tables(chosen)
+    else:
+        print("no entry is so; llava zoo lists all")
+
+
+@zoo.command()
+def show(
+    id: Annotated[str, typer.Argument(metavar="ID", help="id of an entry, or its last part")], as_json: AsJson = False
+) -> None:
+    """One entry: what it needs, scores, template, and the commands to fetch, merge and run it."""
+    entry = catalogue.find(id)
+    commands = [{"for": purpose, "command": line} for purpose, line in catalogue.commands(entry)]
+    if as_json:
+        needs = {"base": catalogue.base_id(entry), "vision_tower": catalogue.tower(entry)}
+        _print_json({**entry, "needs": needs, "license_note": catalogue.licence(entry), "commands": commands})
+        return
+    _print_pairs(catalogue.facts(entry))
+    print()
+    for line in commands:
+        print(f"# {line['for']}\n{line['command']}")
+
+
+@zoo.command()
+def check(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="folder or hub id; its name decides nothing")],
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Which entry a folder is, by what its files say; else the nearest one, and what differs."""
+    from llava.checkpoint.identify import identify
+    from llava.checkpoint.open import look
+
+    found = identify(look(folder, revision))
+    if as_json:
+        _print_json(_as_dict(found))
+        return
+    if found.candidates:
+        several = "one of these; the files do not tell them apart" if len(found.candidates) > 1 else "this"
+        print(f"{folder} is {several}:")
+        for match in found.candidates:
+            print(f"  {match.entry['id']}")
+    else:
+        print(f"{folder} is none of the zoo's; nearest:")
+        for match in found.nearest[:_SHOWN]:
+            print(f"  {match.entry['id']}")
+            _print_lines("    differs: ", match.differs.values())
+    print("seen:")
+    _print_lines("  ", (trait.seen for trait in found.traits.values()))
+
+
+_SHOWN = 4  # nearest entries, as text; --json has all
+
+
+def _as_dict(found: "Identity") -> dict[str, Any]:
+    def one(match: "Match") -> dict[str, Any]:
+        return {"id": match.entry["id"], "agrees": match.agrees, "differs": match.differs}
+
+    return {
+        "candidates": [one(match) for match in found.candidates],
+        "nearest": [one(match) for match in found.nearest],
+        "evidence": {name: {"value": trait.value, "seen": trait.seen} for name, trait in found.traits.items()},
+    }
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False))
+
+
+def _print_lines(indent: str, lines: Any) -> None:
+    for line in lines:
+        print(f"{indent}{line}")
+
+
+def _console(width: int) -> "Console":
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else width, markup=False, highlight=False)
+
+
+def _print_tables(chosen: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    console = _console(width=400)
+    for part in catalogue.tables(chosen):
+        table = Table(title=part.title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+        table.add_column("Checkpoint", no_wrap=not sys.stdout.isatty(), overflow="fold")
+        for column in part.columns:
+            table.add_column(column, overflow="fold")
+        for line in part.lines:
+            table.add_row(*line)
+        console.print(table)
+        console.print()
+
+
+def _print_pairs(pairs: list[tuple[str, str]]) -> None:
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, text in pairs:
+        table.add_row(name, text)
+    _console(width=140).print(table)
