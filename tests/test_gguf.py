@@ -192,6 +192,12 @@ def test_anyres_is_told_with_its_newline(tmp_path: Path, clip: Path) -> None:
     assert file.types["v.blk.0.ffn_up.weight"] == "BF16"
 
 
+def test_a_lora_on_a_base_in_metas_format_goes_straight_into_a_gguf(tmp_path: Path, clip: Path) -> None:
+    lora, base = tiny.write_lora(tmp_path / "lora", clip=clip), tiny.write_meta(tmp_path / "bases" / "7B")
+    convert(lora, tmp_path / "out", to="gguf", base=base, verify=True)
+    assert (tmp_path / "out" / MODEL).is_file()
+
+
 def test_mpt_is_written_as_a_language_model_alone(tmp_path: Path, clip: Path) -> None:
     model = tiny.write_mpt(tmp_path / "m", clip=clip)
     convert(model, tmp_path / "out", to="gguf", vision=False, verify=True, check=True)

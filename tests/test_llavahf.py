@@ -258,10 +258,11 @@ def test_a_wrong_conversion_does_not_pass_the_check(
     """Another eps in what is written: the tensors are the same, the logits are not."""
     layout = WRITTEN["original"]
 
-    def wrong(checkpoint: Any, target: Path) -> dict[str, Any]:
-        return layout.config(checkpoint, target) | {"rms_norm_eps": 0.1}
+    def wrong(checkpoint: Any, folder: Path, *more: Any) -> None:
+        layout.write(checkpoint, folder, *more)
+        tiny.edit_json(folder / "config.json", rms_norm_eps=0.1)
 
-    monkeypatch.setitem(WRITTEN, "original", layout._replace(config=wrong))
+    monkeypatch.setitem(WRITTEN, "original", layout._replace(write=wrong))
     with pytest.raises(CheckpointError, match="logits differ"):
         convert(made("1.6"), tmp_path / "original", to="original")
     assert not (tmp_path / "original").exists()
