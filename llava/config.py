@@ -1,7 +1,7 @@
 """Sizes and options of a LLaVA, stated in full: nothing here has a meaning that depends on a name or a path."""
 
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from llava.errors import ConfigError
 
@@ -12,18 +12,35 @@ IMAGE_MARK = "<image>"  # a picture's place in text
 DType = Literal["float32", "bfloat16", "float16"]
 
 
-def _check_numbers(config: Any, what: str, *, signed: tuple[str, ...] = ()) -> None:
-    """Fields that are numbers hold numbers, above 0 unless they are `signed`; bool ones hold true or false."""
+# Beyond these a config is broken. They keep products of sizes countable, and a model of such sizes from being built.
+_LARGEST_INT, _LARGEST_FLOAT, _MOST_LAYERS = 2**28, 1e30, 1000
+_MOST_TILES = 256  # of one canvas
+
+
+def _check(config: Any, what: str, *, signed: tuple[str, ...] = ()) -> None:
+    """Fields hold what their types say; numbers are finite, of a sane size, and above 0 unless they are `signed`."""
     for spec in fields(config):
-        value = getattr(config, spec.name)
+        value, words = getattr(config, spec.name), f"{what}: {spec.name} is {getattr(config, spec.name)!r:.60}"
         if spec.type is bool and not isinstance(value, bool):
-            raise ConfigError(f"{what}: {spec.name} is {value!r}; expected true or false")
-        if spec.type in (int, float) or (spec.type == float | None and value is not None):
-            kinds = int if spec.type is int else (int, float)
-            if not isinstance(value, kinds) or isinstance(value, bool) or (spec.name not in signed and value <= 0):
-                raise ConfigError(
-                    f"{what}: {spec.name} is {value!r}; expected a {'whole ' * (kinds is int)}number above 0"
-                )
+            raise ConfigError(f"{words}; expected true or false")
+        if get_origin(spec.type) is Literal and not (isinstance(value, str) and value in get_args(spec.type)):
+            raise ConfigError(f"{words}; expected {' or '.join(get_args(spec.type))}")
+        if spec.type in (int, float) or (spec.type in (int | None, float | None) and value is not None):
+            _check_number(value, spec.type in (int, int | None), words, signed=spec.name in signed)
+
+
+def _check_number(value: Any, whole: bool, words: str, *, signed: bool) -> None:
+    kinds = int if whole else (int, float)
+    largest = _LARGEST_INT if whole else _LARGEST_FLOAT
+    if not isinstance(value, kinds) or isinstance(value, bool) or not (signed or value > 0):
+        raise ConfigError(f"{words}; expected a {'whole ' * whole}number above 0")
+    if not abs(value) <= largest:  # NaN is not, either
+        raise ConfigError(f"{words}; expected at most {largest}")
+
+
+def _check_layers(n_layers: int, what: str) -> None:
+    if n_layers > _MOST_LAYERS:
+        raise ConfigError(f"{what}: {n_layers} layers; expected at most {_MOST_LAYERS}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +59,12 @@ class VisionConfig:
     select_feature: Literal["patch", "cls_patch"] = "patch"  # without or with the class token
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "vision", signed=("select_layer",))
+        _check(self, "vision", signed=("select_layer",))
+        _check_layers(self.n_layers, "vision")
+        if self.grid**2 > _LARGEST_INT:
+            raise ConfigError(
+                f"vision: image_size {self.image_size} holds {self.grid} patches of {self.patch_size} a side"
+            )
         if self.dim % self.n_heads:
             raise ConfigError(f"vision: dim {self.dim} is not a multiple of n_heads {self.n_heads}")
         if not 0 <= self.n_blocks <= self.n_layers:
@@ -73,6 +95,9 @@ class ProjectorConfig:
     depth: int
 
     def __post_init__(self) -> None:
+        _check(self, "projector", signed=("depth",))
+        if not 0 <= self.depth <= _MOST_LAYERS:
+            raise ConfigError(f"projector: depth is {self.depth}; expected 0 to {_MOST_LAYERS}")
         if self.depth == 0 and self.in_dim != self.out_dim:
             raise ConfigError(f"projector: identity cannot turn width {self.in_dim} into {self.out_dim}")
 
@@ -88,7 +113,7 @@ class RopeScaling:
     high_freq_factor: float = 4.0  # llama3 only
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "rope scaling")
+        _check(self, "rope scaling")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +137,12 @@ class DecoderConfig:
     tied: bool = False  # the head is the embedding table
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "decoder")
+        _check(self, "decoder")
+        _check_layers(self.n_layers, "decoder")
+        if self.n_heads * self.head_dim > _LARGEST_INT:
+            raise ConfigError(f"decoder: {self.n_heads} heads of {self.head_dim} values are more than a model can have")
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(f"decoder: n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
-        if self.kind not in _POSITIONS:
-            raise ConfigError(f"decoder: kind is {self.kind!r}; expected {' or '.join(_POSITIONS)}")
         for kind, names in _POSITIONS.items():
             if (getattr(self, names[0]) is not None) != (kind == self.kind):
                 raise ConfigError(f"decoder: {self.kind} {'has no' if kind != self.kind else 'needs'} {names[0]}")
@@ -144,8 +170,18 @@ class ImageConfig:
     merge: Literal["flat", "spatial", "spatial_unpad"] = "flat"  # anyres: how tiles are put together
 
     def __post_init__(self) -> None:
+        _check(self, "image")
+        if len(self.mean) != 3 or not all(0 <= value <= 1 for value in self.mean):
+            raise ConfigError(f"image: mean is {self.mean!r:.60}; expected three numbers from 0 to 1")
+        if len(self.std) != 3 or not all(0 < value <= _LARGEST_FLOAT for value in self.std):
+            raise ConfigError(f"image: std is {self.std!r:.60}; expected three numbers above 0")
         if self.aspect == "anyres" and not self.pinpoints:
             raise ConfigError("image: anyres needs image_grid_pinpoints, the list of canvas sizes")
+        for w, h in self.pinpoints if self.aspect == "anyres" else ():
+            whole = w > 0 and h > 0 and w % self.size == 0 == h % self.size
+            if not whole or w * h > _MOST_TILES * self.size**2:
+                wanted = f"1 to {_MOST_TILES} tiles of {self.size} pixels"
+                raise ConfigError(f"image: image_grid_pinpoints has {w!r} x {h!r}; expected {wanted}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,8 +218,11 @@ class LlavaConfig:
     trained_seq: int | None = None  # longest input in training, tokens; the original cuts longer ones off, we do not
 
     def __post_init__(self) -> None:
-        if self.padding_side not in ("left", "right"):
-            raise ConfigError(f"config: padding_side is {self.padding_side!r}; expected left or right")
+        _check(self, "config")
+        if not all(isinstance(id, int) for id in self.eos_ids) or not isinstance(self.template, str | None):
+            raise ConfigError(
+                f"config: eos_ids is {self.eos_ids!r:.60}, template {self.template!r:.60}; expected ids, a name"
+            )
         if (self.vision is None) != (self.projector is None) or (self.vision is None) != (self.image is None):
             raise ConfigError("config: vision, projector and image options come together or not at all")
         if self.image and self.vision and self.image.size != self.vision.image_size:

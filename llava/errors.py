@@ -2,7 +2,17 @@
 
 
 class LlavaError(Exception):
-    """The root of all errors that this package raises on purpose; the command line prints one line and exits 2."""
+    """The root of all errors that this package raises on purpose; the command line prints one line and exits 2.
+
+    Messages quote foreign files: what can not be printed is escaped, and very long ones are cut in the middle.
+    """
+
+    def __init__(self, message: str):
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+        super().__init__(line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}")
+
+
+_LONGEST = 1200  # characters
 
 
 class ConfigError(LlavaError):

@@ -64,7 +64,8 @@ def _meta(facts: Facts) -> list[str]:
 
 
 def _llava_hf(facts: Facts) -> list[str]:
-    names = [name for name in facts.settings.get("architectures") or [] if name.endswith("ForConditionalGeneration")]
+    names = [str(name) for name in facts.settings.get("architectures") or []]
+    names = [name for name in names if name.endswith("ForConditionalGeneration")]
     if names:
         return [f"config.json: architectures = {names[0]}"]
     return ["config.json: has a text_config of its own"] * ("text_config" in facts.settings and not _is_clip(facts))

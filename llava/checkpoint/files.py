@@ -8,8 +8,9 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tarfile import is_tarfile
 from typing import Any, NamedTuple
-from zipfile import is_zipfile
+from zipfile import BadZipFile, is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -109,11 +110,11 @@ def _download(repo: str, revision: str | None, weights: bool, what: str) -> Path
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError."""
+    if not file.is_file():
+        raise CheckpointError(f"{file}: is missing; the folder is not a whole checkpoint")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: is missing; the folder is not a whole checkpoint") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: can not be read as JSON ({error}); fetch it again") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{file}: holds no JSON object")
@@ -125,10 +126,10 @@ def reading(file: Path) -> Iterator[None]:
     """While values of a foreign file are taken in: what is not of the kind expected becomes a CheckpointError."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise CheckpointError(
-            f"{file}: a value is missing or not of its kind ({type(error).__name__}: {error})"
-        ) from None
+    except KeyError as key:
+        raise CheckpointError(f"{file}: has no {key}; fetch it again") from None
+    except (TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+        raise CheckpointError(f"{file}: a value is not of its kind ({error}); fetch it again") from None
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -251,6 +252,10 @@ def _open_safetensors(file: Path) -> tuple[Any, dict[str, Entry]]:
     return reader, entries
 
 
+_DAMAGE = (RuntimeError, EOFError, OSError, ValueError, LookupError, AssertionError, TypeError, BadZipFile,
+           MemoryError)  # what torch.load raises; the last for a length that no memory holds  # fmt: skip
+
+
 def _open_bin(file: Path) -> tuple[dict[str, Tensor], dict[str, Entry]]:
     """Only tensors are unpickled; code in the file is refused, not run."""
     try:
@@ -258,6 +263,8 @@ def _open_bin(file: Path) -> tuple[dict[str, Tensor], dict[str, Entry]]:
         with file.open("rb") as start:
             if not mapped and start.read(4) == b"PK\x03\x04":
                 raise CheckpointError(f"{file}: cut short at {file.stat().st_size} bytes; fetch it again")
+        if not mapped and is_tarfile(file):  # torch would unpack it into a folder
+            raise CheckpointError(f"{file}: is empty or a tar, not what torch.save writes; fetch it again")
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         reason = next(
@@ -266,14 +273,30 @@ def _open_bin(file: Path) -> tuple[dict[str, Tensor], dict[str, Entry]]:
         raise CheckpointError(
             f"{file}: holds more than tensors, or is damaged; refused, nothing in it was run ({reason.strip()[:120]})"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AssertionError, TypeError) as error:
+    except _DAMAGE as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise CheckpointError(f"{file}: damaged or cut short ({reason}); fetch it again") from None
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+    if not isinstance(tensors, dict) or not all(_is_named_tensor(*item) for item in tensors.items()):
         raise CheckpointError(f"{file}: holds no table of tensors by name")
+    _check_plain(file, tensors)
     if not mapped:
         log.warning("%s is in torch's format from before 1.6: it can not be mapped and was read into memory", file)
     return tensors, {name: Entry(file, t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+
+
+def _is_named_tensor(name: object, value: object) -> bool:
+    return isinstance(name, str) and isinstance(value, Tensor)
+
+
+def _check_plain(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Values of a known type that lie in the file: a few bytes there can claim to be a tensor of any size."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+            raise CheckpointError(f"{file}: {name} is of type {kind}, which is not supported")
+    claimed, size = sum(tensor.nbytes for tensor in tensors.values()), file.stat().st_size
+    if claimed > 2 * size:  # a tied head may stand for the table a second time
+        raise CheckpointError(f"{file}: claims {claimed} bytes of tensors and has {size}; fetch it again")
 
 
 def check_finite(tensor: Tensor, where: str, force: bool = False) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from llava.checkpoint import bases, zoo
 from llava.checkpoint.detect import Facts, Finding, Kind, choose_template, detect
-from llava.checkpoint.files import Weights, locate, locate_file, open_weights
+from llava.checkpoint.files import Weights, locate, locate_file, open_weights, reading
 from llava.checkpoint.identify import identify
 from llava.checkpoint.onbase import ON_BASE
 from llava.checkpoint.open import SUPPORTED, Checkpoint, look, open_checkpoint
@@ -42,7 +42,8 @@ class Description:
 def describe(path: str | Path, *, base: str | None = None, **options: Any) -> Description:
     """Reads config, tokenizer and headers. Options as for `open_checkpoint`. Raises CheckpointError, ConfigError."""
     facts = look(path, options.get("revision"))
-    finding = detect(facts)
+    with reading(facts.folder / "config.json"):
+        finding = detect(facts)
     if finding.kind == "unknown" or (finding.kind in SUPPORTED and not facts.weights):
         open_checkpoint(facts)  # raises, saying what is missing
     if finding.kind not in SUPPORTED and not (base and finding.kind in ON_BASE):

@@ -179,16 +179,18 @@ def _with_tokens(rows: Source, base: Base, tokenizer: Tokenizer, file: Path) -> 
             f"{file}: holds rows of <im_start> and <im_end>, which the tokenizer does not have as its last two; "
             "put the tokenizer files of that training into the folder"
         )
-    width = base.sources["decoder.embed.weight"].shape[1]
-    if len(rows.shape) != 2 or rows.shape[0] < len(_AROUND) or rows.shape[1] != width:
+    embed = base.sources["decoder.embed.weight"]
+    if len(rows.shape) != 2 or rows.shape[0] < len(_AROUND) or rows.shape[1:] != embed.shape[1:]:
         raise CheckpointError(
-            f"{file}: holds rows of tokens in shape {list(rows.shape)}, {base.folder} has rows of {width} values: "
-            "not the base that they were trained with"
+            f"{file}: holds rows of tokens in shape {list(rows.shape)}, {base.folder} has a table of "
+            f"{list(embed.shape)}: not the base that they were trained with"
         )
     made: dict[str, Source] = {}
     for name in LENGTHENED:
         if (table := base.sources.get(name)) is None:
             continue  # a tied head
+        if table.shape != embed.shape:
+            raise CheckpointError(f"{table.where}: has shape {list(table.shape)}, {embed.where} {list(embed.shape)}")
         if (more := end + 1 - table.shape[0]) > 0:
             table = Rows(table, Mean(table, more), table.shape[0])
         made[name] = table
@@ -231,7 +233,8 @@ def _delta(weights: Weights, base: Base) -> Put:
 
 def fits(ours: str, longer: Source, base: Source) -> bool:
     """Of one shape, but that new tokens lengthen a table."""
-    same_rows = longer.shape[0] == base.shape[0] or (ours in LENGTHENED and longer.shape[0] > base.shape[0])
+    rows, own = longer.shape[:1], base.shape[:1]  # empty for a single number
+    same_rows = rows == own or (ours in LENGTHENED and rows > own)
     return same_rows and longer.shape[1:] == base.shape[1:]
 
 

@@ -139,6 +139,12 @@ def open_checkpoint(
     if under and not has_tokenizer(folder):
         config = replace(config, eos_ids=config.eos_ids or under.config.eos_ids)
     config = replace(config, template=choice.template)
+    if config.decoder.n_layers > len(held) > 0:
+        where, n = described.folder / "config.json", config.decoder.n_layers
+        raise CheckpointError(
+            f"{where}: asks for {n} layers, the files hold {len(held)} tensors: config.json and weights are of "
+            "different models"
+        )
     wanted = shapes(config)
     if under:
         _check_base(under, facts, finding, config, held, wanted, lenient)
@@ -305,7 +311,7 @@ def _foreign_config(
         raise CheckpointError(
             f"{where}: names no mm_vision_tower; pass vision_tower= (--vision-tower), or vision=False"
         )
-    if own := facts.settings.get("vision_config"):
+    if own := settings.table(facts.settings, "vision_config", where):
         tower = Tower(None, own, _processor(facts.folder))
     else:
         tower = find_tower(str(vision_tower or own_tower(facts.folder) or named), found, fetch=fetch_tower)

@@ -26,8 +26,8 @@ def decoder_config(settings: Mapping[str, Any], shapes: Shapes, where: str) -> D
         raise ConfigError(f"{where}: attention_bias or mlp_bias is on; this decoder has no biases")
     _one_of(settings.get("hidden_act", "silu"), ("silu",), f"{where}: hidden_act")
     positions = settings.get("max_position_embeddings") or settings.get("max_sequence_length") or 2048
-    rope = settings.get("rope_parameters") or {}  # transformers 5 keeps theta and scaling together
-    scaling = _rope_scaling(settings.get("rope_scaling") or rope, positions, where)
+    rope = table(settings, "rope_parameters", where)  # transformers 5 keeps theta and scaling together
+    scaling = _rope_scaling(table(settings, "rope_scaling", where) or rope, positions, where)
     stretched = scaling is not None and scaling.kind in ("linear", "dynamic")
     return DecoderConfig(
         kind="llama",
@@ -51,7 +51,7 @@ def mpt_config(settings: Mapping[str, Any], shapes: Shapes, where: str) -> Decod
 
     Raises ConfigError where this decoder does not compute what the config asks for.
     """
-    attention = settings.get("attn_config") or {}
+    attention = table(settings, "attn_config", where)
     for values, key, only in (
         (settings, "no_bias", True),
         (settings, "logit_scale", None),
@@ -85,6 +85,14 @@ def mpt_config(settings: Mapping[str, Any], shapes: Shapes, where: str) -> Decod
     )
 
 
+def table(settings: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    """An object within the config; absent, null and empty are one. Raises ConfigError."""
+    value = settings.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: {key} is {value!r:.60}; expected an object")
+    return value
+
+
 def _one_of(value: Any, known: tuple[str, ...], what: str) -> Any:
     if value not in known:
         raise ConfigError(f"{what} is {value!r}; expected one of {', '.join(known)}")
@@ -106,7 +114,7 @@ def _rope_scaling(values: Mapping[str, Any], positions: int, where: str) -> Rope
 
 def vision_config(tower: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> VisionConfig:
     """`tower`: CLIP's config.json (or its vision_config); `settings`: the LLaVA's. Raises ConfigError."""
-    sizes = tower.get("vision_config") or tower
+    sizes = table(tower, "vision_config", where) or tower
     feature = settings.get("mm_vision_select_feature", "patch")
     try:
         return VisionConfig(
@@ -155,9 +163,9 @@ def image_config(processor: Mapping[str, Any], settings: Mapping[str, Any], visi
         size = size.get("height") or size.get("shortest_edge")
     aspect, merge = settings.get("image_aspect_ratio") or "square", settings.get("mm_patch_merge_type") or "flat"
     return ImageConfig(
-        size=int(size or vision.image_size),
-        mean=_triple(processor.get("image_mean"), published.CLIP_MEAN),
-        std=_triple(processor.get("image_std"), published.CLIP_STD),
+        size=size or vision.image_size,
+        mean=_triple(processor, "image_mean", published.CLIP_MEAN),
+        std=_triple(processor, "image_std", published.CLIP_STD),
         aspect=_one_of(aspect, ("square", "pad", "anyres"), "config.json: image_aspect_ratio"),
         pinpoints=_pinpoints(settings.get("image_grid_pinpoints")),
         merge=_one_of(merge, ("flat", "spatial", "spatial_unpad"), "config.json: mm_patch_merge_type"),
@@ -175,16 +183,27 @@ def in_mode(image: ImageConfig, mode: ImageMode) -> ImageConfig:
     return replace(image, mode=mode, pinpoints=image.pinpoints if same else mirrored)
 
 
-def _triple(value: Any, default: tuple[float, float, float]) -> tuple[float, float, float]:
-    return (float(value[0]), float(value[1]), float(value[2])) if value else default
+def _triple(processor: Mapping[str, Any], key: str, default: tuple[float, float, float]) -> tuple[float, float, float]:
+    value = processor.get(key) or default
+    try:
+        r, g, b = map(float, value)
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"preprocessor_config.json: {key} is {value!r:.60}; expected three numbers") from None
+    return r, g, b
 
 
 def _pinpoints(value: Any) -> tuple[tuple[int, int], ...]:
     if isinstance(value, str):  # some derivatives store the list as text
         try:
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            raise ConfigError(f"config.json: image_grid_pinpoints is {value!r}; expected a list of pairs") from None
+        except (
+            ValueError,
+            TypeError,
+            SyntaxError,
+            RecursionError,
+            MemoryError,
+        ):  # what literal_eval is documented to raise
+            raise ConfigError(f"config.json: image_grid_pinpoints is {value!r:.60}; expected a list of pairs") from None
     return tuple((int(w), int(h)) for w, h in value or ())
 
 
@@ -212,7 +231,7 @@ def flat(settings: Mapping[str, Any], processor: Mapping[str, Any], where: str) 
 
     Raises ConfigError for what LLaVA does not compute.
     """
-    text, vision = settings.get("text_config") or {}, settings.get("vision_config") or {}
+    text, vision = (table(settings, key, where) for key in ("text_config", "vision_config"))
     layer, strategy = settings.get("vision_feature_layer", -2), settings.get("vision_feature_select_strategy")
     if not isinstance(layer, int):
         raise ConfigError(f"{where}: vision_feature_layer is {layer!r}; this tower hands on one layer alone")

@@ -68,7 +68,11 @@ class Stored(Source):
     @property
     def shape(self) -> tuple[int, ...]:
         shapes = [self.weights.entries[name].shape for name in self.names]
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if len(shapes) > 1 else shapes[0]
+        if len(shapes) == 1:
+            return shapes[0]
+        if not all(shape and shape[1:] == shapes[0][1:] for shape in shapes):
+            raise CheckpointError(f"{self.where}: have shapes {shapes}, which can not lie under each other")
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     @property
     def dtype(self) -> torch.dtype:

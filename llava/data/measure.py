@@ -16,7 +16,7 @@ from llava.preprocess.image import Size, choose_canvas, tile_grid
 from llava.preprocess.inputs import Preprocessor
 from llava.preprocess.tokenizer import Tokenizer, load_tokenizer
 
-_UNCUT = 1 << 40  # places
+_UNCUT = 1 << 28  # places, the most that a config can state
 # A tower and a picture of one pixel: the training function then puts one place for each picture.
 _ONE_PIXEL = VisionConfig(dim=1, n_layers=2, n_heads=1, mlp_dim=1, image_size=1, patch_size=1)
 _ONE_PIXEL_IMAGE = ImageConfig(size=1, mean=(0, 0, 0), std=(1, 1, 1), aspect="square")

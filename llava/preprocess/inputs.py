@@ -151,6 +151,10 @@ class Preprocessor:
         except UnicodeEncodeError:
             raise PromptError("the prompt holds bytes that are no UTF-8 text") from None
         tokens = list(self._tokens(prompt, spans))
+        if (n := sum(id == IMAGE for id, _ in tokens)) != len(pictures):
+            raise PromptError(
+                f"the tokenizer reads {n} {IMAGE_MARK} mark(s) in the prompt of {len(pictures)} picture(s)"
+            )
         places = iter([self._n_places(len(views.pixels), views.grid) for views in pictures])
         ids: list[int] = []
         labels: list[int] = []

@@ -229,15 +229,16 @@ def load_tokenizer(
     """
     model, whole = folder / "tokenizer.model", folder / "tokenizer.json"
     settings = _read(folder / "tokenizer_config.json")
-    names = _special_names(settings, _read(folder / "special_tokens_map.json"))
+    special = _read(folder / "special_tokens_map.json")
+    try:
+        names = _special_names(settings, special)
+        added = _added(settings, _read(folder / "added_tokens.json"), set(names.values()), legacy_strip)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: special or added tokens are not as they should be ({error})") from None
     if whole.is_file() and (fast or not model.is_file()):
         return JsonTokenizer(whole, eos=names["eos_token"], pad=names.get("pad_token"), more=more or {})
     if not model.is_file():
         raise CheckpointError(f"{folder}: no tokenizer.model and no tokenizer.json; add the base model's tokenizer")
-    try:
-        added = _added(settings, _read(folder / "added_tokens.json"), set(names.values()), legacy_strip)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: added tokens are not of the form expected ({error})") from None
     added |= {text: Added(text, id, True, legacy_strip, legacy_strip) for text, id in (more or {}).items()}
     try:
         return _sentencepiece(model.read_bytes(), added, names, settings)
@@ -250,7 +251,11 @@ def _sentencepiece(
 ) -> SentencePieceTokenizer:
     from sentencepiece import SentencePieceProcessor
 
+    if not model:
+        raise ValueError("the file is empty")
     pieces = SentencePieceProcessor(model_proto=model)
+    if not pieces.get_piece_size():
+        raise ValueError("it has no pieces")
     for text in names.values():
         id = pieces.piece_to_id(text)
         if text not in added and pieces.id_to_piece(id) == text:
@@ -273,18 +278,44 @@ def _special_names(settings: dict[str, Any], special: dict[str, Any]) -> dict[st
         for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
             value = source.get(key)
             if text := value.get("content") if isinstance(value, dict) else value:
-                names[key] = text
+                names[key] = _checked(text, key)
     return names
 
 
 def _added(settings: dict[str, Any], plain: dict[str, int], special: set[str], strip: bool) -> dict[str, Added]:
     """Added tokens of added_tokens.json (untyped) and tokenizer_config.json (with flags), by their text."""
-    added = {text: Added(text, int(id), text in special, strip, strip) for text, id in plain.items() if text}
-    for id, token in settings.get("added_tokens_decoder", {}).items():
-        text = token["content"]
+    added = {text: Added(text, _id(id, text), text in special, strip, strip) for text, id in plain.items() if text}
+    decoder = settings.get("added_tokens_decoder", {})
+    if not isinstance(decoder, dict) or not all(isinstance(token, dict) for token in decoder.values()):
+        raise ValueError("added_tokens_decoder is no table of tokens")
+    for id, token in decoder.items():
+        text = _checked(token["content"], f"token {id}")
         flags = (True, True) if strip and text in plain else (token.get("lstrip", False), token.get("rstrip", False))
-        added[text] = Added(text, int(id), token.get("special", False) or text in special, *flags)
+        added[text] = Added(text, _id(id, text), token.get("special", False) or text in special, *flags)
+    by_id: dict[int, str] = {}
+    for text, token in added.items():
+        if (other := by_id.setdefault(token.id, text)) != text:
+            raise ValueError(f"{other!r} and {text!r} have the same id {token.id}")
     return added
+
+
+def _checked(text: Any, what: str) -> str:
+    """Text that can be in a prompt. Raises ValueError, UnicodeEncodeError among them."""
+    if not isinstance(text, str):
+        raise ValueError(f"{what} is {text!r:.60}, expected a text")
+    text.encode()
+    return text
+
+
+def _id(value: Any, text: str) -> int:
+    """A token's id as the files have it, a number or (as a key) its digits. Raises ValueError."""
+    _checked(text, "a token")
+    if isinstance(value, bool) or not isinstance(value, int | str) or not 0 <= int(value) < _MOST_IDS:
+        raise ValueError(f"{text!r:.60} has the id {value!r:.60}")
+    return int(value)
+
+
+_MOST_IDS = 2**31
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -292,7 +323,7 @@ def _read(file: Path) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{file}: can not be read as JSON ({error})") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{file}: holds no JSON object")
