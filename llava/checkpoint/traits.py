@@ -3,7 +3,6 @@
 Names recorded inside files are evidence. The folder's own name is never looked at.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import Any, NamedTuple
 
 from llava.checkpoint import keymap, settings
 from llava.checkpoint.detect import Facts, Finding, Kind
-from llava.checkpoint.files import Weights
+from llava.checkpoint.files import Weights, read_json
 from llava.checkpoint.published import CLIP_CONFIGS
 from llava.checkpoint.settings import Shapes
+from llava.errors import CheckpointError
 
 
 class Trait(NamedTuple):
@@ -227,7 +227,6 @@ def recorded_name(name: str) -> str:
 def _json(file: Path) -> dict[str, Any]:
     """An object, {} where the file is missing or broken: for looking only."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(file)
+    except CheckpointError:
         return {}
-    return values if isinstance(values, dict) else {}
