@@ -297,5 +297,5 @@ def write_sparse(file: Path, shapes: Shapes, ones: tuple[str, ...] = ()) -> None
 
 
 def _write_bin(file: Path, shapes: Shapes) -> None:
-    """A .bin whose tensors are one value each, stretched."""
-    torch.save({name: torch.zeros(1, dtype=torch.float16).expand(shape) for name, shape in shapes.items()}, file)
+    """A .bin of zeros."""
+    torch.save({name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}, file)
