@@ -242,8 +242,9 @@ def flat(settings: Mapping[str, Any], processor: Mapping[str, Any], where: str) 
         raise ConfigError(f"{where}: vision_feature_select_strategy is {strategy!r}; expected default or full")
     grid = settings.get("image_grid_pinpoints") or processor.get("image_grid_pinpoints")
     aspect = "anyres" if grid else "pad"  # in transformers' way with pictures, the middle square instead of a pad
+    kept = ("tokenizer_model_max_length", "tokenizer_padding_side", MODE_KEY, TEMPLATE_KEY)  # of folders that we wrote
     return {
-        **text,
+        **{key: value for key, value in text.items() if key != "architectures"},  # the language model's own say nothing
         "torch_dtype": settings.get("torch_dtype") or settings.get("dtype") or text.get("torch_dtype"),
         "tie_word_embeddings": bool(settings.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
         "vision_config": {**published.CLIP_DEFAULTS, **vision},
@@ -255,7 +256,7 @@ def flat(settings: Mapping[str, Any], processor: Mapping[str, Any], where: str) 
         "image_aspect_ratio": settings.get("image_aspect_ratio") or aspect,
         "image_grid_pinpoints": grid,
         "mm_patch_merge_type": "spatial_unpad" if grid else "flat",
-        **{key: settings[key] for key in (MODE_KEY, TEMPLATE_KEY) if key in settings},
+        **{key: settings[key] for key in kept if key in settings},
     }
 
 
