@@ -1,11 +1,9 @@
 """The language model as a plain Llama folder in Hugging Face's layout, which any Llama loader opens."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
-
-from torch import Tensor
 
 from llava.checkpoint import keymap
 from llava.checkpoint.keymap import Rule
@@ -38,7 +36,7 @@ def taken_apart(sources: Mapping[str, Source], config: LlavaConfig, rules: Itera
         names = keymap.disk_names(ours, table)
         ends = list(accumulate(part_rows(ours, source.shape[0], len(names), config), initial=0))
         for name, (start, stop) in zip(names, pairwise(ends), strict=True):
-            parts = partial(_rows, source, start, stop)
+            parts = partial(source.pieces, start, stop)
             shape = (stop - start, *source.shape[1:])
             written.append(Item(name=name, dtype=source.dtype, shape=shape, where=source.where, parts=parts, ours=ours))
     return written
@@ -50,10 +48,6 @@ def part_rows(ours: str, rows: int, parts: int, config: LlavaConfig) -> list[int
         sizes = config.decoder
         return [sizes.n_heads * sizes.head_dim] + 2 * [sizes.n_kv_heads * sizes.head_dim]
     return [rows // parts] * parts
-
-
-def _rows(source: Source, start: int, stop: int) -> Iterator[Tensor]:
-    yield source.rows(start, stop)
 
 
 def config(checkpoint: Checkpoint) -> dict[str, Any]:

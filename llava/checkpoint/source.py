@@ -17,6 +17,9 @@ from llava.checkpoint.files import Weights
 from llava.errors import CheckpointError
 
 
+_PIECE = 1 << 24  # values; what is made of a tensor of any size takes no more memory than some of these
+
+
 class Source(ABC):
     """One tensor. What `read` gives may be wider than `dtype`, the type to store it in: a sum is rounded once."""
 
@@ -50,12 +53,23 @@ class Source(ABC):
 
     def read(self) -> Tensor:
         """All rows."""
-        return self.rows(0, self.shape[0])
+        if torch.Size(self.shape).numel() <= _PIECE:
+            return self.rows(0, self.shape[0])
+        whole, done = None, 0
+        for piece in self.pieces():  # what is in the making is small beside what is made
+            whole = piece.new_empty(self.shape) if whole is None else whole
+            whole[done : done + len(piece)] = piece
+            done += len(piece)
+        assert whole is not None
+        return whole
 
-    def pieces(self) -> Iterator[Tensor]:
-        """All rows, in as many pieces as are handy."""
-        for start, stop in pairwise(self.cuts):
-            yield self.rows(start, stop)
+    def pieces(self, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """All rows or some, in pieces of a bounded size."""
+        end = self.shape[0] if stop is None else stop
+        a_piece = max(1, _PIECE // max(1, torch.Size(self.shape[1:]).numel()))
+        for low, high in pairwise(self.cuts):
+            for first in range(max(low, start), min(high, end), a_piece):
+                yield self.rows(first, min(first + a_piece, high, end))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,6 +232,30 @@ class Adapted(_Over):
 
 
 @dataclass(frozen=True)
+class AdaptedIn(Adapted):
+    """W + scale * B @ A as the original's merge has it: all in one type, the product in float32 and rounded to it.
+
+    peft 0.7.1, `merge_and_unload` of a float16 model on a CPU.
+    """
+
+    kind: torch.dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.kind
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        values = self.base.rows(start, stop).to(self.kind, copy=True)
+        for first, a, b, scale in self.adapters:
+            low, high = max(start, first), min(stop, first + b.shape[0])
+            if low < high:
+                factors = b.rows(low - first, high - first), a.read()
+                left, right = (factor.to(self.kind).float() for factor in factors)
+                values[low - start : high - start] += (left @ right * scale).to(self.kind)
+        return values
+
+
+@dataclass(frozen=True)
 class Summed(_Over):
     """base + sign * other of values in one type, rounded to it; rows that `other` has not are the base's own."""
 
@@ -235,11 +273,10 @@ class Summed(_Over):
         return f"{self.base.where} and {self.other.where}"
 
     def rows(self, start: int, stop: int) -> Tensor:
-        values = self.base.rows(start, stop).to(self.kind).to(torch.float32, copy=True)
+        values = self.base.rows(start, stop).to(self.kind, copy=True)
         if start < (last := min(stop, self.other.shape[0])):
-            other = self.other.rows(start, last).to(self.kind).float()
-            values[: last - start] += self.sign * other
-        return values.to(self.kind)
+            values[: last - start].add_(self.other.rows(start, last).to(self.kind), alpha=self.sign)
+        return values
 
 
 @dataclass(frozen=True)
@@ -284,8 +321,9 @@ class Mean(_Over):
         return [0, self.n]
 
     def rows(self, start: int, stop: int) -> Tensor:
-        mean = self.base.read().float().mean(0, keepdim=True)
-        return mean.to(self.dtype).expand(stop - start, *mean.shape[1:])
+        sums = sum(piece.sum(0, keepdim=True, dtype=torch.float64) for piece in self.base.pieces())
+        assert isinstance(sums, Tensor)
+        return (sums / self.base.shape[0]).to(self.dtype).expand(stop - start, *sums.shape[1:])
 
 
 @dataclass(frozen=True)

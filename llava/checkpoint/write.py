@@ -68,7 +68,13 @@ def write_bytes(out: BinaryIO | Any, item: Item, on_bytes: Callable[[int], None]
 
 
 def write_safetensors(file: Path, items: Sequence[Item], on_bytes: Callable[[int], None]) -> None:
-    """One file in the safetensors format: length of the header, header, values."""
+    """One file in the safetensors format."""
+    with file.open("wb") as out:
+        stream_safetensors(out, items, on_bytes)
+
+
+def stream_safetensors(out: BinaryIO | Any, items: Sequence[Item], on_bytes: Callable[[int], None]) -> None:
+    """Length of the header, header, values."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     place = 0
     for item in items:
@@ -80,10 +86,9 @@ def write_safetensors(file: Path, items: Sequence[Item], on_bytes: Callable[[int
         place += item.n_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # values start at a multiple of 8 bytes
-    with file.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for item in items:
-            write_bytes(out, item, on_bytes)
+    out.write(len(text).to_bytes(8, "little") + text)
+    for item in items:
+        write_bytes(out, item, on_bytes)
 
 
 def counting(items: Sequence[Item], progress: Progress) -> Callable[[int], None]:
@@ -111,19 +116,33 @@ def write_shards(
     `writer`: of one file; safetensors, or torch's format for `pytorch_model*.bin`.
     """
     stem, suffix = ("model", "safetensors") if writer is write_safetensors else ("pytorch_model", "bin")
+    shards = in_shards(items, max_bytes or MAX_SHARD_BYTES, stem, suffix)
+    count = counting(items, progress)
+    for name, shard in shards.items():
+        writer(folder / name, shard, count)
+    return [*(folder / name for name in shards), write_index(folder / f"{stem}.{suffix}.index.json", shards)]
+
+
+def in_shards(
+    items: Sequence[Item], max_bytes: int, stem: str = "model", suffix: str = "safetensors"
+) -> dict[str, list[Item]]:
+    """File names and what goes into each."""
     shards: list[list[Item]] = [[]]
     for item in items:
-        if shards[-1] and sum(other.n_bytes for other in shards[-1]) + item.n_bytes > (max_bytes or MAX_SHARD_BYTES):
+        if shards[-1] and sum(other.n_bytes for other in shards[-1]) + item.n_bytes > max_bytes:
             shards.append([])
         shards[-1].append(item)
-    count, n = counting(items, progress), len(shards)
+    n = len(shards)
     names = [f"{stem}.{suffix}"] if n == 1 else [f"{stem}-{i + 1:05}-of-{n:05}.{suffix}" for i in range(n)]
-    for name, shard in zip(names, shards, strict=True):
-        writer(folder / name, shard, count)
-    weight_map = {item.name: name for name, shard in zip(names, shards, strict=True) for item in shard}
-    index = folder / f"{stem}.{suffix}.index.json"
-    write_json(index, {"metadata": {"total_size": sum(item.n_bytes for item in items)}, "weight_map": weight_map})
-    return [*(folder / name for name in names), index]
+    return dict(zip(names, shards, strict=True))
+
+
+def write_index(file: Path, shards: Mapping[str, Sequence[Item]]) -> Path:
+    """Which tensor lies in which file."""
+    weight_map = {item.name: name for name, shard in shards.items() for item in shard}
+    total = sum(item.n_bytes for shard in shards.values() for item in shard)
+    write_json(file, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return file
 
 
 def write_json(file: Path, values: dict[str, Any]) -> None:
@@ -147,20 +166,26 @@ def copy_tokenizer(source: Path, target: Path, more: Mapping[str, int] | None = 
         write_json(target / "tokenizer.json", fast)
 
 
+def free_folder(target: Path) -> Path:
+    """The absolute path of a folder that is absent or empty. Raises CheckpointError."""
+    target = target.expanduser().absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target}: is there already and not empty; name another folder or remove it")
+    return target
+
+
 @contextmanager
 def new_folder(target: Path, n_bytes: int) -> Iterator[Path]:
     """A folder to write into, which becomes `target` if all goes well and vanishes if not.
 
     `target` must be absent or empty. Raises CheckpointError, also where `n_bytes` do not fit or writing fails.
     """
-    target = target.expanduser().absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{target}: is there already and not empty; name another folder or remove it")
+    target = free_folder(target)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     made = [folder for folder in partial.parents if not folder.exists()]  # the innermost first
     try:
         partial.mkdir(parents=True)
-        _check_space(partial, n_bytes, target)
+        check_space(partial, n_bytes, target)
         yield partial
         if target.exists():
             target.rmdir()
@@ -182,7 +207,7 @@ def new_file(target: Path, n_bytes: int) -> Iterator[Path]:
         raise CheckpointError(f"{target}: is a folder; name a file to write")
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
-        _check_space(target.parent, n_bytes, target)
+        check_space(target.parent, n_bytes, target)
         yield partial
         partial.replace(target)
     except OSError as error:
@@ -192,7 +217,8 @@ def new_file(target: Path, n_bytes: int) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def _check_space(folder: Path, n_bytes: int, target: Path) -> None:
+def check_space(folder: Path, n_bytes: int, target: Path) -> None:
+    """Raises CheckpointError where the disk of `folder` has less than `n_bytes` left for `target`."""
     if (free := shutil.disk_usage(folder).free) < n_bytes:
         raise CheckpointError(
             f"{target}: needs {n_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; make room"
