@@ -88,7 +88,8 @@ def config(checkpoint: Checkpoint) -> dict[str, Any]:
         settings |= {"image_grid_pinpoints": _stored_pinpoints(image), "use_image_newline_parameter": True}
     if checkpoint.template.template:
         settings[TEMPLATE_KEY] = checkpoint.template.template
-    own = {VOCAB_KEY: checkpoint.config.decoder.vocab_size, MODE_KEY: image.mode, "image_aspect_ratio": image.aspect}
+    own: dict[str, Any] = {VOCAB_KEY: checkpoint.config.decoder.vocab_size, MODE_KEY: image.mode}
+    own["image_aspect_ratio"] = image.aspect
     own["tokenizer_model_max_length"] = checkpoint.config.trained_seq
     own["tokenizer_padding_side"] = checkpoint.config.padding_side
     return settings | own

@@ -95,11 +95,11 @@ def items(checkpoint: Checkpoint) -> list[Item]:
 
 def config(checkpoint: Checkpoint, target: Path) -> dict[str, Any]:
     """config.json of a checkpoint that is written into `target`."""
-    settings = llava_settings(checkpoint.config, checkpoint.tokenizer, _tower_name(checkpoint, target))
+    settings = llava_settings(checkpoint.config, checkpoint.tokenizer, tower_name(checkpoint, target))
     return settings | {"unfreeze_mm_vision_tower": checkpoint.tower_inside}
 
 
-def _tower_name(checkpoint: Checkpoint, target: Path) -> str | None:
+def tower_name(checkpoint: Checkpoint, target: Path) -> str | None:
     """A published CLIP, or the folder that is named; of a tower that is inside, a folder with its config beside it."""
     vision = checkpoint.config.vision
     if vision is None:

@@ -1,16 +1,18 @@
 """A projector alone, as stage 1 leaves it: mm_projector.bin and config.json. It is read by `onbase.py`."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from llava.checkpoint.original import llava_settings, named
+from llava.checkpoint.open import check_headers, open_checkpoint
+from llava.checkpoint.original import llava_settings, named, tower_name
 from llava.checkpoint.torchzip import write_torch
 from llava.checkpoint.write import copy_tokenizer, counting, new_folder, silent, write_json
 from llava.config import LlavaConfig
-from llava.errors import ConfigError
+from llava.errors import CheckpointError, ConfigError
 from llava.preprocess.tokenizer import load_tokenizer
 
 
@@ -44,3 +46,37 @@ def write_projector(
         write_json(partial / "config.json", settings)
         if tokenizer_from:
             copy_tokenizer(tokenizer_from, partial)
+
+
+def extract_projector(source: str | Path, folder: Path, **options: Any) -> int:
+    """The projector of any LLaVA, written as above with the model itself as its base; options as for `open_checkpoint`.
+
+    Rows of <im_start> and <im_end> go with it where the model sets them. Returns how many tensors. Raises
+    CheckpointError, ConfigError.
+    """
+    found = open_checkpoint(source, image_mode="original", fetch_tower=False, **options)
+    config = found.config
+    kept = {
+        name: source for name, source in found.sources.items() if name.startswith("projector.") or name == "newline"
+    }
+    if config.vision is None or not kept:
+        raise CheckpointError(f"{found.folder}: is of kind {found.kind} ({found.evidence[0]}): has no projector")
+    check_headers(replace(found, missing=tuple(name for name in found.missing if not name.startswith("vision."))))
+    rows = None
+    if config.start_end:
+        start = found.tokenizer.id_of("<im_start>")
+        if found.new_tokens or start is None:
+            raise CheckpointError(
+                f"{found.folder}: its tokenizer files lack <im_start>; merge it first (llava merge-lora)"
+            )
+        rows = found.sources["decoder.embed.weight"].rows(start, start + 2)
+    write_projector(
+        folder,
+        config,
+        {name: source.read() for name, source in kept.items()},
+        vision_tower=tower_name(found, folder) or "",
+        base=str(source),
+        start_end=rows,
+        tokenizer_from=found.tokenizer_folder if config.start_end else None,
+    )
+    return len(kept) + (rows is not None)

@@ -16,7 +16,6 @@ from llava.checkpoint import keymap
 from llava.checkpoint.files import Weights
 from llava.errors import CheckpointError
 
-
 _PIECE = 1 << 24  # values; what is made of a tensor of any size takes no more memory than some of these
 
 

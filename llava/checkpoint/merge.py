@@ -1,0 +1,159 @@
+"""A delta or a LoRA and its base as one folder in the original's layout: streamed, with the original's arithmetic."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava.checkpoint import llama
+from llava.checkpoint.detect import FORMAT_KEY, TEMPLATE_KEY, Facts, Finding, detect
+from llava.checkpoint.files import locate, read_json
+from llava.checkpoint.open import Checkpoint, check_headers, look, open_checkpoint
+from llava.checkpoint.original import rules_of
+from llava.checkpoint.partial import growing
+from llava.checkpoint.source import Adapted, AdaptedIn, Source, Summed, Typed
+from llava.checkpoint.write import MAX_SHARD_BYTES, Item, Progress, copy_tokenizer, silent, write_index, write_json
+from llava.checkpoint.write import free_folder as check_free
+from llava.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """What was written."""
+
+    folder: str
+    base: str
+    evidence: list[str]  # what shows what the folder that was put on the base is
+    n_tensors: int
+    n_bytes: int
+    seconds: float
+    taken_over: int  # shards that an earlier, killed run had left whole
+    verified: bool
+    sha256: dict[str, str]  # of the shards
+
+
+def apply_delta(base: str | Path, target: Path, delta: str | Path, **options: Any) -> Merged:
+    """base + delta, as the original's tool of this name: sums in float16, names unchanged, the delta's config and
+    tokenizer. Options as for `merge`. Raises CheckpointError.
+    """
+    return merge("delta", base, target, delta, **options)
+
+
+def merge_lora(base: str | Path, target: Path, lora: str | Path, **options: Any) -> Merged:
+    """base + scale * B @ A and what was trained besides, as the original's `merge_lora_weights.py` on a CPU: factors
+    in float16, their product in float32 and rounded, then the sum. Options as for `merge`. Raises CheckpointError.
+    """
+    return merge("lora", base, target, lora, **options)
+
+
+def merge(
+    kind: str,
+    base: str | Path,
+    target: Path,
+    path: str | Path,
+    *,
+    precise: bool = False,
+    verify: bool = False,
+    force: bool = False,
+    revision: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress = silent,
+) -> Merged:
+    """A folder of `kind` on its base, written into `target` (absent or empty) in float16 shards with an index.
+
+    Work goes to `target.partial`, which the same call goes on with after a kill. `precise`: sums in float32, rounded
+    once. `verify`: everything is made anew and compared with the files. `force`: in spite of unknown tensors, NaN, Inf
+    and a doubtful base. Memory: some pieces of 2^24 values, whatever the size. Raises CheckpointError.
+    """
+    started = time.perf_counter()
+    check_free(target)
+    facts = look(path, revision)
+    finding = detect(facts)
+    if finding.kind != kind:
+        raise CheckpointError(_other_kind(facts, finding, kind))
+    under = locate(base, what="base")
+    found = open_checkpoint(facts, base=under, vision=False, lenient=force)
+    check_headers(found)
+    written = [replace(item, force=force) for item in _items(found, precise)]
+    order = {
+        "base": _files(under),
+        kind: _files(facts.folder),
+        "precise": precise,
+        "max_shard_bytes": max_shard_bytes,
+    }
+    with growing(target, order, sum(item.n_bytes for item in written)) as partial:
+        taken_over = len(partial.sha256)
+        shards = partial.write_shards(written, progress, max_shard_bytes)
+        write_index(partial.folder / INDEX, shards)
+        write_json(partial.folder / "config.json", _settings(found, facts, under))
+        copy_tokenizer(found.tokenizer_folder, partial.folder, found.new_tokens)
+        _check_reopens(partial.folder, found)
+        if verify:
+            partial.verify(shards, progress)
+    return Merged(
+        folder=str(target),
+        base=str(base),
+        evidence=finding.evidence,
+        n_tensors=len(written),
+        n_bytes=sum(item.n_bytes for item in written),
+        seconds=time.perf_counter() - started,
+        taken_over=taken_over,
+        verified=verify,
+        sha256=dict(partial.sha256),
+    )
+
+
+def _other_kind(facts: Facts, finding: Finding, kind: str) -> str:
+    other = {"delta": "llava apply-delta", "lora": "llava merge-lora"}.get(finding.kind)
+    hint = f"use {other}" if other else f"{finding.kind} folders are not merged, they load as they are"
+    return f"{facts.folder}: is no {kind} but {finding.kind} ({finding.evidence[0]}); {hint}"
+
+
+def _items(found: Checkpoint, precise: bool) -> list[Item]:
+    """Every tensor under its original name, in float16; what this model itself does not read too."""
+    sources = {name: _in_half(source, precise) for name, source in (found.sources | found.spare).items()}
+    linear = "projector.0.weight" in sources and "projector.2.weight" not in sources
+    return llama.taken_apart(sources, found.config, rules_of(found.config, linear=linear))
+
+
+def _in_half(source: Source, precise: bool) -> Source:
+    if isinstance(source, Summed):
+        source = replace(source, kind=torch.float32 if precise else torch.float16)
+    elif isinstance(source, Adapted) and not precise:
+        source = AdaptedIn(source.base, source.adapters, torch.float16)
+    return Typed(source, torch.float16)
+
+
+def _settings(found: Checkpoint, facts: Facts, base: Path) -> dict[str, Any]:
+    """config.json of the folder that was put on; of peft's own, which bring none, the base's."""
+    settings: Mapping[str, Any] = facts.settings or read_json(base / "config.json")
+    if FORMAT_KEY in settings:  # ours: nothing that others read
+        settings = llama.settings(found.config, found.tokenizer)
+    changed: dict[str, Any] = {"torch_dtype": "float16"}
+    if found.kind == "lora":
+        changed["vocab_size"] = found.config.decoder.vocab_size
+        if found.config.template and settings.get("mm_vision_tower"):
+            changed[TEMPLATE_KEY] = found.config.template
+    return {**settings, **changed}
+
+
+def _check_reopens(folder: Path, found: Checkpoint) -> None:
+    """What was written is a model by itself, with the same template. Raises CheckpointError."""
+    again = open_checkpoint(folder, vision=False)
+    check_headers(again)
+    if again.kind in ("delta", "lora") or again.config.template != found.config.template:
+        raise CheckpointError(
+            f"{folder}: the sum is of kind {again.kind} with template {again.config.template}, not a model of template "
+            f"{found.config.template}: the base is not the one that the difference was taken to"
+        )
+
+
+def _files(folder: Path) -> dict[str, list[int]]:
+    """Size and time of change of each file: whether a later run has the same inputs."""
+    found = {file.name: file.stat() for file in sorted(folder.iterdir()) if file.is_file()}
+    return {str(folder.resolve()): [], **{name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}}

@@ -1,0 +1,8 @@
+"""Door of the documented command `python3 -m llava.model.apply_delta`; the work is in llava/checkpoint/merge.py."""
+
+import sys
+
+from llava.cli import main
+
+if __name__ == "__main__":
+    main(["apply-delta", *sys.argv[1:]])
