@@ -19,8 +19,8 @@ import llava
 from llava.checkpoint.delta import write_delta
 from llava.checkpoint.files import open_weights
 from llava.checkpoint.merge import apply_delta, merge_lora
-from llava.checkpoint.open import check_headers, open_checkpoint
 from llava.checkpoint.native import convert
+from llava.checkpoint.open import check_headers, open_checkpoint
 from llava.checkpoint.projector import extract_projector
 from llava.errors import CheckpointError
 from tests import tiny
