@@ -38,7 +38,7 @@ M = TypeVar("M", bound=nn.Module)
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda")]
 DType = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16")]
 Layers = Annotated[int | None, typer.Option("--layers", help="blocks; default: the model's full depth")]
-Size = Annotated[str, typer.Option("--size", help="7b: LLaVA-1.5-7B's shapes; tiny: a self-test in seconds")]
+Size = Annotated[str, typer.Option("--size", help="7b or 13b: LLaVA-1.5's shapes; tiny: a self-test in seconds")]
 Runs = Annotated[int, typer.Option("--runs", help="timed runs of each contestant", min=1)]
 Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads; default: torch's own choice")]
 Out = Annotated[Path | None, typer.Option("--out", help="file for the result")]
@@ -89,19 +89,24 @@ class Place:
 
 
 def config(size: str, layers: int | None, *, vision: bool) -> LlavaConfig:
-    """LLaVA-1.5-7B's shapes, or small ones."""
-    if size not in ("7b", "tiny"):
-        raise typer.BadParameter(f"--size {size}: expected 7b or tiny")
-    big = size == "7b"
+    """LLaVA-1.5-7B's or -13B's shapes, or small ones."""
+    sizes = {  # layers, dim, heads, mlp_dim
+        "7b": (32, 4096, 32, 11008),
+        "13b": (40, 5120, 40, 13824),
+        "tiny": (2, 64, 4, 172),
+    }
+    if size not in sizes:
+        raise typer.BadParameter(f"--size {size}: expected {', '.join(sizes)}")
+    depth, dim, heads, mlp_dim = sizes[size]
     decoder = DecoderConfig(
         kind="llama",
-        n_layers=layers or (32 if big else 2),
-        dim=4096 if big else 64,
-        n_heads=32 if big else 4,
-        n_kv_heads=32 if big else 4,
-        head_dim=128 if big else 16,
-        mlp_dim=11008 if big else 172,
-        vocab_size=32000 if big else 512,
+        n_layers=layers or depth,
+        dim=dim,
+        n_heads=heads,
+        n_kv_heads=heads,
+        head_dim=dim // heads,
+        mlp_dim=mlp_dim,
+        vocab_size=512 if size == "tiny" else 32000,
         max_seq=4096,
         eps=1e-5,
     )
@@ -119,7 +124,7 @@ def config(size: str, layers: int | None, *, vision: bool) -> LlavaConfig:
 def clip_config(size: str, layers: int | None = None) -> VisionConfig:
     """CLIP ViT-L/14 at 336 pixels, or a small one; the layer before the last is read."""
     sizes: dict[str, Any]
-    if size == "7b":
+    if size != "tiny":
         sizes = {"dim": 1024, "n_layers": 24, "n_heads": 16, "mlp_dim": 4096, "image_size": 336}
     else:
         sizes = {"dim": 64, "n_layers": 3, "n_heads": 4, "mlp_dim": 128, "image_size": 56}
