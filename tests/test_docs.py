@@ -13,6 +13,7 @@ from tests import tiny
 from tests.conftest import PROJECT
 
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+FAMILY_PAGES = sorted((PROJECT / "docs" / "families").glob("*.md"))  # test_family_pages.py runs their commands
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_the_map_names_every_file() -> None:
     assert named == {file for file in files if not file.endswith("/__init__.py") or file == "llava/__init__.py"}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *FAMILY_PAGES], ids=lambda page: page.name)
 def test_links_between_files_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         assert target.startswith("http") or (page.parent / target).exists(), target
