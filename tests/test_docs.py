@@ -21,6 +21,11 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the pages speak of: a small checkpoint under the name of a large one, pictures, rows, the scripts."""
     folder = tmp_path_factory.mktemp("desk")
     tiny.write_llava(folder / "llava-v1.5-7b", clip=tiny.write_clip(folder / "clip-vit-large-patch14-336"))
+    tiny.write_llama(folder / "vicuna-7b-v1.5", _name_or_path="lmsys/vicuna-7b-v1.5")
+    for seed, name in enumerate(("llava-v1.5-7b-lora", "my-lora")):
+        tiny.write_lora(
+            folder / name, clip=folder / "clip-vit-large-patch14-336", seed=seed, base="lmsys/vicuna-7b-v1.5"
+        )
     for name, size in (("photo.jpg", (96, 64)), ("second.jpg", (40, 80))):
         Image.linear_gradient("L").resize(size).convert("RGB").save(folder / name)
     (folder / "rows.jsonl").write_text('{"text": "A pier at a lake."}\n{"text": "It is", "image": "photo.jpg"}\n')

@@ -55,7 +55,6 @@ def furnish(desk: Path, page: Path, clip: Path) -> None:
     """Writes all that the page's commands name and do not make."""
     Image.linear_gradient("L").resize((96, 64)).convert("RGB").save(desk / "photo.jpg")
     for name in sorted(set(re.findall(r"[\w.#/-]+", "\n".join(text for _, text in blocks(page))))):
-        (desk / name).parent.mkdir(parents=True, exist_ok=True)
         if name in ROWS:
             rows.write_published(desk / name, ROWS[name], clip)
             if rows.bare(ROWS[name]):
@@ -153,11 +152,9 @@ class Claims:
         self._merged(printed, named["target"], path=named["lora"], base=named["base"])
 
     def _merged(self, printed: str, target: str, **parts: str) -> None:
-        lines = Path(target, "SHA256SUMS").read_text().splitlines()
-        for line in lines:
-            digest, name = line.split("  ")
-            assert hashlib.sha256(Path(target, name).read_bytes()).hexdigest() == digest
-        assert {line.split("  ")[1] for line in lines} >= {file.name for file in Path(target).glob("*.bin")}
+        sums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in Path(target).glob("*.safetensors")}
+        assert sums
+        assert Path(target, "SHA256SUMS").read_text() == "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
         assert not Path(f"{target}.partial").exists()
         self._made(target, "merged")
         same_answers({"path": target}, parts)
