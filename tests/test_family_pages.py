@@ -1,8 +1,9 @@
-"""Each command on a family's page runs, on small checkpoints where the user has the published ones."""
+"""Commands on the families' pages and of `llava zoo show` run, on small checkpoints in the published ones' place."""
 
 import hashlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -51,18 +52,44 @@ def commands(block: str) -> Iterator[list[str]]:
     assert not text, f"an open quote: {text}"
 
 
-def furnish(desk: Path, page: Path, clip: Path) -> None:
-    """Writes all that the page's commands name and do not make."""
+def write_vicuna_v0(folder: Path) -> None:
+    """Vicuna v0 as it was published: a plain Llama's difference to LLaMA-1, and a row for [PAD]."""
+    config = tiny.llama_config(vocab_size=tiny.PIECES + 1, **tiny.LLAMA_1)
+    tensors = tiny.llama_tensors(config, 1, inv_freq=True)
+    for name, raw in tiny.llama_tensors(tiny.llama_config(**tiny.LLAMA_1), 7, inv_freq=True).items():
+        tensors[name][: len(raw)] -= raw
+    tiny.write_tokenizer(folder, added=("[PAD]",), pad="[PAD]")
+    tiny.write_model(folder, tensors, "bin-shards", config)
+
+
+def furnish(desk: Path, code: str, clip: Path) -> None:
+    """Writes all that the code names and does not make, by hub ids and as `hf download` would."""
     Image.linear_gradient("L").resize((96, 64)).convert("RGB").save(desk / "photo.jpg")
-    for name in sorted(set(re.findall(r"[\w.#/-]+", "\n".join(text for _, text in blocks(page))))):
+    for name in sorted(set(re.findall(r"[\w.#/-]+", code))):
         if name in ROWS:
             rows.write_published(desk / name, ROWS[name], clip)
             if rows.bare(ROWS[name]):
                 tiny.write_clip(desk / ROWS[name]["vision_tower"], dim=rows.WIDE)
+        elif name.endswith("-delta-v0") and name in BASES:
+            write_vicuna_v0(desk / name)
         elif name in BASES:
             rows.write_base(desk / name, BASES[name])
         elif name == META:
             tiny.write_meta(desk / name, seed=7, **tiny.LLAMA_1)  # the base of the scaled-down deltas
+
+
+def download(words: list[str]) -> str:
+    """`hf download`, from hub ids that lie here as folders."""
+    assert words[1] == "download"
+    (repo, *files), named = options(words[2:])
+    if "local-dir" in named:
+        folder = Path(named["local-dir"])
+        for file in files:
+            folder.mkdir()
+            shutil.copy(f"{repo}#{file}", folder / file)
+        if not files:
+            shutil.copytree(repo, folder)
+    return ""
 
 
 def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -70,6 +97,8 @@ def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     if words[:3] == ["llava", "zoo", "check"]:  # sizes are what tells rows apart: at full size, headers alone
         rows.write_headers(Path("full-size", words[3]), ROWS[words[3]])
         words = [*words[:3], f"full-size/{words[3]}"]
+    if words[0] == "hf":
+        return download(words)
     if words[0] == "python3":
         done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
@@ -111,6 +140,8 @@ class Claims:
         self.kinds |= {"liuhaotian/LLaVA-Lightning-MPT-7B-preview": "mpt", META: "meta"}
 
     def check(self, words: list[str], printed: str) -> None:
+        if words[0] == "hf":
+            return
         if words[0] == "python3":
             assert words[1:3] == ["-m", "llava.model.apply_delta"]
             job, rest = "apply_delta", words[3:]
@@ -143,7 +174,7 @@ class Claims:
         assert Path(out, "conversion.md").is_file()
         self._made(out, *WRITTEN[to])
         mode = {"image_mode": "original"} if to == "original" else {}  # the layout has no other
-        same_answers({"path": source, **mode}, {"path": out}, sees=to != "llama")
+        same_answers({"path": source, "base": named.get("base"), **mode}, {"path": out}, sees=to != "llama")
 
     def apply_delta(self, printed: str, alone: list[str], named: dict[str, str]) -> None:
         self._merged(printed, named["target"], path=named["delta"], base=named["base"])
@@ -156,8 +187,8 @@ class Claims:
         assert sums
         assert Path(target, "SHA256SUMS").read_text() == "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
         assert not Path(f"{target}.partial").exists()
-        self._made(target, "merged")
-        same_answers({"path": target}, parts)
+        self._made(target, "merged", "llama")  # Vicuna v0 is no LLaVA
+        same_answers({"path": target}, parts, sees=self.kinds[target] == "merged")
 
     def make_delta(self, printed: str, alone: list[str], named: dict[str, str]) -> None:
         self._made(named["delta"], "delta")
@@ -173,6 +204,9 @@ class Claims:
             torch.testing.assert_close(found[name.replace("projector.", "model.mm_projector.")], value, rtol=0, atol=0)
 
 
+LONE = "its shape is that of projectors of"  # a lone file records no tower
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_each_command_on_a_page_does_what_the_page_says(
     page: Path,
@@ -183,7 +217,7 @@ def test_each_command_on_a_page_does_what_the_page_says(
     caplog: Any,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    furnish(tmp_path, page, clip)
+    furnish(tmp_path, "\n".join(text for _, text in blocks(page)), clip)
     claims, names = Claims(), {"__name__": "__main__"}
     assert any(language == "bash" for language, _ in blocks(page))
     for language, text in blocks(page):
@@ -192,8 +226,25 @@ def test_each_command_on_a_page_does_what_the_page_says(
             continue
         for words in commands(text):
             claims.check(words, run(words, capsys))
-    lone = "its shape is that of projectors of"  # a lone file records no tower
-    assert not [record for record in caplog.records if lone not in record.getMessage()]  # as of a wrong base
+    assert not [record for record in caplog.records if LONE not in record.getMessage()]  # as of a wrong base
+
+
+@pytest.mark.parametrize("id", {entry["family"]: id for id, entry in ROWS.items()}.values())
+def test_each_command_that_zoo_show_prints_runs_in_its_order(
+    id: str,
+    clip: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: Any,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = [line for _, line in zoo.commands(ROWS[id])]
+    furnish(tmp_path, "\n".join([id, *lines]), clip)
+    claims = Claims()
+    for line in lines:
+        claims.check(shlex.split(line), run(shlex.split(line), capsys))
+    assert not [record for record in caplog.records if LONE not in record.getMessage()]
 
 
 def test_each_row_of_the_zoo_is_named_on_a_page() -> None:
