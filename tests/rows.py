@@ -4,6 +4,7 @@ Config keys, architectures, tokens and files are those of the row; sizes are arg
 """
 
 import json
+import shutil
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 
 from llava.checkpoint import zoo
+from llava.checkpoint.detect import MODE_KEY, TEMPLATE_KEY
 from llava.checkpoint.identify import start_id
+from llava.checkpoint.native import convert
 from tests import tiny
 from tests.tiny import ABSENT, PIECES
 
@@ -24,6 +27,7 @@ OLD: dict[str, Any] = dict.fromkeys(
 )  # keys that configs before v1.0 have not
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 WIDTHS = {"7b": (4096, 11008, 32, 32, 32), "13b": (5120, 13824, 40, 40, 40), "34b": (7168, 20480, 60, 56, 8)}
+WIDE = 1024  # of CLIP-L
 MISTRAL = (4096, 14336, 32, 32, 8)
 KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
@@ -129,6 +133,27 @@ def write_scaled(folder: Path, entry: Entry, clip: Path) -> Path:
         tiny.write_llava(folder, layout=layout, clip=clip, tower_seed=5 if inside else None, **config)
     write_tokens(folder, start)
     return folder
+
+
+def write_published(path: Path, entry: Entry, clip: Path) -> Path:
+    """A row in the form in which it is published: as `write_scaled`, in the names of llava-hf, or a lone file."""
+    if bare(entry):
+        # as wide as CLIP-L, for nothing but the width tells which tower a lone file is for
+        sizes = {"mm_projector_type": "linear", "mm_hidden_size": WIDE, **tiny.LLAMA_1}
+        beside = tiny.write_projector(path.with_suffix(".folder"), clip=clip, start_end=marks(entry), **sizes)
+        (beside / "mm_projector.bin").rename(path)
+        shutil.rmtree(beside)
+    elif entry["format"] == "hf-reexport":
+        source = write_scaled(path.with_name(f"{path.name}.source"), entry, clip)
+        convert(source, path, to="hf", check=False)
+        shutil.rmtree(source)
+        # the published ones crop and have no keys of ours; this tells transformers to pad as LLaVA does
+        tiny.edit_json(path / "preprocessor_config.json", image_processor_type="CLIPImageProcessor")
+        own = dict.fromkeys((MODE_KEY, TEMPLATE_KEY, "image_aspect_ratio"), tiny.ABSENT)
+        tiny.edit_json(path / "config.json", **own)
+    else:
+        write_scaled(path, entry, clip)
+    return path
 
 
 _OF_PROJECTOR = ("architectures", "tune_mm_mlp_adapter")

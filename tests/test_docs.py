@@ -13,6 +13,7 @@ from tests import tiny
 from tests.conftest import PROJECT
 
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+FAMILY_PAGES = sorted((PROJECT / "docs" / "families").glob("*.md"))  # test_family_pages.py runs their commands
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +21,11 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the pages speak of: a small checkpoint under the name of a large one, pictures, rows, the scripts."""
     folder = tmp_path_factory.mktemp("desk")
     tiny.write_llava(folder / "llava-v1.5-7b", clip=tiny.write_clip(folder / "clip-vit-large-patch14-336"))
+    tiny.write_llama(folder / "vicuna-7b-v1.5", _name_or_path="lmsys/vicuna-7b-v1.5")
+    for seed, name in enumerate(("llava-v1.5-7b-lora", "my-lora")):
+        tiny.write_lora(
+            folder / name, clip=folder / "clip-vit-large-patch14-336", seed=seed, base="lmsys/vicuna-7b-v1.5"
+        )
     for name, size in (("photo.jpg", (96, 64)), ("second.jpg", (40, 80))):
         Image.linear_gradient("L").resize(size).convert("RGB").save(folder / name)
     (folder / "rows.jsonl").write_text('{"text": "A pier at a lake."}\n{"text": "It is", "image": "photo.jpg"}\n')
@@ -46,7 +52,7 @@ def test_the_map_names_every_file() -> None:
     assert named == {file for file in files if not file.endswith("/__init__.py") or file == "llava/__init__.py"}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *FAMILY_PAGES], ids=lambda page: page.name)
 def test_links_between_files_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         assert target.startswith("http") or (page.parent / target).exists(), target

@@ -6,9 +6,7 @@ from typing import Any
 import pytest
 
 from llava.checkpoint import zoo
-from llava.checkpoint.detect import MODE_KEY, TEMPLATE_KEY
 from llava.checkpoint.identify import identify
-from llava.checkpoint.native import convert
 from llava.checkpoint.open import check_headers, look, open_checkpoint
 from llava.errors import CheckpointError
 from tests import rows, tiny
@@ -25,14 +23,7 @@ def template(entry: Any) -> str:
 
 def written(folder: Path, entry: Any, clip: Path) -> tuple[Path, Path | None]:
     """The row's folder and its base."""
-    if entry["format"] == "hf-reexport":
-        convert(rows.write_scaled(folder / "source", entry, clip), folder / "nonsense", to="hf", check=False)
-        # the published ones crop and have no keys of ours; this tells transformers to pad as LLaVA does
-        tiny.edit_json(folder / "nonsense" / "preprocessor_config.json", image_processor_type="CLIPImageProcessor")
-        own = dict.fromkeys((MODE_KEY, TEMPLATE_KEY, "image_aspect_ratio"), tiny.ABSENT)
-        tiny.edit_json(folder / "nonsense" / "config.json", **own)
-    else:
-        rows.write_scaled(folder / "nonsense", entry, clip)
+    rows.write_published(folder / "nonsense", entry, clip)
     needs_base = entry["format"] in ("delta", "lora", "projector")
     return folder / "nonsense", rows.write_base(folder / "mpt-lora", entry) if needs_base else None
 

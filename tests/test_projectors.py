@@ -15,6 +15,7 @@ from llava.assistant import question_about
 from llava.checkpoint.inspect import Scan, describe, scan
 from llava.checkpoint.native import convert
 from llava.checkpoint.open import Checkpoint, check_headers, open_checkpoint
+from llava.checkpoint.projector import extract_projector
 from tests import tiny
 
 FLOAT32: dict[str, Any] = {"dtype": "float32", "device": "cpu"}
@@ -146,6 +147,18 @@ def test_what_was_put_together_becomes_native(clip: Path, base: Path, tmp_path: 
     expected, found = opened(file, base=base, vision_tower=clip), opened(tmp_path / "native")
     assert found.config == expected.config
     assert found.tokenizer.id_of("<im_start>") == tiny.PIECES
+
+
+def test_a_lone_file_becomes_a_folder_by_way_of_a_whole_model(clip: Path, base: Path, tmp_path: Path) -> None:
+    file = written(tmp_path / "x.bin", projector(rows=ROWS))
+    with pytest.raises(llava.LlavaError, match=r"llava convert .*x\.bin OUT --to original --base BASE"):
+        extract_projector(file, tmp_path / "folder", base=base, vision_tower=clip)
+    convert(file, tmp_path / "whole", to="original", base=base, vision_tower=clip)
+    extract_projector(tmp_path / "whole", tmp_path / "folder")
+    found = torch.load(tmp_path / "folder" / "mm_projector.bin", weights_only=True)
+    assert found.keys() == projector(rows=ROWS).keys()
+    for name, tensor in projector(rows=ROWS).items():
+        torch.testing.assert_close(found[name].float(), tensor, rtol=0, atol=0)
 
 
 def test_a_file_that_does_not_fit_is_refused_in_one_line(clip: Path, base: Path, tmp_path: Path) -> None:

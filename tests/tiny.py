@@ -179,9 +179,11 @@ def projector_tensors(config: Mapping[str, Any], seed: int) -> dict[str, Tensor]
     return tensors
 
 
-def clip_tensors(seed: int, *, prefix: str = "vision_model.", image_size: int = IMAGE_SIZE) -> dict[str, Tensor]:
+def clip_tensors(
+    seed: int, *, prefix: str = "vision_model.", image_size: int = IMAGE_SIZE, dim: int = CLIP_DIM
+) -> dict[str, Tensor]:
     """The vision part of CLIP. Values do not depend on the prefix."""
-    d, places = CLIP_DIM, (image_size // PATCH) ** 2 + 1
+    d, places = dim, (image_size // PATCH) ** 2 + 1
     made = {
         "embeddings.class_embedding": tensor(seed, "class", (d,), 0.5),
         "embeddings.patch_embedding.weight": tensor(seed, "patch", (d, 3, PATCH, PATCH), 0.04),
@@ -237,18 +239,20 @@ def save(tensors: Mapping[str, Tensor], folder: Path, layout: Layout) -> None:
     return write_json(folder / f"{stem}.{kind}.index.json", index)
 
 
-def write_clip(folder: Path, *, layout: Layout = "bin", seed: int = 2, image_size: int = IMAGE_SIZE) -> Path:
+def write_clip(
+    folder: Path, *, layout: Layout = "bin", seed: int = 2, image_size: int = IMAGE_SIZE, dim: int = CLIP_DIM
+) -> Path:
     """A CLIP repository: the vision tower, a little of the text model (to be left alone), config and preprocessor.
 
     `.bin` goes with the integer sizes of clip-vit-large-patch14-336, safetensors with the newer dictionaries.
     """
-    tensors = {key: value.float() for key, value in clip_tensors(seed, image_size=image_size).items()}
+    tensors = {key: value.float() for key, value in clip_tensors(seed, image_size=image_size, dim=dim).items()}
     tensors["vision_model.embeddings.position_ids"] = torch.arange((image_size // PATCH) ** 2 + 1)[None]
     tensors["text_model.embeddings.token_embedding.weight"] = tensor(seed, "text", (16, 32), 0.1).float()
-    tensors["visual_projection.weight"] = tensor(seed, "visual_projection", (32, CLIP_DIM), 0.1).float()
+    tensors["visual_projection.weight"] = tensor(seed, "visual_projection", (32, dim), 0.1).float()
     tensors["logit_scale"] = torch.tensor(4.6052)
     save(tensors, folder, layout)
-    vision = {"hidden_act": "quick_gelu", "hidden_size": CLIP_DIM, "image_size": image_size, "layer_norm_eps": 1e-05}
+    vision = {"hidden_act": "quick_gelu", "hidden_size": dim, "image_size": image_size, "layer_norm_eps": 1e-05}
     vision |= {"intermediate_size": CLIP_MLP, "model_type": "clip_vision_model", "num_attention_heads": CLIP_HEADS}
     vision |= {"num_hidden_layers": CLIP_BLOCKS, "patch_size": PATCH, "projection_dim": 32}
     config: dict[str, Any] = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 32}

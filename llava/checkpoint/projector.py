@@ -67,7 +67,8 @@ def extract_projector(source: str | Path, folder: Path, **options: Any) -> int:
         start = found.tokenizer.id_of("<im_start>")
         if found.new_tokens or start is None:
             raise CheckpointError(
-                f"{found.folder}: its tokenizer files lack <im_start>; merge it first (llava merge-lora)"
+                f"{found.folder}: its tokenizer files lack <im_start>; put it on its base first, take it from that: "
+                f"llava convert {found.folder} OUT --to original --base BASE"
             )
         rows = found.sources["decoder.embed.weight"].rows(start, start + 2)
     write_projector(
