@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from llava.checkpoint import llama
+from llava.checkpoint import bases, llama
+from llava.checkpoint.files import read_json
 from llava.checkpoint.onbase import fits
 from llava.checkpoint.open import Checkpoint, open_checkpoint
 from llava.checkpoint.original import WRITERS, Form, rules_of
@@ -26,6 +27,10 @@ def write_delta(
     target, under = open_checkpoint(model, vision=False), open_checkpoint(base, vision=False)
     if target.kind != "merged":
         raise CheckpointError(f"{target.folder}: is of kind {target.kind}; a delta is taken of a merged folder")
+    own = under.folder / "config.json"
+    recorded = read_json(own) if own.is_file() else {}
+    # readers of deltas refuse such a base: said now, in one line
+    bases.check_raw(under.folder, under.kind, under.config.decoder, target.config.decoder, recorded, force=True)
     sources = {name: _difference(name, source, under) for name, source in (target.sources | target.spare).items()}
     rules = rules_of(target.config, linear="projector.2.weight" not in sources)
     named = llama.taken_apart(sources, target.config, rules)
