@@ -155,13 +155,13 @@ def _write(file: Path, items: Sequence[Item], on_bytes: Callable[[int], None]) -
 
 
 class _Hashed:
-    """Writes and hashes one piece while the next is computed."""
+    """Writes and hashes one piece, side by side, while the next is computed."""
 
     def __init__(self, raw: BinaryIO):
         self.sha256 = hashlib.sha256()
         self._raw = raw
-        self._pool = ThreadPoolExecutor(1)
-        self._last: Future[None] | None = None
+        self._pool = ThreadPoolExecutor(2)
+        self._last: list[Future[Any]] = []
 
     def __enter__(self) -> "_Hashed":
         return self
@@ -170,18 +170,17 @@ class _Hashed:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pool.shutdown()
-        if self._last and kind is None:
-            self._last.result()
+        if kind is None:
+            self._wait()
 
     def write(self, data: Any) -> None:
         """`data` must not change afterwards. Raises OSError, of the piece before."""
-        if self._last:
-            self._last.result()
-        self._last = self._pool.submit(self._put, data)
+        self._wait()
+        self._last = [self._pool.submit(self._raw.write, data), self._pool.submit(self.sha256.update, data)]
 
-    def _put(self, data: Any) -> None:
-        self._raw.write(data)
-        self.sha256.update(data)
+    def _wait(self) -> None:
+        for last in self._last:
+            last.result()
 
 
 def _sha256(file: Path) -> str:

@@ -272,10 +272,10 @@ class Summed(_Over):
         return f"{self.base.where} and {self.other.where}"
 
     def rows(self, start: int, stop: int) -> Tensor:
-        values = self.base.rows(start, stop).to(self.kind, copy=True)
-        if start < (last := min(stop, self.other.shape[0])):
-            values[: last - start].add_(self.other.rows(start, last).to(self.kind), alpha=self.sign)
-        return values
+        values = self.base.rows(start, stop).to(self.kind)
+        last = max(start, min(stop, self.other.shape[0]))
+        both = values[: last - start].add(self.other.rows(start, last).to(self.kind), alpha=self.sign)
+        return both if last == stop else torch.cat([both, values[last - start :]])
 
 
 @dataclass(frozen=True)
