@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -255,7 +256,8 @@ def test_a_killed_run_is_gone_on_with(base: Path, delta: Path, tmp_path: Path, h
         assert hashlib.sha256((target / name).read_bytes()).hexdigest() == digest
 
 
-def test_a_shard_that_was_damaged_meanwhile_is_found_by_verify(base: Path, delta: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["bit", "cut"])
+def test_a_shard_that_was_damaged_meanwhile_is_made_anew(base: Path, delta: Path, tmp_path: Path, how: str) -> None:
     target, partial = tmp_path / "target", tmp_path / "target.partial"
 
     def stop(done: int, total: int) -> None:
@@ -267,10 +269,11 @@ def test_a_shard_that_was_damaged_meanwhile_is_found_by_verify(base: Path, delta
     file = sorted(partial.glob("*.safetensors"))[0]
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
-    file.write_bytes(data)
-    with pytest.raises(CheckpointError, match=f"{file.name}: is not what was written"):
-        apply_delta(base, target, delta, max_shard_bytes=30_000, verify=True)
-    assert not target.exists()
+    file.write_bytes(data if how == "bit" else data[:-100])
+    whole = len(list(partial.glob("*.safetensors"))) - 1
+    done = apply_delta(base, target, delta, max_shard_bytes=30_000)
+    assert done.taken_over == whole
+    assert_same(target, originals(base, delta))
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_target(base: Path, delta: Path, tmp_path: Path) -> None:
@@ -403,3 +406,26 @@ def test_memory_does_not_grow_with_the_number_of_layers(clip: Path, tmp_path: Pa
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
         peaks.append(int(done.stdout))
     assert peaks[1] <= peaks[0] + 12, peaks  # MB; 14 more layers hold 75
+
+
+def test_a_projector_that_is_not_whole_is_noticed(base: Path, lora: Path, clip: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(lora, tmp_path / "lora")
+    (broken / "non_lora_trainables.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"hold no projector\.0\.weight"):
+        merge_lora(tiny.write_llama(tmp_path / "vicuna"), tmp_path / "t", broken)
+    delta = tiny.write_delta(tmp_path / "delta", clip=clip, **tiny.LLAMA_1)
+    tensors = {name: value for name, value in stored(delta).items() if "mm_projector.2.bias" not in name}
+    for file in delta.glob("pytorch_model*"):
+        file.unlink()
+    torch.save(tensors, delta / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"hold no projector\.2\.bias"):
+        apply_delta(base, tmp_path / "t", delta)
+    assert not (tmp_path / "t").exists()
+
+
+def test_a_delta_to_vicuna_is_warned_of_when_it_is_made(clip: Path, tmp_path: Path) -> None:
+    vicuna = tiny.write_llama(tmp_path / "v", seed=7, **tiny.LLAMA_1 | {"_name_or_path": "lmsys/vicuna-7b-v1.1"})
+    whole = tiny.write_llava(tmp_path / "w", clip=clip, **tiny.LLAMA_1)
+    done = run_well("make-delta", "--base", vicuna, "--target", whole, "--delta", tmp_path / "d")
+    assert "vicuna-7b-v1.1" in done.stderr
+    assert open_checkpoint(tmp_path / "d", base=vicuna, vision=False, lenient=True).kind == "delta"

@@ -4,6 +4,7 @@ Names recorded inside files are evidence; the names of folders and the hub ids t
 """
 
 import logging
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,11 +63,18 @@ def words(kind: Kind, needed: Needed) -> str:
 def missing_base(facts: Facts, finding: Finding) -> CheckpointError:
     """What to say where a base is needed and none was given."""
     needed = needed_base(facts, finding)
-    example = needed.names[0] if needed.names else "FOLDER_OR_HUB_ID"
+    example, first = needed.names[0] if needed.names else "FOLDER_OR_HUB_ID", ""
+    if example.endswith("-delta-v0"):  # Vicuna v0
+        whole = example.split("/")[-1].replace("-delta", "")
+        raw = f"huggyllama/llama-{'13b' if '13b' in whole else '7b'}"
+        first = (
+            f"; it was published as a delta alone: llava apply-delta --base {raw} --target {whole} --delta {example}"
+        )
+        example = whole
     return CheckpointError(
         f"{facts.folder}: {finding.kind} ({finding.evidence[0]}): needs its base, {words(finding.kind, needed)} "
         f"({needed.evidence}); name its folder or hub id with base= (--base): "
-        f"llava ask IMAGE QUESTION --model {facts.folder} --base {example}"
+        f"llava ask IMAGE QUESTION --model {shlex.quote(str(facts.folder))} --base {example}{first}"
     )
 
 

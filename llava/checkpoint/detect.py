@@ -122,6 +122,11 @@ _RULES: tuple[tuple[Kind, Callable[[Facts], list[str]]], ...] = (
 )
 
 
+def is_mistral(decoder: DecoderConfig) -> bool:
+    """Whether a Llama has the sizes that Mistral alone has in the zoo; Yi's theta is another."""
+    return decoder.kind == "llama" and decoder.n_kv_heads == 8 and decoder.rope_theta == 1e6
+
+
 class Choice(NamedTuple):
     """The conversation template of a checkpoint (None: it has none) and the line that decided."""
 
@@ -145,7 +150,7 @@ def choose_template(
         return Choice("mpt", "model_type is llava_mpt")
     if decoder and decoder.kind == "mpt" and settings.get("mm_vision_tower"):
         return Choice("mpt", "an MPT decoder beside LLaVA's keys")
-    if decoder and decoder.n_kv_heads == 8 and decoder.rope_theta == 1e6:
+    if decoder and is_mistral(decoder):
         return Choice("mistral_instruct", "8 key/value heads and rope theta 1e6: a Mistral decoder")
     if tokenizer and tokenizer.eos_id is not None and tokenizer.id_of("<|im_end|>") == tokenizer.eos_id:
         return Choice("chatml_direct", "the tokenizer's eos is <|im_end|>")

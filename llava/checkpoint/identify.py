@@ -1,5 +1,6 @@
 """Which rows of the zoo a folder is: what its files say against what the rows say."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,10 @@ def _equal(name: str, value: Any, wanted: Any) -> bool | None:
     """None: this says nothing, as the name of a base that no row knows."""
     if name == "base":
         known = recorded_name(str(value))
-        return known == recorded_name(wanted) or (False if known in known_starts() else None)
+        other = known in known_starts() or re.fullmatch(
+            r"[\w-][\w.-]*/[\w.-]+", str(value)
+        )  # a folder's path may be any
+        return known == recorded_name(wanted) or (False if other else None)
     if name == "added tokens":
         return dict(value) == dict(wanted)
     return bool(value == wanted)
@@ -98,6 +102,12 @@ def _equal(name: str, value: Any, wanted: Any) -> bool | None:
 def known_starts() -> dict[str, str]:
     """Hub ids of the language models that rows were trained from, by their names for comparing."""
     return {recorded_name(base): base for entry in zoo.entries() if (base := start_id(entry))}
+
+
+def licence_of_base(name: str) -> str | None:
+    """The note on the licence of a recorded base; None where no row was trained from it."""
+    rows = (entry for entry in zoo.entries() if recorded_name(start_id(entry) or "") == recorded_name(name))
+    return next((zoo.licence(entry) for entry in rows), None)
 
 
 def start_id(entry: Entry) -> str | None:
@@ -117,7 +127,8 @@ def row_traits(entry: Entry) -> dict[str, Any]:
     if "projector" in start:
         rows["projector"] = start["projector"]["type"]
     if entry["format"] == "hf-reexport":
-        return rows | {"aspect": start["image_aspect_ratio"], "image size": _pixels(start)}
+        theta = {"rope theta": start["rope_theta"]} if "rope_theta" in start else {}
+        return rows | theta | {"aspect": start["image_aspect_ratio"], "image size": _pixels(start)}
     return rows | _own(entry)
 
 

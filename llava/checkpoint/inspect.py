@@ -10,10 +10,11 @@ import torch
 from llava.checkpoint import bases, zoo
 from llava.checkpoint.detect import Facts, Finding, Kind, choose_template, detect
 from llava.checkpoint.files import Weights, locate, locate_file, open_weights, reading
-from llava.checkpoint.identify import identify
+from llava.checkpoint.identify import identify, licence_of_base
 from llava.checkpoint.onbase import ON_BASE
 from llava.checkpoint.open import SUPPORTED, Checkpoint, look, open_checkpoint
 from llava.checkpoint.settings import Shapes
+from llava.checkpoint.traits import recorded_names
 from llava.config import LlavaConfig
 from llava.errors import LlavaError
 from llava.model.llava import shapes
@@ -71,11 +72,22 @@ def describe(path: str | Path, *, base: str | None = None, **options: Any) -> De
 
 
 def licences(facts: Facts, finding: Finding) -> list[str]:
-    """Each note on the language model's licence that rows of the zoo like this folder have, with the rows' families."""
+    """Notes on the language model's licence: of the rows that the folder is, else of the base that its files name, else
+    of the rows from which sizes alone tell it apart.
+    """
     try:
-        rows = identify(facts, finding).family
+        found = identify(facts, finding)
     except LlavaError:
         return []
+    recorded = [*recorded_names(facts, finding.kind)]
+    if finding.kind in ("llama", "merged") and (own := facts.settings.get("_name_or_path")):
+        recorded.append((str(own), "config.json: _name_or_path"))
+    for name, where in () if found.candidates else recorded:
+        if note := licence_of_base(name):
+            return [f"{note} ({where} = {name})"]
+    if not found.candidates and finding.kind in ON_BASE and recorded:
+        return [f"that of its base, {recorded[0][0]}, which the zoo does not know"]
+    rows = found.family
     notes: dict[str, list[str]] = {}
     for match in rows:
         notes.setdefault(zoo.licence(match.entry), []).append(match.entry["id"])

@@ -1,5 +1,6 @@
 """A delta or a LoRA and its base as one folder in the original's layout: streamed, with the original's arithmetic."""
 
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ import torch
 
 from llava.checkpoint import llama
 from llava.checkpoint.detect import FORMAT_KEY, TEMPLATE_KEY, Facts, Finding, detect
-from llava.checkpoint.files import locate, read_json
+from llava.checkpoint.files import locate, read_json, reading
 from llava.checkpoint.open import Checkpoint, check_headers, look, open_checkpoint
 from llava.checkpoint.original import rules_of
 from llava.checkpoint.partial import growing
@@ -79,6 +80,7 @@ def merge(
     under = locate(base, what="base")
     found = open_checkpoint(facts, base=under, vision=False, lenient=force)
     check_headers(found)
+    _check_projector(found, facts)
     written = [replace(item, force=force) for item in _items(found, precise)]
     order = {
         "base": _files(under),
@@ -106,6 +108,22 @@ def merge(
         verified=verify,
         sha256=dict(partial.sha256),
     )
+
+
+def _check_projector(found: Checkpoint, facts: Facts) -> None:
+    """Where config.json names a tower, all of the projector is there. Raises CheckpointError."""
+    if not facts.settings.get("mm_vision_tower"):
+        return
+    with reading(facts.folder / "config.json"):
+        kind = str(facts.settings.get("mm_projector_type") or "linear")
+        depth = {"linear": 1, "identity": 0}.get(kind) or int("".join(re.findall(r"mlp(\d+)x", kind)) or 0)
+    for i in range(depth):
+        for part in ("weight", "bias"):
+            if (name := f"projector.{2 * i}.{part}") not in found.spare:
+                raise CheckpointError(
+                    f"{facts.folder}: config.json names a vision tower and a projector of kind {kind}, but the files "
+                    f"hold no {name} of it; fetch the {found.kind} again, of a LoRA non_lora_trainables.bin too"
+                )
 
 
 def _other_kind(facts: Facts, finding: Finding, kind: str) -> str:

@@ -9,7 +9,7 @@ from llava.checkpoint import gguf, ggufread, llama, llavahf, original
 from llava.checkpoint.check import check_equal, check_logits
 from llava.checkpoint.detect import FORMAT_KEY, NATIVE_FORMAT
 from llava.checkpoint.open import Checkpoint, check_headers, open_checkpoint
-from llava.checkpoint.report import report
+from llava.checkpoint.report import left_out, report
 from llava.checkpoint.write import Item, Progress, copy_tokenizer, new_folder, silent, write_json, write_shards
 from llava.errors import ConfigError
 from llava.preprocess.tokenizer import JsonTokenizer
@@ -109,7 +109,8 @@ def convert(
     progress: Progress = silent,
     **options: Any,
 ) -> Checkpoint:
-    """Writes a checkpoint in another layout into `target` (absent or empty), streaming, and returns the source.
+    """Writes a checkpoint in another layout into `target` (absent or empty), streaming, and returns the source, as
+    `unused` with what was left out.
 
     `to`: native, original (as LLaVA-1.5 is published), hf (as llava-hf's, for transformers), gguf (for llama.cpp), or
     llama for a plain Llama folder that any Llama loader opens. `verify`: everything is read back and compared bit by
@@ -137,7 +138,7 @@ def convert(
         (folder / "conversion.md").write_text(
             report(opened, written, to, found, layout.remarks(opened)), encoding="utf-8"
         )
-    return checkpoint
+    return replace(checkpoint, unused=left_out(opened, written))
 
 
 def _checked(checkpoint: Checkpoint, again: Checkpoint, verify: bool, check: bool, progress: Progress) -> Iterator[str]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llava.checkpoint import keymap, llama, published
-from llava.checkpoint.detect import TEMPLATE_KEY
+from llava.checkpoint.detect import TEMPLATE_KEY, is_mistral
 from llava.checkpoint.keymap import Rule
 from llava.checkpoint.open import Checkpoint
 from llava.checkpoint.source import Given, Source
@@ -160,9 +160,10 @@ def llava_settings(config: LlavaConfig, tokenizer: Tokenizer | None, vision_towe
         raise ConfigError(
             f"image mode {config.image.mode!r} can not be written in the original's layout, which has no key"
         )
+    family = "Mpt" if mpt else "Mistral" if is_mistral(config.decoder) else "Llama"
     return settings | {
-        "architectures": ["LlavaMptForCausalLM" if mpt else "LlavaLlamaForCausalLM"],
-        "model_type": "llava_mpt" if mpt else "llava",
+        "architectures": [f"Llava{family}ForCausalLM"],
+        "model_type": {"Mpt": "llava_mpt", "Mistral": "llava_mistral"}.get(family, "llava"),
         "use_mm_proj": True,
         "mm_vision_tower": vision_tower,
         "mm_hidden_size": config.projector.in_dim,

@@ -115,7 +115,10 @@ def growing(target: Path, order: Mapping[str, Any], n_bytes: int) -> Iterator[Pa
 
 
 def _whole_shards(folder: Path, order: Mapping[str, Any]) -> dict[str, str]:
-    """Shards of an earlier run and their checksums. Raises CheckpointError where that run made something else."""
+    """Shards of an earlier run that are as it left them, and their checksums.
+
+    Raises CheckpointError where that run made something else.
+    """
     if not any(folder.iterdir()):
         return {}
     state = read_json(folder / _STATE) if (folder / _STATE).is_file() else {}
@@ -124,7 +127,8 @@ def _whole_shards(folder: Path, order: Mapping[str, Any]) -> dict[str, str]:
             f"{folder}: holds the beginnings of something else, or its inputs have changed since; remove it, or name "
             "another target"
         )
-    return {name: digest for name, digest in state["sha256"].items() if (folder / name).is_file()}
+    held = ((folder / name, digest) for name, digest in state["sha256"].items() if (folder / name).is_file())
+    return {file.name: digest for file, digest in held if _sha256(file) == digest}
 
 
 @contextmanager

@@ -44,10 +44,15 @@ def _rows(source: Checkpoint, written: Sequence[Item]) -> list[str]:
 
 
 def _left_out(source: Checkpoint, written: Sequence[Item]) -> list[str]:
-    kept = {name for item in written if item.ours in source.spare for name in source.spare[item.ours].names}
-    left = Counter(_normal(name) for name in source.unused if name not in kept)
+    left = Counter(_normal(name) for name in left_out(source, written))
     lines = [f"- `{name}` ({n}): {_why(name)}" for name, n in left.items()]
     return ["", "## Left out", "", *lines] if lines else []
+
+
+def left_out(source: Checkpoint, written: Sequence[Item]) -> tuple[str, ...]:
+    """Names on disk that were not written: what the model does not need may have come along."""
+    kept = {name for item in written if item.ours in source.spare for name in source.spare[item.ours].names}
+    return tuple(name for name in source.unused if name not in kept)
 
 
 def _why(name: str) -> str:

@@ -150,7 +150,26 @@ def base_words(entry: Entry) -> str | None:
 def licence(entry: Entry) -> str:
     """The note on the language model's licence."""
     start = origin(entry)
-    return str(start.get("license_note") or f"that of the base LLM, {start['base_llm']}")
+    if (note := start.get("license_note")) not in (None, _UNTOLD):
+        return str(note)
+    told = (
+        other["license_note"]
+        for other in entries()
+        if other.get("license_note") not in (None, _UNTOLD) and _model(other) == _model(start)
+    )
+    return ": ".join([f"{_UNTOLD}, {start['base_llm']}", *list(told)[:1]])
+
+
+_UNTOLD = "base LLM licence"  # a note that says no more
+
+
+def _model(entry: Entry) -> str:
+    """The language model's name without its size."""
+    return (
+        re.sub(r"[^a-z0-9.]|\d+b\b", "", str(entry["base_llm"]).lower().replace("-", " "))
+        if "base_llm" in entry
+        else ""
+    )
 
 
 def tower(entry: Entry) -> str | None:
@@ -210,7 +229,7 @@ def facts(entry: Entry) -> list[tuple[str, str]]:
         "pretraining": _joined(start, "pretrain_data", "pretrain_schedule"),
         "finetuning": _joined(start, "finetune_data", "finetune_schedule"),
         "template, trained": prompts.get("train"),
-        "template, served": prompts.get("serve"),
+        "template, served": prompts.get("serve") or "not published; llava_v1 is what its files lead to",
         "image mode": f"{mode}; aspect {start.get('image_aspect_ratio', 'square')}",
         "vocabulary": entry.get("vocab_size"),
         "added tokens": ", ".join(f"{text} {id}" for text, id in entry.get("added_tokens", {}).items()),

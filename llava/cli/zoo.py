@@ -28,7 +28,7 @@ def tables(
     ] = None,
     vision_encoder: Annotated[str | None, typer.Option("--vision-encoder", help="such as CLIP-L-336px")] = None,
     data: Annotated[str | None, typer.Option("--data", help="pretraining or finetuning data, such as 558K")] = None,
-    as_json: AsJson = False,
+    as_json: Annotated[bool, typer.Option("--json", help="a JSON list of entries instead of tables")] = False,
 ) -> None:
     """The published checkpoints: the zoo's tables, an entry, what a folder is."""
     if context.invoked_subcommand:
