@@ -411,6 +411,19 @@ def test_no_shard_size_is_a_traceback(base: Path, delta: Path, tmp_path: Path) -
         assert "Traceback" not in done.stderr
 
 
+def test_tensors_that_lie_transposed_in_their_file_are_verified_too(base: Path, clip: Path, tmp_path: Path) -> None:
+    delta = tiny.write_delta(tmp_path / "delta", clip=clip, **tiny.LLAMA_1)
+    tensors = stored(delta)
+    name = "model.layers.1.self_attn.o_proj.weight"
+    tensors[name] = tensors[name].T.contiguous().T
+    for file in delta.glob("pytorch_model*"):
+        file.unlink()
+    torch.save(tensors, delta / "pytorch_model.bin")
+    assert not stored(delta)[name].is_contiguous()
+    apply_delta(base, tmp_path / "t", delta, verify=True)
+    assert_same(tmp_path / "t", originals(base, delta))
+
+
 def test_a_full_disk_is_one_line_and_leaves_no_target(base: Path, delta: Path, tmp_path: Path) -> None:
     limited = ["bash", "-c", 'ulimit -f 200; exec "$@"', "-"]  # KB
     done = run(*DOOR, "--base", base, "--target", tmp_path / "t", "--delta", delta, command=limited)

@@ -64,7 +64,8 @@ class Partial:
             for item in shard:
                 rows = weights[item.name].split([len(part) for part in item.parts()])
                 for made, held in zip(item.parts(), rows, strict=True):
-                    if not torch.equal(made.to(item.dtype).view(torch.uint8), held.view(torch.uint8)):
+                    made = made.to(item.dtype).contiguous()  # a .bin may hold a tensor's columns as its rows
+                    if not torch.equal(made.view(torch.uint8), held.view(torch.uint8)):
                         raise CheckpointError(f"{file}: {item.name} is not what base and difference give; merge again")
                 done += item.n_bytes
                 progress(done, total)
