@@ -305,3 +305,21 @@ def test_the_command_line_writes_both_files(checkpoint: Path, tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     assert "as gguf" in done.stdout
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["conversion.md", MMPROJ, MODEL]
+
+
+def test_an_end_id_that_no_row_has_is_left_out(tmp_path: Path) -> None:
+    folder = tiny.write_llama(tmp_path / "llama")
+    tiny.write_json(folder / "generation_config.json", {"eos_token_id": [2, -1, 70_000, 7]})
+    convert(folder, tmp_path / "out", to="gguf")
+    assert File(tmp_path / "out" / MODEL).keys["tokenizer.ggml.eot_token_id"] == 7
+
+
+def test_a_tokenizer_whose_pieces_are_no_utf8_is_refused_in_one_line(tmp_path: Path) -> None:
+    folder = tiny.write_llama(tmp_path / "llama")
+    file = folder / "tokenizer.model"
+    piece = SentencePieceProcessor(model_proto=file.read_bytes()).id_to_piece(300).encode()
+    spoilt = b"\xfe" * len(piece)
+    file.write_bytes(file.read_bytes().replace(bytes([len(piece)]) + piece, bytes([len(piece)]) + spoilt, 1))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model: piece 300 is no UTF-8"):
+        convert(folder, tmp_path / "out", to="gguf")
+    assert not (tmp_path / "out").exists()

@@ -224,3 +224,9 @@ def test_peft_reads_ranks_factors_and_saved_modules_alike(base: Path, tmp_path: 
         with torch.no_grad():
             wanted = model(torch.tensor([list(ours.prepare(PROMPT).ids)])).logits[0]
         torch.testing.assert_close(ours.logits(PROMPT), wanted, rtol=0, atol=1e-4)
+
+
+def test_an_alpha_pattern_that_is_no_pattern_is_refused(lora: Path, base: Path) -> None:
+    for key in ("(", "(?i)up_proj"):
+        tiny.edit_json(lora / "adapter_config.json", alpha_pattern={key: 4})
+        assert f"alpha_pattern: {key!r}" in refused(lora, base=base)

@@ -1,5 +1,6 @@
 """The tools that put differences and bases together: the documented commands, kills, bits, memory."""
 
+import errno
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -172,6 +174,41 @@ def test_a_lora_is_merged_with_the_originals_rounding_or_precisely(lora: Path, t
     assert any(not torch.equal(expected[name], other[name]) for name in expected)  # the option makes a difference
 
 
+@pytest.mark.parametrize("under", ["meta", "native", "merged"])
+def test_a_lora_of_peft_alone_takes_its_config_from_the_base(
+    lora: Path, clip: Path, tmp_path: Path, under: str
+) -> None:
+    plain = shutil.copytree(lora, tmp_path / "plain")
+    for name in ("config.json", "non_lora_trainables.bin"):
+        (plain / name).unlink()
+    base = tmp_path / "base"
+    if under == "meta":
+        tiny.write_meta(base)
+    elif under == "merged":
+        tiny.write_llava(base, clip=clip)
+    else:
+        convert(tiny.write_llama(tmp_path / "llama"), base)
+    merge_lora(base, tmp_path / "merged", plain, verify=True)
+    assert open_checkpoint(tmp_path / "merged").config.decoder == open_checkpoint(base).config.decoder
+    assert open_checkpoint(tmp_path / "merged").config.template == open_checkpoint(base).config.template
+
+
+def test_a_lora_of_peft_alone_on_a_native_llava_keeps_the_template_and_asks_for_another_layout_to_merge(
+    lora: Path, clip: Path, tmp_path: Path
+) -> None:
+    plain = shutil.copytree(lora, tmp_path / "plain")
+    for name in ("config.json", "non_lora_trainables.bin"):
+        (plain / name).unlink()
+    convert(tiny.write_llava(tmp_path / "llava", clip=clip), tmp_path / "native")
+    assert open_checkpoint(plain, base=tmp_path / "native").config.template == "llava_v1"
+    with pytest.raises(CheckpointError, match=r"llava convert .*native OUT --to original"):
+        merge_lora(tmp_path / "native", tmp_path / "merged", plain)
+    assert not (tmp_path / "merged.partial").exists()
+    convert(tmp_path / "native", tmp_path / "original", to="original")
+    merge_lora(tmp_path / "original", tmp_path / "merged", plain)
+    assert open_checkpoint(tmp_path / "merged").config.vision == open_checkpoint(tmp_path / "native").config.vision
+
+
 def test_a_lora_with_its_own_tables_is_merged_to_a_longer_vocabulary(clip: Path, tmp_path: Path) -> None:
     base, config = tiny.write_llama(tmp_path / "vicuna"), {"vocab_size": tiny.PIECES + 3, "mm_use_im_start_end": True}
     lora = tiny.write_lora(tmp_path / "june", clip=clip, rows=True, **config)
@@ -212,6 +249,16 @@ def test_made_and_applied_a_delta_gives_the_model_back(base: Path, delta: Path, 
     differences = stored(tmp_path / "again")
     assert torch.equal(differences["model.mm_projector.weight"], whole["model.mm_projector.weight"])
     assert abs(differences["model.norm.weight"].float().mean()) < 0.1
+
+
+def test_a_value_beyond_float16_is_refused_and_not_written_as_inf(base: Path, clip: Path, tmp_path: Path) -> None:
+    whole = tiny.write_llava(tmp_path / "whole", clip=clip, layout="bin", **tiny.LLAMA_1)
+    tensors = {name: tensor.float() for name, tensor in stored(whole).items()}
+    tensors["model.mm_projector.0.bias"][0] = 1e6
+    torch.save(tensors, whole / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"mm_projector\.0\.bias: holds values beyond float16"):
+        write_delta(tmp_path / "delta", whole, base)
+    assert not (tmp_path / "delta").exists()
 
 
 # ---------------------------------------------------------------------------------------------------- kills, errors
@@ -274,6 +321,109 @@ def test_a_shard_that_was_damaged_meanwhile_is_made_anew(base: Path, delta: Path
     done = apply_delta(base, target, delta, max_shard_bytes=30_000)
     assert done.taken_over == whole
     assert_same(target, originals(base, delta))
+
+
+def interrupted(base: Path, target: Path, delta: Path) -> int:
+    """A run that ends half-way. How many shards it leaves."""
+
+    def stop(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        apply_delta(base, target, delta, max_shard_bytes=30_000, progress=stop)
+    return len(list(target.with_name(f"{target.name}.partial").glob("*.safetensors")))
+
+
+def test_a_rerun_on_a_disk_that_has_filled_up_keeps_what_is_done(
+    base: Path, delta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = interrupted(base, tmp_path / "t", delta)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        with pytest.raises(CheckpointError, match="make room"):
+            apply_delta(base, tmp_path / "t", delta, max_shard_bytes=30_000)
+        with pytest.raises(CheckpointError, match="make room"):
+            apply_delta(base, tmp_path / "fresh", delta)
+    assert not (tmp_path / "fresh.partial").exists()
+    assert apply_delta(base, tmp_path / "t", delta, max_shard_bytes=30_000).taken_over == left
+
+
+def test_a_target_that_is_taken_meanwhile_costs_no_work(base: Path, delta: Path, tmp_path: Path) -> None:
+    target = tmp_path / "t"
+
+    def take(done: int, total: int) -> None:
+        if done == total:
+            target.mkdir(exist_ok=True)
+            (target / "mine").touch()
+
+    with pytest.raises(CheckpointError, match=r"t\.partial: mend that and give the same command again"):
+        apply_delta(base, target, delta, max_shard_bytes=30_000, progress=take)
+    (target / "mine").unlink()
+    done = apply_delta(base, target, delta, max_shard_bytes=30_000)
+    assert done.taken_over == len(done.sha256)
+    assert_same(target, originals(base, delta))
+    assert not (target / "merge.json").exists()
+
+
+def test_a_target_that_can_not_give_way_is_told_before_the_work(base: Path, delta: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    told: list[int] = []
+    with pytest.raises(CheckpointError, match="link: can not be written"):
+        apply_delta(base, tmp_path / "link", delta, progress=lambda done, total: told.append(done))
+    assert not told
+    assert not (tmp_path / "link.partial").exists()
+
+
+def test_a_disk_without_locks_is_warned_of_and_written_to(
+    base: Path, delta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_locks(handle: int, how: int) -> None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))  # what NFS says to an exclusive lock on a folder
+
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", no_locks)
+    apply_delta(base, tmp_path / "t", delta)
+    assert "can not be locked" in caplog.text
+    assert_same(tmp_path / "t", originals(base, delta))
+
+
+def test_shards_of_a_forced_run_are_not_taken_over_without_force(base: Path, clip: Path, tmp_path: Path) -> None:
+    delta = tiny.write_delta(tmp_path / "delta", clip=clip, **tiny.LLAMA_1)
+    tensors = stored(delta)
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 3] = float("nan")
+    for file in delta.glob("pytorch_model*"):
+        file.unlink()
+    torch.save(tensors, delta / "pytorch_model.bin")
+
+    def stop(done: int, total: int) -> None:
+        if done > total * 2 // 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        apply_delta(base, tmp_path / "t", delta, force=True, max_shard_bytes=30_000, progress=stop)
+    with pytest.raises(CheckpointError, match="beginnings of something else"):
+        apply_delta(base, tmp_path / "t", delta, max_shard_bytes=30_000)
+
+
+def test_no_shard_size_is_a_traceback(base: Path, delta: Path, tmp_path: Path) -> None:
+    for size in ("inf", "nan", "0"):
+        done = run("apply-delta", "--base", base, "--target", tmp_path / "t", "--delta", delta, "--shard-gb", size)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+
+
+def test_tensors_that_lie_transposed_in_their_file_are_verified_too(base: Path, clip: Path, tmp_path: Path) -> None:
+    delta = tiny.write_delta(tmp_path / "delta", clip=clip, **tiny.LLAMA_1)
+    tensors = stored(delta)
+    name = "model.layers.1.self_attn.o_proj.weight"
+    tensors[name] = tensors[name].T.contiguous().T
+    for file in delta.glob("pytorch_model*"):
+        file.unlink()
+    torch.save(tensors, delta / "pytorch_model.bin")
+    assert not stored(delta)[name].is_contiguous()
+    apply_delta(base, tmp_path / "t", delta, verify=True)
+    assert_same(tmp_path / "t", originals(base, delta))
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_target(base: Path, delta: Path, tmp_path: Path) -> None:
@@ -349,6 +499,19 @@ def test_a_projector_that_was_taken_out_makes_the_model_again(clip: Path, tmp_pa
         assert torch.equal(found.sources[name].read(), before.sources[name].read()), name
 
 
+def test_a_tower_of_unpublished_sizes_goes_along(base: Path, clip: Path, tmp_path: Path) -> None:
+    whole = tiny.write_llava(tmp_path / "whole", clip=clip, tower_seed=5)
+    extract_projector(whole, tmp_path / "p")
+    moved = (tmp_path / "p").rename(tmp_path / "q")
+    before = open_checkpoint(whole)
+    for under in (base, whole):
+        found = open_checkpoint(moved, base=under)
+        check_headers(found)
+        assert found.config.vision == before.config.vision
+        for name in ("vision.cls", "vision.blocks.0.attn.qkv.weight"):
+            assert torch.equal(found.sources[name].read(), before.sources[name].read()), name
+
+
 def test_of_a_model_without_eyes_no_projector_is_taken(base: Path, tmp_path: Path) -> None:
     assert_one_line_error(run("extract-projector", base, tmp_path / "p"), "has no projector")
     assert not (tmp_path / "p").exists()
@@ -372,7 +535,9 @@ def test_the_projector_of_a_llava_hf_export_is_the_same(clip: Path, tmp_path: Pa
 PEAK = """
 import os, sys, threading, time
 from pathlib import Path
+from llava.checkpoint.check import logits
 from llava.checkpoint.merge import apply_delta
+from llava.checkpoint.open import open_checkpoint
 
 def anonymous():
     for line in open("/proc/self/status"):
@@ -386,10 +551,26 @@ def watch():
         peak = max(peak, anonymous())
         time.sleep(0.002)
 thread = threading.Thread(target=watch); thread.start()
-apply_delta(*map(Path, sys.argv[1:]))
+WORK
 running = False; thread.join()
 print(peak - before)
 """
+
+
+def peak(work: str, *arguments: Path) -> int:
+    """MB of anonymous memory that some work takes in a process of its own."""
+    command = [sys.executable, "-c", PEAK.replace("WORK", work), *arguments]
+    environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="RssAnon is told by Linux alone")
+def test_comparing_logits_takes_a_large_vocabulary_in_pieces(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 512, "vocab_size": 200_000, "num_hidden_layers": 1}
+    folder = tiny.write_llama(tmp_path / "wide", **sizes)
+    found = peak("logits(open_checkpoint(sys.argv[1]), 512)", folder)
+    assert found < 330, found  # MB; the head alone is 410 in float32, pieces 67
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="RssAnon is told by Linux alone")
@@ -401,10 +582,7 @@ def test_memory_does_not_grow_with_the_number_of_layers(clip: Path, tmp_path: Pa
         base = tiny.write_llama(folder / "base", seed=7, num_hidden_layers=layers, **sizes)
         whole = tiny.write_llava(folder / "whole", clip=clip, num_hidden_layers=layers, **sizes)
         write_delta(folder / "delta", whole, base)
-        command = [sys.executable, "-c", PEAK, base, folder / "merged", folder / "delta"]
-        environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
-        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-        peaks.append(int(done.stdout))
+        peaks.append(peak("apply_delta(*map(Path, sys.argv[1:]))", base, folder / "merged", folder / "delta"))
     assert peaks[1] <= peaks[0] + 12, peaks  # MB; 14 more layers hold 75
 
 

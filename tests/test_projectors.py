@@ -195,3 +195,11 @@ def test_the_file_of_a_repository_is_fetched_alone(
     assert "has no file other.bin" in refused("someone/projectors#other.bin", base=base)
     shutil.rmtree(cached)
     assert "can not be fetched" in refused("someone/projectors#old.bin", base=base)
+
+
+@pytest.mark.parametrize("shape", [(), (64,), (64, 8, 8)])
+def test_a_lone_layer_that_is_no_matrix_is_refused(
+    clip: Path, base: Path, tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    file = written(tmp_path / "x.bin", {"model.mm_projector.weight": torch.zeros(shape)})
+    assert "a projector's layer is a matrix" in refused(file, base=base, vision_tower=clip)

@@ -265,3 +265,9 @@ def test_padding_side_and_trained_length_are_kept(clip: Path, tmp_path: Path) ->
     assert {key: written[key] for key in facts} == facts
     plain = tiny.write_llava(tmp_path / "plain", clip=clip)
     assert torch.equal(llava.load(folder).logits("Hi"), llava.load(plain).logits("Hi"))
+
+
+def test_an_mpt_without_model_type_is_looked_at_too(clip: Path, tmp_path: Path) -> None:
+    folder = tiny.write_mpt(tmp_path / "mpt", clip=clip)
+    tiny.edit_json(folder / "config.json", model_type=tiny.ABSENT)
+    assert identify(look(folder)).traits["architecture"].value == "mpt"

@@ -74,9 +74,10 @@ def logits(checkpoint: Checkpoint, n_ids: int, nudge: float = 0.0) -> Tensor:
         (picture,) = model.encode_images(pixels, [1], [None])
         x = torch.cat([picture[:_PICTURE_PLACES], x])
     x[:, ::2] *= 1 + nudge
-    hidden = model.decoder(x[None], torch.arange(len(x)))
-    found: Tensor = model.decoder.logits(hidden)[0]
-    return found
+    hidden = model.decoder(x[None], torch.arange(len(x)))[0]
+    # the head in pieces: of a wide model with a large vocabulary it would take 2 GB
+    head = checkpoint.sources["decoder.embed.weight" if checkpoint.config.decoder.tied else "decoder.head.weight"]
+    return torch.cat([hidden @ piece.to(head.dtype).float().T for piece in head.pieces()], dim=-1)
 
 
 def _streaming(checkpoint: Checkpoint) -> Llava:
@@ -98,8 +99,7 @@ class _Fill:
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         for key, name in self.own.items():
-            tied = name == "decoder.head.weight" and self.checkpoint.config.decoder.tied
-            source = self.checkpoint.sources["decoder.embed.weight" if tied else name]
+            source = self.checkpoint.sources[name]
             tensor = source.read().to(source.dtype)  # of a sum: rounded to the type that it is stored in
             if not isinstance(module, nn.Embedding):  # a table stays mapped, few of its rows are read
                 tensor = tensor.float()

@@ -11,7 +11,7 @@ from llava.checkpoint.files import read_json
 from llava.checkpoint.onbase import fits
 from llava.checkpoint.open import Checkpoint, open_checkpoint
 from llava.checkpoint.original import WRITERS, Form, rules_of
-from llava.checkpoint.source import Source, Summed
+from llava.checkpoint.source import Source, Summed, Typed
 from llava.checkpoint.write import Progress, copy_tokenizer, new_folder, silent, write_shards
 from llava.errors import CheckpointError
 
@@ -43,7 +43,7 @@ def write_delta(
 
 def _difference(name: str, source: Source, under: Checkpoint) -> Source:
     if (own := under.sources.get(name)) is None:
-        return source
+        return Typed(source, torch.float16)
     if not fits(name, source, own):
         raise CheckpointError(f"{own.where}: has shape {list(own.shape)}, {source.where} has {list(source.shape)}")
     return Summed(source, own, torch.float16, sign=-1)

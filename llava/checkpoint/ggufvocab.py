@@ -41,7 +41,10 @@ def _sentencepiece(file: Path, rows: int) -> Vocab:
     model = SentencePieceProcessor(model_proto=file.read_bytes())
     tokens, types, scores = _unused(rows), [UNUSED] * rows, [_UNUSED_SCORE] * rows
     for id in range(min(rows, model.get_piece_size())):
-        tokens[id], scores[id] = model.id_to_piece(id), model.get_score(id)
+        try:
+            tokens[id], scores[id] = model.id_to_piece(id), model.get_score(id)
+        except UnicodeDecodeError:
+            raise CheckpointError(f"{file}: piece {id} is no UTF-8; fetch it again") from None
         kinds = ((model.is_unknown, UNKNOWN), (model.is_control, CONTROL), (model.is_unused, UNUSED))
         types[id] = next((kind for test, kind in (*kinds, (model.is_byte, BYTE)) if test(id)), NORMAL)
     for token in tokenizer.added:
@@ -94,7 +97,8 @@ def write(writer: Any, checkpoint: Checkpoint) -> None:
         writer.add_token_merges(vocab.merges)
     writer.add_add_bos_token(tokenizer.bos_id is not None)
     writer.add_add_eos_token(False)
-    more = next((id for id in checkpoint.config.eos_ids if id != tokenizer.eos_id), None)  # also ends an answer
+    held = range(len(vocab.tokens))
+    more = next((id for id in checkpoint.config.eos_ids if id != tokenizer.eos_id and id in held), None)  # ends too
     for add, id in (
         (writer.add_bos_token_id, tokenizer.bos_id),
         (writer.add_eos_token_id, tokenizer.eos_id),

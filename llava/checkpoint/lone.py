@@ -21,6 +21,9 @@ def look_at(file: Path) -> Facts:
         raise CheckpointError(
             f"{file}: holds no mm_projector; of single files only projectors load: give the checkpoint's folder"
         )
+    if odd := [name for name in layers if len(weights.entries[name].shape) != 2]:
+        shape = list(weights.entries[odd[0]].shape)
+        raise CheckpointError(f"{file}: {odd[0]} has shape {shape}, a projector's layer is a matrix; fetch it again")
     beside = file.parent / "config.json"
     settings = read_json(beside) if beside.is_file() else {}
     return Facts(file, settings if "mm_vision_tower" in settings else {}, weights)

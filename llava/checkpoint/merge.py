@@ -11,7 +11,7 @@ import torch
 
 from llava.checkpoint import llama
 from llava.checkpoint.detect import FORMAT_KEY, TEMPLATE_KEY, Facts, Finding, detect
-from llava.checkpoint.files import locate, read_json, reading
+from llava.checkpoint.files import locate, reading
 from llava.checkpoint.open import Checkpoint, check_headers, look, open_checkpoint
 from llava.checkpoint.original import rules_of
 from llava.checkpoint.partial import growing
@@ -81,18 +81,20 @@ def merge(
     found = open_checkpoint(facts, base=under, vision=False, lenient=force)
     check_headers(found)
     _check_projector(found, facts)
+    settings = _settings(found, facts, under)
     written = [replace(item, force=force) for item in _items(found, precise)]
     order = {
         "base": _files(under),
         kind: _files(facts.folder),
         "precise": precise,
+        "force": force,  # what was written with it may hold NaN
         "max_shard_bytes": max_shard_bytes,
     }
     with growing(target, order, sum(item.n_bytes for item in written)) as partial:
         taken_over = len(partial.sha256)
         shards = partial.write_shards(written, progress, max_shard_bytes)
         write_index(partial.folder / INDEX, shards)
-        write_json(partial.folder / "config.json", _settings(found, facts, under))
+        write_json(partial.folder / "config.json", settings)
         copy_tokenizer(found.tokenizer_folder, partial.folder, found.new_tokens)
         _check_reopens(partial.folder, found)
         if verify:
@@ -148,9 +150,14 @@ def _in_half(source: Source, precise: bool) -> Source:
 
 
 def _settings(found: Checkpoint, facts: Facts, base: Path) -> dict[str, Any]:
-    """config.json of the folder that was put on; of peft's own, which bring none, the base's."""
-    settings: Mapping[str, Any] = facts.settings or read_json(base / "config.json")
+    """config.json of the folder that was put on; of peft's own, which bring none, the base's. May raise."""
+    settings: Mapping[str, Any] = facts.settings or look(base).settings
     if FORMAT_KEY in settings:  # ours: nothing that others read
+        if settings.get("vision") or found.config.decoder.kind != "llama":
+            raise CheckpointError(
+                f"{facts.folder}: brings no config.json, and that of {base} is native; convert the base first: "
+                f"llava convert {base} OUT --to original"
+            )
         settings = llama.settings(found.config, found.tokenizer)
     changed: dict[str, Any] = {"torch_dtype": "float16"}
     if found.kind == "lora":

@@ -108,13 +108,23 @@ def _scale(file: Path) -> Callable[[str, int], float]:
     with reading(file):
         usual, rooted = float(config["lora_alpha"]), bool(config.get("use_rslora"))
         own = {str(key): float(alpha) for key, alpha in (config.get("alpha_pattern") or {}).items()}
+    for key in own:
+        try:
+            re.compile(_named(key))
+        except re.error as error:
+            raise CheckpointError(f"{file}: alpha_pattern: {key!r} is no pattern ({error}); fetch it again") from None
 
     def scale(name: str, r: int) -> float:
         module = name.removesuffix(".weight")
-        alpha = next((own[key] for key in own if re.fullmatch(rf"(.*\.)?({key})", module)), usual)
+        alpha = next((own[key] for key in own if re.fullmatch(_named(key), module)), usual)
         return alpha / (r**0.5 if rooted else r)
 
     return scale
+
+
+def _named(key: str) -> str:
+    """A key of alpha_pattern: the end of a module's name."""
+    return rf"(.*\.)?({key})"
 
 
 def _adapter(

@@ -129,7 +129,8 @@ def open_checkpoint(
             decoder = _decoder(described, family, held, sizes)
             config, tower = _foreign_config(described, decoder, held, vision, vision_tower, image_mode, fetch_tower)
         projector = config.projector or _projector_held(held, config)
-        choice = choose_template(finding.kind, described.settings, config.decoder, projector, tokenizer)
+        kind = "native" if FORMAT_KEY in described.settings else finding.kind
+        choice = choose_template(kind, described.settings, config.decoder, projector, tokenizer)
     if put.start_end:
         config = replace(config, start_end=True)
     if config.vision and config.start_end and tokenizer.id_of("<im_start>") is None:

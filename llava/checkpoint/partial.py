@@ -64,7 +64,8 @@ class Partial:
             for item in shard:
                 rows = weights[item.name].split([len(part) for part in item.parts()])
                 for made, held in zip(item.parts(), rows, strict=True):
-                    if not torch.equal(made.to(item.dtype).view(torch.uint8), held.view(torch.uint8)):
+                    made = made.to(item.dtype).contiguous()  # a .bin may hold a tensor's columns as its rows
+                    if not torch.equal(made.view(torch.uint8), held.view(torch.uint8)):
                         raise CheckpointError(f"{file}: {item.name} is not what base and difference give; merge again")
                 done += item.n_bytes
                 progress(done, total)
@@ -85,6 +86,8 @@ def growing(target: Path, order: Mapping[str, Any], n_bytes: int) -> Iterator[Pa
     target = free_folder(target)
     folder = target.with_name(f"{target.name}.partial")
     try:
+        if target.exists():  # a link or a mount point, which can not give way, is told of now and not after the work
+            target.rmdir()
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{target}: can not be written ({error.strerror}); name another folder") from None
@@ -93,14 +96,19 @@ def growing(target: Path, order: Mapping[str, Any], n_bytes: int) -> Iterator[Pa
         held = sum((folder / name).stat().st_size for name in partial.sha256)
         try:
             check_space(folder, n_bytes - held, target)
+        except CheckpointError:
+            if not partial.sha256:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        try:
             partial._note()
             yield partial
-            (folder / _STATE).unlink()
             sums = "".join(f"{digest}  {name}\n" for name, digest in sorted(partial.sha256.items()))
             (folder / SUMS).write_text(sums, encoding="utf-8")
             if target.exists():
                 target.rmdir()
             folder.rename(target)
+            (target / _STATE).unlink()  # last: until then the same command goes on
         except LlavaError:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -141,10 +149,13 @@ def _alone(folder: Path) -> Iterator[None]:
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{folder}: another process is at work there; wait for it, or stop it") from None
+        except OSError as error:  # network file systems may have no locks for folders
+            log.warning("%s: can not be locked (%s); start no second command on it", folder, error.strerror)
         yield
-    except BlockingIOError:
-        raise CheckpointError(f"{folder}: another process is at work there; wait for it, or stop it") from None
     finally:
         os.close(handle)
 

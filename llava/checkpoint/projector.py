@@ -1,6 +1,6 @@
 """A projector alone, as stage 1 leaves it: mm_projector.bin and config.json. It is read by `onbase.py`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from llava.checkpoint.open import check_headers, open_checkpoint
-from llava.checkpoint.original import llava_settings, named, tower_name
+from llava.checkpoint.original import llava_settings, named, tower_name, write_own_tower
 from llava.checkpoint.torchzip import write_torch
 from llava.checkpoint.write import copy_tokenizer, counting, new_folder, silent, write_json
 from llava.config import LlavaConfig
@@ -26,11 +26,13 @@ def write_projector(
     start_end: Tensor | None = None,
     tokenizer_from: Path | None = None,
     recorded: Mapping[str, Any] | None = None,
+    beside: Callable[[Path], None] | None = None,
 ) -> None:
     """`projector.*` and `newline` of `tensors`, in the type they have.
 
     base: the language model, recorded in config.json. start_end: [2, D], rows of <im_start> and <im_end> where they
-    were trained; it takes `tokenizer_from`, a folder with a tokenizer that has the two. Raises ConfigError.
+    were trained; it takes `tokenizer_from`, a folder with a tokenizer that has the two. beside: writes what else goes
+    into the folder. Raises ConfigError.
     """
     if start_end is not None and tokenizer_from is None:
         raise ConfigError("rows of <im_start> and <im_end> need the tokenizer that has them: pass tokenizer_from=")
@@ -46,6 +48,8 @@ def write_projector(
         write_json(partial / "config.json", settings)
         if tokenizer_from:
             copy_tokenizer(tokenizer_from, partial)
+        if beside:
+            beside(partial)
 
 
 def extract_projector(source: str | Path, folder: Path, **options: Any) -> int:
@@ -79,5 +83,6 @@ def extract_projector(source: str | Path, folder: Path, **options: Any) -> int:
         base=str(source),
         start_end=rows,
         tokenizer_from=found.tokenizer_folder if config.start_end else None,
+        beside=lambda partial: write_own_tower(found, partial),
     )
     return len(kept) + (rows is not None)

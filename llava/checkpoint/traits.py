@@ -105,7 +105,8 @@ def _decoder(config: Mapping[str, Any], shapes: Shapes, kind: Kind) -> Traits:
         found["key/value heads"] = Trait(n, f"config.json: {n} key/value heads")
     if "model_type" in config or "n_layers" in config:
         mpt = "n_layers" in config or any(".Wqkv" in name for name in shapes)
-        found["architecture"] = Trait("mpt" if mpt else "llama", f"config.json: model_type = {config['model_type']}")
+        key = "model_type" if "model_type" in config else "n_layers"
+        found["architecture"] = Trait("mpt" if mpt else "llama", f"config.json: {key} = {config[key]}")
     table = shapes.get("decoder.embed.weight")
     rows = table[0] if table and kind != "projector" else None  # that of a projector holds the new tokens' rows
     _add(found, "vocabulary", rows, "tensors", config, "vocab_size")

@@ -21,7 +21,9 @@ Target = Annotated[
 ]
 Precise = Annotated[bool, typer.Option("--precise", help="sums in float32, rounded once, instead of as the original's")]
 Verify = Annotated[bool, typer.Option("--verify", help="make everything anew and compare bit by bit")]
-ShardGB = Annotated[float, typer.Option("--shard-gb", min=1e-6, help="largest file, in GB; a rerun goes on from these")]
+ShardGB = Annotated[
+    float, typer.Option("--shard-gb", min=1e-6, max=1e6, help="largest file, in GB; a rerun goes on from these")
+]
 
 
 @app.command("apply-delta")
