@@ -251,18 +251,15 @@ def test_a_target_in_use_is_left_as_it_is(command: Command, raw: Path, delta: Pa
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+LARGE: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8}
+LARGE |= {"num_key_value_heads": 8, "num_hidden_layers": 6, **tiny.LLAMA_1}
+
+
 @pytest.fixture(scope="module")
 def large(place: Path, clip: Path) -> tuple[Path, Path]:
     """A base and a delta that take long enough to be killed in the middle."""
-    sizes: dict[str, Any] = {
-        "hidden_size": 512,
-        "intermediate_size": 1376,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-    }
-    sizes |= {"num_hidden_layers": 6, **tiny.LLAMA_1}
-    base = tiny.write_llama(place / "large", seed=7, **sizes)
-    config = tiny.llava_config(**sizes, mm_projector_type="linear", mm_vision_tower=str(clip))
+    base = tiny.write_llama(place / "large", seed=7, **LARGE)
+    config = tiny.llava_config(**LARGE, mm_projector_type="linear", mm_vision_tower=str(clip))
     under = tiny.llama_tensors(config, 7, inv_freq=True)
     apart = {name: value - under[name] for name, value in tiny.llama_tensors(config, 1, inv_freq=True).items()}
     apart |= tiny.projector_tensors(config, 1)
@@ -284,6 +281,8 @@ def test_after_sigkill_the_same_line_goes_on(large: tuple[Path, Path], tmp_path:
     assert not target.exists()
     left = {path.name: path.stat() for path in partial.glob("*.safetensors")}
     assert len(left) >= 4
+    other = tiny.write_llama(tmp_path / "other", seed=8, **LARGE)
+    refused(command("apply-delta", *line, "--base", other, fails=True), "T.partial")  # nothing is mixed
     said = command("apply-delta", *line)
     assert not partial.exists()
     assert_same(stored(target), summed(stored(base), stored(delta)))
@@ -317,6 +316,13 @@ def test_metas_own_files_are_a_base_too(
     command("apply-delta", "--base", meta, "--target", tmp_path / "T", "--delta", delta)
     assert_same(stored(tmp_path / "T"), summed(stored(raw), stored(delta)))
     assert answer(opened(delta, base=meta), picture) == answer(opened(delta, base=raw), picture)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_base_of_another_type_is_summed_in_float16(command: Command, delta: Path, tmp_path: Path, dtype: str) -> None:
+    base = tiny.write_llama(tmp_path / "base", seed=7, torch_dtype=dtype, **tiny.LLAMA_1)
+    command("apply-delta", "--base", base, "--target", tmp_path / "T", "--delta", delta)
+    assert_same(stored(tmp_path / "T"), summed(stored(base), stored(delta)))
 
 
 def test_a_delta_made_is_the_difference_and_gives_the_model_back(
@@ -450,6 +456,32 @@ def test_alpha_and_rank_are_read_from_the_folder(vicuna: Path, clip: Path, tmp_p
     )
 
 
+@pytest.mark.parametrize("kind", ["a merged LLaVA", "Meta's files"])
+def test_a_lora_goes_on_other_forms_of_its_base(
+    command: Command, vicuna: Path, lora: Path, clip: Path, tmp_path: Path, kind: str
+) -> None:
+    if kind == "a merged LLaVA":
+        base = tiny.write_llava(tmp_path / "base", clip=clip)
+    else:
+        base = tiny.write_meta(tmp_path / "base" / "13B", shards=2)
+    command("merge-lora", "--base", base, "--target", tmp_path / "T", "--lora", lora)
+    assert_same(stored(tmp_path / "T"), merged(vicuna, lora, precise=False))
+
+
+def test_an_empty_tensor_of_zero_3_is_refused_by_its_name(
+    command: Command, vicuna: Path, clip: Path, tmp_path: Path
+) -> None:
+    lora = tiny.write_lora(tmp_path / "lora", clip=clip)
+    held = torch.load(lora / "non_lora_trainables.bin", weights_only=True)
+    name = next(name for name in held if name.endswith("mm_projector.0.weight"))
+    torch.save(held | {name: torch.zeros(0)}, lora / "non_lora_trainables.bin")
+    line = ("--base", vicuna, "--target", tmp_path / "T", "--lora", lora)
+    refused(command("merge-lora", *line, fails=True), "mm_projector.0.weight")
+    assert [path.name for path in tmp_path.iterdir()] == ["lora"]
+    with pytest.raises(llava.LlavaError, match=r"mm_projector\.0\.weight"):
+        opened(lora, base=vicuna)
+
+
 # ---------------------------------------------------------------------------------------------- extract-projector
 
 
@@ -524,6 +556,44 @@ def test_an_mpt_there_and_back(command: Command, mpt: Path, clip: Path, tmp_path
 def test_a_v1_with_a_linear_projector_there_and_back(command: Command, clip: Path, tmp_path: Path, by: str) -> None:
     source = tiny.write_llava(tmp_path / "source", clip=clip, added=MARKS, **V11)
     assert_back(source, back_and_forth(command, source, tmp_path, by, "original"), clip)
+
+
+def test_grouped_heads_there_and_back(command: Command, clip: Path, tmp_path: Path) -> None:
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "rope_theta": 1e6}
+    config = tiny.ANYRES | heads | {"architectures": ["LlavaMistralForCausalLM"], "model_type": "llava_mistral"}
+    source = tiny.write_llava(tmp_path / "x", layout="safetensors-shards", clip=clip, tower_seed=5, **config)
+    back = back_and_forth(command, source, tmp_path, "hf", "original")
+    assert_back(source, back, clip)
+    kept = json.loads((back / "config.json").read_text())
+    assert {key: kept[key] for key in heads} == heads
+    assert opened(back).prepare(asked(None)).prompt == opened(source).prepare(asked(None)).prompt
+
+
+def test_an_export_can_be_moved_and_needs_no_other_folder(command: Command, tmp_path: Path, picture: Path) -> None:
+    clip = tiny.write_clip(tmp_path / "clip")
+    source = tiny.write_llava(tmp_path / "x", layout="safetensors", clip=clip, tower_seed=5, **tiny.ANYRES)
+    expected = opened(source).logits(asked(picture))
+    for to in ("original", "native", "hf"):
+        command("convert", source, tmp_path / "out", "--to", to, "--no-check")
+        (tmp_path / "out").rename(tmp_path / f"moved-{to}")
+    shutil.rmtree(clip)
+    shutil.rmtree(source)
+    for to in ("original", "native", "hf"):
+        found = opened(tmp_path / f"moved-{to}", image_mode="original").logits(asked(picture))
+        torch.testing.assert_close(found[:, :PIECES], expected, atol=1e-4, rtol=0)
+
+
+def test_llava_hfs_layout_becomes_native_and_a_plain_llama(command: Command, next_: Path, tmp_path: Path) -> None:
+    source = as_llava_hf(next_, tmp_path / "hf", new=False)
+    command("convert", source, tmp_path / "llama", "--to", "llama", "--no-check")
+    found, expected = stored(tmp_path / "llama"), stored(next_)
+    assert set(found) == {name for name in expected if "layers." in name and "vision" not in name} | {
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    }
+    for name, value in found.items():
+        assert torch.equal(value[: len(expected[name])], expected[name]), name
 
 
 @pytest.mark.parametrize("by", ["native", "llama"])
@@ -861,7 +931,7 @@ def test_a_differing_recorded_name_is_one_line(
 
 # ------------------------------------------------------------------------------------------------------------ names
 
-NONSENSE = ("llava-mpt-7b-lora-delta-v0", "vicuna", "x", "llama-2-13b-chat.partial", "clip mm_projector.bin")
+NONSENSE = ("llava-mpt-7b-lora-delta-v0", "llama-2-13b-chat.partial", "clip mm_projector.bin")
 
 
 @pytest.mark.parametrize("name", NONSENSE)
@@ -885,6 +955,25 @@ def test_names_of_folders_decide_nothing(
         assert torch.equal(right.logits(asked(picture)), other.logits(asked(picture)))
 
 
+@pytest.mark.parametrize("name", ["x#y", "a b", "x\ny", "model.safetensors", "[red]%s{}", "name=value"])
+def test_odd_names_are_names(
+    command: Command, vicuna: Path, lora: Path, raw: Path, delta: Path, tmp_path: Path, name: str
+) -> None:
+    places = {}
+    for kind, folder in (("base", vicuna), ("lora", lora), ("raw", raw), ("delta", delta)):
+        places[kind] = tmp_path / kind / name
+        shutil.copytree(folder, places[kind])
+    line = ("--max-new-tokens", 2)
+    command("ask", "Hi", "--model", places["lora"], "--base", places["base"], *line)
+    command("ask", "Hi", "--model", places["base"], "--adapter", f"one={places['lora']}", *line)
+    command("merge-lora", "--base", places["base"], "--target", tmp_path / name, "--lora", places["lora"])
+    assert_same(stored(tmp_path / name), merged(vicuna, lora, precise=False))
+    command("convert", tmp_path / name, tmp_path / f"{name}-hf", "--to", "hf", "--no-check")
+    command("inspect", tmp_path / f"{name}-hf")
+    command("apply-delta", "--base", places["raw"], "--target", tmp_path / f"{name}-sum", "--delta", places["delta"])
+    assert_same(stored(tmp_path / f"{name}-sum"), summed(stored(raw), stored(delta)))
+
+
 # --------------------------------------------------------------------------------------------------------- adapters
 
 
@@ -903,6 +992,24 @@ def test_loras_are_kept_apart_and_switched(vicuna: Path, lora: Path, clip: Path,
     assert torch.equal(vlm.logits("Once upon a time"), bare)
     with pytest.raises(llava.LlavaError, match="three"):
         vlm.adapter("three")
+
+
+def test_a_lora_with_its_own_rows_and_one_alone_are_kept_apart_too(
+    vicuna: Path, lora: Path, clip: Path, tmp_path: Path, picture: Path
+) -> None:
+    config: dict[str, Any] = {"vocab_size": PIECES + 3, "mm_use_im_start_end": True}
+    june = tiny.write_lora(tmp_path / "june", clip=clip, seed=8, rows=True, added=MARKS, **config)
+    vlm = opened(vicuna, adapters={"june": june, "one": lora})
+    assert vlm.active == "june"  # the first
+    for name, folder, rows_ in (("june", june, PIECES + 3), ("one", lora, PIECES), ("june", june, PIECES + 3)):
+        vlm.adapter(name)
+        found, expected = vlm.logits(asked(picture)), opened(folder, base=vicuna).logits(asked(picture))
+        assert found.shape[1] == rows_
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+    apart = opened(lora, base=vicuna, merge=False)
+    vlm.adapter("one")
+    torch.testing.assert_close(apart.logits(asked(picture)), vlm.logits(asked(picture)), atol=1e-4, rtol=0)
+    assert apart.adapters == ["default"]
 
 
 # ------------------------------------------------------------------------------------------- projectors, MPT, v1.6
