@@ -446,7 +446,7 @@ def test_what_can_not_be_merged_is_refused_in_one_line(
     wide = tiny.write_llama(tmp_path / "wide", seed=7, hidden_size=128, **tiny.LLAMA_1)
     cases: list[tuple[tuple[Any, ...], tuple[str, ...]]] = [
         ((base, taken, delta), ("taken", "not empty")),
-        ((base, tmp_path / "t", whole), ("is no delta but merged", "load as they are")),
+        ((base, tmp_path / "t", whole), ("is no delta but merged", "loads as it is")),
         ((base, tmp_path / "t", lora), ("is no delta but lora", "use llava merge-lora")),
         ((vicuna, tmp_path / "t", delta), ("vicuna-7b-v1.1", "raw LLaMA-1", "--force")),
         ((wide, tmp_path / "t", delta), ("shape", "128")),

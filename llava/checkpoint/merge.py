@@ -12,7 +12,7 @@ import torch
 from llava.checkpoint import llama
 from llava.checkpoint.detect import FORMAT_KEY, TEMPLATE_KEY, Facts, Finding, detect
 from llava.checkpoint.files import locate, reading
-from llava.checkpoint.open import Checkpoint, check_headers, look, open_checkpoint
+from llava.checkpoint.open import SUPPORTED, Checkpoint, check_headers, look, open_checkpoint
 from llava.checkpoint.original import rules_of
 from llava.checkpoint.partial import growing
 from llava.checkpoint.source import Adapted, AdaptedIn, Source, Summed, Typed
@@ -130,7 +130,8 @@ def _check_projector(found: Checkpoint, facts: Facts) -> None:
 
 def _other_kind(facts: Facts, finding: Finding, kind: str) -> str:
     other = {"delta": "llava apply-delta", "lora": "llava merge-lora"}.get(finding.kind)
-    hint = f"use {other}" if other else f"{finding.kind} folders are not merged, they load as they are"
+    as_it_is = "it needs no merging, it loads as it is" if finding.kind in SUPPORTED else f"name the folder of a {kind}"
+    hint = f"use {other}" if other else as_it_is
     return f"{facts.folder}: is no {kind} but {finding.kind} ({finding.evidence[0]}); {hint}"
 
 

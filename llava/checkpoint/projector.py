@@ -1,5 +1,6 @@
 """A projector alone, as stage 1 leaves it: mm_projector.bin and config.json. It is read by `onbase.py`."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from llava.checkpoint.write import copy_tokenizer, counting, new_folder, silent,
 from llava.config import LlavaConfig
 from llava.errors import CheckpointError, ConfigError
 from llava.preprocess.tokenizer import load_tokenizer
+
+log = logging.getLogger(__name__)
 
 
 def write_projector(
@@ -80,9 +83,11 @@ def extract_projector(source: str | Path, folder: Path, **options: Any) -> int:
         config,
         {name: source.read() for name, source in kept.items()},
         vision_tower=tower_name(found, folder) or "",
-        base=str(source),
+        base=str(options.get("base") if found.kind == "projector" else source),
         start_end=rows,
         tokenizer_from=found.tokenizer_folder if config.start_end else None,
         beside=lambda partial: write_own_tower(found, partial),
     )
+    if found.kind in ("lora", "delta"):
+        log.warning("%s: belongs to the language model of %s, which its base alone is not: merge that", folder, source)
     return len(kept) + (rows is not None)

@@ -51,7 +51,7 @@ def show(
     commands = [{"for": purpose, "command": line} for purpose, line in catalogue.commands(entry)]
     if as_json:
         needs = {"base": catalogue.base_id(entry), "vision_tower": catalogue.tower(entry)}
-        _print_json({**entry, "needs": needs, "license_note": catalogue.licence(entry), "commands": commands})
+        _print_json({**entry, "needs": needs, "licence": catalogue.licence(entry), "commands": commands})
         return
     _print_pairs(catalogue.facts(entry))
     print()
