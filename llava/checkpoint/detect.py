@@ -164,6 +164,6 @@ def choose_template(
         return Choice("llava_v0", "architectures is LlamaForCausalLM beside LLaVA's keys")
     if decoder and projector and projector.depth == 1 and decoder.max_seq == 4096:
         return Choice("llava_llama_2", "a linear projector and 4096 positions")
-    if (base := settings.get("_name_or_path")) and published.is_llama_2_chat(base):
+    if (base := settings.get("_name_or_path")) and published.is_llama_2_chat(str(base)):
         return Choice("llava_llama_2", f"config.json records {base} as the base")
     return Choice("llava_v1", "none of the other rules fits")

@@ -253,7 +253,7 @@ def _open_safetensors(file: Path) -> tuple[Any, dict[str, Entry]]:
 
 
 _DAMAGE = (RuntimeError, EOFError, OSError, ValueError, LookupError, AssertionError, TypeError, BadZipFile,
-           MemoryError)  # what torch.load raises; the last for a length that no memory holds  # fmt: skip
+           struct.error, MemoryError)  # what torch.load raises; the last for a length that no memory holds  # fmt: skip
 
 
 def _open_bin(file: Path) -> tuple[dict[str, Tensor], dict[str, Entry]]:
