@@ -32,8 +32,8 @@ from PIL import Image
 import llava
 from llava.assistant import Assistant
 from llava.checkpoint.load import build
-from llava.checkpoint.native import convert
 from llava.checkpoint.open import open_checkpoint
+from llava.convert.native import convert
 from llava.model.llava import Llava
 
 TINY = bench.ROOT / "llava" / "weights" / "llava-tiny"

@@ -29,8 +29,8 @@ from bench import OURS, Place
 from load import Bench, Task, read_files, weight_files, write_clip
 
 from llava.checkpoint import keymap
-from llava.checkpoint.torchzip import write_torch
 from llava.checkpoint.write import Item, write_json, write_shards
+from llava.convert.torchzip import write_torch
 from llava.model.llava import shapes
 from tests import tiny
 

@@ -1,6 +1,6 @@
 """Door of the documented command: a LLaVA folder's language model as gpt-fast's model.pth.
 
-The work is in llava/checkpoint/gptfast.py; sizes come from config.json, never from a name.
+The work is in llava/convert/gptfast.py; sizes come from config.json, never from a name.
 """
 
 import sys
@@ -22,7 +22,7 @@ def convert_hf_checkpoint(
 ) -> None:
     """Write model.pth in gpt-fast's naming and row order."""
     with guarded(), progress_bar("convert") as progress:
-        from llava.checkpoint import gptfast
+        from llava.convert import gptfast
 
         file, checkpoint = gptfast.convert(checkpoint_dir, output, progress=progress)
         if checkpoint.unused:

@@ -33,9 +33,9 @@ import torch
 from PIL import Image
 
 import llava
-from llava.checkpoint import native
 from llava.checkpoint.inspect import describe
 from llava.checkpoint.open import open_checkpoint
+from llava.convert import native
 from llava.errors import LlavaError
 from tests import mutate, tiny
 

@@ -15,7 +15,7 @@ import torch
 from llava.checkpoint import zoo
 from llava.checkpoint.detect import MODE_KEY, TEMPLATE_KEY
 from llava.checkpoint.identify import start_id
-from llava.checkpoint.native import convert
+from llava.convert.native import convert
 from tests import tiny
 from tests.tiny import ABSENT, PIECES
 

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import llava
 from llava.checkpoint import keymap
-from llava.checkpoint.check import check_equal
-from llava.checkpoint.native import convert
 from llava.checkpoint.open import open_checkpoint
 from llava.config import ImageConfig, LlavaConfig
+from llava.convert.check import check_equal
+from llava.convert.native import convert
 from llava.errors import CheckpointError, ConfigError, LlavaError
 from llava.preprocess.image import choose_canvas
 from tests import tiny

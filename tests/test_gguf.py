@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
-from llava.checkpoint import gguf, ggufread
-from llava.checkpoint.check import check_equal
-from llava.checkpoint.native import convert
 from llava.checkpoint.open import open_checkpoint
+from llava.convert import gguf, ggufread
+from llava.convert.check import check_equal
+from llava.convert.native import convert
 from llava.errors import CheckpointError
 from tests import tiny
 
@@ -210,7 +210,7 @@ def test_mpt_is_written_as_a_language_model_alone(tmp_path: Path, clip: Path) ->
 
 
 def test_small_pieces_make_the_same_file(checkpoint: Path, written: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("llava.checkpoint.gguf.PIECE_BYTES", 1000)
+    monkeypatch.setattr("llava.convert.gguf.PIECE_BYTES", 1000)
     convert(checkpoint, tmp_path / "out", to="gguf", check=False)
     for name in (MODEL, MMPROJ):
         assert (tmp_path / "out" / name).read_bytes() == (written / name).read_bytes()

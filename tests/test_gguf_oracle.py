@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from llava.checkpoint.load import build
-from llava.checkpoint.native import convert
 from llava.checkpoint.open import open_checkpoint
+from llava.convert.native import convert
 from tests import tiny
 from tests.conftest import PROJECT
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import llava
-from llava.checkpoint.llama import taken_apart
 from llava.checkpoint.open import open_checkpoint
-from llava.checkpoint.original import rules_of
+from llava.convert.llama import taken_apart
+from llava.convert.original import rules_of
 from tests import tiny
 
 FEATURES_TOLERANCE, LOGITS_TOLERANCE = 5e-5, 1e-4  # largest absolute differences, as the README advises

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 import llava
-from llava.checkpoint import native
-from llava.checkpoint.delta import write_delta
 from llava.checkpoint.inspect import describe
-from llava.checkpoint.lora import Pair, write_lora
 from llava.checkpoint.open import Checkpoint, check_headers, open_checkpoint
-from llava.checkpoint.original import write_merged, write_tower
-from llava.checkpoint.projector import write_projector
+from llava.convert import native
+from llava.convert.delta import write_delta
+from llava.convert.lora import Pair, write_lora
+from llava.convert.original import write_merged, write_tower
+from llava.convert.projector import write_projector
 from tests import tiny
 from tests.command import run
 

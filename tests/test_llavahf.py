@@ -15,11 +15,11 @@ from torch import Tensor
 import llava
 from llava.assistant import question_about
 from llava.checkpoint.files import open_weights
-from llava.checkpoint.jinja import chat_template
-from llava.checkpoint.native import LAYOUTS as WRITTEN
-from llava.checkpoint.native import convert
 from llava.checkpoint.open import open_checkpoint
 from llava.config import IMAGE
+from llava.convert.jinja import chat_template
+from llava.convert.native import LAYOUTS as WRITTEN
+from llava.convert.native import convert
 from llava.errors import CheckpointError
 from llava.preprocess.templates import TEMPLATES
 from tests import tiny

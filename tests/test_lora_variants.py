@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import llava
-from llava.checkpoint.native import convert
 from llava.checkpoint.open import Checkpoint, check_headers, open_checkpoint
+from llava.convert.native import convert
 from tests import tiny
 
 FLOAT32: dict[str, Any] = {"dtype": "float32", "device": "cpu"}

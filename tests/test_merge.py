@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import llava
-from llava.checkpoint.delta import write_delta
 from llava.checkpoint.files import open_weights
-from llava.checkpoint.merge import apply_delta, merge_lora
-from llava.checkpoint.native import convert
 from llava.checkpoint.open import check_headers, open_checkpoint
-from llava.checkpoint.projector import extract_projector
+from llava.convert.delta import write_delta
+from llava.convert.merge import apply_delta, merge_lora
+from llava.convert.native import convert
+from llava.convert.projector import extract_projector
 from llava.errors import CheckpointError
 from tests import tiny
 from tests.command import assert_one_line_error, run, run_well
@@ -267,7 +267,7 @@ def test_a_value_beyond_float16_is_refused_and_not_written_as_inf(base: Path, cl
 SLOW = """
 import sys, time
 from pathlib import Path
-from llava.checkpoint.merge import apply_delta
+from llava.convert.merge import apply_delta
 base, target, delta = map(Path, sys.argv[1:])
 apply_delta(base, target, delta, max_shard_bytes=30_000, progress=lambda done, total: time.sleep(0.02))
 """
@@ -535,8 +535,8 @@ def test_the_projector_of_a_llava_hf_export_is_the_same(clip: Path, tmp_path: Pa
 PEAK = """
 import os, sys, threading, time
 from pathlib import Path
-from llava.checkpoint.check import logits
-from llava.checkpoint.merge import apply_delta
+from llava.convert.check import logits
+from llava.convert.merge import apply_delta
 from llava.checkpoint.open import open_checkpoint
 
 def anonymous():

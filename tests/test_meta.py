@@ -10,8 +10,8 @@ from torch import Tensor
 
 import llava
 from llava.checkpoint.inspect import describe
-from llava.checkpoint.native import convert
 from llava.checkpoint.open import check_headers, open_checkpoint
+from llava.convert.native import convert
 from llava.errors import CheckpointError, LlavaError
 from tests import tiny
 

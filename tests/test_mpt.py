@@ -13,12 +13,12 @@ from torch import Tensor
 
 import llava
 from llava.assistant import Assistant, question_about
-from llava.checkpoint import gptfast
-from llava.checkpoint.check import check_equal
 from llava.checkpoint.inspect import describe
-from llava.checkpoint.native import convert
 from llava.checkpoint.open import open_checkpoint
 from llava.config import DecoderConfig, LlavaConfig
+from llava.convert import gptfast
+from llava.convert.check import check_equal
+from llava.convert.native import convert
 from llava.engine import step
 from llava.errors import CheckpointError, ConfigError
 from llava.model.cache import KVCache

@@ -13,9 +13,9 @@ from torch import Tensor
 import llava
 from llava.assistant import question_about
 from llava.checkpoint.inspect import Scan, describe, scan
-from llava.checkpoint.native import convert
 from llava.checkpoint.open import Checkpoint, check_headers, open_checkpoint
-from llava.checkpoint.projector import extract_projector
+from llava.convert.native import convert
+from llava.convert.projector import extract_projector
 from tests import tiny
 
 FLOAT32: dict[str, Any] = {"dtype": "float32", "device": "cpu"}

@@ -14,9 +14,10 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from llava.checkpoint import gptfast, keymap, llama
+from llava.checkpoint import keymap
 from llava.checkpoint.keymap import Rule
 from llava.config import IMAGE, DecoderConfig, ImageConfig, LlavaConfig, ProjectorConfig, VisionConfig
+from llava.convert import gptfast, llama
 from llava.errors import PromptError
 from llava.model.llava import Llava, shapes
 from llava.preprocess.conversation import Style, Template, Turn, render

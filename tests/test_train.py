@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import llava.train.loss
 import llava.train.start
 from llava.checkpoint.open import open_checkpoint
-from llava.checkpoint.original import named
+from llava.convert.original import named
 from llava.errors import CheckpointError, ConfigError, LlavaError
 from llava.model.decoder import Decoder
 from llava.preprocess.inputs import ModelInput

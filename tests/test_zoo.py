@@ -14,10 +14,10 @@ import llava
 from llava.checkpoint import zoo
 from llava.checkpoint.identify import identify
 from llava.checkpoint.inspect import describe
-from llava.checkpoint.native import convert
 from llava.checkpoint.open import look, open_checkpoint
 from llava.checkpoint.traits import recorded_name
 from llava.cli import app
+from llava.convert.native import convert
 from tests import rows, tiny
 from tests.command import assert_one_line_error, run, run_well
 

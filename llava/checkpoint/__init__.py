@@ -1,1 +1,1 @@
-"""Checkpoints on disk: what a folder holds, under which names, and how it becomes weights. Foreign formats end here."""
+"""Checkpoints on disk: what a folder holds, under which names, and how it becomes weights. `convert` writes them."""

@@ -56,7 +56,7 @@ def convert(
     force: Force = False,
 ) -> None:
     """Write a checkpoint in another layout."""
-    from llava.checkpoint import native as job
+    from llava.convert import native as job
 
     started = time.perf_counter()
     with progress_bar("convert") as progress:

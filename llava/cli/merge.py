@@ -11,7 +11,7 @@ from llava.cli.app import app, progress_bar
 from llava.cli.options import AsJson, Base, Checkpoint, Force, Revision, VisionTower
 
 if TYPE_CHECKING:
-    from llava.checkpoint.merge import Merged
+    from llava.convert.merge import Merged
 
 BaseModel = Annotated[
     str, typer.Option("--base", "--base-model-path", "--model-base", help="folder or hub id of the base LLM")
@@ -39,7 +39,7 @@ def apply_delta(
     as_json: AsJson = False,
 ) -> None:
     """Base weights + published delta -> usable weights."""
-    from llava.checkpoint import merge as job
+    from llava.convert import merge as job
 
     with progress_bar("apply delta") as progress:
         done = job.apply_delta(
@@ -69,7 +69,7 @@ def merge_lora(
     as_json: AsJson = False,
 ) -> None:
     """Base weights + LoRA -> usable weights."""
-    from llava.checkpoint import merge as job
+    from llava.convert import merge as job
 
     with progress_bar("merge LoRA") as progress:
         done = job.merge_lora(
@@ -93,7 +93,7 @@ def make_delta(
     delta: Annotated[Path, typer.Option("--delta", "--delta-path", help="folder to write; absent or empty")],
 ) -> None:
     """Whole model - base weights -> a delta that can be passed on."""
-    from llava.checkpoint import delta as job
+    from llava.convert import delta as job
 
     with progress_bar("make delta") as progress:
         job.write_delta(delta, target, base, form="safetensors", progress=progress)
@@ -109,7 +109,7 @@ def extract_projector(
     revision: Revision = None,
 ) -> None:
     """A LLaVA's projector alone, as stage 1 leaves it."""
-    from llava.checkpoint import projector as job
+    from llava.convert import projector as job
 
     n = job.extract_projector(checkpoint, out, base=base, vision_tower=vision_tower, revision=revision)
     print(f"{out}: {n} tensors in mm_projector.bin")

@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from llava.checkpoint.lora import write_lora
 from llava.checkpoint.open import Checkpoint, look
-from llava.checkpoint.original import write_merged
-from llava.checkpoint.projector import write_projector
+from llava.convert.lora import write_lora
+from llava.convert.original import write_merged
+from llava.convert.projector import write_projector
 from llava.errors import ConfigError
 from llava.model.llava import Llava
 from llava.train.lora import pairs

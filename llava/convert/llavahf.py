@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-from llava.checkpoint import llama
 from llava.checkpoint.detect import MODE_KEY, TEMPLATE_KEY
 from llava.checkpoint.files import Weights, read_json
-from llava.checkpoint.jinja import chat_template
 from llava.checkpoint.keymap import LLAVA_HF
 from llava.checkpoint.onbase import LENGTHENED
 from llava.checkpoint.open import Checkpoint
-from llava.checkpoint.original import clip_settings, processor_settings
 from llava.checkpoint.source import Cut, Given, Mean, Rows, Source, Stored
 from llava.checkpoint.write import Item, copy_tokenizer, write_json, write_safetensors
 from llava.config import ImageConfig, ProjectorConfig, VisionConfig
+from llava.convert import llama
+from llava.convert.jinja import chat_template
+from llava.convert.original import clip_settings, processor_settings
 from llava.errors import CheckpointError
 from llava.preprocess.templates import TEMPLATES
 from llava.preprocess.tokenizer import Tokenizer

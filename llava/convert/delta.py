@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 
-from llava.checkpoint import bases, llama
+from llava.checkpoint import bases
 from llava.checkpoint.files import read_json
 from llava.checkpoint.onbase import fits
 from llava.checkpoint.open import Checkpoint, open_checkpoint
-from llava.checkpoint.original import WRITERS, Form, rules_of
 from llava.checkpoint.source import Source, Summed, Typed
 from llava.checkpoint.write import Progress, copy_tokenizer, new_folder, silent, write_shards
+from llava.convert import llama
+from llava.convert.original import WRITERS, Form, rules_of
 from llava.errors import CheckpointError
 
 

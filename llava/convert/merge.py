@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from llava.checkpoint import llama
 from llava.checkpoint.detect import FORMAT_KEY, TEMPLATE_KEY, Facts, Finding, detect
 from llava.checkpoint.files import locate, reading
 from llava.checkpoint.open import SUPPORTED, Checkpoint, check_headers, look, open_checkpoint
-from llava.checkpoint.original import rules_of
-from llava.checkpoint.partial import growing
 from llava.checkpoint.source import Adapted, AdaptedIn, Source, Summed, Typed
 from llava.checkpoint.write import MAX_SHARD_BYTES, Item, Progress, copy_tokenizer, silent, write_index, write_json
 from llava.checkpoint.write import free_folder as check_free
+from llava.convert import llama
+from llava.convert.original import rules_of
+from llava.convert.partial import growing
 from llava.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"

@@ -5,12 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava.checkpoint import gguf, ggufread, llama, llavahf, original
-from llava.checkpoint.check import check_equal, check_logits
 from llava.checkpoint.detect import FORMAT_KEY, NATIVE_FORMAT
 from llava.checkpoint.open import Checkpoint, check_headers, open_checkpoint
-from llava.checkpoint.report import left_out, report
 from llava.checkpoint.write import Item, Progress, copy_tokenizer, new_folder, silent, write_json, write_shards
+from llava.convert import gguf, ggufread, llama, llavahf, original
+from llava.convert.check import check_equal, check_logits
+from llava.convert.report import left_out, report
 from llava.errors import ConfigError
 from llava.preprocess.tokenizer import JsonTokenizer
 

@@ -8,12 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from llava.checkpoint import keymap, llama, published
+from llava.checkpoint import keymap, published
 from llava.checkpoint.detect import TEMPLATE_KEY, is_mistral
 from llava.checkpoint.keymap import Rule
 from llava.checkpoint.open import Checkpoint
 from llava.checkpoint.source import Given, Source
-from llava.checkpoint.torchzip import write_torch
 from llava.checkpoint.tower import OWN_TOWER
 from llava.checkpoint.write import (
     MAX_SHARD_BYTES,
@@ -27,6 +26,8 @@ from llava.checkpoint.write import (
     write_shards,
 )
 from llava.config import ImageConfig, LlavaConfig, ProjectorConfig, VisionConfig
+from llava.convert import llama
+from llava.convert.torchzip import write_torch
 from llava.errors import CheckpointError, ConfigError
 from llava.model.llava import shapes
 from llava.preprocess.tokenizer import Tokenizer, load_tokenizer

@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava.checkpoint import ggufvocab, keymap
-from llava.checkpoint.gptfast import interleaved
+from llava.checkpoint import keymap
 from llava.checkpoint.joined import PIECE_BYTES
 from llava.checkpoint.keymap import Rule
-from llava.checkpoint.llama import part_rows
 from llava.checkpoint.open import Checkpoint
 from llava.checkpoint.source import Source, Typed
 from llava.checkpoint.write import Item, Progress, counting, write_bytes
+from llava.convert import ggufvocab
+from llava.convert.gptfast import interleaved
+from llava.convert.llama import part_rows
 from llava.errors import CheckpointError, ConfigError
 
 _BLOCKS = (

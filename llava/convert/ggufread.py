@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from llava.checkpoint import keymap
-from llava.checkpoint.gguf import MMPROJ, MMPROJ_FILE, MODEL_FILE, RULES, package
 from llava.checkpoint.joined import Stacked
 from llava.checkpoint.open import Checkpoint
 from llava.checkpoint.source import Given, HalfSplit, Source
 from llava.config import DecoderConfig, ImageConfig, ProjectorConfig, RopeScaling, VisionConfig
+from llava.convert.gguf import MMPROJ, MMPROJ_FILE, MODEL_FILE, RULES, package
 from llava.errors import CheckpointError
 
 

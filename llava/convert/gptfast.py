@@ -12,11 +12,11 @@ from torch import Tensor
 
 from llava.checkpoint import keymap
 from llava.checkpoint.keymap import Rule
-from llava.checkpoint.llama import require_llama
 from llava.checkpoint.open import Checkpoint, check_headers, open_checkpoint
 from llava.checkpoint.source import Source
-from llava.checkpoint.torchzip import write_torch
 from llava.checkpoint.write import Item, Progress, counting, new_file, silent
+from llava.convert.llama import require_llama
+from llava.convert.torchzip import write_torch
 
 GPT_FAST = (
     Rule("tok_embeddings.weight", "decoder.embed.weight"),
