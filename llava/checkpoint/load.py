@@ -8,7 +8,8 @@ from torch import Tensor
 
 from llava.checkpoint.files import check_finite
 from llava.checkpoint.open import Checkpoint, check_headers
-from llava.checkpoint.source import Adapted, Source, Stored
+from llava.checkpoint.source import Source, Stored
+from llava.checkpoint.sums import Adapted
 from llava.config import LlavaConfig
 from llava.errors import ConfigError
 from llava.model.llava import Llava, shapes, skeleton

@@ -9,7 +9,8 @@ from llava.checkpoint import keymap
 from llava.checkpoint.detect import Facts, Kind
 from llava.checkpoint.files import Weights, read_json, reading
 from llava.checkpoint.keymap import Rule
-from llava.checkpoint.source import Adapted, Adapter, Cut, Mean, Rows, Source, Stored, Summed
+from llava.checkpoint.source import Cut, Mean, Rows, Source, Stored
+from llava.checkpoint.sums import Adapted, Adapter, Summed
 from llava.errors import CheckpointError
 from llava.preprocess.tokenizer import Tokenizer
 

@@ -5,17 +5,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from llava.checkpoint import bases, keymap, lone, meta, settings
-from llava.checkpoint.detect import FORMAT_KEY, NATIVE_FORMAT, Choice, Facts, Finding, Kind, choose_template, detect
+from llava.checkpoint import bases, describe, keymap, lone, meta, settings
+from llava.checkpoint.detect import FORMAT_KEY, Choice, Facts, Finding, Kind, choose_template, detect
 from llava.checkpoint.files import locate, locate_file, meta_shards, open_weights, read_json, reading
 from llava.checkpoint.onbase import ON_BASE, Base, Put, new_tokens, put_on
-from llava.checkpoint.settings import ImageMode, Shapes
+from llava.checkpoint.settings import ImageMode
 from llava.checkpoint.source import Source, Stored
-from llava.checkpoint.tower import Tower, find_tower, own_tower
-from llava.config import DecoderConfig, LlavaConfig, ProjectorConfig
+from llava.config import LlavaConfig
 from llava.errors import CheckpointError, ConfigError
 from llava.model.llava import shapes
 from llava.preprocess.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
@@ -99,7 +97,7 @@ def open_checkpoint(
     with reading(folder / "config.json"):
         finding = detect(facts)
         if finding.kind == "llava-hf":
-            processor = _processor(folder)
+            processor = describe.processor_of(folder)
             image_mode = image_mode or settings.mode_of(facts.settings, processor)
             facts = facts._replace(settings=settings.flat(facts.settings, processor, str(folder)))
     if finding.kind not in (*SUPPORTED, *ON_BASE):
@@ -110,42 +108,30 @@ def open_checkpoint(
     described = facts if facts.settings or not under else look(under.folder)  # a LoRA of peft alone has no config.json
     if bare := folder.is_file() and not facts.settings:
         described = facts._replace(settings=lone.seen(facts, vision_tower))
-    files = folder if under is None or has_tokenizer(folder) else under.tokenizer_folder
-    files = meta.tokenizer_folder(folder) if finding.kind == "meta" else files
-    tokenizer = load_tokenizer(files, legacy_strip=legacy_strip, fast=finding.kind == "llava-hf")
-    more = dict[str, int]()
-    if under and tokenizer.id_of("<im_start>") is None and (more := new_tokens(finding.kind, facts, tokenizer.size)):
-        tokenizer = load_tokenizer(files, legacy_strip=legacy_strip, more=more)
+    tokenizer, files, more = _tokenizer(facts, finding.kind, under, legacy_strip)
     put = _on_base(facts, finding.kind, under, tokenizer) if under else _alone(facts, finding.kind)
     if put.unknown and not lenient:
         raise _unknown(put.unknown)
     held = put.sources
     with reading(described.folder / "config.json"):
         if FORMAT_KEY in described.settings:
-            config, tower = _native_config(described, vision, image_mode), None
+            config, tower = describe.native_config(described, vision, image_mode), None
         else:
             sizes = under.config.decoder if under and bare else None
             family = under.config.decoder.kind if under else finding.kind
-            decoder = _decoder(described, family, held, sizes)
-            config, tower = _foreign_config(described, decoder, held, vision, vision_tower, image_mode, fetch_tower)
-        projector = config.projector or _projector_held(held, config)
+            decoder = describe.decoder_config(described, family, held, sizes)
+            config, tower = describe.foreign_config(
+                described, decoder, held, vision, vision_tower, image_mode, fetch_tower
+            )
+        projector = config.projector or describe.projector_held(held, config)
         kind = "native" if FORMAT_KEY in described.settings else finding.kind
         choice = choose_template(kind, described.settings, config.decoder, projector, tokenizer)
     if put.start_end:
         config = replace(config, start_end=True)
-    if config.vision and config.start_end and tokenizer.id_of("<im_start>") is None:
-        raise CheckpointError(
-            f"{folder}: mm_use_im_start_end is on, but the tokenizer has no <im_start>; add its files"
-        )
     if under and not has_tokenizer(folder):
         config = replace(config, eos_ids=config.eos_ids or under.config.eos_ids)
     config = replace(config, template=choice.template)
-    if config.decoder.n_layers > len(held) > 0:
-        where, n = described.folder / "config.json", config.decoder.n_layers
-        raise CheckpointError(
-            f"{where}: asks for {n} layers, the files hold {len(held)} tensors: config.json and weights are of "
-            "different models"
-        )
+    _refuse_contradiction(config, described.folder, len(held), tokenizer)
     wanted = shapes(config)
     if under:
         _check_base(under, facts, finding, config, held, wanted, lenient)
@@ -214,6 +200,18 @@ def _open_base(base: str | Path | None, facts: Facts, finding: Finding, **option
     return open_checkpoint(found, vision=False, **options)
 
 
+def _tokenizer(
+    facts: Facts, kind: Kind, under: Checkpoint | None, legacy_strip: bool
+) -> tuple[Tokenizer, Path, dict[str, int]]:
+    """The folder's own or its base's; where its files lie; the tokens that LLaVA adds and those files do not have."""
+    files = facts.folder if under is None or has_tokenizer(facts.folder) else under.tokenizer_folder
+    files = meta.tokenizer_folder(facts.folder) if kind == "meta" else files
+    tokenizer = load_tokenizer(files, legacy_strip=legacy_strip, fast=kind == "llava-hf")
+    if under and tokenizer.id_of("<im_start>") is None and (more := new_tokens(kind, facts, tokenizer.size)):
+        return load_tokenizer(files, legacy_strip=legacy_strip, more=more), files, more
+    return tokenizer, files, {}
+
+
 def _on_base(facts: Facts, kind: Kind, under: Checkpoint, tokenizer: Tokenizer) -> Put:
     rules = keymap.LLAVA_MPT if under.config.decoder.kind == "mpt" else keymap.LLAVA
     return put_on(kind, facts, Base(under.folder, {**under.spare, **under.sources}, rules), tokenizer)
@@ -247,6 +245,19 @@ def _check_base(
         bases.check_vocabulary(*rows, facts, f"{under.folder}: {wrong}", lenient)
 
 
+def _refuse_contradiction(config: LlavaConfig, described: Path, n_held: int, tokenizer: Tokenizer) -> None:
+    """config.json, weights and tokenizer can be of one model."""
+    if config.vision and config.start_end and tokenizer.id_of("<im_start>") is None:
+        raise CheckpointError(
+            f"{described}: mm_use_im_start_end is on, but the tokenizer has no <im_start>; add its files"
+        )
+    if config.decoder.n_layers > n_held > 0:
+        raise CheckpointError(
+            f"{described / 'config.json'}: asks for {config.decoder.n_layers} layers, the files hold {n_held} tensors: "
+            "config.json and weights are of different models"
+        )
+
+
 def _sizes(shape: tuple[int, ...] | None) -> str:
     return "none" if shape is None else " x ".join(map(str, shape))
 
@@ -261,77 +272,6 @@ def _refuse_half_a_model(spare: Mapping[str, Source], config: LlavaConfig, lenie
             )
 
 
-def _native_config(facts: Facts, vision: bool, image_mode: ImageMode | None) -> LlavaConfig:
-    where = facts.folder / "config.json"
-    if (found := facts.settings[FORMAT_KEY]) != NATIVE_FORMAT:
-        raise CheckpointError(
-            f"{where}: {FORMAT_KEY} is {found!r}, this version reads {NATIVE_FORMAT!r}; upgrade llava"
-        )
-    config = LlavaConfig.from_dict({key: value for key, value in facts.settings.items() if key != FORMAT_KEY})
-    if not vision:
-        return replace(config, vision=None, projector=None, image=None)
-    if config.image and image_mode and image_mode != config.image.mode:
-        return replace(config, image=settings.in_mode(config.image, image_mode))
-    return config
-
-
-def _decoder(facts: Facts, family: str, held: Mapping[str, Source], like: DecoderConfig | None) -> DecoderConfig:
-    """The language model's sizes as config.json has them, else `like` another's; the rows are those held."""
-    if like:
-        return replace(like, vocab_size=held["decoder.embed.weight"].shape[0])
-    read = settings.mpt_config if family == "mpt" else settings.decoder_config
-    where = str(facts.folder / "config.json")
-    return read(facts.settings, {name: source.shape for name, source in held.items()}, where)
-
-
-def _foreign_config(
-    facts: Facts,
-    decoder: DecoderConfig,
-    held: Mapping[str, Source],
-    vision: bool,
-    vision_tower: str | Path | None,
-    image_mode: ImageMode | None,
-    fetch_tower: bool,
-) -> tuple[LlavaConfig, Path | None]:
-    """The config, and the folder of the vision tower where there is one."""
-    where = str(facts.folder if facts.folder.is_file() else facts.folder / "config.json")
-    found: Shapes = {name: source.shape for name, source in held.items()}
-    generation = facts.folder / "generation_config.json"
-    config = LlavaConfig(
-        decoder=decoder,
-        start_end=bool(facts.settings.get("mm_use_im_start_end", False)),
-        eos_ids=settings.end_ids(facts.folder, read_json(generation) if generation.is_file() else {}),
-        dtype=settings.stored_dtype(facts.settings, held["decoder.norm.weight"].dtype if held else torch.float16),
-        padding_side=facts.settings.get("tokenizer_padding_side") or "right",
-        trained_seq=facts.settings.get("tokenizer_model_max_length"),
-    )
-    named = facts.settings.get("mm_vision_tower")
-    if not vision or not (named or "projector.0.weight" in held):
-        return config, None
-    if not (vision_tower or named):
-        raise CheckpointError(
-            f"{where}: names no mm_vision_tower; pass vision_tower= (--vision-tower), or vision=False"
-        )
-    if own := settings.table(facts.settings, "vision_config", where):
-        tower = Tower(None, own, _processor(facts.folder))
-    else:
-        tower = find_tower(str(vision_tower or own_tower(facts.folder) or named), found, fetch=fetch_tower)
-    with reading(tower.folder / "config.json" if tower.folder else Path(where)):
-        seen = settings.vision_config(tower.config, facts.settings, str(tower.folder or where))
-    image = settings.image_config(tower.processor, facts.settings, seen)
-    return replace(
-        config,
-        vision=seen,
-        projector=settings.projector_config(facts.settings, seen, config.decoder),
-        image=settings.in_mode(image, image_mode or "original"),
-    ), tower.folder
-
-
-def _processor(folder: Path) -> dict[str, Any]:
-    file = folder / "preprocessor_config.json"
-    return read_json(file) if file.is_file() else {}
-
-
 def _of_tower(folder: Path, needed: bool) -> dict[str, Source]:
     """The tensors of a CLIP folder."""
     weights = open_weights(folder)
@@ -341,14 +281,6 @@ def _of_tower(folder: Path, needed: bool) -> dict[str, Source]:
     if planned.unknown:
         raise _unknown({name: weights.entries[name].file for name in planned.unknown})
     return {ours: Stored(weights=weights, names=names) for ours, names in planned.sources.items()}
-
-
-def _projector_held(held: Mapping[str, Source], config: LlavaConfig) -> ProjectorConfig | None:
-    """The projector as its tensors show it, for a checkpoint that is opened without vision."""
-    weights = [source for name, source in held.items() if name.startswith("projector.") and name.endswith("weight")]
-    if not weights:
-        return None
-    return ProjectorConfig(in_dim=weights[0].shape[1], out_dim=config.decoder.dim, depth=len(weights))
 
 
 def check_headers(checkpoint: Checkpoint) -> None:

@@ -1,13 +1,12 @@
-"""Where one of our tensors comes from: files, memory, or a sum of such. Values are made when they are asked for.
+"""Where one of our tensors comes from: files, memory, or rows of such. Values are made when they are asked for.
 
 R rows, the first dimension
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -137,7 +136,7 @@ class Given(Source):
         return self.tensor.detach()[start:stop].cpu()
 
 
-class _Over(Source):
+class Over(Source):
     """Something done to another tensor, whose shape and type it keeps."""
 
     base: Source
@@ -164,7 +163,7 @@ class _Over(Source):
 
 
 @dataclass(frozen=True)
-class HalfSplit(_Over):
+class HalfSplit(Over):
     """Rows of q or k that lie in neighbouring pairs, as Meta's code and llama.cpp rotate them, in the order of the hub.
 
     Row i of a head is the first of pair i in the first half of the head, the second of its pair in the second.
@@ -182,7 +181,7 @@ class HalfSplit(_Over):
 
 
 @dataclass(frozen=True)
-class Typed(_Over):
+class Typed(Over):
     """A tensor in another type."""
 
     base: Source
@@ -200,86 +199,8 @@ class Typed(_Over):
         return narrow
 
 
-class Adapter(NamedTuple):
-    """A LoRA of the rows from `first` on: scale * B @ A."""
-
-    first: int
-    a: Source  # [r, in]
-    b: Source  # [rows, r]
-    scale: float
-
-
 @dataclass(frozen=True)
-class Adapted(_Over):
-    """W + scale * B @ A in float32. arXiv:2106.09685."""
-
-    base: Source
-    adapters: Sequence[Adapter]
-
-    @property
-    def where(self) -> str:
-        return f"{self.base.where} + {self.adapters[0].a.where}"
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        values = self.base.rows(start, stop).to(torch.float32, copy=True)
-        for first, a, b, scale in self.adapters:
-            low, high = max(start, first), min(stop, first + b.shape[0])
-            if low < high:
-                part = values[low - start : high - start]
-                part.addmm_(b.rows(low - first, high - first).float(), a.read().float(), alpha=scale)
-        return values
-
-
-@dataclass(frozen=True)
-class AdaptedIn(Adapted):
-    """W + scale * B @ A as the original's merge has it: all in one type, the product in float32 and rounded to it.
-
-    peft 0.7.1, `merge_and_unload` of a float16 model on a CPU.
-    """
-
-    kind: torch.dtype
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.kind
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        values = self.base.rows(start, stop).to(self.kind, copy=True)
-        for first, a, b, scale in self.adapters:
-            low, high = max(start, first), min(stop, first + b.shape[0])
-            if low < high:
-                factors = b.rows(low - first, high - first), a.read()
-                left, right = (factor.to(self.kind).float() for factor in factors)
-                values[low - start : high - start] += (left @ right * scale).to(self.kind)
-        return values
-
-
-@dataclass(frozen=True)
-class Summed(_Over):
-    """base + sign * other of values in one type, rounded to it; rows that `other` has not are the base's own."""
-
-    base: Source
-    other: Source
-    kind: torch.dtype
-    sign: int = 1
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.kind
-
-    @property
-    def where(self) -> str:
-        return f"{self.base.where} and {self.other.where}"
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        values = self.base.rows(start, stop).to(self.kind)
-        last = max(start, min(stop, self.other.shape[0]))
-        both = values[: last - start].add(self.other.rows(start, last).to(self.kind), alpha=self.sign)
-        return both if last == stop else torch.cat([both, values[last - start :]])
-
-
-@dataclass(frozen=True)
-class Rows(_Over):
+class Rows(Over):
     """A table with `extra` rows from row `first` on, in place of its own or behind them."""
 
     base: Source
@@ -305,7 +226,7 @@ class Rows(_Over):
 
 
 @dataclass(frozen=True)
-class Mean(_Over):
+class Mean(Over):
     """`n` rows, each the mean of a table's rows: as LLaVA starts the rows of new tokens."""
 
     base: Source
@@ -326,7 +247,7 @@ class Mean(_Over):
 
 
 @dataclass(frozen=True)
-class Cut(_Over):
+class Cut(Over):
     """Some rows of a table."""
 
     base: Source

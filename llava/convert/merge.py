@@ -12,7 +12,8 @@ import torch
 from llava.checkpoint.detect import FORMAT_KEY, TEMPLATE_KEY, Facts, Finding, detect
 from llava.checkpoint.files import locate, reading
 from llava.checkpoint.open import SUPPORTED, Checkpoint, check_headers, look, open_checkpoint
-from llava.checkpoint.source import Adapted, AdaptedIn, Source, Summed, Typed
+from llava.checkpoint.source import Source, Typed
+from llava.checkpoint.sums import Adapted, AdaptedIn, Summed
 from llava.checkpoint.write import MAX_SHARD_BYTES, Item, Progress, copy_tokenizer, silent, write_index, write_json
 from llava.checkpoint.write import free_folder as check_free
 from llava.convert import llama
