@@ -176,6 +176,19 @@ def test_a_lora_goes_on_a_native_and_on_a_merged_base_too(
     assert_same(tensors_of(opened(lora, base=tmp_path / "native")), first)
 
 
+@pytest.mark.parametrize("to", ["native", "original", "hf"])
+def test_a_tower_that_is_given_need_not_be_reached_under_its_name(
+    to: str, clip: Path, base: Path, tmp_path: Path
+) -> None:
+    lora = tiny.write_lora(tmp_path / "lora", clip=clip, mm_vision_tower="nobody/clip")
+    native.convert(lora, tmp_path / to, to=to, base=base, vision_tower=clip)
+    found = opened(tmp_path / to, vision_tower=clip if to == "original" else None)
+    assert "nobody/clip" in (found.vision_tower or "") if to == "original" else found.tower_inside
+    tower = [name for name in found.sources if name.startswith("vision.")]
+    expected = opened(lora, base=base, vision_tower=clip)
+    assert_same(*({name: of.sources[name].read() for name in tower} for of in (found, expected)))
+
+
 def test_the_folders_names_do_not_matter(clip: Path, base: Path, tmp_path: Path) -> None:
     lora = tiny.write_lora(tmp_path / "llava-lora", clip=clip)
     renamed, other = tmp_path / "x", tmp_path / "y"

@@ -44,6 +44,7 @@ class Checkpoint:
     tokenizer_folder: Path  # where its files lie: the base's, for folders that bring none
     new_tokens: Mapping[str, int]  # that the tokenizer has and those files do not
     vision_tower: str | None  # as config.json names it, or as it was given
+    tower_folder: Path | None  # where the tower's config was read, and its weights if they are not inside
     tower_inside: bool  # the folder holds the tower's weights itself
 
     @property
@@ -152,6 +153,7 @@ def open_checkpoint(
         tokenizer_folder=files,
         new_tokens=more,
         vision_tower=described.settings.get("mm_vision_tower") or (str(vision_tower) if vision_tower else None),
+        tower_folder=tower,
         tower_inside="vision.cls" in held,
     )
 

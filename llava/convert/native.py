@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from llava.checkpoint.detect import FORMAT_KEY, NATIVE_FORMAT
 from llava.checkpoint.open import Checkpoint, check_headers, open_checkpoint
+from llava.checkpoint.tower import own_tower
 from llava.checkpoint.write import Item, Progress, copy_tokenizer, new_folder, silent, write_json, write_shards
 from llava.convert import gguf, ggufread, llama, llavahf, original
 from llava.convert.check import check_equal, check_logits
@@ -58,7 +59,7 @@ def _shards(
 
 
 def _reopened(folder: Path, checkpoint: Checkpoint) -> Checkpoint:
-    tower = None if checkpoint.tower_inside else checkpoint.vision_tower
+    tower = None if own_tower(folder) else checkpoint.tower_folder  # not the one of the name: that may be out of reach
     again = open_checkpoint(folder, vision=checkpoint.config.vision is not None, vision_tower=tower)
     check_headers(again)
     return again
