@@ -203,3 +203,13 @@ def test_a_lone_layer_that_is_no_matrix_is_refused(
 ) -> None:
     file = written(tmp_path / "x.bin", {"model.mm_projector.weight": torch.zeros(shape)})
     assert "a projector's layer is a matrix" in refused(file, base=base, vision_tower=clip)
+
+
+def test_a_tower_given_as_a_relative_path_is_recorded_so_that_it_holds_elsewhere(
+    clip: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = written(tmp_path / "x.bin", projector())
+    monkeypatch.chdir(clip.parent)
+    convert(file, tmp_path / "out", to="original", base=base, vision_tower=clip.name)
+    monkeypatch.chdir(tmp_path)
+    assert opened("out").vision_tower == str(clip)

@@ -94,7 +94,7 @@ def open_checkpoint(
     warned of. `fetch_tower`: False for looking only, see `find_tower`. Raises CheckpointError, ConfigError.
     """
     facts = path if isinstance(path, Facts) else look(path, revision)
-    folder = facts.folder
+    folder, vision_tower = facts.folder, _lasting(vision_tower) if vision_tower else None
     with reading(folder / "config.json"):
         finding = detect(facts)
         if finding.kind == "llava-hf":
@@ -152,10 +152,15 @@ def open_checkpoint(
         tokenizer=tokenizer,
         tokenizer_folder=files,
         new_tokens=more,
-        vision_tower=described.settings.get("mm_vision_tower") or (str(vision_tower) if vision_tower else None),
+        vision_tower=described.settings.get("mm_vision_tower") or vision_tower,
         tower_folder=tower,
         tower_inside="vision.cls" in held,
     )
+
+
+def _lasting(place: str | Path) -> str:
+    """A hub id, or a folder under a name that holds wherever one stands."""
+    return str(Path(place).expanduser().absolute()) if Path(place).expanduser().is_dir() else str(place)
 
 
 def _unsupported(folder: Path, finding: Finding) -> CheckpointError:
