@@ -323,3 +323,8 @@ def test_a_tokenizer_whose_pieces_are_no_utf8_is_refused_in_one_line(tmp_path: P
     with pytest.raises(CheckpointError, match=r"tokenizer\.model: piece 300 is no UTF-8"):
         convert(folder, tmp_path / "out", to="gguf")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_gguf_is_no_input_and_the_line_says_so(written: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"written and not read; give the checkpoint that it was made from"):
+        convert(written / MODEL, tmp_path / "out")

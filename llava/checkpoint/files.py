@@ -52,6 +52,8 @@ def locate(source: str | Path, *, revision: str | None = None, weights: bool = T
         except UnicodeDecodeError:
             raise CheckpointError(f"{folder!r}: the folder's name is not UTF-8; rename it") from None
         return folder
+    if folder.suffix == ".gguf" and folder.is_file():
+        raise CheckpointError(f"{folder}: GGUF is written and not read; give the {what} that it was made from")
     if folder.is_file():
         raise CheckpointError(f"{folder}: is a file; give the folder that the {what} lies in")
     parts = str(source).split("/")
