@@ -16,7 +16,7 @@ from llava.checkpoint.keymap import LLAVA_HF
 from llava.checkpoint.onbase import LENGTHENED
 from llava.checkpoint.open import Checkpoint
 from llava.checkpoint.source import Cut, Given, Mean, Rows, Source, Stored
-from llava.checkpoint.write import Item, copy_tokenizer, write_json, write_safetensors
+from llava.checkpoint.write import Item, complete_tokenizer, copy_tokenizer, write_json, write_safetensors
 from llava.config import ImageConfig, ProjectorConfig, VisionConfig
 from llava.convert import llama
 from llava.convert.jinja import chat_template
@@ -166,10 +166,11 @@ def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
         for text, id in ids.items()
     }  # fmt: skip
     file = folder / "tokenizer_config.json"
-    settings: dict[str, Any] = read_json(file) if file.is_file() else {"tokenizer_class": "LlamaTokenizer"}
+    settings = read_json(file) if file.is_file() else {}
     decoder = {**settings.get("added_tokens_decoder", {}), **entries}
     write_json(file, settings | {"added_tokens_decoder": decoder, "pad_token": PAD_TOKEN})
     _extend(folder / "special_tokens_map.json", {"pad_token": PAD_TOKEN})
+    complete_tokenizer(folder)
     if (folder / "tokenizer.json").is_file():
         _extend_json_tokenizer(folder / "tokenizer.json", list(ids))
 
@@ -229,6 +230,7 @@ def copy_plain_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
         if decoder := settings.get("added_tokens_decoder"):
             settings["added_tokens_decoder"] = {id: t for id, t in decoder.items() if t["content"] not in ours}
         write_json(file, settings)
+    complete_tokenizer(folder)
 
 
 def _speaks_of(value: Any, texts: set[str]) -> bool:

@@ -218,6 +218,11 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
 
 
+def special_names(folder: Path) -> dict[str, str]:
+    """bos_token and the like -> text, as a folder's files name them."""
+    return _special_names(_read(folder / "tokenizer_config.json"), _read(folder / "special_tokens_map.json"))
+
+
 def load_tokenizer(
     folder: Path, *, legacy_strip: bool = False, fast: bool = False, more: Mapping[str, int] | None = None
 ) -> Tokenizer:
