@@ -253,6 +253,14 @@ def test_a_lora_that_is_broken_is_refused_by_name(lora: Path, base: Path) -> Non
     assert "use_dora" in refused(lora, base=base)
 
 
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
+def test_a_lora_whose_start_changed_its_base_is_refused(start: str, lora: Path, base: Path) -> None:
+    tiny.edit_json(lora / "adapter_config.json", init_lora_weights=start)
+    assert "merge it with peft" in refused(lora, base=base)
+    tiny.edit_json(lora / "adapter_config.json", init_lora_weights="gaussian")
+    assert opened(lora, base=base).kind == "lora"
+
+
 def test_inspect_tells_what_a_lora_needs_and_with_its_base_what_it_becomes(lora: Path, base: Path) -> None:
     alone, whole = describe(lora), describe(lora, base=str(base))
     assert alone.base == "lmsys/vicuna-13b-v1.3"

@@ -101,9 +101,14 @@ def _pairs(weights: Weights, rules: tuple[Rule, ...]) -> tuple[dict[str, dict[st
 def _scale(file: Path) -> Callable[[str, int], float]:
     """The factor of B @ A by name and rank. Raises CheckpointError for kinds of LoRA that this is not."""
     config = read_json(file)
-    for key in ("fan_in_fan_out", "use_dora", "layer_replication"):
+    for key in ("fan_in_fan_out", "use_dora", "layer_replication", "lora_bias", "use_qalora"):
         if config.get(key):
             raise CheckpointError(f"{file}: {key} is {config[key]!r}, which is not supported; merge it with peft first")
+    if str(start := config.get("init_lora_weights")).lower().startswith(_CHANGE_THE_BASE):
+        raise CheckpointError(
+            f"{file}: init_lora_weights is {start!r}: it belongs to a base that its own start changed; save it with "
+            "peft's path_initial_model_for_weight_conversion, or merge it with peft"
+        )
     if (kind := config.get("peft_type", "LORA")) != "LORA":
         raise CheckpointError(f"{file}: peft_type is {kind!r}; expected LORA")
     with reading(file):
@@ -121,6 +126,9 @@ def _scale(file: Path) -> Callable[[str, int], float]:
         return alpha / (r**0.5 if rooted else r)
 
     return scale
+
+
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of peft's init_lora_weights
 
 
 def _named(key: str) -> str:
