@@ -213,3 +213,15 @@ def test_a_tower_given_as_a_relative_path_is_recorded_so_that_it_holds_elsewhere
     convert(file, tmp_path / "out", to="original", base=base, vision_tower=clip.name)
     monkeypatch.chdir(tmp_path)
     assert opened("out").vision_tower == str(clip)
+
+
+def test_a_tuned_tower_of_published_sizes_goes_with_its_projector(
+    clip: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tiny.write_llava(tmp_path / "whole", clip=clip, tower_seed=9)
+    monkeypatch.setattr("llava.checkpoint.published.clip_id", lambda settings: "openai/clip-vit-large-patch14-336")
+    extract_projector(whole, tmp_path / "out")
+    found, source = opened(tmp_path / "out", base=base), opened(whole)
+    tower = [name for name in source.sources if name.startswith("vision.")]
+    assert tower
+    assert all(torch.equal(found.sources[name].read(), source.sources[name].read()) for name in tower)

@@ -100,21 +100,24 @@ def config(checkpoint: Checkpoint, target: Path) -> dict[str, Any]:
     return settings | {"unfreeze_mm_vision_tower": checkpoint.tower_inside}
 
 
-def tower_name(checkpoint: Checkpoint, target: Path) -> str | None:
-    """A published CLIP, or the folder that is named; of a tower that is inside, a folder with its config beside it."""
-    vision = checkpoint.config.vision
-    if vision is None:
+def tower_name(checkpoint: Checkpoint, target: Path, *, beside: bool = False) -> str | None:
+    """What `mm_vision_tower` is to say: the tower named, or one that `write_own_tower` puts into `target`.
+
+    A tower inside the shards needs only its config from there: of published sizes, a published CLIP tells it as well.
+    `beside`: the shards do not come along, so its weights are needed too.
+    """
+    if checkpoint.config.vision is None:
         return None
-    known = published.clip_id(clip_settings(vision))
-    if checkpoint.tower_inside:
-        return known or str(target.expanduser().absolute() / OWN_TOWER)
-    return checkpoint.vision_tower
+    if not checkpoint.tower_inside:
+        return checkpoint.vision_tower
+    known = None if beside else published.clip_id(clip_settings(checkpoint.config.vision))
+    return known or str(target.expanduser().absolute() / OWN_TOWER)
 
 
-def write_own_tower(checkpoint: Checkpoint, folder: Path) -> None:
-    """The folder that `config` names for a tower of sizes that were never published."""
+def write_own_tower(checkpoint: Checkpoint, folder: Path, *, beside: bool = False) -> None:
+    """The folder inside `folder` that `tower_name` names, where it names one."""
     vision = checkpoint.config.vision
-    if vision and checkpoint.tower_inside and published.clip_id(clip_settings(vision)) is None:
+    if vision and checkpoint.tower_inside and (beside or published.clip_id(clip_settings(vision)) is None):
         every = checkpoint.sources | checkpoint.rest_of_tower
         write_tower(
             folder / OWN_TOWER, checkpoint.config, {n: s.read() for n, s in every.items() if n.startswith("vision.")}

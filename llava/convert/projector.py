@@ -58,7 +58,8 @@ def write_projector(
 def extract_projector(source: str | Path, folder: Path, **options: Any) -> int:
     """The projector of any LLaVA, written as above with the model itself as its base; options as for `open_checkpoint`.
 
-    Rows of <im_start> and <im_end> go with it where the model sets them. Returns how many tensors. Raises
+    Rows of <im_start> and <im_end> go with it where the model sets them, and the tower that a model holds itself, which
+    may be tuned. Returns how many tensors. Raises
     CheckpointError, ConfigError.
     """
     found = open_checkpoint(source, image_mode="original", fetch_tower=False, **options)
@@ -82,11 +83,11 @@ def extract_projector(source: str | Path, folder: Path, **options: Any) -> int:
         folder,
         config,
         {name: source.read() for name, source in kept.items()},
-        vision_tower=tower_name(found, folder) or "",
+        vision_tower=tower_name(found, folder, beside=True) or "",
         base=str(options.get("base") if found.kind == "projector" else source),
         start_end=rows,
         tokenizer_from=found.tokenizer_folder if config.start_end else None,
-        beside=lambda partial: write_own_tower(found, partial),
+        beside=lambda partial: write_own_tower(found, partial, beside=True),
     )
     if found.kind in ("lora", "delta"):
         log.warning("%s: belongs to the language model of %s, which its base alone is not: merge that", folder, source)
