@@ -194,8 +194,13 @@ def complete_tokenizer(folder: Path) -> None:
 
 
 def free_folder(target: Path) -> Path:
-    """The absolute path of a folder that is absent or empty. Raises CheckpointError."""
+    """The absolute path of a folder that is absent or empty; where a link leads to. Raises CheckpointError."""
     target = target.expanduser().absolute()
+    target = target.resolve() if target.is_symlink() else target
+    if target.is_file():
+        raise CheckpointError(f"{target}: is a file; name a folder to write")
+    if target.is_mount():  # which can not give way to the finished folder
+        raise CheckpointError(f"{target}: is where a disk is mounted; name a folder on it")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target}: is there already and not empty; name another folder or remove it")
     return target
