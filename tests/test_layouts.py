@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import llava
-from llava.checkpoint.inspect import describe
+from llava.checkpoint.inspect import describe, scan
 from llava.checkpoint.open import Checkpoint, check_headers, open_checkpoint
 from llava.convert import native
 from llava.convert.delta import write_delta
@@ -293,6 +293,18 @@ def test_inspect_tells_what_a_lora_needs_and_with_its_base_what_it_becomes(lora:
     assert whole.template == "llava_v1"
     assert whole.sizes["decoder"]["n_layers"] == 2
     assert whole.missing == []
+
+
+@pytest.mark.parametrize("file", ["adapter_model.bin", "non_lora_trainables.bin"])
+def test_a_scan_reads_what_is_put_on_a_base(file: str, lora: Path) -> None:
+    assert scan(lora, progress=lambda done, total: None).nan == {}
+    tensors = torch.load(lora / file)
+    name = next(iter(tensors))
+    tensors[name].view(-1)[0] = float("nan")
+    torch.save(tensors, lora / file)
+    assert scan(lora, progress=lambda done, total: None).nan == {name: 1}
+    parts = describe(lora).sizes["parameters_by_part"]
+    assert parts[file.removesuffix(".bin")] == sum(tensor.numel() for tensor in tensors.values())
 
 
 def test_the_commands_take_a_base(lora: Path, base: Path, tmp_path: Path) -> None:

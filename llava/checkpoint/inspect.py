@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llava.checkpoint import bases, zoo
 from llava.checkpoint.detect import Facts, Finding, Kind, choose_template, detect
@@ -97,6 +98,8 @@ def licences(facts: Facts, finding: Finding) -> list[str]:
 def _recognised(facts: Facts, finding: Finding) -> Description:
     """Of a folder that does not load by itself, or not yet, what its headers and config show."""
     sizes = {name: entry.shape for name, entry in facts.weights.entries.items()}
+    for weights in _beside(facts.folder):
+        sizes |= {f"{entry.file.stem}.{name}": entry.shape for name, entry in weights.entries.items()}
     config = facts.settings
     context = config.get("max_position_embeddings") or config.get("max_sequence_length") or config.get("max_seq_len")
     choice = None if finding.kind in ("clip", "lora") else choose_template(finding.kind, config, None, None, None)
@@ -112,6 +115,12 @@ def _recognised(facts: Facts, finding: Finding) -> Description:
         memory_bytes=memory_bytes(sizes),
         context=context,
     )
+
+
+def _beside(folder: Path) -> list[Weights]:
+    """Files that hold what is put on a base."""
+    names = ("adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin", "mm_projector.bin")
+    return [Weights([folder / name]) for name in names if (folder / name).is_file()]
 
 
 def _open(facts: Facts, options: Mapping[str, Any]) -> tuple[Checkpoint, list[str]]:
@@ -178,22 +187,30 @@ class Scan:
 
 def scan(path: str | Path, *, revision: str | None = None, progress: Callable[[int, int], None]) -> Scan:
     """Streams all values of a folder, whatever its kind."""
-    file = locate_file(path, revision=revision)
-    weights = Weights([file]) if file else open_weights(locate(path, revision=revision))
+    if file := locate_file(path, revision=revision):
+        files = [Weights([file])]
+    else:
+        folder = locate(path, revision=revision)
+        files = [open_weights(folder), *_beside(folder)]
     found = Scan()
-    total, done = sum(entry.n_bytes for entry in weights.entries.values()), 0
-    for name, entry in weights.entries.items():
-        tensor = weights[name]
-        done += entry.n_bytes
-        progress(done, total)
-        if not tensor.numel():
-            continue
-        low, high = torch.aminmax(tensor)
-        if tensor.is_floating_point() and not (low.isfinite() and high.isfinite()):
-            if n := int(tensor.isnan().sum()):
-                found.nan[name] = n
-            if n := int(tensor.isinf().sum()):
-                found.inf[name] = n
-        elif low == 0 == high and tensor.is_floating_point():
-            found.zero.append(name)
+    total, done = sum(entry.n_bytes for weights in files for entry in weights.entries.values()), 0
+    for weights in files:
+        for name, entry in weights.entries.items():
+            _look_at(weights[name], name, found)
+            done += entry.n_bytes
+            progress(done, total)
     return found
+
+
+def _look_at(tensor: Tensor, name: str, found: Scan) -> None:
+    if not tensor.numel() or not tensor.is_floating_point():
+        return
+    low, high = torch.aminmax(tensor)
+    if low.isfinite() and high.isfinite():
+        if low == 0 == high:
+            found.zero.append(name)
+        return
+    if n := int(tensor.isnan().sum()):
+        found.nan[name] = n
+    if n := int(tensor.isinf().sum()):
+        found.inf[name] = n
