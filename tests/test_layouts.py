@@ -208,6 +208,23 @@ def test_a_target_may_be_a_link(dangling: bool, clip: Path, base: Path, tmp_path
         assert {path.name for path in tmp_path.iterdir() if job in path.name} == {job, disk.name}
 
 
+def test_safetensors_come_before_bin_whatever_is_sharded(base: Path, tmp_path: Path) -> None:
+    other = tiny.write_llama(tmp_path / "other", layout="safetensors", seed=5)
+    both = tiny.write_llama(tmp_path / "both", layout="bin-shards")
+    shutil.copy(other / "model.safetensors", both)
+    assert_same(tensors_of(opened(both)), tensors_of(opened(other)))
+    for file in both.glob("pytorch_model-*.bin"):
+        file.unlink()  # a download of *.json and *.safetensors leaves the index of the others alone
+    assert_same(tensors_of(opened(both)), tensors_of(opened(other)))
+
+
+def test_a_delta_alone_tells_the_template_that_it_will_have(clip: Path, tmp_path: Path) -> None:
+    base = tiny.write_llama(tmp_path / "base", seed=7, **tiny.LLAMA_1)
+    delta = tiny.write_delta(tmp_path / "delta", clip=clip, added=("[PAD]", "<im_patch>"), **tiny.LLAMA_1)
+    tiny.write_tokenizer(delta, added=("[PAD]", "<im_patch>"), pad="[PAD]")
+    assert describe(delta).template == opened(delta, base=base).template.template == "llava_v0"
+
+
 def test_a_target_that_is_a_file_is_told_from_a_full_folder(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "out").touch()
     with pytest.raises(llava.LlavaError, match="is a file; name a folder"):

@@ -199,10 +199,9 @@ def open_weights(folder: Path) -> Weights:
 
     Raises CheckpointError (missing or broken shard, index that does not fit).
     """
-    for index in _INDEXES:
+    for index, single in zip(_INDEXES, _SINGLES, strict=True):
         if (folder / index).is_file():
             return _open_shards(folder, folder / index)
-    for single in _SINGLES:
         if (folder / single).is_file():
             return Weights([folder / single])
     return Weights(meta_shards(folder), apart=True)

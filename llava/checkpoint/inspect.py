@@ -19,6 +19,7 @@ from llava.checkpoint.traits import recorded_names
 from llava.config import LlavaConfig
 from llava.errors import LlavaError
 from llava.model.llava import shapes
+from llava.preprocess.tokenizer import has_tokenizer, load_tokenizer
 
 _INT4_GROUP = 128  # weights that share a scale
 
@@ -102,7 +103,8 @@ def _recognised(facts: Facts, finding: Finding) -> Description:
         sizes |= {f"{entry.file.stem}.{name}": entry.shape for name, entry in weights.entries.items()}
     config = facts.settings
     context = config.get("max_position_embeddings") or config.get("max_sequence_length") or config.get("max_seq_len")
-    choice = None if finding.kind in ("clip", "lora") else choose_template(finding.kind, config, None, None, None)
+    tokenizer = load_tokenizer(facts.folder) if finding.kind == "delta" and has_tokenizer(facts.folder) else None
+    choice = None if finding.kind in ("clip", "lora") else choose_template(finding.kind, config, None, None, tokenizer)
     return Description(
         kind=finding.kind,
         evidence=finding.evidence,
