@@ -15,20 +15,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from llava.checkpoint.files import DTYPE_NAMES, check_finite, read_json
+from llava.checkpoint.files import DTYPE_NAMES, check_finite
 from llava.errors import CheckpointError
-from llava.preprocess.tokenizer import special_names
 
 MAX_SHARD_BYTES = 5_000_000_000
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-)
-
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
 
 
@@ -149,48 +139,6 @@ def write_index(file: Path, shards: Mapping[str, Sequence[Item]]) -> Path:
 def write_json(file: Path, values: dict[str, Any]) -> None:
     """Indented JSON with a newline at its end."""
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def copy_tokenizer(source: Path, target: Path, more: Mapping[str, int] | None = None) -> None:
-    """The files of a tokenizer, and generation_config.json, which knows further ends of an answer; `more` tokens."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    if more and (target / "tokenizer.model").is_file():
-        added = target / "added_tokens.json"
-        known = json.loads(added.read_text(encoding="utf-8")) if added.is_file() else {}
-        write_json(added, known | dict(more))
-    if more and (target / "tokenizer.json").is_file():
-        fast = json.loads((target / "tokenizer.json").read_text(encoding="utf-8"))
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        fast["added_tokens"] += [{"id": id, "content": text, **flags, "special": True} for text, id in more.items()]
-        write_json(target / "tokenizer.json", fast)
-    complete_tokenizer(target)
-
-
-def complete_tokenizer(folder: Path) -> None:
-    """What transformers (4.34 and later) asks of the files of a SentencePiece tokenizer, and we do not.
-
-    Without tokenizer_config.json it puts no BOS in front; beside an `added_tokens_decoder`, an empty one too, it does
-    not read added_tokens.json.
-    """
-    if not (folder / "tokenizer.model").is_file():
-        return
-    file = folder / "tokenizer_config.json"
-    names = special_names(folder)
-    if not file.is_file():
-        special = {key: text for key, text in names.items() if key != "pad_token"}
-        flags = {"add_bos_token": True, "add_eos_token": False, "legacy": True, "clean_up_tokenization_spaces": False}
-        write_json(file, {"tokenizer_class": "LlamaTokenizer", **flags, **special})
-    settings, plain = read_json(file), folder / "added_tokens.json"
-    if "added_tokens_decoder" not in settings:
-        return
-    decoder = dict(settings.pop("added_tokens_decoder"))
-    for text, id in (read_json(plain) if plain.is_file() else {}).items():
-        is_special = text in names.values()
-        flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": not is_special}
-        decoder.setdefault(str(id), {"content": text, **flags, "special": is_special})
-    write_json(file, settings | ({"added_tokens_decoder": decoder} if decoder else {}))
 
 
 def free_folder(target: Path) -> Path:

@@ -12,9 +12,10 @@ from llava.checkpoint.onbase import fits
 from llava.checkpoint.open import Checkpoint, open_checkpoint
 from llava.checkpoint.source import Source, Typed
 from llava.checkpoint.sums import Summed
-from llava.checkpoint.write import Progress, copy_tokenizer, new_folder, silent, write_shards
+from llava.checkpoint.write import Progress, new_folder, silent, write_shards
 from llava.convert import llama
 from llava.convert.original import WRITERS, Form, rules_of
+from llava.convert.tokenizer import copy_tokenizer
 from llava.errors import CheckpointError
 
 

@@ -3,7 +3,6 @@
 Read: as transformers wrote it up to 4.51 and from 4.52 on. Written: the older one, which all its versions open.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,12 @@ from llava.checkpoint.keymap import LLAVA_HF
 from llava.checkpoint.onbase import LENGTHENED
 from llava.checkpoint.open import Checkpoint
 from llava.checkpoint.source import Cut, Given, Mean, Rows, Source, Stored
-from llava.checkpoint.write import Item, complete_tokenizer, copy_tokenizer, write_json, write_safetensors
+from llava.checkpoint.write import Item, write_json, write_safetensors
 from llava.config import ImageConfig, ProjectorConfig, VisionConfig
 from llava.convert import llama
 from llava.convert.jinja import chat_template
 from llava.convert.original import clip_settings, processor_settings
+from llava.convert.tokenizer import complete_tokenizer, copy_tokenizer, extend
 from llava.errors import CheckpointError
 from llava.preprocess.templates import TEMPLATES
 from llava.preprocess.tokenizer import Tokenizer
@@ -159,7 +159,7 @@ def _vocab_size(checkpoint: Checkpoint) -> int:
 def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     copy_tokenizer(checkpoint.tokenizer_folder, folder, checkpoint.new_tokens)
     ids = added(checkpoint.tokenizer)
-    _extend(folder / "added_tokens.json", ids)
+    extend(folder / "added_tokens.json", ids)
     entries = {
         str(id): {"content": text, "lstrip": False, "rstrip": False, "normalized": False, "special": True,
                   "single_word": False}
@@ -169,14 +169,10 @@ def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     settings = read_json(file) if file.is_file() else {}
     decoder = {**settings.get("added_tokens_decoder", {}), **entries}
     write_json(file, settings | {"added_tokens_decoder": decoder, "pad_token": PAD_TOKEN})
-    _extend(folder / "special_tokens_map.json", {"pad_token": PAD_TOKEN})
+    extend(folder / "special_tokens_map.json", {"pad_token": PAD_TOKEN})
     complete_tokenizer(folder)
     if (folder / "tokenizer.json").is_file():
         _extend_json_tokenizer(folder / "tokenizer.json", list(ids))
-
-
-def _extend(file: Path, values: Mapping[str, Any]) -> None:
-    write_json(file, (read_json(file) if file.is_file() else {}) | dict(values))
 
 
 def _extend_json_tokenizer(file: Path, texts: list[str]) -> None:

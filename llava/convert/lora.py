@@ -9,9 +9,10 @@ from torch import Tensor
 
 from llava.checkpoint import keymap
 from llava.checkpoint.source import Given
-from llava.checkpoint.write import Item, copy_tokenizer, counting, new_folder, silent, write_json
+from llava.checkpoint.write import Item, counting, new_folder, silent, write_json
 from llava.config import LlavaConfig
 from llava.convert.original import WRITERS, Form, llava_settings, named, rules_of
+from llava.convert.tokenizer import copy_tokenizer
 from llava.convert.torchzip import write_torch
 from llava.errors import ConfigError
 from llava.preprocess.tokenizer import load_tokenizer

@@ -14,11 +14,12 @@ from llava.checkpoint.files import locate, reading
 from llava.checkpoint.open import SUPPORTED, Checkpoint, check_headers, look, open_checkpoint
 from llava.checkpoint.source import Source, Typed
 from llava.checkpoint.sums import Adapted, AdaptedIn, Summed
-from llava.checkpoint.write import MAX_SHARD_BYTES, Item, Progress, copy_tokenizer, silent, write_index, write_json
+from llava.checkpoint.write import MAX_SHARD_BYTES, Item, Progress, silent, write_index, write_json
 from llava.checkpoint.write import free_folder as check_free
 from llava.convert import llama
 from llava.convert.original import rules_of
 from llava.convert.partial import growing
+from llava.convert.tokenizer import copy_tokenizer
 from llava.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"

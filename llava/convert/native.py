@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 from llava.checkpoint.detect import FORMAT_KEY, NATIVE_FORMAT
 from llava.checkpoint.open import Checkpoint, check_headers, open_checkpoint
 from llava.checkpoint.tower import own_tower
-from llava.checkpoint.write import Item, Progress, copy_tokenizer, new_folder, silent, write_json, write_shards
+from llava.checkpoint.write import Item, Progress, new_folder, silent, write_json, write_shards
 from llava.convert import gguf, ggufread, llama, llavahf, original
 from llava.convert.check import check_equal, check_logits
 from llava.convert.report import left_out, report
+from llava.convert.tokenizer import copy_tokenizer
 from llava.errors import ConfigError
 from llava.preprocess.tokenizer import JsonTokenizer
 

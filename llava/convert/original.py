@@ -18,7 +18,6 @@ from llava.checkpoint.write import (
     MAX_SHARD_BYTES,
     Item,
     Progress,
-    copy_tokenizer,
     new_folder,
     silent,
     write_json,
@@ -27,6 +26,7 @@ from llava.checkpoint.write import (
 )
 from llava.config import ImageConfig, LlavaConfig, ProjectorConfig, VisionConfig
 from llava.convert import llama
+from llava.convert.tokenizer import copy_tokenizer
 from llava.convert.torchzip import write_torch
 from llava.errors import CheckpointError, ConfigError
 from llava.model.llava import shapes

@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from llava.checkpoint.open import check_headers, open_checkpoint
-from llava.checkpoint.write import copy_tokenizer, counting, new_folder, silent, write_json
+from llava.checkpoint.write import counting, new_folder, silent, write_json
 from llava.config import LlavaConfig
 from llava.convert.original import llava_settings, named, tower_name, write_own_tower
+from llava.convert.tokenizer import copy_tokenizer
 from llava.convert.torchzip import write_torch
 from llava.errors import CheckpointError, ConfigError
 from llava.preprocess.tokenizer import load_tokenizer

@@ -14,8 +14,9 @@ from llava.checkpoint.detect import FORMAT_KEY
 from llava.checkpoint.files import check_finite
 from llava.checkpoint.open import Checkpoint, check_headers, look, open_checkpoint
 from llava.checkpoint.source import Mean, Rows
-from llava.checkpoint.write import copy_tokenizer, new_folder
+from llava.checkpoint.write import new_folder
 from llava.config import ImageConfig, LlavaConfig
+from llava.convert.tokenizer import copy_tokenizer
 from llava.errors import CheckpointError, ConfigError
 from llava.model.llava import Llava, shapes, skeleton
 from llava.model.lora import Adapter, LoraLinear
