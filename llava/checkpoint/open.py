@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from llava.checkpoint import bases, describe, keymap, lone, meta, settings
+from llava.checkpoint import bases, keymap, lone, meta, settings
+from llava.checkpoint.config import decoder_sizes, foreign_config, native_config, processor_of, projector_held
 from llava.checkpoint.detect import FORMAT_KEY, Choice, Facts, Finding, Kind, choose_template, detect
 from llava.checkpoint.files import locate, locate_file, meta_shards, open_weights, read_json, reading
 from llava.checkpoint.onbase import ON_BASE, Base, Put, new_tokens, put_on
@@ -98,7 +99,7 @@ def open_checkpoint(
     with reading(folder / "config.json"):
         finding = detect(facts)
         if finding.kind == "llava-hf":
-            processor = describe.processor_of(folder)
+            processor = processor_of(folder)
             image_mode = image_mode or settings.mode_of(facts.settings, processor)
             facts = facts._replace(settings=settings.flat(facts.settings, processor, str(folder)))
     if finding.kind not in (*SUPPORTED, *ON_BASE):
@@ -116,15 +117,13 @@ def open_checkpoint(
     held = put.sources
     with reading(described.folder / "config.json"):
         if FORMAT_KEY in described.settings:
-            config, tower = describe.native_config(described, vision, image_mode), None
+            config, tower = native_config(described, vision, image_mode), None
         else:
             sizes = under.config.decoder if under and bare else None
             family = under.config.decoder.kind if under else finding.kind
-            decoder = describe.decoder_config(described, family, held, sizes)
-            config, tower = describe.foreign_config(
-                described, decoder, held, vision, vision_tower, image_mode, fetch_tower
-            )
-        projector = config.projector or describe.projector_held(held, config)
+            decoder = decoder_sizes(described, family, held, sizes)
+            config, tower = foreign_config(described, decoder, held, vision, vision_tower, image_mode, fetch_tower)
+        projector = config.projector or projector_held(held, config)
         kind = "native" if FORMAT_KEY in described.settings else finding.kind
         choice = choose_template(kind, described.settings, config.decoder, projector, tokenizer)
     if put.start_end:

@@ -18,6 +18,7 @@ from llava.errors import CheckpointError
 
 
 def native_config(facts: Facts, vision: bool, image_mode: ImageMode | None) -> LlavaConfig:
+    """What our own config.json holds. Raises CheckpointError for another version's."""
     where = facts.folder / "config.json"
     if (found := facts.settings[FORMAT_KEY]) != NATIVE_FORMAT:
         raise CheckpointError(
@@ -31,7 +32,7 @@ def native_config(facts: Facts, vision: bool, image_mode: ImageMode | None) -> L
     return config
 
 
-def decoder_config(facts: Facts, family: str, held: Mapping[str, Source], like: DecoderConfig | None) -> DecoderConfig:
+def decoder_sizes(facts: Facts, family: str, held: Mapping[str, Source], like: DecoderConfig | None) -> DecoderConfig:
     """The language model's sizes as config.json has them, else `like` another's; the rows are those held."""
     if like:
         return replace(like, vocab_size=held["decoder.embed.weight"].shape[0])
@@ -84,6 +85,7 @@ def foreign_config(
 
 
 def processor_of(folder: Path) -> dict[str, Any]:
+    """preprocessor_config.json; empty where there is none: published values are meant then."""
     file = folder / "preprocessor_config.json"
     return read_json(file) if file.is_file() else {}
 
