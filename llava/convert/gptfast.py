@@ -5,30 +5,21 @@ gpt-fast's order. q, k and v are stacked.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from llava.checkpoint import keymap
-from llava.checkpoint.keymap import Rule
 from llava.checkpoint.open import Checkpoint, check_headers, open_checkpoint
 from llava.checkpoint.source import Source
 from llava.checkpoint.write import Item, Progress, counting, new_file, silent
 from llava.convert.llama import require_llama
 from llava.convert.torchzip import write_torch
 
-GPT_FAST = (
-    Rule("tok_embeddings.weight", "decoder.embed.weight"),
-    Rule("layers.*.attention_norm.weight", "decoder.blocks.*.attn_norm.weight"),
-    Rule("layers.*.attention.wqkv.weight", "decoder.blocks.*.attn.qkv.weight"),
-    Rule("layers.*.attention.wo.weight", "decoder.blocks.*.attn.out.weight"),
-    Rule("layers.*.ffn_norm.weight", "decoder.blocks.*.mlp_norm.weight"),
-    Rule("layers.*.feed_forward.w1.weight", "decoder.blocks.*.mlp.gate.weight"),
-    Rule("layers.*.feed_forward.w3.weight", "decoder.blocks.*.mlp.up.weight"),
-    Rule("layers.*.feed_forward.w2.weight", "decoder.blocks.*.mlp.down.weight"),
-    Rule("norm.weight", "decoder.norm.weight"),
-    Rule("output.weight", "decoder.head.weight"),
+GPT_FAST = tuple(  # Meta's names, but that q, k and v are one
+    replace(rule, disk=rule.disk.replace("w{q,k,v}", "wqkv")) for rule in keymap.META if rule.ours
 )
 
 
