@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from llava.checkpoint import published
-from llava.checkpoint.files import Weights
+from llava.checkpoint.files import PROJECTOR_FILE, Weights
 from llava.config import DecoderConfig, ProjectorConfig
 from llava.preprocess.tokenizer import Tokenizer
 
@@ -54,7 +54,7 @@ def _lora(facts: Facts) -> list[str]:
 def _projector(facts: Facts) -> list[str]:
     if facts.folder.is_file():
         return ["a single file that holds mm_projector.*"]
-    alone = _has(facts, "mm_projector.bin") and not facts.weights
+    alone = _has(facts, PROJECTOR_FILE) and not facts.weights
     return ["mm_projector.bin is there and no weights of a language model"] * alone
 
 

@@ -22,7 +22,9 @@ log = logging.getLogger(__name__)
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLES = ("model.safetensors", "pytorch_model.bin")
-_LORA = ["adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin"]  # those of them that are there
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT's, the first that is there
+TRAINED_BESIDE = "non_lora_trainables.bin"  # what LLaVA trained whole beside a LoRA
+PROJECTOR_FILE = "mm_projector.bin"
 _SMALL_FILES = ("*.json", "tokenizer.model", "*.txt")
 
 _DTYPES = {
@@ -102,8 +104,8 @@ def _download(repo: str, revision: str | None, weights: bool, what: str) -> Path
             sorted(set(_weight_map(folder / index).values())) for index in _INDEXES if (folder / index).is_file()
         ]
         adapted = (folder / "adapter_config.json").is_file()
-        single = ([_SINGLES[0]], [_SINGLES[1]], ["mm_projector.bin"], ["consolidated.*.pth"])
-        for patterns in [_LORA] if adapted else indexed[:1] or single:
+        single = ([_SINGLES[0]], [_SINGLES[1]], [PROJECTOR_FILE], ["consolidated.*.pth"])
+        for patterns in [[*ADAPTER_FILES, TRAINED_BESIDE]] if adapted else indexed[:1] or single:
             folder = fetch(patterns)
             if all((folder / name).exists() for name in patterns):
                 break

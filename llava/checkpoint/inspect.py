@@ -10,7 +10,16 @@ from torch import Tensor
 
 from llava.checkpoint import bases, zoo
 from llava.checkpoint.detect import Facts, Finding, Kind, choose_template, detect
-from llava.checkpoint.files import Weights, locate, locate_file, open_weights, reading
+from llava.checkpoint.files import (
+    ADAPTER_FILES,
+    PROJECTOR_FILE,
+    TRAINED_BESIDE,
+    Weights,
+    locate,
+    locate_file,
+    open_weights,
+    reading,
+)
 from llava.checkpoint.identify import identify, licence_of_base
 from llava.checkpoint.onbase import ON_BASE
 from llava.checkpoint.open import SUPPORTED, Checkpoint, look, open_checkpoint
@@ -121,7 +130,7 @@ def _recognised(facts: Facts, finding: Finding) -> Description:
 
 def _beside(folder: Path) -> list[Weights]:
     """Files that hold what is put on a base."""
-    names = ("adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin", "mm_projector.bin")
+    names = (*ADAPTER_FILES, TRAINED_BESIDE, PROJECTOR_FILE)
     return [Weights([folder / name]) for name in names if (folder / name).is_file()]
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from llava.checkpoint import keymap
 from llava.checkpoint.detect import Facts, Kind
-from llava.checkpoint.files import Weights, read_json, reading
+from llava.checkpoint.files import ADAPTER_FILES, PROJECTOR_FILE, TRAINED_BESIDE, Weights, read_json, reading
 from llava.checkpoint.keymap import Rule
 from llava.checkpoint.source import Cut, Mean, Rows, Source, Stored
 from llava.checkpoint.sums import Adapted, Adapter, Summed
@@ -49,7 +49,7 @@ def new_tokens(kind: Kind, facts: Facts, first: int) -> dict[str, int]:
     if kind == "projector":
         trained = set(_TABLES) & set(_after_projector(Weights([_projector_file(facts.folder)])))
         return {name: first + i for i, name in enumerate(_AROUND if trained else ())}
-    extra = facts.folder / "non_lora_trainables.bin"
+    extra = facts.folder / TRAINED_BESIDE
     if kind == "lora" and facts.settings.get("mm_use_im_start_end") and extra.is_file():
         weights = Weights([extra])
         rows = [weights.entries[name].shape[0] for name in weights if name.endswith(_TABLES)]
@@ -67,11 +67,11 @@ _TABLES = ("embed_tokens.weight", "wte.weight")
 
 def _lora(folder: Path, base: Base) -> Put:
     """PEFT's adapter is added to the base's matrices; what was trained besides takes the place of the base's own."""
-    extra = folder / "non_lora_trainables.bin"
+    extra = folder / TRAINED_BESIDE
     plain = _taken(Weights([extra] if extra.is_file() else []), _unwrapped, base.rules)
-    file = next((folder / name for name in _ADAPTERS if (folder / name).is_file()), None)
+    file = next((folder / name for name in ADAPTER_FILES if (folder / name).is_file()), None)
     if file is None:
-        raise CheckpointError(f"{folder}: holds no {' or '.join(_ADAPTERS)}; fetch the LoRA again")
+        raise CheckpointError(f"{folder}: holds no {' or '.join(ADAPTER_FILES)}; fetch the LoRA again")
     pairs, saved = _pairs(Weights([file]), base.rules)
     sources = {**base.sources, **plain.sources, **saved.sources}
     scale = _scale(folder / "adapter_config.json")
@@ -81,9 +81,6 @@ def _lora(folder: Path, base: Base) -> Put:
         adapters.setdefault(ours, []).append(adapter)
     sources |= {ours: Adapted(sources[ours], parts) for ours, parts in adapters.items()}
     return Put(sources, plain.unused + saved.unused, plain.unknown | saved.unknown)
-
-
-_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def _pairs(weights: Weights, rules: tuple[Rule, ...]) -> tuple[dict[str, dict[str, Source]], Put]:
@@ -187,7 +184,7 @@ def _projector(file: Path, base: Base, tokenizer: Tokenizer) -> Put:
 
 
 def _projector_file(folder: Path) -> Path:
-    return folder if folder.is_file() else folder / "mm_projector.bin"
+    return folder if folder.is_file() else folder / PROJECTOR_FILE
 
 
 def _with_tokens(rows: Source, base: Base, tokenizer: Tokenizer, file: Path) -> dict[str, Source]:

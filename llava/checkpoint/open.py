@@ -10,7 +10,7 @@ from torch import Tensor
 from llava.checkpoint import bases, keymap, lone, meta, settings
 from llava.checkpoint.config import decoder_sizes, foreign_config, native_config, processor_of, projector_held
 from llava.checkpoint.detect import FORMAT_KEY, Choice, Facts, Finding, Kind, choose_template, detect
-from llava.checkpoint.files import locate, locate_file, meta_shards, open_weights, read_json, reading
+from llava.checkpoint.files import PROJECTOR_FILE, locate, locate_file, meta_shards, open_weights, read_json, reading
 from llava.checkpoint.onbase import ON_BASE, Base, Put, new_tokens, put_on
 from llava.checkpoint.settings import ImageMode
 from llava.checkpoint.source import Source, Stored
@@ -67,7 +67,7 @@ def look(path: str | Path, revision: str | None = None) -> Facts:
     if not any(folder.iterdir()):
         raise CheckpointError(f"{folder}: is empty; expected config.json, weights and tokenizer files")
     config = folder / "config.json"
-    known = ("config.json", "adapter_config.json", "mm_projector.bin")
+    known = ("config.json", "adapter_config.json", PROJECTOR_FILE)
     if not any((folder / name).is_file() for name in known) and not meta_shards(folder):
         raise CheckpointError(f"{config}: is missing; the folder is not a whole checkpoint")
     weights = open_weights(folder)

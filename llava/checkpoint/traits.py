@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from llava.checkpoint import keymap, settings
 from llava.checkpoint.detect import Facts, Finding, Kind
-from llava.checkpoint.files import Weights, read_json
+from llava.checkpoint.files import ADAPTER_FILES, PROJECTOR_FILE, TRAINED_BESIDE, Weights, read_json
 from llava.checkpoint.published import CLIP_CONFIGS
 from llava.checkpoint.settings import Shapes
 from llava.errors import CheckpointError
@@ -26,8 +26,6 @@ class Trait(NamedTuple):
 Traits = dict[str, Trait]
 FORMATS: dict[Kind, str] = {"mpt": "merged", "llava-hf": "hf-reexport"}  # other kinds are called as in the zoo
 SIZES = ("layers", "width", "key/value heads", "vocabulary", "image size", "rank")
-_BESIDE = ("non_lora_trainables.bin", "mm_projector.bin")
-_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def traits_of(facts: Facts, finding: Finding) -> Traits:
@@ -66,7 +64,9 @@ def _shapes(facts: Facts, kind: Kind) -> Shapes:
     """Shapes by our names, of all files that the folder may hold."""
     rules = {"native": keymap.NATIVE, "mpt": keymap.LLAVA_MPT, "llava-hf": keymap.LLAVA_HF}.get(kind, keymap.LLAVA)
     found = _planned(facts.weights, {name: name for name in facts.weights}, rules)
-    lone = [facts.folder] if facts.folder.is_file() else [facts.folder / name for name in _BESIDE]
+    lone = (
+        [facts.folder] if facts.folder.is_file() else [facts.folder / name for name in (TRAINED_BESIDE, PROJECTOR_FILE)]
+    )
     for file in lone if kind in ("lora", "projector") else ():
         if file.is_file():
             weights = Weights([file])
@@ -174,7 +174,7 @@ def _lora(folder: Path) -> Traits:
     found: Traits = {}
     if "r" in config:
         found["rank"] = Trait(config["r"], f"adapter_config.json: r = {config['r']}")
-    file = next((folder / name for name in _ADAPTERS if (folder / name).is_file()), None)
+    file = next((folder / name for name in ADAPTER_FILES if (folder / name).is_file()), None)
     names = list(Weights([file])) if file else []
     layers = {int(match[1]) for name in names if (match := re.search(r"(?:layers|blocks)\.(\d+)\.", name))}
     if layers:

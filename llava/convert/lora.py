@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from llava.checkpoint import keymap
+from llava.checkpoint.files import TRAINED_BESIDE
 from llava.checkpoint.source import Given
 from llava.checkpoint.write import Item, counting, new_folder, silent, write_json
 from llava.config import LlavaConfig
@@ -49,7 +50,7 @@ def write_lora(
     every = [*adapter, *beside]
     with new_folder(folder, sum(item.n_bytes for item in every)) as partial:
         WRITERS[form](partial / f"adapter_model.{form}", adapter, counting(adapter, silent))
-        write_torch(partial / "non_lora_trainables.bin", beside, counting(beside, silent))
+        write_torch(partial / TRAINED_BESIDE, beside, counting(beside, silent))
         write_json(partial / "adapter_config.json", _adapter_settings(adapter, r, alpha, dropout, base))
         write_json(partial / "config.json", settings)
         if tokenizer_from:

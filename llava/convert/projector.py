@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from llava.checkpoint.files import PROJECTOR_FILE
 from llava.checkpoint.open import check_headers, open_checkpoint
 from llava.checkpoint.write import counting, new_folder, silent, write_json
 from llava.config import LlavaConfig
@@ -48,7 +49,7 @@ def write_projector(
     settings |= {"_name_or_path": base, "tune_mm_mlp_adapter": True, **(recorded or {})}
     items = named(kept, config)
     with new_folder(folder, sum(item.n_bytes for item in items)) as partial:
-        write_torch(partial / "mm_projector.bin", items, counting(items, silent))
+        write_torch(partial / PROJECTOR_FILE, items, counting(items, silent))
         write_json(partial / "config.json", settings)
         if tokenizer_from:
             copy_tokenizer(tokenizer_from, partial)
