@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works in a cl
 
 from llava.checkpoint import keymap
 from llava.config import DecoderConfig, ImageConfig, LlavaConfig, ProjectorConfig, VisionConfig
-from llava.model.llava import Llava, skeleton
+from llava.model.llava import Llava, meta_model
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS, PEER = "llava", "transformers"
@@ -168,7 +168,7 @@ def filled(module: M, place: Place) -> M:
 
 def build(config: LlavaConfig, place: Place) -> Llava:
     """Our model with random weights."""
-    return filled(skeleton(config), place)
+    return filled(meta_model(config), place)
 
 
 _PROJECTOR = tuple(

@@ -12,7 +12,7 @@ from llava.checkpoint.source import Source, Stored
 from llava.checkpoint.sums import Adapted
 from llava.config import LlavaConfig
 from llava.errors import ConfigError
-from llava.model.llava import Llava, shapes, skeleton
+from llava.model.llava import Llava, shapes, meta_model
 from llava.model.lora import Adapter, LoraLinear
 
 Pool = dict[tuple[Path, tuple[str, ...]], Tensor]  # tensors that were read, by file and names: models may share them
@@ -33,7 +33,7 @@ def build(
     or Inf (`force`: a warning).
     """
     check_headers(checkpoint)
-    model = skeleton(checkpoint.config)
+    model = meta_model(checkpoint.config)
 
     def made(source: Source) -> Tensor:
         key = (source.weights.entries[source.names[0]].file, source.names) if isinstance(source, Stored) else None

@@ -12,7 +12,7 @@ from llava.checkpoint.onbase import LENGTHENED
 from llava.checkpoint.open import Checkpoint
 from llava.checkpoint.write import Progress, silent
 from llava.errors import CheckpointError
-from llava.model.llava import Llava, skeleton
+from llava.model.llava import Llava, meta_model
 
 TOLERANCE = 1e-4  # logits of the same weights, float32
 _ROUNDING = 2e-6  # of a value: some roundings of float32, as sums of thousands have
@@ -82,7 +82,7 @@ def logits(checkpoint: Checkpoint, n_ids: int, nudge: float = 0.0) -> Tensor:
 
 def _streaming(checkpoint: Checkpoint) -> Llava:
     """The model in float32, of which a module has its weights while it is called, and no other."""
-    model = skeleton(checkpoint.config)
+    model = meta_model(checkpoint.config)
     for name, module in model.named_modules():
         own = {key: f"{name}.{key}".lstrip(".") for key, _ in module.named_parameters(recurse=False)}
         if own and name:

@@ -64,7 +64,7 @@ class Llava(nn.Module):
         return x
 
 
-def skeleton(config: LlavaConfig) -> Llava:
+def meta_model(config: LlavaConfig) -> Llava:
     """The model without memory for its weights."""
     with torch.device("meta"):
         return Llava(config)
@@ -72,7 +72,7 @@ def skeleton(config: LlavaConfig) -> Llava:
 
 def shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
     """Our tensor names and shapes of a model; a tied head counts once."""
-    state = skeleton(config).state_dict()
+    state = meta_model(config).state_dict()
     return {
         name: tuple(tensor.shape)
         for name, tensor in state.items()

@@ -18,7 +18,7 @@ from llava.checkpoint.write import new_folder
 from llava.config import ImageConfig, LlavaConfig
 from llava.convert.tokenizer import copy_tokenizer
 from llava.errors import CheckpointError, ConfigError
-from llava.model.llava import Llava, shapes, skeleton
+from llava.model.llava import Llava, shapes, meta_model
 from llava.model.lora import Adapter, LoraLinear
 from llava.preprocess.tokenizer import load_tokenizer
 from llava.quantize.nf4 import NF4Linear
@@ -115,7 +115,7 @@ def _write_tokenizer(source: Path, target: Path, more: Mapping[str, int]) -> Non
 
 def trainable(checkpoint: Checkpoint, recipe: Recipe) -> Llava:
     """The model without memory for its weights, of the right types, with adapters, and with `requires_grad` set."""
-    model = skeleton(checkpoint.config)
+    model = meta_model(checkpoint.config)
     with torch.device("meta"):
         if recipe.lora_rank:
             add_lora(

@@ -21,7 +21,7 @@ from llava.model.llava import Llava
 from llava.train import loop
 from llava.train.plan import make_plan
 from llava.train.recipe import RECIPES, Recipe, names, read_recipe, recipe_from
-from tests import formats, tiny
+from tests import datasets, tiny
 from tests.command import run_well
 
 NAMES = names()
@@ -225,7 +225,7 @@ class Ground:
 
     def _train(self, recipe: Recipe) -> Trained:
         for file in recipe.data:
-            formats.write(file, str(recipe.images))
+            datasets.write(file, str(recipe.images))
         seen: dict[str, Any] = {}
 
         def fill(model: Llava, checkpoint: Checkpoint, *rest: Any) -> None:
@@ -357,7 +357,7 @@ CLIP = DIM + DIM * 3 * tiny.PATCH**2 + (tiny.N_PATCHES + 1) * DIM + 2 * DIM + 2 
 def planned(ground: Ground, name: str, *more: str) -> Any:
     recipe = read_recipe(name, [*ground.changes(name), *more])
     for file in recipe.data:
-        formats.write(file, str(recipe.images))
+        datasets.write(file, str(recipe.images))
     return make_plan(recipe)
 
 
@@ -376,8 +376,8 @@ def test_a_plan_counts_what_learns_and_what_does_not(ground: Ground) -> None:
 
 def test_a_plan_counts_samples_steps_and_bytes(ground: Ground) -> None:
     plan = planned(ground, "llava-v1.5/pretrain", "max_steps=0", "epochs=3", "batch=6")
-    assert (plan.samples, plan.broken, plan.batch) == (formats.N, 0, 6)
-    assert (plan.steps_per_epoch, plan.steps) == (math.ceil(formats.N / 6), 3 * math.ceil(formats.N / 6))
+    assert (plan.samples, plan.broken, plan.batch) == (datasets.N, 0, 6)
+    assert (plan.steps_per_epoch, plan.steps) == (math.ceil(datasets.N / 6), 3 * math.ceil(datasets.N / 6))
     assert plan.memory_bytes["weights"] == 4 * (PROJECTOR + LLAMA + CLIP)
     assert plan.memory_bytes["gradients"] == 4 * PROJECTOR
     assert plan.memory_bytes["optimizer"] == 8 * PROJECTOR

@@ -507,7 +507,7 @@ def test_anyres_packing_has_the_base_view_the_kept_grid_and_a_newline_a_row(anyr
 
 
 def test_hidden_states_are_taken_where_they_say(vlm: llava.Assistant) -> None:
-    """Compared with transformers in test_oracle.py."""
+    """Compared with transformers in tests/oracles/test_transformers.py."""
     states = vlm.hidden_states(ASKED, [0, 1, -1])
     assert list(states) == [0, 1, -1]
     assert {tuple(state.shape) for state in states.values()} == {(len(vlm.prepare(ASKED).ids), 64)}

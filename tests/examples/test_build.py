@@ -1,6 +1,6 @@
 """The build of llava-tiny, small, from glyphs to a model that names what it sees; without its pictures it guesses.
 
-One run of the command serves all tests. Only the glyphs of tests/glyphs are needed.
+One run of the command serves all tests. Only the glyphs of tests/examples/glyphs are needed.
 """
 
 import json
@@ -24,7 +24,7 @@ from examples.tiny.truth import Truth
 from examples.tiny.world import Scene, draw
 from tests.conftest import PROJECT
 
-GLYPHS = PROJECT / "tests" / "glyphs"
+GLYPHS = PROJECT / "tests" / "examples" / "glyphs"
 STAGES = ["tower", "language", "pretrain", "finetune", "polish", "ship"]
 THINGS = 8  # guessing names one of them: 12 %
 SCENES = 160

@@ -12,7 +12,7 @@ from llava.config import IMAGE
 from llava.preprocess.conversation import Turn
 from llava.preprocess.inputs import ModelInput, Preprocessor
 from llava.preprocess.tokenizer import load_tokenizer
-from tests.test_golden import FOLDERS, TOWERS
+from tests.golden.test_answers import FOLDERS, TOWERS
 
 N_RUNS = (
     11  # of training.json; in the twelfth, of MPT, the original masks everything by mistake: f_mpt has the right ones

@@ -1,4 +1,4 @@
-"""MPT: linear biases instead of positions, its own names on disk. Golden prompts of it are in test_golden.py."""
+"""MPT: linear biases instead of positions, its own names on disk. Golden prompts: golden/test_answers.py."""
 
 import itertools
 import json
@@ -27,7 +27,7 @@ from llava.model.llama import visible
 from llava.model.mpt import Alibi
 from llava.model.segments import Segments
 from tests import tiny
-from tests.test_compile import COMPILER
+from tests.engine.test_compile import COMPILER
 
 SIZES: dict[str, Any] = {"n_layers": 2, "dim": 48, "n_heads": 4, "n_kv_heads": 4, "head_dim": 12, "mlp_dim": 96}
 SIZES |= {"kind": "mpt", "vocab_size": 40, "max_seq": 64, "eps": 1e-5, "rope_theta": None, "alibi_bias_max": 8.0}

@@ -157,7 +157,7 @@ def test_adapters_are_of_the_type_that_is_asked_for(folders: dict[str, Path], pi
 
 
 def test_compiled_steps_switch_too(several: Assistant) -> None:
-    """Traced and guarded as with a compiler behind it, which test_gpu.py has; a trace must not outlive its adapter."""
+    """Traced and guarded as with a compiler behind it, which tests/gpu has; a trace must not outlive its adapter."""
     prefill, decode = (torch.compile(one, backend="eager") for one in (step.prefill, step.decode_step))
     ids, at = torch.tensor([[1, 40, 50, 60]]), torch.tensor([4])
     for name in ("cats", "june", "dogs", None, "cats"):

@@ -1,4 +1,4 @@
-"""llama.cpp's files, read back with the gguf package. test_gguf_oracle.py opens them in llama.cpp."""
+"""llama.cpp's files, read back with the gguf package. oracles/test_llama_cpp.py opens them in llama.cpp."""
 
 import subprocess
 import sys

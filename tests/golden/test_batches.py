@@ -15,7 +15,7 @@ import llava
 from llava.config import IGNORE, IMAGE
 from llava.engine.text import TextStream
 from llava.preprocess.tokenizer import load_tokenizer
-from tests.test_golden import FOLDERS, TOWERS
+from tests.golden.test_answers import FOLDERS, TOWERS
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from llava.quantize.nf4 import BLOCK, LEVELS, NF4Linear, pack, unpack
 from llava.train.loop import train
 from llava.train.lora import lora_layers
 from tests import tiny, training
-from tests.test_train import Plain, plain_loop, restore
+from tests.train.test_loop import Plain, plain_loop, restore
 from tests.training import LORA, School, losses, recipe, trainee_of
 
 

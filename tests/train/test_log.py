@@ -173,7 +173,7 @@ def test_tensorboard_reads_back_each_step_once(tmp_path: Path) -> None:
 
 def tracked(run: Path, name: str, steps: range, resume_step: int, **environment: str) -> str:
     """`write` in a process of its own: trackers read the environment once. What came on stdout."""
-    script = "import sys; from pathlib import Path; from tests.test_train_log import write\n"
+    script = "import sys; from pathlib import Path; from tests.train.test_log import write\n"
     script += f"write(Path(sys.argv[1]), {steps!r}, ({name!r},), {resume_step})"
     done = subprocess.run(
         [sys.executable, "-c", script, str(run)],

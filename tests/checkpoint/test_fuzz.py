@@ -48,7 +48,7 @@ def test_two_thousand_spoilt_folders_load_correctly_or_fail_with_one_clear_error
     tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     if request.config.getoption("markexpr") != "slow":
-        pytest.skip("takes minutes: python -m pytest -m slow tests/test_fuzz.py")
+        pytest.skip("takes minutes: python -m pytest -m slow tests/checkpoint/test_fuzz.py")
     assert_all_good(run(2000, 0, tmp_path), 2000)
 
 

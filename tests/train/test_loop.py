@@ -35,7 +35,7 @@ from llava.train.recipe import Recipe
 from llava.train.resume import Saver
 from llava.train.start import start
 from tests import command, tiny, training
-from tests.test_golden import FOLDERS, TOWERS
+from tests.golden.test_answers import FOLDERS, TOWERS
 from tests.training import LORA, School, begin, from_parts, gradients, losses, recipe, rows, run_apart, trainee_of
 
 
