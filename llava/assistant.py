@@ -12,16 +12,18 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from llava.checkpoint.apart import open_apart
+from llava.checkpoint.adapters import open_separately
 from llava.checkpoint.load import Pool, build, resolve_device, resolve_dtype
-from llava.checkpoint.open import Checkpoint, open_checkpoint
-from llava.config import LlavaConfig
+from llava.checkpoint.open import open_checkpoint
+from llava.config import LlavaConfig, LoadOptions
 from llava.engine.engine import Answer, Engine
 from llava.engine.sampling import Sampling
 from llava.errors import ConfigError, PromptError
+from llava.formats.format import Checkpoint
 from llava.model.llava import Llava
 from llava.preprocess.image import Picture
 from llava.preprocess.inputs import Messages, ModelInput, Preprocessor
+from llava.zoo.bases import advice
 
 LLAVA_TINY = Path(__file__).parent / "weights" / "llava-tiny"  # a small LLaVA that knows drawn objects
 
@@ -104,20 +106,28 @@ def load(
         raise ConfigError(f"quantize={quantize!r}: this version has no quantisation yet; leave it out")
     if image_mode not in (None, "original", "hf"):
         raise ConfigError(f"image_mode is {image_mode!r}; expected original or hf")
-    place = resolve_device(device)
-    options: dict[str, Any] = {"base": base, "vision_tower": vision_tower, "vision": vision, "revision": revision}
-    options |= {"image_mode": image_mode, "legacy_strip": legacy_strip, "lenient": force}
-    apart = bool(adapters) or not merge
-    checkpoints: dict[str | None, Checkpoint] = (
-        open_apart(path, merge=merge, adapters=adapters or {}, **options)
-        if apart
-        else {None: open_checkpoint(path, **options)}
+    target = resolve_device(device)
+    options = LoadOptions(
+        base=base,
+        vision_tower=vision_tower,
+        vision=vision,
+        revision=revision,
+        image_mode=image_mode,
+        legacy_strip=legacy_strip,
+        force=force,
     )
-    kind = resolve_dtype(dtype, next(iter(checkpoints.values())), place)
-    pool: Pool | None = {} if apart else None
+    separate = bool(adapters) or not merge
+    checkpoints: dict[str | None, Checkpoint]
+    with advice():
+        if separate:
+            checkpoints = open_separately(path, adapters or {}, options, merge=merge)
+        else:
+            checkpoints = {None: open_checkpoint(path, options)}
+    compute = resolve_dtype(dtype, next(iter(checkpoints.values())), target)
+    pool: Pool | None = {} if separate else None
     loaded = {
         name: Loaded(
-            build(checkpoint, dtype=kind, device=place, force=force, pool=pool),
+            build(checkpoint, dtype=compute, device=target, force=force, pool=pool),
             Preprocessor(checkpoint.config, checkpoint.tokenizer, template=template, exif=exif),
         )
         for name, checkpoint in checkpoints.items()

@@ -1,6 +1,8 @@
 """Sizes and options of a LLaVA, stated in full: nothing here has a meaning that depends on a name or a path."""
 
+import re
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from llava.errors import ConfigError
@@ -10,6 +12,7 @@ IGNORE = -100  # label of a token that is not learnt
 IMAGE_MARK = "<image>"  # a picture's place in text
 
 DType = Literal["float32", "bfloat16", "float16"]
+ImageMode = Literal["original", "hf"]  # whose image arithmetic is matched: the LLaVA code's or transformers'
 
 
 # Beyond these a config is broken. They keep products of sizes countable, and a model of such sizes from being built.
@@ -101,6 +104,25 @@ class ProjectorConfig:
         if self.depth == 0 and self.in_dim != self.out_dim:
             raise ConfigError(f"projector: identity cannot turn width {self.in_dim} into {self.out_dim}")
 
+    @property
+    def type(self) -> str:
+        """As `mm_projector_type` spells it: identity, linear or mlpNx_gelu."""
+        return projector_type(self.depth)
+
+
+def projector_type(depth: int) -> str:
+    """The `mm_projector_type` of a projector with `depth` linear layers."""
+    return {0: "identity", 1: "linear"}.get(depth, f"mlp{depth}x_gelu")
+
+
+def projector_depth(type: str) -> int:
+    """The inverse of `projector_type`. Raises ConfigError."""
+    if match := re.fullmatch(r"mlp(\d+)x_gelu", type):
+        return int(match[1])
+    if type not in ("identity", "linear"):
+        raise ConfigError(f"config.json: mm_projector_type is {type!r}; expected linear, mlpNx_gelu or identity")
+    return int(type == "linear")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
@@ -153,6 +175,12 @@ class DecoderConfig:
         if self.kind == "mpt" and self.n_kv_heads != self.n_heads:
             raise ConfigError(f"decoder: n_kv_heads is {self.n_kv_heads}; mpt has as many as n_heads, {self.n_heads}")
 
+    @property
+    def qkv_rows(self) -> tuple[int, int, int]:
+        """Rows of q, k and v in the concatenated matrix `attn.qkv`."""
+        kv = self.n_kv_heads * self.head_dim
+        return self.n_heads * self.head_dim, kv, kv
+
 
 _POSITIONS = {"llama": ("rope_theta", "rope_scaling"), "mpt": ("alibi_bias_max", "clip_qkv")}  # the first is a must
 
@@ -165,7 +193,7 @@ class ImageConfig:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     aspect: Literal["square", "pad", "anyres"]  # centre crop, pad to a square, or base view and tiles
-    mode: Literal["original", "hf"] = "original"  # whose arithmetic: the LLaVA code's or transformers'
+    mode: ImageMode = "original"
     pinpoints: tuple[tuple[int, int], ...] = ()  # anyres: canvas sizes to choose from, (w, h)
     merge: Literal["flat", "spatial", "spatial_unpad"] = "flat"  # anyres: how tiles are put together
 
@@ -288,3 +316,17 @@ def _build(cls: Any, what: str, values: dict[str, Any]) -> Any:
 
 def _optional(cls: Any, what: str, values: dict[str, Any] | None) -> Any:
     return None if values is None else _build(cls, what, values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How a checkpoint is opened. `llava.load` documents the options that it passes on."""
+
+    base: str | Path | None = None  # the language model that a LoRA, projector or delta belongs to
+    vision_tower: str | Path | None = None  # instead of the one that config.json names
+    vision: bool = True  # False: the language model only
+    revision: str | None = None  # of the checkpoint on the hub
+    image_mode: ImageMode | None = None  # None: the mode that the format was made for
+    legacy_strip: bool = False  # added tokens absorb the white space around them, as when v0 and v1.1 were trained
+    force: bool = False  # leave out unknown tensors, and warn about NaN, Inf and a doubtful base, instead of refusing
+    fetch_tower: bool = True  # False, for inspection: do not ask the hub for a tower whose sizes are published

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from llava.assistant import Assistant
-from llava.checkpoint.files import DTYPE_NAMES
-from llava.checkpoint.write import Progress, new_file, silent
 from llava.config import IMAGE_MARK
 from llava.errors import ImageError, PromptError
+from llava.tensors.atomic import new_file
+from llava.tensors.files import DTYPE_NAMES
+from llava.tensors.writer import Progress, no_progress
 
 MAX_HEADER_BYTES = 100_000_000  # what readers of the format accept
 
@@ -63,7 +64,7 @@ def extract(
     out: Path,
     *,
     template: str | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> None:
     """Writes "{row}.{layer}" -> [S, D] for every row and layer, in the model's type.
 

@@ -1,6 +1,6 @@
-"""Door of the documented command: a LLaVA folder's language model as gpt-fast's model.pth.
+"""Entry point of the documented command: writes a checkpoint's language model as gpt-fast's model.pth.
 
-The work is in llava/convert/gptfast.py; sizes come from config.json, never from a name.
+See llava/convert/convert.py and llava/formats/gpt_fast.py. Sizes come from config.json, never from a name.
 """
 
 import sys
@@ -17,17 +17,17 @@ from llava.cli.checkpoint import left_out
 
 def convert_hf_checkpoint(
     checkpoint_dir: Annotated[Path, typer.Option("--checkpoint_dir", help="folder with the checkpoint")],
-    model_name: Annotated[str | None, typer.Option("--model_name", help="accepted and not needed")] = None,
-    output: Annotated[Path | None, typer.Option("--output", help="file to write; default: model.pth beside it")] = None,
+    model_name: Annotated[str | None, typer.Option("--model_name", help="accepted and ignored")] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="file; default: model.pth in that folder")] = None,
 ) -> None:
     """Write model.pth in gpt-fast's naming and row order."""
     with guarded(), progress_bar("convert") as progress:
-        from llava.convert import gptfast
+        from llava.convert.convert import write_gpt_fast
 
-        file, checkpoint = gptfast.convert(checkpoint_dir, output, progress=progress)
-        if checkpoint.unused:
-            print(left_out(checkpoint.unused))
-        print(f"{file}: {len(checkpoint.sources)} tensors, {file.stat().st_size / 1e9:.2f} GB")
+        file, checkpoint = write_gpt_fast(checkpoint_dir, output, progress=progress)
+        if checkpoint.unused_names:
+            print(left_out(checkpoint.unused_names))
+        print(f"{file}: {len(checkpoint.tensors)} tensors, {file.stat().st_size / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Checkpoints on disk: what a folder holds, under which names, and how it becomes weights. `convert` writes them."""
+"""From a folder or hub id to a model: detect the format, resolve the checkpoint, load its weights."""

@@ -1,21 +1,42 @@
-"""From a checkpoint that is understood to a model with its weights, of a type and in a place."""
+"""From a resolved checkpoint to a model with its weights, in one type and on one device."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from llava.checkpoint.files import check_finite
-from llava.checkpoint.open import Checkpoint, check_headers
-from llava.checkpoint.source import Source, Stored
-from llava.checkpoint.sums import Adapted
+from llava.checkpoint.open import check_headers
 from llava.config import LlavaConfig
 from llava.errors import ConfigError
-from llava.model.llava import Llava, shapes, meta_model
+from llava.formats.format import Checkpoint
+from llava.model.llava import Llava, meta_model, shapes
 from llava.model.lora import Adapter, LoraLinear
+from llava.tensors.files import check_finite
+from llava.tensors.lazy import Concat, FromFile, LazyTensor
+from llava.tensors.sums import WithLora
 
-Pool = dict[tuple[Path, tuple[str, ...]], Tensor]  # tensors that were read, by file and names: models may share them
+_PoolKey = tuple[tuple[Path, str], ...]
+Pool = dict[_PoolKey, Tensor]  # tensors already read, by file and names, that several models share
+Store = Callable[[nn.Module, str, LazyTensor], None]  # puts a tensor into a module's parameter of that name
+
+
+def load_weights(model: Llava, tensors: Mapping[str, LazyTensor], store: Store) -> None:
+    """Puts every tensor into the module that has it; the weight of a LoRA's matrix goes to its frozen base.
+
+    Inference and training load through this function and differ in `store`.
+    """
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        store(module.base if isinstance(module, LoraLinear) else module, leaf, tensor)
+
+
+def read_finite(tensor: LazyTensor, force: bool = False) -> Tensor:
+    """Reads a tensor. Raises CheckpointError on NaN and Inf (`force`: warns)."""
+    value = tensor.read()
+    check_finite(value, tensor.where, force)
+    return value
 
 
 def build(
@@ -26,60 +47,62 @@ def build(
     force: bool = False,
     pool: Pool | None = None,
 ) -> Llava:
-    """The model with its weights. Weights that have the right type and place already stay mapped from their file.
+    """The model for inference. Weights that already have the right type and device stay memory-mapped.
 
-    `pool`: LoRAs stay apart from their matrices, and a tensor that another model with this pool has read, of this type
-    and in this place, is taken from there. Raises CheckpointError: a tensor is missing, has another shape, or holds NaN
-    or Inf (`force`: a warning).
+    pool: LoRAs are kept separate from their matrices, and tensors that another model with the same pool has read are
+    shared. Raises CheckpointError if a tensor is missing, has another shape, or has NaN or Inf (`force`: warns).
     """
     check_headers(checkpoint)
     model = meta_model(checkpoint.config)
+    tensors = checkpoint.tensors if pool is None else _separate_loras(model, checkpoint.tensors)
 
-    def made(source: Source) -> Tensor:
-        key = (source.weights.entries[source.names[0]].file, source.names) if isinstance(source, Stored) else None
-        if pool is not None and key in pool:
-            return pool[key]
-        tensor = source.read()
-        check_finite(tensor, source.where, force)
-        tensor = tensor.to(device, dtype)
-        if pool is not None and key:
-            pool[key] = tensor
-        return tensor
+    def read(tensor: LazyTensor) -> Tensor:
+        key = _pool_key(tensor)
+        if pool is None or key is None:
+            return read_finite(tensor, force).to(device, dtype)
+        if key not in pool:
+            pool[key] = read_finite(tensor, force).to(device, dtype)
+        return pool[key]
 
-    sources = checkpoint.sources if pool is None else _apart(model, checkpoint.sources)
-    state = {name: made(source) for name, source in sources.items()}
-    if checkpoint.config.decoder.tied:
-        state["decoder.head.weight"] = state["decoder.embed.weight"]
-    model.load_state_dict(state, strict=True, assign=True)
+    def store(module: nn.Module, leaf: str, tensor: LazyTensor) -> None:
+        module.register_parameter(leaf, nn.Parameter(read(tensor), requires_grad=False))
+
+    load_weights(model, tensors, store)
     if checkpoint.config.decoder.tied:
         model.decoder.head.weight = model.decoder.embed.weight
     return model.requires_grad_(False).eval()
 
 
-def _apart(model: Llava, sources: Mapping[str, Source]) -> dict[str, Source]:
-    """Sums of a matrix and a LoRA taken apart, in the model too."""
-    apart = dict(sources)
-    for name, source in sources.items():
-        if not isinstance(source, Adapted):
+def _pool_key(tensor: LazyTensor) -> _PoolKey | None:
+    """Identifies tensors read from files; None for computed ones."""
+    parts = tensor.parts if isinstance(tensor, Concat) else [tensor]
+    files = [part for part in parts if isinstance(part, FromFile)]
+    if len(files) < len(parts):
+        return None
+    return tuple((part.weights.headers[part.name].file, part.name) for part in files)
+
+
+def _separate_loras(model: Llava, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Replaces each sum of a matrix and a LoRA by its terms, in the tensors and in the model's modules."""
+    separate = dict(tensors)
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, WithLora):
             continue
         path = name.removesuffix(".weight")
-        del apart[name]
-        apart[f"{path}.base.weight"] = source.base
-        if f"{path}.bias" in apart:
-            apart[f"{path}.base.bias"] = apart.pop(f"{path}.bias")
-        for adapter in source.adapters:
-            apart[f"{path}.adapters.{adapter.first}.a"] = adapter.a
-            apart[f"{path}.adapters.{adapter.first}.b"] = adapter.b
+        separate[name] = tensor.base
+        for pair in tensor.pairs:
+            separate[f"{path}.adapters.{pair.first}.a"] = pair.a
+            separate[f"{path}.adapters.{pair.first}.b"] = pair.b
         parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, LoraLinear(model.get_submodule(path), _parts(source)))
-    return apart
+        setattr(model.get_submodule(parent), leaf, LoraLinear(model.get_submodule(path), _parts(tensor)))
+    return separate
 
 
-def _parts(source: Adapted) -> dict[str, Adapter | int]:
-    """Its parts by their first row, those without a LoRA too."""
+def _parts(tensor: WithLora) -> dict[str, Adapter | int]:
+    """The parts of a matrix by their first row: an adapter, or the number of rows without one."""
     parts: dict[str, Adapter | int] = {}
-    end, (rows, columns) = 0, source.shape
-    for first, a, b, scale in sorted(source.adapters, key=lambda adapter: adapter.first):
+    end, (rows, columns) = 0, tensor.shape
+    for first, a, b, scale in sorted(tensor.pairs, key=lambda pair: pair.first):
         if first > end:
             parts[str(end)] = first - end
         with torch.device("meta"):
@@ -89,20 +112,20 @@ def _parts(source: Adapted) -> dict[str, Adapter | int]:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """`auto` is the first GPU where there is one."""
+    """`auto` is the first GPU if there is one, else the CPU. Raises ConfigError."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise ConfigError(f"device {device!r} is not known; expected auto, cpu, cuda or cuda:N") from None
+        raise ConfigError(f"device is {device!r}; expected auto, cpu, cuda or cuda:N") from None
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device {device!r} is not there: this machine shows {torch.cuda.device_count()} GPUs")
+        raise ConfigError(f"device {device!r} does not exist: this machine has {torch.cuda.device_count()} GPUs")
     return chosen
 
 
 def resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """`auto` is the checkpoint's own type on a GPU; on a CPU bfloat16, or float32 below 1 B parameters."""
+    """`auto` is the stored type on a GPU; on a CPU bfloat16, or float32 below 1 B parameters. Raises ConfigError."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if isinstance(dtype, torch.dtype):
         if dtype not in known.values():
@@ -113,10 +136,9 @@ def resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint, device: torc
             return known[checkpoint.config.dtype]
         return torch.float32 if n_parameters(checkpoint.config) < 1e9 else torch.bfloat16
     if dtype not in known:
-        raise ConfigError(f"dtype {dtype!r} is not known; expected auto, {', '.join(known)}")
+        raise ConfigError(f"dtype is {dtype!r}; expected auto, {', '.join(known)}")
     return known[dtype]
 
 
 def n_parameters(config: LlavaConfig) -> int:
-    """Weights of the model as it is built."""
     return sum(torch.Size(shape).numel() for shape in shapes(config).values())

@@ -1,307 +1,259 @@
-"""From a folder or hub id to a checkpoint that is understood: its config, and where each of our tensors lies."""
+"""Resolves a checkpoint in stages: detect → resolve_base → read_tokenizer → resolve_tensors → read_config → check.
 
-from collections.abc import Iterator, Mapping
+Config, headers and tokenizer are read; weights are not.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
-
-from llava.checkpoint import bases, keymap, lone, meta, settings
-from llava.checkpoint.config import decoder_sizes, foreign_config, native_config, processor_of, projector_held
-from llava.checkpoint.detect import FORMAT_KEY, Choice, Facts, Finding, Kind, choose_template, detect
-from llava.checkpoint.files import PROJECTOR_FILE, locate, locate_file, meta_shards, open_weights, read_json, reading
-from llava.checkpoint.onbase import ON_BASE, Base, Put, new_tokens, put_on
-from llava.checkpoint.settings import ImageMode
-from llava.checkpoint.source import Source, Stored
-from llava.config import LlavaConfig
+from llava.checkpoint.detect import choose_template, detect, read_files
+from llava.config import LoadOptions
 from llava.errors import CheckpointError, ConfigError
+from llava.formats import FORMATS, clip
+from llava.formats.base_model import (
+    check_base_format,
+    check_heads,
+    check_raw,
+    check_vocabulary,
+    missing_base,
+    warn_if_recorded_otherwise,
+    wrong_base,
+)
+from llava.formats.format import Checkpoint, CheckpointFiles, Detection, Format, ReadConfig, Resolved
+from llava.formats.multimodal import projector_in
 from llava.model.llava import shapes
 from llava.preprocess.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
-
-SUPPORTED: tuple[Kind, ...] = ("native", "merged", "llama", "mpt", "llava-hf", "meta")
-_TABLES = {
-    "native": keymap.NATIVE,
-    "mpt": keymap.LLAVA_MPT,
-    "llava-hf": keymap.LLAVA_HF,
-    "meta": keymap.META,
-}  # else keymap.LLAVA
+from llava.tensors.files import parsing
+from llava.tensors.hub import absolute_if_local, locate
+from llava.tensors.keymap import disk_names
+from llava.tensors.lazy import LazyTensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """A folder that is understood: the model's config, and for each of our tensors where it lies."""
-
-    folder: Path
-    kind: Kind
-    evidence: list[str]
-    template: Choice
-    config: LlavaConfig
-    sources: dict[str, Source]
-    missing: tuple[str, ...]  # our names that no file holds
-    spare: dict[str, Source]  # known tensors that this model does not need, under our names
-    unused: tuple[str, ...]  # names on disk that this model does not need, those of `spare` included
-    tokenizer: Tokenizer
-    tokenizer_folder: Path  # where its files lie: the base's, for folders that bring none
-    new_tokens: Mapping[str, int]  # that the tokenizer has and those files do not
-    vision_tower: str | None  # as config.json names it, or as it was given
-    tower_folder: Path | None  # where the tower's config was read, and its weights if they are not inside
-    tower_inside: bool  # the folder holds the tower's weights itself
-
-    @property
-    def rest_of_tower(self) -> dict[str, Source]:
-        """What of the tower lies behind the layer that is read: other readers want it."""
-        return {n: s for n, s in self.spare.items() if n.startswith("vision.") and self.config.vision}
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Our names and tensors, one at a time, mapped where nothing has to be stacked."""
-        for name, source in self.sources.items():
-            yield name, source.read()
+def open_checkpoint(source: str | Path | CheckpointFiles, options: LoadOptions | None = None) -> Checkpoint:
+    """Resolves a folder or hub id. Raises CheckpointError, ConfigError."""
+    options = _with_absolute_tower(options or LoadOptions())
+    files = source if isinstance(source, CheckpointFiles) else read_files(source, options.revision)
+    detection = detect(files)
+    format = FORMATS.get(detection.format)
+    if format is None or not format.reads:
+        raise _unsupported(files, detection)
+    base = resolve_base(files, detection, format, options)
+    tokenizer = read_tokenizer(files, format, base, options)
+    resolved = resolve_tensors(files, format, base, tokenizer.tokenizer, options)
+    read = read_config(files, format, base, resolved, options)
+    checkpoint = _assemble(files, detection, base, tokenizer, resolved, read, options)
+    check(checkpoint, base, files, resolved, options)
+    return checkpoint
 
 
-def look(path: str | Path, revision: str | None = None) -> Facts:
-    """Config and headers of a folder or hub id, whatever it is. Raises CheckpointError."""
-    if file := locate_file(path, revision=revision):
-        return lone.look_at(file)
-    folder = locate(path, revision=revision)
-    if not any(folder.iterdir()):
-        raise CheckpointError(f"{folder}: is empty; expected config.json, weights and tokenizer files")
-    config = folder / "config.json"
-    known = ("config.json", "adapter_config.json", PROJECTOR_FILE)
-    if not any((folder / name).is_file() for name in known) and not meta_shards(folder):
-        raise CheckpointError(f"{config}: is missing; the folder is not a whole checkpoint")
-    weights = open_weights(folder)
-    if meta.is_meta(weights):
-        return Facts(folder, meta.settings(folder, weights), weights)
-    return Facts(folder, read_json(config) if config.is_file() else {}, weights)
+def _with_absolute_tower(options: LoadOptions) -> LoadOptions:
+    """A tower's folder is recorded in what we write, so it must hold from any working directory."""
+    tower = options.vision_tower
+    return replace(options, vision_tower=absolute_if_local(tower)) if tower else options
 
 
-def open_checkpoint(
-    path: str | Path | Facts,
-    *,
-    base: str | Path | None = None,
-    vision_tower: str | Path | None = None,
-    vision: bool = True,
-    revision: str | None = None,
-    image_mode: ImageMode | None = None,
-    legacy_strip: bool = False,
-    lenient: bool = False,
-    fetch_tower: bool = True,
-) -> Checkpoint:
-    """Reads config, headers and tokenizer; no weights.
+def _unsupported(files: CheckpointFiles, detection: Detection) -> CheckpointError:
+    why = f"{files.path}: {detection.format} ({detection.evidence[0]})"
+    if detection.format == "clip":
+        return CheckpointError(f"{why}: only a vision tower; name it with vision_tower= next to a LLaVA")
+    readable = ", ".join(name for name, format in FORMATS.items() if format.reads)
+    return CheckpointError(f"{why}: not a format that this version loads; expected one of {readable}")
 
-    `base`: the language model that a LoRA, a projector or a delta is put on, any folder or hub id that loads by itself.
-    `lenient`: tensors that no rule knows are left out instead of refused, and a base that is not the one of a delta is
-    warned of. `fetch_tower`: False for looking only, see `find_tower`. Raises CheckpointError, ConfigError.
+
+# ------------------------------------------------------------------------------------------------------------ stages
+
+
+def resolve_base(
+    files: CheckpointFiles, detection: Detection, format: Format, options: LoadOptions
+) -> Checkpoint | None:
+    """Opens the language model that a part belongs to; None for a whole model.
+
+    Raises ConfigError if a whole model is given a base, BaseModelError if a base is missing or cannot be the right one.
     """
-    facts = path if isinstance(path, Facts) else look(path, revision)
-    folder, vision_tower = facts.folder, _lasting(vision_tower) if vision_tower else None
-    with reading(folder / "config.json"):
-        finding = detect(facts)
-        if finding.kind == "llava-hf":
-            processor = processor_of(folder)
-            image_mode = image_mode or settings.mode_of(facts.settings, processor)
-            facts = facts._replace(settings=settings.flat(facts.settings, processor, str(folder)))
-    if finding.kind not in (*SUPPORTED, *ON_BASE):
-        raise _unsupported(folder, finding)
-    if finding.kind in SUPPORTED and not facts.weights:
-        raise CheckpointError(f"{folder}: holds no weights; expected model*.safetensors or pytorch_model*.bin")
-    under = _open_base(base, facts, finding, legacy_strip=legacy_strip, lenient=lenient)
-    described = facts if facts.settings or not under else look(under.folder)  # a LoRA of peft alone has no config.json
-    if bare := folder.is_file() and not facts.settings:
-        described = facts._replace(settings=lone.seen(facts, vision_tower))
-    tokenizer, files, more = _tokenizer(facts, finding.kind, under, legacy_strip)
-    put = _on_base(facts, finding.kind, under, tokenizer) if under else _alone(facts, finding.kind)
-    if put.unknown and not lenient:
-        raise _unknown(put.unknown)
-    held = put.sources
-    with reading(described.folder / "config.json"):
-        if FORMAT_KEY in described.settings:
-            config, tower = native_config(described, vision, image_mode), None
-        else:
-            sizes = under.config.decoder if under and bare else None
-            family = under.config.decoder.kind if under else finding.kind
-            decoder = decoder_sizes(described, family, held, sizes)
-            config, tower = foreign_config(described, decoder, held, vision, vision_tower, image_mode, fetch_tower)
-        projector = config.projector or projector_held(held, config)
-        kind = "native" if FORMAT_KEY in described.settings else finding.kind
-        choice = choose_template(kind, described.settings, config.decoder, projector, tokenizer)
-    if put.start_end:
-        config = replace(config, start_end=True)
-    if under and not has_tokenizer(folder):
-        config = replace(config, eos_ids=config.eos_ids or under.config.eos_ids)
-    config = replace(config, template=choice.template)
-    _refuse_contradiction(config, described.folder, len(held), tokenizer)
-    wanted = shapes(config)
-    if under:
-        _check_base(under, facts, finding, config, held, wanted, lenient)
-    every = _of_tower(tower, needed=fetch_tower) | held if tower and "vision.cls" not in held else held
-    spare = {ours: source for ours, source in every.items() if ours not in wanted}
-    _refuse_half_a_model(spare, config, lenient)
-    return Checkpoint(
-        folder=folder,
-        kind=finding.kind,
-        evidence=finding.evidence,
-        template=choice,
-        config=config,
-        sources={ours: every[ours] for ours in wanted if ours in every},
-        missing=tuple(ours for ours in wanted if ours not in every),
-        spare=spare,
-        unused=(*put.unused, *put.unknown, *(name for source in spare.values() for name in source.names)),
-        tokenizer=tokenizer,
-        tokenizer_folder=files,
-        new_tokens=more,
-        vision_tower=described.settings.get("mm_vision_tower") or vision_tower,
-        tower_folder=tower,
-        tower_inside="vision.cls" in held,
-    )
-
-
-def _lasting(place: str | Path) -> str:
-    """A hub id, or a folder under a name that holds wherever one stands."""
-    return str(Path(place).expanduser().absolute()) if Path(place).expanduser().is_dir() else str(place)
-
-
-def _unsupported(folder: Path, finding: Finding) -> CheckpointError:
-    why = f"{folder}: {finding.kind} ({finding.evidence[0]})"
-    if finding.kind == "clip":
-        return CheckpointError(f"{why}: a vision tower alone; name it with vision_tower= beside a LLaVA")
-    return CheckpointError(f"{why}: this version loads merged LLaVA, plain Llama or MPT and native folders only")
-
-
-def _unknown(files: Mapping[str, Path]) -> CheckpointError:
-    names = list(files)
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return CheckpointError(
-        f"{files[names[0]]}: tensors that no LLaVA of this layout has: {', '.join(names[:3])}{rest}; "
-        "pass force=True (--force) to leave them out"
-    )
-
-
-def _alone(facts: Facts, kind: Kind) -> Put:
-    """A folder that is a model by itself."""
-    if kind == "meta":
-        return meta.put(facts.folder, facts.weights)
-    planned = keymap.plan(facts.weights, _TABLES.get(kind, keymap.LLAVA))
-    held: dict[str, Source] = {
-        ours: Stored(weights=facts.weights, names=names) for ours, names in planned.sources.items()
-    }
-    return Put(held, planned.dropped, {name: facts.weights.entries[name].file for name in planned.unknown})
-
-
-def _open_base(base: str | Path | None, facts: Facts, finding: Finding, **options: Any) -> Checkpoint | None:
-    """The language model that this folder is put on; None for a folder that is a model by itself."""
-    if finding.kind not in ON_BASE:
-        if base is not None:
-            raise ConfigError(f"{facts.folder}: {finding.kind} ({finding.evidence[0]}): needs no base; leave base= out")
+    if not format.needs_base:
+        if options.base is not None:
+            raise ConfigError(
+                f"{files.path}: {detection.format} ({detection.evidence[0]}): needs no base; leave base= out"
+            )
         return None
-    if base is None:
-        raise bases.missing_base(facts, finding)
-    found = look(locate(base, what="base"))
-    with reading(found.folder / "config.json"):
-        kind = detect(found).kind
-    bases.check_kind(found, kind, kind in SUPPORTED, facts, finding)
-    if finding.kind != "delta":
-        bases.warn_of_other_name(facts, finding.kind, found)
-    return open_checkpoint(found, vision=False, **options)
+    if options.base is None:
+        raise missing_base(files, detection)
+    found = read_files(locate(options.base, what="base"))
+    base_format = detect(found).format
+    known = FORMATS.get(base_format)
+    usable = known is not None and known.reads and not known.needs_base
+    check_base_format(found, base_format, usable, files, detection)
+    if detection.format != "delta":
+        warn_if_recorded_otherwise(files, detection.format, found)
+    return open_checkpoint(found, LoadOptions(vision=False, legacy_strip=options.legacy_strip, force=options.force))
 
 
-def _tokenizer(
-    facts: Facts, kind: Kind, under: Checkpoint | None, legacy_strip: bool
-) -> tuple[Tokenizer, Path, dict[str, int]]:
-    """The folder's own or its base's; where its files lie; the tokens that LLaVA adds and those files do not have."""
-    files = facts.folder if under is None or has_tokenizer(facts.folder) else under.tokenizer_folder
-    files = meta.tokenizer_folder(facts.folder) if kind == "meta" else files
-    tokenizer = load_tokenizer(files, legacy_strip=legacy_strip, fast=kind == "llava-hf")
-    if under and tokenizer.id_of("<im_start>") is None and (more := new_tokens(kind, facts, tokenizer.size)):
-        return load_tokenizer(files, legacy_strip=legacy_strip, more=more), files, more
-    return tokenizer, files, {}
+@dataclass(frozen=True)
+class ReadTokenizer:
+    """A tokenizer, the folder of its files, and the tokens that it has in addition to them."""
+
+    tokenizer: Tokenizer
+    folder: Path
+    new_tokens: dict[str, int]
 
 
-def _on_base(facts: Facts, kind: Kind, under: Checkpoint, tokenizer: Tokenizer) -> Put:
-    rules = keymap.LLAVA_MPT if under.config.decoder.kind == "mpt" else keymap.LLAVA
-    return put_on(kind, facts, Base(under.folder, {**under.spare, **under.sources}, rules), tokenizer)
+def read_tokenizer(
+    files: CheckpointFiles, format: Format, base: Checkpoint | None, options: LoadOptions
+) -> ReadTokenizer:
+    """The checkpoint's own tokenizer, else its base's, with the tokens whose embeddings the checkpoint brings."""
+    own = base is None or has_tokenizer(files.path)
+    folder = format.tokenizer_folder(files) if own or base is None else base.tokenizer_folder
+    tokenizer = load_tokenizer(folder, legacy_strip=options.legacy_strip, fast=format.fast_tokenizer)
+    if base and tokenizer.id_of("<im_start>") is None and (new := format.new_tokens(files, tokenizer.size)):
+        return ReadTokenizer(load_tokenizer(folder, legacy_strip=options.legacy_strip, more=new), folder, new)
+    return ReadTokenizer(tokenizer, folder, {})
+
+
+def resolve_tensors(
+    files: CheckpointFiles, format: Format, base: Checkpoint | None, tokenizer: Tokenizer, options: LoadOptions
+) -> Resolved:
+    """Where each of our tensors comes from. Raises CheckpointError on unknown tensors, unless `force`."""
+    if not format.needs_base and not files.weights:
+        raise CheckpointError(f"{files.path}: has no weights; expected model*.safetensors or pytorch_model*.bin")
+    resolved = format.resolve(files, base, tokenizer)
+    if resolved.unknown and not options.force:
+        raise clip.unknown_tensors(resolved.unknown)
+    return resolved
+
+
+def read_config(
+    files: CheckpointFiles, format: Format, base: Checkpoint | None, resolved: Resolved, options: LoadOptions
+) -> ReadConfig:
+    """The model's config, completed by what only tensors or the base show."""
+    with parsing(files.config_file if files.config or not base else base.path / "config.json"):
+        read = format.read_config(files, resolved.tensors, base, options)
+    config = read.config
+    if resolved.start_end:
+        config = replace(config, start_end=True)
+    if base and not has_tokenizer(files.path):
+        config = replace(config, eos_ids=config.eos_ids or base.config.eos_ids)
+    return read._replace(config=config)
+
+
+def _assemble(
+    files: CheckpointFiles,
+    detection: Detection,
+    base: Checkpoint | None,
+    tokenizer: ReadTokenizer,
+    resolved: Resolved,
+    read: ReadConfig,
+    options: LoadOptions,
+) -> Checkpoint:
+    config = read.config
+    projector = config.projector or projector_in(resolved.tensors, config.decoder)
+    with parsing(read.source / "config.json"):
+        template = choose_template(detection.format, read.source_config, config.decoder, projector, tokenizer.tokenizer)
+    inside = "vision.cls" in resolved.tensors
+    given_tower = None if options.vision_tower is None else str(options.vision_tower)
+    available = dict(resolved.tensors)
+    if read.tower_folder and not inside:
+        available = clip.read_tower(read.tower_folder, needed=options.fetch_tower) | available
+    expected = shapes(config)
+    unused = {ours: tensor for ours, tensor in available.items() if ours not in expected}
+    names = (*resolved.dropped, *resolved.unknown, *(name for tensor in unused.values() for name in tensor.names))
+    return Checkpoint(
+        path=files.path,
+        format=detection.format,
+        evidence=detection.evidence,
+        template=template,
+        config=replace(config, template=template.template),
+        source_config=read.source_config,
+        tensors={ours: available[ours] for ours in expected if ours in available},
+        missing=tuple(ours for ours in expected if ours not in available),
+        unused=unused,
+        unused_names=names,
+        tokenizer=tokenizer.tokenizer,
+        tokenizer_folder=tokenizer.folder,
+        new_tokens=tokenizer.new_tokens,
+        vision_tower=read.source_config.get("mm_vision_tower") or given_tower,
+        tower_folder=read.tower_folder,
+        tower_inside=inside,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ checks
+
+
+def check(
+    checkpoint: Checkpoint, base: Checkpoint | None, files: CheckpointFiles, resolved: Resolved, options: LoadOptions
+) -> None:
+    """Config, tensors, tokenizer and base belong to one model. Raises CheckpointError."""
+    _check_consistent(checkpoint, len(resolved.tensors))
+    if base:
+        _check_base(checkpoint, base, files, resolved.tensors, options.force)
+    _check_depth(checkpoint, options.force)
+
+
+def _check_consistent(checkpoint: Checkpoint, n_found: int) -> None:
+    config, where = checkpoint.config, checkpoint.path / "config.json"
+    if config.vision and config.start_end and checkpoint.tokenizer.id_of("<im_start>") is None:
+        raise CheckpointError(
+            f"{checkpoint.path}: mm_use_im_start_end is true, but the tokenizer has no <im_start>; add its files"
+        )
+    if config.decoder.n_layers > n_found > 0:
+        raise CheckpointError(
+            f"{where}: states {config.decoder.n_layers} layers, the files have {n_found} tensors: "
+            "config.json and weights are of different models"
+        )
 
 
 def _check_base(
-    under: Checkpoint,
-    facts: Facts,
-    finding: Finding,
-    config: LlavaConfig,
-    held: Mapping[str, Source],
-    wanted: Mapping[str, tuple[int, ...]],
-    lenient: bool,
+    checkpoint: Checkpoint,
+    base: Checkpoint,
+    files: CheckpointFiles,
+    found: Mapping[str, LazyTensor],
+    force: bool,
 ) -> None:
-    """The base has the sizes that the folder's own config asks for. Raises CheckpointError."""
-    kind, wrong = finding.kind, f"not the base of this {finding.kind}"
-    for ours in sorted({*held, *wanted}):
-        has, asked = held[ours].shape if ours in held else None, wanted.get(ours)
+    """The base has the sizes that the part's own config states."""
+    detection = Detection(checkpoint.format, checkpoint.evidence)
+    expected, wrong = shapes(checkpoint.config), f"not the base of this {checkpoint.format}"
+    for ours in sorted({*found, *expected}):
+        has, asked = found[ours].shape if ours in found else None, expected.get(ours)
         if ours.startswith("decoder.") and has != asked and ours != "decoder.head.weight":
-            raise CheckpointError(
-                f"{under.folder}: {ours} has shape {_sizes(has)}, {facts.folder} asks for {_sizes(asked)}: {wrong}, "
-                f"which is {bases.words(kind, bases.needed_base(facts, finding))}"
-            )
-    bases.check_heads(under.config.decoder, config.decoder, under.folder, f"{facts.folder} asks for", wrong)
-    if kind == "delta":
-        own = under.folder / "config.json"
-        recorded = read_json(own) if own.is_file() else {}
-        bases.check_raw(under.folder, under.kind, under.config.decoder, config.decoder, recorded, lenient)
+            found_and_asked = f"{ours} has shape {_sizes(has)}, {files.path} asks for {_sizes(asked)}"
+            raise wrong_base(base.path, found_and_asked, files, detection)
+    check_heads(base.config.decoder, checkpoint.config.decoder, base.path, f"{files.path} asks for", wrong)
+    if checkpoint.format == "delta":
+        check_raw(base, checkpoint.config.decoder, force)
     else:
-        rows = under.config.decoder.vocab_size, config.decoder.vocab_size
-        bases.check_vocabulary(*rows, facts, f"{under.folder}: {wrong}", lenient)
-
-
-def _refuse_contradiction(config: LlavaConfig, described: Path, n_held: int, tokenizer: Tokenizer) -> None:
-    """config.json, weights and tokenizer can be of one model."""
-    if config.vision and config.start_end and tokenizer.id_of("<im_start>") is None:
-        raise CheckpointError(
-            f"{described}: mm_use_im_start_end is on, but the tokenizer has no <im_start>; add its files"
-        )
-    if config.decoder.n_layers > n_held > 0:
-        raise CheckpointError(
-            f"{described / 'config.json'}: asks for {config.decoder.n_layers} layers, the files hold {n_held} tensors: "
-            "config.json and weights are of different models"
-        )
+        rows = base.config.decoder.vocab_size, checkpoint.config.decoder.vocab_size
+        check_vocabulary(*rows, files, f"{base.path}: {wrong}", force)
 
 
 def _sizes(shape: tuple[int, ...] | None) -> str:
     return "none" if shape is None else " x ".join(map(str, shape))
 
 
-def _refuse_half_a_model(spare: Mapping[str, Source], config: LlavaConfig, lenient: bool) -> None:
-    """A decoder's tensors are all needed, but for the head of a tied one."""
-    for ours, source in spare.items():
-        if ours.startswith("decoder.") and not lenient and not (config.decoder.tied and ours == "decoder.head.weight"):
+def _check_depth(checkpoint: Checkpoint, force: bool) -> None:
+    """All of a decoder's tensors are needed, except the head of a tied one."""
+    decoder = checkpoint.config.decoder
+    for ours, tensor in checkpoint.unused.items():
+        tied_head = decoder.tied and ours == "decoder.head.weight"
+        if ours.startswith("decoder.") and not force and not tied_head:
             raise CheckpointError(
-                f"{source.where}: has no place in a decoder of {config.decoder.n_layers} layers: "
+                f"{tensor.where}: is not part of a decoder with {decoder.n_layers} layers: "
                 "config.json and weights are of different models"
             )
 
 
-def _of_tower(folder: Path, needed: bool) -> dict[str, Source]:
-    """The tensors of a CLIP folder."""
-    weights = open_weights(folder)
-    if not weights and needed:
-        raise CheckpointError(f"{folder}: the vision tower's folder holds no weights; name another with vision_tower=")
-    planned = keymap.plan(weights, keymap.CLIP)
-    if planned.unknown:
-        raise _unknown({name: weights.entries[name].file for name in planned.unknown})
-    return {ours: Stored(weights=weights, names=names) for ours, names in planned.sources.items()}
-
-
 def check_headers(checkpoint: Checkpoint) -> None:
-    """Every tensor is there and has the shape that the config asks for. Raises CheckpointError."""
+    """Every tensor exists and has the shape that the config states. Raises CheckpointError."""
     if checkpoint.missing:
         n, first = len(checkpoint.missing), checkpoint.missing[0]
-        table = (*_TABLES.get(checkpoint.kind, keymap.LLAVA), *keymap.CLIP)
-        names = keymap.disk_names(first, table)
+        names = disk_names(first, (*FORMATS[checkpoint.format].rules(checkpoint.config), *clip.RULES))
         raise CheckpointError(
-            f"{checkpoint.folder}: {n} tensors are missing, the first is {names[0]}; fetch the checkpoint again"
+            f"{checkpoint.path}: {n} tensors are missing, the first is {names[0]}; fetch the checkpoint again"
         )
     expected = shapes(checkpoint.config)
-    for name, source in checkpoint.sources.items():
-        if source.shape != expected[name]:
+    for name, tensor in checkpoint.tensors.items():
+        if tensor.shape != expected[name]:
             raise CheckpointError(
-                f"{source.where}: has shape {list(source.shape)}, the config asks for {list(expected[name])}: "
+                f"{tensor.where}: has shape {list(tensor.shape)}, the config states {list(expected[name])}: "
                 "config.json and weights are of different models"
             )

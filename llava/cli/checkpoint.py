@@ -1,4 +1,4 @@
-"""Commands on files: inspect, convert."""
+"""Commands on checkpoint files: inspect, convert."""
 
 import json
 import sys
@@ -28,10 +28,11 @@ def inspect(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """What a checkpoint is and needs, from headers alone."""
+    """What a checkpoint is and what it needs, from headers only."""
     from llava.checkpoint import inspect as job
+    from llava.config import LoadOptions
 
-    found = job.describe(checkpoint, base=base, vision_tower=vision_tower, revision=revision)
+    found = job.describe(checkpoint, LoadOptions(base=base, vision_tower=vision_tower, revision=revision))
     values = None
     if scan:
         with progress_bar("scan") as progress:
@@ -46,7 +47,7 @@ def inspect(
 def convert(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write; absent or empty")],
-    to: Annotated[str, typer.Option("--to", help="native, original, hf, gguf, or llama for a plain Llama")] = "native",
+    to: Annotated[str, typer.Option("--to", help="native, llava, llava-hf, llama, gguf or gpt-fast")] = "native",
     vision: Annotated[bool, typer.Option("--vision/--no-vision", help="with or without tower and projector")] = True,
     verify: Annotated[bool, typer.Option("--verify", help="read back and compare bit by bit")] = False,
     check: Annotated[bool, typer.Option("--check/--no-check", help="compare the logits of both")] = True,
@@ -55,32 +56,22 @@ def convert(
     revision: Revision = None,
     force: Force = False,
 ) -> None:
-    """Write a checkpoint in another layout."""
-    from llava.convert import native as job
+    """Write a checkpoint in another format."""
+    from llava.config import LoadOptions
+    from llava.convert import convert as job
 
     started = time.perf_counter()
     with progress_bar("convert") as progress:
-        source = job.convert(
-            checkpoint,
-            out,
-            to=to,
-            vision=vision,
-            verify=verify,
-            check=check,
-            progress=progress,
-            base=base,
-            vision_tower=vision_tower,
-            revision=revision,
-            force=force,
-        )
+        options = LoadOptions(base=base, vision_tower=vision_tower, vision=vision, revision=revision, force=force)
+        source = job.convert(checkpoint, out, options, to=to, verify=verify, check=check, progress=progress)
     verified = ", verified bit by bit" if verify else ""
-    print(f"{out}: {len(source.sources)} tensors as {to} in {time.perf_counter() - started:.1f} s{verified}")
-    if source.unused:
-        print(left_out(source.unused))
+    print(f"{out}: {len(source.tensors)} tensors as {to} in {time.perf_counter() - started:.1f} s{verified}")
+    if source.unused_names:
+        print(left_out(source.unused_names))
 
 
 def left_out(names: tuple[str, ...]) -> str:
-    """One line on tensors that a conversion leaves behind, by the part of the model they belong to."""
+    """One line about the tensors that a conversion leaves out, by the part of the model they belong to."""
     parts = ("mm_projector", "vision_tower", "vision_model", "text_model", "inv_freq")
     counts = Counter(next((part for part in parts if part in name), name) for name in names)
     return "left out: " + ", ".join(f"{part} ({n} tensors)" if n > 1 else part for part, n in counts.items())
@@ -110,7 +101,7 @@ def _show(found: "Description", values: "Scan | None") -> None:
     if found.context:
         row("context", f"{found.context} tokens")
         row("template", f"{found.template or 'none'} ({found.template_because})")
-        row("image mode", found.image_mode or "no pictures")
+        row("image mode", found.image_mode or "no images")
         row("memory", ", ".join(f"{kind} {_bytes(n)}" for kind, n in found.memory_bytes.items()))
         row("missing", _some(found.missing))
         row("unused", _some(found.unused))

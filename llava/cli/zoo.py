@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llava.checkpoint import zoo as catalogue  # data alone: no torch
 from llava.cli.app import app
 from llava.cli.options import AsJson, Revision
+from llava.zoo import catalogue  # data only: does not import torch
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llava.checkpoint.identify import Identity, Match
+    from llava.zoo.match import Match, Matches
 
 zoo = typer.Typer(help="The published checkpoints: the zoo's tables, an entry, what a folder is.")
 app.add_typer(zoo, name="zoo")
@@ -22,9 +22,11 @@ app.add_typer(zoo, name="zoo")
 @zoo.callback(invoke_without_command=True)
 def tables(
     context: typer.Context,
-    base_llm: Annotated[str | None, typer.Option("--base-llm", help="rows whose base LLM holds this text")] = None,
+    base_llm: Annotated[
+        str | None, typer.Option("--base-llm", help="entries whose base LLM contains this text")
+    ] = None,
     format: Annotated[
-        str | None, typer.Option("--format", help="merged, delta, lora, projector or hf-reexport; a part will do")
+        str | None, typer.Option("--format", help="merged, delta, lora, projector or hf-reexport, or a part of it")
     ] = None,
     vision_encoder: Annotated[str | None, typer.Option("--vision-encoder", help="such as CLIP-L-336px")] = None,
     data: Annotated[str | None, typer.Option("--data", help="pretraining or finetuning data, such as 558K")] = None,
@@ -39,7 +41,7 @@ def tables(
     elif chosen:
         _print_tables(chosen)
     else:
-        print("no entry is so; llava zoo lists all")
+        print("no entry matches; llava zoo lists all of them")
 
 
 @zoo.command()
@@ -61,43 +63,44 @@ def show(
 
 @zoo.command()
 def check(
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="folder or hub id; its name decides nothing")],
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="folder or hub id; its name is not used")],
     revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
-    """Which entry a folder is, by what its files say; else the nearest one, and what differs."""
-    from llava.checkpoint.identify import identify
-    from llava.checkpoint.open import look
+    """Which entry a folder is, according to its files; else the nearest ones, and what differs."""
+    from llava.checkpoint.detect import detect, read_files
+    from llava.zoo.match import match
 
-    found = identify(look(folder, revision))
+    files = read_files(folder, revision)
+    found = match(files, detect(files))
     if as_json:
         _print_json(_as_dict(found))
         return
     if found.candidates:
-        several = "one of these; the files do not tell them apart" if len(found.candidates) > 1 else "this"
+        several = "one of these; the files do not distinguish them" if len(found.candidates) > 1 else "this"
         print(f"{folder} is {several}:")
-        for match in found.candidates:
-            print(f"  {match.entry['id']}")
+        for one in found.candidates:
+            print(f"  {one.entry['id']}")
     else:
-        print(f"{folder} is none of the zoo's; nearest:")
-        for match in found.nearest[:_SHOWN]:
-            print(f"  {match.entry['id']}")
-            _print_lines("    differs: ", match.differs.values())
-    print("seen:")
-    _print_lines("  ", (trait.seen for trait in found.traits.values()))
+        print(f"{folder} is not in the zoo; nearest:")
+        for one in found.nearest[:_SHOWN]:
+            print(f"  {one.entry['id']}")
+            _print_lines("    differs: ", one.differs.values())
+    print("evidence:")
+    _print_lines("  ", (fact.evidence for fact in found.fingerprint.values()))
 
 
-_SHOWN = 4  # nearest entries, as text; --json has all
+_SHOWN = 4  # nearest entries in text output; --json has all of them
 
 
-def _as_dict(found: "Identity") -> dict[str, Any]:
+def _as_dict(found: "Matches") -> dict[str, Any]:
     def one(match: "Match") -> dict[str, Any]:
         return {"id": match.entry["id"], "agrees": match.agrees, "differs": match.differs}
 
     return {
         "candidates": [one(match) for match in found.candidates],
         "nearest": [one(match) for match in found.nearest],
-        "evidence": {name: {"value": trait.value, "seen": trait.seen} for name, trait in found.traits.items()},
+        "evidence": {name: {"value": fact.value, "seen": fact.evidence} for name, fact in found.fingerprint.items()},
     }
 
 

@@ -1,1 +1,1 @@
-"""One checkpoint made into another: layouts written, deltas and LoRAs merged or taken out, results checked."""
+"""A resolved checkpoint into another folder: converted, merged with its base, or taken apart; results are verified."""

@@ -1,6 +1,5 @@
-"""A delta or a LoRA and its base as one folder in the original's layout: streamed, with the original's arithmetic."""
+"""A delta or a LoRA and its base as one folder in the llava format: streamed, with the original tools' arithmetic."""
 
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -9,20 +8,37 @@ from typing import Any
 
 import torch
 
-from llava.checkpoint.detect import FORMAT_KEY, TEMPLATE_KEY, Facts, Finding, detect
-from llava.checkpoint.files import locate, reading
-from llava.checkpoint.open import SUPPORTED, Checkpoint, check_headers, look, open_checkpoint
-from llava.checkpoint.source import Source, Typed
-from llava.checkpoint.sums import Adapted, AdaptedIn, Summed
-from llava.checkpoint.write import MAX_SHARD_BYTES, Item, Progress, silent, write_index, write_json
-from llava.checkpoint.write import free_folder as check_free
-from llava.convert import llama
-from llava.convert.original import rules_of
-from llava.convert.partial import growing
-from llava.convert.tokenizer import copy_tokenizer
+from llava.checkpoint.detect import detect, read_files
+from llava.checkpoint.open import check_headers, open_checkpoint
+from llava.config import LoadOptions, projector_depth
+from llava.convert.resume import resumable_folder
 from llava.errors import CheckpointError
+from llava.formats import FORMATS
+from llava.formats.format import TEMPLATE_KEY, Checkpoint, CheckpointFiles, Detection, to_disk
+from llava.formats.llama import llama_config
+from llava.formats.llava import rules_for
+from llava.formats.native import VERSION_KEY
+from llava.formats.tokenizer import copy_tokenizer
+from llava.tensors.atomic import free_folder
+from llava.tensors.files import parsing
+from llava.tensors.hub import locate
+from llava.tensors.lazy import Cast, LazyTensor
+from llava.tensors.sums import AddDelta, WithLora, WithLoraRounded
+from llava.tensors.writer import MAX_SHARD_BYTES, OutputTensor, Progress, no_progress, write_index, write_json
+from llava.zoo.bases import advice
 
 INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """How a delta or LoRA is merged."""
+
+    precise: bool = False  # sums in float32, rounded once, instead of the original's arithmetic
+    verify: bool = False  # compute everything again and compare it with the files
+    force: bool = False  # tolerate unknown tensors, NaN, Inf and a doubtful base
+    revision: str | None = None  # of the delta or LoRA on the hub
+    max_shard_bytes: int = MAX_SHARD_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,157 +47,164 @@ class Merged:
 
     folder: str
     base: str
-    evidence: list[str]  # what shows what the folder that was put on the base is
+    evidence: list[str]  # for the format of the delta or LoRA
     n_tensors: int
     n_bytes: int
     seconds: float
-    taken_over: int  # shards that an earlier, killed run had left whole
+    taken_over: int  # shards that an earlier, killed run had completed
     verified: bool
     sha256: dict[str, str]  # of the shards
 
 
-def apply_delta(base: str | Path, target: Path, delta: str | Path, **options: Any) -> Merged:
-    """base + delta, as the original's tool of this name: sums in float16, names unchanged, the delta's config and
-    tokenizer. Options as for `merge`. Raises CheckpointError.
-    """
-    return merge("delta", base, target, delta, **options)
-
-
-def merge_lora(base: str | Path, target: Path, lora: str | Path, **options: Any) -> Merged:
-    """base + scale * B @ A and what was trained besides, as the original's `merge_lora_weights.py` on a CPU: factors
-    in float16, their product in float32 and rounded, then the sum. Options as for `merge`. Raises CheckpointError.
-    """
-    return merge("lora", base, target, lora, **options)
-
-
-def merge(
-    kind: str,
+def apply_delta(
     base: str | Path,
     target: Path,
-    path: str | Path,
+    delta: str | Path,
+    options: MergeOptions | None = None,
     *,
-    precise: bool = False,
-    verify: bool = False,
-    force: bool = False,
-    revision: str | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Merged:
-    """A folder of `kind` on its base, written into `target` (absent or empty) in float16 shards with an index.
+    """base + delta, as the original's tool of this name: sums in float16, names unchanged, the delta's config and
+    tokenizer. Raises CheckpointError.
+    """
+    return merge("delta", base, target, delta, options or MergeOptions(), progress)
 
-    Work goes to `target.partial`, which the same call goes on with after a kill. `precise`: sums in float32, rounded
-    once. `verify`: everything is made anew and compared with the files. `force`: in spite of unknown tensors, NaN, Inf
-    and a doubtful base. Memory: some pieces of 2^24 values, whatever the size. Raises CheckpointError.
+
+def merge_lora(
+    base: str | Path,
+    target: Path,
+    lora: str | Path,
+    options: MergeOptions | None = None,
+    *,
+    progress: Progress = no_progress,
+) -> Merged:
+    """base + scale * B @ A and what was trained next to it, as the original's `merge_lora_weights.py` on a CPU: factors
+    in float16, their product in float32 and rounded, then the sum. Raises CheckpointError.
+    """
+    return merge("lora", base, target, lora, options or MergeOptions(), progress)
+
+
+@advice()
+def merge(
+    format: str, base: str | Path, target: Path, path: str | Path, options: MergeOptions, progress: Progress
+) -> Merged:
+    """Writes a checkpoint of `format` and its base into `target` (absent or empty) in float16 shards with an index.
+
+    The work is done in `target.partial`, and the same call continues there after a kill. Memory use is a few chunks,
+    whatever the model's size. Raises CheckpointError.
     """
     started = time.perf_counter()
-    check_free(target)
-    facts = look(path, revision)
-    finding = detect(facts)
-    if finding.kind != kind:
-        raise CheckpointError(_other_kind(facts, finding, kind))
-    under = locate(base, what="base")
-    found = open_checkpoint(facts, base=under, vision=False, lenient=force)
-    check_headers(found)
-    _check_projector(found, facts)
-    settings = _settings(found, facts, under)
-    written = [replace(item, force=force) for item in _items(found, precise)]
-    order = {
-        "base": _files(under),
-        kind: _files(facts.folder),
-        "precise": precise,
-        "force": force,  # what was written with it may hold NaN
-        "max_shard_bytes": max_shard_bytes,
+    free_folder(target)
+    files = read_files(path, options.revision)
+    detection = detect(files)
+    if detection.format != format:
+        raise CheckpointError(_wrong_format(files, detection, format))
+    base_folder = locate(base, what="base")
+    whole = open_checkpoint(files, LoadOptions(base=base_folder, vision=False, force=options.force))
+    check_headers(whole)
+    _check_projector(whole, files)
+    config = _config(whole, files, base_folder)
+    outputs = [replace(out, force=options.force) for out in _outputs(whole, options.precise)]
+    inputs = {
+        "base": _file_stats(base_folder),
+        format: _file_stats(files.path),
+        "precise": options.precise,
+        "force": options.force,  # shards written with it may have NaN
+        "max_shard_bytes": options.max_shard_bytes,
     }
-    with growing(target, order, sum(item.n_bytes for item in written)) as partial:
+    n_bytes = sum(out.n_bytes for out in outputs)
+    with resumable_folder(target, inputs, n_bytes) as partial:
         taken_over = len(partial.sha256)
-        shards = partial.write_shards(written, progress, max_shard_bytes)
+        shards = partial.write_shards(outputs, progress, options.max_shard_bytes)
         write_index(partial.folder / INDEX, shards)
-        write_json(partial.folder / "config.json", settings)
-        copy_tokenizer(found.tokenizer_folder, partial.folder, found.new_tokens)
-        _check_reopens(partial.folder, found)
-        if verify:
+        write_json(partial.folder / "config.json", config)
+        copy_tokenizer(whole.tokenizer_folder, partial.folder, whole.new_tokens)
+        _check_reopens(partial.folder, whole)
+        if options.verify:
             partial.verify(shards, progress)
     return Merged(
         folder=str(target),
         base=str(base),
-        evidence=finding.evidence,
-        n_tensors=len(written),
-        n_bytes=sum(item.n_bytes for item in written),
+        evidence=detection.evidence,
+        n_tensors=len(outputs),
+        n_bytes=n_bytes,
         seconds=time.perf_counter() - started,
         taken_over=taken_over,
-        verified=verify,
+        verified=options.verify,
         sha256=dict(partial.sha256),
     )
 
 
-def _check_projector(found: Checkpoint, facts: Facts) -> None:
-    """Where config.json names a tower, all of the projector is there. Raises CheckpointError."""
-    if not facts.settings.get("mm_vision_tower"):
+def _check_projector(whole: Checkpoint, files: CheckpointFiles) -> None:
+    """If config.json names a tower, the projector is complete. Raises CheckpointError."""
+    if not files.config.get("mm_vision_tower"):
         return
-    with reading(facts.folder / "config.json"):
-        kind = str(facts.settings.get("mm_projector_type") or "linear")
-        depth = {"linear": 1, "identity": 0}.get(kind) or int("".join(re.findall(r"mlp(\d+)x", kind)) or 0)
+    with parsing(files.config_file):
+        type = str(files.config.get("mm_projector_type") or "linear")
+        depth = projector_depth(type)
     for i in range(depth):
-        for part in ("weight", "bias"):
-            if (name := f"projector.{2 * i}.{part}") not in found.spare:
+        for param in ("weight", "bias"):
+            if (name := f"projector.{2 * i}.{param}") not in whole.unused:
                 raise CheckpointError(
-                    f"{facts.folder}: config.json names a vision tower and a projector of kind {kind}, but the files "
-                    f"hold no {name} of it; fetch the {found.kind} again, of a LoRA non_lora_trainables.bin too"
+                    f"{files.path}: config.json names a vision tower and a projector of type {type}, but the files "
+                    f"have no {name}; fetch the {whole.format} again, including non_lora_trainables.bin of a LoRA"
                 )
 
 
-def _other_kind(facts: Facts, finding: Finding, kind: str) -> str:
-    other = {"delta": "llava apply-delta", "lora": "llava merge-lora"}.get(finding.kind)
-    as_it_is = "it needs no merging, it loads as it is" if finding.kind in SUPPORTED else f"name the folder of a {kind}"
-    hint = f"use {other}" if other else as_it_is
-    return f"{facts.folder}: is no {kind} but {finding.kind} ({finding.evidence[0]}); {hint}"
+def _wrong_format(files: CheckpointFiles, detection: Detection, format: str) -> str:
+    command = {"delta": "llava apply-delta", "lora": "llava merge-lora"}.get(detection.format)
+    known = FORMATS.get(detection.format)
+    whole = known is not None and known.reads and not known.needs_base
+    advice = "it is a whole model and loads as it is" if whole else f"give the folder of a {format}"
+    hint = f"use {command}" if command else advice
+    return f"{files.path}: is not a {format} but {detection.format} ({detection.evidence[0]}); {hint}"
 
 
-def _items(found: Checkpoint, precise: bool) -> list[Item]:
-    """Every tensor under its original name, in float16; what this model itself does not read too."""
-    sources = {name: _in_half(source, precise) for name, source in (found.sources | found.spare).items()}
-    linear = "projector.0.weight" in sources and "projector.2.weight" not in sources
-    return llama.taken_apart(sources, found.config, rules_of(found.config, linear=linear))
+def _outputs(whole: Checkpoint, precise: bool) -> list[OutputTensor]:
+    """Every tensor under its original name in float16, also those that the language model alone does not need."""
+    tensors = {name: _in_float16(tensor, precise) for name, tensor in (whole.tensors | whole.unused).items()}
+    linear = "projector.0.weight" in tensors and "projector.2.weight" not in tensors
+    return to_disk(tensors, whole.config, rules_for(whole.config, linear=linear))
 
 
-def _in_half(source: Source, precise: bool) -> Source:
-    if isinstance(source, Summed):
-        source = replace(source, kind=torch.float32 if precise else torch.float16)
-    elif isinstance(source, Adapted) and not precise:
-        source = AdaptedIn(source.base, source.adapters, torch.float16)
-    return Typed(source, torch.float16)
+def _in_float16(tensor: LazyTensor, precise: bool) -> LazyTensor:
+    if isinstance(tensor, AddDelta):
+        tensor = replace(tensor, to=torch.float32 if precise else torch.float16)
+    elif isinstance(tensor, WithLora) and not precise:
+        tensor = WithLoraRounded(tensor.base, tensor.pairs, torch.float16)
+    return Cast(tensor, torch.float16)
 
 
-def _settings(found: Checkpoint, facts: Facts, base: Path) -> dict[str, Any]:
-    """config.json of the folder that was put on; of peft's own, which bring none, the base's. May raise."""
-    settings: Mapping[str, Any] = facts.settings or look(base).settings
-    if FORMAT_KEY in settings:  # ours: nothing that others read
-        if settings.get("vision") or found.config.decoder.kind != "llama":
+def _config(whole: Checkpoint, files: CheckpointFiles, base: Path) -> dict[str, Any]:
+    """The part's config.json, or the base's for a LoRA that only PEFT wrote. Raises CheckpointError."""
+    config: Mapping[str, Any] = files.config or whole.source_config
+    if VERSION_KEY in config:  # ours, which other readers do not understand
+        if config.get("vision") or whole.config.decoder.kind != "llama":
             raise CheckpointError(
-                f"{facts.folder}: brings no config.json, and that of {base} is native; convert the base first: "
-                f"llava convert {base} OUT --to original"
+                f"{files.path}: has no config.json, and that of {base} is native; convert the base first: "
+                f"llava convert {base} OUT --to llava"
             )
-        settings = llama.settings(found.config, found.tokenizer)
-    changed: dict[str, Any] = {"torch_dtype": "float16"}
-    if found.kind == "lora":
-        changed["vocab_size"] = found.config.decoder.vocab_size
-        if found.config.template and settings.get("mm_vision_tower"):
-            changed[TEMPLATE_KEY] = found.config.template
-    return {**settings, **changed}
+        config = llama_config(whole.config, whole.tokenizer)
+    changes: dict[str, Any] = {"torch_dtype": "float16"}
+    if whole.format == "lora":
+        changes["vocab_size"] = whole.config.decoder.vocab_size
+        if whole.config.template and config.get("mm_vision_tower"):
+            changes[TEMPLATE_KEY] = whole.config.template
+    return {**config, **changes}
 
 
-def _check_reopens(folder: Path, found: Checkpoint) -> None:
-    """What was written is a model by itself, with the same template. Raises CheckpointError."""
-    again = open_checkpoint(folder, vision=False)
+def _check_reopens(folder: Path, whole: Checkpoint) -> None:
+    """What was written is a whole model with the same template. Raises CheckpointError."""
+    again = open_checkpoint(folder, LoadOptions(vision=False))
     check_headers(again)
-    if again.kind in ("delta", "lora") or again.config.template != found.config.template:
+    if FORMATS[again.format].needs_base or again.config.template != whole.config.template:
         raise CheckpointError(
-            f"{folder}: the sum is of kind {again.kind} with template {again.config.template}, not a model of template "
-            f"{found.config.template}: the base is not the one that the difference was taken to"
+            f"{folder}: the sum has format {again.format} and template {again.config.template}, expected a model with "
+            f"template {whole.config.template}: the base is not the one that the difference was taken to"
         )
 
 
-def _files(folder: Path) -> dict[str, list[int]]:
-    """Size and time of change of each file: whether a later run has the same inputs."""
-    found = {file.name: file.stat() for file in sorted(folder.iterdir()) if file.is_file()}
-    return {str(folder.resolve()): [], **{name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}}
+def _file_stats(folder: Path) -> dict[str, list[int]]:
+    """Size and modification time of each file, to tell whether a later run has the same inputs."""
+    stats = {file.name: file.stat() for file in sorted(folder.iterdir()) if file.is_file()}
+    return {str(folder.resolve()): [], **{name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}}

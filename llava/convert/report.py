@@ -1,58 +1,58 @@
-"""What a conversion did, in words: conversion.md."""
+"""conversion.md: what a conversion did."""
 
 import re
 from collections import Counter
 from collections.abc import Sequence
 
-from llava.checkpoint.onbase import LENGTHENED
-from llava.checkpoint.open import Checkpoint
-from llava.checkpoint.write import Item
+from llava.formats.added_rows import VOCAB_TABLES
+from llava.formats.format import Checkpoint
+from llava.tensors.writer import OutputTensor
 
 
 def report(
-    source: Checkpoint, written: Sequence[Item], to: str, checks: Sequence[str], remarks: Sequence[str] = ()
+    source: Checkpoint, outputs: Sequence[OutputTensor], to: str, checks: Sequence[str], remarks: Sequence[str] = ()
 ) -> str:
-    """Markdown: what was renamed, filled up and left out, and why; what a reader of the new files should know."""
-    lines = [f"# Conversion to {to}", "", f"From a {source.kind} checkpoint: {'; '.join(source.evidence)}."]
+    """Markdown: what was renamed, added and left out, and why; what a reader of the new files should know."""
+    lines = [f"# Conversion to {to}", "", f"From a {source.format} checkpoint: {'; '.join(source.evidence)}."]
     if source.template.template:
         lines.append(f"Template: {source.template.template} ({source.template.because}).")
-    lines += _names(written) + _rows(source, written) + _left_out(source, written)
+    lines += _names(outputs) + _rows(source, outputs) + _left_out(source, outputs)
     if remarks:
-        lines += ["", "## To know", "", *(f"- {remark}" for remark in remarks)]
-    lines += ["", "## Checked", "", *(checks or ["Shapes and finite values; logits were not compared."])]
+        lines += ["", "## Notes", "", *(f"- {remark}" for remark in remarks)]
+    lines += ["", "## Checked", "", *(checks or ["Shapes and finite values. Logits were not compared."])]
     return "\n".join(lines) + "\n"
 
 
-def _names(written: Sequence[Item]) -> list[str]:
-    counts = Counter((_normal(item.ours or item.name), _normal(item.name)) for item in written)
+def _names(outputs: Sequence[OutputTensor]) -> list[str]:
+    counts = Counter((_normal(out.ours or out.name), _normal(out.name)) for out in outputs)
     lines = [f"| `{ours}` | `{name}` | {n} |" for (ours, name), n in counts.items()]
     return ["", "## Names", "", "`N` is a number.", "", "| ours | here | tensors |", "|---|---|---|", *lines]
 
 
-def _rows(source: Checkpoint, written: Sequence[Item]) -> list[str]:
-    """Of the embedding table and the head, where there are more or fewer than before."""
-    before, now = source.config.decoder.vocab_size, {item.shape[0] for item in written if item.ours in LENGTHENED}
+def _rows(source: Checkpoint, outputs: Sequence[OutputTensor]) -> list[str]:
+    """The rows of embedding table and head, if their number changed."""
+    before, now = source.config.decoder.vocab_size, {out.shape[0] for out in outputs if out.ours in VOCAB_TABLES}
     if not now or now == {before}:
         return []
     why = (
-        "llava-hf's layout has rows for <image> and <pad> and is filled up to a multiple of 64; they are never looked "
-        "up. Added here: what was kept from there, else the mean of the others."
+        "llava-hf has rows for <image> and <pad> and pads their number to a multiple of 64; they are never looked up. "
+        "The rows added here were kept from an earlier conversion, or are the mean of the others."
         if max(now) > before
-        else "Left out: those of <image> and <pad> and what fills a llava-hf table up, untrained and never looked up."
+        else "The rows of <image> and <pad>, and llava-hf's padding, are left out: untrained and never looked up."
     )
     return ["", "## Rows", "", f"Embedding table and head: {before} rows before, {max(now)} here. {why}"]
 
 
-def _left_out(source: Checkpoint, written: Sequence[Item]) -> list[str]:
-    left = Counter(_normal(name) for name in left_out(source, written))
+def _left_out(source: Checkpoint, outputs: Sequence[OutputTensor]) -> list[str]:
+    left = Counter(_normal(name) for name in left_out(source, outputs))
     lines = [f"- `{name}` ({n}): {_why(name)}" for name, n in left.items()]
     return ["", "## Left out", "", *lines] if lines else []
 
 
-def left_out(source: Checkpoint, written: Sequence[Item]) -> tuple[str, ...]:
-    """Names on disk that were not written: what the model does not need may have come along."""
-    kept = {name for item in written if item.ours in source.spare for name in source.spare[item.ours].names}
-    return tuple(name for name in source.unused if name not in kept)
+def left_out(source: Checkpoint, outputs: Sequence[OutputTensor]) -> tuple[str, ...]:
+    """Names on disk that were not written; some tensors that the model does not need are."""
+    kept = {name for out in outputs if out.ours in source.unused for name in source.unused[out.ours].names}
+    return tuple(name for name in source.unused_names if name not in kept)
 
 
 def _why(name: str) -> str:
@@ -60,13 +60,13 @@ def _why(name: str) -> str:
 
 
 _REASONS = {  # part of a name on disk -> why it is not written
-    "inv_freq": "computed anew by every reader",
-    "position_ids": "0, 1, 2 and so on: made anew by every reader",
-    "text_model": "CLIP's side for texts",
-    "projection": "CLIP's way to compare pictures with texts",
-    "logit_scale": "CLIP's way to compare pictures with texts",
-    "post_layernorm": "behind the layer that LLaVA reads",
-    "encoder.layers": "the tower lies in its own folder, or this block is behind the layer that LLaVA reads",
+    "inv_freq": "recomputed by every reader",
+    "position_ids": "0, 1, 2 and so on: recomputed by every reader",
+    "text_model": "CLIP's text encoder",
+    "projection": "CLIP's projections for comparing images with texts",
+    "logit_scale": "CLIP's scale for comparing images with texts",
+    "post_layernorm": "after the layer that LLaVA reads",
+    "encoder.layers": "the tower has its own folder, or this block comes after the layer that LLaVA reads",
 }
 
 

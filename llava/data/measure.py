@@ -9,7 +9,16 @@ import torch
 from PIL import Image
 
 from llava.checkpoint.open import open_checkpoint
-from llava.config import IGNORE, IMAGE, DecoderConfig, ImageConfig, LlavaConfig, ProjectorConfig, VisionConfig
+from llava.config import (
+    IGNORE,
+    IMAGE,
+    DecoderConfig,
+    ImageConfig,
+    LlavaConfig,
+    LoadOptions,
+    ProjectorConfig,
+    VisionConfig,
+)
 from llava.data.samples import Sample
 from llava.errors import ConfigError
 from llava.preprocess.image import Size, choose_canvas, tile_grid
@@ -91,7 +100,7 @@ def open_measure(
     if tokenizer:
         return Measure(load_tokenizer(tokenizer), None, template=template or "vicuna_v1", **options)
     assert model
-    opened = open_checkpoint(model, fetch_tower=False)
+    opened = open_checkpoint(model, LoadOptions(fetch_tower=False))
     config = (
         opened.config if picture_tokens is None else replace(opened.config, vision=None, projector=None, image=None)
     )

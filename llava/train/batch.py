@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from llava.checkpoint.open import Checkpoint
 from llava.config import IGNORE, IMAGE, TileGrid
 from llava.data.samples import Samples
 from llava.errors import DataError, ImageError, PromptError
+from llava.formats.format import Checkpoint
 from llava.model.segments import Segments
 from llava.preprocess.image import Picture
 from llava.preprocess.inputs import ModelInput, Preprocessor

@@ -7,11 +7,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from llava.checkpoint.open import Checkpoint, look
-from llava.convert.lora import write_lora
-from llava.convert.original import write_merged
-from llava.convert.projector import write_projector
+from llava.checkpoint.detect import read_files
 from llava.errors import ConfigError
+from llava.formats.format import Checkpoint
+from llava.formats.llava import write_llava
+from llava.formats.lora import write_lora
+from llava.formats.projector import write_projector
 from llava.model.llava import Llava
 from llava.train.lora import pairs
 from llava.train.recipe import Recipe
@@ -44,9 +45,9 @@ def export(folder: Path, model: Llava, checkpoint: Checkpoint, recipe: Recipe, *
 def _merged(
     folder: Path, model: Llava, tensors: Tensors, checkpoint: Checkpoint, recipe: Recipe, common: dict[str, Any]
 ) -> None:
-    inside = "vision" in recipe.train or _holds_tower(checkpoint)
+    inside = "vision" in recipe.train or checkpoint.tower_inside
     tokenizer = checkpoint.tokenizer_folder
-    write_merged(folder, checkpoint.config, tensors, tokenizer_from=tokenizer, tower_inside=inside, **common)
+    write_llava(folder, checkpoint.config, tensors, tokenizer_from=tokenizer, tower_inside=inside, **common)
 
 
 def _projector(
@@ -67,7 +68,7 @@ def _projector(
 def _lora(
     folder: Path, model: Llava, tensors: Tensors, checkpoint: Checkpoint, recipe: Recipe, common: dict[str, Any]
 ) -> None:
-    added = recipe.start_end and checkpoint.tokenizer_folder.parent != checkpoint.folder
+    added = recipe.start_end and checkpoint.tokenizer_folder.parent != checkpoint.path
     write_lora(
         folder,
         checkpoint.config,
@@ -84,16 +85,10 @@ def _lora(
 
 def _tower(checkpoint: Checkpoint, recipe: Recipe) -> str:
     """The vision tower as config.json is to name it."""
-    named = look(recipe.projector or recipe.model).settings.get("mm_vision_tower")
+    named = read_files(recipe.projector or recipe.model).config.get("mm_vision_tower")
     if not (tower := recipe.vision_tower or named):
-        raise ConfigError(f"{checkpoint.folder}: names no mm_vision_tower; name it in the recipe: vision_tower")
+        raise ConfigError(f"{checkpoint.path}: names no mm_vision_tower; name it in the recipe: vision_tower")
     return str(tower)
-
-
-def _holds_tower(checkpoint: Checkpoint) -> bool:
-    """Whether the tower comes from the model's own files: the trained model has to bring it too."""
-    inside = ("model.vision_tower.", "transformer.vision_tower.", "vision.")
-    return any(name.startswith(inside) for name in checkpoint.sources["vision.cls"].names)
 
 
 def _whole(parameter: nn.Parameter) -> Tensor:

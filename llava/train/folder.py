@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from llava.checkpoint.write import new_file
 from llava.errors import ConfigError
+from llava.tensors.atomic import new_file
 from llava.train.log import writing
 from llava.train.ranks import Ranks
 from llava.train.recipe import Recipe, changed, to_json

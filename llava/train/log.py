@@ -14,8 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from llava.checkpoint.write import new_file
 from llava.errors import ConfigError, DataError, LlavaError
+from llava.tensors.atomic import new_file
 
 Row = Mapping[str, float | int | str]
 

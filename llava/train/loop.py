@@ -16,9 +16,9 @@ from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader
 
-from llava.checkpoint.open import Checkpoint
 from llava.data.samples import WORKERS_START
 from llava.errors import ConfigError, DataError, LlavaError
+from llava.formats.format import Checkpoint
 from llava.train import optim
 from llava.train.batch import Batch, Batches, Order, Place
 from llava.train.endings import drawn, in_one_line, interruptible, leave_interrupts

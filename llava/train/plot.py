@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.checkpoint.write import new_file
 from llava.errors import DataError
+from llava.tensors.atomic import new_file
 from llava.train.log import FILE, read_rows, require
 from llava.train.progress import MovingAverage
 

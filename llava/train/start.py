@@ -1,120 +1,141 @@
-"""What a run starts from: a language model and a tower put together, or a LLaVA to go on from; which weights learn."""
+"""What a run starts from: a language model joined with a tower, or a LLaVA; which weights are trained; first values."""
 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from llava.checkpoint.detect import FORMAT_KEY
-from llava.checkpoint.files import check_finite
-from llava.checkpoint.open import Checkpoint, check_headers, look, open_checkpoint
-from llava.checkpoint.source import Mean, Rows
-from llava.checkpoint.write import new_folder
-from llava.config import ImageConfig, LlavaConfig
-from llava.convert.tokenizer import copy_tokenizer
+from llava.checkpoint.detect import read_files
+from llava.checkpoint.load import load_weights, read_finite
+from llava.checkpoint.open import check_headers, open_checkpoint
+from llava.config import ImageConfig, LlavaConfig, LoadOptions, ProjectorConfig, projector_depth
 from llava.errors import CheckpointError, ConfigError
-from llava.model.llava import Llava, shapes, meta_model
-from llava.model.lora import Adapter, LoraLinear
+from llava.formats.clip import find_tower, read_tower, vision_config
+from llava.formats.format import Checkpoint
+from llava.formats.multimodal import image_config
+from llava.formats.native import VERSION_KEY
+from llava.formats.tokenizer import copy_tokenizer
+from llava.model.llava import Llava, meta_model, shapes
+from llava.model.lora import Adapter
 from llava.preprocess.tokenizer import load_tokenizer
 from llava.quantize.nf4 import NF4Linear
+from llava.tensors.atomic import new_folder
+from llava.tensors.files import parsing
+from llava.tensors.hub import absolute_if_local
+from llava.tensors.lazy import LazyTensor, MeanRows, WithRows
 from llava.train.lora import add_lora
 from llava.train.recipe import Recipe
+from llava.zoo.bases import advice
 
 _NEW_TOKENS = ("<im_patch>", "<im_start>", "<im_end>")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+@advice()
 def start(recipe: Recipe, tokenizer_folder: Path) -> Checkpoint:
     """Where each weight comes from; those of a new projector are `missing`. No weights are read.
 
-    `tokenizer_folder`: where a tokenizer with <im_start> and <im_end> is written if the model's has none.
-    Raises LlavaError.
+    tokenizer_folder: where a tokenizer with <im_start> and <im_end> is written if the model's has none. Raises
+    LlavaError.
     """
-    checkpoint = _opened(recipe)
+    checkpoint = _open(recipe)
     if recipe.start_end and checkpoint.new_tokens:
-        checkpoint = _with_files(checkpoint, tokenizer_folder, checkpoint.new_tokens)
+        checkpoint = _with_tokenizer_files(checkpoint, tokenizer_folder, checkpoint.new_tokens)
     if recipe.start_end and checkpoint.tokenizer.id_of("<im_start>") is None:
         checkpoint = _with_tokens(checkpoint, tokenizer_folder)
     config = replace(
         checkpoint.config, template=recipe.template, start_end=recipe.start_end, image=_image(recipe, checkpoint.config)
     )
-    wanted = shapes(config)
-    checkpoint = replace(
-        checkpoint, config=config, missing=tuple(name for name in wanted if name not in checkpoint.sources)
-    )
-    if lost := [name for name in checkpoint.missing if not name.startswith("projector.") and name != "newline"]:
-        raise CheckpointError(f"{checkpoint.folder}: holds no {lost[0]}; only a projector can start anew")
+    missing = tuple(name for name in shapes(config) if name not in checkpoint.tensors)
+    checkpoint = replace(checkpoint, config=config, missing=missing)
+    if lost := [name for name in missing if not name.startswith("projector.") and name != "newline"]:
+        raise CheckpointError(f"{checkpoint.path}: has no {lost[0]}; only a projector can be newly initialised")
     check_headers(replace(checkpoint, missing=()))
     return checkpoint
 
 
-def _opened(recipe: Recipe) -> Checkpoint:
+def _open(recipe: Recipe) -> Checkpoint:
+    options = LoadOptions(vision_tower=recipe.vision_tower)
     if recipe.projector:
-        return open_checkpoint(recipe.projector, base=recipe.model, vision_tower=recipe.vision_tower)
-    facts = look(recipe.model)
-    if not recipe.vision_tower or {"mm_vision_tower", FORMAT_KEY} & set(facts.settings) or recipe.base:
-        opened = open_checkpoint(facts, base=recipe.base, vision_tower=recipe.vision_tower)
-        if opened.config.vision is None:
-            raise ConfigError(f"{recipe.model}: is a language model alone; name a tower for it: vision_tower")
-        return opened
-    return open_checkpoint(facts._replace(settings={**facts.settings, **_keys(recipe)}))
+        return open_checkpoint(recipe.projector, replace(options, base=recipe.model))
+    files = read_files(recipe.model)
+    is_llava = bool({"mm_vision_tower", VERSION_KEY} & set(files.config))
+    if recipe.vision_tower and not is_llava and not recipe.base:
+        return _with_tower(open_checkpoint(files, LoadOptions(vision=False)), recipe)
+    checkpoint = open_checkpoint(files, replace(options, base=recipe.base))
+    if checkpoint.config.vision is None:
+        raise ConfigError(f"{recipe.model}: is only a language model; name a tower for it: vision_tower")
+    return checkpoint
 
 
-def _keys(recipe: Recipe) -> dict[str, Any]:
-    """What a LLaVA's config.json would say of the tower and projector beside this language model."""
-    return {
-        "mm_vision_tower": recipe.vision_tower,
-        "mm_projector_type": recipe.projector_type,
-        "mm_vision_select_layer": recipe.select_layer,
-        "mm_vision_select_feature": "patch",
-        "image_aspect_ratio": recipe.aspect,
-        "image_grid_pinpoints": [list(size) for size in recipe.pinpoints],
-        "mm_patch_merge_type": "spatial_unpad" if recipe.aspect == "anyres" else "flat",
-        "mm_use_im_start_end": False,  # the tokens come next
-    }
+def _with_tower(language: Checkpoint, recipe: Recipe) -> Checkpoint:
+    """A LLaVA from a language model and a tower; it has no projector yet."""
+    name = absolute_if_local(str(recipe.vision_tower))
+    tower = find_tower(name, {})
+    where = tower.folder or Path(name)
+    with parsing(where / "config.json"):
+        vision = vision_config(tower.config, where, select_layer=recipe.select_layer)
+    depth = projector_depth(recipe.projector_type)
+    config = replace(
+        language.config,
+        vision=vision,
+        projector=ProjectorConfig(in_dim=vision.dim, out_dim=language.config.decoder.dim, depth=depth),
+        image=image_config(
+            tower.processor, vision, aspect=recipe.aspect, pinpoints=recipe.pinpoints, merge=_merge(recipe)
+        ),
+    )
+    available = language.tensors | (read_tower(tower.folder) if tower.folder else {})
+    expected = shapes(config)
+    return replace(
+        language,
+        config=config,
+        tensors={ours: tensor for ours, tensor in available.items() if ours in expected},
+        unused=language.unused | {ours: tensor for ours, tensor in available.items() if ours not in expected},
+        vision_tower=name,
+        tower_folder=tower.folder,
+    )
+
+
+def _merge(recipe: Recipe) -> Literal["spatial_unpad", "flat"]:
+    return "spatial_unpad" if recipe.aspect == "anyres" else "flat"
 
 
 def _image(recipe: Recipe, config: LlavaConfig) -> ImageConfig:
     assert config.image
-    merge: Literal["spatial_unpad", "flat"] = "spatial_unpad" if recipe.aspect == "anyres" else "flat"
-    return replace(config.image, aspect=recipe.aspect, pinpoints=recipe.pinpoints, merge=merge)
+    return replace(config.image, aspect=recipe.aspect, pinpoints=recipe.pinpoints, merge=_merge(recipe))
 
 
 def _with_tokens(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
-    """The vocabulary with the picture's tokens behind it; their rows start at the mean of all others."""
+    """Adds the image tokens to the vocabulary; their rows start as the mean of all others."""
     first = checkpoint.tokenizer.size
-    sources = dict(checkpoint.sources)
+    tensors = dict(checkpoint.tensors)
     for name in ("decoder.embed.weight", "decoder.head.weight"):
-        if table := sources.get(name):
-            sources[name] = Rows(table, Mean(table, len(_NEW_TOKENS)), first)
-    decoder = replace(checkpoint.config.decoder, vocab_size=sources["decoder.embed.weight"].shape[0])
-    longer = replace(checkpoint, config=replace(checkpoint.config, decoder=decoder), sources=sources)
-    return _with_files(longer, folder, {text: first + i for i, text in enumerate(_NEW_TOKENS)})
+        if table := tensors.get(name):
+            tensors[name] = WithRows(table, MeanRows(table, len(_NEW_TOKENS)), first)
+    decoder = replace(checkpoint.config.decoder, vocab_size=tensors["decoder.embed.weight"].shape[0])
+    longer = replace(checkpoint, config=replace(checkpoint.config, decoder=decoder), tensors=tensors)
+    return _with_tokenizer_files(longer, folder, {text: first + i for i, text in enumerate(_NEW_TOKENS)})
 
 
-def _with_files(checkpoint: Checkpoint, folder: Path, more: Mapping[str, int]) -> Checkpoint:
-    """The tokenizer with these tokens is written there, unless it is there."""
+def _with_tokenizer_files(checkpoint: Checkpoint, folder: Path, new_tokens: Mapping[str, int]) -> Checkpoint:
+    """The tokenizer with these tokens, written to `folder` unless it is there."""
     if not folder.is_dir():
         try:
-            _write_tokenizer(checkpoint.tokenizer_folder, folder, more)
+            with new_folder(folder, 0) as partial:
+                copy_tokenizer(checkpoint.tokenizer_folder, partial, new_tokens)
         except CheckpointError:
-            if not folder.is_dir():  # another rank was faster: it wrote the same
+            if not folder.is_dir():  # else another rank was faster and wrote the same
                 raise
     return replace(checkpoint, tokenizer=load_tokenizer(folder), tokenizer_folder=folder, new_tokens={})
 
 
-def _write_tokenizer(source: Path, target: Path, more: Mapping[str, int]) -> None:
-    with new_folder(target, 0) as folder:
-        copy_tokenizer(source, folder, more)
-
-
 def trainable(checkpoint: Checkpoint, recipe: Recipe) -> Llava:
-    """The model without memory for its weights, of the right types, with adapters, and with `requires_grad` set."""
+    """The model on the meta device, in the right types, with adapters and with `requires_grad` set."""
     model = meta_model(checkpoint.config)
     with torch.device("meta"):
         if recipe.lora_rank:
@@ -152,7 +173,7 @@ def _learning(model: Llava, recipe: Recipe) -> Iterator[Tensor]:
 
 
 def row_ids(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, ...]:
-    """Ids of which alone the input embedding learns; () where all or none do."""
+    """Ids of the only trained rows of the input embedding; () if all of them or none are trained."""
     if "rows" not in recipe.train or ("decoder" in recipe.train and not recipe.lora_rank):
         return ()
     ids = [checkpoint.tokenizer.id_of(text) for text in ("<im_start>", "<im_end>")]
@@ -160,34 +181,32 @@ def row_ids(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, ...]:
 
 
 def fill(model: Llava, checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -> None:
-    """Gives the model memory there and its weights: the checkpoint's, and random ones where something starts anew."""
+    """Allocates the model on the device and loads the checkpoint; what it lacks is initialised randomly."""
     model.to_empty(device=device)
     if checkpoint.config.decoder.tied:
         model.decoder.head.weight = model.decoder.embed.weight
-    for name, source in checkpoint.sources.items():
-        tensor = source.read()
-        check_finite(tensor, source.where, False)
-        path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
-        if isinstance(module, LoraLinear):
-            module = module.base
+
+    def store(module: nn.Module, leaf: str, tensor: LazyTensor) -> None:
+        value = read_finite(tensor)
         if isinstance(module, NF4Linear):
-            module.hold(tensor.to(device))
+            module.hold(value.to(device))
         else:
-            put(getattr(module, leaf), tensor)
+            put(getattr(module, leaf), value)
+
+    load_weights(model, checkpoint.tensors, store)
     generator = torch.Generator().manual_seed(recipe.seed)
     for name in checkpoint.missing:
         parameter = model.get_parameter(name)
         put(parameter, _initial(name, tuple(parameter.shape), model, generator))
     for module in model.modules():
         if isinstance(module, Adapter):
-            limit = 1 / math.sqrt(module.a.shape[1])  # as PEFT: A kaiming-uniform with a = sqrt(5), B zero
+            limit = 1 / math.sqrt(module.a.shape[1])  # as in PEFT: A Kaiming-uniform with a = sqrt(5), B zero
             put(module.a, torch.empty(module.a.shape).uniform_(-limit, limit, generator=generator))
             put(module.b, torch.zeros(module.b.shape))
 
 
 def _initial(name: str, shape: tuple[int, ...], model: Llava, generator: torch.Generator) -> Tensor:
-    """Of a projector's weight or bias as torch starts a Linear; of the newline as LLaVA-1.6 does."""
+    """A projector's weight or bias as torch initialises a Linear, the newline as LLaVA-1.6 does."""
     if name == "newline":
         return torch.randn(shape, generator=generator) / math.sqrt(shape[0])
     layer = model.get_submodule(name.rpartition(".")[0])
@@ -197,11 +216,11 @@ def _initial(name: str, shape: tuple[int, ...], model: Llava, generator: torch.G
 
 
 def put(parameter: Tensor, value: Tensor) -> None:
-    """Values into a parameter, be it whole or this rank's share of it."""
+    """Copies values into a parameter, whole or sharded over ranks."""
     value = value.to(parameter.device, parameter.dtype)
     with torch.no_grad():
         if isinstance(parameter, DTensor):
-            # every rank has the value: nothing is sent
+            # every rank has the whole value, so nothing is sent
             value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
             parameter.to_local().copy_(value.to_local())
         else:

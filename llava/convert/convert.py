@@ -1,0 +1,97 @@
+"""Writes a checkpoint in another format and verifies the result."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from llava.checkpoint.open import check_headers, open_checkpoint
+from llava.config import LoadOptions
+from llava.convert.report import left_out, report
+from llava.convert.verify import check_equal, check_logits
+from llava.errors import ConfigError
+from llava.formats import FORMATS
+from llava.formats.clip import own_tower
+from llava.formats.format import Checkpoint, Format
+from llava.tensors.atomic import new_file, new_folder
+from llava.tensors.torch_zip import write_torch
+from llava.tensors.writer import Progress, byte_counter, no_progress
+from llava.zoo.bases import advice
+
+
+@advice()
+def convert(
+    source: str | Path,
+    target: Path,
+    options: LoadOptions | None = None,
+    *,
+    to: str = "native",
+    verify: bool = False,
+    check: bool = True,
+    progress: Progress = no_progress,
+) -> Checkpoint:
+    """Writes `source` in the format `to` into `target` (absent or empty), streaming.
+
+    verify: read everything back and compare bit by bit. check: compare the logits of both, block by block. With
+    `options.force`, unknown tensors, NaN and Inf are tolerated and logits are not compared. conversion.md in the target
+    says what was done. Returns the source, with the names that were left out as `unused_names`. Raises LlavaError; a
+    failed conversion leaves nothing behind.
+    """
+    options, format = options or LoadOptions(), _writable(to)
+    vision = options.vision and format.holds_vision
+    options = replace(options, vision=vision, image_mode=format.image_mode or options.image_mode)
+    opened = open_checkpoint(source, options)
+    check_headers(opened)
+    checkpoint = format.prepare(opened)
+    outputs = [replace(out, force=options.force) for out in format.outputs(checkpoint)]
+    target = Path(target)
+    with new_folder(target, sum(out.n_bytes for out in outputs)) as folder:
+        format.write(checkpoint, opened, outputs, folder, target, progress)
+        check = check and not options.force
+        written = _read_back(format, folder, checkpoint) if verify or check else None
+        results = list(_compare(checkpoint, written, verify, check, progress)) if written else []
+        text = report(opened, outputs, to, results, format.remarks(opened))
+        (folder / "conversion.md").write_text(text, encoding="utf-8")
+    return replace(checkpoint, unused_names=left_out(opened, outputs))
+
+
+def _writable(to: str) -> Format:
+    known = [name for name, format in FORMATS.items() if format.writes]
+    if to not in known:
+        raise ConfigError(f"{to!r} is not a format to convert to; expected one of {', '.join(known)}")
+    return FORMATS[to]
+
+
+def _read_back(format: Format, folder: Path, checkpoint: Checkpoint) -> Checkpoint:
+    if (written := format.read_back(folder, checkpoint)) is None:
+        # the tower in use, not the one that config.json names: that may be unreachable
+        tower = None if own_tower(folder) else checkpoint.tower_folder
+        has_vision = checkpoint.config.vision is not None
+        written = open_checkpoint(folder, LoadOptions(vision=has_vision, vision_tower=tower))
+    check_headers(written)
+    return written
+
+
+def _compare(
+    checkpoint: Checkpoint, written: Checkpoint, verify: bool, check: bool, progress: Progress
+) -> Iterator[str]:
+    """Lines for the report. Raises CheckpointError if the two differ."""
+    if verify:
+        check_equal(checkpoint, written, progress)
+        yield "Read back: every tensor has the same bits."
+    if check:
+        yield f"Logits of both, float32: largest difference {check_logits(checkpoint, written):.1e}."
+
+
+def write_gpt_fast(
+    folder: Path, output: Path | None = None, *, progress: Progress = no_progress
+) -> tuple[Path, Checkpoint]:
+    """Writes gpt-fast's model.pth into a checkpoint's own folder (or to `output`), as gpt-fast's script of the
+    same purpose does. Returns the file and the source. Raises LlavaError.
+    """
+    checkpoint = open_checkpoint(folder, LoadOptions(vision=False, force=True))
+    check_headers(checkpoint)
+    target = output or checkpoint.path / "model.pth"
+    outputs = FORMATS["gpt-fast"].outputs(checkpoint)
+    with new_file(target, sum(out.n_bytes for out in outputs)) as partial:
+        write_torch(partial, outputs, byte_counter(outputs, progress))
+    return target, checkpoint

@@ -1,0 +1,213 @@
+"""A folder of shards that is written under a temporary name and continued by the same command after a kill."""
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import filelock
+import torch
+
+from llava.errors import CheckpointError, LlavaError
+from llava.tensors.atomic import check_space, free_folder, replacing
+from llava.tensors.files import Weights, read_json_if_present
+from llava.tensors.writer import OutputTensor, Progress, plan_shards, stream_safetensors, write_json
+
+log = logging.getLogger(__name__)
+
+_STATE = "merge.json"  # the inputs, and the checksums of complete shards
+SUMS = "SHA256SUMS"  # as sha256sum --check reads it
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartialFolder:
+    """The folder while it is being written."""
+
+    folder: Path
+    inputs: Mapping[str, Any]  # another run with equal inputs may continue here
+    sha256: dict[str, str] = field(default_factory=dict)  # of complete shards
+
+    def write_shards(
+        self, outputs: Sequence[OutputTensor], progress: Progress, max_bytes: int
+    ) -> dict[str, list[OutputTensor]]:
+        """Writes shards of at most `max_bytes`, skipping complete ones. Returns names and contents."""
+        shards = plan_shards(outputs, max_bytes)
+        total, done = sum(out.n_bytes for out in outputs), 0
+
+        def count(n: int) -> None:
+            nonlocal done
+            done += n
+            progress(done, total)
+
+        for name, shard in shards.items():
+            if name in self.sha256 and (self.folder / name).is_file():
+                count(sum(out.n_bytes for out in shard))
+                continue
+            self.sha256[name] = _write_shard(self.folder / name, shard, count)
+            self.save_state()
+        return shards
+
+    def verify(self, shards: Mapping[str, Sequence[OutputTensor]], progress: Progress) -> None:
+        """Computes every tensor again and compares it, and the checksums, with the files. Raises CheckpointError."""
+        total, done = sum(out.n_bytes for shard in shards.values() for out in shard), 0
+        for name, shard in shards.items():
+            file = self.folder / name
+            if _sha256(file) != self.sha256[name]:
+                raise CheckpointError(f"{file}: is not what was written; the disk or another process changed it")
+            weights = Weights([file])
+            for out in shard:
+                _compare(out, weights, file)
+                done += out.n_bytes
+                progress(done, total)
+
+    def save_state(self) -> None:
+        with replacing(self.folder / _STATE) as partial:
+            write_json(partial, {"inputs": dict(self.inputs), "sha256": self.sha256})
+
+
+def _compare(out: OutputTensor, weights: Weights, file: Path) -> None:
+    stored = weights[out.name].split([len(chunk) for chunk in out.chunks()])
+    for computed, written in zip(out.chunks(), stored, strict=True):
+        computed = computed.to(out.dtype).contiguous()  # tensors in a .bin may be transposed views
+        if not torch.equal(computed.view(torch.uint8), written.view(torch.uint8)):
+            raise CheckpointError(f"{file}: {out.name} is not the sum of base and difference; merge again")
+
+
+@contextmanager
+def resumable_folder(target: Path, inputs: Mapping[str, Any], n_bytes: int) -> Iterator[PartialFolder]:
+    """`target` (absent or empty) while it is written as `target.partial`, which is renamed on success.
+
+    Complete shards that a killed run with the same `inputs` left there are kept. Invalid input removes the folder; a
+    full disk and Ctrl-C do not. Raises CheckpointError.
+    """
+    target = free_folder(target)
+    folder = target.with_name(f"{target.name}.partial")
+    try:
+        if target.exists():  # fails now, not after the work, if the target cannot be replaced
+            target.rmdir()
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written ({error.strerror}); name another folder") from None
+    with _locked(folder):
+        partial = PartialFolder(folder=folder, inputs=inputs, sha256=_complete_shards(folder, inputs))
+        done = sum((folder / name).stat().st_size for name in partial.sha256)
+        try:
+            check_space(folder, n_bytes - done, target)
+        except CheckpointError:
+            if not partial.sha256:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        with _keeping_progress(folder, target):
+            partial.save_state()
+            yield partial
+            sums = "".join(f"{digest}  {name}\n" for name, digest in sorted(partial.sha256.items()))
+            (folder / SUMS).write_text(sums, encoding="utf-8")
+            if target.exists():
+                target.rmdir()
+            folder.rename(target)
+            (target / _STATE).unlink()  # last: until then the same command continues here
+
+
+@contextmanager
+def _keeping_progress(folder: Path, target: Path) -> Iterator[None]:
+    """What happens to `folder` if writing ends early."""
+    try:
+        yield
+    except LlavaError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    except OSError as error:
+        raise CheckpointError(
+            f"{target}: cannot be written ({error.strerror or error}); complete files stay in {folder}: fix that and "
+            "run the same command again"
+        ) from None
+    except KeyboardInterrupt:
+        log.warning("%s keeps the complete files; the same command continues there", folder)
+        raise
+
+
+def _complete_shards(folder: Path, inputs: Mapping[str, Any]) -> dict[str, str]:
+    """Shards of an earlier run that are as it left them, and their checksums. Its unfinished files are removed.
+
+    Raises CheckpointError if that run had other inputs.
+    """
+    if not any(folder.iterdir()):
+        return {}
+    state = read_json_if_present(folder / _STATE)
+    if state.get("inputs") != inputs:
+        raise CheckpointError(
+            f"{folder}: holds the beginning of another job, or its inputs have changed since; remove it, or name "
+            "another target"
+        )
+    for unfinished in folder.glob(".*.partial-*"):
+        unfinished.unlink()
+    found = ((folder / name, digest) for name, digest in state["sha256"].items() if (folder / name).is_file())
+    return {file.name: digest for file, digest in found if _sha256(file) == digest}
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Excludes other processes; the lock of a killed process does not count. Raises CheckpointError."""
+    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise CheckpointError(f"{folder}: another process is writing there; wait for it, or stop it") from None
+    except (OSError, NotImplementedError) as error:  # some network file systems have no locks
+        log.warning("%s: cannot be locked (%s); do not start a second command on it", folder, error)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # before the release: afterwards another process may hold it
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _write_shard(file: Path, outputs: Sequence[OutputTensor], on_bytes: Callable[[int], None]) -> str:
+    """Writes one shard and returns its checksum."""
+    with replacing(file) as partial, partial.open("wb") as raw, _HashingWriter(raw) as out:
+        stream_safetensors(out, outputs, on_bytes)
+    return out.sha256.hexdigest()
+
+
+class _HashingWriter:
+    """Writes and hashes one chunk in two threads while the next one is computed."""
+
+    def __init__(self, raw: BinaryIO):
+        self.sha256 = hashlib.sha256()
+        self._raw = raw
+        self._pool = ThreadPoolExecutor(2)
+        self._last: list[Future[Any]] = []
+
+    def __enter__(self) -> "_HashingWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown()
+        if kind is None:
+            self._wait()
+
+    def write(self, data: Any) -> None:
+        """`data` must not change afterwards. Raises OSError if the previous chunk could not be written."""
+        self._wait()
+        self._last = [self._pool.submit(self._raw.write, data), self._pool.submit(self.sha256.update, data)]
+
+    def _wait(self) -> None:
+        for last in self._last:
+            last.result()
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as raw:
+        while chunk := raw.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,75 @@
+"""The inverse of merging: a model's difference to a base, and a model's projector."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from llava.checkpoint.open import check_headers, open_checkpoint
+from llava.config import LoadOptions
+from llava.errors import CheckpointError
+from llava.formats.delta import write_delta
+from llava.formats.llava import FileType, tower_name, write_own_tower
+from llava.formats.projector import write_projector
+from llava.tensors.writer import Progress, no_progress
+from llava.zoo.bases import advice
+
+log = logging.getLogger(__name__)
+
+
+def make_delta(
+    model: str | Path,
+    base: str | Path,
+    folder: Path,
+    *,
+    file_type: FileType = "safetensors",
+    progress: Progress = no_progress,
+) -> None:
+    """Writes `model` as its difference to `base`; see `formats.delta.write_delta`. Raises CheckpointError."""
+    options = LoadOptions(vision=False)
+    write_delta(
+        folder,
+        open_checkpoint(model, options),
+        open_checkpoint(base, options),
+        file_type=file_type,
+        progress=progress,
+    )
+
+
+@advice()
+def extract_projector(source: str | Path, folder: Path, options: LoadOptions | None = None) -> int:
+    """Writes the projector of any LLaVA, with the model itself recorded as its base. Returns the number of tensors.
+
+    The embeddings of <im_start> and <im_end> are included if the model uses them, and so is a tower inside the model,
+    which may be tuned. Raises CheckpointError, ConfigError.
+    """
+    options = replace(options or LoadOptions(), image_mode="original", fetch_tower=False)
+    found = open_checkpoint(source, options)
+    config = found.config
+    projector = {
+        name: tensor for name, tensor in found.tensors.items() if name.startswith("projector.") or name == "newline"
+    }
+    if config.vision is None or not projector:
+        raise CheckpointError(f"{found.path}: has format {found.format} ({found.evidence[0]}) and no projector")
+    check_headers(replace(found, missing=tuple(name for name in found.missing if not name.startswith("vision."))))
+    rows = None
+    if config.start_end:
+        start = found.tokenizer.id_of("<im_start>")
+        if found.new_tokens or start is None:
+            raise CheckpointError(
+                f"{found.path}: its tokenizer files lack <im_start>; convert it with its base, then take the projector "
+                f"of the result: llava convert {found.path} OUT --to llava --base BASE"
+            )
+        rows = found.tensors["decoder.embed.weight"].rows(start, start + 2)
+    write_projector(
+        folder,
+        config,
+        {name: tensor.read() for name, tensor in projector.items()},
+        vision_tower=tower_name(found, folder, separate=True) or "",
+        base=str(options.base if found.format == "projector" else source),
+        start_end=rows,
+        tokenizer_from=found.tokenizer_folder if config.start_end else None,
+        write_extra=lambda partial: write_own_tower(found, partial, separate=True),
+    )
+    if found.format in ("lora", "delta"):
+        log.warning("%s: fits the language model of %s, not its base alone: merge that first", folder, source)
+    return len(projector) + (rows is not None)

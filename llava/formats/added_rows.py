@@ -1,0 +1,83 @@
+"""The vocabulary rows that llava-hf adds to a LLaVA: <image>, <pad> and padding to a multiple of 64.
+
+They are untrained and never looked up. Other formats leave them out; `llava` keeps them in a file of their own, so that
+converting back gives the same file.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from llava.formats.format import Checkpoint
+from llava.formats.tokenizer import complete_tokenizer, copy_tokenizer
+from llava.tensors.files import Weights, read_json
+from llava.tensors.lazy import FromFile, LazyTensor, MeanRows, Slice, WithRows
+from llava.tensors.writer import no_progress, output, write_json, write_safetensors
+
+VOCAB_TABLES = ("decoder.embed.weight", "decoder.head.weight")  # that new tokens lengthen
+IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
+VOCAB_KEY = "llava_vocab_size"  # our key in config.json: the number of rows before any were added
+_FILE = "llava_hf_rows.safetensors"
+_FORMATS = ("llava-hf", "native")  # that may have these rows
+
+
+def without_added_rows(checkpoint: Checkpoint) -> Checkpoint:
+    """The same model without these rows."""
+    if checkpoint.format not in _FORMATS:
+        return checkpoint
+    recorded = read_json(checkpoint.path / "config.json").get(VOCAB_KEY)
+    rows = recorded if isinstance(recorded, int) else checkpoint.tokenizer.id_of(IMAGE_TOKEN)
+    if rows is None or not 0 < rows <= checkpoint.config.decoder.vocab_size:
+        return checkpoint
+    cut = {name: Slice(checkpoint.tensors[name], 0, rows) for name in VOCAB_TABLES if name in checkpoint.tensors}
+    config = replace(checkpoint.config, decoder=replace(checkpoint.config.decoder, vocab_size=rows))
+    return replace(checkpoint, tensors={**checkpoint.tensors, **cut}, config=config)
+
+
+def write_added_rows(source: Checkpoint, folder: Path) -> None:
+    """Writes the rows that `without_added_rows` removes."""
+    rows = without_added_rows(source).config.decoder.vocab_size
+    tables = {name: source.tensors[name] for name in VOCAB_TABLES if name in source.tensors}
+    added = [
+        output(name, Slice(table, rows, table.shape[0])) for name, table in tables.items() if table.shape[0] > rows
+    ]
+    if added:
+        write_safetensors(folder / _FILE, added, lambda n: no_progress(n, n))
+
+
+def with_added_rows(name: str, table: LazyTensor, n_rows: int, folder: Path) -> LazyTensor:
+    """A vocabulary table lengthened to `n_rows`: by the rows kept in `folder`, else by the mean of its rows."""
+    first = table.shape[0]
+    if (n_new := n_rows - first) <= 0:
+        return table
+    kept = folder / _FILE
+    weights = Weights([kept] if kept.is_file() else [])
+    if name in weights.headers and weights.headers[name].shape == (n_new, *table.shape[1:]):
+        return WithRows(table, FromFile(weights, name), first)
+    return WithRows(table, MeanRows(table, n_new), first)
+
+
+def copy_plain_tokenizer(source: Checkpoint, folder: Path) -> None:
+    """Copies the tokenizer's files, without <image> and <pad> if they were added to a SentencePiece model."""
+    copy_tokenizer(source.tokenizer_folder, folder, source.new_tokens)
+    has_rows = source.format in _FORMATS and source.tokenizer.id_of(IMAGE_TOKEN) is not None
+    if not has_rows or not (folder / "tokenizer.model").is_file():
+        return
+    added = {IMAGE_TOKEN, PAD_TOKEN}
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    if (file := folder / "added_tokens.json").is_file():
+        write_json(file, {text: id for text, id in read_json(file).items() if text not in added})
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if not (file := folder / name).is_file():
+            continue
+        settings = {key: value for key, value in read_json(file).items() if not _names_token(value, added)}
+        if decoder := settings.get("added_tokens_decoder"):
+            settings["added_tokens_decoder"] = {id: t for id, t in decoder.items() if t["content"] not in added}
+        write_json(file, settings)
+    complete_tokenizer(folder)
+
+
+def _names_token(value: Any, texts: set[str]) -> bool:
+    """Whether a setting is like {"pad_token": "<pad>"}, or the same with the token's flags."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return isinstance(text, str) and text in texts

@@ -1,0 +1,266 @@
+"""CLIP: key table, published configs, how a LLaVA's vision tower is found, and a tower written as a folder."""
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llava.config import ImageConfig, LlavaConfig, VisionConfig
+from llava.errors import CheckpointError, ConfigError
+from llava.formats.format import CheckpointFiles, Format, Shapes, one_of, resolved_by, section, to_disk
+from llava.tensors.atomic import new_folder
+from llava.tensors.files import open_weights, read_json, read_json_if_present
+from llava.tensors.hub import locate
+from llava.tensors.keymap import Rule, plan, prefixed
+from llava.tensors.lazy import InMemory, LazyTensor
+from llava.tensors.writer import write_json, write_shards
+
+log = logging.getLogger(__name__)
+
+TOWER = (
+    Rule("embeddings.class_embedding", "vision.cls"),
+    Rule("embeddings.patch_embedding.weight", "vision.patch.weight"),
+    Rule("embeddings.position_embedding.weight", "vision.pos"),
+    Rule("embeddings.position_ids", None),  # 0, 1, 2, …
+    Rule("pre_layrnorm.weight", "vision.pre_norm.weight"),  # CLIP's own spelling
+    Rule("pre_layrnorm.bias", "vision.pre_norm.bias"),
+    *(
+        Rule(f"encoder.layers.*.{disk}.{param}", f"vision.blocks.*.{ours}.{param}")
+        for disk, ours in (
+            ("layer_norm1", "attn_norm"),
+            ("self_attn.{q,k,v}_proj", "attn.qkv"),
+            ("self_attn.out_proj", "attn.out"),
+            ("layer_norm2", "mlp_norm"),
+            ("mlp.fc1", "mlp.up"),
+            ("mlp.fc2", "mlp.down"),
+        )
+        for param in ("weight", "bias")
+    ),
+    Rule("post_layernorm.weight", "vision.post_norm.weight"),  # after the layer that LLaVA reads
+    Rule("post_layernorm.bias", "vision.post_norm.bias"),
+)
+RULES = (
+    *prefixed("vision_model.", TOWER),
+    *TOWER,  # transformers 5 may leave the prefix out
+    Rule("text_model.**", None),
+    Rule("visual_projection.weight", None),
+    Rule("text_projection.weight", None),
+    Rule("logit_scale", None),
+)
+
+_CLIP_L = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+    "patch_size": 14,
+    "layer_norm_eps": 1e-5,
+    "hidden_act": "quick_gelu",
+}
+PUBLISHED: dict[str, dict[str, Any]] = {  # vision_config by hub id
+    "openai/clip-vit-large-patch14": _CLIP_L | {"image_size": 224},
+    "openai/clip-vit-large-patch14-336": _CLIP_L | {"image_size": 336},
+}
+DEFAULTS: dict[str, Any] = {  # of transformers' CLIPVisionConfig, for keys that config.json leaves out
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "patch_size": 32,
+    "image_size": 224,
+    "layer_norm_eps": 1e-5,
+    "hidden_act": "quick_gelu",
+}
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # preprocessor_config.json of both repositories
+STD = (0.26862954, 0.26130258, 0.27577711)
+OWN_TOWER = "vision_tower"  # folder inside a checkpoint for a tower that is not published
+
+
+class Clip(Format):
+    """A CLIP repository: only a vision tower for a LLaVA, not a model that answers."""
+
+    name = "clip"
+    reads = False
+
+    def rules(self, config: LlavaConfig | None = None) -> tuple[Rule, ...]:
+        return RULES
+
+    def detect(self, files: CheckpointFiles) -> list[str]:
+        model_type = str(files.config.get("model_type", ""))
+        return [f"config.json: model_type = {model_type}"] if model_type.startswith("clip") else []
+
+
+# ---------------------------------------------------------------------------------------------- the tower of a LLaVA
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision tower's own config files."""
+
+    folder: Path | None  # None: a published config is used
+    config: Mapping[str, Any]  # config.json or its vision_config
+    processor: Mapping[str, Any]  # preprocessor_config.json; empty: CLIP's published values
+
+
+def own_tower(folder: Path) -> Path | None:
+    """The tower that a checkpoint's folder contains, wherever the folder has been moved."""
+    return folder / OWN_TOWER if (folder / OWN_TOWER / "config.json").is_file() else None
+
+
+def find_tower(name: str, shapes: Shapes, *, fetch: bool = True) -> Tower:
+    """Finds the tower `name`, a folder or hub id, for a checkpoint with tensors of these shapes.
+
+    Weights are fetched only if the checkpoint has no tower of its own. `fetch` False does not ask the hub for a
+    published tower, whose sizes are known. If the tower's config is unreachable and the checkpoint holds a tower with
+    CLIP-L's width and depth, CLIP-L's config is used. Raises CheckpointError naming the option that helps.
+    """
+    inside = "vision.cls" in shapes
+    if not fetch and not inside and not Path(name).is_dir() and name in PUBLISHED:
+        return Tower(None, PUBLISHED[name], {})
+    try:
+        folder = locate(name, weights=fetch and not inside, what="vision tower")
+    except CheckpointError as error:
+        if inside and (sizes := _config_from_shapes(shapes)):
+            log.warning("%s; the checkpoint's own tower has CLIP-L's sizes, so CLIP-L's config is used", error)
+            return Tower(None, sizes, {})
+        heads = "; the checkpoint holds the tower, but only that config gives its number of heads" if inside else ""
+        raise CheckpointError(f"{error}{heads}: name a CLIP folder with vision_tower= (--vision-tower)") from None
+    return Tower(folder, read_json(folder / "config.json"), processor_config(folder))
+
+
+def processor_config(folder: Path) -> dict[str, Any]:
+    """preprocessor_config.json; {} if there is none, which means CLIP's published values."""
+    return read_json_if_present(folder / "preprocessor_config.json")
+
+
+def read_tower(folder: Path, *, needed: bool = True) -> dict[str, LazyTensor]:
+    """The tensors of a CLIP folder. Raises CheckpointError if it has none and they are `needed`."""
+    weights = open_weights(folder)
+    if not weights and needed:
+        raise CheckpointError(f"{folder}: the vision tower's folder has no weights; name another with vision_tower=")
+    resolved = resolved_by(plan(weights, RULES), weights)
+    if resolved.unknown:
+        raise unknown_tensors(resolved.unknown)
+    return resolved.tensors
+
+
+def unknown_tensors(files: Mapping[str, Path]) -> CheckpointError:
+    """The error about tensors that no key table has; `files`: by name."""
+    names = list(files)
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return CheckpointError(
+        f"{files[names[0]]}: tensors that no LLaVA in this format has: {', '.join(names[:3])}{rest}; "
+        "pass force=True (--force) to leave them out"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- sizes
+
+
+def vision_config(
+    tower: Mapping[str, Any], where: object, *, select_layer: int = -1, select_feature: str = "patch"
+) -> VisionConfig:
+    """From CLIP's config.json (or its vision_config) and LLaVA's choice of features. Raises ConfigError."""
+    sizes = section(tower, "vision_config", where) or tower
+    try:
+        return VisionConfig(
+            dim=sizes["hidden_size"],
+            n_layers=sizes["num_hidden_layers"],
+            n_heads=sizes["num_attention_heads"],
+            mlp_dim=sizes["intermediate_size"],
+            image_size=sizes["image_size"],
+            patch_size=sizes["patch_size"],
+            eps=sizes.get("layer_norm_eps", 1e-5),
+            activation=sizes.get("hidden_act", "quick_gelu"),
+            select_layer=select_layer,
+            select_feature=one_of(select_feature, ("patch", "cls_patch"), f"{where}: mm_vision_select_feature"),
+        )
+    except KeyError as key:
+        raise ConfigError(
+            f"{where}: is not a CLIP config, it has no {key}; name a CLIP folder with vision_tower="
+        ) from None
+
+
+def published_id(sizes: Mapping[str, Any]) -> str | None:
+    """The hub id of the published CLIP with these sizes, if any."""
+    for name, known in PUBLISHED.items():
+        if all(sizes.get(key, DEFAULTS[key]) == value for key, value in known.items()):
+            return name
+    return None
+
+
+def tower_of_projector(in_dim: int, depth: int) -> str | None:
+    """The tower of published projectors of that input width: linear ones took 224 pixels, MLPs 336."""
+    if in_dim != _CLIP_L["hidden_size"]:
+        return None
+    return "openai/clip-vit-large-patch14" if depth == 1 else "openai/clip-vit-large-patch14-336"
+
+
+def _config_from_shapes(shapes: Shapes) -> dict[str, Any] | None:
+    """A vision_config for a tower with CLIP-L's width and depth, else None: shapes do not show the number of heads.
+
+    The last layer may be missing: LLaVA does not read it, and the towers that we write after training lack it.
+    """
+    patch, positions = shapes.get("vision.patch.weight"), shapes.get("vision.pos")
+    if not patch or not positions:
+        return None
+    n_layers = 1 + max(int(m[1]) for name in shapes if (m := re.match(r"vision\.blocks\.(\d+)\.", name)))
+    if _CLIP_L["num_hidden_layers"] not in (n_layers, n_layers + 1):
+        return None
+    if (patch[0], patch[2]) != (_CLIP_L["hidden_size"], _CLIP_L["patch_size"]):
+        return None
+    return _CLIP_L | {"image_size": round((positions[0] - 1) ** 0.5) * patch[2]}
+
+
+# ----------------------------------------------------------------------------------------------------------- writing
+
+
+def write_tower(folder: Path, config: LlavaConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a model's vision tower (`vision.*` of `tensors`) as a CLIP folder, for `mm_vision_tower`.
+
+    The config states all layers; the weights hold those that there are. Raises ConfigError, CheckpointError.
+    """
+    if config.vision is None or config.image is None:
+        raise ConfigError(f"{folder}: cannot be written: this model has no vision tower")
+    tower = {n: InMemory(tensor=t, origin=n) for n, t in tensors.items() if n.startswith("vision.")}
+    outputs = to_disk(tower, config, prefixed("vision_model.", TOWER))
+    with new_folder(folder, sum(tensor.n_bytes for tensor in outputs)) as partial:
+        write_shards(partial, outputs)
+        write_json(partial / "config.json", clip_config(config.vision))
+        write_json(partial / "preprocessor_config.json", clip_processor(config.image))
+
+
+def clip_config(sizes: VisionConfig) -> dict[str, Any]:
+    """A CLIPVisionConfig."""
+    return {
+        "architectures": ["CLIPVisionModel"],
+        "model_type": "clip_vision_model",
+        "hidden_size": sizes.dim,
+        "intermediate_size": sizes.mlp_dim,
+        "num_hidden_layers": sizes.n_layers,
+        "num_attention_heads": sizes.n_heads,
+        "image_size": sizes.image_size,
+        "patch_size": sizes.patch_size,
+        "layer_norm_eps": sizes.eps,
+        "hidden_act": sizes.activation,
+    }
+
+
+def clip_processor(image: ImageConfig) -> dict[str, Any]:
+    """preprocessor_config.json of a CLIP: resize the shortest edge, then crop the centre."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": image.size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": image.size, "width": image.size},
+        "do_rescale": True,
+        "do_normalize": True,
+        "image_mean": list(image.mean),
+        "image_std": list(image.std),
+    }

@@ -1,0 +1,92 @@
+"""Deltas: a model as its difference to a base, so that it can be published without the base."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from llava.errors import CheckpointError
+from llava.formats.added_rows import VOCAB_TABLES
+from llava.formats.base_model import check_raw
+from llava.formats.format import Checkpoint, CheckpointFiles, Resolved, to_disk
+from llava.formats.llava import WRITERS, FileType, rules_for
+from llava.formats.on_base import PartOfModel, base_tensors, llava_rules, read_part
+from llava.formats.tokenizer import copy_tokenizer
+from llava.preprocess.tokenizer import Tokenizer
+from llava.tensors.atomic import new_folder
+from llava.tensors.lazy import Cast, LazyTensor
+from llava.tensors.sums import AddDelta
+from llava.tensors.writer import Progress, no_progress, write_shards
+
+_DIFFERENCE = 0.1  # |mean| of the final norm's weight below this: the tensor is a difference
+
+
+class Delta(PartOfModel):
+    """The llava format, but every tensor that the base has is a difference to it."""
+
+    name = "delta"
+    exact = False  # a sum rounds the difference once
+
+    def detect(self, files: CheckpointFiles) -> list[str]:
+        if "model.norm.weight" not in files.weights:
+            return []
+        mean = files.weights["model.norm.weight"].float().mean().item()
+        return [f"model.norm.weight has mean {mean:.4f}: a difference to a base"] * (abs(mean) < _DIFFERENCE)
+
+    def resolve(self, files: CheckpointFiles, base: Checkpoint | None, tokenizer: Tokenizer) -> Resolved:
+        """Differences are added in the delta's type; tensors and rows that the base lacks are taken as they are."""
+        assert base
+        part = read_part(files.weights, {name: name for name in files.weights}, llava_rules(base))
+        own = base_tensors(base)
+        tensors = dict(part.tensors)
+        for ours in sorted(name for name in {*tensors, *own} if name.startswith("decoder.")):
+            delta, under = tensors.get(ours), own.get(ours)
+            if delta is None or under is None or not extends(ours, delta, under):
+                asked, found = (list(tensor.shape) if tensor else "none" for tensor in (delta, under))
+                raise CheckpointError(
+                    f"{base.path}: has {ours} in shape {found}, the delta in shape {asked}: "
+                    "not the base that the difference was taken to"
+                )
+            tensors[ours] = AddDelta(delta, under, delta.dtype)
+        return Resolved(tensors, part.dropped, part.unknown)
+
+
+def extends(ours: str, longer: LazyTensor, base: LazyTensor) -> bool:
+    """Whether the shapes are equal, or differ only in rows that new tokens add to a vocabulary table."""
+    rows, own = longer.shape[:1], base.shape[:1]  # empty for a scalar
+    same_rows = rows == own or (ours in VOCAB_TABLES and rows > own)
+    return same_rows and longer.shape[1:] == base.shape[1:]
+
+
+def write_delta(
+    folder: Path,
+    model: Checkpoint,
+    base: Checkpoint,
+    *,
+    file_type: FileType = "bin",
+    progress: Progress = no_progress,
+) -> None:
+    """Writes model - base in float16, streamed; tensors and rows that the base lacks are written as they are.
+
+    Both are opened without vision; `model` has the llava format, and its config and tokenizer are copied. Adding the
+    base again gives the model up to one rounding of the difference. Raises CheckpointError.
+    """
+    if model.format != "llava":
+        raise CheckpointError(f"{model.path}: has format {model.format}; a delta is made from the llava format")
+    check_raw(base, model.config.decoder, force=True)  # readers of deltas refuse such a base, so warn now
+    tensors = {name: _difference(name, tensor, base) for name, tensor in (model.tensors | model.unused).items()}
+    rules = rules_for(model.config, linear="projector.2.weight" not in tensors)
+    outputs = [replace(out, dtype=torch.float16) for out in to_disk(tensors, model.config, rules)]
+    with new_folder(folder, sum(out.n_bytes for out in outputs)) as partial:
+        write_shards(partial, outputs, progress, writer=WRITERS[file_type])
+        shutil.copyfile(model.path / "config.json", partial / "config.json")
+        copy_tokenizer(model.path, partial)
+
+
+def _difference(name: str, tensor: LazyTensor, base: Checkpoint) -> LazyTensor:
+    if (own := base.tensors.get(name)) is None:
+        return Cast(tensor, torch.float16)
+    if not extends(name, tensor, own):
+        raise CheckpointError(f"{own.where}: has shape {list(own.shape)}, {tensor.where} has {list(tensor.shape)}")
+    return AddDelta(tensor, own, torch.float16, sign=-1)

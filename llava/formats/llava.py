@@ -1,0 +1,199 @@
+"""The format of the published LLaVA checkpoints (liuhaotian/llava-v1.5-7b and the like): Hugging Face's language model
+with LLaVA's tensors and config keys added.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from llava.config import LlavaConfig, LoadOptions
+from llava.errors import CheckpointError
+from llava.formats import llama, mpt
+from llava.formats.added_rows import copy_plain_tokenizer, without_added_rows, write_added_rows
+from llava.formats.clip import OWN_TOWER, clip_config, published_id, write_tower
+from llava.formats.format import (
+    TEMPLATE_KEY,
+    Checkpoint,
+    CheckpointFiles,
+    Format,
+    ReadConfig,
+    shapes_of,
+    to_disk,
+)
+from llava.formats.multimodal import VISION, read_model_config, vision_keys
+from llava.formats.tokenizer import copy_tokenizer
+from llava.model.llava import shapes
+from llava.preprocess.tokenizer import Tokenizer, load_tokenizer
+from llava.tensors.atomic import new_folder
+from llava.tensors.keymap import Rule, prefixed
+from llava.tensors.lazy import InMemory, LazyTensor
+from llava.tensors.torch_zip import write_torch
+from llava.tensors.writer import (
+    MAX_SHARD_BYTES,
+    FileWriter,
+    OutputTensor,
+    Progress,
+    no_progress,
+    write_json,
+    write_safetensors,
+    write_shards,
+)
+
+RULES = (*llama.RULES, *prefixed("model.", VISION))
+
+FileType = Literal["safetensors", "bin"]
+WRITERS: dict[FileType, FileWriter] = {"safetensors": write_safetensors, "bin": write_torch}
+
+
+class Llava(Format):
+    """A LLaVA on a Llama, Mistral or Yi; also writes LLaVAs on an MPT."""
+
+    name = "llava"
+    writes = True
+    image_mode = "original"
+
+    def rules(self, config: LlavaConfig | None = None) -> tuple[Rule, ...]:
+        return RULES if config is None else rules_for(config)
+
+    def detect(self, files: CheckpointFiles) -> list[str]:
+        evidence = [f"tensor {name}" for name in files.weights if name.startswith("model.mm_projector.")][:1]
+        if tower := files.config.get("mm_vision_tower"):
+            evidence.append(f"config.json: mm_vision_tower = {tower}")
+        return evidence
+
+    def read_config(
+        self, files: CheckpointFiles, tensors: Mapping[str, LazyTensor], base: Checkpoint | None, options: LoadOptions
+    ) -> ReadConfig:
+        decoder = llama.decoder_config(files.config, shapes_of(tensors), files.config_file)
+        return read_model_config(files.path, files.config, decoder, tensors, options)
+
+    def prepare(self, checkpoint: Checkpoint) -> Checkpoint:
+        return without_added_rows(checkpoint)
+
+    def outputs(self, checkpoint: Checkpoint) -> list[OutputTensor]:
+        """The tower is written only if the checkpoint holds it; otherwise config.json names it."""
+        kept = {name: tensor for name, tensor in checkpoint.tensors.items() if not name.startswith("vision.")}
+        if checkpoint.tower_inside:
+            kept = checkpoint.tensors | checkpoint.unused_tower
+        return to_disk(kept, checkpoint.config, rules_for(checkpoint.config))
+
+    def write_config(self, checkpoint: Checkpoint, target: Path) -> dict[str, Any]:
+        config = llava_config(checkpoint.config, checkpoint.tokenizer, tower_name(checkpoint, target))
+        return config | {"unfreeze_mm_vision_tower": checkpoint.tower_inside}
+
+    def write_extra(self, source: Checkpoint, folder: Path) -> None:
+        copy_plain_tokenizer(source, folder)
+        write_own_tower(source, folder)
+        write_added_rows(source, folder)
+
+
+def rules_for(config: LlavaConfig, *, linear: bool | None = None) -> tuple[Rule, ...]:
+    """The key table for this model. A `linear` projector (default: as in `config`) has no number in its name."""
+    rules = mpt.RULES if config.decoder.kind == "mpt" else RULES
+    if linear is None:
+        linear = config.projector is not None and config.projector.depth == 1
+    return tuple(rule for rule in rules if not (linear and rule.ours and rule.ours.startswith("projector.*")))
+
+
+def from_memory(tensors: Mapping[str, Tensor], config: LlavaConfig) -> list[OutputTensor]:
+    """Tensors in memory under this format's names, in their own types; a tied head is left out."""
+    lazy: dict[str, LazyTensor] = {name: InMemory(tensor=tensor, origin=name) for name, tensor in tensors.items()}
+    if config.decoder.tied:
+        lazy.pop("decoder.head.weight", None)
+    return to_disk(lazy, config, rules_for(config))
+
+
+def llava_config(config: LlavaConfig, tokenizer: Tokenizer | None, vision_tower: str | None) -> dict[str, Any]:
+    """config.json with every key that the original code and ours read. Raises ConfigError.
+
+    Our key `llava_template`, which other readers ignore, records the template: the original guesses it from the
+    folder's name.
+    """
+    is_mpt = config.decoder.kind == "mpt"
+    language = mpt.mpt_config(config) if is_mpt else llama.llama_config(config, tokenizer)
+    if config.template:
+        language[TEMPLATE_KEY] = config.template
+    if config.vision is None:
+        return language
+    family = "Mpt" if is_mpt else "Mistral" if llama.is_mistral(config.decoder) else "Llama"
+    names = {
+        "architectures": [f"Llava{family}ForCausalLM"],
+        "model_type": {"Mpt": "llava_mpt", "Mistral": "llava_mistral"}.get(family, "llava"),
+    }
+    return language | names | vision_keys(config, vision_tower)
+
+
+# --------------------------------------------------------------------------------------------------- the vision tower
+
+
+def tower_name(checkpoint: Checkpoint, target: Path, *, separate: bool = False) -> str | None:
+    """`mm_vision_tower` for a checkpoint written to `target`: the tower it names, or the one `write_own_tower` writes.
+
+    A tower inside the shards needs only its config elsewhere, which a published CLIP of the same sizes provides.
+    separate: the shards are not written, so the tower's weights are needed as well.
+    """
+    if checkpoint.config.vision is None:
+        return None
+    if not checkpoint.tower_inside:
+        return checkpoint.vision_tower
+    known = None if separate else published_id(clip_config(checkpoint.config.vision))
+    return known or str(target.expanduser().absolute() / OWN_TOWER)
+
+
+def write_own_tower(checkpoint: Checkpoint, folder: Path, *, separate: bool = False) -> None:
+    """Writes the tower's folder inside `folder` if `tower_name` refers to it."""
+    vision = checkpoint.config.vision
+    if vision and checkpoint.tower_inside and (separate or published_id(clip_config(vision)) is None):
+        every = checkpoint.tensors | checkpoint.unused_tower
+        tower = {name: tensor.read() for name, tensor in every.items() if name.startswith("vision.")}
+        write_tower(folder / OWN_TOWER, checkpoint.config, tower)
+
+
+# -------------------------------------------------------------------------------------------------- a model in memory
+
+
+def write_llava(
+    folder: Path,
+    config: LlavaConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    tokenizer_from: Path,
+    vision_tower: str | None,
+    tower_inside: bool = False,
+    file_type: FileType = "safetensors",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    recorded: Mapping[str, Any] | None = None,
+    progress: Progress = no_progress,
+) -> None:
+    """Writes a model in memory in this format, in the type that `config` names; a plain Llama or MPT without a tower.
+
+    tensors: by our names, on any device. tokenizer_from: a folder with the tokenizer's files. vision_tower: CLIP's
+    folder or hub id, which config.json will name. tower_inside: put `vision.*` into the shards, for a trained tower.
+    recorded: additional keys of config.json. Raises ConfigError, CheckpointError; nothing is left behind on failure.
+    """
+    settings = llava_config(config, load_tokenizer(tokenizer_from), vision_tower)
+    settings |= {"unfreeze_mm_vision_tower": True} if tower_inside else {}
+    names = [name for name in shapes(config) if tower_inside or not name.startswith("vision.")]
+    if missing := [name for name in names if name not in tensors]:
+        raise CheckpointError(f"{folder}: cannot be written: {missing[0]} is not among the tensors given")
+    # Blocks after the selected layer may be given too: CLIP's own loaders expect them.
+    names += [name for name in tensors if tower_inside and name.startswith("vision.") and name not in names]
+    dtype = getattr(torch, config.dtype)
+    outputs = [replace(out, dtype=dtype) for out in from_memory({name: tensors[name] for name in names}, config)]
+    with new_folder(folder, sum(out.n_bytes for out in outputs)) as partial:
+        write_shards(partial, outputs, progress, max_bytes=max_shard_bytes, writer=WRITERS[file_type])
+        write_json(partial / "config.json", settings | dict(recorded or {}))
+        copy_tokenizer(tokenizer_from, partial)
+        write_json(partial / "generation_config.json", _generation_config(config, settings))
+
+
+def _generation_config(config: LlavaConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """generation_config.json: the ids that end an answer in addition to the tokenizer's own."""
+    bos = {key: settings[key] for key in ("bos_token_id",) if settings.get(key) is not None}
+    ids = list(config.eos_ids)
+    eos = {"eos_token_id": ids if len(ids) > 1 else ids[0]} if ids else {}
+    return {"_from_model_config": True, **bos, **eos}

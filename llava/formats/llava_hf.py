@@ -1,0 +1,284 @@
+"""llava-hf, for transformers: a config.json in three parts, other tensor names, rows for <image> and <pad>.
+
+Both layouts are read, that of transformers up to 4.51 and that since 4.52. The older one is written, which all versions
+open.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import torch
+
+from llava.config import ImageConfig, ImageMode, LlavaConfig, LoadOptions, ProjectorConfig, VisionConfig
+from llava.errors import CheckpointError, ConfigError
+from llava.formats import clip, llama
+from llava.formats.added_rows import IMAGE_TOKEN, PAD_TOKEN, VOCAB_KEY, VOCAB_TABLES, with_added_rows
+from llava.formats.chat_template import chat_template
+from llava.formats.clip import clip_config, clip_processor, processor_config
+from llava.formats.format import (
+    IMAGE_MODE_KEY,
+    TEMPLATE_KEY,
+    Checkpoint,
+    CheckpointFiles,
+    Format,
+    ReadConfig,
+    one_of,
+    require_llama,
+    section,
+    shapes_of,
+    to_disk,
+)
+from llava.formats.multimodal import read_model_config
+from llava.formats.tokenizer import complete_tokenizer, copy_tokenizer, update_json
+from llava.preprocess.templates import TEMPLATES
+from llava.preprocess.tokenizer import Tokenizer
+from llava.tensors.files import read_json_if_present
+from llava.tensors.keymap import Rule, prefixed
+from llava.tensors.lazy import InMemory, LazyTensor
+from llava.tensors.writer import OutputTensor, write_json
+
+_PROJECTOR = tuple(
+    Rule(f"multi_modal_projector.linear_{i + 1}.{param}", f"projector.{2 * i}.{param}")
+    for i in (0, 1)
+    for param in ("weight", "bias")
+)
+RULES = (
+    # up to transformers 4.51
+    *prefixed("language_model.", llama.RULES),
+    *prefixed("vision_tower.vision_model.", clip.TOWER),
+    *_PROJECTOR,
+    Rule("image_newline", "newline"),
+    # since 4.52
+    *prefixed("model.language_model.", llama.LAYERS),
+    Rule("lm_head.weight", "decoder.head.weight"),
+    *prefixed("model.vision_tower.vision_model.", clip.TOWER),
+    *prefixed("model.vision_tower.", clip.TOWER),
+    *prefixed("model.", _PROJECTOR),
+    Rule("model.image_newline", "newline"),
+)
+_MULTIPLE = 64  # vocabulary rows are padded to a multiple of this, as in transformers' own conversion
+
+
+class LlavaHf(Format):
+    """LlavaForConditionalGeneration and LlavaNextForConditionalGeneration."""
+
+    name = "llava-hf"
+    writes = True
+    fast_tokenizer = True
+
+    # ------------------------------------------------------------------------------------------------- reading
+
+    def rules(self, config: LlavaConfig | None = None) -> tuple[Rule, ...]:
+        return RULES
+
+    def detect(self, files: CheckpointFiles) -> list[str]:
+        names = [str(name) for name in files.config.get("architectures") or []]
+        if names := [name for name in names if name.endswith("ForConditionalGeneration")]:
+            return [f"config.json: architectures = {names[0]}"]
+        is_clip = str(files.config.get("model_type", "")).startswith("clip")
+        return ["config.json: has a text_config"] * ("text_config" in files.config and not is_clip)
+
+    def published_config(self, files: CheckpointFiles) -> Mapping[str, Any]:
+        return _flattened(files.config, processor_config(files.path), files.path)
+
+    def read_config(
+        self, files: CheckpointFiles, tensors: Mapping[str, LazyTensor], base: Checkpoint | None, options: LoadOptions
+    ) -> ReadConfig:
+        mode = options.image_mode or _image_mode(files.config, processor_config(files.path))
+        config = self.published_config(files)
+        decoder = llama.decoder_config(config, shapes_of(tensors), files.config_file)
+        return read_model_config(files.path, config, decoder, tensors, replace(options, image_mode=mode))
+
+    # ------------------------------------------------------------------------------------------------- writing
+
+    def outputs(self, checkpoint: Checkpoint) -> list[OutputTensor]:
+        """The vocabulary is lengthened, and the tower has every block that is available."""
+        vision = _parts(checkpoint)[0]
+        tensors: dict[str, LazyTensor] = checkpoint.tensors | checkpoint.unused_tower
+        rows = _n_rows(checkpoint)
+        for name in VOCAB_TABLES:
+            if name in tensors:
+                tensors[name] = with_added_rows(name, tensors[name], rows, checkpoint.path)
+        # transformers builds the norm after the last block, which LLaVA does not use.
+        like = tensors["vision.pre_norm.weight"].dtype
+        for param, value in (("weight", 1.0), ("bias", 0.0)):
+            filled = InMemory(tensor=torch.full((vision.dim,), value, dtype=like), origin="an unused norm")
+            tensors.setdefault(f"vision.post_norm.{param}", filled)
+        return to_disk(tensors, checkpoint.config, RULES)
+
+    def write_config(self, checkpoint: Checkpoint, target: Path) -> dict[str, Any]:
+        """Raises CheckpointError for a model that this format cannot express."""
+        vision, _, image = _parts(checkpoint)
+        tokenizer, anyres = checkpoint.tokenizer, image.aspect == "anyres"
+        rows = _n_rows(checkpoint)
+        n_blocks = _n_tower_blocks(checkpoint)
+        settings: dict[str, Any] = {
+            "architectures": ["LlavaNextForConditionalGeneration" if anyres else "LlavaForConditionalGeneration"],
+            "model_type": "llava_next" if anyres else "llava",
+            "text_config": llama.llama_config(checkpoint.config, tokenizer) | {"vocab_size": rows},
+            "vision_config": clip_config(vision) | {"num_hidden_layers": n_blocks, "projection_dim": vision.dim},
+            "image_token_index": _token_ids(tokenizer)[IMAGE_TOKEN],
+            "pad_token_id": _token_ids(tokenizer)[PAD_TOKEN],
+            "projector_hidden_act": "gelu",
+            # -1 if the blocks after the selected layer are not available
+            "vision_feature_layer": vision.select_layer if n_blocks == vision.n_layers else -1,
+            "vision_feature_select_strategy": _strategy(vision),
+            "image_seq_length": (vision.image_size // vision.patch_size) ** 2 + (vision.select_feature != "patch"),
+            "multimodal_projector_bias": True,
+            "tie_word_embeddings": checkpoint.config.decoder.tied,
+            "torch_dtype": checkpoint.config.dtype,
+            "vocab_size": rows,
+        }
+        if anyres:
+            settings |= {"image_grid_pinpoints": _stored_pinpoints(image), "use_image_newline_parameter": True}
+        if checkpoint.template.template:
+            settings[TEMPLATE_KEY] = checkpoint.template.template
+        return settings | {
+            VOCAB_KEY: checkpoint.config.decoder.vocab_size,
+            IMAGE_MODE_KEY: image.mode,
+            "image_aspect_ratio": image.aspect,
+            "tokenizer_model_max_length": checkpoint.config.trained_seq,
+            "tokenizer_padding_side": checkpoint.config.padding_side,
+        }
+
+    def write_extra(self, source: Checkpoint, folder: Path) -> None:
+        """Tokenizer, image processor, processor and chat template."""
+        vision, _, image = _parts(source)
+        anyres = image.aspect == "anyres"
+        _write_tokenizer(source, folder)
+        processor = clip_processor(image)
+        if anyres:
+            processor |= {"image_processor_type": "LlavaNextImageProcessor", "do_pad": True}
+            processor |= {"image_grid_pinpoints": _stored_pinpoints(image)}
+        elif image.aspect == "pad" and image.mode == "original":
+            processor |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+        write_json(folder / "preprocessor_config.json", processor)
+        settings = {
+            "processor_class": "LlavaNextProcessor" if anyres else "LlavaProcessor",
+            "image_token": IMAGE_TOKEN,
+            "patch_size": vision.patch_size,
+            "num_additional_image_tokens": 1,
+            "vision_feature_select_strategy": _strategy(vision),
+        }
+        write_json(folder / "processor_config.json", settings)
+        if (name := source.template.template) and (text := chat_template(TEMPLATES[name])):
+            (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------------- reading
+
+
+def _flattened(config: Mapping[str, Any], processor: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """config.json with the original's keys; the tower's config stays under `vision_config`.
+
+    Raises ConfigError for a setting that LLaVA does not compute.
+    """
+    text, vision = (section(config, key, where) for key in ("text_config", "vision_config"))
+    layer, strategy = config.get("vision_feature_layer", -2), config.get("vision_feature_select_strategy")
+    if not isinstance(layer, int):
+        raise ConfigError(f"{where}: vision_feature_layer is {layer!r}; expected the number of one layer")
+    if (act := config.get("projector_hidden_act", "gelu")) != "gelu":
+        raise ConfigError(f"{where}: projector_hidden_act is {act!r}; expected gelu")
+    features = {"default": "patch", "full": "cls_patch", None: "patch"}
+    if strategy not in features:
+        raise ConfigError(f"{where}: vision_feature_select_strategy is {strategy!r}; expected default or full")
+    grid = config.get("image_grid_pinpoints") or processor.get("image_grid_pinpoints")
+    aspect = "anyres" if grid else "pad"  # in image mode `hf`, pad means a centre crop
+    ours = ("tokenizer_model_max_length", "tokenizer_padding_side", IMAGE_MODE_KEY, TEMPLATE_KEY)  # if we wrote it
+    return {
+        **{key: value for key, value in text.items() if key != "architectures"},
+        "torch_dtype": config.get("torch_dtype") or config.get("dtype") or text.get("torch_dtype"),
+        "tie_word_embeddings": bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+        "vision_config": {**clip.DEFAULTS, **vision},
+        "mm_vision_tower": clip.published_id(vision) or "the one inside",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": layer,
+        "mm_vision_select_feature": features[strategy],
+        "mm_use_im_patch_token": False,
+        "image_aspect_ratio": config.get("image_aspect_ratio") or aspect,
+        "image_grid_pinpoints": grid,
+        "mm_patch_merge_type": "spatial_unpad" if grid else "flat",
+        **{key: config[key] for key in ours if key in config},
+    }
+
+
+def _image_mode(config: Mapping[str, Any], processor: Mapping[str, Any]) -> ImageMode:
+    """As recorded, else transformers' own mode, except with the processor that pads as LLaVA does."""
+    if (recorded := config.get(IMAGE_MODE_KEY)) is not None:
+        return cast(ImageMode, one_of(recorded, get_args(ImageMode), f"config.json: {IMAGE_MODE_KEY}"))
+    pads = processor.get("image_processor_type") == "LlavaImageProcessor" and processor.get("do_pad")
+    return "original" if pads else "hf"
+
+
+# ----------------------------------------------------------------------------------------------------------- writing
+
+
+def _parts(checkpoint: Checkpoint) -> tuple[VisionConfig, ProjectorConfig, ImageConfig]:
+    """The vision part's configs. Raises CheckpointError for a model that llava-hf cannot express."""
+    config, where = checkpoint.config, checkpoint.path
+    if config.vision is None or config.projector is None or config.image is None:
+        raise CheckpointError(f"{where}: has no vision part; llava-hf holds whole LLaVAs, use --to llama")
+    require_llama(checkpoint, "llava-hf")
+    if config.projector.depth != 2:
+        raise CheckpointError(f"{where}: its projector has {config.projector.depth} layers; llava-hf supports 2 only")
+    if config.start_end:
+        raise CheckpointError(f"{where}: puts <im_start> and <im_end> around images, which llava-hf does not support")
+    if config.image.aspect == "anyres" and config.image.merge != "spatial_unpad":
+        raise CheckpointError(
+            f"{where}: merges tiles with {config.image.merge!r}; llava-hf supports spatial_unpad only"
+        )
+    return config.vision, config.projector, config.image
+
+
+def _n_tower_blocks(checkpoint: Checkpoint) -> int:
+    names = (*checkpoint.tensors, *checkpoint.unused)
+    return 1 + max(int(name.split(".")[2]) for name in names if name.startswith("vision.blocks"))
+
+
+def _strategy(vision: VisionConfig) -> str:
+    return "default" if vision.select_feature == "patch" else "full"
+
+
+def _stored_pinpoints(image: ImageConfig) -> list[list[int]]:
+    """Pairs as in the published file, which transformers reads as (h, w) and LLaVA as (w, h)."""
+    return [[h, w] if image.mode == "hf" else [w, h] for w, h in image.pinpoints]
+
+
+def _token_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Ids of <image> and <pad>: the tokenizer's own, else the next free ones."""
+    ids: dict[str, int] = {}
+    for text in (IMAGE_TOKEN, PAD_TOKEN):
+        known = tokenizer.id_of(text)
+        ids[text] = tokenizer.size + sum(id >= tokenizer.size for id in ids.values()) if known is None else known
+    return ids
+
+
+def _n_rows(checkpoint: Checkpoint) -> int:
+    needed = max(checkpoint.config.decoder.vocab_size, 1 + max(_token_ids(checkpoint.tokenizer).values()))
+    return needed + -needed % _MULTIPLE
+
+
+def _write_tokenizer(source: Checkpoint, folder: Path) -> None:
+    copy_tokenizer(source.tokenizer_folder, folder, source.new_tokens)
+    ids = _token_ids(source.tokenizer)
+    update_json(folder / "added_tokens.json", ids)
+    flags = {"lstrip": False, "rstrip": False, "normalized": False, "special": True, "single_word": False}
+    entries = {str(id): {"content": text, **flags} for text, id in ids.items()}
+    file = folder / "tokenizer_config.json"
+    settings = read_json_if_present(file)
+    decoder = {**settings.get("added_tokens_decoder", {}), **entries}
+    write_json(file, settings | {"added_tokens_decoder": decoder, "pad_token": PAD_TOKEN})
+    update_json(folder / "special_tokens_map.json", {"pad_token": PAD_TOKEN})
+    complete_tokenizer(folder)
+    if (folder / "tokenizer.json").is_file():
+        _extend_fast_tokenizer(folder / "tokenizer.json", list(ids))
+
+
+def _extend_fast_tokenizer(file: Path, texts: list[str]) -> None:
+    import tokenizers
+
+    model = tokenizers.Tokenizer.from_file(str(file))
+    model.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in texts])
+    model.save(str(file))

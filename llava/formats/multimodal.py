@@ -1,0 +1,212 @@
+"""What LLaVA adds to a language model's checkpoint: tensors and config keys of tower, projector and images."""
+
+import ast
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import torch
+
+from llava.config import (
+    DecoderConfig,
+    DType,
+    ImageConfig,
+    ImageMode,
+    LlavaConfig,
+    LoadOptions,
+    ProjectorConfig,
+    VisionConfig,
+    projector_depth,
+)
+from llava.errors import CheckpointError, ConfigError
+from llava.formats import clip
+from llava.formats.clip import Tower, find_tower, own_tower, processor_config, vision_config
+from llava.formats.format import ReadConfig, one_of, section, shapes_of
+from llava.tensors.files import parsing, read_json_if_present
+from llava.tensors.keymap import Rule, prefixed
+from llava.tensors.lazy import LazyTensor
+
+VISION = (  # next to a language model's layers
+    Rule("mm_projector.*.weight", "projector.*.weight"),  # an MLP
+    Rule("mm_projector.*.bias", "projector.*.bias"),
+    Rule("mm_projector.weight", "projector.0.weight"),  # linear
+    Rule("mm_projector.bias", "projector.0.bias"),
+    Rule("image_newline", "newline"),
+    *prefixed("vision_tower.vision_tower.vision_model.", clip.TOWER),
+    *prefixed("vision_tower.vision_tower.", clip.TOWER),
+)
+
+
+def read_model_config(
+    path: Path,
+    config: Mapping[str, Any],
+    decoder: DecoderConfig,
+    tensors: Mapping[str, LazyTensor],
+    options: LoadOptions,
+) -> ReadConfig:
+    """The config of a LLaVA, or of a language model alone, from a config.json with LLaVA's keys.
+
+    path: of the checkpoint. Raises CheckpointError, ConfigError.
+    """
+    where = path if path.is_file() else path / "config.json"
+    language = LlavaConfig(
+        decoder=decoder,
+        start_end=bool(config.get("mm_use_im_start_end", False)),
+        eos_ids=_eos_ids(path / "generation_config.json"),
+        dtype=_stored_dtype(config, tensors["decoder.norm.weight"].dtype if tensors else torch.float16),
+        padding_side=config.get("tokenizer_padding_side") or "right",
+        trained_seq=config.get("tokenizer_model_max_length"),
+    )
+    named = config.get("mm_vision_tower")
+    if not options.vision or not (named or "projector.0.weight" in tensors):
+        return ReadConfig(language, config, path)
+    tower = _tower(path, config, tensors, options)
+    return ReadConfig(_with_vision(language, config, tower, options.image_mode, where), config, path, tower.folder)
+
+
+def _with_vision(
+    language: LlavaConfig, config: Mapping[str, Any], tower: Tower, image_mode: ImageMode | None, where: Path
+) -> LlavaConfig:
+    with parsing(tower.folder / "config.json" if tower.folder else where):
+        vision = vision_config(
+            tower.config,
+            tower.folder or where,
+            select_layer=config.get("mm_vision_select_layer", -1),
+            select_feature=config.get("mm_vision_select_feature", "patch"),
+        )
+    image = image_config(
+        tower.processor,
+        vision,
+        aspect=config.get("image_aspect_ratio") or "square",
+        pinpoints=_pinpoints(config.get("image_grid_pinpoints")),
+        merge=config.get("mm_patch_merge_type") or "flat",
+    )
+    return replace(
+        language,
+        vision=vision,
+        projector=_projector_config(config, vision, language.decoder),
+        image=in_mode(image, image_mode or "original"),
+    )
+
+
+def _tower(path: Path, config: Mapping[str, Any], tensors: Mapping[str, LazyTensor], options: LoadOptions) -> Tower:
+    where, named = path if path.is_file() else path / "config.json", config.get("mm_vision_tower")
+    if not (options.vision_tower or named):
+        raise CheckpointError(
+            f"{where}: names no mm_vision_tower; pass vision_tower= (--vision-tower), or vision=False"
+        )
+    if inline := section(config, "vision_config", where):
+        return Tower(None, inline, processor_config(path))
+    name = options.vision_tower or own_tower(path) or named
+    return find_tower(str(name), shapes_of(tensors), fetch=options.fetch_tower)
+
+
+def _projector_config(config: Mapping[str, Any], vision: VisionConfig, decoder: DecoderConfig) -> ProjectorConfig:
+    """`mm_projector_type` and `mm_hidden_size`; without the former the projector is linear."""
+    depth = projector_depth(str(config.get("mm_projector_type") or "linear"))
+    return ProjectorConfig(in_dim=config.get("mm_hidden_size") or vision.dim, out_dim=decoder.dim, depth=depth)
+
+
+def image_config(
+    processor: Mapping[str, Any],
+    vision: VisionConfig,
+    *,
+    aspect: str,
+    pinpoints: tuple[tuple[int, int], ...] = (),
+    merge: str = "flat",
+) -> ImageConfig:
+    """`processor`: the tower's preprocessor_config.json; {} means CLIP's published values. Raises ConfigError."""
+    size = processor.get("crop_size") or processor.get("size") or vision.image_size
+    if isinstance(size, Mapping):
+        size = size.get("height") or size.get("shortest_edge")
+    return ImageConfig(
+        size=size or vision.image_size,
+        mean=_triple(processor, "image_mean", clip.MEAN),
+        std=_triple(processor, "image_std", clip.STD),
+        aspect=one_of(aspect, ("square", "pad", "anyres"), "config.json: image_aspect_ratio"),
+        pinpoints=pinpoints,
+        merge=one_of(merge, ("flat", "spatial", "spatial_unpad"), "config.json: mm_patch_merge_type"),
+    )
+
+
+def in_mode(image: ImageConfig, mode: ImageMode) -> ImageConfig:
+    """The same options in the other image mode.
+
+    transformers reads the published list of canvases as (h, w), LLaVA as (w, h). The list contains each canvas with its
+    transpose, so the sizes are the same, but ties are resolved differently.
+    """
+    transposed = tuple((h, w) for w, h in image.pinpoints)
+    same = mode == image.mode or set(transposed) != set(image.pinpoints)
+    return replace(image, mode=mode, pinpoints=image.pinpoints if same else transposed)
+
+
+def _triple(processor: Mapping[str, Any], key: str, default: tuple[float, float, float]) -> tuple[float, float, float]:
+    value = processor.get(key) or default
+    try:
+        r, g, b = map(float, value)
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"preprocessor_config.json: {key} is {value!r:.60}; expected three numbers") from None
+    return r, g, b
+
+
+def _pinpoints(value: Any) -> tuple[tuple[int, int], ...]:
+    if isinstance(value, str):  # some derivatives store the list as text
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            raise ConfigError(f"config.json: image_grid_pinpoints is {value!r:.60}; expected a list of pairs") from None
+    return tuple((int(w), int(h)) for w, h in value or ())
+
+
+def _stored_dtype(config: Mapping[str, Any], stored: torch.dtype) -> DType:
+    """The type of the stored weights if models can be computed in it, else the type that the config states."""
+    stated = str(config.get("torch_dtype") or config.get("dtype") or "float16")
+    known = get_args(DType)
+    names = (str(name).removeprefix("torch.") for name in (stored, stated, "float16"))
+    return cast(DType, next(name for name in names if name in known))
+
+
+def _eos_ids(file: Path) -> tuple[int, ...]:
+    """eos_token_id of generation_config.json, a number or a list; config.json's is wrong in old checkpoints."""
+    value = read_json_if_present(file).get("eos_token_id")
+    ids = value if isinstance(value, list) else [value]
+    if not all(id is None or isinstance(id, int) for id in ids):
+        raise CheckpointError(f"{file}: eos_token_id is {value!r}; expected a number or a list")
+    return tuple(id for id in ids if id is not None)
+
+
+def projector_in(tensors: Mapping[str, LazyTensor], decoder: DecoderConfig) -> ProjectorConfig | None:
+    """The projector that the tensors show, for a checkpoint opened without vision."""
+    layers = [t for name, t in tensors.items() if name.startswith("projector.") and name.endswith("weight")]
+    return ProjectorConfig(in_dim=layers[0].shape[1], out_dim=decoder.dim, depth=len(layers)) if layers else None
+
+
+def vision_keys(config: LlavaConfig, vision_tower: str | None) -> dict[str, Any]:
+    """LLaVA's keys of config.json for a model with a vision part. Raises ConfigError."""
+    assert config.vision
+    assert config.projector
+    assert config.image
+    if vision_tower is None:
+        raise ConfigError("a LLaVA's config.json names its vision tower: pass vision_tower=, a CLIP folder or hub id")
+    if config.image.mode != "original":
+        raise ConfigError(f"image mode {config.image.mode!r} cannot be written: LLaVA's own format has no key for it")
+    return {
+        "use_mm_proj": True,
+        "mm_vision_tower": vision_tower,
+        "mm_hidden_size": config.projector.in_dim,
+        "mm_projector_type": config.projector.type,
+        "mm_vision_select_layer": config.vision.select_layer,
+        "mm_vision_select_feature": config.vision.select_feature,
+        "mm_use_im_start_end": config.start_end,
+        "mm_use_im_patch_token": False,
+        "mm_resampler_type": None,
+        "mm_patch_merge_type": config.image.merge,
+        "image_aspect_ratio": config.image.aspect,
+        "image_grid_pinpoints": [list(size) for size in config.image.pinpoints] or None,
+        "tokenizer_model_max_length": config.trained_seq,
+        "tokenizer_padding_side": config.padding_side,
+        "tune_mm_mlp_adapter": False,
+        "freeze_mm_mlp_adapter": False,
+        "unfreeze_mm_vision_tower": False,
+    }

@@ -1,0 +1,88 @@
+"""Writes that either finish or leave nothing: everything gets a temporary name and is renamed when it is complete."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from llava.errors import CheckpointError
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A temporary name next to `target`, which becomes `target` on success and is deleted on failure.
+
+    Raises OSError.
+    """
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        yield partial
+        partial.replace(target)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_file(target: Path, n_bytes: int) -> Iterator[Path]:
+    """As `replacing`, for a file of about `n_bytes` that a user named. Raises CheckpointError."""
+    target = target.expanduser().absolute()
+    if target.is_dir():
+        raise CheckpointError(f"{target}: is a folder; name a file to write")
+    try:
+        with replacing(target) as partial:
+            check_space(target.parent, n_bytes, target)
+            yield partial
+    except OSError as error:
+        raise _not_written(target, error) from None
+
+
+@contextmanager
+def new_folder(target: Path, n_bytes: int) -> Iterator[Path]:
+    """A temporary folder, which becomes `target` on success and is deleted on failure.
+
+    `target` must be absent or empty. Raises CheckpointError, also if the disk has less than `n_bytes` free.
+    """
+    target = free_folder(target)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    new_parents = [folder for folder in partial.parents if not folder.exists()]  # innermost first
+    try:
+        partial.mkdir(parents=True)
+        check_space(partial, n_bytes, target)
+        yield partial
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    except OSError as error:
+        raise _not_written(target, error) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        for folder in new_parents if not target.exists() else ():
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def free_folder(target: Path) -> Path:
+    """The absolute path of a folder that is absent or empty; links are followed. Raises CheckpointError."""
+    target = target.expanduser().absolute()
+    target = target.resolve() if target.is_symlink() else target
+    if target.is_file():
+        raise CheckpointError(f"{target}: is a file; name a folder to write")
+    if target.is_mount():  # a mount point cannot be replaced by the finished folder
+        raise CheckpointError(f"{target}: is a mount point; name a folder inside it")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target}: already exists and is not empty; name another folder or remove it")
+    return target
+
+
+def check_space(folder: Path, n_bytes: int, target: Path) -> None:
+    """Raises CheckpointError if the disk that holds `folder` has less than `n_bytes` free for `target`."""
+    if (free := shutil.disk_usage(folder).free) < n_bytes:
+        raise CheckpointError(
+            f"{target}: needs {n_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; free up space"
+        )
+
+
+def _not_written(target: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{target}: cannot be written ({error.strerror or error}); nothing was left behind")

@@ -1,0 +1,265 @@
+"""The tensors in a folder's files: headers are read at once, values are memory-mapped when asked for."""
+
+import json
+import logging
+import pickle
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tarfile import is_tarfile
+from typing import Any, NamedTuple
+from zipfile import BadZipFile, is_zipfile
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llava.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+# File names that Hugging Face, PEFT and LLaVA use; where several are listed, the first one found is read.
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+NON_LORA_FILE = "non_lora_trainables.bin"  # the weights that LLaVA trains in full next to a LoRA
+PROJECTOR_FILE = "mm_projector.bin"
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}  # as safetensors spells them
+
+
+# ------------------------------------------------------------------------------------------------------ JSON
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Reads a JSON object. Raises CheckpointError."""
+    if not file.is_file():
+        raise CheckpointError(f"{file}: is missing; the checkpoint is incomplete")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: cannot be read as JSON ({error}); fetch it again") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
+def read_json_if_present(file: Path) -> dict[str, Any]:
+    """As `read_json`, but {} if there is no such file."""
+    return read_json(file) if file.is_file() else {}
+
+
+@contextmanager
+def parsing(file: Path) -> Iterator[None]:
+    """Turns a missing key or a value of the wrong type in `file` into a CheckpointError."""
+    try:
+        yield
+    except KeyError as key:
+        raise CheckpointError(f"{file}: has no {key}; fetch it again") from None
+    except (TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+        raise CheckpointError(f"{file}: a value has the wrong type ({error}); fetch it again") from None
+
+
+# --------------------------------------------------------------------------------------------------- weights
+
+
+class TensorHeader(NamedTuple):
+    """Where a tensor is stored, and its type and shape."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def n_bytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+class Weights(Mapping[str, Tensor]):
+    """The tensors of a set of files by their names on disk; values are memory-mapped on access."""
+
+    def __init__(self, files: Iterable[Path], *, separate: bool = False):
+        """Reads the headers only. `separate`: files hold parts of the same tensors; names become `file/name`.
+
+        Raises CheckpointError if a file is damaged or holds something else, or if a name occurs twice.
+        """
+        self.headers: dict[str, TensorHeader] = {}
+        self._readers: dict[Path, Any] = {}
+        for file in files:
+            reader, headers = _open(file)
+            if separate:
+                headers = {f"{file.name}/{name}": header for name, header in headers.items()}
+            if twice := sorted(set(headers) & set(self.headers)):
+                raise CheckpointError(
+                    f"{file}: {twice[0]} is also in {self.headers[twice[0]].file.name}; remove one of the files"
+                )
+            self._readers[file] = reader
+            self.headers.update(headers)
+
+    def __getitem__(self, name: str) -> Tensor:
+        file = self.headers[name].file
+        reader, name = self._readers[file], name.removeprefix(f"{file.name}/")
+        tensor: Tensor = reader[name] if isinstance(reader, dict) else reader.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Any:
+        return iter(self.headers)
+
+    def __len__(self) -> int:
+        return len(self.headers)
+
+
+def open_weights(folder: Path) -> Weights:
+    """The weights of a folder: safetensors before `.bin`, an index before a single file, then Meta's shards.
+
+    Empty if the folder has none of them. Raises CheckpointError if a shard is missing or damaged, or does not match the
+    index.
+    """
+    for index, single in zip(INDEX_FILES, SINGLE_FILES, strict=True):
+        if (folder / index).is_file():
+            return _open_shards(folder, folder / index)
+        if (folder / single).is_file():
+            return Weights([folder / single])
+    return Weights(numbered_shards(folder), separate=True)
+
+
+def numbered_shards(folder: Path) -> list[Path]:
+    """`consolidated.00.pth` and so on, as Meta names them. Raises CheckpointError if a number is missing."""
+    files = sorted(folder.glob("consolidated.[0-9][0-9].pth"))
+    for i, file in enumerate(files):
+        if file.name != (name := f"consolidated.{i:02}.pth"):
+            raise CheckpointError(f"{folder / name}: is missing, but {file.name} is present; fetch it")
+    return files
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> shard, as an index file lists them. Raises CheckpointError."""
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise CheckpointError(f"{index}: has no weight_map; fetch it again")
+    for tensor, name in table.items():
+        if not isinstance(name, str) or not name.endswith((".safetensors", ".bin")) or Path(name).name != name:
+            raise CheckpointError(
+                f"{index}: {tensor} is listed in {name!r}; expected the name of a shard in the same folder"
+            )
+    return table
+
+
+def _open_shards(folder: Path, index: Path) -> Weights:
+    table = weight_map(index)
+    files = {name: folder / name for name in sorted(set(table.values()))}
+    for name, file in files.items():
+        if not file.is_file():
+            n = sum(value == name for value in table.values())
+            raise CheckpointError(f"{file}: is missing; {index.name} lists {n} tensors in it: fetch the shard again")
+    weights = Weights(files.values())
+    for tensor, name in table.items():
+        header = weights.headers.get(tensor)
+        if header is None or header.file != files[name]:
+            where = f"it is in {header.file.name}" if header else "no shard holds it"
+            raise CheckpointError(
+                f"{index}: lists {tensor} in {name}, but {where}; index and shards do not match: fetch both again"
+            )
+    return weights
+
+
+def _open(file: Path) -> tuple[Any, dict[str, TensorHeader]]:
+    return _open_safetensors(file) if file.suffix == ".safetensors" else _open_bin(file)
+
+
+def _open_safetensors(file: Path) -> tuple[Any, dict[str, TensorHeader]]:
+    try:
+        reader: Any = safe_open(str(file), framework="pt")
+        slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, struct.error) as error:
+        size = file.stat().st_size if file.exists() else 0
+        raise CheckpointError(f"{file}: damaged or truncated at {size} bytes ({error}); fetch it again") from None
+    headers = {}
+    for name, part in slices.items():
+        if (dtype := _DTYPES.get(part.get_dtype())) is None:
+            raise CheckpointError(f"{file}: {name} has dtype {part.get_dtype()}, which is not supported")
+        headers[name] = TensorHeader(file, dtype, tuple(part.get_shape()))
+    return reader, headers
+
+
+# What torch.load raises on damaged files; MemoryError for a length that no memory could hold.
+_DAMAGE = (RuntimeError, EOFError, OSError, ValueError, LookupError, AssertionError, TypeError, BadZipFile,
+           struct.error, MemoryError)  # fmt: skip
+
+
+def _open_bin(file: Path) -> tuple[dict[str, Tensor], dict[str, TensorHeader]]:
+    """Unpickles tensors only; a file with code in it is refused and nothing in it runs."""
+    try:
+        mapped = is_zipfile(file)
+        with file.open("rb") as start:
+            if not mapped and start.read(4) == b"PK\x03\x04":
+                raise CheckpointError(f"{file}: truncated at {file.stat().st_size} bytes; fetch it again")
+        if not mapped and is_tarfile(file):  # torch would unpack it into a folder
+            raise CheckpointError(f"{file}: is empty or a tar, not a file that torch.save wrote; fetch it again")
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        reason = next(
+            (line for line in str(error).splitlines() if "Unsupported" in line or "global" in line.lower()), ""
+        )
+        raise CheckpointError(
+            f"{file}: holds more than tensors, or is damaged; refused, nothing in it was run ({reason.strip()[:120]})"
+        ) from None
+    except _DAMAGE as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise CheckpointError(f"{file}: damaged or truncated ({reason}); fetch it again") from None
+    if not isinstance(tensors, dict) or not all(_is_named_tensor(*item) for item in tensors.items()):
+        raise CheckpointError(f"{file}: expected a dictionary of tensors by name")
+    _check_storage(file, tensors)
+    if not mapped:
+        log.warning("%s has torch's format from before 1.6, which cannot be memory-mapped: it was read whole", file)
+    return tensors, {name: TensorHeader(file, t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+
+
+def _is_named_tensor(name: object, value: object) -> bool:
+    return isinstance(name, str) and isinstance(value, Tensor)
+
+
+def _check_storage(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Requires dense tensors of known types whose bytes are in the file: a short pickle can claim any size."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            found = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+            raise CheckpointError(f"{file}: {name} is {found}, which is not supported")
+    claimed, size = sum(tensor.nbytes for tensor in tensors.values()), file.stat().st_size
+    if claimed > 2 * size:  # a tied head may share the embedding table's bytes
+        raise CheckpointError(f"{file}: claims {claimed} bytes of tensors but has {size} bytes; fetch it again")
+
+
+def check_finite(tensor: Tensor, where: str, force: bool = False) -> None:
+    """Raises CheckpointError on NaN and Inf (`force`: warns).
+
+    The minimum and maximum reveal them in one pass without a copy.
+    """
+    if not tensor.numel() or not tensor.is_floating_point():
+        return
+    low, high = torch.aminmax(tensor)
+    if low.isfinite() and high.isfinite():
+        return
+    bad = int((~tensor.isfinite()).sum())
+    if not force:
+        raise CheckpointError(
+            f"{where}: {bad} of {tensor.numel()} values are NaN or Inf; fetch it again, or pass force=True"
+        )
+    log.warning("%s: %d values are NaN or Inf", where, bad)

@@ -1,0 +1,86 @@
+"""Where a checkpoint is: a local folder or file, or a hub id that huggingface_hub fetches."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from llava.errors import CheckpointError
+from llava.tensors.files import ADAPTER_FILES, INDEX_FILES, NON_LORA_FILE, PROJECTOR_FILE, SINGLE_FILES, weight_map
+
+_SMALL_FILES = ("*.json", "tokenizer.model", "*.txt")
+
+
+def locate(source: str | Path, *, revision: str | None = None, weights: bool = True, what: str = "checkpoint") -> Path:
+    """The folder of a checkpoint: a local one as it is, a hub id via huggingface_hub (cache, token, offline mode).
+
+    weights: fetch the weight files too, in one file format only. what: the noun for error messages. Raises
+    CheckpointError.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        try:
+            os.fsencode(folder).decode()
+        except UnicodeDecodeError:
+            raise CheckpointError(f"{folder!r}: the folder's name is not UTF-8; rename it") from None
+        return folder
+    if folder.suffix == ".gguf" and folder.is_file():
+        raise CheckpointError(f"{folder}: GGUF can be written but not read; give the {what} it was made from")
+    if folder.is_file():
+        raise CheckpointError(f"{folder}: is a file; give the folder that contains the {what}")
+    parts = str(source).split("/")
+    if len(parts) != 2 or not all(parts) or str(source).startswith((".", "~")):
+        raise CheckpointError(f"{source}: no such folder, and not a hub id of the form owner/name, for the {what}")
+    return _download(str(source), revision, weights, what)
+
+
+def locate_file(source: str | Path, *, revision: str | None = None) -> Path | None:
+    """A single tensor file, local or `owner/name#file` on the hub; None if `source` does not name one.
+
+    Raises CheckpointError if the hub does not have it.
+    """
+    if not str(source).endswith((".bin", ".safetensors")):
+        return None
+    if (file := Path(source).expanduser()).is_file():
+        return file
+    repo, _, name = str(source).partition("#")
+    if file.exists() or not name or repo.count("/") != 1:
+        return None
+    folder = _fetch(repo, [name], revision, "checkpoint")
+    if not (folder / name).is_file():
+        raise CheckpointError(f"{repo}: has no file {name} on the hub, and none is in the local cache")
+    return folder / name
+
+
+def absolute_if_local(source: str | Path) -> str:
+    """A folder as an absolute path, which holds from any working directory; a hub id unchanged."""
+    return str(Path(source).expanduser().absolute()) if Path(source).expanduser().is_dir() else str(source)
+
+
+def _fetch(repo: str, patterns: Iterable[str], revision: str | None, what: str) -> Path:
+    """The cache folder with those of the files that exist."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{repo}: the {what} cannot be fetched from the hub ({reason})") from None
+
+
+def _download(repo: str, revision: str | None, weights: bool, what: str) -> Path:
+    def fetch(patterns: Iterable[str]) -> Path:
+        return _fetch(repo, patterns, revision, what)
+
+    folder = fetch(_SMALL_FILES)
+    if weights:
+        sharded = [
+            sorted(set(weight_map(folder / index).values())) for index in INDEX_FILES if (folder / index).is_file()
+        ]
+        single = ([SINGLE_FILES[0]], [SINGLE_FILES[1]], [PROJECTOR_FILE], ["consolidated.*.pth"])
+        has_adapter = (folder / "adapter_config.json").is_file()
+        for patterns in [[*ADAPTER_FILES, NON_LORA_FILE]] if has_adapter else sharded[:1] or single:
+            folder = fetch(patterns)
+            if all((folder / name).exists() for name in patterns):
+                break
+    return folder

@@ -1,0 +1,108 @@
+"""Key tables: tensor names on disk and ours. The code that reads a table does not know one format from another."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from llava.errors import CheckpointError
+from llava.tensors.files import Weights
+from llava.tensors.lazy import Concat, FromFile, LazyTensor
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Tensors on disk that make one of ours. `*` is a number, `**` is anything; {q,k,v} are concatenated by rows."""
+
+    disk: str
+    ours: str | None  # None: a known tensor that is not needed
+
+    def parts(self) -> list[str]:
+        """The patterns of the tensors that are concatenated, in order; a single one without braces."""
+        if not (braces := re.search(r"{(.*)}", self.disk)):
+            return [self.disk]
+        return [self.disk.replace(braces[0], part) for part in braces[1].split(",")]
+
+
+def prefixed(prefix: str, rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """The same table for tensors with a prefix on disk."""
+    return tuple(replace(rule, disk=prefix + rule.disk) for rule in rules)
+
+
+class Plan(NamedTuple):
+    """How a table sorts the names on disk."""
+
+    tensors: dict[str, tuple[str, ...]]  # our name -> names on disk, to be concatenated by rows
+    dropped: tuple[str, ...]  # known and not needed
+    unknown: tuple[str, ...]  # no rule matches
+
+
+def plan(names: Iterable[str], rules: Iterable[Rule]) -> Plan:
+    """Assigns every name on disk to a rule. Raises CheckpointError if a part of a concatenated tensor is missing."""
+    table = [(re.compile(_pattern(part)), i, rule) for rule in rules for i, part in enumerate(rule.parts())]
+    found: dict[str, dict[int, str]] = {}
+    dropped, unknown = [], []
+    for name in names:
+        for pattern, i, rule in table:
+            if match := pattern.fullmatch(name):
+                if rule.ours is None:
+                    dropped.append(name)
+                else:
+                    found.setdefault(_fill(rule.ours, match), {})[i] = name
+                break
+        else:
+            unknown.append(name)
+    n_parts = {_normalise(rule.ours): len(rule.parts()) for rule in rules if rule.ours}
+    for ours, parts in found.items():
+        if len(parts) < n_parts.get(_normalise(ours), 1):
+            raise CheckpointError(f"{ours} needs more than {', '.join(parts.values())}; a tensor is missing")
+    tensors = {ours: tuple(parts[i] for i in sorted(parts)) for ours, parts in found.items()}
+    return Plan(tensors, tuple(dropped), tuple(unknown))
+
+
+class Target(NamedTuple):
+    """Our tensor that a tensor on disk belongs to."""
+
+    ours: str
+    part: int  # its index among the tensors that are concatenated
+    n_parts: int
+
+
+def target_of(name: str, rules: Iterable[Rule]) -> Target | None:
+    """Where one tensor belongs, whether or not the others it is concatenated with exist; None: no rule wants it."""
+    for rule in rules:
+        for i, part in enumerate(rule.parts()):
+            if rule.ours and (match := re.fullmatch(_pattern(part), name)):
+                return Target(_fill(rule.ours, match), i, len(rule.parts()))
+    return None
+
+
+def disk_names(ours: str, rules: Iterable[Rule]) -> list[str]:
+    """Reads the table backwards: the names under which our tensor is saved, in the order of its rows.
+
+    Raises KeyError if no rule has it.
+    """
+    for rule in rules:
+        if rule.ours and (match := re.fullmatch(_pattern(rule.ours), ours)):
+            return [_fill(part, match) for part in rule.parts()]
+    raise KeyError(ours)
+
+
+def from_files(weights: Weights, names: tuple[str, ...]) -> LazyTensor:
+    """One of our tensors: a memory-mapped one, or several concatenated by rows."""
+    parts = [FromFile(weights, name) for name in names]
+    return parts[0] if len(parts) == 1 else Concat(parts)
+
+
+def _pattern(text: str) -> str:
+    return re.escape(text).replace(r"\*\*", "(.+)").replace(r"\*", r"(\d+)")
+
+
+def _fill(text: str, match: re.Match[str]) -> str:
+    for value in match.groups():
+        text = text.replace("**" if "**" in text else "*", value, 1)
+    return text
+
+
+def _normalise(ours: str) -> str:
+    return re.sub(r"\d+", "*", ours)

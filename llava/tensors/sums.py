@@ -1,0 +1,88 @@
+"""Tensors that are sums, computed row by row when read: a base with a LoRA, a base with a delta."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llava.tensors.lazy import Derived, LazyTensor
+
+
+class LoraPair(NamedTuple):
+    """A LoRA of the rows from `first` on: scale * B @ A."""
+
+    first: int
+    a: LazyTensor  # [r, in]
+    b: LazyTensor  # [rows, r]
+    scale: float
+
+
+@dataclass(frozen=True)
+class WithLora(Derived):
+    """W + scale * B @ A in float32. arXiv:2106.09685."""
+
+    base: LazyTensor
+    pairs: Sequence[LoraPair]
+
+    @property
+    def where(self) -> str:
+        return f"{self.base.where} + {self.pairs[0].a.where}"
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        values = self.base.rows(start, stop).to(torch.float32, copy=True)
+        for first, a, b, scale in self.pairs:
+            low, high = max(start, first), min(stop, first + b.shape[0])
+            if low < high:
+                part = values[low - start : high - start]
+                part.addmm_(b.rows(low - first, high - first).float(), a.read().float(), alpha=scale)
+        return values
+
+
+@dataclass(frozen=True)
+class WithLoraRounded(WithLora):
+    """W + scale * B @ A with the rounding of LLaVA's own merge: all in `to`, the product in float32, then rounded.
+
+    Matches peft 0.7.1's `merge_and_unload` of a float16 model on a CPU.
+    """
+
+    to: torch.dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.to
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        values = self.base.rows(start, stop).to(self.to, copy=True)
+        for first, a, b, scale in self.pairs:
+            low, high = max(start, first), min(stop, first + b.shape[0])
+            if low < high:
+                factors = b.rows(low - first, high - first), a.read()
+                left, right = (factor.to(self.to).float() for factor in factors)
+                values[low - start : high - start] += (left @ right * scale).to(self.to)
+        return values
+
+
+@dataclass(frozen=True)
+class AddDelta(Derived):
+    """base + sign * other, both cast to one type and the sum rounded to it; rows that `other` lacks are the base's."""
+
+    base: LazyTensor
+    other: LazyTensor
+    to: torch.dtype
+    sign: int = 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.to
+
+    @property
+    def where(self) -> str:
+        return f"{self.base.where} and {self.other.where}"
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        values = self.base.rows(start, stop).to(self.to)
+        last = max(start, min(stop, self.other.shape[0]))
+        both = values[: last - start].add(self.other.rows(start, last).to(self.to), alpha=self.sign)
+        return both if last == stop else torch.cat([both, values[last - start :]])

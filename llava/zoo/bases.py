@@ -1,0 +1,38 @@
+"""The base of a LoRA, a projector or a delta according to the catalogue, and errors about bases completed with it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from llava.errors import LlavaError
+from llava.formats.base_model import BaseModelError, NeededBase, comparable_name, recorded_names
+from llava.formats.format import CheckpointFiles, Detection
+from llava.zoo import catalogue
+from llava.zoo.match import Match, known_bases, match
+
+
+def needed_base(files: CheckpointFiles, detection: Detection) -> NeededBase:
+    """The base that the files name, by its hub id if the catalogue has it; else the base of the entries they match."""
+    for name, where in recorded_names(files, detection.format):
+        return NeededBase([known_bases().get(comparable_name(name), name)], f"{where} = {name}")
+    try:
+        found = match(files, detection)
+    except LlavaError:  # an error about the base must not be replaced by another one
+        return NeededBase([], "its files do not say which")
+    entries = found.candidates or [near for near in found.nearest if near.entry["format"] == detection.format]
+    names = list(dict.fromkeys(base for near in entries if (base := catalogue.base_id(near.entry))))
+    return NeededBase(names, f"as for {_ids(entries)}" if names else "its files do not say which")
+
+
+def _ids(matches: list[Match]) -> str:
+    text = ", ".join(near.entry["id"] for near in matches)
+    return text if not matches or not matches[0].differs else f"{text}, the nearest in the zoo"
+
+
+@contextmanager
+def advice() -> Iterator[None]:
+    """Errors about a missing or wrong base that are raised inside name the base that the catalogue knows."""
+    try:
+        yield
+    except BaseModelError as error:
+        needed = needed_base(error.files, error.detection)
+        raise BaseModelError(error.files, error.detection, error.render, needed) from None

@@ -1,0 +1,245 @@
+"""The catalogue of published LLaVA checkpoints, `zoo.json`, and what an entry needs: the commands to fetch and run it.
+
+An entry has the keys of its row in zoo.json, `id` first. Nothing here reads a checkpoint: see `match.py`.
+"""
+
+import difflib
+import functools
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import resources
+from typing import Any, NamedTuple
+
+from llava.errors import ConfigError
+
+Entry = Mapping[str, Any]
+OTHERS = "Not in the zoo's tables"  # heading for entries that are in no table
+_DATA = ("pretrain_data", "finetune_data")
+
+
+@functools.cache
+def _catalogue() -> dict[str, Any]:
+    text = (resources.files("llava.zoo") / "zoo.json").read_text(encoding="utf-8")
+    values: dict[str, Any] = json.loads(text)
+    return values
+
+
+def entries() -> list[dict[str, Any]]:
+    """All rows of the zoo's tables in order, then the entries that are in none of them."""
+    return [*_catalogue()["entries"], *_catalogue()["extra_entries"]]
+
+
+def select(
+    *,
+    base_llm: str | None = None,
+    format: str | None = None,
+    vision_encoder: str | None = None,
+    data: str | None = None,
+) -> list[dict[str, Any]]:
+    """Entries whose cells contain these texts, ignoring case."""
+
+    def fits(entry: Entry) -> bool:
+        encoder = entry.get("vision_encoder") or entry.get("vision_tower")
+        return (
+            _holds([entry.get("base_llm")], base_llm)
+            and _holds([entry["format"]], format)
+            and _holds([encoder], vision_encoder)
+            and _holds([entry.get(key) for key in _DATA], data)
+        )
+
+    return [entry for entry in entries() if fits(entry)]
+
+
+def _holds(cells: Iterable[str | None], text: str | None) -> bool:
+    return text is None or any(text.lower() in cell.lower() for cell in cells if cell)
+
+
+def find(name: str) -> dict[str, Any]:
+    """The entry with this id, or with this last component of an id. Raises ConfigError with similar ids."""
+    names = {entry["id"]: entry for entry in entries()}
+    if name in names:
+        return names[name]
+    wanted = name.lower()
+    found = [entry for id, entry in names.items() if wanted in (id.lower(), *_short(id.lower()))]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ConfigError(f"{name}: several entries have this name: {', '.join(entry['id'] for entry in found)}")
+    near = [id for id in names if wanted and wanted in id.lower()][:5]
+    shorts = {short: id for id in names for short in (id.lower(), *_short(id.lower()))}
+    near = near or list(dict.fromkeys(shorts[hit] for hit in difflib.get_close_matches(wanted, shorts, 4, 0.5)))
+    hint = f"similar: {', '.join(near)}" if near else "llava zoo lists all of them"
+    raise ConfigError(f"{name}: no such entry in the zoo; {hint}")
+
+
+def _short(id: str) -> list[str]:
+    """The last component of an id; for a file in a repository, with and without its suffix."""
+    last = re.split("[/#]", id)[-1]
+    return [last, last.removesuffix(".bin")]
+
+
+class Table(NamedTuple):
+    """One of the zoo's tables. A line is an id and the cells of its row."""
+
+    title: str
+    columns: list[str]
+    lines: list[list[str]]
+
+
+def tables(chosen: Iterable[Entry]) -> Iterator[Table]:
+    """Entries as the zoo shows them, under the newest table that has them; entries without a table come last."""
+    groups: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
+    for entry in chosen:
+        rows = entry.get("source_rows")
+        title = rows[-1]["table"].split(": ", 1)[-1] if rows else OTHERS
+        groups.setdefault(title, []).append((entry["id"], rows[-1]["cells"] if rows else _outside(entry)))
+    for title in sorted(groups, key=lambda title: title == OTHERS):
+        columns = list(dict.fromkeys(column for _, cells in groups[title] for column in cells))
+        lines = [[id, *(_text(cells.get(column)) for column in columns)] for id, cells in groups[title]]
+        yield Table(title, columns, lines)
+
+
+def _outside(entry: Entry) -> dict[str, Any]:
+    """Cells for an entry that is in no table."""
+    return {
+        "Format": entry["format"],
+        "Size": entry.get("size") or find(entry["reexport_of"])["size"],
+        "Made from": entry.get("reexport_of") or entry.get("base_llm"),
+        "Class": entry.get("model_class"),
+        "Vocabulary": entry.get("vocab_size"),
+    }
+
+
+def _text(cell: Any) -> str:
+    return "" if cell is None else str(cell)
+
+
+# --------------------------------------------------------------------------------------------------- what it needs
+
+
+def origin(entry: Entry) -> Entry:
+    """The entry that a re-export was made from; any other entry itself."""
+    return find(entry["reexport_of"]) if "reexport_of" in entry else entry
+
+
+def base_id(entry: Entry) -> str | None:
+    """The hub id of the base that the entry needs, None if it needs none.
+
+    For a base under Meta's licence it is a repository with the base in the hub's format. Vicuna v0 was published as a
+    delta only: its id is that of the delta.
+    """
+    named = entry.get("base_llm_repo")
+    if not named:
+        return None
+    if match := re.fullmatch(r"(\S+/\S+) \((v[\d.]+)\)", named):  # lmsys/vicuna-7b (v1.1)
+        repo, version = match.groups()
+        return f"{repo}-delta-v0" if version == "v0" else f"{repo}-{version}"
+    match = re.search(r"[\w.-]+/[\w.-]+", named.replace("LLaMA-1", ""))
+    return match[0] if match else str(named)
+
+
+def base_words(entry: Entry) -> str | None:
+    """The base as text; for a delta, which is easily given the wrong one, with a warning."""
+    id = base_id(entry)
+    if entry["format"] == "delta":
+        return f"the raw LLaMA-1 {entry['size'].upper()} in the hub's format (e.g. {id}; not Vicuna)"
+    return id
+
+
+def licence(entry: Entry) -> str:
+    """The licence note of the language model."""
+    start = origin(entry)
+    if (note := start.get("license_note")) not in (None, _UNTOLD):
+        return str(note)
+    told = (
+        other["license_note"]
+        for other in entries()
+        if other.get("license_note") not in (None, _UNTOLD) and _model(other) == _model(start)
+    )
+    return ": ".join([f"{_UNTOLD}, {start['base_llm']}", *list(told)[:1]])
+
+
+_UNTOLD = "base LLM licence"  # a note without information
+
+
+def _model(entry: Entry) -> str:
+    """The language model's name without its size."""
+    return (
+        re.sub(r"[^a-z0-9.]|\d+b\b", "", str(entry["base_llm"]).lower().replace("-", " "))
+        if "base_llm" in entry
+        else ""
+    )
+
+
+def tower(entry: Entry) -> str | None:
+    """The hub id of the vision tower that the entry needs; None if its own files contain it."""
+    inside = entry["format"] == "hf-reexport" or entry.get("vision_tower_in_checkpoint") is True
+    return None if inside else entry["vision_tower"]
+
+
+def commands(entry: Entry) -> list[tuple[str, str]]:
+    """Commands to fetch and use the entry, each with its purpose: fetch, base, merge, ask or convert."""
+    repo, file = entry.get("repo", entry["id"].split("#")[0]), entry.get("file")
+    folder = repo.split("/")[-1]
+    given = f"{folder}/{file}" if file else folder
+    lines = [("fetch", f"hf download {repo}{f' {file}' if file else ''} --local-dir {folder}")]
+    if vision := tower(entry):
+        lines.append(("fetch", f"hf download {vision}"))
+    base, lines = _base_commands(entry, lines)
+    under = f" --base {base}" if base else ""
+    lines.append(("ask", f'llava ask photo.jpg "What is in the picture?" --model {given}{under}'))
+    if base and entry["format"] in ("delta", "lora"):
+        job, kind = ("apply-delta", "delta") if entry["format"] == "delta" else ("merge-lora", "lora")
+        lines.append(("merge", f"llava {job} --base {base} --target {folder}-merged --{kind} {given}"))
+        lines.append(("ask", f'llava ask photo.jpg "What is in the picture?" --model {folder}-merged'))
+    lines.append(("convert", f"llava convert {given} {folder}-native --to native{under}"))
+    return lines
+
+
+def _base_commands(entry: Entry, lines: list[tuple[str, str]]) -> tuple[str | None, list[tuple[str, str]]]:
+    """The folder to pass as base, and the commands that produce it."""
+    id = base_id(entry)
+    if id is None:
+        return None, lines
+    base = id.split("/")[-1]
+    lines = [*lines, ("fetch", f"hf download {id} --local-dir {base}")]
+    if base.endswith("-delta-v0"):  # Vicuna v0
+        raw, whole = f"huggyllama/llama-{entry['size']}", base.replace("-delta", "")
+        lines.append(("base", f"llava apply-delta --base {raw} --target {whole} --delta {base}"))
+        base = whole
+    return base, lines
+
+
+def facts(entry: Entry) -> list[tuple[str, str]]:
+    """The entry as lines of text."""
+    start = origin(entry)
+    base, vision = base_words(entry), tower(entry)
+    prompts = start.get("conversation") or {}
+    mode = "hf (crops as transformers does)" if entry["format"] == "hf-reexport" else "original"
+    projector = start.get("projector") or {}
+    named = {
+        "id": entry["id"],
+        "made from": entry.get("reexport_of"),
+        "format": entry["format"],
+        "language model": f"{start['base_llm']} ({start['size']})",
+        "needs base": base or "none",
+        "vision tower": vision or f"inside; made from {start['vision_tower']}",
+        "projector": projector.get("type"),
+        "pretraining": _joined(start, "pretrain_data", "pretrain_schedule"),
+        "finetuning": _joined(start, "finetune_data", "finetune_schedule"),
+        "template, trained": prompts.get("train"),
+        "template, served": prompts.get("serve") or "not published; its files lead to llava_v1",
+        "image mode": f"{mode}; aspect {start.get('image_aspect_ratio', 'square')}",
+        "vocabulary": entry.get("vocab_size"),
+        "added tokens": ", ".join(f"{text} {id}" for text, id in entry.get("added_tokens", {}).items()),
+        "scores": ", ".join(f"{name} {score}" for name, score in (start.get("scores") or {}).items())
+        or "none published",
+        "licence": licence(entry),
+        "note": entry.get("note") or entry.get("vocab_size_note") or entry.get("added_tokens_note"),
+    }
+    return [(name, str(value)) for name, value in named.items() if value]
+
+
+def _joined(entry: Entry, *keys: str) -> str:
+    return ", ".join(str(entry[key]) for key in keys if entry.get(key))
