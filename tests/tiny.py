@@ -24,7 +24,13 @@ from torch import Tensor
 Layout = Literal["bin-shards", "bin", "safetensors-shards", "safetensors"]
 LAYOUTS: tuple[Layout, ...] = ("bin-shards", "bin", "safetensors-shards", "safetensors")
 
-ABSENT: Any = object()  # as a config value: leave the key out of config.json
+
+class Absent:
+    def __repr__(self) -> str:
+        return "ABSENT"  # the same in every process: it becomes part of test ids
+
+
+ABSENT: Any = Absent()  # as a config value: leave the key out of config.json
 PIECES = 512  # of the tokenizer; added tokens get the ids after them
 IMAGE_SIZE, PATCH = 56, 14  # pixels
 CLIP_DIM, CLIP_MLP, CLIP_BLOCKS, CLIP_HEADS = 64, 128, 3, 4

@@ -18,6 +18,7 @@ from llava.convert.native import convert
 from llava.errors import CheckpointError, ConfigError, LlavaError
 from llava.preprocess.image import choose_canvas
 from tests import tiny
+from tests.checkpoints import assert_same, opened, tensors_of
 
 
 @pytest.fixture
@@ -122,6 +123,16 @@ def test_an_index_can_not_point_out_of_its_folder(tmp_path: Path, clip: Path) ->
     index.write_text(json.dumps(table))
     with pytest.raises(CheckpointError, match="in this folder"):
         llava.load(folder)
+
+
+def test_safetensors_come_before_bin_whatever_is_sharded(base: Path, tmp_path: Path) -> None:
+    other = tiny.write_llama(tmp_path / "other", layout="safetensors", seed=5)
+    both = tiny.write_llama(tmp_path / "both", layout="bin-shards")
+    shutil.copy(other / "model.safetensors", both)
+    assert_same(tensors_of(opened(both)), tensors_of(opened(other)))
+    for file in both.glob("pytorch_model-*.bin"):
+        file.unlink()  # a download of *.json and *.safetensors leaves the index of the others alone
+    assert_same(tensors_of(opened(both)), tensors_of(opened(other)))
 
 
 def spoiled(folder: Path) -> str:
