@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +73,27 @@ def assert_one_line_error(done: Any, *mentions: str) -> None:
     assert "Traceback" not in done.stderr
     for mention in mentions:
         assert mention in lines[0]
+
+
+class Said:
+    """What a command printed, and how it ended."""
+
+    def __init__(self, code: int, out: str, err: str, warnings: list[str]) -> None:
+        self.code, self.out, self.err, self.warnings = code, out, err, warnings
+
+    @property
+    def lines(self) -> list[str]:
+        """Lines for people on stderr."""
+        return [line for line in self.err.splitlines() if line.strip()]
+
+
+Command = Callable[..., Said]
+
+
+def refused(said: Said, *mentions: str) -> str:
+    """One line for people, exit code 2, with all of `mentions` in it."""
+    assert said.code == 2
+    assert len(said.lines) == 1, said.err
+    for mention in mentions:
+        assert mention in said.lines[0]
+    return said.lines[0]

@@ -13,6 +13,7 @@ import torch
 from filelock import FileLock
 
 from tests import tiny
+from tests.expected import MARKS, V11
 
 PROJECT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("LLAVA_SHARED", PROJECT.parent / "shared"))
@@ -118,7 +119,7 @@ def clip(share: Share) -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoint(share: Share, clip: Path) -> Path:
-    """A small LLaVA like LLaVA-1.5, in the original's layout: sharded .bin files, a config that names the CLIP folder."""
+    """A small LLaVA-1.5 in the original's layout: sharded .bin files, a config that names the CLIP folder."""
     return share("llava", lambda folder: tiny.write_llava(folder, clip=clip))
 
 
@@ -126,3 +127,25 @@ def checkpoint(share: Share, clip: Path) -> Path:
 def base(share: Share) -> Path:
     """The language model of `checkpoint` as a plain Llama."""
     return share("base", tiny.write_llama)
+
+
+@pytest.fixture(scope="session")
+def raw(share: Share) -> Path:
+    """The raw LLaMA-1."""
+    return share("raw", lambda folder: tiny.write_llama(folder, seed=7, **tiny.LLAMA_1))
+
+
+@pytest.fixture(scope="session")
+def delta(share: Share, clip: Path) -> Path:
+    """A delta on the raw LLaMA-1, like v1.1's."""
+
+    def write(folder: Path) -> None:
+        tiny.write_delta(folder, clip=clip, added=MARKS, **V11)
+        tiny.write_tokenizer(folder, added=MARKS, legacy=None)
+
+    return share("delta", write)
+
+
+@pytest.fixture(scope="session")
+def lora(share: Share, clip: Path) -> Path:
+    return share("lora", lambda folder: tiny.write_lora(folder, clip=clip))
