@@ -1,4 +1,4 @@
-"""One question about one picture, asked of a checkpoint."""
+"""Asks a checkpoint one question about one picture."""
 
 from pathlib import Path
 from typing import Any

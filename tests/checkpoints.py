@@ -1,4 +1,4 @@
-"""Checkpoints opened, refused and compared: what tests of several formats need."""
+"""Opens checkpoints, expects refusals and compares tensors, for the tests of all formats."""
 
 from pathlib import Path
 from typing import Any

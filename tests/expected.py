@@ -1,4 +1,4 @@
-"""Expected tensors, computed from the files of checkpoints only: nothing here is read or added up by the package."""
+"""Expected tensors, computed from the files of checkpoints without the package."""
 
 import json
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ V0: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llam
 
 
 def stored(folder: Path) -> Tensors:
-    """All tensors in a model's files, as their bytes are."""
+    """All tensors in a model's files, as stored."""
     found: Tensors = {}
     for file in sorted([*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]):
         part = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
@@ -38,7 +38,7 @@ def raw_bytes(value: Tensor) -> bytes:
 
 
 def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """The same names, types and bytes."""
+    """Asserts the same names, dtypes, shapes and bytes."""
     assert set(found) == set(expected)
     for name, value in expected.items():
         assert found[name].dtype == value.dtype, name
@@ -51,7 +51,7 @@ def without_rotary(tensors: Mapping[str, Tensor]) -> Tensors:
 
 
 def summed(base: Mapping[str, Tensor], delta: Mapping[str, Tensor]) -> Tensors:
-    """Section 7 of the specification: sums in float16, into the leading block; what the base lacks is absolute."""
+    """Adds a delta like the original: in float16, to the leading rows; tensors that the base lacks are copied."""
     made = {}
     for name, value in without_rotary(delta).items():
         whole = value.half().clone()
@@ -64,7 +64,7 @@ def summed(base: Mapping[str, Tensor], delta: Mapping[str, Tensor]) -> Tensors:
 
 
 def pairs_of(lora: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Name of the matrix: A and B, as stored."""
+    """The stored A and B of each matrix, by its name."""
     bin_, safe = lora / "adapter_model.bin", lora / "adapter_model.safetensors"
     held = torch.load(bin_, weights_only=True) if bin_.exists() else load_file(safe)
     clean = {name[name.index("model.layers") :].replace(".default", ""): value for name, value in held.items()}
@@ -76,7 +76,7 @@ def pairs_of(lora: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def merged(base: Path, lora: Path, *, precise: bool) -> Tensors:
-    """peft on the CPU in float16: B @ A in float32, the product rounded, then a sum in float16. Or rounded once."""
+    """Merges like peft on the CPU: B @ A in float32, rounded, added in float16. `precise` rounds only the sum."""
     made = {name: value.half() for name, value in without_rotary(stored(base)).items()}
     settings = json.loads((lora / "adapter_config.json").read_text())
     scale = settings["lora_alpha"] / settings["r"]

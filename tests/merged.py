@@ -1,4 +1,4 @@
-"""Merged folders and the sums that the original's tools write, with the tensors read by the package."""
+"""Reads merged folders and compares them with the sums that the original's tool would write."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ def stored(folder: Path) -> dict[str, Tensor]:
 
 
 def originals(base: Path, delta: Path) -> dict[str, Tensor]:
-    """As the original's tool does it, whole and in float16."""
+    """The sums that the original's tool computes in float16, with both models in memory."""
     under, sums = stored(base), {}
     for name, value in stored(delta).items():
         made = value.half().clone()

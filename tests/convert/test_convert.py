@@ -1,4 +1,4 @@
-"""The target of a conversion, and the vision tower it takes along."""
+"""Conversions: the target folder, and the vision tower that goes into it."""
 
 from pathlib import Path
 

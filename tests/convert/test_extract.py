@@ -1,4 +1,4 @@
-"""Projectors taken out of a model."""
+"""Extracting the projector of a model."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Memory: conversions hold a few tensors at a time."""
+"""Peak memory of conversions and merges."""
 
 import os
 import subprocess
@@ -37,22 +37,22 @@ print(peak - before)
 
 
 def peak(work: str, *arguments: Path) -> int:
-    """MB of anonymous memory that some work takes in a process of its own."""
+    """Runs `work` in a process of its own and returns the anonymous memory it needs in MB."""
     command = [sys.executable, "-c", PEAK.replace("WORK", work), *arguments]
     environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return int(done.stdout)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="RssAnon is told by Linux alone")
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux reports RssAnon")
 def test_comparing_logits_takes_a_large_vocabulary_in_pieces(tmp_path: Path) -> None:
     sizes = {"hidden_size": 512, "vocab_size": 200_000, "num_hidden_layers": 1}
     folder = tiny.write_llama(tmp_path / "wide", **sizes)
     found = peak("logits(open_checkpoint(sys.argv[1]), 512)", folder)
-    assert found < 330, found  # MB; the head alone is 410 in float32, pieces 67
+    assert found < 330, found  # MB; the head takes 410 in float32, its chunks 67
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="RssAnon is told by Linux alone")
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux reports RssAnon")
 def test_memory_does_not_grow_with_the_number_of_layers(clip: Path, tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1024, **tiny.LLAMA_1}
     peaks = []

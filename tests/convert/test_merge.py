@@ -1,4 +1,4 @@
-"""`apply_delta` and `merge_lora`: the documented commands, bits, refusals."""
+"""`apply_delta` and `merge_lora`: documented commands, exact results, refusals."""
 
 import hashlib
 import json
@@ -74,7 +74,9 @@ def test_a_golden_lora_is_merged_to_the_bit(golden: Path, golden_checkpoints: Pa
     found = stored(tmp_path / "merged")
     record = json.loads((golden / "e_lora" / "golden" / "merged_tensors.json").read_text())["float16"]
     assert set(found) == {name for name in record if "inv_freq" not in name}
-    held = load_file(golden / "e_lora" / "golden" / "merged_float16_layer0.safetensors")  # the tower, unchanged, too
+    held = load_file(
+        golden / "e_lora" / "golden" / "merged_float16_layer0.safetensors"
+    )  # also holds the unchanged tower
     for name, tensor in ((name, tensor) for name, tensor in held.items() if "vision_tower" not in name):
         assert torch.equal(found[name], tensor), name
     for name, tensor in found.items():
@@ -113,7 +115,7 @@ def test_a_lora_is_merged_with_the_originals_rounding_or_precisely(lora: Path, t
     assert_same(tmp_path / "merged", expected)
     assert done.n_tensors == len(expected)
     other = by_hand(base, lora, not precise)
-    assert any(not torch.equal(expected[name], other[name]) for name in expected)  # the option makes a difference
+    assert any(not torch.equal(expected[name], other[name]) for name in expected)  # the option changes the result
 
 
 @pytest.mark.parametrize("under", ["meta", "native", "merged"])

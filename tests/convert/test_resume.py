@@ -1,4 +1,4 @@
-"""Merges that were killed, or met a full disk, a taken target or a second process."""
+"""Resuming merges that were killed or met a full disk, a used target or a second process."""
 
 import errno
 import hashlib
@@ -36,7 +36,7 @@ def test_a_killed_run_is_gone_on_with(raw: Path, delta: Path, tmp_path: Path, ho
     end = time.monotonic() + 60
     while len(list(partial.glob("*.safetensors"))) < 2 and time.monotonic() < end and slow.poll() is None:
         time.sleep(0.01)
-    # a second one does not write into the first one's files
+    # a second process does not write into the files of the first
     with pytest.raises(CheckpointError, match="another process is at work"):
         apply_delta(raw, target, delta, max_shard_bytes=30_000)
     slow.send_signal(how)
@@ -44,7 +44,7 @@ def test_a_killed_run_is_gone_on_with(raw: Path, delta: Path, tmp_path: Path, ho
     assert not target.exists()
     left = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.safetensors")}
     assert len(left) >= 2
-    # of other inputs, or another way, it does not go on there
+    # it does not resume with other inputs or options
     with pytest.raises(CheckpointError, match="beginnings of something else"):
         apply_delta(raw, target, delta, max_shard_bytes=40_000)
     done = apply_delta(raw, target, delta, max_shard_bytes=30_000, verify=True)
@@ -80,7 +80,7 @@ def test_a_shard_that_was_damaged_meanwhile_is_made_anew(raw: Path, delta: Path,
 
 
 def interrupted(base: Path, target: Path, delta: Path) -> int:
-    """A run that ends half-way. How many shards it leaves."""
+    """Interrupts a merge half-way and returns the number of shards it leaves."""
 
     def stop(done: int, total: int) -> None:
         if done > total // 2:
@@ -134,7 +134,7 @@ def test_a_disk_without_locks_is_warned_of_and_written_to(
     raw: Path, delta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def no_locks(handle: int, how: int) -> None:
-        raise OSError(errno.EBADF, os.strerror(errno.EBADF))  # what NFS says to an exclusive lock on a folder
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))  # the error of NFS for an exclusive lock on a folder
 
     monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", no_locks)
     apply_delta(raw, tmp_path / "t", delta)

@@ -1,4 +1,4 @@
-"""Deltas: read on their base, and written."""
+"""Deltas: reading them on their base, and writing them."""
 
 from pathlib import Path
 

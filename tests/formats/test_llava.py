@@ -1,4 +1,4 @@
-"""The original's layout written from tensors in memory: whole models and towers."""
+"""The original's layout, written from tensors in memory: complete models and towers."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ def test_a_merged_model_written_opens_as_it_was(model: Checkpoint, clip: Path, t
     found = opened(folder)
     assert found.kind == "merged"
     assert found.config == model.config
-    assert all(name.startswith("vision_model.") for name in found.unused)  # CLIP's own, behind the selected layer
+    assert all(name.startswith("vision_model.") for name in found.unused)  # the blocks of CLIP after the selected layer
     assert_same(tensors_of(found), tensors_of(model))
 
 

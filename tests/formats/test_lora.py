@@ -20,7 +20,7 @@ from tests.checkpoints import assert_same, opened, refused, tensors_of
 FLOAT32: dict[str, Any] = {"dtype": "float32", "device": "cpu"}
 TOKENS = ("<im_patch>", "<im_start>", "<im_end>")
 PROMPT = "Behind it a long wooden pier leads out to the water."
-BASE_SEED = 1  # of write_llama and write_llava
+BASE_SEED = 1  # default seed of write_llama and write_llava
 WHERE = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
 MODULES = {
     "attn.out": "self_attn.o_proj",
@@ -36,7 +36,7 @@ def lora(clip: Path, tmp_path: Path) -> Path:
 
 
 def merged_by_hand(base: Path, targets: tuple[str, ...]) -> dict[str, Tensor]:
-    """W + alpha / r * B @ A in float64, by names on disk."""
+    """W + alpha / r * B @ A in float64, by the names on disk."""
     weights = tiny.llama_tensors(tiny.llama_config(), BASE_SEED, inv_freq=False)
     pairs = {
         name: value.bfloat16().double() for name, value in tiny.lora_tensors(tiny.llama_config(), 3, targets).items()
@@ -193,7 +193,7 @@ def test_extra_names_without_the_double_model_are_known_too(lora: Path, base: Pa
 
 
 def test_the_lora_of_june_2023_brings_a_longer_vocabulary(clip: Path, base: Path, tmp_path: Path) -> None:
-    """Its tokenizer is the base's, which does not have the three tokens; the last two rows are <im_start>, <im_end>."""
+    """It uses its base's tokenizer, which lacks the three tokens. The last two rows are <im_start> and <im_end>."""
     longer = {"vocab_size": tiny.PIECES + 3, "mm_use_im_start_end": True, "mm_projector_type": "linear"}
     lora = tiny.write_lora(tmp_path / "lora", clip=clip, rows=True, **longer)
     found = opened(lora, base=base)
@@ -205,7 +205,7 @@ def test_the_lora_of_june_2023_brings_a_longer_vocabulary(clip: Path, base: Path
         assert torch.equal(found.sources[f"decoder.{ours}.weight"].read(), whole[disk].bfloat16())
     with_files = tiny.write_lora(tmp_path / "files", clip=clip, rows=True, added=TOKENS, **longer)
     theirs = opened(with_files, base=base)
-    assert found.config == replace(theirs.config, eos_ids=(2,))  # of the base's generation_config.json
+    assert found.config == replace(theirs.config, eos_ids=(2,))  # from the base's generation_config.json
     text = "USER: <im_start><im_end> Hi"
     assert found.tokenizer.encode(text) == theirs.tokenizer.encode(text)
 

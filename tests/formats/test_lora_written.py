@@ -1,4 +1,4 @@
-"""LoRAs that we write open on their base and in peft, and the other way round."""
+"""Writing LoRAs: ours load on their base and in peft, and peft's load in llava."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ WHERE = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_pro
 
 
 def pairs(modules: dict[str, tuple[int, int]], r: int = 4) -> dict[str, dict[str, Pair]]:
-    """Random A and B for modules of a height and a width; those of qkv for each of its parts."""
+    """Random A and B for modules of the given shapes; for qkv one pair per part."""
     generator = torch.Generator().manual_seed(5)
 
     def pair(height: int, width: int) -> Pair:
@@ -79,7 +79,7 @@ def test_peft_opens_a_lora_that_we_wrote_and_merges_it_to_the_same_model(written
 
 
 def test_we_open_a_lora_that_peft_wrote(base: Path, tmp_path: Path) -> None:
-    """Without config.json and without a projector: what peft alone leaves."""
+    """A folder as peft saves it: without config.json and projector."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     llama = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     settings = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM")

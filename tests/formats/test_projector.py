@@ -1,4 +1,4 @@
-"""Projectors: folders, single files as the oldest were published, and what we write."""
+"""Projectors: folders, single files like the oldest published ones, and writing them."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ TOKENS = ("<im_start>", "<im_end>")
 
 
 def projector(kind: str = "linear", prefix: str = "model.", rows: Tensor | None = None) -> dict[str, Tensor]:
-    """As in the published files, in float32."""
+    """The tensors of a published file, in float32."""
     made = tiny.projector_tensors(tiny.llava_config(mm_projector_type=kind), 1)
     named = {name.replace("model.", prefix, 1): tensor.float() for name, tensor in made.items()}
     return named | ({} if rows is None else {prefix + "embed_tokens.weight": rows})
@@ -90,7 +90,7 @@ def test_rows_of_start_and_end_bring_their_tokens(
     else:
         path = tiny.write_projector(
             tmp_path / "x", clip=clip, mm_projector_type="linear"
-        )  # a config that tells of none
+        )  # a config without these tokens
         written(path / "mm_projector.bin", projector(rows=rows))
     found = opened(path, base=base, vision_tower=clip)
     assert found.config.start_end
@@ -123,7 +123,7 @@ def test_without_rows_there_are_no_tokens(clip: Path, base: Path, tmp_path: Path
 
 
 def test_rows_are_put_on_an_mpt_too(clip: Path, tmp_path: Path) -> None:
-    base = tiny.write_mpt(tmp_path / "base")  # its tokenizer has the tokens
+    base = tiny.write_mpt(tmp_path / "base")  # its tokenizer already has the tokens
     tensors = projector() | {"transformer.wte.weight": ROWS}
     found = opened(written(tmp_path / "x.bin", tensors), base=base, vision_tower=clip)
     start = found.tokenizer.id_of("<im_start>")
@@ -193,7 +193,7 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line(clip: Path, base: Path,
 def test_the_file_of_a_repository_is_fetched_alone(
     clip: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the cache of huggingface_hub, as it lies after a fetch."""
+    """Reads the cache of huggingface_hub as a download leaves it."""
     import huggingface_hub.constants
 
     commit = "0123456789abcdef0123456789abcdef01234567"

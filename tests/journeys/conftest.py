@@ -1,4 +1,4 @@
-"""Checkpoints and the in-process command that journeys share."""
+"""Checkpoints and the in-process command that several journeys use."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from tests.conftest import Share
 def command(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> Command:
-    """`llava ARGS` in this process. Warnings, lines of stderr elsewhere, are in the hands of pytest."""
+    """`llava ARGS` in this process. Warnings go to stderr elsewhere; here pytest captures them."""
     monkeypatch.setenv("COLUMNS", "400")
 
     def call(*args: object, fails: bool = False) -> Said:

@@ -1,4 +1,4 @@
-"""`llava apply-delta` and `llava make-delta`: bits, layout, kills, and deltas applied while loading."""
+"""`llava apply-delta` and `llava make-delta`: exact results, layout, resuming, and deltas applied while loading."""
 
 import hashlib
 import json
@@ -35,10 +35,10 @@ def test_the_documented_line_makes_the_model(raw: Path, delta: Path, tmp_path: P
 
 @pytest.mark.parametrize("v0", [False, True])
 def test_a_target_has_the_originals_layout(command: Command, raw: Path, clip: Path, tmp_path: Path, v0: bool) -> None:
-    tokens = ("[PAD]", *MARKS) if v0 else MARKS  # 32004 rows as of the 7B v0, 32003 as of v1.1
+    tokens = ("[PAD]", *MARKS) if v0 else MARKS  # 32004 rows as in the 7B v0, 32003 as in v1.1
     delta = tiny.write_delta(tmp_path / "delta", clip=clip, added=tokens, **(V0 if v0 else V11))
     target = tmp_path / "T"
-    target.mkdir()  # an empty one will do
+    target.mkdir()  # an empty folder is accepted
     said = command("apply-delta", "--base", raw, "--target", target, "--delta", delta, "--shard-gb", "1e-4")
     found = stored(target)
     assert_same(found, summed(stored(raw), stored(delta)))
@@ -64,11 +64,13 @@ def test_a_13b_v0_has_a_token_more_than_rows(raw: Path, clip: Path, tmp_path: Pa
     delta = tiny.write_delta(tmp_path / "delta", clip=clip, added=MARKS, **V0)
     tiny.write_tokenizer(delta, added=(*MARKS, "[PAD]"), legacy=None, bos="</s>", pad="[PAD]", blank=True)
     on_the_way = opened(delta, base=raw)
-    assert on_the_way.prepare(asked(None)).ids[0] == 2  # BOS of these tokenizer files is </s>
+    assert on_the_way.prepare(asked(None)).ids[0] == 2  # BOS is </s> in these tokenizer files
     command("apply-delta", "--base", raw, "--target", tmp_path / "T", "--delta", delta)
     assert len(stored(tmp_path / "T")["model.embed_tokens.weight"]) == PIECES + 3
     assert answer(opened(tmp_path / "T")) == answer(on_the_way)
-    replies = on_the_way.generate_batch(["Once upon a time", "Red"], max_new_tokens=4)  # padded, and [PAD] has no row
+    replies = on_the_way.generate_batch(
+        ["Once upon a time", "Red"], max_new_tokens=4
+    )  # the batch is padded, and [PAD] has no row
     assert [len(reply.token_ids) for reply in replies] == [4, 4]
 
 
@@ -92,7 +94,7 @@ LARGE |= {"num_key_value_heads": 8, "num_hidden_layers": 6, **tiny.LLAMA_1}
 
 @pytest.fixture(scope="module")
 def large(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A base and a delta that take long enough to be killed in the middle."""
+    """A base and a delta that are large enough to kill a merge half-way."""
     place = tmp_path_factory.mktemp("large")
     base = tiny.write_llama(place / "large", seed=7, **LARGE)
     config = tiny.llava_config(**LARGE, mm_projector_type="linear", mm_vision_tower=str(clip))
@@ -118,13 +120,15 @@ def test_after_sigkill_the_same_line_goes_on(large: tuple[Path, Path], tmp_path:
     left = {path.name: path.stat() for path in partial.glob("*.safetensors")}
     assert len(left) >= 4
     other = tiny.write_llama(tmp_path / "other", seed=8, **LARGE)
-    refused(command("apply-delta", *line, "--base", other, fails=True), "T.partial")  # nothing is mixed
+    refused(
+        command("apply-delta", *line, "--base", other, fails=True), "T.partial"
+    )  # the inputs of two merges are not mixed
     said = command("apply-delta", *line)
     assert not partial.exists()
     assert_same(stored(target), summed(stored(base), stored(delta)))
     after = {path.name: path.stat() for path in target.glob("*.safetensors")}
     kept = [name for name, was in left.items() if name in after and after[name].st_mtime_ns == was.st_mtime_ns]
-    assert len(kept) >= len(left) - 1  # the one that was being written is written anew
+    assert len(kept) >= len(left) - 1  # the shard that was being written is written again
     assert len(kept) < len(after)
     sums = (target / "SHA256SUMS").read_text().splitlines()
     assert {row.split()[-1] for row in sums} == set(after)
@@ -139,7 +143,7 @@ def test_verify_says_so_and_precise_sums_round_to_the_same_bits(
     line = ["apply-delta", "--base", raw, "--delta", delta, "--verify"]
     assert "verified" in command(*line, "--target", tmp_path / "T").out
     command(*line, "--target", tmp_path / "P", "--precise")
-    # a float32 has more than twice the bits of a float16 and two: rounding twice changes nothing
+    # float32 has more than twice the bits of float16 plus two, so rounding twice changes nothing
     assert_same(stored(tmp_path / "P"), stored(tmp_path / "T"))
     known = json.loads(command(*line, "--target", tmp_path / "J", "--json").out)
     assert isinstance(known, dict)
@@ -207,8 +211,8 @@ def test_start_and_end_tokens_stand_around_a_picture_and_their_white_space_can_g
 ) -> None:
     start, end = PIECES + 1, PIECES + 2
     plain = opened(delta, base=raw).prepare(asked(picture)).token_ids
-    place = plain.index(-200)
-    assert plain[place - 1 : place + 2] == [start, -200, end]
+    at = plain.index(-200)
+    assert plain[at - 1 : at + 2] == [start, -200, end]
     stripped = opened(delta, base=raw, legacy_strip=True).prepare(asked(picture)).token_ids
     assert len(stripped) < len(plain)
     assert 13 not in stripped[stripped.index(end) :][:3]

@@ -1,4 +1,4 @@
-"""Bases: named when missing, refused when wrong."""
+"""Bases on the command line: a missing one is named, a wrong one refused."""
 
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def test_a_delta_is_kept_off_vicuna_and_llama_2_unless_forced(
         opened(delta, base=base)
     forced = command(*line, "--force")
     assert_same(stored(tmp_path / "T"), summed(stored(base), stored(delta)))
-    assert len(forced.warnings) == 1  # goes on, and says so
+    assert len(forced.warnings) == 1  # continues with a warning
     assert forced.lines == []
     assert answer(opened(delta, base=base, force=True)) == answer(opened(tmp_path / "T"))
 

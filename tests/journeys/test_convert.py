@@ -1,4 +1,4 @@
-"""`llava convert` and `llava extract-projector`: there and back to the same bytes."""
+"""`llava convert` and `llava extract-projector`: back and forth to the same bytes."""
 
 import json
 import shutil
@@ -48,16 +48,16 @@ def test_a_projector_comes_out_as_it_was_and_goes_back(
     assert torch.equal(pair.logits(text, images=[image]), whole.logits(text, images=[image]))
 
 
-def back_and_forth(command: Command, source: Path, place: Path, by: str, end: str) -> Path:
-    command("convert", source, place / "there", "--to", by, "--verify")
-    report = (place / "there" / "conversion.md").read_text()
+def back_and_forth(command: Command, source: Path, folder: Path, by: str, end: str) -> Path:
+    command("convert", source, folder / "there", "--to", by, "--verify")
+    report = (folder / "there" / "conversion.md").read_text()
     assert "logits" in report.lower()
-    command("convert", place / "there", place / "back", "--to", end, "--no-check")
-    return place / "back"
+    command("convert", folder / "there", folder / "back", "--to", end, "--no-check")
+    return folder / "back"
 
 
 def assert_back(source: Path, back: Path, clip: Path) -> None:
-    """Every tensor of the source with its bytes; a tower that came in on the way is CLIP's."""
+    """Asserts that every tensor of the source has its bytes; a tower that was added is CLIP's."""
     found, expected = stored(back), without_rotary(stored(source))
     assert_same({name: value for name, value in found.items() if name in expected}, expected)
     theirs = torch.load(clip / "pytorch_model.bin", weights_only=True)
@@ -132,7 +132,7 @@ def test_a_llama_there_and_back(command: Command, tmp_path: Path, by: str, dtype
 
 
 def as_llava_hf(source: Path, folder: Path, *, new: bool) -> Path:
-    """The layout of llava-hf by section 11 of the specification, with rows for `<image>`, `<pad>` and up to 64."""
+    """Writes llava-hf's layout, with rows for `<image>` and `<pad>`, padded to 64 more rows."""
     folder.mkdir()
     lm = "model.language_model." if new else "language_model.model."
     top = "model." if new else ""
@@ -185,7 +185,7 @@ def test_llava_hfs_layout_there_and_back(command: Command, next_: Path, tmp_path
     expected = stored(source)
 
     def plain(tensors: Tensors) -> Tensors:
-        """Names of both orders as one."""
+        """Removes what differs between the names of both orders."""
         short = {}
         for name, value in tensors.items():
             key = name.removeprefix("model.").replace("language_model.model.", "language_model.")

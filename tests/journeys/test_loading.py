@@ -1,4 +1,4 @@
-"""Loading by any folder name, adapters, old projector files, re-saved MPT, towers in the shards."""
+"""Loading: any folder name, adapters, old projector files, a re-saved MPT, a tower in the shards."""
 
 import json
 import shutil
@@ -43,18 +43,18 @@ def test_names_of_folders_decide_nothing(
 def test_odd_names_are_names(
     command: Command, vicuna: Path, lora: Path, raw: Path, delta: Path, tmp_path: Path, name: str
 ) -> None:
-    places = {}
+    copies = {}
     for kind, folder in (("base", vicuna), ("lora", lora), ("raw", raw), ("delta", delta)):
-        places[kind] = tmp_path / kind / name
-        shutil.copytree(folder, places[kind])
+        copies[kind] = tmp_path / kind / name
+        shutil.copytree(folder, copies[kind])
     line = ("--max-new-tokens", 2)
-    command("ask", "Hi", "--model", places["lora"], "--base", places["base"], *line)
-    command("ask", "Hi", "--model", places["base"], "--adapter", f"one={places['lora']}", *line)
-    command("merge-lora", "--base", places["base"], "--target", tmp_path / name, "--lora", places["lora"])
+    command("ask", "Hi", "--model", copies["lora"], "--base", copies["base"], *line)
+    command("ask", "Hi", "--model", copies["base"], "--adapter", f"one={copies['lora']}", *line)
+    command("merge-lora", "--base", copies["base"], "--target", tmp_path / name, "--lora", copies["lora"])
     assert_same(stored(tmp_path / name), merged(vicuna, lora, precise=False))
     command("convert", tmp_path / name, tmp_path / f"{name}-hf", "--to", "hf", "--no-check")
     command("inspect", tmp_path / f"{name}-hf")
-    command("apply-delta", "--base", places["raw"], "--target", tmp_path / f"{name}-sum", "--delta", places["delta"])
+    command("apply-delta", "--base", copies["raw"], "--target", tmp_path / f"{name}-sum", "--delta", copies["delta"])
     assert_same(stored(tmp_path / f"{name}-sum"), summed(stored(raw), stored(delta)))
 
 
@@ -81,7 +81,7 @@ def test_a_lora_with_its_own_rows_and_one_alone_are_kept_apart_too(
     config: dict[str, Any] = {"vocab_size": PIECES + 3, "mm_use_im_start_end": True}
     june = tiny.write_lora(tmp_path / "june", clip=clip, seed=8, rows=True, added=MARKS, **config)
     vlm = opened(vicuna, adapters={"june": june, "one": lora})
-    assert vlm.active == "june"  # the first
+    assert vlm.active == "june"  # the first one
     for name, folder, rows_ in (("june", june, PIECES + 3), ("one", lora, PIECES), ("june", june, PIECES + 3)):
         vlm.adapter(name)
         found, expected = vlm.logits(asked(picture)), opened(folder, base=vicuna).logits(asked(picture))
@@ -108,8 +108,8 @@ def test_an_old_projector_file_brings_its_two_rows(
         torch.save(held, folder / "mm_projector.bin")
     vlm = opened(folder, base=vicuna)
     given = vlm.prepare(asked(picture))
-    place = given.token_ids.index(-200)
-    assert given.token_ids[place - 1 : place + 2] == [PIECES, -200, PIECES + 1]
+    at = given.token_ids.index(-200)
+    assert given.token_ids[at - 1 : at + 2] == [PIECES, -200, PIECES + 1]
     table = dict(vlm.model.state_dict())["decoder.embed.weight"]
     assert torch.equal(table[PIECES : PIECES + 2].float(), two.float())
     under = stored(vicuna)["model.embed_tokens.weight"]

@@ -1,4 +1,4 @@
-"""`llava merge-lora`: bits, prefixes and forms of the base."""
+"""`llava merge-lora`: exact results, prefixes, forms of the base."""
 
 import hashlib
 import json
@@ -46,7 +46,7 @@ def test_a_lora_is_merged(
     tokenizer = lora if "added" in form else vicuna
     assert (tmp_path / "T" / "tokenizer.model").read_bytes() == (tokenizer / "tokenizer.model").read_bytes()
     assert (tmp_path / "T" / "added_tokens.json").exists() == ("added" in form)
-    if precise:  # loading merges precisely, too
+    if precise:  # loading merges precisely too
         torch.testing.assert_close(
             opened(tmp_path / "T").logits(asked(None)), opened(lora, base=vicuna).logits(asked(None)), atol=0.3, rtol=0
         )

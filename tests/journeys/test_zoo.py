@@ -1,4 +1,4 @@
-"""`llava zoo` and the licence notes of `llava inspect`, against the reference catalogue."""
+"""`llava zoo` and the licence notes of `llava inspect`, compared with the reference catalogue."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Bases: named where they are missing, and refused or warned about where they are not the right one."""
+"""Bases: a missing one is named, a wrong one is refused or warned about."""
 
 import logging
 import shutil

@@ -1,4 +1,4 @@
-"""The catalogue of published checkpoints, and `llava zoo` that lists it."""
+"""The catalogue of published checkpoints and `llava zoo`, which prints it."""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""Which entry of the catalogue a folder is."""
+"""Matching a folder with the entries of the catalogue."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ LORA = "llava-v1-0719-336px-lora-vicuna-13b-v1.3"
 
 
 def said(*args: object) -> str:
-    """What `llava ARGS` prints, run in this process."""
+    """Runs `llava ARGS` in this process and returns its stdout."""
     done = CliRunner().invoke(app, [str(arg) for arg in args])
     assert done.exit_code == 0, done.output
     return done.stdout
