@@ -1,16 +1,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS ?= auto # processes that run tests: one a core, at most 8; 0 runs them in this process
+ARGS ?= # further options for pytest
 
 .PHONY: setup demo test lint
 
-# .venv with the project, what its tests need and the tools of lint
+# creates .venv with the project, its test dependencies and the lint tools
 setup: .venv/.stamp
 
 demo: setup
 	$(BIN)/python examples/demo.py
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
 
 lint: setup
 	$(BIN)/ruff format --check

@@ -1,7 +1,7 @@
-"""What does one answer of llava-tiny cost, beside importing torch?
+"""How much longer does one answer of llava-tiny take than importing torch?
 
-Each run is a process of its own: `python -c "import torch"`, and `llava ask PICTURE QUESTION` without a model. Aim: at
-most 1.0 s more, median of 5, on 2 CPU cores.
+Each run is a process of its own: `python -c "import torch"`, and `llava ask PICTURE QUESTION` without a model. The aim
+is at most 1.0 s more, median of 5, on 2 CPU cores.
 
     python benchmarks/answer.py
 """
@@ -12,32 +12,33 @@ import time
 from collections.abc import Callable
 from statistics import median
 
-import bench
 import typer
+from report import ROOT, Commit, Out, Result, Save
+from timing import Runs, alternate
 
-PICTURE, QUESTION = bench.ROOT / "examples" / "pictures" / "kitchen.png", "What is in the picture?"
+PICTURE, QUESTION = ROOT / "examples" / "pictures" / "kitchen.png", "What is in the picture?"
 
 
 def process(*words: str) -> Callable[[], float]:
-    """A command whose seconds are counted from its start to its end."""
+    """A function that runs `python WORDS` and returns the seconds from its start to its end."""
 
     def run() -> float:
-        began = time.perf_counter()
+        started = time.perf_counter()
         subprocess.run([sys.executable, *words], check=True, capture_output=True)
-        return time.perf_counter() - began
+        return time.perf_counter() - started
 
     return run
 
 
-def main(runs: bench.Runs = 5, out: bench.Out = None, save: bench.Save = False, commit: bench.Commit = None) -> None:
+def main(runs: Runs = 5, out: Out = None, save: Save = False, commit: Commit = None) -> None:
     contestants = {
         "llava ask": process("-m", "llava.cli", "ask", str(PICTURE), QUESTION),
         "import torch": process("-c", "import torch"),
     }
-    seconds = bench.alternate(contestants, runs)
-    bench.Result(
+    seconds = alternate(contestants, runs)
+    Result(
         benchmark="answer-llava-tiny",
-        question="One answer of llava-tiny as a process, beside one that only imports torch",
+        question="How much longer does one answer of llava-tiny take than importing torch?",
         device="cpu",
         dtype="float32",
         settings={"question": QUESTION, "runs": runs},

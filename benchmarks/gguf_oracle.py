@@ -1,15 +1,16 @@
 """Does llama.cpp compute with our GGUF files what we compute? llava-tiny, text and pictures, on the CPU.
 
-llava-tiny is converted; llama.cpp (llama-cpp-python: `pip install 'llava-native[gguf,oracle-gguf]'`, which compiles for
-minutes) opens both files. Aim: the same 32 greedy tokens of each text prompt, the same answers about the pictures of
-examples/pictures. Ours computes in float32 from the same float16 weights; llama.cpp rounds activations to float16 in
-front of each matrix and looks GELU up in a float16 table, so logits differ by about 1e-2: the margin is ours, between
-the two best tokens. Pictures are given as they are, which llama.cpp pads and resizes in its own way, and as our
-preprocessing leaves them.
+Converts llava-tiny and opens both files with llama.cpp (llama-cpp-python, which takes minutes to compile:
+`pip install 'llava-native[gguf,oracle-gguf]'`). The aim: the same 32 greedy tokens for each text prompt, the same
+answers about the pictures in examples/pictures. We compute in float32 from the same float16 weights; llama.cpp rounds
+activations to float16 before each matrix and looks GELU up in a float16 table, so logits differ by about 1e-2. The
+margin is between our two best tokens. Pictures are passed as they are, which llama.cpp pads and resizes in its own
+way, and after our preprocessing.
 
-llama.cpp since May 2025 puts CLIP's class token behind the patches and reads positions and patches as if it stood in
-front (its issue 25814, open as of November 2026): each patch gets its neighbour's position, the first is lost. No file
-can undo this; features are compared with ours and with ours computed in that way. `--build` tells of a mended one.
+Since May 2025 llama.cpp appends CLIP's class token to the patches but reads positions and patches as if it came first
+(its issue 25814, open as of November 2026): each patch gets its neighbour's position, and the first patch is lost. No
+file can work around this, so features are compared with ours and with ours computed in that way. Use `--build` to
+record a fixed build.
 
     python benchmarks/gguf_oracle.py
 """
@@ -23,11 +24,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import bench
 import numpy as np
 import torch
 import typer
 from PIL import Image
+from report import ROOT, Commit, Out, Result, Save
 
 import llava
 from llava.assistant import Assistant
@@ -36,20 +37,20 @@ from llava.checkpoint.open import open_checkpoint
 from llava.convert.native import convert
 from llava.model.llava import Llava
 
-TINY = bench.ROOT / "llava" / "weights" / "llava-tiny"
-PICTURES = sorted((bench.ROOT / "examples" / "pictures").glob("*.png"))
+TINY = ROOT / "llava" / "weights" / "llava-tiny"
+PICTURES = sorted((ROOT / "examples" / "pictures").glob("*.png"))
 TEXTS = ("There is a red", "USER: What is on the left? ASSISTANT:", "A chat about shapes.\nThe largest one is")
 QUESTIONS = ("Describe this image in detail.", "What is on the right?")
 PROMPT = (
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the human's questions. USER: {}\n{} ASSISTANT:"
 )
-Build = Annotated[str, typer.Option("--build", help="what is special about the llama.cpp that is installed")]
-STEPS = 32  # tokens of a text prompt
+Build = Annotated[str, typer.Option("--build", help="what is special about the installed llama.cpp")]
+STEPS = 32  # tokens generated for each text prompt
 
 
 def open_theirs(model: Path, mmproj: Path, prompt: str = "") -> Any:
-    """llama.cpp with float32 caches; `prompt`: what the picture's chat is rendered to, `{image}` in it."""
+    """Opens llama.cpp with float32 caches. `prompt`: what a chat with a picture renders to; holds `{image}`."""
     from llama_cpp import Llama
     from llama_cpp.llama_chat_format import Llava15ChatHandler
 
@@ -74,7 +75,7 @@ def open_theirs(model: Path, mmproj: Path, prompt: str = "") -> Any:
 
 
 def text(theirs: Any, ours: Llava, assistant: Assistant, prompt: str) -> dict[str, Any]:
-    """One prompt gone on with by both, whatever ends an answer."""
+    """Continues one prompt with both, ignoring end tokens."""
     ids = assistant.preprocessor.tokenizer.encode(prompt)
     same_ids = theirs.tokenize(prompt.encode(), add_bos=True, special=True) == ids
     found, margin, difference = (list(ids), list(ids)), float("inf"), 0.0
@@ -110,7 +111,7 @@ def as_url(picture: Image.Image) -> str:
 
 
 def answer(theirs: Any, picture: Image.Image) -> str:
-    """llama.cpp's greedy answer to the prompt that its handler was made with."""
+    """llama.cpp's greedy answer to the prompt that its handler was created with."""
     content = [{"type": "image_url", "image_url": {"url": as_url(picture)}}]
     reply = theirs.create_chat_completion(
         messages=[{"role": "user", "content": content}], temperature=0.0, repeat_penalty=1.0, max_tokens=128
@@ -119,7 +120,7 @@ def answer(theirs: Any, picture: Image.Image) -> str:
 
 
 def features(theirs: Any, picture: Image.Image) -> torch.Tensor:
-    """What llama.cpp's tower and projector make of a picture, [N, D]."""
+    """The output of llama.cpp's tower and projector for a picture, [N, D]."""
     from llama_cpp import mtmd_cpp as mtmd
 
     context = theirs.chat_handler.mtmd_ctx
@@ -141,7 +142,7 @@ def features(theirs: Any, picture: Image.Image) -> torch.Tensor:
 
 
 def prepared(assistant: Assistant, file: Path) -> Image.Image:
-    """A picture as our preprocessing leaves it, made bytes again."""
+    """A picture after our preprocessing, converted back to bytes."""
     image = assistant.config.image
     pixels = assistant.prepare(PROMPT.format("<image>", ""), images=[file]).pixels
     assert image is not None
@@ -175,7 +176,7 @@ def picture(open_with: Any, assistant: Assistant, file: Path, question: str) -> 
 
 
 def features_of(model: Llava, pixels: torch.Tensor, class_last: bool) -> torch.Tensor:
-    """Ours, [N, D]; `class_last`: with the class token behind the patches and all else as if it stood in front."""
+    """Our features, [N, D]. `class_last`: the class token comes after the patches, and all else as if it came first."""
     tower, projector = model.vision, model.projector
     assert tower is not None
     assert projector is not None
@@ -187,9 +188,7 @@ def features_of(model: Llava, pixels: torch.Tensor, class_last: bool) -> torch.T
 
 
 @torch.inference_mode()
-def main(
-    out: bench.Out = None, save: bench.Save = False, commit: bench.Commit = None, build_note: Build = "as released"
-) -> None:
+def main(out: Out = None, save: Save = False, commit: Commit = None, build_note: Build = "as released") -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "gguf"
@@ -200,9 +199,9 @@ def main(
         bare = open_with()
         texts = [text(bare, ours, assistant, prompt) for prompt in TEXTS]
         pictures = [picture(open_with, assistant, file, question) for file in PICTURES for question in QUESTIONS]
-    bench.Result(
+    Result(
         benchmark="gguf-oracle-llava-tiny",
-        question="llama.cpp on our GGUF of llava-tiny, beside ours on the same weights",
+        question="Does llama.cpp compute with our GGUF of llava-tiny what we compute?",
         device="cpu",
         dtype="float16",
         settings={
@@ -219,7 +218,7 @@ def main(
 
 
 def version(package: str) -> str:
-    """Of what is installed."""
+    """The installed version of a package."""
     return importlib.metadata.version(package)
 
 

@@ -1,7 +1,7 @@
-"""How long does the first token of an answer take? Beside transformers.
+"""How long does the first token of an answer take? Compared with transformers.
 
-Batch 1, from pixels on the host (with --no-image: token ids) through tower, projector and decoder, cache written, to
-the likeliest id behind the last token, on the host. Pictures are opened and resized before, text is encoded before.
+Batch 1, from pixels (with --no-image: token ids) on the host through tower, projector and decoder, which fills the
+cache, to the most likely next id on the host. Opening and resizing pictures and encoding text are not included.
 
     python benchmarks/prefill.py --size tiny
 """
@@ -9,11 +9,13 @@ the likeliest id behind the last token, on the host. Pictures are opened and res
 from statistics import median
 from typing import Annotated, Any, cast
 
-import bench
 import torch
 import typer
-from bench import OURS, PEER, Place
-from decode import Words
+from ceilings import best, decoder_flops, matmul_ceilings, rates, tower_flops
+from peers import check_agreement, hub_tensors, peer, peer_configs
+from report import OURS, PEER, Commit, Out, Result, Save, benchmark_name
+from shapes import IdsAsWords, Layers, Size, llava_config, random_llava
+from timing import Device, DType, Runs, Target, Threads, alternate
 
 from llava.config import IMAGE, LlavaConfig
 from llava.engine import step
@@ -25,28 +27,28 @@ from llava.preprocess.inputs import ModelInput
 
 
 def request(config: LlavaConfig, tokens: int) -> ModelInput:
-    """A prompt of random ids; with a tower, a picture of random pixels begins at its fifth place."""
+    """A prompt of random ids; with a tower, it holds a picture of random pixels from its fifth position on."""
     seed = torch.Generator().manual_seed(1)
     ids = torch.randint(3, config.decoder.vocab_size - 1, (tokens,), generator=seed)
     if config.vision is None:
         return ModelInput(prompt="", token_ids=ids.tolist(), ids=ids, labels=ids)
     n, side = config.vision.n_features, config.vision.image_size
     if tokens < n + 8:
-        raise typer.BadParameter(f"--tokens {tokens}: the picture alone takes {n}; give at least {n + 8}")
+        raise typer.BadParameter(f"--tokens {tokens}: the picture takes {n}; give at least {n + 8}")
     token_ids = [*ids[:4].tolist(), IMAGE, *ids[4 + n :].tolist()]
     ids[4 : 4 + n] = IMAGE
     pixels = torch.randn(1, 3, side, side, generator=seed)
     return ModelInput(prompt="", token_ids=token_ids, ids=ids, labels=ids, pixels=pixels, views=[1], grids=[None])
 
 
-def build_peer(config: LlavaConfig, model: Llava, place: Place) -> Any:
-    """transformers' Llava, or its Llama without a tower; the last row of the vocabulary stands for a picture."""
+def build_peer(config: LlavaConfig, model: Llava, target: Target) -> Any:
+    """transformers' Llava, or its Llama without a tower. The last id of the vocabulary is the image token."""
     from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
     from transformers import LlavaConfig as PeerConfig
 
-    text, tower = bench.peer_configs(config)
+    text, tower = peer_configs(config)
     if tower is None:
-        return bench.peer(LlamaForCausalLM, text, bench.hub_tensors(model.state_dict()), place)
+        return peer(LlamaForCausalLM, text, hub_tensors(model.state_dict()), target)
     settings = cast(Any, PeerConfig)(
         vision_config=tower,
         text_config=text,
@@ -55,24 +57,24 @@ def build_peer(config: LlavaConfig, model: Llava, place: Place) -> Any:
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
     )
-    tensors = bench.hub_tensors(model.state_dict(), tower.num_hidden_layers)
-    return bench.peer(LlavaForConditionalGeneration, settings, tensors, place)
+    tensors = hub_tensors(model.state_dict(), tower.num_hidden_layers)
+    return peer(LlavaForConditionalGeneration, settings, tensors, target)
 
 
 @torch.inference_mode()
-def logits(engine: Engine, input: ModelInput, place: Place) -> torch.Tensor:
-    """Ours behind the prompt."""
+def logits(engine: Engine, input: ModelInput, target: Target) -> torch.Tensor:
+    """Ours after the prompt."""
     x = engine.embed([input])
-    cache = KVCache(engine.model.config.decoder, 1, x.shape[1], dtype=place.dtype, device=place.device)
-    return step.prefill(engine.model, x, torch.tensor([x.shape[1]], device=place.device), cache)
+    cache = KVCache(engine.model.config.decoder, 1, x.shape[1], dtype=target.dtype, device=target.device)
+    return step.prefill(engine.model, x, torch.tensor([x.shape[1]], device=target.device), cache)
 
 
 @torch.inference_mode()
-def peer_logits(model: Any, input: ModelInput, place: Place) -> torch.Tensor:
-    """transformers' behind the prompt."""
-    pictures = {} if input.pixels is None else {"pixel_values": input.pixels.to(place.device, place.dtype)}
+def peer_logits(model: Any, input: ModelInput, target: Target) -> torch.Tensor:
+    """transformers' after the prompt."""
+    pictures = {} if input.pixels is None else {"pixel_values": input.pixels.to(target.device, target.dtype)}
     ids = input.ids.masked_fill(input.ids == IMAGE, model.config.get_text_config().vocab_size - 1)
-    return model(ids[None].to(place.device), use_cache=True, logits_to_keep=1, **pictures).logits[:, -1]
+    return model(ids[None].to(target.device), use_cache=True, logits_to_keep=1, **pictures).logits[:, -1]
 
 
 def first_token(engine: Engine, input: ModelInput) -> list[int]:
@@ -83,43 +85,42 @@ def first_token(engine: Engine, input: ModelInput) -> list[int]:
     return answer.text.ids
 
 
-def prefill(
-    device: bench.Device = "auto",
-    dtype: bench.DType = "bfloat16",
-    layers: bench.Layers = None,
-    size: bench.Size = "7b",
-    runs: bench.Runs = 5,
-    threads: bench.Threads = None,
-    image: Annotated[bool, typer.Option("--image/--no-image", help="with a picture, or text alone")] = True,
-    tokens: Annotated[int | None, typer.Option("--tokens", help="of the prompt; default 640, text alone 128")] = None,
-    out: bench.Out = None,
-    save: bench.Save = False,
-    commit: bench.Commit = None,
+def main(
+    device: Device = "auto",
+    dtype: DType = "bfloat16",
+    layers: Layers = None,
+    size: Size = "7b",
+    runs: Runs = 5,
+    threads: Threads = None,
+    image: Annotated[bool, typer.Option("--image/--no-image", help="with a picture, or text only")] = True,
+    tokens: Annotated[int | None, typer.Option("--tokens", help="prompt tokens; default 640, text only 128")] = None,
+    out: Out = None,
+    save: Save = False,
+    commit: Commit = None,
 ) -> None:
-    """Time to the first token, beside transformers."""
-    place = Place.chosen(device, dtype, threads)
-    config = bench.config(size, layers, vision=image)
+    """Time to the first token, compared with transformers."""
+    target = Target.from_options(device, dtype, threads)
+    config = llava_config(size, layers, vision=image)
     n = tokens or (640 if image else 128)
     input = request(config, n)
-    model = bench.build(config, place)
-    theirs = build_peer(config, model, place)
-    engine = Engine(model, cast(Any, Words()))
-    error = bench.agree(logits(engine, input, place), peer_logits(theirs, input, place), place)
-    ceilings = bench.matmul_ceilings(place, size)
+    model = random_llava(config, target)
+    theirs = build_peer(config, model, target)
+    engine = Engine(model, cast(Any, IdsAsWords()))
+    error = check_agreement(logits(engine, input, target), peer_logits(theirs, input, target), target)
+    ceilings = matmul_ceilings(target, size)
     contestants = {
-        OURS: lambda: place.seconds(lambda: first_token(engine, input)),
-        PEER: lambda: place.seconds(lambda: peer_logits(theirs, input, place).argmax(-1).tolist()),
+        OURS: lambda: target.seconds(lambda: first_token(engine, input)),
+        PEER: lambda: target.seconds(lambda: peer_logits(theirs, input, target).argmax(-1).tolist()),
     }
-    seconds = bench.alternate({**contestants, **{c.name: c.run for c in ceilings}}, runs)
+    seconds = alternate({**contestants, **{c.name: c.run for c in ceilings}}, runs)
     work = flops(config, n)
-    ceiling = bench.best(ceilings, seconds)
-    amounts = {OURS: work, PEER: work, **{c.name: c.amount for c in ceilings}}
-    rates = {name: amount / median(seconds[name]) for name, amount in amounts.items()}
-    bench.Result(
-        benchmark=bench.tag("prefill", layers=layers, size=size, extra="" if image else "text"),
+    ceiling = best(ceilings, seconds)
+    speeds = rates(work, contestants, ceilings, seconds)
+    Result(
+        benchmark=benchmark_name("prefill", layers=layers, size=size, extra="" if image else "text"),
         question="How long does the first token of an answer take?",
-        device=place.device.type,
-        dtype=place.dtype_name,
+        device=target.device.type,
+        dtype=target.dtype_name,
         settings={
             "size": size, "layers": config.decoder.n_layers, "batch": 1, "tokens": n,
             "image_tokens": int((input.ids == IMAGE).sum()), "runs": runs,
@@ -129,7 +130,7 @@ def prefill(
         more={
             name: {"TFLOP/s": rate / 1e12, "of the ceiling": rate / ceiling}
             | ({"tokens/s": n / median(seconds[name])} if name in contestants else {})
-            for name, rate in rates.items()
+            for name, rate in speeds.items()
         },
         figures={"relative_difference": error, "TFLOP": work / 1e12},
         commit=commit,
@@ -137,13 +138,13 @@ def prefill(
 
 
 def flops(config: LlavaConfig, tokens: int) -> float:
-    """What has to be done, by whomever."""
-    work = bench.decoder_flops(config.decoder, tokens)
+    """Operations for a prompt of `tokens` tokens, its picture included."""
+    work = decoder_flops(config.decoder, tokens)
     if config.vision and config.projector:
         wide, dim = config.projector.in_dim, config.projector.out_dim
-        work += bench.tower_flops(config.vision) + 2.0 * config.vision.n_features * dim * (wide + dim)
+        work += tower_flops(config.vision) + 2.0 * config.vision.n_features * dim * (wide + dim)
     return work
 
 
 if __name__ == "__main__":
-    typer.run(prefill)
+    typer.run(main)

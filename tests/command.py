@@ -1,11 +1,11 @@
-"""The installed commands, run as people run them: real processes, real pipes."""
+"""Runs the installed commands: in processes of their own with real pipes, or in this process."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ TIMEOUT_S = 120
 
 
 def run(*args: object, stdin: bytes | None = None, command: Sequence[str] = LLAVA, **options: Any) -> Any:
-    """`llava ARGS`: a CompletedProcess with text in stdout and stderr."""
+    """Runs `llava ARGS` and returns a CompletedProcess with text in stdout and stderr."""
     source = {"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}
     argv = [*command, *map(str, args)]
     done = subprocess.run(argv, capture_output=True, timeout=TIMEOUT_S, check=False, **source, **options)
@@ -26,27 +26,27 @@ def run(*args: object, stdin: bytes | None = None, command: Sequence[str] = LLAV
 
 
 def run_well(*args: object, **options: Any) -> Any:
-    """As `run`, for commands that must succeed."""
+    """Like `run`, and asserts that the command succeeds."""
     done = run(*args, **options)
     assert done.returncode == 0, done.stderr
     return done
 
 
 def start(*args: object, **options: Any) -> subprocess.Popen[bytes]:
-    """A running `llava ARGS` with pipes to all three ends; stop it with `interrupt` or `kill`."""
+    """Starts `llava ARGS` with pipes for stdin, stdout and stderr. Stop it with `interrupt` or `kill`."""
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([*LLAVA, *map(str, args)], bufsize=0, **pipes, **options)
 
 
 def interrupt(process: subprocess.Popen[bytes]) -> tuple[int, str, str]:
-    """Ctrl-C: exit code, stdout and stderr."""
+    """Sends Ctrl-C and returns exit code, stdout and stderr."""
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=TIMEOUT_S)
     return process.returncode, out.decode(errors="replace"), err.decode()
 
 
 def wait_for_output(process: subprocess.Popen[bytes], text: str = "") -> str:
-    """What has come on stdout once it holds `text`, or anything but white space."""
+    """Waits until stdout holds `text` and something other than white space, and returns the output so far."""
     assert process.stdout is not None
     os.set_blocking(process.stdout.fileno(), False)
     seen, end = "", time.monotonic() + TIMEOUT_S
@@ -57,19 +57,43 @@ def wait_for_output(process: subprocess.Popen[bytes], text: str = "") -> str:
             return seen
         time.sleep(0.005)
     process.kill()
-    raise AssertionError(f"{text!r} did not come; stdout: {seen!r}, stderr: {process.communicate()[1]!r}")
+    raise AssertionError(f"{text!r} did not appear; stdout: {seen!r}, stderr: {process.communicate()[1]!r}")
 
 
 def files(folder: Path) -> dict[str, int]:
-    """Everything below a folder: path and size."""
+    """Path and size of everything below a folder."""
     return {str(path.relative_to(folder)): path.lstat().st_size for path in sorted(folder.rglob("*"))}
 
 
 def assert_one_line_error(done: Any, *mentions: str) -> None:
-    """Exit code 2 and one line for people on stderr that holds all of `mentions`."""
+    """Asserts exit code 2 and a single line on stderr that contains all of `mentions`."""
     assert done.returncode == 2, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert len(lines) == 1, done.stderr
     assert "Traceback" not in done.stderr
     for mention in mentions:
         assert mention in lines[0]
+
+
+class Said:
+    """The output and exit code of a command that ran in this process."""
+
+    def __init__(self, code: int, out: str, err: str, warnings: list[str]) -> None:
+        self.code, self.out, self.err, self.warnings = code, out, err, warnings
+
+    @property
+    def lines(self) -> list[str]:
+        """The lines on stderr that are not empty."""
+        return [line for line in self.err.splitlines() if line.strip()]
+
+
+Command = Callable[..., Said]
+
+
+def refused(said: Said, *mentions: str) -> str:
+    """Asserts exit code 2 and a single line on stderr that contains all of `mentions`, and returns the line."""
+    assert said.code == 2
+    assert len(said.lines) == 1, said.err
+    for mention in mentions:
+        assert mention in said.lines[0]
+    return said.lines[0]

@@ -1,27 +1,37 @@
-"""Where the reference data are, the checkpoints built from them, and the small checkpoints that most tests share."""
+"""Fixtures that most tests share: the reference data, and checkpoints that are built once a run."""
 
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from filelock import FileLock
 
 from tests import tiny
+from tests.expected import MARKS, V11
 
 PROJECT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("LLAVA_SHARED", PROJECT.parent / "shared"))
 
-# No test asks the network, and no model in somebody's cache changes a result. Set before huggingface_hub is imported.
+# Tests never use the network, and a model in the user's cache cannot change a result. Set before huggingface_hub is
+# imported.
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(PROJECT / "build" / "empty-hub-cache")}
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Tests are of the CPU, on machines with a GPU too; `pytest -m gpu` runs those of the GPU."""
+    """One torch thread a process, here and in subprocesses; no GPU unless `-m gpu` asks for it.
+
+    Small models are fastest on one thread, and the workers of pytest-xdist then share the cores evenly.
+    """
     if config.getoption("markexpr") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -34,46 +44,108 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def golden(shared: Path) -> Path:
-    """What the original LLaVA does on the golden checkpoints."""
+    """Outputs of the original LLaVA on the golden checkpoints."""
     return shared / "golden"
 
 
-def build_once(shared: Path) -> Path:
-    """The golden checkpoints, below build/, under a name that changes with the code that makes them.
-
-    They are written under another name first: a build that was broken off is never taken for a whole one.
-    """
+def build_golden(shared: Path) -> Path:
+    """Builds the golden checkpoints below build/, unless they exist; a hash of the build scripts names the folder."""
     tools = shared / "golden" / "tools"
     sources = [*sorted(tools.glob("*.py")), shared / "golden" / "checkpoint_tensors.json"]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
     folder = PROJECT / "build" / f"golden-{digest}"
-    if folder.is_dir():
-        return folder
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    # -B: no byte code is left beside the tools
-    command = [sys.executable, "-B", str(tools / "make_checkpoints.py"), "--out", str(unfinished)]
-    subprocess.run([*command, "--check", str(tools.parent / "checkpoint_tensors.json")], check=True, timeout=300)
-    try:
-        unfinished.rename(folder)
-    except OSError:  # another run was faster
-        shutil.rmtree(unfinished)
+    folder.parent.mkdir(exist_ok=True)
+
+    def build(unfinished: Path) -> None:
+        unfinished.mkdir()
+        # -B: no byte code is left in the tools' folder
+        command = [sys.executable, "-B", str(tools / "make_checkpoints.py"), "--out", str(unfinished)]
+        subprocess.run([*command, "--check", str(tools.parent / "checkpoint_tensors.json")], check=True, timeout=280)
+
+    return build_once(folder, build)
+
+
+def build_once(folder: Path, build: Callable[[Path], object]) -> Path:
+    """Builds a folder that several processes use. It gets its final name only when it is complete."""
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if not folder.is_dir():
+            unfinished = folder.with_name(f".{folder.name}.unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)  # left by a run that was killed
+            build(unfinished)
+            unfinished.rename(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def golden_checkpoints(shared: Path) -> Path:
-    return build_once(shared)
+    return build_golden(shared)
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of the last change of each file."""
+    found = {str(path.relative_to(folder)): path.stat() for path in sorted(folder.rglob("*"))}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
+
+
+Share = Callable[[str, Callable[[Path], object]], Path]
 
 
 @pytest.fixture(scope="session")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small CLIP in its own folder. Tests that change files work on a copy."""
-    return tiny.write_clip(tmp_path_factory.mktemp("tiny") / "clip")
+def share(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Share]:
+    """`share(name, build)`: the folder `name`, built by `build(folder)` once a run, for all workers of pytest-xdist.
+
+    Tests only read it; a test that changes files works on a copy. The end of the session fails if one was changed.
+    """
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root  # each worker has its own folder below
+    (root / "shared").mkdir(exist_ok=True)
+    built: dict[Path, dict[str, tuple[int, int]]] = {}
+
+    def share(name: str, build: Callable[[Path], object]) -> Path:
+        folder = build_once(root / "shared" / name, build)
+        built[folder] = snapshot(folder)
+        return folder
+
+    yield share
+    changed = [folder.name for folder, before in built.items() if snapshot(folder) != before]
+    assert not changed, f"tests wrote into shared folders: {changed}"
 
 
 @pytest.fixture(scope="session")
-def checkpoint(clip: Path) -> Path:
-    """A small merged checkpoint like LLaVA-1.5: sharded .bin, its config names the CLIP folder."""
-    return tiny.write_llava(clip.parent / "llava", clip=clip)
+def clip(share: Share) -> Path:
+    """A small CLIP in its own folder."""
+    return share("clip", tiny.write_clip)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(share: Share, clip: Path) -> Path:
+    """A small LLaVA-1.5 in the original's layout: sharded .bin files, a config that names the CLIP folder."""
+    return share("llava", lambda folder: tiny.write_llava(folder, clip=clip))
+
+
+@pytest.fixture(scope="session")
+def base(share: Share) -> Path:
+    """The language model of `checkpoint` as a plain Llama."""
+    return share("base", tiny.write_llama)
+
+
+@pytest.fixture(scope="session")
+def raw(share: Share) -> Path:
+    """The raw LLaMA-1."""
+    return share("raw", lambda folder: tiny.write_llama(folder, seed=7, **tiny.LLAMA_1))
+
+
+@pytest.fixture(scope="session")
+def delta(share: Share, clip: Path) -> Path:
+    """A delta on the raw LLaMA-1, like v1.1's."""
+
+    def write(folder: Path) -> None:
+        tiny.write_delta(folder, clip=clip, added=MARKS, **V11)
+        tiny.write_tokenizer(folder, added=MARKS, legacy=None)
+
+    return share("delta", write)
+
+
+@pytest.fixture(scope="session")
+def lora(share: Share, clip: Path) -> Path:
+    return share("lora", lambda folder: tiny.write_lora(folder, clip=clip))

@@ -1,10 +1,10 @@
-"""Opens spoilt checkpoint folders, each of which must load correctly or fail with one clear error.
+"""Opens corrupted checkpoint folders. Each must load correctly or fail with one clear error.
 
     python -m tests.fuzz --n 2000 --seed 0 --out results.json     all kinds of mutations in turn
-    python -m tests.fuzz --seed 0 --case 17                       one of them again, with its traceback
+    python -m tests.fuzz --seed 0 --case 17                       repeats one case, with its traceback
 
-Cases run in worker processes that are forked from one that has torch already. A worker that dies or hangs is a failure
-of its case, and is replaced. Nothing may be written, run or asked of a network while a folder is opened.
+Cases run in worker processes that are forked after torch was imported. A worker that dies or hangs counts as a failure
+of its case and is replaced. Opening a folder must not write files, run code or use the network.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # before torch comes in
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # before torch is imported
 
 import torch
 from PIL import Image
@@ -39,9 +39,9 @@ from llava.convert import native
 from llava.errors import LlavaError
 from tests import mutate, tiny
 
-TIME_S = 10.0  # for opening, loading, describing and answering one folder
-SLACK_BYTES = 64 << 20  # what a case may use beside the size of its files
-ADDRESS_BYTES = 1 << 30  # more address space than a worker has to begin with: beyond it allocation fails
+TIME_S = 10.0  # to open, load and describe one folder and answer with it
+SLACK_BYTES = 64 << 20  # memory that a case may use in addition to the size of its files
+ADDRESS_BYTES = 1 << 30  # address space that a worker may add before allocation fails
 GOOD = ("same", "loaded", "refused")
 Answer = tuple[list[int], list[float]]  # token ids and their log-probabilities
 
@@ -50,7 +50,7 @@ Answer = tuple[list[int], list[float]]  # token ids and their log-probabilities
 
 
 def _layouts() -> dict[str, Callable[[], object]]:
-    """What is written into the current folder for each layout: `model` and what it needs beside it."""
+    """For each layout, a function that writes `model` and what it needs into the current folder."""
     model, base, clip = Path("model"), Path("base"), Path("clip")
 
     def llava_of(layout: tiny.Layout, **options: Any) -> object:
@@ -83,7 +83,7 @@ def _layouts() -> dict[str, Callable[[], object]]:
 
 
 def write_worlds(folder: Path) -> dict[str, Path]:
-    """A small sound checkpoint of every layout, by its name."""
+    """Writes a small valid checkpoint in every layout and returns the folders by the name of the layout."""
     worlds = {}
     for name, write in _layouts().items():
         worlds[name] = folder / name
@@ -104,7 +104,7 @@ def _chdir(folder: Path) -> Iterator[None]:
 
 
 def answer() -> Answer:
-    """What the model in the current folder says to a picture, or to a text where it takes no picture."""
+    """The answer of the model in the current folder to a picture, or to text if it takes no pictures."""
     base = Path("base")
     options: dict[str, Any] = {"base": base} if base.is_dir() else {}
     open_checkpoint("model", **options)
@@ -124,7 +124,7 @@ def answer() -> Answer:
 
 
 class Watch:
-    """Notes what is written, run or asked for while it is on. Audit hooks can not be taken off again."""
+    """Records writes, processes and connections while `on`. An audit hook cannot be removed, so it is switched."""
 
     EVENTS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate", "os.system",
               "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "shutil.")  # fmt: skip
@@ -145,19 +145,19 @@ class Watch:
 
 
 def _memory(key: str) -> int:
-    """Bytes of this process, from /proc."""
+    """A memory figure of this process in bytes, from /proc."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return 1024 * int(line.split()[1])
 
 
 def _unclear(message: str) -> bool:
-    """Whether a message is no single line that names a file, a key or a thing."""
+    """Whether a message is not a single, printable line of reasonable length, or shows Python internals."""
     plain = message.isprintable() and 20 < len(message) < 1500
     return not plain or "Traceback" in message or "object has no attribute" in message
 
 
 def _attempt(expected: Answer, changes: bool) -> tuple[str, str]:
-    """Outcome and details of the world in the current folder."""
+    """Opens the world in the current folder and returns outcome and details."""
     try:
         base = "base" if Path("base").is_dir() else None
         json.dumps(describe("model", base=base).sizes)
@@ -176,7 +176,7 @@ def _attempt(expected: Answer, changes: bool) -> tuple[str, str]:
 def run_case(
     seed: int, number: int, worlds: dict[str, Path], expected: dict[str, Answer], watch: Watch
 ) -> dict[str, Any]:
-    """One spoilt folder, made, opened and removed. Foreign exceptions are outcomes."""
+    """Creates one corrupted folder, opens it and removes it. Exceptions that are not LlavaErrors become outcomes."""
     rng = random.Random(f"{seed}/{number}")
     kinds = list(mutate.MUTATIONS)
     layout = rng.choice(sorted(worlds))
@@ -186,12 +186,12 @@ def run_case(
         others = [path for name, path in worlds.items() if name != layout]
         done_kinds, done = mutate.mutate(rng, kinds[number % len(kinds)], world, others)
         n_bytes = sum(path.stat().st_size for path in world.rglob("*") if path.is_file() and not path.is_symlink())
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before, started = _memory("VmRSS"), time.perf_counter()
         with _chdir(world):
             watch.seen, watch.on = [], True
             try:
-                # without a tokenizer a projector takes its base's; there the tokens around a picture are special ones
+                # without its tokenizer a projector uses its base's, in which the tokens around a picture are special
                 falls_back = layout == "projector" and "tokenizer.model" in done.what
                 outcome, detail = _attempt(expected[layout], done.changes or falls_back)
             except Exception as error:
@@ -218,7 +218,7 @@ def run_case(
 
 
 def _work(pipe: Connection, run: Callable[[int], dict[str, Any]]) -> None:
-    """In a worker: cases by their numbers, until there are no more."""
+    """The loop of a worker: receives case numbers and sends results."""
     limit = _memory("VmSize") + ADDRESS_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     logging.disable(logging.CRITICAL)
@@ -228,7 +228,7 @@ def _work(pipe: Connection, run: Callable[[int], dict[str, Any]]) -> None:
 
 
 class Worker:
-    """A process, the case that it is at, and when that began."""
+    """A worker process, its current case and the time when it started."""
 
     def __init__(self, run: Callable[[int], dict[str, Any]]):
         context = multiprocessing.get_context("fork")
@@ -249,7 +249,7 @@ class Worker:
 
 
 def run_all(n: int, n_workers: int, run: Callable[[int], dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Results of all cases, as they come."""
+    """Yields the results of all cases as they arrive."""
     numbers = iter(range(n))
     workers = [Worker(run) for _ in range(min(n, n_workers))]
     for worker in workers:
@@ -262,7 +262,7 @@ def run_all(n: int, n_workers: int, run: Callable[[int], dict[str, Any]]) -> Ite
                 continue
             try:
                 if worker.pipe not in ready:
-                    raise TimeoutError("no end in sight")
+                    raise TimeoutError("no result in time")
                 yield worker.pipe.recv()
             except (EOFError, ConnectionError, TimeoutError) as error:
                 worker.end()
@@ -278,7 +278,7 @@ def run_all(n: int, n_workers: int, run: Callable[[int], dict[str, Any]]) -> Ite
 
 
 def summary(results: list[dict[str, Any]], seed: int, took: float) -> dict[str, Any]:
-    """What is worth keeping of a run."""
+    """The figures of a run for the result file."""
     outcomes = Counter(result["outcome"] for result in results)
     kinds: dict[str, Counter[str]] = {}
     for result in results:
@@ -311,7 +311,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, help="JSON file for the counts and failures")
     parser.add_argument("--details", type=Path, help="JSON file for every case")
-    parser.add_argument("--case", type=int, help="run this one alone and show what it is")
+    parser.add_argument("--case", type=int, help="run only this case and show its details")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:

@@ -1,7 +1,7 @@
-"""Ways to spoil a checkpoint folder, each drawn from a random generator, so that a case is its seed and number.
+"""Ways to corrupt a checkpoint folder. Each draws from a random generator, so seed and number reproduce a case.
 
-A mutation gets a world: a folder with `model`, and beside it `clip` and `base` where that layout needs them. It returns
-a line on what it did, and whether the answer of a model that still loads may be another one.
+A mutation receives a world: a folder with `model`, and `clip` and `base` if the layout needs them. It returns a line
+that describes the change, and whether the answer of a model that still loads may change.
 """
 
 import json
@@ -18,28 +18,28 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-MARKER = "executed"  # a file that code from a checkpoint would make
+MARKER = "executed"  # the file that code from a checkpoint would create
 WEIGHTS = (".safetensors", ".bin")
 OPTIONAL = ("tokenizer_config", "special_tokens_map", "added_tokens", "generation_config", "preprocessor_config",
-            "processor_config", "adapter_config", "tokenizer")  # without one an answer changes  # fmt: skip
+            "processor_config", "adapter_config", "tokenizer")  # files without which an answer changes  # fmt: skip
 
 
 class Done(NamedTuple):
-    """What a mutation did."""
+    """The outcome of a mutation."""
 
     what: str
-    changes: bool  # whether an answer may differ
+    changes: bool  # whether the answer may change
 
 
 class Unfit(Exception):
-    """This world has nothing for that mutation."""
+    """The mutation does not apply to this world."""
 
 
 Mutation = Callable[[Random, Path, list[Path]], Done]  # generator, world, worlds of other layouts
 
 
 def files_of(world: Path, *suffixes: str) -> list[Path]:
-    """Files of a world in a fixed order. Raises Unfit where there is none."""
+    """The files of a world in a fixed order. Raises Unfit if there are none."""
     found = sorted(path for path in world.rglob("*") if path.is_file() and path.name.endswith(suffixes or ("",)))
     if not found:
         raise Unfit
@@ -106,12 +106,12 @@ def flip(rng: Random, world: Path, others: list[Path]) -> Done:
 
 
 def flip_ends(rng: Random, world: Path, others: list[Path]) -> Done:
-    """Where formats keep lengths, offsets and directories."""
+    """Flips bits at the start or end of a file, where formats keep lengths, offsets and directories."""
     path = rng.choice(files_of(world, *WEIGHTS))
     data = bytearray(path.read_bytes())
     for _ in range(rng.choice([1, 2, 8])):
-        place = rng.randrange(min(400, len(data)))
-        data[rng.choice([place, -1 - place])] = rng.choice([0, 1, 255, 128, rng.randrange(256)])
+        offset = rng.randrange(min(400, len(data)))
+        data[rng.choice([offset, -1 - offset])] = rng.choice([0, 1, 255, 128, rng.randrange(256)])
     path.write_bytes(data)
     return Done(f"head or tail of {path.name}", True)
 
@@ -124,7 +124,7 @@ def noise(rng: Random, world: Path, others: list[Path]) -> Done:
 
 
 def other_thing(rng: Random, world: Path, others: list[Path]) -> Done:
-    """A folder, a link in a circle, a link to nowhere, a pipe that nobody writes to, a device."""
+    """Replaces a file by a folder, a circular or dangling link, a pipe without a writer, or a device."""
     path = rng.choice(files_of(world))
     kind = rng.choice(["folder", "loop", "nowhere", "pipe", "zero"])
     path.unlink()
@@ -138,7 +138,7 @@ def other_thing(rng: Random, world: Path, others: list[Path]) -> Done:
 
 
 def exchange(rng: Random, world: Path, others: list[Path]) -> Done:
-    """Two files of a world in each other's place."""
+    """Swaps two files of a world."""
     one, two = rng.sample(files_of(world), 2)
     first, second = one.read_bytes(), two.read_bytes()
     one.write_bytes(second)
@@ -147,11 +147,11 @@ def exchange(rng: Random, world: Path, others: list[Path]) -> Done:
 
 
 def foreign_file(rng: Random, world: Path, others: list[Path]) -> Done:
-    """A file of another layout, in the place of one here or beside those that are here."""
+    """Copies a file of another layout into the world, over an existing file or as a new one."""
     given = rng.choice(files_of(rng.choice(others)))
-    place = rng.choice([given.name, rng.choice(files_of(world)).name])
-    shutil.copyfile(given, world / "model" / place)
-    return Done(f"{given.parent.name}/{given.name} of another layout as {place}", True)
+    name = rng.choice([given.name, rng.choice(files_of(world)).name])
+    shutil.copyfile(given, world / "model" / name)
+    return Done(f"{given.parent.name}/{given.name} of another layout as {name}", True)
 
 
 def encoding(rng: Random, world: Path, others: list[Path]) -> Done:
@@ -189,23 +189,23 @@ KEYS = (
 )  # fmt: skip
 
 
-def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """All places of a JSON value, the lists of numbers and tables of tokens not in full."""
+def _paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths to all parts of a JSON value; of long lists and token tables only some."""
     here = [path] if path else []
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return here + [place for key, inner in list(items)[:60] for place in _places(inner, (*path, key))]
+    return here + [part for key, inner in list(items)[:60] for part in _paths(inner, (*path, key))]
 
 
 def _edit(rng: Random, world: Path, change: Callable[[Any, Any], str]) -> Done:
-    """One place of one JSON file; config.json is the likeliest."""
+    """Changes one part of one JSON file, most often config.json."""
     found = files_of(world, ".json")
     path = rng.choice([*found, *(file for file in found if file.name == "config.json")])
     values = json.loads(path.read_text())
-    place = rng.choice(_places(values))
+    path = rng.choice(_paths(values))
     holder = values
-    for key in place[:-1]:
+    for key in path[:-1]:
         holder = holder[key]
-    what = change(holder, place[-1])
+    what = change(holder, path[-1])
     path.write_text(json.dumps(values))
     return Done(f"{path.relative_to(world)}: {what}"[:300], True)
 
@@ -219,7 +219,7 @@ def json_value(rng: Random, world: Path, others: list[Path]) -> Done:
 
 
 def json_number(rng: Random, world: Path, others: list[Path]) -> Done:
-    """Another number for a number, the same type or not, and true for false."""
+    """Replaces a number by another, of the same type or not, or flips a boolean."""
 
     def change(holder: Any, key: Any) -> str:
         old = holder[key]
@@ -250,7 +250,7 @@ def json_with(rng: Random, world: Path, others: list[Path]) -> Done:
 
 
 def json_huge(rng: Random, world: Path, others: list[Path]) -> Done:
-    """Sizes that no file holds."""
+    """Sets a size to a value that no file can match."""
     path = rng.choice([file for file in files_of(world, ".json") if file.name == "config.json"])
     values = json.loads(path.read_text())
     holders = [values, *(value for value in values.values() if isinstance(value, dict))]
@@ -265,7 +265,7 @@ def json_huge(rng: Random, world: Path, others: list[Path]) -> Done:
 
 
 def json_form(rng: Random, world: Path, others: list[Path]) -> Done:
-    """Something that is JSON, but not as it should be, or not JSON at all."""
+    """Replaces a JSON file by JSON of another form, or by text that is not JSON."""
     path = rng.choice(files_of(world, ".json"))
     text = path.read_text()
     deep = rng.choice([200, 5000, 200_000])
@@ -286,7 +286,7 @@ def json_form(rng: Random, world: Path, others: list[Path]) -> Done:
 
 
 def tokens(rng: Random, world: Path, others: list[Path]) -> Done:
-    """added_tokens.json and the decoder table with ids and texts that can not be."""
+    """Puts impossible ids and texts into added_tokens.json or added_tokens_decoder."""
     ids = [-1, -(2**70), 0, 2, 511, 512, 513, 600, 10**5, 10**9, 2**40, "12", "x", None, [], 1.5, True, "٣"]
     texts = ["<a>", "", " ", "<s>", "\ud800", "a" * 3000, "<image>", "\n", "▁", "é", "<im_start>"]
     table = {rng.choice(texts): rng.choice(ids) for _ in range(rng.choice([1, 3, 6]))}
@@ -306,7 +306,7 @@ def tokens(rng: Random, world: Path, others: list[Path]) -> Done:
 
 
 def header(rng: Random, world: Path, others: list[Path]) -> Done:
-    """The header of a safetensors file says something else."""
+    """Changes the header of a safetensors file."""
     path = rng.choice(files_of(world, ".safetensors"))
     data = path.read_bytes()
     n = int.from_bytes(data[:8], "little")
@@ -339,7 +339,7 @@ def header(rng: Random, world: Path, others: list[Path]) -> Done:
 
 
 class Touch:
-    """Unpickled, it makes a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -349,7 +349,7 @@ class Touch:
 
 
 def code(rng: Random, world: Path, others: list[Path]) -> Done:
-    """A pickle that would run code, bare, in torch's legacy form and in its zip."""
+    """Adds a pickle that would run code: plain, in torch's legacy format or in its zip."""
     path = rng.choice(files_of(world, ".bin"))
     harm = Touch(world.absolute().parent / MARKER)
     kind = rng.choice(["bare", "legacy", "zip", "beside"])
@@ -392,7 +392,7 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def tensor(rng: Random, world: Path, others: list[Path]) -> Done:
-    """One tensor has another shape, other values, another name, or is not there."""
+    """Changes shape, values or name of one tensor, or removes it."""
     path = rng.choice(files_of(world, *WEIGHTS))
     tensors = _read(path)
     name = rng.choice(sorted(tensors))
@@ -407,7 +407,7 @@ def tensor(rng: Random, world: Path, others: list[Path]) -> Done:
 
 
 def tensor_type(rng: Random, world: Path, others: list[Path]) -> Done:
-    """Tensors of another type, some or all."""
+    """Casts some or all tensors to another dtype."""
     path, kind = rng.choice(files_of(world, *WEIGHTS)), rng.choice(sorted(KINDS))
     tensors = _read(path)
     some = sorted(tensors) if rng.random() < 0.3 else [rng.choice(sorted(tensors))]
@@ -416,7 +416,7 @@ def tensor_type(rng: Random, world: Path, others: list[Path]) -> Done:
 
 
 def odd_entry(rng: Random, world: Path, others: list[Path]) -> Done:
-    """A .bin whose entries are no plain tensors, or claim more values than the file holds."""
+    """Adds entries to a .bin that are not plain tensors, or claim more values than the file holds."""
     path = rng.choice(files_of(world, ".bin"))
     tensors: dict[Any, Any] = dict(_read(path))
     name = rng.choice(sorted(tensors))
@@ -443,7 +443,7 @@ def odd_entry(rng: Random, world: Path, others: list[Path]) -> Done:
 
 
 def legacy(rng: Random, world: Path, others: list[Path]) -> Done:
-    """torch's form from before 1.6, whole or cut."""
+    """Rewrites a .bin in torch's format from before 1.6, complete or truncated."""
     path = rng.choice(files_of(world, ".bin"))
     torch.save(torch.load(path), path, _use_new_zipfile_serialization=False)
     data = bytearray(path.read_bytes())
@@ -457,7 +457,7 @@ def legacy(rng: Random, world: Path, others: list[Path]) -> Done:
 
 
 def index(rng: Random, world: Path, others: list[Path]) -> Done:
-    """Where the index places tensors."""
+    """Changes the files that the index assigns to tensors."""
     path = rng.choice(files_of(world, ".index.json"))
     values = json.loads(path.read_text())
     table = values["weight_map"]
@@ -481,7 +481,7 @@ def index(rng: Random, world: Path, others: list[Path]) -> Done:
 
 
 def shuffled_zip(rng: Random, world: Path, others: list[Path]) -> Done:
-    """A .bin with its records shortened or lengthened while its directory stays."""
+    """Shortens or lengthens records of a .bin without updating its directory."""
     path = rng.choice(files_of(world, ".bin"))
     data = bytearray(path.read_bytes())
     at = data.rfind(b"PK\x01\x02", 0, rng.randrange(100, len(data)))
@@ -506,9 +506,9 @@ WEIGHED = [*MUTATIONS, "json_value", "json_value", "json_number", "json_with", "
 
 
 def mutate(rng: Random, kind: str, world: Path, others: list[Path]) -> tuple[list[str], Done]:
-    """One mutation of that kind, sometimes a second of any; kinds that a world has nothing for give way to others.
+    """Applies a mutation of one kind, sometimes a second of any kind. If a kind does not apply, another takes its turn.
 
-    Returns the kinds and what was done.
+    Returns the kinds and the outcome.
     """
     kinds: list[str] = []
     done = Done("", False)
@@ -517,7 +517,7 @@ def mutate(rng: Random, kind: str, world: Path, others: list[Path]) -> tuple[lis
         name = wanted.pop(0)
         try:
             one = MUTATIONS[name](rng, world, others)
-        except Exception:  # Unfit, or a file that the first has spoilt already
+        except Exception:  # Unfit, or a file that the first mutation has already corrupted
             if not kinds:
                 wanted.append(rng.choice(WEIGHED))
             continue

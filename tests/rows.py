@@ -1,4 +1,4 @@
-"""A folder for each row of the zoo: scaled down to open, or at full size as headers alone, in sparse files.
+"""Writes a folder for each row of the zoo: scaled down so that it loads, or at full size in sparse files.
 
 Config keys, architectures, tokens and files are those of the row; sizes are arguments.
 """
@@ -24,21 +24,21 @@ Shapes = dict[str, tuple[int, ...]]
 OLD: dict[str, Any] = dict.fromkeys(
     ("image_aspect_ratio", "mm_projector_type", "mm_use_im_patch_token", "mm_vision_select_feature", "max_length"),
     ABSENT,
-)  # keys that configs before v1.0 have not
+)  # keys that configs before v1.0 lack
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 WIDTHS = {"7b": (4096, 11008, 32, 32, 32), "13b": (5120, 13824, 40, 40, 40), "34b": (7168, 20480, 60, 56, 8)}
-WIDE = 1024  # of CLIP-L
+WIDE = 1024  # width of CLIP-L
 MISTRAL = (4096, 14336, 32, 32, 8)
 KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 
 def bare(entry: Entry) -> bool:
-    """Whether the row is a lone file, not a folder."""
+    """Whether the row is a single file, not a folder."""
     return "file" in entry
 
 
 def settings(entry: Entry) -> dict[str, Any]:
-    """config.json of a row beside sizes and vocabulary; ABSENT for keys that it has not."""
+    """The config.json of a row without sizes and vocabulary; ABSENT for keys that it lacks."""
     start = zoo.origin(entry)
     values: dict[str, Any] = {
         "_name_or_path": start_id(entry) if entry["format"] in ("lora", "projector") else entry["id"].split("/")[-1],
@@ -66,17 +66,18 @@ def settings(entry: Entry) -> dict[str, Any]:
 
 
 def marks(entry: Entry) -> bool:
+    """Whether the row puts <im_start> and <im_end> around a picture."""
     return entry.get("image_tokens", {}).get("mm_use_im_start_end", "lora-preview-2023" in entry["family"])
 
 
 def vocabulary(entry: Entry) -> int:
-    """Rows of the table; what is not stated as the specification expects it."""
+    """The number of rows of the embedding table; a default if the entry does not state a number."""
     value = entry.get("vocab_size", 32003)
     return value if isinstance(value, int) else 32000 if value else 32001
 
 
 def added(entry: Entry) -> tuple[str, ...]:
-    """Tokens behind the pieces, in the order of their ids."""
+    """The tokens after the tokenizer's pieces, in the order of their ids."""
     tokens = entry.get("added_tokens") or {}
     if "lora-preview-2023" in entry["family"]:
         tokens = {"<im_patch>": 0, "<im_start>": 1, "<im_end>": 2}
@@ -84,7 +85,7 @@ def added(entry: Entry) -> tuple[str, ...]:
 
 
 def write_tokens(folder: Path, entry: Entry) -> None:
-    """The tokenizer's files as that row's repository has them."""
+    """Writes the tokenizer files of the row's repository."""
     if entry["family"] == "v0-delta-scienceqa":
         tiny.write_tokenizer(folder, legacy=None, bos="</s>", pad="[PAD]", blank=True)
     elif entry["family"] == "v0-delta":
@@ -101,7 +102,7 @@ def write_tokens(folder: Path, entry: Entry) -> None:
 
 
 def scaled(entry: Entry) -> dict[str, Any]:
-    """Sizes and vocabulary for `tiny`."""
+    """Small sizes and the vocabulary, as config keys for `tiny`."""
     start = zoo.origin(entry)
     extra = 2 if start["size"] == "34b" else vocabulary(start) - 32000
     sizes: dict[str, Any] = {"vocab_size": PIECES + extra}
@@ -115,7 +116,7 @@ def scaled(entry: Entry) -> dict[str, Any]:
 
 
 def write_scaled(folder: Path, entry: Entry, clip: Path) -> Path:
-    """A row that is a model by itself, or what is put on a base of `write_base`."""
+    """Writes a row scaled down: a complete model, or a delta, LoRA or projector for the base of `write_base`."""
     start = zoo.origin(entry)
     config = {**settings(start), **scaled(entry), "mm_vision_tower": str(clip)}
     if start["family"] == "mpt":
@@ -136,9 +137,9 @@ def write_scaled(folder: Path, entry: Entry, clip: Path) -> Path:
 
 
 def write_published(path: Path, entry: Entry, clip: Path) -> Path:
-    """A row in the form in which it is published: as `write_scaled`, in the names of llava-hf, or a lone file."""
+    """Writes a row scaled down in its published form: like `write_scaled`, in llava-hf's layout, or a single file."""
     if bare(entry):
-        # as wide as CLIP-L, for nothing but the width tells which tower a lone file is for
+        # as wide as CLIP-L: only the width of a single file tells which tower it is for
         sizes = {"mm_projector_type": "linear", "mm_hidden_size": WIDE, **tiny.LLAMA_1}
         beside = tiny.write_projector(path.with_suffix(".folder"), clip=clip, start_end=marks(entry), **sizes)
         (beside / "mm_projector.bin").rename(path)
@@ -147,7 +148,7 @@ def write_published(path: Path, entry: Entry, clip: Path) -> Path:
         source = write_scaled(path.with_name(f"{path.name}.source"), entry, clip)
         convert(source, path, to="hf", check=False)
         shutil.rmtree(source)
-        # the published ones crop and have no keys of ours; this tells transformers to pad as LLaVA does
+        # published folders crop and lack our keys; with these transformers would pad like LLaVA
         tiny.edit_json(path / "preprocessor_config.json", image_processor_type="CLIPImageProcessor")
         own = dict.fromkeys((MODE_KEY, TEMPLATE_KEY, "image_aspect_ratio"), tiny.ABSENT)
         tiny.edit_json(path / "config.json", **own)
@@ -160,7 +161,7 @@ _OF_PROJECTOR = ("architectures", "tune_mm_mlp_adapter")
 
 
 def write_base(folder: Path, entry: Entry) -> Path:
-    """The language model under a row, recording its own name where a published one would."""
+    """Writes the base of a row, whose config records its name if the published one does."""
     sizes = {key: value for key, value in scaled(entry).items() if key != "vocab_size"}
     if entry["format"] == "delta":
         return tiny.write_llama(folder, seed=7, **tiny.LLAMA_1, **sizes)
@@ -177,7 +178,7 @@ def full(entry: Entry) -> dict[str, Any]:
 
 
 def write_headers(folder: Path, entry: Entry) -> Path:
-    """A folder (or lone file) with the row's config and all its tensors at full size, without their values."""
+    """Writes a folder or single file with the row's config and all its tensors at full size, filled with zeros."""
     folder.mkdir(parents=True)
     start = zoo.origin(entry)
     sizes, kind = full(entry), entry["format"]
@@ -293,7 +294,7 @@ def _clip(image_size: int, prefix: str) -> Shapes:
 
 
 def write_shards(folder: Path, shapes: Shapes, ones: tuple[str, ...] = ()) -> None:
-    """Shards of 4 GB and their index: a file is mapped as a whole, and not every machine maps 26 GB."""
+    """Writes shards of 4 GB and their index. Readers map whole files, and not every machine can map 26 GB."""
     places, done = {}, 0
     for name, shape in shapes.items():
         places[name] = f"model-{done // 4_000_000_000 + 1:05d}.safetensors"
@@ -305,7 +306,7 @@ def write_shards(folder: Path, shapes: Shapes, ones: tuple[str, ...] = ()) -> No
 
 
 def write_sparse(file: Path, shapes: Shapes, ones: tuple[str, ...] = ()) -> None:
-    """A safetensors file in float16 whose values take no place on the disk: zero, but for those of `ones`."""
+    """Writes a sparse safetensors file in float16, which takes no disk space: zeros, except ones for `ones`."""
     header, end = {}, 0
     for name, shape in shapes.items():
         start, end = end, end + 2 * torch.Size(shape).numel()
@@ -322,5 +323,5 @@ def write_sparse(file: Path, shapes: Shapes, ones: tuple[str, ...] = ()) -> None
 
 
 def _write_bin(file: Path, shapes: Shapes) -> None:
-    """A .bin of zeros."""
+    """Writes a .bin of zeros."""
     torch.save({name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}, file)

@@ -1,7 +1,7 @@
-"""Small random LLaVA checkpoints with the file names, tensor names and config keys of the published ones.
+"""Small random checkpoints with the file names, tensor names and config keys of the published ones.
 
-Every tensor is a function of a seed and its name, so all layouts hold the same values. A model has 2 blocks of
-width 64, its own SentencePiece tokenizer, trained on the text below, and a CLIP of 3 blocks for 56 x 56 pixels.
+Every tensor depends only on a seed and its name, so all layouts hold the same values. A model has 2 blocks of
+width 64, a SentencePiece tokenizer trained on the text below, and a CLIP of 3 blocks for 56 x 56 pixels.
 
     python -m tests.tiny OUT    writes OUT/llava (like LLaVA-1.5, sharded .bin) and OUT/clip
 """
@@ -24,14 +24,20 @@ from torch import Tensor
 Layout = Literal["bin-shards", "bin", "safetensors-shards", "safetensors"]
 LAYOUTS: tuple[Layout, ...] = ("bin-shards", "bin", "safetensors-shards", "safetensors")
 
-ABSENT: Any = object()  # as a config value: leave the key out of config.json
-PIECES = 512  # of the tokenizer; added tokens get the ids after them
+
+class Absent:
+    def __repr__(self) -> str:
+        return "ABSENT"  # part of test ids, which must be the same in every worker
+
+
+ABSENT: Any = Absent()  # a config value that leaves the key out of config.json
+PIECES = 512  # vocabulary of the tokenizer; added tokens get the ids after it
 IMAGE_SIZE, PATCH = 56, 14  # pixels
 CLIP_DIM, CLIP_MLP, CLIP_BLOCKS, CLIP_HEADS = 64, 128, 3, 4
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 N_PATCHES = (IMAGE_SIZE // PATCH) ** 2
-TOWER = "openai/clip-vit-large-patch14-336"  # the name in published configs
-ANYRES: dict[str, Any] = {  # config keys of LLaVA-1.6; give them to write_llava
+TOWER = "openai/clip-vit-large-patch14-336"  # mm_vision_tower in published configs
+ANYRES: dict[str, Any] = {  # config keys of LLaVA-1.6, for write_llava
     "image_aspect_ratio": "anyres",
     "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]],
     "mm_patch_merge_type": "spatial_unpad",
@@ -40,7 +46,10 @@ ANYRES: dict[str, Any] = {  # config keys of LLaVA-1.6; give them to write_llava
     "mm_vision_tower_lr": 2e-06,
     "torch_dtype": "bfloat16",
 }
-LLAMA_1: dict[str, Any] = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-06}  # for write_llama: a delta's base
+LLAMA_1: dict[str, Any] = {
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-06,
+}  # config keys of the base of a delta, for write_llama
 
 TEXT = """\
 A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, and
@@ -66,7 +75,7 @@ The quick answer is often wrong, the slow answer is often right, and the best an
 
 @functools.cache
 def sentencepiece_model() -> bytes:
-    """A tokenizer as Llama's: BPE with byte pieces, no normalisation, no spaces removed; <unk> <s> </s> = 0 1 2."""
+    """A tokenizer like Llama's: BPE with byte fallback, no normalisation, spaces kept; <unk>, <s>, </s> are 0, 1, 2."""
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXT.splitlines()),
@@ -94,7 +103,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def edit_json(path: Path, **changes: Any) -> None:
-    """Sets keys of a JSON file; ABSENT takes one out."""
+    """Sets keys of a JSON file; the value ABSENT removes a key."""
     value = {**json.loads(path.read_text()), **changes}
     write_json(path, {key: item for key, item in value.items() if item is not ABSENT})
 
@@ -110,9 +119,10 @@ def write_tokenizer(
     add_bos: bool = True,
     blank: bool = False,
 ) -> Path:
-    """Files of a slow Llama tokenizer; `added` tokens get the ids from PIECES on; legacy None leaves the key out.
+    """Writes the files of a slow Llama tokenizer.
 
-    blank: special tokens are empty strings in tokenizer_config.json, as LLaVA-v0's are.
+    added: tokens with the ids from PIECES on. legacy: None leaves the key out. blank: special tokens are empty strings
+    in tokenizer_config.json, as in LLaVA v0.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(sentencepiece_model())
@@ -132,13 +142,13 @@ def write_tokenizer(
 
 
 def tensor(seed: int, name: str, shape: tuple[int, ...], std: float, mean: float = 0.0) -> Tensor:
-    """Random values that float16 holds exactly, the same for the same seed, name and shape."""
+    """Random values that float16 represents exactly; they depend only on seed, name and shape."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
     return (torch.randn(shape, generator=generator) * std + mean).half()
 
 
 def llama_tensors(config: Mapping[str, Any], seed: int, *, inv_freq: bool) -> dict[str, Tensor]:
-    """A Llama in the names of the hub; `inv_freq` adds the buffer that old files carry, rounded to float16."""
+    """A Llama under the hub's names. `inv_freq` adds the buffer of old files, rounded to float16."""
     dim, mlp, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     head_dim, vocab = dim // heads, config["vocab_size"]
     kv_dim = config.get("num_key_value_heads", heads) * head_dim
@@ -162,7 +172,7 @@ def llama_tensors(config: Mapping[str, Any], seed: int, *, inv_freq: bool) -> di
             tensors[f"{block}{name}.weight"] = tensor(seed, block + name, (dim,), 0.15, 1.0)
     tensors["model.norm.weight"] = tensor(seed, "norm", (dim,), 0.15, 1.0)
     head = tensor(seed, "head", (vocab, dim), 0.25)
-    head[2] = 0  # </s> never has the largest logit: an answer is as long as the test asks for
+    head[2] = 0  # </s> never has the largest logit, so an answer is as long as a test asks for
     return {**tensors, "lm_head.weight": head}
 
 
@@ -182,7 +192,7 @@ def projector_tensors(config: Mapping[str, Any], seed: int) -> dict[str, Tensor]
 def clip_tensors(
     seed: int, *, prefix: str = "vision_model.", image_size: int = IMAGE_SIZE, dim: int = CLIP_DIM
 ) -> dict[str, Tensor]:
-    """The vision part of CLIP. Values do not depend on the prefix."""
+    """The vision part of CLIP. The values do not depend on the prefix."""
     d, places = dim, (image_size // PATCH) ** 2 + 1
     made = {
         "embeddings.class_embedding": tensor(seed, "class", (d,), 0.5),
@@ -211,7 +221,7 @@ def clip_tensors(
 
 
 def save(tensors: Mapping[str, Tensor], folder: Path, layout: Layout) -> None:
-    """One file, or three shards cut by bytes with their index, as transformers writes them."""
+    """Writes one file, or three shards of similar size with their index, like transformers."""
     folder.mkdir(parents=True, exist_ok=True)
     kind, _, sharded = layout.partition("-")
     stem = "pytorch_model" if kind == "bin" else "model"
@@ -242,9 +252,9 @@ def save(tensors: Mapping[str, Tensor], folder: Path, layout: Layout) -> None:
 def write_clip(
     folder: Path, *, layout: Layout = "bin", seed: int = 2, image_size: int = IMAGE_SIZE, dim: int = CLIP_DIM
 ) -> Path:
-    """A CLIP repository: the vision tower, a little of the text model (to be left alone), config and preprocessor.
+    """Writes a CLIP repository: the tower, a few tensors of the text model to be ignored, config and preprocessor.
 
-    `.bin` goes with the integer sizes of clip-vit-large-patch14-336, safetensors with the newer dictionaries.
+    With `.bin` the preprocessor has integer sizes, like clip-vit-large-patch14-336; with safetensors, the newer dicts.
     """
     tensors = {key: value.float() for key, value in clip_tensors(seed, image_size=image_size, dim=dim).items()}
     tensors["vision_model.embeddings.position_ids"] = torch.arange((image_size // PATCH) ** 2 + 1)[None]
@@ -280,7 +290,7 @@ def llama_config(**changes: Any) -> dict[str, Any]:
 
 
 def llava_config(**changes: Any) -> dict[str, Any]:
-    """config.json as published with LLaVA-1.5, in small."""
+    """The config.json of LLaVA-1.5 with small sizes."""
     config: dict[str, Any] = {"_name_or_path": "llava-v1.5-7b", "architectures": ["LlavaLlamaForCausalLM"]}
     config |= {"freeze_mm_mlp_adapter": False, "freeze_mm_vision_resampler": False, "image_aspect_ratio": "pad"}
     config |= {"max_length": 4096, "mm_hidden_size": CLIP_DIM, "mm_projector_type": "mlp2x_gelu"}
@@ -292,7 +302,7 @@ def llava_config(**changes: Any) -> dict[str, Any]:
 
 
 def write_model(folder: Path, tensors: Mapping[str, Tensor], layout: Layout, config: Mapping[str, Any]) -> Path:
-    """Weights in the dtype that the config names, config.json and generation_config.json."""
+    """Writes weights in the config's dtype, config.json and generation_config.json."""
     dtype = getattr(torch, config.get("torch_dtype", "float16"))
     floats = {key: value if key.endswith("inv_freq") else value.to(dtype) for key, value in tensors.items()}
     save(floats, folder, layout)
@@ -303,14 +313,14 @@ def write_model(folder: Path, tensors: Mapping[str, Tensor], layout: Layout, con
 
 
 def write_llama(folder: Path, *, layout: Layout = "safetensors", seed: int = 1, **config: Any) -> Path:
-    """A plain Llama folder: the language model of `write_llava` with the same seed."""
+    """Writes a plain Llama: the language model of `write_llava` with the same seed."""
     final = llama_config(**config)
     write_tokenizer(folder)
     return write_model(folder, llama_tensors(final, seed, inv_freq=layout.startswith("bin")), layout, final)
 
 
 def interleaved(rows: Tensor, head_dim: int) -> Tensor:
-    """Rows of q or k with the two halves of each head in neighbouring pairs, as Meta's code and llama.cpp have them."""
+    """Interleaves the two halves of each head in the rows of q or k, as in Meta's code and llama.cpp."""
     pairs = [[h + i, h + head_dim // 2 + i] for h in range(0, len(rows), head_dim) for i in range(head_dim // 2)]
     return rows[[row for pair in pairs for row in pair]]
 
@@ -318,9 +328,9 @@ def interleaved(rows: Tensor, head_dim: int) -> Tensor:
 def write_meta(
     folder: Path, *, shards: int = 2, seed: int = 1, params: Mapping[str, Any] | None = None, **config: Any
 ) -> Path:
-    """The language model of `write_llama` in Meta's own format, the tokenizer in the folder above.
+    """Writes the language model of `write_llama` in Meta's own format, with the tokenizer in the parent folder.
 
-    Matrices are split among model-parallel shards as Meta's layers split them. params: further keys of params.json.
+    Matrices are split into model-parallel shards like Meta's layers. params: further keys of params.json.
     """
     final = llama_config(**config)
     dim, n_heads, dtype = final["hidden_size"], final["num_attention_heads"], getattr(torch, final["torch_dtype"])
@@ -355,7 +365,7 @@ MPT_ADDED = ("<|im_start|>", "<|im_end|>", "<im_patch>", "<im_start>", "<im_end>
 
 
 def write_neox_tokenizer(folder: Path) -> int:
-    """Files of a tokenizer as GPT-NeoX's, <|endoftext|> = 0, and MPT's added tokens; how many ids it has."""
+    """Writes a tokenizer like GPT-NeoX's (<|endoftext|> is 0) with MPT's added tokens. Returns its number of ids."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -375,7 +385,7 @@ def write_neox_tokenizer(folder: Path) -> int:
 
 
 def mpt_tensors(config: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
-    """An MPT in the names of the hub. The head is the table; rows of tokens that end an answer never win."""
+    """An MPT under the hub's names, with a tied head. Tokens that end an answer never have the largest logit."""
     dim = config["d_model"]
     table = tensor(seed, "wte", (config["vocab_size"], dim), 0.25)
     table[[0, -4]] = 0  # <|endoftext|>, <|im_end|>
@@ -397,7 +407,7 @@ def mpt_tensors(config: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
 def write_mpt(
     folder: Path, *, layout: Layout = "bin-shards", clip: Path | None = None, seed: int = 1, **config: Any
 ) -> Path:
-    """As LLaVA-Lightning-MPT-7B-preview, or without `clip` a plain MPT, the base of one."""
+    """Writes a model like LLaVA-Lightning-MPT-7B-preview, or without `clip` its base, a plain MPT."""
     attention = {"alibi": True, "alibi_bias_max": 8, "attn_impl": "torch", "attn_type": "multihead_attention"}
     attention |= {"clip_qkv": None, "prefix_lm": False, "qk_ln": False, "softmax_scale": None}
     final: dict[str, Any] = {"architectures": ["MPTForCausalLM"], "attn_config": attention, "d_model": 64}
@@ -437,11 +447,11 @@ def write_llava(
     added: tuple[str, ...] = (),
     **config: Any,
 ) -> Path:
-    """A merged LLaVA checkpoint. `.bin` files also carry `rotary_emb.inv_freq`, as v1.5's do.
+    """Writes a LLaVA in the original's layout. As in v1.5, `.bin` files also hold `rotary_emb.inv_freq`.
 
-    clip: a folder that `mm_vision_tower` then names; without it the published hub id stands there.
-    tower_seed: puts a CLIP of that seed inside the shards, as v1.6 has it (write_clip's own seed is 2).
-    added: tokens after the tokenizer's pieces, each with a row. config: keys of config.json; ABSENT leaves one out.
+    clip: the folder that `mm_vision_tower` names; default: the published hub id. tower_seed: also puts a CLIP of that
+    seed into the shards, as in v1.6 (the seed of write_clip is 2). added: tokens after the tokenizer's pieces, each
+    with a row in the tables. config: keys of config.json; ABSENT leaves one out.
     """
     changes = {"vocab_size": PIECES + len(added), **({"mm_vision_tower": str(clip)} if clip else {}), **config}
     final = llava_config(**changes)
@@ -459,7 +469,7 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 def lora_tensors(config: Mapping[str, Any], seed: int, targets: tuple[str, ...] = LORA_TARGETS) -> dict[str, Tensor]:
-    """A and B for each matrix of `llama_tensors` whose name ends in a target; names without the wrapper's prefix."""
+    """A and B for each matrix of `llama_tensors` whose name ends in a target, without the wrapper's prefix."""
     made = {}
     for name, weight in llama_tensors(config, seed, inv_freq=False).items():
         module = name.removesuffix(".weight")
@@ -484,10 +494,10 @@ def write_lora(
     added: tuple[str, ...] = (),
     **config: Any,
 ) -> Path:
-    """A LoRA with its projector, in bfloat16, as published: it needs a `write_llama` beside it.
+    """Writes a LoRA of `write_llama` with its projector, in bfloat16, as published.
 
-    wrapper: what stands before names; adapter: ".default" as peft writes it into a running model's state. rows: the
-    embedding table and the head too, as of June 2023; added: a tokenizer with these tokens.
+    wrapper: prefix of all names. adapter: ".default" as in the state of a running peft model. rows: also saves the
+    embedding table and the head, like the LoRAs of June 2023. added: adds a tokenizer with these tokens.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = llava_config(**{"_name_or_path": base, "mm_vision_tower": str(clip), "vocab_size": PIECES, **config})
@@ -515,7 +525,7 @@ def write_lora(
 
 
 def write_mpt_lora(folder: Path, *, base: Path, seed: int = 3, wrapper: str = "base_model.model.") -> Path:
-    """A LoRA of all matrices of a `write_mpt`, with the config and the projector of that one."""
+    """Writes a LoRA of all matrices of a `write_mpt`, with that model's config and a projector."""
     folder.mkdir(parents=True, exist_ok=True)
     config = json.loads((base / "config.json").read_text())
     pairs, beside = {}, projector_tensors(config, seed)
@@ -536,7 +546,7 @@ def write_mpt_lora(folder: Path, *, base: Path, seed: int = 3, wrapper: str = "b
 def write_projector(
     folder: Path, *, clip: Path, seed: int = 1, prefix: str = "model.", start_end: bool = False, **config: Any
 ) -> Path:
-    """A projector of stage 1 and, with `start_end`, the rows of its two tokens and the tokenizer that has them."""
+    """Writes a projector of stage 1; with `start_end`, also the rows of its two tokens and their tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     final = llava_config(
         architectures=["LlamaForCausalLM"],
@@ -556,7 +566,7 @@ def write_projector(
 def write_delta(
     folder: Path, *, clip: Path, seed: int = 1, base_seed: int = 7, added: tuple[str, ...] = (), **config: Any
 ) -> Path:
-    """What `write_llava` of `seed` has more than `write_llama` of `base_seed`, in float16."""
+    """Writes `write_llava` of `seed` minus `write_llama` of `base_seed`, in float16."""
     final = llava_config(**{"vocab_size": PIECES + len(added), "mm_vision_tower": str(clip), **config})
     tensors = llama_tensors(final, seed, inv_freq=True)
     for name, base in llama_tensors(llama_config(), base_seed, inv_freq=True).items():
@@ -570,4 +580,4 @@ if __name__ == "__main__":
         raise SystemExit("usage: python -m tests.tiny OUT")
     out = Path(sys.argv[1])
     write_llava(out / "llava", clip=write_clip((out / "clip").resolve()))
-    print(f"random weights in the layout of LLaVA-1.5: {out / 'llava'}, its CLIP: {out / 'clip'}")
+    print(f"wrote random weights in the layout of LLaVA-1.5: {out / 'llava'}, its CLIP: {out / 'clip'}")

@@ -1,4 +1,4 @@
-"""LoRAs kept apart from their base, several on one, switched by name."""
+"""LoRAs that are not merged: several on one base, switched by name."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A base, a LLaVA on it, and four of what can be put on them, as unlike each other as published ones are."""
+    """A base, a LLaVA on it, and four adapters that differ as much as published ones do."""
     root = tmp_path_factory.mktemp("adapters")
     longer = {"vocab_size": tiny.PIECES + 3, "mm_use_im_start_end": True, "mm_projector_type": "linear"}
     made = {
@@ -157,7 +157,7 @@ def test_adapters_are_of_the_type_that_is_asked_for(folders: dict[str, Path], pi
 
 
 def test_compiled_steps_switch_too(several: Assistant) -> None:
-    """Traced and guarded as with a compiler behind it, which tests/gpu has; a trace must not outlive its adapter."""
+    """Traces without a compiler; tests/gpu compiles. A trace must not be reused for another adapter."""
     prefill, decode = (torch.compile(one, backend="eager") for one in (step.prefill, step.decode_step))
     ids, at = torch.tensor([[1, 40, 50, 60]]), torch.tensor([4])
     for name in ("cats", "june", "dogs", None, "cats"):

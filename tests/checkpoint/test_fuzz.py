@@ -1,4 +1,4 @@
-"""Spoilt checkpoint folders load correctly or fail with one clear error: many at random, and those that did not."""
+"""Corrupted checkpoint folders load correctly or fail with one clear error: random ones, and past findings."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ from tests.conftest import PROJECT
 
 
 def run(n: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Results of `python -m tests.fuzz`, in a process of its own: it forks."""
+    """Runs `python -m tests.fuzz`, which forks workers, and returns its results."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.fuzz", "--n", str(n), "--seed", str(seed)]
     command += ["--out", str(folder / "results.json")]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, errors="replace", check=False)
@@ -48,12 +48,12 @@ def test_two_thousand_spoilt_folders_load_correctly_or_fail_with_one_clear_error
     tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     if request.config.getoption("markexpr") != "slow":
-        pytest.skip("takes minutes: python -m pytest -m slow tests/checkpoint/test_fuzz.py")
+        pytest.skip("takes minutes; run it with: python -m pytest -m slow tests/checkpoint/test_fuzz.py")
     assert_all_good(run(2000, 0, tmp_path), 2000)
 
 
 def test_the_fuzz_notices_code_and_writes(tmp_path: Path) -> None:
-    """What it watches for is seen when it happens."""
+    """The watch records code and writes."""
     code = """
 import os, sys, pickle
 from pathlib import Path
@@ -73,11 +73,11 @@ print(len(watch.seen), "a" in watch.seen[0], "b" in watch.seen[1])
     assert done.stdout.split() == ["2", "True", "True"]
 
 
-# ------------------------------------------------------------------------------------------------ found by it
+# ---------------------------------------------------------------------------------------- past findings
 
 
 def config(word: str, **changes: Any) -> Callable[[Path], str]:
-    """A fault in config.json, and a word that the error must have."""
+    """A fault in config.json, and a word that the error must contain."""
 
     def spoil(folder: Path) -> str:
         tiny.edit_json(folder / "config.json", **changes)
@@ -107,7 +107,7 @@ def tower(key: str, value: Any) -> Callable[[Path], str]:
 
 
 def entry(make: Callable[[torch.Tensor], Any], name: str = "model.norm.weight") -> Callable[[Path], str]:
-    """A .bin file with something else for one tensor."""
+    """A .bin file with another object in place of one tensor."""
 
     def spoil(folder: Path) -> str:
         path = folder / "pytorch_model.bin"
@@ -125,7 +125,7 @@ def numbered(folder: Path) -> str:
 
 
 def tar(folder: Path) -> str:
-    """torch would unpack it."""
+    """torch.load would unpack it."""
     path = folder / "pytorch_model.bin"
     with tarfile.open(path, "w") as archive:
         archive.add(folder / "config.json", "storages")
@@ -143,7 +143,7 @@ def empty_tokenizer(folder: Path) -> str:
 
 
 def a_device(folder: Path) -> str:
-    """Endless, as a file."""
+    """A device that never ends when it is read."""
     (folder.parent / "clip" / "config.json").unlink()
     (folder.parent / "clip" / "config.json").symlink_to("/dev/zero")
     return "config.json"

@@ -1,4 +1,4 @@
-"""Folders that are not quite right, and what each layout has in common."""
+"""Opening checkpoints: what all layouts have in common, and folders with faults."""
 
 import json
 import shutil
@@ -18,11 +18,12 @@ from llava.convert.native import convert
 from llava.errors import CheckpointError, ConfigError, LlavaError
 from llava.preprocess.image import choose_canvas
 from tests import tiny
+from tests.checkpoints import assert_same, opened, tensors_of
 
 
 @pytest.fixture
 def plain(tmp_path: Path) -> Path:
-    """A plain Llama of its own for each test, in one safetensors file."""
+    """A plain Llama in one safetensors file, which the test may change."""
     return tiny.write_llama(tmp_path / "llama")
 
 
@@ -124,6 +125,16 @@ def test_an_index_can_not_point_out_of_its_folder(tmp_path: Path, clip: Path) ->
         llava.load(folder)
 
 
+def test_safetensors_come_before_bin_whatever_is_sharded(base: Path, tmp_path: Path) -> None:
+    other = tiny.write_llama(tmp_path / "other", layout="safetensors", seed=5)
+    both = tiny.write_llama(tmp_path / "both", layout="bin-shards")
+    shutil.copy(other / "model.safetensors", both)
+    assert_same(tensors_of(opened(both)), tensors_of(opened(other)))
+    for file in both.glob("pytorch_model-*.bin"):
+        file.unlink()  # a download of only *.json and *.safetensors has the index of the .bin files too
+    assert_same(tensors_of(opened(both)), tensors_of(opened(other)))
+
+
 def spoiled(folder: Path) -> str:
     """Puts a NaN into the final norm and returns the tensor's name."""
     tensors = load_file(folder / "model.safetensors")
@@ -145,7 +156,7 @@ def test_force_goes_on_in_spite_of_nan(plain: Path, tmp_path: Path) -> None:
 
 def test_a_token_without_a_row_is_an_error_and_not_a_crash(tmp_path: Path) -> None:
     folder = tiny.write_llama(tmp_path / "llama")
-    tiny.write_tokenizer(folder, added=("[PAD]",))  # the id behind the last row, as in LLaVA-13b-delta-v0
+    tiny.write_tokenizer(folder, added=("[PAD]",))  # its id is one past the last row, as in LLaVA-13b-delta-v0
     with pytest.raises(llava.PromptError, match=r"\[PAD\]"):
         llava.load(folder).generate("hi [PAD]")
 

@@ -1,4 +1,4 @@
-"""llama.cpp's files, read back with the gguf package. oracles/test_llama_cpp.py opens them in llama.cpp."""
+"""GGUF files, read back with the gguf package. tests/oracles/test_llama_cpp.py opens them in llama.cpp."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ MODEL, MMPROJ = "model-f16.gguf", "mmproj-f16.gguf"
 
 
 class File:
-    """Keys and tensors of a GGUF, by the package's own reader."""
+    """Keys and tensors of a GGUF file as the gguf package reads them."""
 
     def __init__(self, path: Path):
         reader = package.GGUFReader(path)
@@ -74,7 +74,7 @@ def test_keys_tell_the_sizes_of_the_tower(written: Path) -> None:
         "clip.vision.embedding_length": tiny.CLIP_DIM,
         "clip.vision.feed_forward_length": tiny.CLIP_MLP,
         "clip.vision.attention.head_count": tiny.CLIP_HEADS,
-        "clip.vision.block_count": tiny.CLIP_BLOCKS - 1,  # the last is not read
+        "clip.vision.block_count": tiny.CLIP_BLOCKS - 1,  # LLaVA does not read the last one
         "clip.vision.feature_layer": [tiny.CLIP_BLOCKS - 1],
         "clip.vision.projection_dim": 64,
         "clip.vision.image_mean": pytest.approx(tiny.MEAN),
@@ -110,7 +110,7 @@ def test_tower_and_projector_are_those_of_the_source(written: Path) -> None:
         ("v.patch_embd.weight", clip["embeddings.patch_embedding.weight"]),
         ("v.position_embd.weight", clip["embeddings.position_embedding.weight"]),
         ("v.pre_ln.bias", clip["pre_layrnorm.bias"]),
-        ("v.blk.1.attn_k.weight", clip["encoder.layers.1.self_attn.k_proj.weight"]),  # CLIP rotates nothing
+        ("v.blk.1.attn_k.weight", clip["encoder.layers.1.self_attn.k_proj.weight"]),  # CLIP has no rotary embedding
         ("v.blk.0.attn_v.bias", clip["encoder.layers.0.self_attn.v_proj.bias"]),
         ("v.blk.1.ln2.weight", clip["encoder.layers.1.layer_norm2.weight"]),
         ("v.blk.1.ffn_up.weight", clip["encoder.layers.1.mlp.fc1.weight"]),
@@ -149,7 +149,7 @@ def test_the_vocabulary_has_pieces_scores_types_and_ids(tmp_path: Path) -> None:
     assert scores[:n] == pytest.approx([pieces.get_score(i) for i in range(n)])
     assert tokens[n:] == ["<one>", "<two>", *(f"[PAD{n + i}]" for i in range(2, 6))]
     assert types[:4] == [2, 3, 3, 6]  # unknown, control, control, byte
-    assert types[n:] == [3, 4, 5, 5, 5, 5]  # special, added, rows of no token
+    assert types[n:] == [3, 4, 5, 5, 5, 5]  # special, added, rows without a token
     ids = {name: keys.get(f"tokenizer.ggml.{name}") for name in ("bos_token_id", "eos_token_id", "unknown_token_id")}
     assert ids == {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
     assert (keys["tokenizer.ggml.model"], keys["tokenizer.ggml.add_bos_token"]) == ("llama", True)

@@ -1,4 +1,4 @@
-"""llava-hf's layout: read as transformers reads it, and written so that transformers opens it."""
+"""llava-hf's layout: read like transformers, and written so that transformers opens it."""
 
 import json
 import shutil
@@ -89,7 +89,7 @@ FORMS = {"1.5": {}, "1.6": {"tower_seed": 5, "layout": "safetensors-shards", **t
 
 @pytest.fixture(scope="module")
 def made(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A small LLaVA of that version, as the original publishes it."""
+    """Returns a small LLaVA of a version in the original's layout."""
     out = tmp_path_factory.mktemp("original")
 
     def make(form: str) -> Path:
@@ -111,7 +111,7 @@ def test_transformers_opens_the_export_and_computes_the_same(
     )
     assert not any(info.values()), info
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "hf")
-    theirs.save_pretrained(tmp_path / "again")  # in the newer layout of names
+    theirs.save_pretrained(tmp_path / "again")  # with the newer names
     for file in (tmp_path / "hf").glob("*token*"):
         shutil.copy(file, tmp_path / "again")
     shutil.copy(tmp_path / "hf" / "preprocessor_config.json", tmp_path / "again")
@@ -120,7 +120,7 @@ def test_transformers_opens_the_export_and_computes_the_same(
         with torch.inference_mode():
             expected = theirs(**inputs).logits[0]
         for folder in ("hf", "again"):
-            # pads as LLaVA does where the folder's processor says so; text is cut as transformers cuts it
+            # pads like LLaVA if the folder's processor says so; splits text like transformers
             ours = llava.load(tmp_path / folder, dtype="float32", device="cpu", image_mode="hf")
             input = ours.prepare(PROMPT, images=[picture])
             assert [512 if id == IMAGE else id for id in input.ids.tolist()] == inputs["input_ids"][0].tolist()
@@ -135,7 +135,7 @@ def test_transformers_opens_the_export_and_computes_the_same(
 
 
 def test_an_export_answers_as_the_original_did(made: Callable[[str], Path], tmp_path: Path) -> None:
-    """Through us: what the layout has no key for is recorded in keys of our own."""
+    """Read by us: keys of our own record what the layout has no key for."""
     for form in FORMS:
         convert(made(form), tmp_path / form, to="hf")
         before, after = (llava.load(f, dtype="float32", device="cpu") for f in (made(form), tmp_path / form))
@@ -147,7 +147,7 @@ def test_an_export_answers_as_the_original_did(made: Callable[[str], Path], tmp_
 
 
 def stored(folder: Path) -> dict[str, Tensor]:
-    """Every tensor under its name on disk; buffers that every reader computes anew are none."""
+    """Every tensor under its name on disk, without the buffers that every reader recomputes."""
     weights = open_weights(folder)
     return {name: weights[name] for name in weights if "inv_freq" not in name}
 
@@ -171,7 +171,7 @@ def test_there_and_back_gives_the_same_bytes(
     convert(tmp_path / "there", tmp_path / "back", to="llama" if form == "llama" else "original", verify=True)
     before, after = stored(folder), stored(tmp_path / "back")
     assert set(before) <= set(after)
-    assert all("vision_tower" in name for name in set(after) - set(before))  # it came along
+    assert all("vision_tower" in name for name in set(after) - set(before))  # the tower is copied into the checkpoint
     for name, tensor in before.items():
         assert tensor.dtype == after[name].dtype, name
         assert torch.equal(bits(tensor), bits(after[name])), name
@@ -185,7 +185,7 @@ def test_there_and_back_gives_the_same_bytes(
 def test_rows_that_were_added_for_transformers_come_back_too(
     made: Callable[[str], Path], tmp_path: Path, to: str
 ) -> None:
-    """Published llava-hf folders hold random values there."""
+    """Published llava-hf folders hold random values in these rows."""
     convert(made("1.6"), tmp_path / "hf", to="hf")
     file = tmp_path / "hf" / "model.safetensors"
     tensors = load_file(file)
@@ -255,7 +255,7 @@ def test_what_the_layout_has_no_place_for_is_refused(
 def test_a_wrong_conversion_does_not_pass_the_check(
     made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another eps in what is written: the tensors are the same, the logits are not."""
+    """With another eps in the written config, the tensors are equal but the logits differ."""
     layout = WRITTEN["original"]
 
     def wrong(checkpoint: Any, folder: Path, *more: Any) -> None:

@@ -1,4 +1,4 @@
-"""LoRAs as they lie on the hub: prefixes, ranks, what was trained besides. test_layouts.py has the plain ones."""
+"""LoRAs as published, read on their base: prefixes, ranks, factors, and tensors saved beside the pairs."""
 
 import math
 from dataclasses import replace
@@ -10,18 +10,24 @@ import torch
 from torch import Tensor
 
 import llava
-from llava.checkpoint.open import Checkpoint, check_headers, open_checkpoint
+from llava.checkpoint.inspect import describe, scan
+from llava.checkpoint.open import Checkpoint
+from llava.convert import native
 from llava.convert.native import convert
 from tests import tiny
+from tests.checkpoints import assert_same, opened, refused, tensors_of
 
 FLOAT32: dict[str, Any] = {"dtype": "float32", "device": "cpu"}
 TOKENS = ("<im_patch>", "<im_start>", "<im_end>")
 PROMPT = "Behind it a long wooden pier leads out to the water."
-
-
-@pytest.fixture(scope="module")
-def base(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_llama(tmp_path_factory.mktemp("variants") / "base")
+BASE_SEED = 1  # default seed of write_llama and write_llava
+WHERE = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
+MODULES = {
+    "attn.out": "self_attn.o_proj",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+}
 
 
 @pytest.fixture
@@ -29,24 +35,128 @@ def lora(clip: Path, tmp_path: Path) -> Path:
     return tiny.write_lora(tmp_path / "lora", clip=clip)
 
 
-def opened(path: Path, **options: Any) -> Checkpoint:
-    checkpoint = open_checkpoint(path, **options)
-    check_headers(checkpoint)
-    return checkpoint
+def merged_by_hand(base: Path, targets: tuple[str, ...]) -> dict[str, Tensor]:
+    """W + alpha / r * B @ A in float64, by the names on disk."""
+    weights = tiny.llama_tensors(tiny.llama_config(), BASE_SEED, inv_freq=False)
+    pairs = {
+        name: value.bfloat16().double() for name, value in tiny.lora_tensors(tiny.llama_config(), 3, targets).items()
+    }
+    merged = {name: value.double() for name, value in weights.items()}
+    for name in merged:
+        module = name.removesuffix(".weight")
+        if f"{module}.lora_A.weight" in pairs:
+            product = pairs[f"{module}.lora_B.weight"] @ pairs[f"{module}.lora_A.weight"]
+            merged[name] = merged[name] + tiny.LORA_ALPHA / tiny.LORA_RANK * product
+    return merged
 
 
-def refused(path: Path, **options: Any) -> str:
-    with pytest.raises(llava.LlavaError) as caught:
-        opened(path, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+@pytest.mark.parametrize(
+    "form",
+    [
+        {},
+        {"form": "safetensors"},
+        {"adapter": ".default"},
+        {"wrapper": "base_model."},
+        {"wrapper": ""},
+        {"targets": ("q_proj", "v_proj")},
+        {"targets": ("k_proj", "down_proj")},
+    ],
+    ids=str,
+)
+def test_a_lora_is_added_to_its_base(clip: Path, base: Path, tmp_path: Path, form: dict[str, Any]) -> None:
+    found = opened(tiny.write_lora(tmp_path / "lora", clip=clip, **form), base=base)
+    merged = merged_by_hand(base, form.get("targets", tiny.LORA_TARGETS))
+    for i in range(2):
+        stacked = torch.cat([merged[f"model.layers.{i}.{name}.weight"] for name in WHERE.values()])
+        qkv = found.sources[f"decoder.blocks.{i}.attn.qkv.weight"].read()
+        torch.testing.assert_close(qkv.double(), stacked, rtol=0, atol=1e-6)
+        for ours, disk in MODULES.items():
+            matrix = found.sources[f"decoder.blocks.{i}.{ours}.weight"].read()
+            torch.testing.assert_close(matrix.double(), merged[f"model.layers.{i}.{disk}.weight"], rtol=0, atol=1e-6)
+    projector = tiny.projector_tensors(tiny.llava_config(), 3)["model.mm_projector.0.weight"]
+    assert torch.equal(found.sources["projector.0.weight"].read(), projector.bfloat16())
+
+
+def test_a_lora_where_heads_share_keys_and_values(clip: Path, tmp_path: Path) -> None:
+    under = tiny.write_llama(tmp_path / "base", num_key_value_heads=2)
+    folder = tiny.write_lora(tmp_path / "lora", clip=clip, num_key_value_heads=2, targets=("q_proj", "v_proj"))
+    found, plain = opened(folder, base=under), opened(under)
+    name = "decoder.blocks.0.attn.qkv.weight"
+    change = found.sources[name].read() - plain.sources[name].read().float()
+    assert change[:64].any()
+    assert not change[64:96].any()
+    pairs = tiny.lora_tensors(tiny.llama_config(num_key_value_heads=2), 3)
+    b, a = (pairs[f"model.layers.0.self_attn.v_proj.lora_{kind}.weight"].bfloat16().float() for kind in "BA")
+    torch.testing.assert_close(change[96:], 2 * b @ a, rtol=0, atol=1e-6)
+
+
+def test_a_lora_becomes_native_rounded_once(clip: Path, base: Path, tmp_path: Path) -> None:
+    lora = tiny.write_lora(tmp_path / "lora", clip=clip)
+    native.convert(lora, tmp_path / "native", base=base, verify=True)
+    found, source = opened(tmp_path / "native"), opened(lora, base=base)
+    assert found.config == source.config
+    stored = {name: tensor.to(source.sources[name].dtype) for name, tensor in source.tensors()}
+    assert_same(tensors_of(found), stored)
+    assert found.sources["decoder.blocks.0.mlp.up.weight"].dtype == torch.float16
+
+
+def test_a_lora_goes_on_a_native_and_on_a_merged_base_too(
+    clip: Path, base: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    lora = tiny.write_lora(tmp_path / "lora", clip=clip)
+    native.convert(checkpoint, tmp_path / "native")
+    first = tensors_of(opened(lora, base=base))
+    assert_same(tensors_of(opened(lora, base=checkpoint)), first)
+    assert_same(tensors_of(opened(lora, base=tmp_path / "native")), first)
+
+
+def test_a_lora_that_is_broken_is_refused_by_name(lora: Path, base: Path) -> None:
+    pairs = torch.load(lora / "adapter_model.bin")
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    torch.save(pairs | {name: torch.empty(0)}, lora / "adapter_model.bin")
+    assert name in refused(lora, base=base)
+    torch.save({key: value for key, value in pairs.items() if key != name}, lora / "adapter_model.bin")
+    assert "no lora_B" in refused(lora, base=base)
+    torch.save(pairs | {"base_model.model.model.strange": torch.ones(2)}, lora / "adapter_model.bin")
+    assert "strange" in refused(lora, base=base)
+    tiny.edit_json(lora / "adapter_config.json", use_dora=True)
+    assert "use_dora" in refused(lora, base=base)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
+def test_a_lora_whose_start_changed_its_base_is_refused(start: str, lora: Path, base: Path) -> None:
+    tiny.edit_json(lora / "adapter_config.json", init_lora_weights=start)
+    assert "merge it with peft" in refused(lora, base=base)
+    tiny.edit_json(lora / "adapter_config.json", init_lora_weights="gaussian")
+    assert opened(lora, base=base).kind == "lora"
+
+
+def test_inspect_tells_what_a_lora_needs_and_with_its_base_what_it_becomes(lora: Path, base: Path) -> None:
+    alone, whole = describe(lora), describe(lora, base=str(base))
+    assert alone.base == "lmsys/vicuna-13b-v1.3"
+    assert whole.kind == "lora"
+    assert whole.template == "llava_v1"
+    assert whole.sizes["decoder"]["n_layers"] == 2
+    assert whole.missing == []
+
+
+@pytest.mark.parametrize("file", ["adapter_model.bin", "non_lora_trainables.bin"])
+def test_a_scan_reads_what_is_put_on_a_base(file: str, lora: Path) -> None:
+    assert scan(lora, progress=lambda done, total: None).nan == {}
+    tensors = torch.load(lora / file)
+    name = next(iter(tensors))
+    tensors[name].view(-1)[0] = float("nan")
+    torch.save(tensors, lora / file)
+    assert scan(lora, progress=lambda done, total: None).nan == {name: 1}
+    parts = describe(lora).sizes["parameters_by_part"]
+    assert parts[file.removesuffix(".bin")] == sum(tensor.numel() for tensor in tensors.values())
 
 
 def edit(file: Path, change: Any) -> None:
     torch.save(change(torch.load(file, weights_only=True)), file)
 
 
-def assert_same(ours: Checkpoint, theirs: Checkpoint) -> None:
+def assert_same_checkpoint(ours: Checkpoint, theirs: Checkpoint) -> None:
     assert ours.config == theirs.config
     assert set(ours.sources) == set(theirs.sources)
     for name, source in ours.sources.items():
@@ -71,7 +181,7 @@ def test_what_stands_before_the_names_does_not_matter(
 ) -> None:
     expected = opened(tiny.write_lora(tmp_path / "expected", clip=clip), base=base)
     edit(lora / file, lambda held: {wrapper + n.removeprefix("base_model.model."): t for n, t in held.items()})
-    assert_same(opened(lora, base=base), expected)
+    assert_same_checkpoint(opened(lora, base=base), expected)
 
 
 def test_extra_names_without_the_double_model_are_known_too(lora: Path, base: Path, clip: Path, tmp_path: Path) -> None:
@@ -79,11 +189,11 @@ def test_extra_names_without_the_double_model_are_known_too(lora: Path, base: Pa
     edit(
         lora / "non_lora_trainables.bin", lambda held: {n.replace("model.model.", "model."): t for n, t in held.items()}
     )
-    assert_same(opened(lora, base=base), expected)
+    assert_same_checkpoint(opened(lora, base=base), expected)
 
 
 def test_the_lora_of_june_2023_brings_a_longer_vocabulary(clip: Path, base: Path, tmp_path: Path) -> None:
-    """Its tokenizer is the base's, which does not have the three tokens; the last two rows are <im_start>, <im_end>."""
+    """It uses its base's tokenizer, which lacks the three tokens. The last two rows are <im_start> and <im_end>."""
     longer = {"vocab_size": tiny.PIECES + 3, "mm_use_im_start_end": True, "mm_projector_type": "linear"}
     lora = tiny.write_lora(tmp_path / "lora", clip=clip, rows=True, **longer)
     found = opened(lora, base=base)
@@ -95,7 +205,7 @@ def test_the_lora_of_june_2023_brings_a_longer_vocabulary(clip: Path, base: Path
         assert torch.equal(found.sources[f"decoder.{ours}.weight"].read(), whole[disk].bfloat16())
     with_files = tiny.write_lora(tmp_path / "files", clip=clip, rows=True, added=TOKENS, **longer)
     theirs = opened(with_files, base=base)
-    assert found.config == replace(theirs.config, eos_ids=(2,))  # of the base's generation_config.json
+    assert found.config == replace(theirs.config, eos_ids=(2,))  # from the base's generation_config.json
     text = "USER: <im_start><im_end> Hi"
     assert found.tokenizer.encode(text) == theirs.tokenizer.encode(text)
 

@@ -1,4 +1,4 @@
-"""Language models in Meta's own format: by themselves, converted, and as the base of a LLaVA."""
+"""Language models in Meta's own format: loaded, converted, and as the base of a LLaVA."""
 
 import json
 from contextlib import suppress
@@ -54,7 +54,7 @@ def test_columns_are_joined_a_few_rows_at_a_time(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("llava.checkpoint.joined.PIECE_BYTES", 1000)
     table = open_checkpoint(tiny.write_meta(tmp_path / "m" / "a")).sources["decoder.embed.weight"]
     pieces = list(table.pieces())
-    assert {len(piece) for piece in pieces} == {7, 1}  # 128 bytes a row
+    assert {len(piece) for piece in pieces} == {7, 1}  # 128 bytes per row
     assert torch.equal(torch.cat(pieces), table.read())
 
 

@@ -1,4 +1,4 @@
-"""MPT: linear biases instead of positions, its own names on disk. Golden prompts: golden/test_answers.py."""
+"""MPT: ALiBi instead of rotary positions, and its own names on disk. Golden prompts: tests/golden/test_answers.py."""
 
 import itertools
 import json
@@ -31,10 +31,10 @@ from tests.engine.test_compile import COMPILER
 
 SIZES: dict[str, Any] = {"n_layers": 2, "dim": 48, "n_heads": 4, "n_kv_heads": 4, "head_dim": 12, "mlp_dim": 96}
 SIZES |= {"kind": "mpt", "vocab_size": 40, "max_seq": 64, "eps": 1e-5, "rope_theta": None, "alibi_bias_max": 8.0}
-CLIPS_OWN = {"vision_model", "text_model", "visual_projection", "logit_scale"}  # beside the layers that LLaVA reads
+CLIPS_OWN = {"vision_model", "text_model", "visual_projection", "logit_scale"}  # tensors that LLaVA does not read
 PROMPTS = ["What is in the picture?", "Once upon a time there was a painter who would only", "Hello"]
 
-LONG = "Look at the left side of the photo, then at the right one, and compare the two. " * 12  # beyond one window
+LONG = "Look at the left side of the photo, then at the right one, and compare the two. " * 12  # longer than one window
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def decoder(**changes: Any) -> Decoder:
 
 
 def by_hand(model: Decoder, x: Tensor, slopes: list[float], limit: float = torch.inf) -> Tensor:
-    """MPT in its plainest form, one head at a time: x [S, D] -> [S, D]"""
+    """A plain implementation of MPT, one head at a time: x [S, D] -> [S, D]"""
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
         return weight * (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
@@ -91,7 +91,14 @@ def test_the_decoder_computes_what_mpt_is(n_heads: int, bias_max: float, limit: 
     model = decoder(**sizes, alibi_bias_max=bias_max, clip_qkv=limit)
     slopes = {
         4: [2 ** -(i * bias_max / 4) for i in (1, 2, 3, 4)],
-        6: [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3],  # of 8 heads: every second, then from the first on
+        6: [
+            2**-2,
+            2**-4,
+            2**-6,
+            2**-8,
+            2**-1,
+            2**-3,
+        ],  # from 8 heads: every second one, then the others from the first on
         1: [2**-8],
     }[n_heads]
     x = torch.randn(9, 48)
@@ -116,7 +123,7 @@ def test_rows_of_different_lengths_decode_as_each_alone_in_a_wider_window() -> N
     cache = KVCache(DecoderConfig(**SIZES), 2, 16, dtype=x.dtype, device=x.device)
     cache.window = 6
     first = model.last(x[:, :6], torch.arange(6), torch.tensor(lengths) - 1, cache)
-    cache.window = 16  # slots behind a row's end hold what padding wrote there, or nothing
+    cache.window = 16  # slots after the end of a row hold values of the padding, or nothing
     at = torch.tensor(lengths)
     following = model(x[:, 6:7], at[:, None], mask=visible(at, 16), cache=cache, length=7)[:, 0]
     for row, n in enumerate(lengths):
@@ -314,6 +321,7 @@ def test_greedy_answers_follow_from_logits_without_a_cache(assistant: Assistant)
         ids.append(id)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="torch.compile on a CPU needs a C++ compiler, and there is none")
 def test_compiled_steps_equal_eager_ones_in_two_shapes(assistant: Assistant) -> None:
     compiled = Assistant(assistant.model, assistant.preprocessor, compile=True)
@@ -335,7 +343,7 @@ def test_pictures_and_text_of_all_lengths_answer_together_as_alone(assistant: As
 
 
 def test_traced_steps_of_several_rows_in_two_windows_equal_plain_ones(assistant: Assistant) -> None:
-    """Without a compiler behind: what is traced and when it is traced anew."""
+    """Checks what is traced and when it is traced again, without a compiler."""
     model = assistant.model
     prefill, decode = (torch.compile(one, backend="eager") for one in (step.prefill, step.decode_step))
     for n, window in ((4, 8), (11, 16)):

@@ -1,4 +1,4 @@
-"""Projectors: folders, and files that lie alone as the oldest were published."""
+"""Projectors: folders, single files like the oldest published ones, and writing them."""
 
 import os
 import shutil
@@ -13,22 +13,19 @@ from torch import Tensor
 import llava
 from llava.assistant import question_about
 from llava.checkpoint.inspect import Scan, describe, scan
-from llava.checkpoint.open import Checkpoint, check_headers, open_checkpoint
+from llava.checkpoint.open import open_checkpoint
 from llava.convert.native import convert
-from llava.convert.projector import extract_projector
+from llava.convert.projector import extract_projector, write_projector
 from tests import tiny
+from tests.checkpoints import assert_same, opened, refused, tensors_of
 
 FLOAT32: dict[str, Any] = {"dtype": "float32", "device": "cpu"}
 ROWS = tiny.tensor(1, "start_end", (2, 64), 0.6).float()
-
-
-@pytest.fixture(scope="module")
-def base(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_llama(tmp_path_factory.mktemp("projectors") / "base")
+TOKENS = ("<im_start>", "<im_end>")
 
 
 def projector(kind: str = "linear", prefix: str = "model.", rows: Tensor | None = None) -> dict[str, Tensor]:
-    """As in the published files, in float32."""
+    """The tensors of a published file, in float32."""
     made = tiny.projector_tensors(tiny.llava_config(mm_projector_type=kind), 1)
     named = {name.replace("model.", prefix, 1): tensor.float() for name, tensor in made.items()}
     return named | ({} if rows is None else {prefix + "embed_tokens.weight": rows})
@@ -39,17 +36,34 @@ def written(file: Path, tensors: dict[str, Tensor]) -> Path:
     return file
 
 
-def opened(path: Path | str, **options: Any) -> Checkpoint:
-    checkpoint = open_checkpoint(path, **options)
-    check_headers(checkpoint)
-    return checkpoint
+def test_a_projector_on_its_language_model_is_the_merged_model(
+    clip: Path, base: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    found = opened(tiny.write_projector(tmp_path / "projector", clip=clip), base=base)
+    assert found.kind == "projector"
+    assert found.config.template == "plain"
+    assert_same(tensors_of(found), tensors_of(opened(checkpoint)))
 
 
-def refused(path: Path | str, **options: Any) -> str:
-    with pytest.raises(llava.LlavaError) as caught:
-        opened(path, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+@pytest.mark.parametrize("prefix", ["", "base_model.model.model.", "model.vision_model."])
+def test_what_stands_before_a_projectors_names_does_not_matter(
+    clip: Path, base: Path, checkpoint: Path, tmp_path: Path, prefix: str
+) -> None:
+    folder = tiny.write_projector(tmp_path / "projector", clip=clip, prefix=prefix)
+    assert_same(tensors_of(opened(folder, base=base)), tensors_of(opened(checkpoint)))
+
+
+def test_rows_of_the_start_and_end_tokens_come_with_the_projector(clip: Path, base: Path, tmp_path: Path) -> None:
+    folder = tiny.write_projector(tmp_path / "projector", clip=clip, start_end=True)
+    found, under = opened(folder, base=base), opened(base)
+    assert found.config.start_end
+    assert found.config.decoder.vocab_size == tiny.PIECES + 2
+    table, head = found.sources["decoder.embed.weight"].read(), found.sources["decoder.head.weight"].read()
+    assert torch.equal(table[: tiny.PIECES], under.sources["decoder.embed.weight"].read())
+    assert torch.equal(table[tiny.PIECES :], tiny.tensor(1, "start_end", (2, 64), 0.6))
+    mean = under.sources["decoder.head.weight"].read().double().mean(0)
+    torch.testing.assert_close(head[tiny.PIECES :].double(), mean.expand(2, -1), rtol=1e-3, atol=1e-4)
+    assert llava.load(folder, base=base).ask(None, "Hello", max_new_tokens=2)
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
@@ -76,7 +90,7 @@ def test_rows_of_start_and_end_bring_their_tokens(
     else:
         path = tiny.write_projector(
             tmp_path / "x", clip=clip, mm_projector_type="linear"
-        )  # a config that tells of none
+        )  # a config without these tokens
         written(path / "mm_projector.bin", projector(rows=rows))
     found = opened(path, base=base, vision_tower=clip)
     assert found.config.start_end
@@ -109,7 +123,7 @@ def test_without_rows_there_are_no_tokens(clip: Path, base: Path, tmp_path: Path
 
 
 def test_rows_are_put_on_an_mpt_too(clip: Path, tmp_path: Path) -> None:
-    base = tiny.write_mpt(tmp_path / "base")  # its tokenizer has the tokens
+    base = tiny.write_mpt(tmp_path / "base")  # its tokenizer already has the tokens
     tensors = projector() | {"transformer.wte.weight": ROWS}
     found = opened(written(tmp_path / "x.bin", tensors), base=base, vision_tower=clip)
     start = found.tokenizer.id_of("<im_start>")
@@ -179,7 +193,7 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line(clip: Path, base: Path,
 def test_the_file_of_a_repository_is_fetched_alone(
     clip: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the cache of huggingface_hub, as it lies after a fetch."""
+    """Reads the cache of huggingface_hub as a download leaves it."""
     import huggingface_hub.constants
 
     commit = "0123456789abcdef0123456789abcdef01234567"
@@ -225,3 +239,27 @@ def test_a_tuned_tower_of_published_sizes_goes_with_its_projector(
     tower = [name for name in source.sources if name.startswith("vision.")]
     assert tower
     assert all(torch.equal(found.sources[name].read(), source.sources[name].read()) for name in tower)
+
+
+def test_a_projector_written_opens_on_its_base(clip: Path, base: Path, checkpoint: Path, tmp_path: Path) -> None:
+    model = opened(checkpoint)
+    tensors = tensors_of(model)
+    write_projector(tmp_path / "out", model.config, tensors, vision_tower=str(clip), base="lmsys/vicuna-7b-v1.5")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "mm_projector.bin"]
+    assert "lmsys/vicuna-7b-v1.5" in refused(tmp_path / "out")
+    found = opened(tmp_path / "out", base=base)
+    assert found.config == model.config
+    assert_same(tensors_of(found), tensors)
+
+
+def test_start_and_end_rows_are_written_beside_the_projector(clip: Path, base: Path, tmp_path: Path) -> None:
+    whole = tiny.write_llava(tmp_path / "model", clip=clip, added=TOKENS, mm_use_im_start_end=True)
+    model = opened(whole)
+    rows = torch.randn(2, 64).half()
+    options: dict[str, Any] = {"vision_tower": str(clip), "base": "a/b", "start_end": rows}
+    with pytest.raises(llava.LlavaError, match="tokenizer_from="):
+        write_projector(tmp_path / "out", model.config, tensors_of(model), **options)
+    write_projector(tmp_path / "out", model.config, tensors_of(model), tokenizer_from=whole, **options)
+    found = opened(tmp_path / "out", base=base)
+    assert found.config == model.config
+    assert torch.equal(found.sources["decoder.embed.weight"].read()[-2:], rows)

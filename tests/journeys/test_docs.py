@@ -1,4 +1,4 @@
-"""Pages run as they stand, and the map names every file."""
+"""The code on documentation pages runs as printed, and the map lists every file."""
 
 import os
 import re
@@ -13,12 +13,12 @@ from tests import tiny
 from tests.conftest import PROJECT
 
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
-FAMILY_PAGES = sorted((PROJECT / "docs" / "families").glob("*.md"))  # test_family_pages.py runs their commands
+FAMILY_PAGES = sorted((PROJECT / "docs" / "families").glob("*.md"))  # their commands run in test_family_pages.py
 
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the pages speak of: a small checkpoint under the name of a large one, pictures, rows, the scripts."""
+    """A folder with everything the pages mention: small checkpoints under published names, pictures, rows, scripts."""
     folder = tmp_path_factory.mktemp("desk")
     tiny.write_llava(folder / "llava-v1.5-7b", clip=tiny.write_clip(folder / "clip-vit-large-patch14-336"))
     tiny.write_llama(folder / "vicuna-7b-v1.5", _name_or_path="lmsys/vicuna-7b-v1.5")

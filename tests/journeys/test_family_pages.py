@@ -1,4 +1,4 @@
-"""Commands on the families' pages and of `llava zoo show` run, on small checkpoints in the published ones' place."""
+"""Runs the commands of the family pages and of `llava zoo show` on small checkpoints under the published names."""
 
 import hashlib
 import re
@@ -25,20 +25,20 @@ from tests.conftest import PROJECT
 PAGES = sorted((PROJECT / "docs" / "families").glob("*.md"))
 ROWS = {entry["id"]: entry for entry in zoo.entries()}
 BASES = {id: entry for entry in zoo.entries() if (id := zoo.base_id(entry))}
-META = "llama-7b-from-meta"  # the one folder on the pages that no hub id names
+META = "llama-7b-from-meta"  # the only folder on the pages without a hub id
 QUESTION = "What is unusual here?"
-# what `llava inspect` calls a row of the zoo, and what commands write
+# formats as `llava inspect` prints them, and those that commands write
 KINDS = {"hf-reexport": "llava-hf"}
 WRITTEN = {"native": ("native",), "original": ("merged", "mpt"), "hf": ("llava-hf",), "llama": ("llama",)}
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
-    """Language and text of what the reader is told to run, in order."""
+    """Language and text of the code blocks, in order."""
     return re.findall(r"^```(bash|python)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
 def commands(block: str) -> Iterator[list[str]]:
-    """Words of each command; quotes may reach over several lines."""
+    """The words of each command; quotes may span several lines."""
     text = ""
     for line in block.splitlines(keepends=True):
         text += line
@@ -49,11 +49,11 @@ def commands(block: str) -> Iterator[list[str]]:
         if words:
             yield words
         text = ""
-    assert not text, f"an open quote: {text}"
+    assert not text, f"unclosed quote: {text}"
 
 
 def write_vicuna_v0(folder: Path) -> None:
-    """Vicuna v0 as it was published: a plain Llama's difference to LLaMA-1, and a row for [PAD]."""
+    """Writes Vicuna v0 as published: the difference of a plain Llama to LLaMA-1, with a row for [PAD]."""
     config = tiny.llama_config(vocab_size=tiny.PIECES + 1, **tiny.LLAMA_1)
     tensors = tiny.llama_tensors(config, 1, inv_freq=True)
     for name, raw in tiny.llama_tensors(tiny.llama_config(**tiny.LLAMA_1), 7, inv_freq=True).items():
@@ -63,7 +63,7 @@ def write_vicuna_v0(folder: Path) -> None:
 
 
 def furnish(desk: Path, code: str, clip: Path) -> None:
-    """Writes all that the code names and does not make, by hub ids and as `hf download` would."""
+    """Writes everything that the code uses but does not create, under hub ids or as `hf download` would."""
     Image.linear_gradient("L").resize((96, 64)).convert("RGB").save(desk / "photo.jpg")
     for name in sorted(set(re.findall(r"[\w.#/-]+", code))):
         if name in ROWS:
@@ -79,7 +79,7 @@ def furnish(desk: Path, code: str, clip: Path) -> None:
 
 
 def download(words: list[str]) -> str:
-    """`hf download`, from hub ids that lie here as folders."""
+    """Runs `hf download` with hub ids that are local folders."""
     assert words[1] == "download"
     (repo, *files), named = options(words[2:])
     if "local-dir" in named:
@@ -93,8 +93,8 @@ def download(words: list[str]) -> str:
 
 
 def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What a command prints. It must succeed."""
-    if words[:3] == ["llava", "zoo", "check"]:  # sizes are what tells rows apart: at full size, headers alone
+    """Runs a command, which must succeed, and returns its stdout."""
+    if words[:3] == ["llava", "zoo", "check"]:  # rows differ in their sizes, so this writes full-size headers
         rows.write_headers(Path("full-size", words[3]), ROWS[words[3]])
         words = [*words[:3], f"full-size/{words[3]}"]
     if words[0] == "hf":
@@ -103,7 +103,7 @@ def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         return done.stdout
-    assert words[0] == "llava", f"{words[0]}: no command that this test knows"
+    assert words[0] == "llava", f"{words[0]}: this test cannot run that command"
     code: object = 0
     capsys.readouterr()
     try:
@@ -116,7 +116,7 @@ def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def options(words: list[str]) -> tuple[list[str], dict[str, str]]:
-    """A command's arguments, and its options that take a value."""
+    """The arguments of a command, and its options that take a value."""
     alone, named, rest = [], {}, iter(words)
     for word in rest:
         if not word.startswith("--"):
@@ -133,7 +133,7 @@ def same_answers(one: dict[str, Any], other: dict[str, Any], *, sees: bool = Tru
 
 
 class Claims:
-    """What a page's commands promise, looked at after each of them."""
+    """Checks after each command that it did what the page says."""
 
     def __init__(self) -> None:
         self.kinds = {id: KINDS.get(entry["format"], entry["format"]) for id, entry in ROWS.items()}
@@ -173,7 +173,7 @@ class Claims:
         to = named.get("to", "native")
         assert Path(out, "conversion.md").is_file()
         self._made(out, *WRITTEN[to])
-        mode = {"image_mode": "original"} if to == "original" else {}  # the layout has no other
+        mode = {"image_mode": "original"} if to == "original" else {}  # the layout has no other mode
         same_answers({"path": source, "base": named.get("base"), **mode}, {"path": out}, sees=to != "llama")
 
     def apply_delta(self, printed: str, alone: list[str], named: dict[str, str]) -> None:
@@ -187,7 +187,7 @@ class Claims:
         assert sums
         assert Path(target, "SHA256SUMS").read_text() == "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
         assert not Path(f"{target}.partial").exists()
-        self._made(target, "merged", "llama")  # Vicuna v0 is no LLaVA
+        self._made(target, "merged", "llama")  # Vicuna v0 is not a LLaVA
         same_answers({"path": target}, parts, sees=self.kinds[target] == "merged")
 
     def make_delta(self, printed: str, alone: list[str], named: dict[str, str]) -> None:
@@ -204,7 +204,7 @@ class Claims:
             torch.testing.assert_close(found[name.replace("projector.", "model.mm_projector.")], value, rtol=0, atol=0)
 
 
-LONE = "its shape is that of projectors of"  # a lone file records no tower
+LONE = "its shape is that of projectors of"  # warning for a single file, which records no tower
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -226,7 +226,9 @@ def test_each_command_on_a_page_does_what_the_page_says(
             continue
         for words in commands(text):
             claims.check(words, run(words, capsys))
-    assert not [record for record in caplog.records if LONE not in record.getMessage()]  # as of a wrong base
+    assert not [
+        record for record in caplog.records if LONE not in record.getMessage()
+    ]  # such as the one for a wrong base
 
 
 @pytest.mark.parametrize("id", {entry["family"]: id for id, entry in ROWS.items()}.values())

@@ -1,4 +1,4 @@
-"""llama.cpp opens our GGUF files and computes what we compute. `pip install 'llava-native[gguf,oracle-gguf]'` first."""
+"""llama.cpp opens our GGUF files and computes what we compute. Needs `pip install 'llava-native[gguf,oracle-gguf]'`."""
 
 import json
 import subprocess
@@ -48,7 +48,7 @@ def test_logits_of_a_language_model_are_ours(tmp_path: Path, config: dict[str, A
         logits = ours.decoder.logits(ours.decoder(ours.embed(ids)[None], torch.arange(len(ids))))[0]
     theirs.eval(ids.tolist())
     found = torch.from_numpy(np.array(theirs.scores[: len(ids)]))
-    assert (found - logits).norm() < 0.02 * logits.norm()  # they round activations to 16 bits
+    assert (found - logits).norm() < 0.02 * logits.norm()  # llama.cpp rounds activations to 16 bits
     tokenizer = opened.tokenizer
     for text in TEXTS[: 1 if mpt else None]:
         expected = tokenizer.encode(text)
@@ -73,7 +73,7 @@ def test_llava_tiny_goes_on_with_the_same_32_tokens(figures: dict[str, Any]) -> 
 
 
 def test_llava_tiny_sees_the_same_in_a_picture(figures: dict[str, Any]) -> None:
-    """But for the class token, which llama.cpp's releases since May 2025 set behind the patches (its issue 25814)."""
+    """Except for the class token, which llama.cpp since May 2025 appends to the patches (its issue 25814)."""
     for case in figures["pictures"]:
         apart = case["features differ, of their norm"]
         assert min(apart["prepared, from ours"], apart["prepared, from class last"]) < 2e-3, case

@@ -1,4 +1,4 @@
-"""What transformers makes of the tokenizer files that conversions and merges write: the ids that we have."""
+"""transformers reads the tokenizer files that conversions and merges write, and gets our ids."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 TEXT = "Once upon a time"
 CHATML = ("<|startoftext|>", "<|im_end|>", "<|im_start|>")
 START_END = ("<im_start>", "<im_end>")
-BASES_OWN = {  # as bases that were saved by transformers from 4.34 on have it
+BASES_OWN = {  # as in bases saved by transformers 4.34 or newer
     str(id): {"content": text, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False,
               "special": True}
     for id, text in enumerate(("<unk>", "<s>", "</s>"))
@@ -42,7 +42,7 @@ def test_added_tokens_keep_their_ids(to: str, decoder: bool, clip: Path, tmp_pat
     tokens = ("[PAD]", "<im_patch>")
     source = tiny.write_llava(tmp_path / "source", clip=clip, added=tokens)
     convert(with_decoder(source) if decoder else source, tmp_path / to, to=to)
-    if to == "native":  # transformers knows no such config.json
+    if to == "native":  # transformers cannot read a native config.json
         (tmp_path / to / "config.json").write_text(json.dumps({"model_type": "llama"}))
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / to)
         assert [theirs.convert_tokens_to_ids(text) for text in tokens] == [512, 513]

@@ -1,4 +1,4 @@
-"""Hub ids through huggingface_hub, against a hub of our own on this machine: real HTTP, a real cache."""
+"""Hub ids through huggingface_hub with a local hub: real HTTP, a real cache."""
 
 import json
 import os
@@ -18,7 +18,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves folders as repositories and notes what was asked for."""
+    """Serves folders as repositories and records the requests."""
 
     def __init__(self, repositories: dict[str, Path]):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -33,7 +33,7 @@ class Hub(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """The few routes that a snapshot needs."""
+    """The routes that downloading a snapshot needs."""
 
     server: Hub
     protocol_version = "HTTP/1.1"
@@ -46,7 +46,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, body: bool) -> None:
         parts = unquote(self.path.split("?")[0]).strip("/").split("/")
-        if len(parts) < 3:  # the library looks whether the hub is there
+        if len(parts) < 3:  # the library checks that the hub is reachable
             return self.send({}, 404, {}, body)
         self.server.tokens.add(self.headers.get("Authorization"))
         if parts[:2] == ["api", "models"]:

@@ -1,4 +1,4 @@
-"""Every row of the zoo: its form, scaled down, opens under any name as the row says; at full size it is recognised."""
+"""Every row of the zoo: scaled down it loads as the row says, under any folder name; at full size it is recognised."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ def template(entry: Any) -> str:
 
 
 def written(folder: Path, entry: Any, clip: Path) -> tuple[Path, Path | None]:
-    """The row's folder and its base."""
+    """Writes a row and its base and returns their folders."""
     rows.write_published(folder / "nonsense", entry, clip)
     needs_base = entry["format"] in ("delta", "lora", "projector")
     return folder / "nonsense", rows.write_base(folder / "mpt-lora", entry) if needs_base else None
@@ -50,7 +50,7 @@ def test_a_row_opens_under_any_name_as_the_zoo_says(id: str, clip: Path, tmp_pat
         assert entry["family"] == "mpt" or config.decoder.vocab_size == rows.scaled(entry)["vocab_size"]
     else:
         assert found.tower_inside
-    assert not caplog.records  # the base is the one that is recorded
+    assert not caplog.records  # the base is the recorded one
     assert not any(name in found.evidence[0] for name in ("nonsense", "mpt-lora"))
 
 
@@ -86,7 +86,7 @@ def test_at_full_size_every_row_is_recognised_from_its_headers(tmp_path: Path) -
         found = identify(look(rows.write_headers(tmp_path / f"folder-{i}", entry)))
         names = [match.entry["id"] for match in found.candidates]
         assert id in names, (id, [match.differs for match in found.nearest])
-        if not rows.bare(entry):  # a lone file's tensors say little
+        if not rows.bare(entry):  # the tensors of a single file fit several rows
             assert names == [id]
 
 

@@ -1,0 +1,169 @@
+"""Resuming merges that were killed or met a full disk, a used target or a second process."""
+
+import errno
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llava.convert.merge import apply_delta
+from llava.errors import CheckpointError
+from tests import tiny
+from tests.command import assert_one_line_error, run, run_well
+from tests.merged import DOOR, assert_same, originals, stored
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from llava.convert.merge import apply_delta
+base, target, delta = map(Path, sys.argv[1:])
+apply_delta(base, target, delta, max_shard_bytes=30_000, progress=lambda done, total: time.sleep(0.02))
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_is_gone_on_with(raw: Path, delta: Path, tmp_path: Path, how: signal.Signals) -> None:
+    target, partial = tmp_path / "target", tmp_path / "target.partial"
+    slow = subprocess.Popen([sys.executable, "-c", SLOW, raw, target, delta], stderr=subprocess.PIPE)
+    end = time.monotonic() + 60
+    while len(list(partial.glob("*.safetensors"))) < 2 and time.monotonic() < end and slow.poll() is None:
+        time.sleep(0.01)
+    # a second process does not write into the files of the first
+    with pytest.raises(CheckpointError, match="another process is at work"):
+        apply_delta(raw, target, delta, max_shard_bytes=30_000)
+    slow.send_signal(how)
+    slow.communicate(timeout=60)
+    assert not target.exists()
+    left = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.safetensors")}
+    assert len(left) >= 2
+    # it does not resume with other inputs or options
+    with pytest.raises(CheckpointError, match="beginnings of something else"):
+        apply_delta(raw, target, delta, max_shard_bytes=40_000)
+    done = apply_delta(raw, target, delta, max_shard_bytes=30_000, verify=True)
+    assert done.taken_over >= 2
+    assert not partial.exists()
+    assert_same(target, originals(raw, delta))
+    after = {path.name: path.stat().st_mtime_ns for path in target.glob("*.safetensors")}
+    whole = [name for name in left if after[name] == left[name]]
+    assert len(whole) == done.taken_over
+    for line in (target / "SHA256SUMS").read_text().splitlines():
+        digest, name = line.split("  ")
+        assert hashlib.sha256((target / name).read_bytes()).hexdigest() == digest
+
+
+@pytest.mark.parametrize("how", ["bit", "cut"])
+def test_a_shard_that_was_damaged_meanwhile_is_made_anew(raw: Path, delta: Path, tmp_path: Path, how: str) -> None:
+    target, partial = tmp_path / "target", tmp_path / "target.partial"
+
+    def stop(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        apply_delta(raw, target, delta, max_shard_bytes=30_000, progress=stop)
+    file = sorted(partial.glob("*.safetensors"))[0]
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data if how == "bit" else data[:-100])
+    whole = len(list(partial.glob("*.safetensors"))) - 1
+    done = apply_delta(raw, target, delta, max_shard_bytes=30_000)
+    assert done.taken_over == whole
+    assert_same(target, originals(raw, delta))
+
+
+def interrupted(base: Path, target: Path, delta: Path) -> int:
+    """Interrupts a merge half-way and returns the number of shards it leaves."""
+
+    def stop(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        apply_delta(base, target, delta, max_shard_bytes=30_000, progress=stop)
+    return len(list(target.with_name(f"{target.name}.partial").glob("*.safetensors")))
+
+
+def test_a_rerun_on_a_disk_that_has_filled_up_keeps_what_is_done(
+    raw: Path, delta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = interrupted(raw, tmp_path / "t", delta)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        with pytest.raises(CheckpointError, match="make room"):
+            apply_delta(raw, tmp_path / "t", delta, max_shard_bytes=30_000)
+        with pytest.raises(CheckpointError, match="make room"):
+            apply_delta(raw, tmp_path / "fresh", delta)
+    assert not (tmp_path / "fresh.partial").exists()
+    assert apply_delta(raw, tmp_path / "t", delta, max_shard_bytes=30_000).taken_over == left
+
+
+def test_a_target_that_is_taken_meanwhile_costs_no_work(raw: Path, delta: Path, tmp_path: Path) -> None:
+    target = tmp_path / "t"
+
+    def take(done: int, total: int) -> None:
+        if done == total:
+            target.mkdir(exist_ok=True)
+            (target / "mine").touch()
+
+    with pytest.raises(CheckpointError, match=r"t\.partial: mend that and give the same command again"):
+        apply_delta(raw, target, delta, max_shard_bytes=30_000, progress=take)
+    (target / "mine").unlink()
+    done = apply_delta(raw, target, delta, max_shard_bytes=30_000)
+    assert done.taken_over == len(done.sha256)
+    assert_same(target, originals(raw, delta))
+    assert not (target / "merge.json").exists()
+
+
+@pytest.mark.skipif(not Path("/proc").is_mount(), reason="needs a mount point")
+def test_a_target_that_can_not_give_way_is_told_before_the_work(raw: Path, delta: Path) -> None:
+    told: list[int] = []
+    with pytest.raises(CheckpointError, match="/proc: is where a disk is mounted"):
+        apply_delta(raw, Path("/proc"), delta, progress=lambda done, total: told.append(done))
+    assert not told
+
+
+def test_a_disk_without_locks_is_warned_of_and_written_to(
+    raw: Path, delta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_locks(handle: int, how: int) -> None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))  # the error of NFS for an exclusive lock on a folder
+
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", no_locks)
+    apply_delta(raw, tmp_path / "t", delta)
+    assert "can not be locked" in caplog.text
+    assert_same(tmp_path / "t", originals(raw, delta))
+
+
+def test_shards_of_a_forced_run_are_not_taken_over_without_force(raw: Path, clip: Path, tmp_path: Path) -> None:
+    delta = tiny.write_delta(tmp_path / "delta", clip=clip, **tiny.LLAMA_1)
+    tensors = stored(delta)
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 3] = float("nan")
+    for file in delta.glob("pytorch_model*"):
+        file.unlink()
+    torch.save(tensors, delta / "pytorch_model.bin")
+
+    def stop(done: int, total: int) -> None:
+        if done > total * 2 // 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        apply_delta(raw, tmp_path / "t", delta, force=True, max_shard_bytes=30_000, progress=stop)
+    with pytest.raises(CheckpointError, match="beginnings of something else"):
+        apply_delta(raw, tmp_path / "t", delta, max_shard_bytes=30_000)
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_target(raw: Path, delta: Path, tmp_path: Path) -> None:
+    limited = ["bash", "-c", 'ulimit -f 200; exec "$@"', "-"]  # KB
+    done = run(*DOOR, "--base", raw, "--target", tmp_path / "t", "--delta", delta, command=limited)
+    assert_one_line_error(done, "can not be written", "give the same command again")
+    assert not (tmp_path / "t").exists()
+    run_well("--base", raw, "--target", tmp_path / "t", "--delta", delta, command=DOOR)
+    assert_same(tmp_path / "t", originals(raw, delta))
