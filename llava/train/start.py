@@ -18,7 +18,7 @@ from llava.checkpoint.write import new_folder
 from llava.config import ImageConfig, LlavaConfig
 from llava.convert.tokenizer import copy_tokenizer
 from llava.errors import CheckpointError, ConfigError
-from llava.model.llava import Llava, shapes, meta_model
+from llava.model.llava import Llava, meta_model, shapes
 from llava.model.lora import Adapter, LoraLinear
 from llava.preprocess.tokenizer import load_tokenizer
 from llava.quantize.nf4 import NF4Linear
@@ -130,7 +130,9 @@ def trainable(checkpoint: Checkpoint, recipe: Recipe) -> Llava:
     for parameter in _learning(model, recipe):
         parameter.requires_grad_(True)
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(DTYPES[recipe.master if parameter.requires_grad else recipe.compute])
+        parameter.data = parameter.data.to(
+            DTYPES[recipe.param_dtype if parameter.requires_grad else recipe.compute_dtype]
+        )
     return model
 
 
