@@ -46,7 +46,7 @@ FULL = Size(
     language=("--minutes", "1.3"),
     drawing=("--stylise", "0.25"),
 )
-_ON_CPU = ("compute=float32", "compile=false", "workers=1", "pad_to=1", "max_steps=0")
+_ON_CPU = ("compute_dtype=float32", "compile=false", "num_workers=1", "pad_to=1", "max_steps=0")
 SMOKE = Size(  # eight things, one a scene, only named: under two minutes on two cores
     data={"text": 1500, "caption": 600, "instruct": 1000, "fresh": 300},
     tower=(
@@ -60,9 +60,9 @@ SMOKE = Size(  # eight things, one a scene, only named: under two minutes on two
     ),
     drawing=("--lessons", "names", "--entries", "8"),
     recipe={
-        "pretrain": (*_ON_CPU, "epochs=4", "batch=16", "micro_batch=16", "rate=4e-3"),
-        "finetune": (*_ON_CPU, "epochs=2", "batch=8", "micro_batch=8"),
-        "polish": (*_ON_CPU, "epochs=1", "batch=8", "micro_batch=8"),
+        "pretrain": (*_ON_CPU, "epochs=4", "global_batch_size=16", "micro_batch_size=16", "lr=4e-3"),
+        "finetune": (*_ON_CPU, "epochs=2", "global_batch_size=8", "micro_batch_size=8"),
+        "polish": (*_ON_CPU, "epochs=1", "global_batch_size=8", "micro_batch_size=8"),
     },
 )
 
@@ -116,7 +116,7 @@ class Build:
             f"vision_tower={self.work / 'tower'}",
             f'data=["{data}"]',
             f"images={data.with_name('images.tar')}",
-            f"out={out}",
+            f"output_dir={out}",
             *changes,
             *self.size.recipe.get(stage, ()),
             *self.changes,

@@ -93,7 +93,7 @@ def data_check(
     """Check every sample and image. Exits with code 1 if there are problems and no fixed copy was written."""
     from llava.data import check as job
     from llava.data.measure import open_measure
-    from llava.data.report import shown
+    from llava.data.report import render
 
     measure = open_measure(tokenizer, model, template=template, limit=max_length, picture_tokens=image_tokens)
     with progress_bar("check", unit="samples") as progress:
@@ -103,6 +103,6 @@ def data_check(
     else:
         from rich.console import Console
 
-        Console(width=None if sys.stdout.isatty() else 140, markup=False, highlight=False).print(shown(found))
+        Console(width=None if sys.stdout.isatty() else 140, markup=False, highlight=False).print(render(found))
     if not found.clean and not found.fixed:
         raise SystemExit(1)

@@ -1,11 +1,13 @@
 """The training loop: compared with transformers and the original, on several ranks, after kill -9, and its errors."""
 
+import errno
 import json
 import math
 import os
 import random
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -33,6 +36,7 @@ from llava.train.loss import cross_entropy
 from llava.train.optim import build_optimizer
 from llava.train.recipe import Recipe
 from llava.train.resume import Checkpointer
+from llava.train.run_folder import _lock
 from llava.train.start import start
 from tests import command, tiny, training
 from tests.golden.test_answers import FOLDERS, TOWERS
@@ -727,7 +731,7 @@ def test_a_folder_with_other_files_is_refused_and_not_touched(assets: Assets, tm
 
 
 def test_a_finished_run_of_another_recipe_is_refused(finished: Recipe) -> None:
-    with pytest.raises(ConfigError, match="another rate; set out"):
+    with pytest.raises(ConfigError, match="another lr; set output_dir="):
         train(replace(finished, lr=3e-3), device="cpu")
 
 
@@ -737,6 +741,47 @@ def test_partial_files_of_killed_runs_are_removed_at_the_start(finished: Recipe)
     (out / "checkpoints" / ".step-00000003.partial").mkdir()
     train(finished, device="cpu")
     assert not [path for path in out.rglob(".*") if "partial" in path.name]
+
+
+HOLDER = """if True:
+    import os, sys, time
+    from pathlib import Path
+    from llava.train.run_folder import _lock
+    with _lock(Path(sys.argv[1])):
+        if os.fork() == 0:
+            time.sleep(60)
+        print(os.getpid(), flush=True)
+        time.sleep(60)"""
+
+
+def test_a_forked_worker_does_not_keep_the_lock_of_a_killed_run(tmp_path: Path) -> None:
+    argv = [command.sys.executable, "-c", HOLDER, str(tmp_path)]
+    holder = subprocess.Popen(argv, stdout=subprocess.PIPE, cwd=command.PROJECT, start_new_session=True)
+    try:
+        assert holder.stdout is not None
+        assert int(holder.stdout.readline()) == holder.pid
+        with pytest.raises(ConfigError, match="another process is training here"), _lock(tmp_path):
+            pass
+        holder.kill()
+        holder.wait()
+        with _lock(tmp_path):
+            os.killpg(holder.pid, 0)  # the forked process is still alive
+    finally:
+        os.killpg(holder.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")])
+def test_a_file_system_without_locks_gives_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    def fail(self: FileLock) -> None:
+        raise error
+
+    monkeypatch.setattr(FileLock, "_acquire", fail)
+    with _lock(tmp_path):
+        pass
+    (record,) = caplog.records
+    assert "cannot be locked" in record.message
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])

@@ -1,5 +1,5 @@
-"""The shipped recipes: each matches its entry in the zoo, runs on data in the published format, and trains exactly the
-parts it states. Recipes contain relative paths, so the tests run in a folder that holds small versions of those files."""
+"""The shipped recipes: each matches its zoo entry, runs on data in the published format, and trains exactly the stated
+parts. Recipes contain relative paths, so the tests run in a folder that holds small versions of those files."""
 
 import json
 import math
@@ -171,9 +171,9 @@ def test_a_batch_divides_evenly_among_one_two_four_or_eight_gpus(name: str) -> N
 
 
 @pytest.mark.parametrize("folder", ["llava-v1.5", "llava-v1.5-13b"])
-def test_qlora_is_lora_on_four_bits(folder: str) -> None:
+def test_qlora_is_lora_on_a_4_bit_base(folder: str) -> None:
     lora, qlora = (read_recipe(f"{folder}/finetune-{kind}") for kind in ("lora", "qlora"))
-    assert qlora == replace(lora, quantize_base="nf4", about=qlora.about, out=qlora.output_dir)
+    assert qlora == replace(lora, quantize_base="nf4", about=qlora.about, output_dir=qlora.output_dir)
 
 
 # ---------------------------------------------------------------------------------------------------- three steps
@@ -340,9 +340,13 @@ def test_the_matrices_under_adapters_equal_the_base_bit_for_bit(workspace: Works
 def test_the_command_gives_the_same_result(workspace: Workspace) -> None:
     run = workspace.trained("llava-v1.5/finetune-lora")
     changes = [word for change in workspace.changes("llava-v1.5/finetune-lora") for word in ("--set", change)]
-    done = run_well("train", "llava-v1.5/finetune-lora", *changes, "--set", "output_dir=runs/command", "--device", "cpu")
+    done = run_well(
+        "train", "llava-v1.5/finetune-lora", *changes, "--set", "output_dir=runs/command", "--device", "cpu"
+    )
     assert "runs/command/model" in done.stdout
-    both = [dict(open_checkpoint(folder, base=workspace.llama).tensors()) for folder in (run.folder, "runs/command/model")]
+    both = [
+        dict(open_checkpoint(folder, base=workspace.llama).tensors()) for folder in (run.folder, "runs/command/model")
+    ]
     assert both[0].keys() == both[1].keys()
     for name, tensor in both[0].items():
         torch.testing.assert_close(both[1][name], tensor)
@@ -384,7 +388,9 @@ def test_a_plan_counts_samples_steps_and_bytes(workspace: Workspace) -> None:
     assert plan.memory_bytes["weights"] == 4 * (PROJECTOR + LLAMA + CLIP)
     assert plan.memory_bytes["gradients"] == 4 * PROJECTOR
     assert plan.memory_bytes["optimizer"] == 8 * PROJECTOR
-    assert tiny.N_PATCHES < plan.target_tokens_per_sample + tiny.N_PATCHES < plan.tokens_per_sample < tiny.N_PATCHES + 60
+    assert (
+        tiny.N_PATCHES < plan.target_tokens_per_sample + tiny.N_PATCHES < plan.tokens_per_sample < tiny.N_PATCHES + 60
+    )
     assert plan.tokens == round(plan.tokens_per_sample * 6 * plan.steps)
 
 
@@ -395,7 +401,9 @@ def command(*words: str) -> int:
     return int(done.value.code or 0)
 
 
-def test_the_command_prints_the_plan_and_starts_nothing(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_the_plan_and_starts_nothing(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
     name = "llava-v1.5/pretrain"
     planned(workspace, name)
     changes = [word for change in workspace.changes(name) for word in ("--set", change)]
@@ -441,9 +449,9 @@ def test_the_command_refuses_in_one_line(
         ("global_batch_siz=3", "nearest is 'global_batch_size'"),
         ("vision_tour=x", "nearest is 'vision_tower'"),
         ("global_batch_size=many", "global_batch_size is 'many'; expected int"),
-        ("global_batch_size=1.5", "batch is 1.5; expected int"),
+        ("global_batch_size=1.5", "global_batch_size is 1.5; expected int"),
         ("global_batch_size=true", "global_batch_size is True; expected int"),
-        ("global_batch_size=100", "batch is 100; expected a multiple of micro_batch"),
+        ("global_batch_size=100", "global_batch_size is 100; expected a multiple of micro_batch_size"),
         ("lr=high", "lr is 'high'; expected float"),
         ("start_end=1", "start_end is 1; expected bool"),
         ("train=projectors", "expected one of 'projector'"),
