@@ -24,7 +24,7 @@ COLOURS = ("red", "green", "blue", "white")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """64 samples, a quarter of them text alone."""
+    """64 samples, a quarter of them text-only."""
     folder = tmp_path_factory.mktemp("data")
     samples = []
     for i in range(64):
