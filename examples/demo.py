@@ -1,7 +1,7 @@
-"""The main job from end to end: a checkpoint on disk, converted, answers about a picture.
+"""The main workflow end to end: convert a checkpoint on disk and ask about a picture.
 
-The checkpoint is llava-tiny, which this package brings, written here in the layout of LLaVA-1.5; with a real one the
-commands are the same. `--svg FILE` also draws what was shown, for the README.
+The checkpoint is llava-tiny, which this package ships, written in the format of LLaVA-1.5. The commands for a real
+checkpoint are the same. `--svg FILE` also saves the terminal output as an image for the README.
 """
 
 import io
@@ -20,13 +20,13 @@ PICTURE = "examples/pictures/kitchen.png"
 
 
 def say(text: str) -> str:
-    """Shows text at once, and returns it."""
+    """Prints text immediately and returns it."""
     print(text, flush=True)
     return text
 
 
 def run(*command: str) -> str:
-    """Shows a command and runs it as a user would; returns all that was shown."""
+    """Prints a command, runs it as a user would, and returns everything printed."""
     said = say(f"$ {shlex.join(command)}")
     program = [sys.executable, "-m", "llava.cli"] if command[0] == "llava" else [sys.executable]
     done = subprocess.run([*program, *command[1:]], check=True, cwd=PROJECT, stdout=subprocess.PIPE, encoding="utf-8")
@@ -34,11 +34,11 @@ def run(*command: str) -> str:
 
 
 def picture_of(text: str, file: Path) -> None:
-    """A terminal with this text in it, as SVG."""
+    """Writes an SVG of a terminal with this text."""
     console = Console(record=True, width=110, file=io.StringIO())
     printable = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
     console.print(printable, markup=False, highlight=False)
-    svg = re.sub(r"@font-face\s*{[^}]*}", "", console.export_svg(title="make demo"))  # no fonts from afar
+    svg = re.sub(r"@font-face\s*{[^}]*}", "", console.export_svg(title="make demo"))  # no fonts from the network
     file.write_text(svg, encoding="utf-8")
 
 
@@ -46,7 +46,9 @@ def main() -> None:
     shutil.rmtree(PROJECT / OUT, ignore_errors=True)
     (PROJECT / OUT).mkdir(parents=True)
     shown = [
-        say("llava-tiny, a LLaVA that knows drawn objects: as LLaVA-1.5 is published, then in our own layout.\n"),
+        say(
+            "llava-tiny, a LLaVA that knows drawn objects: first in the LLaVA-1.5 format, then in the native format.\n"
+        ),
         run("python", "-m", "examples.tiny.layouts", "--out", f"{OUT}/layouts"),
         run("llava", "convert", f"{OUT}/layouts/merged-bin", f"{OUT}/native", "--verify"),
         run("llava", "inspect", f"{OUT}/native"),

@@ -1,4 +1,4 @@
-"""Generated training data in the formats of the zoo's rows, where the recipes look for them."""
+"""Generated training data in the published formats, at the paths that the shipped recipes name."""
 
 import io
 import json
@@ -13,18 +13,18 @@ from PIL import Image
 
 from tests import tiny
 
-N = 8  # samples of a file
+N = 8  # samples per file
 LINES = [line for line in tiny.TEXT.splitlines() if line]
 Json = dict[str, Any]
 
 
-def told(*turns: str) -> list[Json]:
-    """A conversation: questions and answers in turn."""
+def conversation(*turns: str) -> list[Json]:
+    """Alternating questions and answers."""
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]
 
 
 def marked(i: int, question: str) -> str:
-    """The mark stands behind the question or in front, on a line of its own."""
+    """Puts the mark before or after the question, on its own line."""
     return f"{question}\n<image>" if i % 2 else f"<image>\n{question}"
 
 
@@ -34,7 +34,7 @@ def captions(choose: random.Random, i: int) -> Json:
     return {
         "id": f"{i:09}",
         "image": f"{i % 100:05}/{i:09}.jpg",
-        "conversations": told(question, choose.choice(LINES)[:40]),
+        "conversations": conversation(question, choose.choice(LINES)[:40]),
     }
 
 
@@ -42,36 +42,43 @@ def raw_captions(choose: random.Random, i: int) -> Json:
     """CC-595K."""
     question = "Provide a brief description of the given image.\n<image>"
     name = f"GCC_train_{i:09}"
-    return {"id": name, "image": f"{name}.jpg", "conversations": told(question, choose.choice(LINES)[:40].lower())}
+    return {
+        "id": name,
+        "image": f"{name}.jpg",
+        "conversations": conversation(question, choose.choice(LINES)[:40].lower()),
+    }
 
 
 def instructions(choose: random.Random, i: int) -> Json:
-    """LLaVA-Instruct: conversations of several turns and single long answers; bare COCO names."""
+    """LLaVA-Instruct: conversations of several turns, single long answers, and COCO names without a folder."""
     turns = [marked(i, "What is in the picture?"), choose.choice(LINES)]
     if i % 3:
         turns += ["Which colours do you see?", choose.choice(LINES)[:50]]
-    return {"id": f"{i:012}", "image": f"{i:012}.jpg", "conversations": told(*turns)}
+    return {"id": f"{i:012}", "image": f"{i:012}.jpg", "conversations": conversation(*turns)}
 
 
 def mixture(choose: random.Random, i: int) -> Json:
-    """mix665k: short answers, several in one sample, from five folders; some samples are text alone."""
+    """mix665k: several short answers per sample, pictures from five folders, and some text-only samples."""
     if i % 4 == 3:
         return {
             "id": f"text{i}",
-            "conversations": told("Say hello.", choose.choice(LINES), "Why?", "No."),
+            "conversations": conversation("Say hello.", choose.choice(LINES), "Why?", "No."),
         }
     short = "Answer the question using a single word or phrase."
-    place = ("coco/train2017", "gqa/images", "ocr_vqa/images", "textvqa/train_images", "vg/VG_100K")[i % 5]
+    folder = ("coco/train2017", "gqa/images", "ocr_vqa/images", "textvqa/train_images", "vg/VG_100K")[i % 5]
     turns = [f"<image>\nHow many people are there?\n{short}", "3", "Which one is darker?", "Left"]
-    return {"id": i, "image": f"{place}/{i:012}.jpg", "conversations": told(*turns)}
+    return {"id": i, "image": f"{folder}/{i:012}.jpg", "conversations": conversation(*turns)}
 
 
 def science(answer: str) -> Callable[[random.Random, int], Json]:
-    """ScienceQA: the picture, where there is one, is named last."""
+    """ScienceQA: if there is a picture, its mark comes last."""
 
     def sample(choose: random.Random, i: int) -> Json:
         question = "Which is the darker one?\nContext: N/A\nOptions: (A) the left (B) the right"
-        made = {"id": str(i), "conversations": told(question, answer.format(choose.choice(LINES), choose.choice("AB")))}
+        made = {
+            "id": str(i),
+            "conversations": conversation(question, answer.format(choose.choice(LINES), choose.choice("AB"))),
+        }
         if i % 2:
             made |= {"image": f"{i}/image.png"}
             made["conversations"][0]["value"] += "\n<image>"
@@ -81,8 +88,12 @@ def science(answer: str) -> Callable[[random.Random, int], Json]:
 
 
 def own(choose: random.Random, i: int) -> Json:
-    """Somebody's own; also llava-tiny's, but for a caption's single exchange."""
-    return {"id": f"own-{i}", "image": f"own-{i}.jpg", "conversations": told("<image>\nRead it.", choose.choice(LINES))}
+    """A user's own data, also used for llava-tiny."""
+    return {
+        "id": f"own-{i}",
+        "image": f"own-{i}.jpg",
+        "conversations": conversation("<image>\nRead it.", choose.choice(LINES)),
+    }
 
 
 FORMATS: dict[str, Callable[[random.Random, int], Json]] = {
@@ -102,7 +113,7 @@ FORMATS: dict[str, Callable[[random.Random, int], Json]] = {
 
 
 def write(file: str, images: str) -> None:
-    """A data file below the working folder, and its pictures in a folder or .tar."""
+    """Writes a data file in the working folder, and its pictures to a folder or .tar."""
     choose = random.Random(file)
     samples = [FORMATS[file](choose, i) for i in range(N)]
     Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +133,7 @@ def write(file: str, images: str) -> None:
 
 
 def picture(i: int) -> bytes:
-    """Noise, of many shapes; the name does not tell what kind of file it is."""
+    """Noise in varying sizes, as PNG or JPEG regardless of the file name."""
     out = io.BytesIO()
     noise = np.random.default_rng(i).integers(0, 256, (30 + 9 * i, 90 - 7 * i, 3), np.uint8)
     Image.fromarray(noise).save(out, "PNG" if i % 2 else "JPEG")

@@ -1,4 +1,4 @@
-"""What the tests of training share: data of all kinds in small, a recipe for them, runs in processes of their own."""
+"""Helpers of the training tests: a small model with data, a recipe for them, and runs in separate processes."""
 
 import contextlib
 import json
@@ -17,34 +17,33 @@ import torch
 from PIL import Image
 
 from llava.checkpoint.open import open_checkpoint
-from llava.data.samples import Samples
 from llava.errors import LlavaError
-from llava.preprocess.inputs import ModelInput, Preprocessor
-from llava.train.batch import Batch, Batches, Order
+from llava.preprocess.inputs import ModelInput
+from llava.train.batch import Batch, BatchDataset
 from llava.train.loop import train
-from llava.train.loss import Trainee
+from llava.train.loss import LlavaWithLoss
 from llava.train.recipe import Recipe, recipe_from, to_dict
 from llava.train.start import fill, row_ids, start, trainable
 from tests import tiny
 
-TIMEOUT_S = 60  # of a run apart; one takes 2 to 10
+TIMEOUT_S = 60  # of a run in separate processes, which takes 2 to 10 s
 WORDS = tiny.TEXT.split()
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class School:
-    """What there is to train and to learn from."""
+class Assets:
+    """Models and data that a recipe can name."""
 
-    llama: Path  # a language model alone
+    llama: Path  # a language model without a tower
     clip: Path
-    llava: Path  # merged, its config names the CLIP
-    data: Path  # 22 samples with pictures, 12 of text alone, mixed
+    llava: Path  # a full model whose config names `clip`
+    data: Path  # 22 samples with an image and 12 without, mixed
     images: Path
 
 
-def build_school(folder: Path, clip: Path, llava: Path) -> School:
-    """Writes data and a language model."""
+def build_assets(folder: Path, clip: Path, llava: Path) -> Assets:
+    """Writes the data and a language model."""
     images = folder / "images"
     images.mkdir(parents=True)
     for i in range(6):
@@ -52,11 +51,11 @@ def build_school(folder: Path, clip: Path, llava: Path) -> School:
         Image.fromarray(noise).save(images / f"{i}.png")
     choose = random.Random(0)
     samples = [sample(choose, i, with_picture=i % 3 < 2 and i < 33) for i in range(34)]
-    return School(tiny.write_llama(folder / "llama"), clip, llava, write_data(folder / "data.json", samples), images)
+    return Assets(tiny.write_llama(folder / "llama"), clip, llava, write_data(folder / "data.json", samples), images)
 
 
 def sample(choose: random.Random, i: int, *, with_picture: bool) -> Json:
-    """One of one to three exchanges; lengths differ much."""
+    """A sample of one to three exchanges. Lengths vary widely."""
     turns = []
     for turn in range(1 + i % 3):
         question = " ".join(choose.choices(WORDS, k=choose.randint(2, 9)))
@@ -67,94 +66,116 @@ def sample(choose: random.Random, i: int, *, with_picture: bool) -> Json:
 
 
 def write_data(file: Path, samples: list[Json]) -> Path:
-    """The samples as LLaVA's JSON."""
+    """Writes the samples as a JSON array."""
     file.write_text(json.dumps(samples))
     return file
 
 
-def recipe(school: School, out: Path, **changes: Any) -> Recipe:
-    """Six short steps of full tuning in float32; `changes` as in a recipe's file."""
-    values = {"model": str(school.llava), "data": str(school.data), "images": str(school.images), "out": str(out)}
-    values |= {"max_steps": 6, "batch": 6, "micro_batch": 3, "rate": 1e-3, "max_length": 256, "pad_to": 32}
-    values |= {"compute": "float32", "checkpointing": False, "workers": 0, "save_every": 2, "lora_dropout": 0.0}
+def recipe(assets: Assets, out: Path, **changes: Any) -> Recipe:
+    """Six steps of full fine-tuning in float32; `changes` are recipe keys."""
+    values = {
+        "model": str(assets.llava),
+        "data": str(assets.data),
+        "images": str(assets.images),
+        "output_dir": str(out),
+    }
+    values |= {
+        "max_steps": 6,
+        "global_batch_size": 6,
+        "micro_batch_size": 3,
+        "lr": 1e-3,
+        "max_length": 256,
+        "pad_to": 32,
+    }
+    values |= {
+        "compute_dtype": "float32",
+        "gradient_checkpointing": False,
+        "num_workers": 0,
+        "save_every": 2,
+        "lora_dropout": 0.0,
+    }
     return recipe_from({**values, **changes}, "test")
 
 
-PRETRAINING: Json = {"template": "vicuna_v1", "train": ["projector"], "rate": 1e-2}  # with the school's llama and clip
-LORA: Json = {"lora_rank": 4, "lora_alpha": 8, "projector_rate": 1e-4, "rate": 5e-3}
+PRETRAINING: Json = {
+    "template": "vicuna_v1",
+    "train": ["projector"],
+    "lr": 1e-2,
+}  # for the llama and clip of the assets
+LORA: Json = {"lora_rank": 4, "lora_alpha": 8, "projector_lr": 1e-4, "lr": 5e-3}
 
 
-def from_parts(school: School) -> Json:
-    """Keys of a recipe that puts a language model and a tower together."""
-    return {"model": str(school.llama), "vision_tower": str(school.clip)} | PRETRAINING
+def from_parts(assets: Assets) -> Json:
+    """Recipe keys that combine a language model with a vision tower."""
+    return {"model": str(assets.llama), "vision_tower": str(assets.clip)} | PRETRAINING
 
 
 def rows(out: Path) -> list[Json]:
-    """Of the run's log."""
+    """The rows of the run's log."""
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def losses(out: Path) -> list[float]:
-    """Of each step; the log has every step once."""
+    """The loss of each step. Checks that the log has every step once."""
     found = rows(out)
     assert [row["step"] for row in found] == list(range(1, len(found) + 1))
     return [row["loss"] for row in found]
 
 
 def weights(model: Path, **options: Any) -> dict[str, torch.Tensor]:
-    """By our names, in float32."""
+    """A model's weights in float32, by our names."""
     return {name: source.read().float() for name, source in open_checkpoint(model, **options).sources.items()}
 
 
-def trainee_of(recipe: Recipe) -> tuple[Trainee, Batches]:
+def net_and_dataset(recipe: Recipe) -> tuple[LlavaWithLoss, BatchDataset]:
     """What a run on one CPU trains, and its micro-batches."""
-    checkpoint = start(recipe, Path(recipe.out) / "tokenizer")
+    checkpoint = start(recipe, Path(recipe.output_dir) / "tokenizer")
     model = trainable(checkpoint, recipe)
     fill(model, checkpoint, recipe, torch.device("cpu"))
-    trainee = Trainee(model, rows=row_ids(checkpoint, recipe), tower_learns="vision" in recipe.train)
-    samples = Samples([Path(file) for file in recipe.data], Path(recipe.images) if recipe.images else None)
-    preprocessor = Preprocessor(checkpoint.config, checkpoint.tokenizer, template=recipe.template)
-    return trainee.train(), Batches(samples, preprocessor, recipe, Order(recipe, samples.lengths), rank=0, ranks=1)
+    net = LlavaWithLoss(model, trained_rows=row_ids(checkpoint, recipe), train_vision="vision" in recipe.train)
+    return net.train(), BatchDataset.open(recipe, checkpoint)
 
 
-def inputs_of(batches: Batches, step: int) -> list[ModelInput]:
-    """The samples of a step, micro-batch after micro-batch."""
-    return [batches.prepare(index) for place in batches.order.step(step) for index in place.samples]
+def inputs_of(dataset: BatchDataset, step: int) -> list[ModelInput]:
+    """The samples of a step, in the order of its micro-batches."""
+    return [
+        dataset.prepare(index) for micro_batch in dataset.order.micro_batches(step) for index in micro_batch.samples
+    ]
 
 
-def gradients(trainee: Trainee, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Summed loss and its gradients."""
-    trainee.zero_grad()
-    loss = trainee(batch)
+def gradients(net: LlavaWithLoss, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The summed loss and its gradients."""
+    net.zero_grad()
+    loss = net(batch)
     loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in trainee.named_parameters() if p.grad is not None}
+    return loss.detach(), {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
 
 
-# Runs apart. A server that has torch loaded forks them: each is a process of its own that starts in no time.
+# Runs in separate processes. A fork server that has already imported torch starts them quickly.
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["tests.training", "torch._dynamo"])
 
 
 @dataclass
-class Apart:
-    """A run in other processes, one a rank."""
+class Background:
+    """A run in other processes, one per rank."""
 
     processes: list[ForkServerProcess]
-    told: Path  # what they wrote to stderr
+    output: Path  # what they write to stdout and stderr
 
     def wait(self, timeout_s: float = TIMEOUT_S) -> list[int | None]:
-        """Exit codes; a rank that hangs is killed and fails the test."""
+        """The exit codes. A rank that does not exit in time is killed and fails the test."""
         end = time.monotonic() + timeout_s
         for process in self.processes:
             process.join(max(0, end - time.monotonic()))
         hanging = [process.is_alive() for process in self.processes]
         self.kill()
-        assert not any(hanging), f"ranks that hang: {hanging}; {self.told.read_text()}"
+        assert not any(hanging), f"ranks that hang: {hanging}; {self.output.read_text()}"
         return [process.exitcode for process in self.processes]
 
     def kill(self) -> None:
-        """kill -9, all at once: a rank that is left alone ends by itself."""
+        """Sends SIGKILL to all ranks at once, because a rank exits by itself when it loses the others."""
         for process in self.processes:
             if process.is_alive():
                 process.kill()
@@ -162,39 +183,38 @@ class Apart:
             process.join(10)
 
 
-def begin(recipe: Recipe, *, ranks: int = 1, name: str = "told") -> Apart:
-    """Starts `train` in processes; one rank knows nothing of others."""
-    told = Path(recipe.out).with_suffix(f".{name}")
-    told.write_text("")
+def begin(recipe: Recipe, *, ranks: int = 1, name: str = "output") -> Background:
+    """Starts `train` in separate processes. A single rank runs without a process group."""
+    output = Path(recipe.output_dir).with_suffix(f".{name}")
+    output.write_text("")
     port = _free_port()
-    # daemons: none outlives the tests; so no workers here
-    make = _FORKS.Process
+    make = _FORKS.Process  # daemons, so that none outlives the tests; they cannot have worker processes
     values = to_dict(recipe)
-    processes = [make(target=_run, args=(values, rank, ranks, port, told), daemon=True) for rank in range(ranks)]
+    processes = [make(target=_run, args=(values, rank, ranks, port, output), daemon=True) for rank in range(ranks)]
     for process in processes:
         process.start()
-    return Apart(processes, told)
+    return Background(processes, output)
 
 
-def run_apart(recipe: Recipe, *, ranks: int = 1) -> None:
-    """Trains in processes of its own, to the end."""
+def run_in_background(recipe: Recipe, *, ranks: int = 1) -> None:
+    """Trains in separate processes and waits for them."""
     run = begin(recipe, ranks=ranks)
     codes = run.wait()
-    assert codes == [0] * ranks, run.told.read_text()
+    assert codes == [0] * ranks, run.output.read_text()
 
 
 def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
 
 
-def _run(values: Json, rank: int, ranks: int, port: int, told: Path) -> None:
+def _run(values: Json, rank: int, ranks: int, port: int, output: Path) -> None:
     torch.set_num_threads(1)
     if ranks > 1:
-        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in places.items()}}
-    with told.open("a", buffering=1) as stream:
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in variables.items()}}
+    with output.open("a", buffering=1) as stream:
         os.dup2(stream.fileno(), 2)
         os.dup2(stream.fileno(), 1)
         with contextlib.redirect_stderr(stream), contextlib.redirect_stdout(stream):

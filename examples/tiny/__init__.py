@@ -1,1 +1,1 @@
-"""How llava-tiny is made: a world of drawn scenes, questions about them, the parts it starts from, and its scores."""
+"""How llava-tiny is made: drawn scenes, questions about them, the pretrained parts, and the evaluation."""

@@ -1,8 +1,8 @@
-"""Builds llava-tiny from glyphs to the weights that the package brings: `python -m examples.tiny.build`.
+"""Builds the weights of llava-tiny from glyphs: `python -m examples.tiny.build`.
 
-Stages, each a command that can be run again by itself and starts from the weights that the last ones left: a vision
-tower, a language model, then LLaVA's own two stages by `llava train`, the second one in two parts. Training data are
-drawn while the tower learns.
+The stages are a vision tower, a language model, and LLaVA's two stages with `llava train`, the second in two parts.
+Each stage starts from the weights of earlier ones and can be repeated on its own. Training data is drawn in the
+background.
 """
 
 import json
@@ -31,13 +31,13 @@ SETS = {  # data set -> kind and seed
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How much of everything."""
+    """The amount of data and training in each stage."""
 
     data: dict[str, int]  # kind of data set -> samples
-    tower: tuple[str, ...]  # options of tower.py
-    language: tuple[str, ...]  # options of language.py
-    drawing: tuple[str, ...]  # options of dataset.py
-    recipe: dict[Stage, tuple[str, ...]] = field(default_factory=dict)  # --set of the recipes
+    tower: tuple[str, ...]  # command-line options of tower.py
+    language: tuple[str, ...]  # command-line options of language.py
+    drawing: tuple[str, ...]  # command-line options of dataset.py
+    recipe: dict[Stage, tuple[str, ...]] = field(default_factory=dict)  # --set options per stage
 
 
 FULL = Size(
@@ -46,8 +46,8 @@ FULL = Size(
     language=("--minutes", "1.3"),
     drawing=("--stylise", "0.25"),
 )
-_ON_CPU = ("compute=float32", "compile=false", "workers=1", "pad_to=1", "max_steps=0")
-SMOKE = Size(  # eight things, one a scene, only named: under two minutes on two cores
+_ON_CPU = ("compute_dtype=float32", "compile=false", "num_workers=1", "pad_to=1", "max_steps=0")
+SMOKE = Size(  # eight things, one per scene, named only: under two minutes on two cores
     data={"text": 1500, "caption": 600, "instruct": 1000, "fresh": 300},
     tower=(
         *("--entries", "8", "--words", "0", "--objects", "1", "--no-augment", "--batch", "32", "--steps", "280"),
@@ -60,9 +60,9 @@ SMOKE = Size(  # eight things, one a scene, only named: under two minutes on two
     ),
     drawing=("--lessons", "names", "--entries", "8"),
     recipe={
-        "pretrain": (*_ON_CPU, "epochs=4", "batch=16", "micro_batch=16", "rate=4e-3"),
-        "finetune": (*_ON_CPU, "epochs=2", "batch=8", "micro_batch=8"),
-        "polish": (*_ON_CPU, "epochs=1", "batch=8", "micro_batch=8"),
+        "pretrain": (*_ON_CPU, "epochs=4", "global_batch_size=16", "micro_batch_size=16", "lr=4e-3"),
+        "finetune": (*_ON_CPU, "epochs=2", "global_batch_size=8", "micro_batch_size=8"),
+        "polish": (*_ON_CPU, "epochs=1", "global_batch_size=8", "micro_batch_size=8"),
     },
 )
 
@@ -75,7 +75,7 @@ class Build:
         self.drawing: Thread | None = None
 
     def run(self, stages: list[Stage]) -> dict[str, float]:
-        """Seconds of each stage. What a stage left before is made anew."""
+        """Runs the stages, replacing their earlier output, and returns the seconds each one took."""
         self._draw_ahead([DRAWN[stage] for stage in stages if stage in DRAWN])
         seconds: dict[str, float] = {}
         for stage in stages:
@@ -100,11 +100,11 @@ class Build:
         self._train("finetune", self._data("instruct"), f"projector={self.work / 'pretrain' / 'model'}")
 
     def polish(self) -> None:
-        """Stage 2 once more, over scenes that were not seen: what was learnt by heart gives way."""
+        """Continues stage 2 on unseen scenes, to reduce overfitting."""
         self._train("polish", self._data("fresh"), f"model={self.work / 'finetune' / 'model'}")
 
     def ship(self) -> None:
-        """The trained model in our own layout, one file of weights."""
+        """Converts the trained model to the native format."""
         source, target = self.work / "polish" / "model", self.work / "llava-tiny"
         shutil.rmtree(target, ignore_errors=True)
         _python("-m", "llava.cli", "convert", str(source), str(target), "--vision-tower", str(self.work / "tower"))
@@ -116,7 +116,7 @@ class Build:
             f"vision_tower={self.work / 'tower'}",
             f'data=["{data}"]',
             f"images={data.with_name('images.tar')}",
-            f"out={out}",
+            f"output_dir={out}",
             *changes,
             *self.size.recipe.get(stage, ()),
             *self.changes,
@@ -129,13 +129,13 @@ class Build:
         return self.work / name
 
     def _draw_ahead(self, names: list[str]) -> None:
-        """Draws what is not there yet, one set after the other, while the stages run."""
+        """Draws the missing data sets in the background, one after the other."""
         missing = [name for name in names if not (self.work / name).is_dir()]
         self.drawing = Thread(target=self._draw, args=missing, daemon=True)
         self.drawing.start()
 
     def _draw(self, *names: str) -> None:
-        """Data sets; each appears whole."""
+        """Draws data sets. Each appears only when it is complete."""
         for name in names:
             self._draw_one(name)
 
@@ -147,12 +147,14 @@ class Build:
         _python("-m", "examples.tiny.dataset", *sizes, *files, *self.size.drawing)
 
     def _data(self, name: str) -> Path:
-        """The file of a data set, once it is drawn."""
+        """Waits for a data set and returns its file."""
         going = True
         while not (self.work / name).is_dir():
             if not going:
                 raise SystemExit(f"build: {self.work / name} was not drawn")
-            going = self.drawing is not None and self.drawing.is_alive()  # one more look: a set may have come last
+            going = (
+                self.drawing is not None and self.drawing.is_alive()
+            )  # checked once more, because the thread may just have finished it
             time.sleep(0.2)
         return self.work / name / "data.json"
 
@@ -162,18 +164,18 @@ def _python(*words: str) -> None:
 
 
 def main(
-    stages: Annotated[list[str] | None, typer.Argument(help=f"some of {', '.join(STAGES)}; none: all")] = None,
-    work: Annotated[Path, typer.Option(help="folder for parts, data and runs")] = Path("build/tiny"),
-    glyphs: Annotated[Path, typer.Option(help="pack of glyphs, made by examples.tiny.glyphs")] = Path(
+    stages: Annotated[list[str] | None, typer.Argument(help=f"any of {', '.join(STAGES)}; default: all")] = None,
+    work: Annotated[Path, typer.Option(help="folder for pretrained parts, data and runs")] = Path("build/tiny"),
+    glyphs: Annotated[Path, typer.Option(help="pack of glyphs made by examples.tiny.glyphs")] = Path(
         "build/tiny/glyphs.zip"
     ),
-    smoke: Annotated[bool, typer.Option(help="a small one: eight things, two minutes on two cores")] = False,
-    changes: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of the recipes")] = None,
+    smoke: Annotated[bool, typer.Option(help="small build: eight things, two minutes on two cores")] = False,
+    changes: Annotated[list[str] | None, typer.Option("--set", help="override a recipe key, as KEY=VALUE")] = None,
 ) -> None:
-    """Builds llava-tiny; the trained model is WORK/polish/model, in our own layout WORK/llava-tiny."""
+    """Build llava-tiny. The trained model is WORK/polish/model, and WORK/llava-tiny in the native format."""
     chosen: list[Stage] = [stage for stage in STAGES if not stages or stage in stages]
     if unknown := set(stages or ()) - set(STAGES):
-        raise typer.BadParameter(f"{unknown.pop()}: expected some of {', '.join(STAGES)}")
+        raise typer.BadParameter(f"{unknown.pop()}: expected any of {', '.join(STAGES)}")
     seconds = Build(work, glyphs, SMOKE if smoke else FULL, tuple(changes or ())).run(chosen)
     print(json.dumps({"seconds": seconds, "total": round(sum(seconds.values()), 1)}))
 

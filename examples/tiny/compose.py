@@ -1,9 +1,9 @@
-"""Draws batches of scenes on the device, with what is where: the pictures that the vision tower is trained on.
+"""Draws batches of labelled scenes on the device, on which the vision tower is trained.
 
-B scenes   K objects at most   S side of a picture in pixels   P patches
+B scenes   K maximum objects   S image side in pixels   P patches
 
-A batch is drawn in two steps. `_sample` decides all (some numbers a scene, from a seeded generator); `_layer` looks up
-every pixel of one object a scene, which is all the work and holds nothing random, so that it can be compiled.
+A batch is drawn in two steps. `_sample` makes all random decisions, with a seeded generator. `_layer` then draws one
+object per scene; it takes nearly all of the time, and it is deterministic so that it can be compiled.
 """
 
 import math
@@ -18,50 +18,50 @@ from examples.tiny.sprites import LEVELS, PLAIN, SIDE, WEIGHTS, WORD_SIZE, Sprit
 from examples.tiny.world import FONT_VARIANTS
 from llava.checkpoint.published import CLIP_MEAN, CLIP_STD
 
-BACKGROUND, UNCLEAR = -1, -2  # labels of patches that show no object, or too little of one
-BAR = tuple(int(255 * channel) / 255 for channel in CLIP_MEAN)  # what LLaVA pads a picture to a square with
+BACKGROUND, UNCLEAR = -1, -2  # labels of patches with no object, or with too little of one
+BAR = tuple(int(255 * channel) / 255 for channel in CLIP_MEAN)  # the colour that LLaVA pads images with
 
-_COUNTS = (0.14, 0.16, 0.17, 0.18, 0.18, 0.17)  # of scenes with 1, 2, … objects
-_WORDS = 0.18  # share of objects that are printed words, where there are any
-_BARS = 0.6  # share of scenes that are not square
-_COVERED, _BARE = 0.4, 0.15  # share of a patch that an object fills at least, and that objects fill at most
-_PEAK = 0.2  # an object too small for _COVERED is named at the patch that shows most of it, if it is so much
-# Backgrounds: plain, gradient, from the middle, clouds, blobs, fine noise, stripes, checks, dots
+_COUNTS = (0.14, 0.16, 0.17, 0.18, 0.18, 0.17)  # fractions of scenes with 1, 2, … objects
+_WORDS = 0.18  # fraction of objects that are printed words, if words are given
+_BARS = 0.6  # fraction of scenes that are not square
+_COVERED, _BARE = 0.4, 0.15  # coverage of a patch: minimum to be labelled as an object, maximum as background
+_PEAK = 0.2  # an object below _COVERED everywhere labels its best patch, from this coverage on
+# probabilities of backgrounds: plain, linear and radial gradient, clouds, blobs, fine noise, stripes, checks, dots
 _KINDS = (0.36, 0.12, 0.08, 0.1, 0.08, 0.06, 0.08, 0.06, 0.06)
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """Pictures and what is in them."""
+    """Images and their labels."""
 
-    images: Tensor  # float32 [B, 3, S, S], normalised as CLIP's are
+    images: Tensor  # float32 [B, 3, S, S], normalized as for CLIP
     labels: Tensor  # int64 [B, P]: class, BACKGROUND or UNCLEAR
-    owners: Tensor  # int64 [B, P]: which object is the label's, -1 where there is none
-    classes: Tensor  # int64 [B, K], -1 where there are fewer objects
-    boxes: Tensor  # float32 [B, K, 4]: left, top, right, bottom in pixels, before others cover it
+    owners: Tensor  # int64 [B, P]: index of the object that the label refers to, -1 for none
+    classes: Tensor  # int64 [B, K], padded with -1
+    boxes: Tensor  # float32 [B, K, 4]: left, top, right, bottom in pixels, ignoring occlusion
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """All decisions about a batch; [B, K] and [B] tensors."""
+    """All random decisions about a batch, as [B, K] and [B] tensors."""
 
     classes: Tensor
     boxes: Tensor
     pose: Tensor  # [B, K, 15], see `_layer`
-    color: Tensor  # [B, K, 3, 4]: red, green, blue, alpha -> a channel
+    color: Tensor  # [B, K, 3, 4]: matrix from red, green, blue, alpha to each channel
     start: Tensor
     width: Tensor
     height: Tensor
-    content: Tensor  # [B, 4]: what is no bar: left, top, right, bottom
+    content: Tensor  # [B, 4]: the area between the bars: left, top, right, bottom
     ground: Tensor  # [B, 2, 3]: two colours
-    kind: Tensor  # [B, len(_KINDS)]: which of them
+    kind: Tensor  # [B, len(_KINDS)]: one-hot
     wave: Tensor  # [B, 3]: angle, frequency, phase
     noise: Tensor  # [B, 4, n, n]
     grain: Tensor  # [B]: strength
 
 
 class Composer:
-    """Endless scenes from one seed. `augment` False: each picture as its artist drew it, for measuring."""
+    """An endless stream of scenes from one seed. `augment` False: glyphs in their original form, for evaluation."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class Composer:
         self.finish: Callable[..., Tensor] = torch.compile(_finish, dynamic=False) if compiled else _finish
         middles = torch.arange(size, device=self.device) + 0.5
         self.y, self.x = torch.meshgrid(middles, middles, indexing="ij")  # [S, S]
-        # Constants lie on the device: to send one there waits for all work before it.
+        # constants are kept on the device, because copying one there would synchronize
         self.limits: dict[tuple[float, ...], Tensor] = {}
         self.waves = torch.tensor([2 * math.pi, 30.0, 2 * math.pi], device=self.device)
         cross = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=self.device) / math.sqrt(3)
@@ -90,12 +90,12 @@ class Composer:
 
     @torch.no_grad()
     def draw(self, batch: int) -> Scenes:
-        """The next scenes."""
+        """Draws the next batch of scenes."""
         plan = self._sample(batch)
         seen = torch.zeros(batch, 3, self.size, self.size, device=self.device)
-        left = torch.ones(batch, self.size, self.size, device=self.device)  # how much of what lies behind is seen
+        left = torch.ones(batch, self.size, self.size, device=self.device)  # remaining visibility of what is behind
         covers = []
-        for k in range(self.max_objects):  # from the front to the back
+        for k in range(self.max_objects):  # front to back
             one = (plan.pose[:, k], plan.color[:, k], plan.start[:, k], plan.width[:, k], plan.height[:, k])
             rgb, alpha = self.layer(self.sprites.pixels, self.x, self.y, plan.content, *one)
             seen += left[:, None] * rgb
@@ -111,18 +111,18 @@ class Composer:
         return torch.rand(shape, generator=self.random, device=self.device) * (high - low) + low
 
     def _chance(self, p: float, *shape: int) -> Tensor:
-        """bool"""
+        """bool tensor, true with probability `p`."""
         return self._uniform(*shape) < p
 
     def _pick(self, weights: tuple[float, ...], *shape: int) -> Tensor:
-        """int64: places in `weights`, each as often as it says."""
+        """int64 indices into `weights`, drawn with these weights."""
         if weights not in self.limits:
             self.limits[weights] = torch.tensor(weights, device=self.device).cumsum(0)
         limits = self.limits[weights]
         return torch.bucketize(self._uniform(*shape) * limits[-1], limits).clamp(max=len(weights) - 1)
 
     def _one_of(self, n: int, *shape: int) -> Tensor:
-        """int64 below n"""
+        """int64, uniform below n."""
         return (self._uniform(*shape) * n).long().clamp(max=n - 1)
 
     def _sample(self, b: int) -> _Plan:
@@ -154,7 +154,7 @@ class Composer:
         )
 
     def _grounds(self, b: int) -> Tensor:
-        """Two colours a scene, [B, 2, 3]: any, pale or dark ones; the second often near the first."""
+        """Two background colours per scene, [B, 2, 3]: any, pale or dark. The second is often close to the first."""
         colors = self._uniform(b, 2, 3)
         pale, dark = self._chance(0.35, b, 1, 1), self._chance(0.15, b, 1, 1)
         colors = torch.where(pale, 1 - 0.25 * colors, torch.where(dark, 0.25 * colors, colors))
@@ -163,7 +163,7 @@ class Composer:
         return torch.cat([colors[:, :1], second], dim=1)
 
     def _classes(self, b: int, count: Tensor) -> Tensor:
-        """Every glyph and every word equally often; in some scenes the same thing several times."""
+        """Classes [B, K]: all glyphs and all words with equal frequency. In some scenes a class is repeated."""
         k, glyphs, words = self.max_objects, self.sprites.n_glyphs, self.sprites.n_words
         classes = self.sprites.drawable[self._one_of(len(self.sprites.drawable), b, k)]
         if words:
@@ -174,14 +174,14 @@ class Composer:
         return torch.where(torch.arange(k, device=self.device) < count[:, None], classes, -1)
 
     def _content(self, b: int) -> Tensor:
-        """The part between the bars, [B, 4]."""
+        """The area between the bars, [B, 4]."""
         ratio = torch.where(self._chance(_BARS, b), self._uniform(b, low=0.47), 1.0)
         wide = self._chance(0.5, b)
         size = self.size * torch.stack([torch.where(wide, 1.0, ratio), torch.where(wide, ratio, 1.0)], 1)
         return torch.cat([(self.size - size) / 2, (self.size + size) / 2], dim=1)
 
     def _places(self, b: int, count: Tensor, content: Tensor, extent: Tensor, is_word: Tensor) -> tuple[Tensor, Tensor]:
-        """Centres [B, K, 2] in cells of a random grid, and the pictures' half heights [B, K], in pixels."""
+        """Centres [B, K, 2] in the cells of a random grid, and half heights [B, K], in pixels."""
         k, unit = self.max_objects, self.size / 160
         size = content[:, 2:] - content[:, :2]
         long = torch.where(count == 1, 1, torch.where((count > 4) | self._chance(0.35, b), 3, 2))  # cells
@@ -202,7 +202,7 @@ class Composer:
         return content[:, None, :2] + (corner + 0.5) * room + jitter, half
 
     def _poses(self, center: Tensor, half: Tensor, extent: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, K, 15] for `_layer`, and half width and height of the boxes [B, K, 2]."""
+        """Poses [B, K, 15] for `_layer`, and half widths and heights of the boxes [B, K, 2]."""
         shape, is_word = half.shape, classes >= self.sprites.n_glyphs
         calm = torch.where(is_word, 0.2, 1.0)
         angle = self._uniform(*shape, low=-1, high=1) * math.radians(20) * self._chance(0.75, *shape) * calm
@@ -213,7 +213,7 @@ class Composer:
         shear = self._uniform(*shape, low=-0.18, high=0.18) * self.augment * calm
         turned = self._chance(0.1 * self.augment, *shape) & self.sprites.turnable[classes.clamp(min=0)]
         mirror = torch.where(turned, -1.0, 1.0)
-        uu, uv, vu, vv = cos / w, sin / w, -sin / h, cos / h  # turned back, then to -1..1
+        uu, uv, vu, vv = cos / w, sin / w, -sin / h, cos / h  # inverse rotation, then scaling to -1..1
         bend = self._chance(0.6, *shape, 1) * self._uniform(*shape, 2, high=0.06) * (self.augment * calm)[..., None]
         beat, phase = self._uniform(*shape, 2, low=1.5, high=5), self._uniform(*shape, 2, high=6.3)
         hole = self._uniform(*shape, 3, low=-0.9, high=0.9)
@@ -224,7 +224,7 @@ class Composer:
         return torch.cat([center, first, bend, beat, phase, hole], dim=-1), bounds
 
     def _sources(self, pictures: Tensor, half: Tensor, is_word: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Where the pixels of each object begin, and their width and height; of a size that suits the object's."""
+        """Start, width and height of the sprite level that fits the size of each object."""
         variant = self._pick(WEIGHTS, *half.shape) if self.augment else torch.full_like(pictures, PLAIN)
         start = self.sprites.starts(pictures, variant)
         height = torch.where(is_word, WORD_SIZE[1], SIDE)
@@ -234,11 +234,11 @@ class Composer:
         return start + below, torch.where(is_word, WORD_SIZE[0], SIDE) >> level, height >> level
 
     def _colors(self, is_word: Tensor, ground: Tensor) -> Tensor:
-        """Brightness, contrast, saturation and a slight turn of hues for glyphs, one colour for words; [B, K, 3, 4]"""
+        """Colour matrices [B, K, 3, 4]: jittered brightness, contrast, saturation and hue, or one colour for words."""
         shape = is_word.shape
         eye, gray, cross = self.turn
         hue = self._uniform(*shape, 1, 1, low=-0.3, high=0.3)
-        turned = gray + (eye - gray) * hue.cos() + cross * hue.sin()  # a rotation about the axis of grays
+        turned = gray + (eye - gray) * hue.cos() + cross * hue.sin()  # rotation around the gray axis
         vivid = self._uniform(*shape, 1, 1, low=0.5, high=1.5) * ~self._chance(0.04, *shape, 1, 1)
         contrast, light = self._uniform(2, *shape, 1, 1, low=0.75, high=1.25)
         matrix = contrast * light * (gray + (turned - gray) * vivid)
@@ -250,7 +250,7 @@ class Composer:
         return torch.cat([matrix, torch.where(is_word[..., None, None], ink, offset)], dim=-1)
 
     def _inks(self, k: int, ground: Tensor) -> Tensor:
-        """A colour for each word that stands out from the background, [B, K, 3]"""
+        """A colour for each word that contrasts with the background, [B, K, 3]."""
         ink = self._uniform(len(ground), k, 3)
         ink = torch.where(self._chance(0.6, len(ground), k, 1), ink.round(), ink)
         behind = ground.mean((1, 2))[:, None, None]
@@ -259,7 +259,7 @@ class Composer:
 
 
 def _nowhere(pose: Tensor) -> Tensor:
-    """A pose that shows nothing."""
+    """A pose outside the image."""
     away = torch.zeros_like(pose)
     away[..., 0] = 1e6
     away[..., 2] = away[..., 5] = 1.0
@@ -277,10 +277,10 @@ def _layer(
     w: Tensor,
     h: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One object a scene -> its colours times alpha [B, 3, S, S] and alpha [B, S, S].
+    """Draws one object per scene: premultiplied colours [B, 3, S, S] and alpha [B, S, S].
 
-    pose [B, 15]: centre; four numbers from pixels to -1..1 of the picture; how far, how often and where in its beat it
-    is bent along x and y; centre and half side of a square hole.
+    pose [B, 15]: centre; 2x2 matrix from pixels to -1..1 in the sprite; amplitude, frequency and phase of a wave
+    distortion along x and y; centre and half side of a square hole.
     """
     p = pose[:, :, None, None].unbind(1)
     dx, dy = x - p[0], y - p[1]
@@ -306,7 +306,7 @@ def _layer(
 
 
 def _taps(u: Tensor, n: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The two pixels of n beside u, which is -1..1 inside, and the share of each; 0 beyond the edge."""
+    """The two of n pixels next to u (-1..1 inside) and their interpolation weights, which are 0 outside."""
     place = ((u + 1) / 2 * n - 0.5).clamp(-2, 4 * SIDE)
     first = place.floor()
     found = []
@@ -319,7 +319,7 @@ def _finish(
     seen: Tensor, left: Tensor, x: Tensor, y: Tensor, content: Tensor, ground: Tensor, kind: Tensor, wave: Tensor,
     noise: Tensor, grain: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Background behind the objects, grain, bars; normalised. noise [B, 4, S, S] -> [B, 3, S, S]"""
+    """Adds background, grain and bars, and normalizes: noise [B, 4, S, S] -> [B, 3, S, S]."""
     size = x.shape[0]
     angle, often, phase = wave[:, :, None, None].unbind(1)
     dx, dy = x / size - 0.5, y / size - 0.5
@@ -349,10 +349,10 @@ def _finish(
 
 
 def _labels(cover: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """cover [B, K, P], the share of each patch that shows each object -> labels and owners [B, P]"""
+    """Labels and owners [B, P] from `cover` [B, K, P], the fraction of each patch that shows each object."""
     best, owner = cover.max(1)
     total = cover.sum(1)
-    peak = cover.amax(2).gather(1, owner)  # the most that any patch shows of this owner
+    peak = cover.amax(2).gather(1, owner)  # the highest cover of this owner in any patch
     clear = (best >= _COVERED) | ((best >= _PEAK) & (best >= peak))
     clear &= best >= 0.6 * total
     owner = torch.where(clear, owner, -1)

@@ -1,6 +1,6 @@
-"""Training data of the drawn world in LLaVA's own format: `python -m examples.tiny.dataset --kind instruct --n 9 …`.
+"""Writes training data in LLaVA's format: `python -m examples.tiny.dataset --kind instruct --n 9 …`.
 
-Writes data.json and, but for `text`, images.tar. The same options give the same bytes with any number of workers.
+The output is data.json and, except for `text`, images.tar. It does not depend on the number of workers.
 """
 
 import io
@@ -29,10 +29,10 @@ from llava.checkpoint.write import new_folder
 from llava.errors import ConfigError, LlavaError
 
 DataKind = Literal["caption", "instruct", "text"]
-Lessons = Literal["all", "names"]  # names: one thing a scene, and only its name is asked
-TRAINING_SEEDS = 2**31  # scenes of training have seeds below, scenes of scoring from here on
-TEXT_SHARE = 0.08  # of instruct samples have no picture
-CHUNK = 100  # samples a worker makes at a time
+Lessons = Literal["all", "names"]  # names: one thing per scene, and only its name is asked for
+TRAINING_SEEDS = 2**31  # training scenes have seeds below this, scoring scenes from here on
+TEXT_SHARE = 0.08  # fraction of instruct samples without a picture
+CHUNK = 100  # samples per task of a worker
 BRIEFLY = (
     "Describe the image concisely.",
     "Provide a brief description of the given image.",
@@ -45,17 +45,17 @@ BRIEFLY = (
 
 @dataclass(frozen=True)
 class Job:
-    """All that settles a data set but for the number of samples."""
+    """Everything that determines a data set except the number of samples."""
 
     glyphs: tuple[Path, ...]
     kind: DataKind
     seed: int
-    entries: int | None  # so many of the pack's things only
+    entries: int | None  # use only this many things of the pack
     stylise: float
     lessons: Lessons = "all"
 
     def writer(self) -> "Writer":
-        """What makes its samples."""
+        """The writer of its samples."""
         if self.lessons == "all":
             return Writer(self)
         from examples.tiny.naming import Namer
@@ -64,7 +64,7 @@ class Job:
 
 
 class Writer:
-    """Makes samples, one by one; each depends on its number alone."""
+    """Makes samples one by one. Each depends only on its index."""
 
     def __init__(self, job: Job):
         self.job = job
@@ -72,7 +72,7 @@ class Writer:
         self.knowledge = know(self.glyphs)
 
     def sample(self, i: int) -> tuple[dict[str, object], bytes | None]:
-        """A sample as the JSON has it, and its picture as JPEG."""
+        """A sample as in the JSON, and its picture as JPEG."""
         rng = random.Random(f"{self.job.kind} {self.job.seed} {i}")
         ask, name = Asker(rng, self.knowledge), f"{self.job.kind}-{self.job.seed}-{i:06}"
         if self.job.kind == "text" or (self.job.kind == "instruct" and rng.random() < TEXT_SHARE):
@@ -83,7 +83,7 @@ class Writer:
         return {"id": name, "image": picture, "conversations": conversations(turns, "<image>\n")}, jpeg(scene)
 
     def words(self, ask: Asker) -> list[Turn]:
-        """A dialogue without a picture; for the language model's own training also scenes told in words."""
+        """A text-only dialogue. For language model training, also scenes described in words."""
         if self.job.kind == "instruct" or ask.rng.random() < 0.3:
             return talk(ask, ask.rng.randint(1, 4))
         scene = imagine(ask.rng.randrange(TRAINING_SEEDS), self.glyphs.entries)
@@ -98,7 +98,7 @@ def know(glyphs: Glyphs) -> Knowledge:
 
 
 def brief(ask: Asker, scene: Scene) -> Turn:
-    """The one exchange of projector pretraining: all that is in the picture, in one sentence."""
+    """The single exchange for stage 1: everything in the picture, in one sentence."""
     text = caption(Truth(scene)).removesuffix(".")
     if scene.background.color:
         text += f" on {a(scene.background.color)} background"
@@ -108,7 +108,7 @@ def brief(ask: Asker, scene: Scene) -> Turn:
 
 
 def conversations(turns: list[Turn], before: str) -> list[dict[str, str]]:
-    """before: what stands before the first question."""
+    """Turns in LLaVA's format. before: text in front of the first question."""
     said = []
     for turn in turns:
         said += [{"from": "human", "value": before + turn.question}, {"from": "gpt", "value": turn.answer}]
@@ -122,13 +122,13 @@ def jpeg(scene: Scene) -> bytes:
     return buffer.getvalue()
 
 
-# ---------------------------------------------------------------- many at once
+# ---------------------------------------------------------------- worker processes
 
 _writer: Writer | None = None  # of a worker process
 
 
 def _begin(job: Job) -> None:
-    global _writer  # a pool's workers have no other place for what they keep
+    global _writer  # the only way to keep state in a worker of a pool
     _writer = job.writer()
 
 
@@ -138,7 +138,7 @@ def _chunk(numbers: range) -> list[tuple[dict[str, object], bytes | None]]:
 
 
 def samples(job: Job, n: int, workers: int) -> Iterator[list[tuple[dict[str, object], bytes | None]]]:
-    """Samples 0 to n - 1 in order, chunk by chunk."""
+    """Samples 0 to n - 1 in order, in chunks."""
     chunks = [range(i, min(i + CHUNK, n)) for i in range(0, n, CHUNK)]
     if workers <= 1:
         writer = job.writer()
@@ -149,9 +149,9 @@ def samples(job: Job, n: int, workers: int) -> Iterator[list[tuple[dict[str, obj
 
 
 def write(job: Job, out: Path, n: int, workers: int = 1) -> None:
-    """Writes the folder; it appears when it is whole. Raises ConfigError where there is one already."""
+    """Writes the folder, which appears only when it is complete. Raises ConfigError if it already exists."""
     if out.exists():
-        raise ConfigError(f"{out} is there already; expected a folder that is not there yet: delete it or name another")
+        raise ConfigError(f"{out} already exists; delete it, or choose a new folder")
     with new_folder(out, 0) as unfinished:
         _fill(unfinished, job, n, workers)
 
@@ -175,19 +175,19 @@ def _fill(folder: Path, job: Job, n: int, workers: int) -> None:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="folder to write; must not be there yet")],
-    kind: Annotated[str, typer.Option(help="caption, instruct or text")],
-    n: Annotated[int, typer.Option("--n", help="samples")],
-    glyphs: Annotated[list[Path], typer.Option(help="pack of glyphs; may be named several times")] = [  # noqa: B006
+    out: Annotated[Path, typer.Option(help="folder to write; must not exist")],
+    kind: Annotated[str, typer.Option(help="kind of samples: caption, instruct or text")],
+    n: Annotated[int, typer.Option("--n", help="number of samples")],
+    glyphs: Annotated[list[Path], typer.Option(help="pack of glyphs; repeatable")] = [  # noqa: B006
         Path("build/tiny/glyphs.zip")
     ],
-    seed: Annotated[int, typer.Option(help="another seed, other scenes")] = 0,
-    workers: Annotated[int, typer.Option(help="processes")] = os.cpu_count() or 1,
-    entries: Annotated[int | None, typer.Option(help="use so many of the things only")] = None,
-    stylise: Annotated[float, typer.Option(help="how probably a thing is drawn in another hand, 0 to 1")] = 0.0,
-    lessons: Annotated[str, typer.Option(help="all, or names: one thing a scene and its name alone")] = "all",
+    seed: Annotated[int, typer.Option(help="seed of the scenes")] = 0,
+    workers: Annotated[int, typer.Option(help="number of processes")] = os.cpu_count() or 1,
+    entries: Annotated[int | None, typer.Option(help="use only this many things")] = None,
+    stylise: Annotated[float, typer.Option(help="probability that a thing is drawn in another style, 0 to 1")] = 0.0,
+    lessons: Annotated[str, typer.Option(help="all, or names: one thing per scene and only its name")] = "all",
 ) -> None:
-    """Draws scenes and writes dialogues about them."""
+    """Draw scenes and write dialogues about them."""
     try:
         if kind not in ("caption", "instruct", "text"):
             raise ConfigError(f"--kind is {kind!r}; expected caption, instruct or text")

@@ -1,7 +1,7 @@
-"""All pictures of the drawn world, rendered once and packed: `python -m examples.tiny.glyphs`.
+"""Renders the glyphs of the drawn world into packs: `python -m examples.tiny.glyphs`.
 
-Which: the fully-qualified emoji of one code point in five groups of Unicode's list, without clock faces. A pack is a
-zip, or a folder of the same structure: index.json, and <style>/<code>.png of at most 112 x 112 px with transparency.
+The glyphs are the fully-qualified single-code-point emoji of five groups in Unicode's list, without clock faces. A pack
+is a zip, or a folder of the same structure, with index.json and <style>/<code>.png files of at most 112 x 112 px.
 """
 
 import io
@@ -23,11 +23,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from llava.errors import ConfigError, ImageError, LlavaError
 
-SIDE = 112  # pixels; the longer side of a glyph in a pack
+SIDE = 112  # longer side of a glyph in a pack, in pixels
 GROUPS = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects")
 PEOPLE = ("Smileys & Emotion", "People & Body")
-CLOCK_FACES = range(0x1F550, 0x1F568)  # 24 pictures that differ by a hand
-FEW = (  # what the tests use, in folders of the same structure as a pack
+CLOCK_FACES = range(0x1F550, 0x1F568)  # 24 glyphs that differ only in the position of the hands
+FEW = (  # the glyphs that the tests use
     *("dog", "cat", "hot dog", "lion", "penguin", "owl", "tropical fish", "butterfly", "red apple", "banana", "carrot"),
     *(
         "pizza",
@@ -44,17 +44,17 @@ FEW = (  # what the tests use, in folders of the same structure as a pack
     ),
     *("key", "dress"),
 )
-NOTO_SIZE = 109  # pixels; the only size that Noto Color Emoji's bitmaps have
+NOTO_SIZE = 109  # pixels; the only bitmap size in Noto Color Emoji
 LINE = re.compile(r"(?P<codes>[0-9A-F ]+?)\s*; fully-qualified\s*# \S+ E[\d.]+ (?P<name>.+)")
 
-Render = Callable[["Entry"], Image.Image | None]  # None: this source has no such glyph
+Render = Callable[["Entry"], Image.Image | None]  # None if the source lacks the glyph
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing of the world."""
+    """One thing in the world."""
 
-    code: str  # of the code point, lower-case hexadecimal
+    code: str  # code point in lower-case hexadecimal
     name: str  # Unicode's short name
     group: str
     subgroup: str
@@ -65,7 +65,7 @@ class Entry:
 
 
 class Glyphs:
-    """The pictures of one or more packs, each opened when it is first asked for."""
+    """The pictures of one or more packs, each opened on first access."""
 
     def __init__(self, entries: list[Entry], sources: dict[tuple[str, str], Callable[[], bytes]]):
         self.entries = entries
@@ -75,14 +75,14 @@ class Glyphs:
 
     @classmethod
     def load(cls, *files: Path) -> "Glyphs":
-        """Packs joined: the entries of the first, with the pictures of all. Raises ConfigError."""
+        """Joins packs: the pictures of all, and the entries in the order of the first. Raises ConfigError."""
         entries: dict[str, Entry] = {}
         sources: dict[tuple[str, str], Callable[[], bytes]] = {}
         for file in files:
             members = _members(file)
             if "index.json" not in members:
                 raise ConfigError(
-                    f"{file}: no pack of glyphs, index.json is not in it: make one with examples.tiny.glyphs"
+                    f"{file}: not a pack of glyphs, index.json is missing; make one with examples.tiny.glyphs"
                 )
             for item in json.loads(members["index.json"]()):
                 entries.setdefault(item["code"], Entry(**item))
@@ -96,23 +96,23 @@ class Glyphs:
         return (style, entry.code) in self._sources
 
     def image(self, entry: Entry, style: str) -> Image.Image:
-        """RGBA, cropped to what is drawn; shared, so not to be written to. Raises ImageError."""
+        """The glyph as RGBA, cropped to its visible pixels. Shared, so do not modify it. Raises ImageError."""
         key = (style, entry.code)
         if key not in self._images:
             if key not in self._sources:
                 raise ImageError(
-                    f"no picture of {entry.name} in style {style}; the packs have {', '.join(self.styles)}"
+                    f"no picture of {entry.name} in style {style}; available styles: {', '.join(self.styles)}"
                 )
             self._images[key] = Image.open(io.BytesIO(self._sources[key]())).convert("RGBA")
         return self._images[key]
 
     def only(self, styles: Iterable[str]) -> "Glyphs":
-        """The same in these styles alone."""
+        """The same glyphs, restricted to these styles."""
         wanted = set(styles)
         return Glyphs(self.entries, {key: read for key, read in self._sources.items() if key[0] in wanted})
 
     def first(self, n: int | None) -> "Glyphs":
-        """The same with n entries only, spread evenly over the list; None: all of them."""
+        """n entries, spread evenly over the list; None: all entries."""
         if n is None or n >= len(self.entries):
             return self
         kept = [self.entries[i * len(self.entries) // n] for i in range(n)]
@@ -121,19 +121,19 @@ class Glyphs:
 
 
 def _members(file: Path) -> dict[str, Callable[[], bytes]]:
-    """{name: a call that reads it} of a zip or a folder. A zip's pictures are held packed in memory."""
+    """Maps each name in a zip or folder to a function that reads it. The members of a zip are kept in memory."""
     if file.is_dir():
         return {path.relative_to(file).as_posix(): path.read_bytes for path in sorted(file.rglob("*.*"))}
     if not zipfile.is_zipfile(file):
-        raise ConfigError(f"{file}: expected a pack of glyphs, a zip or a folder: make one with examples.tiny.glyphs")
+        raise ConfigError(f"{file}: expected a pack of glyphs, a zip or a folder; make one with examples.tiny.glyphs")
     with zipfile.ZipFile(file) as pack:
         return {name: partial(bytes, pack.read(name)) for name in pack.namelist()}
 
 
 def read_names(file: Path, groups: Iterable[str] = GROUPS) -> list[Entry]:
-    """The entries of Unicode's emoji-test.txt that make up the world, in its order."""
+    """The entries of Unicode's emoji-test.txt that are in the world, in file order."""
     if not file.is_file():
-        raise ConfigError(f"{file} is not there: install Debian's unicode-data, or name emoji-test.txt with --names")
+        raise ConfigError(f"{file} does not exist; install Debian's unicode-data, or give emoji-test.txt with --names")
     group = subgroup = ""
     entries = []
     for line in file.read_text(encoding="utf-8").splitlines():
@@ -149,9 +149,11 @@ def read_names(file: Path, groups: Iterable[str] = GROUPS) -> list[Entry]:
 
 
 def noto(file: Path) -> Render:
-    """Glyphs of the font Noto Color Emoji with bitmaps (the CBDT kind)."""
+    """Renders glyphs of the bitmap (CBDT) version of the font Noto Color Emoji."""
     if not file.is_file():
-        raise ConfigError(f"{file} is not there: install Debian's fonts-noto-color-emoji, or name the font with --noto")
+        raise ConfigError(
+            f"{file} does not exist; install Debian's fonts-noto-color-emoji, or give the font with --noto"
+        )
     font = ImageFont.truetype(str(file), NOTO_SIZE, layout_engine=ImageFont.Layout.BASIC)
 
     def picture(char: str) -> Image.Image:
@@ -169,12 +171,12 @@ def noto(file: Path) -> Render:
 
 
 def svgs(source: Path, folder: str) -> Render:
-    """Glyphs of a set of SVG files named by code point: an npm package, packed (.tgz) or as the folder it unpacks to.
+    """Renders SVG files named by code point, from an npm package: a .tgz, or the folder it unpacks to.
 
-    folder: where in the package the files lie.
+    folder: the folder of the files inside the package.
     """
     if not (program := shutil.which("rsvg-convert")):
-        raise ConfigError("rsvg-convert is not there, which renders SVG: install Debian's librsvg2-bin")
+        raise ConfigError("rsvg-convert, which renders SVG, is not installed; install Debian's librsvg2-bin")
     files = dict(_svg_files(source, folder))
     if not files:
         raise ConfigError(f"{source}: expected a folder or .tgz with SVG files in {folder or 'it'}")
@@ -202,7 +204,7 @@ def _svg_files(source: Path, folder: str) -> Iterator[tuple[str, bytes]]:
 
 
 def fit(image: Image.Image) -> Image.Image:
-    """Cropped to what is drawn, the longer side SIDE pixels."""
+    """Crops to the visible pixels and resizes the longer side to SIDE pixels."""
     image = image.convert("RGBA")
     box = image.getchannel("A").point(lambda a: 255 if a > 8 else 0).getbbox()
     image = image.crop(box)
@@ -213,11 +215,11 @@ def fit(image: Image.Image) -> Image.Image:
 
 
 def write_pack(file: Path, entries: list[Entry], styles: dict[str, Render]) -> dict[str, int]:
-    """Renders and packs; returns how many glyphs each style has. The file appears when it is whole."""
+    """Renders a pack and returns the number of glyphs per style. The file appears only when it is complete."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f".{file.name}.unfinished")
     counts = dict.fromkeys(styles, 0)
-    with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED) as pack:  # PNG is packed already
+    with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED) as pack:  # PNG is already compressed
         _add(pack, "index.json", json.dumps([asdict(entry) for entry in entries], indent=0).encode())
         for style, render in styles.items():
             with ThreadPoolExecutor() as threads:
@@ -230,7 +232,7 @@ def write_pack(file: Path, entries: list[Entry], styles: dict[str, Render]) -> d
 
 
 def write_few(folder: Path, glyphs: Glyphs) -> None:
-    """The entries named in FEW as a folder, in 255 colours each to be small."""
+    """Writes the entries named in FEW as a folder, reduced to 255 colours to be small."""
     entries = [entry for entry in glyphs.entries if entry.name in FEW]
     for style in glyphs.styles:
         (folder / style).mkdir(parents=True, exist_ok=True)
@@ -242,7 +244,7 @@ def write_few(folder: Path, glyphs: Glyphs) -> None:
 
 
 def _add(pack: zipfile.ZipFile, name: str, data: bytes) -> None:
-    """With a fixed date: the same sources give the same bytes."""
+    """Adds a member with a fixed date, so that the same sources give the same bytes."""
     pack.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data)
 
 
@@ -256,24 +258,22 @@ def main(
     names: Annotated[Path, typer.Option(help="Unicode's emoji-test.txt")] = Path(
         "/usr/share/unicode/emoji/emoji-test.txt"
     ),
-    noto_font: Annotated[Path, typer.Option("--noto", help="NotoColorEmoji.ttf, the kind with bitmaps")] = Path(
+    noto_font: Annotated[Path, typer.Option("--noto", help="NotoColorEmoji.ttf, the bitmap version")] = Path(
         "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
     ),
-    twemoji: Annotated[Path, typer.Option(help="npm's @twemoji/svg, folder or .tgz")] = Path(
+    twemoji: Annotated[Path, typer.Option(help="npm package @twemoji/svg, folder or .tgz")] = Path(
         "node_modules/@twemoji/svg"
     ),
-    openmoji: Annotated[
-        Path | None, typer.Option(help="npm's openmoji, folder or .tgz; left out where not named")
-    ] = None,
-    people: Annotated[bool, typer.Option(help="also smileys and people")] = False,
-    few: Annotated[Path | None, typer.Option(help="folder to write the tests' few glyphs to")] = None,
-    out: Annotated[Path, typer.Option(help="folder to write glyphs.zip and openmoji.zip to")] = Path("build/tiny"),
+    openmoji: Annotated[Path | None, typer.Option(help="npm package openmoji, folder or .tgz; optional")] = None,
+    people: Annotated[bool, typer.Option(help="include smileys and people")] = False,
+    few: Annotated[Path | None, typer.Option(help="folder to write the glyphs for the tests to")] = None,
+    out: Annotated[Path, typer.Option(help="folder for glyphs.zip and openmoji.zip")] = Path("build/tiny"),
 ) -> None:
-    """Renders the glyphs and packs them."""
+    """Render the glyphs into packs."""
     try:
         entries = read_names(names, GROUPS + PEOPLE if people else GROUPS)
         packs = {"glyphs.zip": {"noto": noto(noto_font), "twemoji": svgs(twemoji, "")}}
-        if openmoji:  # apart from the others, so that the unseen style can be kept away until the end
+        if openmoji:  # in a separate pack, so that this style stays unseen until scoring
             packs["openmoji.zip"] = {"openmoji": svgs(openmoji, "color/svg")}
         for file, styles in packs.items():
             counts = write_pack(out / file, entries, styles)

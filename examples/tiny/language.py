@@ -1,8 +1,8 @@
-"""A small Llama with its own SentencePiece model, trained on texts of the world: `python -m examples.tiny.language`.
+"""Trains a small Llama and its SentencePiece tokenizer on texts about the world: `python -m examples.tiny.language`.
 
-B rows   S tokens of a row   V vocabulary rows
+B rows   S tokens per row   V vocabulary size
 
-Dialogues are written out in the template that they are later asked in, one behind the other; every token is learnt.
+Dialogues are rendered in the template that is used later, and concatenated. Every token is a target.
 """
 
 import io
@@ -49,7 +49,7 @@ from llava.preprocess.templates import TEMPLATES
 Ids = npt.NDArray[np.int16]
 TEMPLATE = TEMPLATES["vicuna_v1"]
 BOS, EOS = 1, 2
-HELD_BACK = 50  # one text in so many is for measuring
+HELD_BACK = 50  # one text in this many is held out for evaluation
 LLAVA_TINY = DecoderConfig(
     kind="llama", n_layers=5, dim=256, n_heads=4, n_kv_heads=4, head_dim=64, mlp_dim=640, vocab_size=1024,
     max_seq=1024, eps=1e-5, tied=True,
@@ -58,7 +58,7 @@ LLAVA_TINY = DecoderConfig(
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """One run."""
+    """The options of one run."""
 
     texts: Sequence[Path]
     out: Path
@@ -75,14 +75,14 @@ class Options:
 
 
 def read_texts(files: Sequence[Path]) -> list[str]:
-    """Dialogues, written out, and plain texts, of LLaVA's JSON: samples with `conversations`, or with `text`, or text.
+    """Reads texts from LLaVA's JSON: plain strings, samples with `text`, or `conversations`, which are rendered.
 
-    Marks of pictures are left out. Raises ConfigError.
+    <image> marks are removed. Raises ConfigError.
     """
     texts = []
     for file in files:
         if not file.is_file():
-            raise ConfigError(f"{file}: is not there; expected a JSON list of texts and conversations")
+            raise ConfigError(f"{file}: does not exist; expected a JSON list of texts and conversations")
         for sample in json.loads(file.read_text(encoding="utf-8")):
             if isinstance(sample, str) or "text" in sample:
                 texts.append(sample if isinstance(sample, str) else sample["text"])
@@ -100,7 +100,7 @@ def _dialogue(said: Sequence[dict[str, str]]) -> str:
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> bytes:
-    """A SentencePiece model as Llama's: BPE, text as it is, bytes for what has no piece; <unk> <s> </s> are 0 1 2."""
+    """A SentencePiece model like Llama's: BPE without normalization, byte fallback, and <unk> <s> </s> as 0 1 2."""
     step = max(1, len(texts) // 20_000)
     lines = dict.fromkeys(line for text in texts[::step] for part in text.split("</s>") for line in part.split("\n"))
     model = io.BytesIO()
@@ -128,8 +128,8 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> bytes:
 
 
 def encode(texts: Sequence[str], model: bytes) -> list[Ids]:
-    """Ids of each text as `load_tokenizer` makes them with `legacy` false, the end of a dialogue's turns included."""
-    # Only the whole text has a dummy space: the last `normalizer_spec { add_dummy_prefix: false }` wins.
+    """The ids of each text, as `load_tokenizer` gives them with `legacy` false, with </s> at the end of each turn."""
+    # only the start of a text gets a dummy space, because the last `normalizer_spec { add_dummy_prefix: false }` wins
     pieces = SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
     parts = [part for text in texts for part in f" {text}".split("</s>")]
     ids = iter(pieces.encode(parts, num_threads=2))
@@ -143,7 +143,7 @@ def encode(texts: Sequence[str], model: bytes) -> list[Ids]:
 
 
 class Rows:
-    """Texts one behind the other, in a new order each time round, cut into rows."""
+    """Concatenates the texts, in a new order in each epoch, and cuts them into rows."""
 
     def __init__(self, texts: list[Ids], options: Options, device: torch.device):
         self.texts, self.options, self.device = texts, options, device
@@ -161,7 +161,7 @@ class Rows:
             yield from torch.from_numpy(whole).to(self.device)
 
     def next(self) -> Tensor:
-        """int64 [B, S + 1]"""
+        """The next batch of rows, int64 [B, S + 1]."""
         return next(self.batches).long()
 
 
@@ -175,13 +175,13 @@ class Language(nn.Module):
         initialise(self.decoder, config.n_layers)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids [B, S + 1] -> mean loss of the S next tokens, in nats"""
+        """The mean loss of the S next tokens in nats: ids [B, S + 1] -> scalar."""
         x = self.decoder(self.decoder.lookup(ids[:, :-1]), torch.arange(ids.shape[1] - 1, device=ids.device))
         return F.cross_entropy(self.decoder.logits(x).flatten(0, 1), ids[:, 1:].flatten())
 
 
 def train(options: Options) -> dict[str, float]:
-    """Trains tokenizer and model, writes their folder and returns the last measurements. Raises LlavaError."""
+    """Trains tokenizer and model, writes their folder, and returns the final metrics. Raises LlavaError."""
     device = resolve_device(options.device)
     budget = Budget(None if options.steps else options.minutes, options.steps)
     with new_folder(options.out, 64_000_000) as folder:
@@ -226,7 +226,7 @@ def _run(
 
 
 def write(folder: Path, language: Language, model: bytes) -> None:
-    """A plain Llama folder as a hub has it, in float16."""
+    """Writes a Llama folder in Hugging Face format, in float16."""
     config = language.config
     state = language.decoder.state_dict()
     ours = {f"decoder.{name}": tensor for name, tensor in state.items() if not (config.tied and name == "head.weight")}
@@ -277,8 +277,8 @@ def main(
     out: Out,
     minutes: Minutes = 1.5,
     steps: Steps = None,
-    batch: Annotated[int, typer.Option(help="rows a step")] = Options.batch,
-    row: Annotated[int, typer.Option(help="tokens a row")] = Options.row,
+    batch: Annotated[int, typer.Option(help="rows per step")] = Options.batch,
+    row: Annotated[int, typer.Option(help="tokens per row")] = Options.row,
     lr: Rate = Options.lr,
     weight_decay: Decay = Options.weight_decay,
     seed: Seed = 0,
@@ -288,10 +288,10 @@ def main(
     layers: Size = LLAVA_TINY.n_layers,
     heads: Size = LLAVA_TINY.n_heads,
     mlp: Size = LLAVA_TINY.mlp_dim,
-    vocab: Annotated[int, typer.Option(help="pieces")] = LLAVA_TINY.vocab_size,
-    max_seq: Annotated[int, typer.Option(help="tokens")] = LLAVA_TINY.max_seq,
+    vocab: Annotated[int, typer.Option(help="vocabulary size")] = LLAVA_TINY.vocab_size,
+    max_seq: Annotated[int, typer.Option(help="context length in tokens")] = LLAVA_TINY.max_seq,
 ) -> None:
-    """Trains a tokenizer and a small Llama on texts and writes them as a Llama folder."""
+    """Train a tokenizer and a small Llama, and write them as a Llama folder."""
     try:
         config = DecoderConfig(
             kind="llama", n_layers=layers, dim=dim, n_heads=heads, n_kv_heads=heads, head_dim=dim // heads,

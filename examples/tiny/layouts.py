@@ -1,22 +1,21 @@
-"""llava-tiny in every layout that LLaVAs are published in: `python -m examples.tiny.layouts --out DIR`.
+"""Writes llava-tiny in every published format: `python -m examples.tiny.layouts --out DIR`.
 
-All of them are one model and give the same answers. They are made from one folder with nothing else at hand, so what
-the published LLaVAs were trained from is made up here: a base is the model with something taken away, which the layout
-then brings back.
+All folders contain the same model and give the same answers. The bases that published models start from do not exist
+here, so they are derived from the model: a base is the model minus what the LoRA, delta or projector adds back.
 
-  layout              what it holds                                    opened with
-  native              our own: everything in one file                  -
-  merged-bin          as v1.5: shards of .bin, index                   vision_tower=clip
-  merged-safetensors  as v1.6: a trained tower inside                  vision_tower=clip-before (its config only)
-  lora                A and B, non_lora_trainables.bin                 base=llama-before-lora, vision_tower=clip
-  delta               the difference in float16                        base=llama-before-delta, vision_tower=clip
-  projector           mm_projector.bin                                 base=llama, vision_tower=clip
-  hf                  as llava-hf's, which transformers opens          -
-  original            the merged layout, made by converting            -
-  llama               the language model alone, for any Llama loader   template=vicuna_v1
+  folder              contents                                     opened with
+  native              native format, everything in one file        -
+  merged-bin          llava format like v1.5: .bin shards, index   vision_tower=clip
+  merged-safetensors  llava format like v1.6: tower included       vision_tower=clip-before (only its config is read)
+  lora                A and B, non_lora_trainables.bin             base=llama-before-lora, vision_tower=clip
+  delta               difference to the base in float16            base=llama-before-delta, vision_tower=clip
+  projector           mm_projector.bin                             base=llama, vision_tower=clip
+  hf                  llava-hf format, for transformers            -
+  original            llava format, written by conversion          -
+  llama               only the language model                      template=vicuna_v1
 
-`LAYOUTS` is this table; `LAYOUTS[name].options(DIR)` are the arguments of `llava.load(DIR / name, ...)`. Towers are
-also named in each config.json, with their paths as they were written.
+`LAYOUTS` is this table. `LAYOUTS[name].options(DIR)` returns the arguments of `llava.load(DIR / name, ...)`. Each
+config.json also names its tower, by the path at the time of writing.
 """
 
 from collections.abc import Callable
@@ -42,23 +41,23 @@ from llava.errors import LlavaError
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """One way to store the model, and the folders beside it that it is opened with."""
+    """A form of the model, and the other folders needed to open it."""
 
     base: str | None = None
     vision_tower: str | None = None
-    template: str | None = None  # for folders that record none
-    exact: bool = True  # the weights come back bit for bit; else rounded to float16 once more
-    lengthened: bool = False  # the embedding table has further rows, and the tower is told to end where it is read
-    sees: bool = True  # False: a language model alone
+    template: str | None = None  # for a folder that does not record one
+    exact: bool = True  # whether the weights are bit-exact; otherwise they were rounded to float16 once more
+    lengthened: bool = False  # the embedding table has extra rows, and the tower ends at the selected layer
+    sees: bool = True  # False: only a language model
 
     def options(self, out: Path) -> dict[str, Any]:
-        """Arguments of `llava.load`, all layouts being in `out`."""
+        """The arguments of `llava.load` if all forms are in `out`."""
         folders = {"base": self.base, "vision_tower": self.vision_tower}
         options: dict[str, Any] = {name: out / folder for name, folder in folders.items() if folder}
         return options | ({"template": self.template} if self.template else {})
 
     def load(self, folder: Path, **options: Any) -> Assistant:
-        """The model in `folder`, with the parts that lie beside it; `options` as for `llava.load`."""
+        """Loads the model from `folder`, with the other folders it needs next to it. `options`: as for `llava.load`."""
         return llava.load(folder, **(self.options(folder.parent) | options))
 
 
@@ -74,20 +73,20 @@ LAYOUTS = {
     "llama": Layout(template="vicuna_v1", sees=False),
 }
 
-SHARD_BYTES = 3_000_000  # small: several shards
+SHARD_BYTES = 3_000_000  # small, so that there are several shards
 RANK, ALPHA = 8, 16.0
-AWAY = 0.5  # size of what a base lacks, in standard deviations of the weights: enough to answer otherwise
+AWAY = 0.5  # distance of a base in standard deviations of the weights, large enough to change the answers
 
 
 def write(model: Path, out: Path) -> None:
-    """Every layout of `model`, a folder that holds a whole LLaVA, and the parts they need. Raises LlavaError."""
+    """Writes `model`, the folder of a full LLaVA, in every form, with the other folders needed. Raises LlavaError."""
     writer = Writer(model, out)
     for name, made in WRITERS.items():
         made(writer, out / name)
 
 
 class Writer:
-    """One model on its way into many folders."""
+    """Writes one model to many folders."""
 
     def __init__(self, model: Path, out: Path):
         self.model, self.out = model, out
@@ -112,7 +111,7 @@ class Writer:
         self._merged(folder, tower_inside=True, max_shard_bytes=SHARD_BYTES)
 
     def lora(self, folder: Path) -> None:
-        """Of all matrices of the language model; the projector was trained beside."""
+        """Writes a LoRA on all matrices of the language model, with a trained projector."""
         beside = {name: tensor for name, tensor in self.tensors.items() if name.startswith(("projector.", "newline"))}
         named: dict[str, Any] = {"base": self._beside(folder, "base"), "vision_tower": self._beside(folder)}
         write_lora(folder, self.config, self.adapters, r=RANK, alpha=ALPHA, dropout=0.05, non_lora=beside, **named)
@@ -128,18 +127,18 @@ class Writer:
         self._llama(folder, self.tensors)
 
     def llama_before_lora(self, folder: Path) -> None:
-        """W - scale * B @ A, computed in float64 and rounded to the model's type: adding B @ A gives W nearly."""
+        """W - scale * B @ A, computed in float64 and rounded to the model's dtype, so that merging gives almost W."""
         self._llama(folder, {name: self._without_adapter(name, tensor) for name, tensor in self.tensors.items()})
 
     def llama_before_delta(self, folder: Path) -> None:
-        """Each weight times 0.51 to 1.49: the difference of such near neighbours is exact (Sterbenz)."""
+        """Each weight times 0.51 to 1.49, a range in which the difference is exact (Sterbenz lemma)."""
         self._llama(folder, {name: _shaken(tensor, i) for i, (name, tensor) in enumerate(self.tensors.items())})
 
     def clip(self, folder: Path) -> None:
         write_tower(folder, self.config, self.tensors)
 
     def clip_before(self, folder: Path) -> None:
-        """The same sizes with other weights: a reader that takes these for the ones inside the shards is found out."""
+        """A tower of the same size with other weights, to detect a reader that ignores the tower in the shards."""
         write_tower(folder, self.config, {name: _shaken(t, i) for i, (name, t) in enumerate(self.tensors.items())})
 
     def _merged(self, folder: Path, **options: Any) -> None:
@@ -147,7 +146,7 @@ class Writer:
         write_merged(folder, self.config, self.tensors, tokenizer_from=self.tokenizer, vision_tower=tower, **options)
 
     def _llama(self, folder: Path, tensors: dict[str, Tensor]) -> None:
-        """A language model as others publish it: it knows no template."""
+        """Writes a language model as it is usually published, without a template."""
         config = replace(self.config, vision=None, projector=None, image=None, template=None)
         decoder = {name: tensor for name, tensor in tensors.items() if name.startswith("decoder.")}
         write_merged(folder, config, decoder, tokenizer_from=self.tokenizer, vision_tower=None)
@@ -157,7 +156,7 @@ class Writer:
 
     @cached_property
     def adapters(self) -> dict[str, dict[str, Pair]]:
-        """Random A and B, by module and part, as `write_lora` takes them."""
+        """Random A and B by module and part, in the form that `write_lora` expects."""
         sizes = self.config.decoder
         rows = {"q": sizes.n_heads, "k": sizes.n_kv_heads, "v": sizes.n_kv_heads}
         random = torch.Generator().manual_seed(0)
@@ -173,12 +172,12 @@ class Writer:
     def _without_adapter(self, name: str, weight: Tensor) -> Tensor:
         if (parts := self.adapters.get(name.removesuffix(".weight"))) is None:
             return weight
-        product = torch.cat([b.double() @ a.double() for a, b in parts.values()])  # q, k, v lie under each other
+        product = torch.cat([b.double() @ a.double() for a, b in parts.values()])  # q, k and v are stacked
         return weight.double() - ALPHA / RANK * product
 
 
 def _low_rank(weight: Tensor, rows: int, random: torch.Generator) -> Pair:
-    """A [r, in] and B [rows, r] in the weight's type; their product times the scale is about `AWAY` weights in size."""
+    """A [r, in] and B [rows, r] in the weight's dtype. scale * B @ A has about `AWAY` times the weight's deviation."""
     a = torch.randn(RANK, weight.shape[1], generator=random) / weight.shape[1] ** 0.5
     size = AWAY * weight.float().std() / (ALPHA / RANK) * (weight.shape[1] / RANK) ** 0.5
     return a.to(weight.dtype), (torch.randn(rows, RANK, generator=random) * size).to(weight.dtype)
@@ -189,7 +188,7 @@ def _shaken(tensor: Tensor, seed: int) -> Tensor:
     return (tensor.float() * factors).to(tensor.dtype)
 
 
-WRITERS: dict[str, Callable[[Writer, Path], None]] = {  # parts first: a delta is taken of folders
+WRITERS: dict[str, Callable[[Writer, Path], None]] = {  # bases first, because a delta is computed from folders
     "clip": Writer.clip,
     "clip-before": Writer.clip_before,
     "llama": Writer.llama,
@@ -207,10 +206,10 @@ WRITERS: dict[str, Callable[[Writer, Path], None]] = {  # parts first: a delta i
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="folder to write the layouts into, each in one of its own")],
-    model: Annotated[Path, typer.Option(help="folder of a whole LLaVA with a Llama decoder")] = LLAVA_TINY,
+    out: Annotated[Path, typer.Option(help="folder to write one subfolder per form into")],
+    model: Annotated[Path, typer.Option(help="folder of a full LLaVA with a Llama decoder")] = LLAVA_TINY,
 ) -> None:
-    """Writes one model in every published layout, and prints how each is opened."""
+    """Write a model in every published format, and print how to open each."""
     try:
         write(model, out)
     except LlavaError as error:

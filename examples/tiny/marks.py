@@ -1,6 +1,6 @@
-"""Marks for replies: pure functions of a question with its right answer, and of what a model said.
+"""Grades replies: pure functions of a question with its correct answer, and of a model's reply.
 
-A reply is right when it says the same as the answer in what the question is about: the names, the number, the place.
+A reply is correct if it agrees with the answer in what the question is about: the names, the number or the position.
 """
 
 import re
@@ -18,13 +18,13 @@ COUNTS = {word: n for n, word in enumerate(NUMBERS)} | {"none": 0, "zero": 0, "n
 
 
 def tokens(text: str) -> list[str]:
-    """Words in lower case, hyphens and apostrophes kept inside."""
+    """Lower-case words. Hyphens and apostrophes inside a word are kept."""
     return re.findall(r"\w+(?:['-]\w+)*", text.lower().replace("’", "'"))
 
 
 @dataclass
 class Names:
-    """Finds the names of things in a text, whole names only: in "two hot dogs" there is no dog."""
+    """Finds the names of things in a text. Only whole names count: "two hot dogs" does not contain a dog."""
 
     of: dict[tuple[str, ...], str] = field(default_factory=dict)  # tokens of a name or its plural -> the name
 
@@ -38,7 +38,7 @@ class Names:
         return found
 
     def split(self, text: str) -> tuple[set[str], list[str]]:
-        """The names in a text, and its other words. Of names that overlap the longest is taken."""
+        """The names in a text, and its other words. Of overlapping names, the longest counts."""
         words, names, rest, i = tokens(text), set(), [], 0
         longest = max(map(len, self.of), default=0)
         while i < len(words):
@@ -54,22 +54,22 @@ class Names:
 
 
 def printed(text: str) -> set[str]:
-    """Printed words and numbers, as they are printed: in capitals."""
+    """The printed words and numbers in a text, which are in capitals."""
     return {word for word in re.findall(r"[A-Z]+|\d+", text) if word in PRINTED}
 
 
 def without_printed(text: str) -> str:
-    """A printed CAT is no cat."""
+    """The text without printed words, because a printed CAT is not a cat."""
     return re.sub(r"\b[A-Z]{2,}\b", " ", text)
 
 
 def number(words: list[str]) -> int | None:
-    """The first number, in digits or as a word; "no" and "none" are 0."""
+    """The first number, in digits or as a word. "no" and "none" count as 0."""
     return next((int(w) if w.isdecimal() else COUNTS[w] for w in words if w.isdecimal() or w in COUNTS), None)
 
 
 def correct(turn: Turn, reply: str, names: Names) -> bool:
-    """Whether the reply says what the answer says."""
+    """Whether the reply agrees with the answer."""
     (said, words), (true, right) = (names.split(without_printed(text)) for text in (reply, turn.answer))
     match turn.measure:
         case "names":
@@ -91,6 +91,6 @@ def correct(turn: Turn, reply: str, names: Names) -> bool:
 
 
 def found_and_invented(turn: Turn, reply: str, names: Names) -> tuple[int, int, int]:
-    """Of a description: things named that are there, things that are there, things named that are not."""
+    """Counts for a description: things named correctly, things present, and things named but not present."""
     said, true = (names.split(without_printed(text))[0] for text in (reply, turn.answer))
     return len(said & true), len(true), len(said - true)

@@ -1,7 +1,7 @@
-"""The easiest lessons: one thing a scene, and only its name is asked. `examples.tiny.dataset --lessons names`.
+"""The simplest lessons: one thing per scene, and only its name is asked for. `examples.tiny.dataset --lessons names`.
 
-The smoke build of llava-tiny learns from them what a few hundred steps can teach: the language model to repeat a name
-that it was told, the projector to say it where the picture stands.
+The smoke build of llava-tiny uses them, since a few hundred steps suffice: the language model learns to repeat a name
+from its prompt, and the projector learns to supply that name from the picture.
 """
 
 import random
@@ -12,14 +12,14 @@ from examples.tiny.questions import Asker, Turn, naming
 from examples.tiny.truth import Truth
 from examples.tiny.world import Scene, draw, imagine
 
-CAPTIONS_ALONE = 0.3  # share of the texts
+CAPTIONS_ALONE = 0.3  # fraction of the texts
 
 
 class Namer(Writer):
-    """Samples of one thing each; each depends on its number alone."""
+    """Samples with one thing each. A sample depends only on its index."""
 
     def sample(self, i: int) -> tuple[dict[str, object], bytes | None]:
-        """A sample as the JSON has it, and its picture as JPEG."""
+        """A sample as in the JSON, and its picture as JPEG."""
         kind, name = self.job.kind, f"{self.job.kind}-{self.job.seed}-{i:06}"
         rng = random.Random(f"one {kind} {self.job.seed} {i}")
         ask, seed = Asker(rng, self.knowledge), rng.randrange(TRAINING_SEEDS)
@@ -31,7 +31,7 @@ class Namer(Writer):
 
 
 def told(ask: Asker, seed: int) -> dict[str, object]:
-    """A caption alone, or told in place of the picture with the question what it is."""
+    """A caption, either on its own or in place of the picture before the question what it is."""
     scene = imagine(seed, ask.knowledge.entries)
     scene = replace(scene, objects=scene.objects[:1], words=[])
     caption = brief(ask, scene).answer

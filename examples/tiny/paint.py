@@ -1,4 +1,4 @@
-"""How the world is painted: named colours, backgrounds, printed words, and the hands of other artists."""
+"""Drawing: named colours, backgrounds, printed words, and other drawing styles."""
 
 import random
 from collections import Counter
@@ -38,7 +38,7 @@ DESERT ISLAND CASTLE BRIDGE TOWER TRAIN PLANE ROCKET TRUCK WHEEL STATION AIRPORT
 ZEBRA MOUSE SNAKE SHARK WHALE RABBIT MONKEY PANDA KITTEN PUPPY FLOWER SPRING SUMMER AUTUMN WINTER MONDAY FRIDAY
 SUNDAY JANUARY APRIL JUNE JULY AUGUST DANGER SAFE QUIET CLOSED ENTRY PUSH PULL START FINISH POWER LIGHT PAPER PHOTO
 RADIO ROBOT SPACE EARTH WORLD PEACE DREAM SMILE FRIEND FAMILY DOCTOR PILOT CHEF ARTIST"""
-WORDS: tuple[str, ...] = (*PRINTED.split(), *(str(n) for n in range(100)))  # nothing else is ever printed
+WORDS: tuple[str, ...] = (*PRINTED.split(), *(str(n) for n in range(100)))  # all words that can be printed
 
 
 # ---------------------------------------------------------------- colours of things
@@ -53,7 +53,7 @@ def lost_on(glyph: Image.Image) -> tuple[float, ...]:
     return tuple((distance < 70).mean(axis=0).tolist())
 
 
-# Hues of 256, with room between them; dark orange is brown, pale red is pink.
+# hues from 0 to 255, with gaps between them; dark orange is brown, pale red is pink
 HUES = {
     "red": (-8, 9),
     "orange": (15, 29),
@@ -66,7 +66,7 @@ HUES = {
 
 
 def main_color(glyph: Image.Image) -> str | None:
-    """The colour that is most of a glyph by far."""
+    """The clearly dominant colour of a glyph."""
     small = glyph.reduce(5)
     pixels = np.asarray(small.convert("RGB").convert("HSV"), dtype=np.int16).reshape(-1, 3)
     pixels = pixels[np.asarray(small.getchannel("A")).reshape(-1) > 128]
@@ -78,7 +78,7 @@ def main_color(glyph: Image.Image) -> str | None:
 
 @cache
 def _color_name(hue: int, saturation: int, value: int) -> str | None:
-    """Of one pixel, each of 0 to 255; None between two names."""
+    """The colour name of a pixel, each channel from 0 to 255; None between two names."""
     if value < 60 or saturation < 30:
         return "black" if value < 60 else "white" if value > 232 else "gray" if value < 190 else None
     turned = hue - 256 if hue >= 248 else hue
@@ -87,7 +87,7 @@ def _color_name(hue: int, saturation: int, value: int) -> str | None:
         return "brown"
     if name == "red" and saturation < 120:
         return "pink" if value > 200 else None
-    return name if saturation > (200 if name == "orange" else 70) else None  # pale orange is anybody's guess
+    return name if saturation > (200 if name == "orange" else 70) else None  # pale orange is ambiguous
 
 
 # ---------------------------------------------------------------- printed words
@@ -100,7 +100,7 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 @lru_cache(maxsize=4096)
 def _letters(text: str, font_variant: int) -> Image.Image:
-    """A mask of the word, 48 px type, cropped. Variants: 0 regular, 1 bold, 2 wide, 3 slanted, 4 wide and bold."""
+    """The mask of a word in 48 px type, cropped. Variants: 0 regular, 1 bold, 2 wide, 3 slanted, 4 wide and bold."""
     mask = Image.new("L", (60 * len(text) + 60, 90))
     ImageDraw.Draw(mask).text((30, 15), text, fill=255, font=_font(), stroke_width=2 if font_variant in (1, 4) else 0)
     if font_variant == 3:
@@ -113,7 +113,7 @@ FONT_VARIANTS = 5
 
 
 def render_word(word: str, height: int, color: Rgb, font_variant: int = 0) -> Image.Image:
-    """RGBA of this height, px, in Pillow's own typeface."""
+    """A word as RGBA, `height` pixels high, in Pillow's built-in font."""
     mask = _letters(word, font_variant % FONT_VARIANTS)
     mask = mask.resize((max(1, round(mask.width * height / mask.height)), height), Image.Resampling.BOX)
     image = Image.new("RGBA", mask.size, (*color, 0))
@@ -122,14 +122,14 @@ def render_word(word: str, height: int, color: Rgb, font_variant: int = 0) -> Im
 
 
 def contrasting(names: Sequence[str]) -> list[str]:
-    """Colours that can be read on all of these, and half-way between them."""
+    """Colours that are readable on all of these colours and on their averages."""
     grounds = [COLORS[name] for name in names]
     middle = [sum(shades) / len(shades) for shades in zip(*grounds, strict=True)]
     return [ink for ink, shade in COLORS.items() if all(distance(shade, ground) > 190 for ground in (*grounds, middle))]
 
 
 def distance(a: Sequence[float], b: Sequence[float]) -> float:
-    """Difference of colour; brightness counts most, as letters are told by it."""
+    """Distance of two colours. Brightness has the largest weight, because legibility depends on it."""
     return (2.0 * abs(sum(a) - sum(b)) + sum(abs(x - y) for x, y in zip(a, b, strict=True))) / 3
 
 
@@ -137,7 +137,7 @@ def distance(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def jitter(rng: random.Random, name: str, most: int = 12) -> Rgb:
-    """A colour that still deserves the name."""
+    """A random variation of a named colour that keeps the name."""
     red, green, blue = (max(0, min(255, c + rng.randint(-most, most))) for c in COLORS[name])
     if name in ("white", "black", "gray"):
         return green, green, green
@@ -145,7 +145,7 @@ def jitter(rng: random.Random, name: str, most: int = 12) -> Rgb:
 
 
 def paint(rng: random.Random, size: tuple[int, int], kind: str, names: Sequence[str]) -> Image.Image:
-    """A background of one colour, plain or with a texture, or a gradient between two."""
+    """Paints a background: one colour, plain or textured, or a gradient between two."""
     first = jitter(rng, names[0])
     if kind == "plain":
         return Image.new("RGB", size, first)
@@ -163,7 +163,7 @@ TEXTURES = ("noise", "stripes", "dots", "checks", "clouds")
 
 
 def _texture(rng: random.Random, size: tuple[int, int], kind: str) -> Image.Image:
-    """A mask of the second shade."""
+    """The mask of the second shade of a texture."""
     width, height = size
     if kind in ("noise", "clouds"):
         coarse = rng.randint(6, 14) if kind == "clouds" else 2
@@ -183,24 +183,24 @@ def _texture(rng: random.Random, size: tuple[int, int], kind: str) -> Image.Imag
     return Image.fromarray(pattern.astype(np.uint8) * 255)
 
 
-# ---------------------------------------------------------------- other hands
+# ---------------------------------------------------------------- other styles
 
 
 def stylise(rng: random.Random, glyph: Image.Image) -> Image.Image:
-    """The same thing as another artist might draw it: RGBA in, RGBA out. For training only."""
+    """Redraws a glyph in another style, RGBA to RGBA. For training only."""
     margin = 6
-    image = ImageOps.expand(glyph, margin)  # transparent room for an outline
+    image = ImageOps.expand(glyph, margin)  # transparent margin for an outline
     alpha, color = image.getchannel("A"), image.convert("RGB")
     color = _recolor(rng, color)
     if rng.random() < 0.45:
         color = ImageOps.posterize(color.filter(ImageFilter.BoxBlur(1.5)), rng.choice((2, 3)))
-    if rng.random() < 0.45:  # lines where the fill changes
+    if rng.random() < 0.45:  # lines where the colour changes
         edges = color.convert("L").filter(ImageFilter.FIND_EDGES).filter(ImageFilter.MaxFilter(3))
         edges = ImageChops.multiply(edges.point(lambda v: min(255, 4 * v) if v > 24 else 0), alpha)
         color.paste((20, 20, 24), mask=edges)
     if rng.random() < 0.55:  # a dark outline
         grown = alpha.filter(ImageFilter.MaxFilter(rng.choice((3, 5, 7))))
-        if rng.random() < 0.3:  # and nothing but lines: the fill is gone
+        if rng.random() < 0.3:  # lines only, without fill
             color = Image.blend(color, Image.new("RGB", color.size, (255, 255, 255)), 0.75)
         color = Image.composite(color, Image.new("RGB", color.size, (20, 20, 24)), alpha)
         alpha = grown
@@ -213,7 +213,7 @@ def stylise(rng: random.Random, glyph: Image.Image) -> Image.Image:
 
 
 def _recolor(rng: random.Random, color: Image.Image) -> Image.Image:
-    """Brightness, contrast, saturation and hue a little otherwise; seldom gray."""
+    """Jitters brightness, contrast, saturation and hue; rarely converts to gray."""
     lot = rng.random()
     if lot < 0.08:
         return color.convert("L").convert("RGB")
@@ -232,7 +232,7 @@ def _recolor(rng: random.Random, color: Image.Image) -> Image.Image:
 
 
 def _bend(rng: random.Random, image: Image.Image) -> Image.Image:
-    """Squeezed and sheared."""
+    """Squeezes and shears."""
     width, height = image.size
     image = image.resize(
         (max(8, round(width * rng.uniform(0.78, 1.0))), max(8, round(height * rng.uniform(0.78, 1.0))))

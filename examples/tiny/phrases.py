@@ -1,6 +1,6 @@
-"""How questions are put. One line is one phrasing; every tenth of a topic is kept back for scoring.
+"""The phrasings of questions, one per line. Every tenth of a topic is held back for scoring.
 
-{pic} is the picture by one of its names; {x}, {y}, {place}, … are filled in by `questions.py`.
+{pic} stands for one of the words for the picture. `questions.py` fills in {x}, {y}, {place}, ….
 """
 
 from typing import Literal
@@ -415,6 +415,6 @@ TOPICS = {
 
 
 def phrasings(topic: str, which: Phrasing) -> list[str]:
-    """All of a topic that may be used in training, or those kept back."""
+    """The phrasings of a topic for training, or those held back."""
     lines = [line.strip() for line in TOPICS[topic].strip().splitlines()]
     return [line for i, line in enumerate(lines) if (i % 10 == 4) == (which == "held back")]

@@ -1,4 +1,4 @@
-"""What the two pretraining scripts share: first weights, a loop that ends on time, folders as a hub has them."""
+"""Shared code of the two pretraining scripts: initialization, a time-limited training loop, and saving."""
 
 import json
 import math
@@ -16,25 +16,27 @@ from torch import Tensor, nn
 from llava.checkpoint.keymap import Rule, disk_names
 from llava.checkpoint.write import Item, write_json, write_safetensors
 
-# Options of both scripts
-Out = Annotated[Path, typer.Option(help="folder to write; absent or empty")]
-Minutes = Annotated[float, typer.Option(help="all in all, compiling included")]
-Steps = Annotated[int | None, typer.Option(help="instead of --minutes")]
-Rate = Annotated[float, typer.Option("--lr", help="highest learning rate")]
-Decay = Annotated[float, typer.Option("--weight-decay", help="of the matrices")]
-Seed = Annotated[int, typer.Option(help="of first weights and of the order or the scenes")]
+# options of both scripts
+Out = Annotated[Path, typer.Option(help="folder to write; must be missing or empty")]
+Minutes = Annotated[float, typer.Option(help="training time in minutes, compilation included")]
+Steps = Annotated[int | None, typer.Option(help="number of steps, instead of --minutes")]
+Rate = Annotated[float, typer.Option("--lr", help="peak learning rate")]
+Decay = Annotated[float, typer.Option("--weight-decay", help="weight decay of the matrices")]
+Seed = Annotated[int, typer.Option(help="seed of the initial weights and of the data")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda")]
-Compile = Annotated[bool, typer.Option(help="on a GPU")]
+Compile = Annotated[bool, typer.Option(help="compile the model on a GPU")]
 Size = Annotated[int, typer.Option()]
 
 REPORT_S = 5.0  # seconds between reports
-WARM_UP = 0.05  # share of the steps in which the rate rises
+WARM_UP = 0.05  # fraction of the steps with a rising learning rate
 
 
 @torch.no_grad()
 def initialise(model: nn.Module, n_layers: int) -> None:
-    """Matrices that keep the size of what they multiply, smaller where a block adds to its residual; embeddings 0.02,
-    norms 1, biases and other vectors 0. What is known by name as something else is set by the caller."""
+    """Initializes matrices to preserve the scale of their input, and smaller where a block adds to its residual.
+
+    Embeddings have deviation 0.02, norms are 1, biases and other vectors 0. The caller sets parameters that differ.
+    """
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
             nn.init.constant_(parameter, 1.0 if name.endswith("norm.weight") else 0.0)
@@ -49,7 +51,7 @@ def initialise(model: nn.Module, n_layers: int) -> None:
 
 @dataclass
 class Budget:
-    """How far training is: by steps, or by minutes turned into steps as soon as their pace is known."""
+    """The training budget in steps, or in minutes, which are converted to steps once the speed is known."""
 
     minutes: float | None
     steps: int | None
@@ -66,9 +68,9 @@ class Budget:
         return self.clock() - self._started
 
     def measure(self) -> float:
-        """Called where the device has finished its work: steps a second since the last call; sets the number of steps.
+        """Returns the steps per second since the last call and updates the number of steps.
 
-        The first call only sets a mark: what lies before it is compiling.
+        Call it after synchronizing. The first call only starts the clock, because the time before it is compilation.
         """
         now, mark = self.elapsed_s, self._marked
         self._marked = (self.step, now)
@@ -81,7 +83,7 @@ class Budget:
 
     @property
     def rate(self) -> float:
-        """Share of the highest learning rate at this step: up in a line, down in a cosine to 0."""
+        """Fraction of the peak learning rate: a linear warmup, then a cosine to 0."""
         if self.steps is None:
             return min(1.0, (self.step + 1) / 100)
         done = (self.step + 1) / max(self.steps, 1)
@@ -107,9 +109,9 @@ def fit(
     weight_decay: float,
     samples: int,
 ) -> None:
-    """AdamW on what `forward` returns, a loss, until the budget is spent; matrices alone decay.
+    """Trains with AdamW on the loss that `forward` returns until the budget is spent. Only matrices have weight decay.
 
-    The device is waited for only at reports, about every REPORT_S seconds. `samples`: in a step, for the speed.
+    Synchronizes only for reports, about every REPORT_S seconds. `samples`: samples per step, to report the speed.
     """
     weights = [p for p in parameters if p.requires_grad]
     device = weights[0].device
@@ -129,12 +131,12 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         budget.step += 1
         if budget.step >= next_look or budget.over:
-            value = float(loss.detach())  # waits for the device
+            value = float(loss.detach())  # synchronizes
             pace = budget.measure()
             log({"step": budget.step, "steps": budget.steps or 0, "seconds": round(budget.elapsed_s, 1),
                  "loss": round(value, 4), "samples_per_s": round(pace * samples, 1), **report()})  # fmt: skip
             _wait(device)
-            budget.measure()  # the report's own time is no step's
+            budget.measure()  # excludes the time of the report
             next_look = budget.step + max(5, int(pace * REPORT_S))
 
 
@@ -144,7 +146,7 @@ def _wait(device: torch.device) -> None:
 
 
 def logger(file: Path) -> Callable[[dict[str, float]], None]:
-    """Prints what is reported and adds it to `file`, a JSON object a line."""
+    """A function that prints each report and appends it to `file`, one JSON object per line."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("")
 
@@ -157,7 +159,7 @@ def logger(file: Path) -> Callable[[dict[str, float]], None]:
 
 
 def save(folder: Path, ours: Mapping[str, Tensor], rules: Iterable[Rule], config: dict[str, Any]) -> None:
-    """model.safetensors in float16 under the hub's names, and config.json; what we stack is taken apart."""
+    """Writes model.safetensors in float16 under Hugging Face's names, with q, k and v separate, and config.json."""
     table, items = tuple(rules), list[Item]()
     for name, tensor in ours.items():
         names = disk_names(name, table)
@@ -170,5 +172,5 @@ def save(folder: Path, ours: Mapping[str, Tensor], rules: Iterable[Rule], config
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 on a GPU; a CPU keeps float32, which it is faster in."""
+    """bfloat16 on a GPU, float32 on a CPU, where that is faster."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")

@@ -1,4 +1,4 @@
-"""Questions about a scene with their answers, from the truth alone; nothing is asked that the truth does not settle."""
+"""Questions about a scene with their answers, derived from its ground truth. Ambiguous questions are not asked."""
 
 import random
 import re
@@ -36,7 +36,7 @@ Measure = Literal["names", "number", "place", "color", "yes or no", "words", "no
 
 @dataclass(frozen=True)
 class Turn:
-    """A question, its answer, the kind of ability it asks for, and what a reply must share with the answer."""
+    """A question, its answer, the ability it tests, and what a reply must have in common with the answer."""
 
     kind: str
     measure: Measure
@@ -46,14 +46,14 @@ class Turn:
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What is asked about beside the scene: all things there are, and the colour of those that have one."""
+    """Facts beyond the scene: all things in the world, and the colours of those that have one."""
 
     entries: Sequence[Entry]
     colors: Mapping[Entry, str]
 
 
 class Asker:
-    """Puts questions in one of many ways."""
+    """Chooses phrasings at random."""
 
     def __init__(self, rng: random.Random, knowledge: Knowledge, which: Phrasing = "training"):
         self.rng, self.knowledge, self.which = rng, knowledge, which
@@ -90,12 +90,12 @@ def there_is(phrases: list[str]) -> str:
 
 
 def _bare(phrase: str) -> str:
-    """Without its place."""
+    """A turn without the position."""
     return re.sub(r" (at the (top|bottom)( left| right)?|on the (left|right)|in the middle)$", "", phrase)
 
 
 def absent(ask: Asker, truth: Truth) -> Entry:
-    """Something that is not there, and that nobody could take for what is there; often of a like kind."""
+    """Something that is not in the scene and cannot be confused with anything there; often of a similar kind."""
     subgroup = ask.rng.choice(truth.objects).entry.subgroup if truth.objects and ask.rng.random() < 0.35 else None
     for _ in range(200):
         entry = ask.rng.choice(ask.knowledge.entries)
@@ -190,7 +190,7 @@ def counting(ask: Asker, truth: Truth) -> Turn | None:
 
 
 def _count_all(ask: Asker, truth: Truth) -> Turn | None:
-    if truth.scene.words:  # somebody might count them too
+    if truth.scene.words:  # somebody might count the words too
         return None
     n = len(truth.objects)
     return Turn(
@@ -204,7 +204,7 @@ def _count_all(ask: Asker, truth: Truth) -> Turn | None:
 def _count_name(ask: Asker, truth: Truth) -> Turn | None:
     if ask.rng.random() < 0.22:
         entry, n = absent(ask, truth), 0
-    else:  # what is there several times is asked for more often
+    else:  # prefer things that occur several times
         entry = ask.rng.choice(truth.objects).entry
         n = truth.counts[entry]
         if n == 1 and ask.rng.random() < 0.6:
@@ -228,13 +228,13 @@ def _count_kind(ask: Asker, truth: Truth) -> Turn | None:
 
 
 def _some_kind(ask: Asker, truth: Truth, present: float) -> Kind:
-    """With this chance one that is there, if any is."""
+    """A kind, with this probability one that is in the scene, if there is any."""
     there = [kind for kind in KINDS.values() if any(kind.holds(entry) for entry in truth.counts)]
     return ask.rng.choice(there if there and ask.rng.random() < present else list(KINDS.values()))
 
 
 def _members(truth: Truth, kind: Kind | Use) -> list[Entry] | None:
-    """Those in the scene that are of it; None where that is unclear of any."""
+    """The things in the scene that belong to a kind; None if that is unclear for any of them."""
     held = {entry: kind.holds(entry) for entry in truth.counts}
     return None if None in held.values() else [entry for entry, yes in held.items() if yes]
 
@@ -341,7 +341,7 @@ def is_text(ask: Asker, truth: Truth) -> Turn | None:
     words = [word.text for word in truth.scene.words]
     if words:
         return _yes_no(ask.put("is text"), f"Yes, it says {listed(words)}.")
-    if ask.rng.random() < 0.5:  # most scenes have none
+    if ask.rng.random() < 0.5:  # most scenes have no words
         return None
     return _yes_no(ask.put("is text"), "No, there is no text in the picture.")
 
@@ -352,7 +352,7 @@ def yes_or_no(ask: Asker, truth: Truth) -> Turn | None:
 
 
 def not_there(ask: Asker, truth: Truth) -> Turn:
-    """Questions that take for granted what is not there."""
+    """Questions that presuppose something that is not there."""
     name = absent(ask, truth).name
     if ask.rng.random() < 0.7:
         question = ask.put("where", the_x=the(name), **{"is": be(name)})
@@ -373,7 +373,7 @@ def detail(ask: Asker, truth: Truth) -> Turn:
 
 
 def description(truth: Truth) -> str:
-    """All there is: things from left to right, with their places where there are few, words, background."""
+    """Everything in the scene: things from left to right (with positions if there are few), words, background."""
     few = len(truth.objects) <= 4
     parts = []
     for entry, n in truth.counts.items():
@@ -389,7 +389,7 @@ def description(truth: Truth) -> str:
 # ---------------------------------------------------------------- complex
 
 
-MOSTLY = 0.6  # how often a question that nothing answers is dropped; few scenes hold any one kind
+MOSTLY = 0.6  # probability of dropping a question that nothing answers, since most scenes lack any given kind
 
 
 def which_are(ask: Asker, truth: Truth) -> Turn | None:
@@ -439,7 +439,7 @@ def odd_one(ask: Asker, truth: Truth) -> Turn | None:
         outside = [entry for entry, yes in held.items() if yes is False]
         if None not in held.values() and len(outside) == 1 and truth.counts[outside[0]] == 1:
             found[outside[0]] = kind
-    if len(found) != 1:  # none, or two could be meant
+    if len(found) != 1:  # no thing fits, or several
         return None
     ((entry, kind),) = found.items()
     answer = f"{sentence(the(entry.name))} {be(entry.name)} the odd one out. The others are {kind.several}."
@@ -464,7 +464,7 @@ def complex_(ask: Asker, truth: Truth) -> Turn | None:
 # ---------------------------------------------------------------- dialogues
 
 Maker = Callable[[Asker, Truth], Turn | None]
-MAKERS: dict[str, tuple[Maker, int]] = {  # and how often each is tried
+MAKERS: dict[str, tuple[Maker, int]] = {  # and their weights
     "naming": (naming, 8),
     "listing": (listing, 10),
     "naming at": (naming_at, 12),
@@ -483,7 +483,7 @@ NAMES, CHANCES = list(MAKERS), [chance for _, chance in MAKERS.values()]
 
 
 def dialogue(ask: Asker, scene: Scene, n_turns: int) -> list[Turn]:
-    """Up to so many different questions about a scene."""
+    """Up to `n` different questions about a scene."""
     truth = Truth(scene)
     turns: dict[str, Turn] = {}
     for _ in range(8 * n_turns):

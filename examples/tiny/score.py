@@ -1,7 +1,8 @@
-"""What a model can do on scenes that it never saw: `python -m examples.tiny.score MODEL --out scores.json`.
+"""Scores a model on unseen scenes: `python -m examples.tiny.score MODEL --out scores.json`.
 
-Scenes have seeds that training never uses. A fifth of them is asked with phrasings that were kept back, another fifth
-holds pairs of things that were. The unseen style is scored where its pack is named; nothing is chosen by it.
+The seeds of the scenes are never used in training. One fifth of the scenes is asked about with held-back phrasings,
+another fifth contains held-back pairs of things. The unseen style is scored if its pack is given, and is used for
+nothing else.
 """
 
 import json
@@ -26,33 +27,33 @@ from examples.tiny.truth import Truth
 from examples.tiny.world import Pairs, draw
 from llava.errors import ConfigError, LlavaError
 
-SUBSETS: dict[str, tuple[float, Phrasing, Pairs]] = {  # share, phrasings, pairs of things
+SUBSETS: dict[str, tuple[float, Phrasing, Pairs]] = {  # fraction, phrasings, pairs of things
     "fresh scenes": (0.6, "training", "training"),
     "held-back phrasings": (0.2, "held back", "training"),
     "held-back pairs": (0.2, "training", "held back"),
 }
 CONVERSATION = ("naming", "listing", "counting", "position", "colour", "yes or no", "reading", "absent")
-TURNS = 4  # questions a scene
+TURNS = 4  # questions per scene
 
 Answer = Callable[[Sequence[tuple[Image.Image, Turn]]], list[str]]
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question put to the model."""
+    """One question to the model."""
 
     seed: int
     style: str
     subset: str
-    single: bool  # one thing alone in the scene
+    single: bool  # the scene has a single thing
     image: Image.Image
     turn: Turn
 
 
 def items(glyphs: Glyphs, trained: Sequence[str], n: int, seed: int) -> Iterator[Item]:
-    """Questions about n scenes, evenly of each style. Their seeds are 2**31 and above.
+    """Questions about n scenes, evenly divided among the styles. Their seeds are 2**31 and above.
 
-    trained: the styles of training. An unseen style is asked for a thing's colour only where it has the same one.
+    trained: the styles of training. In an unseen style, colours are asked for only if the thing has the same colour.
     """
     styles = glyphs.styles
     knowledge = {style: know(glyphs.only([*trained, style])) for style in styles}
@@ -66,19 +67,19 @@ def items(glyphs: Glyphs, trained: Sequence[str], n: int, seed: int) -> Iterator
 def _asked(glyphs: Glyphs, knowledge: Knowledge, style: str, subset: str, seed: int) -> Iterator[Item]:
     _, phrasing, pairs = SUBSETS[subset]
     rng = random.Random(seed)
-    # a pair takes two
+    # a pair needs two things
     n_objects = rng.randint(2, 6) if pairs == "held back" else None
     scene = draw(seed, glyphs, [style], pairs=pairs, n_objects=n_objects)
     ask, truth = Asker(rng, knowledge, phrasing), Truth(scene)
     single = len(scene.objects) == 1
     turns = dialogue(ask, scene, TURNS)
     if (name := naming(ask, truth)) and all(turn.kind != name.kind for turn in turns):
-        turns.append(name)  # the naming of a single thing is always asked
+        turns.append(name)  # a single thing is always asked for by name
     yield from (Item(seed, style, subset, single, scene.image, turn) for turn in turns)
 
 
 def tally(items: Sequence[Item], replies: Sequence[str], names: Names) -> dict[str, Any]:
-    """Shares of right replies: of each kind, of each style with each subset, and over all conversation questions."""
+    """Fractions of correct replies: per kind, per style and subset, and over all conversation questions."""
     right: dict[tuple[str, str, str], list[bool]] = defaultdict(list)
     described: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
     for item, reply in zip(items, replies, strict=True):
@@ -112,14 +113,14 @@ def _of_style(
         },
         "detail": {
             "objects named": round(found / max(1, there), 4),
-            "objects invented": round(invented / max(1, found + invented), 4),  # of all that were named
+            "objects invented": round(invented / max(1, found + invented), 4),  # fraction of all objects named
             "descriptions": len(described),
         },
     }
 
 
 def answers(model: str, *, device: str, batch_size: int, template: str | None, blind: bool) -> Answer:
-    """Greedy replies of a model. blind: the same questions without the picture."""
+    """Greedy replies of a model. blind: asks the same questions without the picture."""
     import llava
     from llava.assistant import question_about
 
@@ -127,7 +128,7 @@ def answers(model: str, *, device: str, batch_size: int, template: str | None, b
 
     def answer(asked: Sequence[tuple[Image.Image, Turn]]) -> list[str]:
         replies = [""] * len(asked)
-        for long in (False, True):  # descriptions may take longer; apart, so that no short reply waits for one
+        for long in (False, True):  # descriptions are batched separately, so that short replies do not wait for them
             picked = [i for i, (_, turn) in enumerate(asked) if (turn.measure == "detail") == long]
             messages = [question_about(None if blind else asked[i][0], asked[i][1].question) for i in picked]
             most = 160 if long else 64
@@ -158,24 +159,24 @@ def _percent(share: dict[str, float | int] | None) -> str:
 
 
 def main(
-    model: Annotated[str, typer.Argument(help="folder or hub id of a LLaVA checkpoint")],
+    model: Annotated[str, typer.Argument(help="folder or Hub id of a LLaVA checkpoint")],
     glyphs: Annotated[Path, typer.Option(help="pack of glyphs")] = Path("build/tiny/glyphs.zip"),
-    unseen: Annotated[Path | None, typer.Option(help="pack of a style that training never saw")] = None,
-    n: Annotated[int, typer.Option("--n", help="scenes")] = 2000,
-    seed: Annotated[int, typer.Option(help="another seed, other scenes")] = 0,
-    entries: Annotated[int | None, typer.Option(help="use so many of the things only")] = None,
+    unseen: Annotated[Path | None, typer.Option(help="pack of a style not used in training")] = None,
+    n: Annotated[int, typer.Option("--n", help="number of scenes")] = 2000,
+    seed: Annotated[int, typer.Option(help="seed of the scenes")] = 0,
+    entries: Annotated[int | None, typer.Option(help="use only this many things")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda")] = "auto",
-    batch_size: Annotated[int, typer.Option(help="questions side by side")] = 64,
+    batch_size: Annotated[int, typer.Option(help="batch size")] = 64,
     template: Annotated[str | None, typer.Option(help="conversation template; default: the checkpoint's")] = None,
-    blind: Annotated[bool, typer.Option("--blind", help="ask without the pictures: what guessing gives")] = False,
-    show: Annotated[int, typer.Option(help="also print so many wrong replies")] = 0,
+    blind: Annotated[bool, typer.Option("--blind", help="ask without the pictures, to measure guessing")] = False,
+    show: Annotated[int, typer.Option(help="print this many wrong replies")] = 0,
     out: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
 ) -> None:
-    """Scores a model on fresh scenes."""
+    """Score a model on unseen scenes."""
     try:
         packs = Glyphs.load(glyphs, *([unseen] if unseen else [])).first(entries)
         if not packs.styles:
-            raise ConfigError(f"{glyphs} holds no pictures; expected a pack with at least one style")
+            raise ConfigError(f"{glyphs} contains no pictures; expected a pack with at least one style")
         asked = list(items(packs, Glyphs.load(glyphs).styles, n, seed))
         answer = answers(model, device=device, batch_size=batch_size, template=template, blind=blind)
         replies = answer([(item.image, item.turn) for item in asked])

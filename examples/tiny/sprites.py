@@ -1,9 +1,9 @@
-"""All that scenes are drawn with, on the device: each glyph in several drawing styles, each printed word.
+"""Sprites on the device: each glyph in several drawing styles, and each printed word.
 
-N pictures   S side in pixels   L levels of size
+N pictures   S side in pixels   L mipmap levels
 
-The styles made here (outlines, flat colours, drawn inner edges, line art, blends of two artists) are there so that the
-tower learns shapes and not one artist's shading. Colours and shapes vary further when a scene is drawn (`compose.py`).
+The styles made here (outlines, flat colours, inner edges, line art, blends of two artists) make the tower learn shapes
+rather than the shading of one artist. `compose.py` adds further variation of colours and shapes when it draws a scene.
 """
 
 from collections.abc import Sequence
@@ -19,25 +19,25 @@ from examples.tiny.glyphs import Entry, Glyphs
 from examples.tiny.world import FONT_VARIANTS, render_word
 
 SIDE = 112  # pixels of a glyph
-WORD_SIZE = (224, 56)  # width and height that a printed word is fitted into: as many pixels as a glyph has
-LEVELS = 3  # full size, a half, a quarter
+WORD_SIZE = (224, 56)  # width and height of a word sprite, with as many pixels as a glyph
+LEVELS = 3  # full, half and quarter size
 
-# How often a glyph is drawn in each style of `variants`, in its order.
+# relative frequency of each style of `variants`, in order
 PLAIN, WEIGHTS = 0, (0.28, 0.10, 0.08, 0.10, 0.08, 0.14, 0.12, 0.04, 0.06)
 
 
 @dataclass(frozen=True)
 class Sprites:
-    """Packed pictures and where each begins. Classes are the glyphs in their order, then the words.
+    """Packed pictures and the offset of each. The classes are the glyphs in order, followed by the words.
 
-    A picture is a glyph by one artist, or a word in one font: first all glyphs of one artist, in the end the words.
+    A picture is a glyph by one artist or a word in one font. They are ordered by artist, with the words at the end.
     """
 
-    pixels: Tensor  # int32 [all]: red, green, blue (times alpha), alpha from the lowest byte up; level after level
-    extent: Tensor  # float32 [pictures, 2]: half of what is drawn, in width and height, where half the canvas is 1 high
-    drawable: Tensor  # int64: classes of glyphs that some artist drew
-    turnable: Tensor  # bool [classes]: may be drawn mirrored
-    names: list[str]  # of the classes
+    pixels: Tensor  # int32 [all]: premultiplied RGBA from the lowest byte up, level by level
+    extent: Tensor  # float32 [pictures, 2]: half width and height of the visible part; half the canvas height is 1
+    drawable: Tensor  # int64: classes of glyphs that at least one artist drew
+    turnable: Tensor  # bool [classes]: may be mirrored
+    names: list[str]  # by class
     topics: list[str]  # group and subgroup of each class, for the text encoder
     n_glyphs: int
     styles: list[str]
@@ -47,26 +47,26 @@ class Sprites:
         return len(self.names) - self.n_glyphs
 
     def pictures(self, classes: Tensor, style: Tensor, font: Tensor) -> Tensor:
-        """Numbers of the pictures of these classes; all arguments int64 of one shape."""
+        """The picture indices of these classes. All arguments are int64 of one shape."""
         words = len(self.styles) * self.n_glyphs + (classes - self.n_glyphs) * FONT_VARIANTS + font
         return torch.where(classes < self.n_glyphs, style * self.n_glyphs + classes, words)
 
     def starts(self, pictures: Tensor, variant: Tensor) -> Tensor:
-        """Where these pictures begin in `pixels`; words have no variants."""
+        """The offsets of these pictures in `pixels`. Words have no variants."""
         glyphs = len(self.styles) * self.n_glyphs
         n = len(WEIGHTS)
         return torch.where(pictures < glyphs, pictures * n + variant, pictures + glyphs * (n - 1)) * LENGTH
 
 
-LENGTH = sum((SIDE >> level) ** 2 for level in range(LEVELS))  # values of a picture
+LENGTH = sum((SIDE >> level) ** 2 for level in range(LEVELS))  # values per picture
 
 
 def load_sprites(
     glyphs: Glyphs, styles: Sequence[str], words: Sequence[str], device: torch.device, *, plain: bool = False
 ) -> Sprites:
-    """Pictures of the glyphs in these styles and of the words. About 1.1 GB for 820 glyphs in two styles.
+    """Loads the glyphs in these styles, and the words. About 1.1 GB for 820 glyphs in two styles.
 
-    `plain`: all variants are the artist's own, for measuring.
+    `plain`: all variants are the original drawing, for evaluation.
     """
     drawn = [[_first(glyphs, entry, [style, *styles]) for entry in glyphs.entries] for style in styles]
     missing = {i for i, entry in enumerate(glyphs.entries) if not any(glyphs.has(entry, style) for style in styles)}
@@ -100,13 +100,13 @@ def load_sprites(
 
 
 def _first(glyphs: Glyphs, entry: Entry, styles: Sequence[str]) -> Image.Image:
-    """The first of these artists' pictures; an empty one where none drew it."""
+    """The picture by the first of these artists who drew the glyph; an empty one if none did."""
     own = [style for style in styles if glyphs.has(entry, style)]
     return glyphs.image(entry, own[0]) if own else Image.new("RGBA", (SIDE, SIDE))
 
 
 def fit(image: Image.Image, size: tuple[int, int]) -> tuple[Tensor, tuple[float, float]]:
-    """The picture as large as may be in the middle of a canvas, uint8 [4, H, W], and its extent there."""
+    """Centres a picture on a canvas at the largest size that fits: uint8 [4, H, W], and its extent."""
     scale = min(size[0] / image.width, size[1] / image.height)
     w, h = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     canvas = Image.new("RGBA", size)
@@ -115,13 +115,13 @@ def fit(image: Image.Image, size: tuple[int, int]) -> tuple[Tensor, tuple[float,
 
 
 def _premultiplied(pixels: Tensor) -> Tensor:
-    """uint8 [N, 4, H, W] -> float32 0..1, colours times alpha"""
+    """uint8 [N, 4, H, W] -> float32 0..1, with premultiplied alpha."""
     wide = pixels.float() / 255
     return torch.cat([wide[:, :3] * wide[:, 3:], wide[:, 3:]], dim=1)
 
 
 def _packed(x: Tensor) -> Tensor:
-    """float [N, 4, H, W] -> int32 [N * LENGTH]: every level of one picture, then the next picture."""
+    """float [N, 4, H, W] -> int32 [N * LENGTH], all levels of a picture together."""
     levels = []
     for level in range(LEVELS):
         small = F.avg_pool2d(x, 2**level) if level else x
@@ -130,7 +130,7 @@ def _packed(x: Tensor) -> Tensor:
 
 
 def variants(x: Tensor, other: Tensor) -> list[Tensor]:
-    """One artist's pictures x and another's, [N, 4, S, S] -> the styles that WEIGHTS counts, [N, 4, S, S] each."""
+    """The styles that WEIGHTS lists, [N, 4, S, S] each, from the pictures x and those of another artist."""
     small = _shrunk(x)
     flat = _flat(small, levels=4)
     edges = _edges(small)
@@ -148,22 +148,22 @@ def variants(x: Tensor, other: Tensor) -> list[Tensor]:
 
 
 def _shrunk(x: Tensor) -> Tensor:
-    """A little smaller, so that an outline has room."""
+    """Shrinks slightly, to leave room for an outline."""
     inner = SIDE - 10
     return F.pad(F.interpolate(x, (inner, inner), mode="bilinear", antialias=True, align_corners=False), (5, 5, 5, 5))
 
 
 def _outlined(x: Tensor, width: int) -> Tensor:
-    """A dark line around the silhouette, `width` pixels wide."""
+    """Adds a dark line around the silhouette, `width` pixels wide."""
     alpha = x[:, 3:]
-    for i in range(width):  # a square and a diamond in turn: nearly round
+    for i in range(width):  # alternating a square and a diamond gives a nearly round shape
         wide = F.max_pool2d(alpha, (3, 1), 1, (1, 0)), F.max_pool2d(alpha, (1, 3), 1, (0, 1))
         alpha = torch.maximum(*wide) if i % 2 else F.max_pool2d(alpha, 3, 1, 1)
     return torch.cat([x[:, :3], torch.maximum(alpha, x[:, 3:])], dim=1)
 
 
 def _flat(x: Tensor, levels: int) -> Tensor:
-    """Few colours: smoothed, then each channel rounded to one of `levels`."""
+    """Reduces colours: smooths, then rounds each channel to one of `levels`."""
     alpha = x[:, 3:]
     smooth = F.avg_pool2d(x, 5, 1, 2)
     color = smooth[:, :3] / smooth[:, 3:].clamp(min=1e-3)
@@ -171,7 +171,7 @@ def _flat(x: Tensor, levels: int) -> Tensor:
 
 
 def _edges(x: Tensor) -> Tensor:
-    """Where colours change inside a picture, 0..1 [N, 1, S, S]"""
+    """Strength of colour changes inside a picture, 0..1 [N, 1, S, S]."""
     smooth = F.avg_pool2d(x[:, :3] + 0.5 * (1 - x[:, 3:]), 3, 1, 1)
     change = (F.max_pool2d(smooth, 3, 1, 1) + F.max_pool2d(-smooth, 3, 1, 1)).amax(1, keepdim=True)
     inside = -F.max_pool2d(-x[:, 3:], 5, 1, 2)
@@ -179,5 +179,5 @@ def _edges(x: Tensor) -> Tensor:
 
 
 def _inked(x: Tensor, edges: Tensor) -> Tensor:
-    """Edges drawn dark."""
+    """Draws edges in a dark colour."""
     return torch.cat([x[:, :3] * (1 - edges), x[:, 3:]], dim=1)

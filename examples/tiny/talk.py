@@ -1,4 +1,4 @@
-"""Dialogues in words alone: plain facts about the things, small talk, counting, and scenes told instead of drawn."""
+"""Text-only dialogues: facts about the things, small talk, counting, and scenes described in words."""
 
 from collections.abc import Sequence
 
@@ -109,7 +109,7 @@ def _some(ask: Asker, n: int) -> Sequence[Entry]:
 
 
 def repeat_list(ask: Asker) -> Turn:
-    """Repeating what was named: every name is said, and a list is kept in order."""
+    """Asks to repeat a list of names in order, which trains the model to produce every name."""
     several = listed([a(entry.name) for entry in _some(ask, ask.rng.randint(1, 4))])
     question = ask.rng.choice(("Repeat: {}.", "Say this again: {}.", "Please repeat: {}."))
     return _say(question.format(several), f"{sentence(several)}.")

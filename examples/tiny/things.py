@@ -1,6 +1,7 @@
-"""What is known of the things by name: article and plural, kind, use. Unicode's subgroups, and short lists by hand.
+"""Knowledge about the things by name: article, plural, kind and use, from Unicode's subgroups and hand-written lists.
 
-Where a list is silent a thing counts as "no"; where people would disagree it is listed as unclear, and is never asked.
+A thing that is not on a list counts as "no". Things that people would disagree on are listed as unclear, and are never
+asked about.
 """
 
 import re
@@ -13,7 +14,7 @@ NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 
 def names(text: str) -> frozenset[str]:
-    """A list by hand: names parted by commas."""
+    """Parses a hand-written list of names separated by commas."""
     return frozenset(name for name in (part.strip() for part in re.sub(r"\s+", " ", text).split(",")) if name)
 
 
@@ -44,7 +45,7 @@ NO_SIMPLE_PLURAL = re.compile(
 
 @lru_cache(maxsize=4096)
 def many(name: str) -> str | None:
-    """The plural where it is the name with an ending, so that the name can be read in it; None elsewhere."""
+    """The plural if it is the name plus an ending, so that it contains the name; otherwise None."""
     if name in PLURAL or name in BARE or NO_SIMPLE_PLURAL.search(f"{name}"):
         return None
     if name.endswith(SAME_IN_PLURAL):
@@ -53,7 +54,7 @@ def many(name: str) -> str | None:
 
 
 def a(name: str) -> str:
-    """With its article, where it takes one."""
+    """The name with its article, if it takes one."""
     if name in PLURAL or name in BARE:
         return name
     vowel = name[0].lower() in "aeiou" and not name.startswith(("uni", "ewe", "euro", "one"))
@@ -65,7 +66,7 @@ def be(name: str) -> str:
 
 
 def count(name: str, n: int) -> str:
-    """ "two cats"; n above one only where the name has a plural."""
+    """ "two cats". The name must have a plural if n is above one."""
     return a(name) if n == 1 else f"{NUMBERS[n]} {many(name)}"
 
 
@@ -76,18 +77,18 @@ def listed(parts: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Kind:
-    """A class of things: those of its subgroups and those named, but for those left out or unclear."""
+    """A class of things: those of its subgroups and those named, except those excluded or unclear."""
 
     one: str
     several: str
     subgroups: frozenset[str] = frozenset()
     named: frozenset[str] = frozenset()
-    never: frozenset[str] = frozenset()  # in a subgroup of it, and clearly not of it
+    never: frozenset[str] = frozenset()  # in one of the subgroups, but clearly not of this kind
     unclear: frozenset[str] = frozenset()
     unclear_subgroups: frozenset[str] = frozenset()
 
     def holds(self, entry: Entry) -> bool | None:
-        """None: people would disagree."""
+        """Whether a thing is of this kind; None if people would disagree."""
         if entry.name in self.unclear:
             return None
         if entry.name in self.named:
@@ -258,7 +259,7 @@ KINDS: dict[str, Kind] = {
     )
 }
 
-# A plain word of what each thing is, where none of KINDS holds it. Reads after "is".
+# a plain description of each thing outside all KINDS, to follow "is"
 BY_SUBGROUP = {
     "animal-mammal": "a thing of animals",
     "animal-bird": "a part of a bird",
@@ -310,7 +311,7 @@ BY_SUBGROUP = {
 
 @lru_cache(maxsize=4096)
 def kind_of(entry: Entry) -> Kind | None:
-    """The narrowest kind that holds it: the last but one in KINDS of a nest comes first."""
+    """The narrowest kind that contains it. In KINDS, narrow kinds come before wider ones."""
     order = ("bird", "insect", "animal", "fruit", "vegetable", "flower", "tree", "plant", "food", *KINDS)
     return next((KINDS[one] for one in order if KINDS[one].holds(entry)), None)
 
@@ -330,14 +331,14 @@ def what_is(entry: Entry) -> str:
 
 @dataclass(frozen=True)
 class Use:
-    """What some things are good for; all others are not, but for the unclear."""
+    """A use of some things. All others do not have it, except unclear ones."""
 
     do: str  # after "Which of these can you …?"
-    reason: tuple[str, str]  # a whole sentence, of one thing and of several
+    reason: tuple[str, str]  # a full sentence, about one thing and about several
     named: frozenset[str] = frozenset()
     unclear: frozenset[str] = frozenset()
-    kind: str | None = None  # all of this kind instead
-    ours: bool = True  # what a person does with it; False: what it does itself
+    kind: str | None = None  # all things of this kind, instead of a list
+    ours: bool = True  # True: what a person does with it; False: what it does itself
 
     def holds(self, entry: Entry) -> bool | None:
         if self.kind:
@@ -464,7 +465,7 @@ CAN_FLY = Use(
     ours=False,
 )
 
-# Names that people also use for their whole family: "Is there a bird?" is not asked beside a duck.
+# names that people also use for a whole family: "Is there a bird?" is not asked if there is a duck
 LOOSE = names(
     """bird, fish, bug, monkey, chicken, ship, house, train, mouse, bread, automobile, bus, blossom, star, camera,
     hut, castle, mountain, dragon, notebook, closed book, full moon, motor boat, metro, tram, ticket, envelope,
@@ -476,7 +477,7 @@ LOOSE = names(
 
 @lru_cache(maxsize=65536)
 def confusable(a: Entry, b: Entry) -> bool:
-    """True where a question about the one could be taken to mean the other as well."""
+    """Whether a question about one could also be understood as being about the other."""
     if a == b:
         return False
     if a.subgroup == b.subgroup and (a.name in LOOSE or b.name in LOOSE):

@@ -1,11 +1,11 @@
-"""A small CLIP-style vision tower, trained from scratch on drawn scenes: `python -m examples.tiny.tower`.
+"""Trains a small CLIP-style vision tower from scratch on drawn scenes: `python -m examples.tiny.tower`.
 
-B scenes   K objects at most   N places (class token first)   P patches   D dim   E width of the common space
+B scenes   K maximum objects   N positions (class token first)   P patches   D dim   E embedding size
 C classes: all glyphs, all printed words, and the background
 
-Contrastive, as CLIP, but with a text for each patch: the patch's feature is held against the names of all classes. The
-class token is held against the captions of the batch. LLaVA reads the state in front of the last block, so that state
-has a head of its own, which is also asked for the patch's colour and for the edges of the object that it lies on.
+The objective is contrastive as in CLIP, but with a text per patch: each patch is compared with the names of all
+classes. The class token is compared with the captions of the batch. LLaVA uses the hidden state before the last block.
+That state therefore has its own head, which also predicts the patch's colour and the edges of the object on it.
 """
 
 import re
@@ -49,7 +49,7 @@ from llava.errors import ConfigError, LlavaError
 from llava.model.vision import Block, Vision
 
 LLAVA_TINY = VisionConfig(dim=192, n_layers=9, n_heads=3, mlp_dim=768, image_size=160, patch_size=16)
-HIGHEST_SCALE = 50.0  # of the similarities: one over the lowest temperature
+HIGHEST_SCALE = 50.0  # limit of the logit scale, the inverse of the temperature
 CLIP_AND_NORM = (
     Rule("vision_model.post_layernorm.weight", "post_norm.weight"),
     Rule("vision_model.post_layernorm.bias", "post_norm.bias"),
@@ -59,7 +59,7 @@ CLIP_AND_NORM = (
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """One run."""
+    """The options of one run."""
 
     glyphs: Path
     out: Path
@@ -68,11 +68,11 @@ class Options:
     batch: int = 1024
     lr: float = 1.5e-3
     weight_decay: float = 0.05
-    entries: int | None = None  # of the pack; None: all
-    styles: tuple[str, ...] = ()  # to train in; none: all of the pack. The others are only measured
-    words: int | None = None  # of WORDS; None: all
+    entries: int | None = None  # number of glyphs used; None: all
+    styles: tuple[str, ...] = ()  # styles to train on; (): all in the pack. Other styles are only evaluated
+    words: int | None = None  # number of WORDS used; None: all
     max_objects: int = 6
-    augment: bool = True  # False: glyphs as they were drawn, enough where no other style is asked for
+    augment: bool = True  # False: glyphs in their original form, enough if no other style is needed
     seed: int = 0
     device: str = "auto"
     compiled: bool = True  # on a GPU
@@ -80,7 +80,7 @@ class Options:
 
 
 class TextEncoder(nn.Module):
-    """Names to the common space: the mean of word vectors and a vector of the name's own, through an MLP."""
+    """Embeds names: an MLP on the mean of word vectors plus a vector for the whole name."""
 
     def __init__(self, names: Sequence[str], topics: Sequence[str], width: int):
         super().__init__()
@@ -95,24 +95,24 @@ class TextEncoder(nn.Module):
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
     def forward(self) -> Tensor:
-        """All names, [C, E] of length 1."""
+        """The embeddings of all names, [C, E], normalized."""
         x = self.bags @ self.words + 0.5 * self.own
         return F.normalize(x + self.down(F.gelu(self.up(x))), dim=-1)
 
 
 def tokens(name: str, topic: str) -> list[str]:
-    """What a name is made of; of a printed word also each letter with its place."""
+    """The tokens of a name. For a printed word, also each letter with its index."""
     printed = name.removeprefix("the word ") if name.startswith("the word ") else ""
     return [*re.findall(r"\w+", f"{name} {topic}"), *(f"{letter} at {i}" for i, letter in enumerate(printed))]
 
 
 class Tower(nn.Module):
-    """The vision tower and what it is trained against."""
+    """The vision tower with the heads it is trained with."""
 
     def __init__(self, config: VisionConfig, names: Sequence[str], topics: Sequence[str], width: int = 256):
         super().__init__()
         self.config = replace(config, select_layer=-2, select_feature="cls_patch")
-        self.vision = Vision(self.config)  # as LLaVA runs it: without the last block
+        self.vision = Vision(self.config)  # without the last block, as LLaVA runs it
         self.last = Block(self.config)
         self.read_norm, self.post_norm = (nn.LayerNorm(config.dim, config.eps) for _ in range(2))
         self.read_head, self.last_head, self.image_head = (nn.Linear(config.dim, width) for _ in range(3))
@@ -133,19 +133,19 @@ class Tower(nn.Module):
         self.log_scale.fill_(2.5)
 
     def states(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images [B, 3, S, S] -> the state that LLaVA reads and the last one, normed, [B, N, D] each"""
+        """The hidden state that LLaVA uses and the last one, normalized: [B, 3, S, S] -> [B, N, D] each."""
         read = self.vision(images)
         return self.read_norm(read), self.post_norm(self.last(read))
 
     def logits(self, read: Tensor, last: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Patches against all names text [C, E], from both states, [B, P, C] each"""
+        """Logits of the patches for all names, text [C, E], from both states: [B, P, C] each."""
         scale = self.log_scale.exp().clamp(max=HIGHEST_SCALE)
         one = scale[0] * F.normalize(self.read_head(read[:, 1:]), dim=-1)
         two = scale[1] * F.normalize(self.last_head(last[:, 1:]), dim=-1)
         return one @ text.T, two @ text.T
 
     def forward(self, images: Tensor, labels: Tensor, owners: Tensor, classes: Tensor, boxes: Tensor) -> Tensor:
-        """The loss of a batch; arguments as in `Scenes`."""
+        """The loss of a batch. Arguments as in `Scenes`."""
         read, last = self.states(images)
         text = self.text()
         one, two = self.logits(read, last, text)
@@ -157,7 +157,7 @@ class Tower(nn.Module):
         return dense + 0.1 * self.captions(last[:, 0], classes, text) + 0.3 * color + sides
 
     def edges(self, boxes: Tensor, owners: Tensor) -> Tensor:
-        """Where the edges of each patch's object lie, seen from the patch, in picture sides, [B, P, 4]"""
+        """The edges of each patch's object relative to the patch, in units of the image side, [B, P, 4]."""
         g, size = self.config.grid, self.config.image_size
         middle = (torch.arange(g, device=boxes.device) + 0.5) * self.config.patch_size
         y, x = torch.meshgrid(middle, middle, indexing="ij")
@@ -165,7 +165,7 @@ class Tower(nn.Module):
         return (own - torch.stack([x, y, x, y], dim=-1).flatten(0, 1)) / size
 
     def captions(self, token: Tensor, classes: Tensor, text: Tensor) -> Tensor:
-        """InfoNCE, both ways, of class tokens [B, D] and captions, the means of their objects' names."""
+        """Symmetric InfoNCE of class tokens [B, D] and captions (the mean embedding of the names in a scene)."""
         present = (classes >= 0).float()[..., None]
         mean = (text[classes.clamp(min=0)] * present).sum(1) / present.sum(1)
         scale = self.log_scale[2].exp().clamp(max=HIGHEST_SCALE)
@@ -176,7 +176,7 @@ class Tower(nn.Module):
 
 
 def waves(grid: int, dim: int) -> Tensor:
-    """Sines and cosines of row and column, [P, D]: a first guess at positions. As arXiv:2205.01580."""
+    """Sines and cosines of row and column, [P, D], as initial position embeddings. arXiv:2205.01580."""
     rate = 1.0 / 100 ** (torch.arange(dim // 4) / max(1, dim // 4 - 1))
     y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
     angles = [place.flatten()[:, None] * rate for place in (x, y)]
@@ -185,12 +185,15 @@ def waves(grid: int, dim: int) -> Tensor:
 
 
 def named(logits: Tensor, labels: Tensor, owners: Tensor) -> Tensor:
-    """Cross-entropy of patches, logits [B, P, C]. A large object counts more than a small one, but less than by area;
-    all background together counts a third of all objects."""
+    """Cross-entropy of the patches, logits [B, P, C].
+
+    The weight of an object grows with its area, but more slowly. The whole background has a third of the weight of all
+    objects.
+    """
     target = torch.where(labels == BACKGROUND, logits.shape[-1] - 1, labels)
     loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), ignore_index=UNCLEAR, reduction="none")
     loss = loss.view(labels.shape)
-    size = (owners[:, :, None] == owners[:, None, :]).sum(-1)  # patches of the same object, [B, P]
+    size = (owners[:, :, None] == owners[:, None, :]).sum(-1)  # number of patches of the same object, [B, P]
     weight = (owners >= 0) / size.float().sqrt()
     bare = (labels == BACKGROUND).float()
     return (loss * weight).sum() / weight.sum().clamp(min=1) + 0.3 * (loss * bare).sum() / bare.sum().clamp(min=1)
@@ -198,7 +201,7 @@ def named(logits: Tensor, labels: Tensor, owners: Tensor) -> Tensor:
 
 @torch.no_grad()
 def accuracy(tower: Tower, scenes: Scenes) -> dict[str, float]:
-    """Share of patches named rightly, and of objects: by the sum over their patches of what LLaVA reads."""
+    """Fractions of patches and objects named correctly. An object is named by the sum of its patches' logits."""
     with autocast(scenes.images.device):
         read, last = tower.logits(*tower.states(scenes.images), tower.text())
     seen = scenes.owners >= 0
@@ -211,7 +214,7 @@ def accuracy(tower: Tower, scenes: Scenes) -> dict[str, float]:
 
 
 def train(options: Options) -> dict[str, float]:
-    """Trains a tower, writes its folder and returns the last measurements. Raises LlavaError."""
+    """Trains a tower, writes its folder, and returns the final metrics. Raises LlavaError."""
     device = resolve_device(options.device)
     budget = Budget(None if options.steps else options.minutes, options.steps)
     with new_folder(options.out, 64_000_000) as folder:
@@ -219,7 +222,9 @@ def train(options: Options) -> dict[str, float]:
         torch.set_float32_matmul_precision("high")
         glyphs = Glyphs.load(options.glyphs).first(options.entries)
         if unknown := set(options.styles) - set(glyphs.styles):
-            raise ConfigError(f"{options.glyphs}: has no style {', '.join(unknown)}; it has {', '.join(glyphs.styles)}")
+            raise ConfigError(
+                f"{options.glyphs}: has no style {', '.join(unknown)}; available styles: {', '.join(glyphs.styles)}"
+            )
         sprites = load_sprites(
             glyphs, options.styles or glyphs.styles, WORDS[: options.words], device, plain=not options.augment
         )
@@ -237,7 +242,9 @@ def _run(options: Options, budget: Budget, tower: Tower, sprites: Sprites, glyph
     }  # fmt: skip
     scenes = Composer(sprites, **sizes, seed=options.seed, augment=options.augment, compiled=compiled)
     fresh = {"": Composer(sprites, **sizes, seed=options.seed + 1, augment=False)}
-    for style in set(glyphs.styles) - set(sprites.styles):  # the training words keep their numbers: none are drawn here
+    for style in set(glyphs.styles) - set(
+        sprites.styles
+    ):  # the words keep their class indices, but none are drawn here
         unseen = load_sprites(glyphs, [style], (), device, plain=True)
         fresh[f"{style}_"] = Composer(unseen, **sizes, seed=options.seed + 1, augment=False)
     loss = torch.compile(tower, dynamic=False) if compiled else tower
@@ -261,7 +268,7 @@ def _run(options: Options, budget: Budget, tower: Tower, sprites: Sprites, glyph
 
 
 def write(folder: Path, tower: Tower) -> None:
-    """A CLIP folder as a hub has it: all blocks, in float16."""
+    """Writes a CLIP folder in Hugging Face format, with all blocks, in float16."""
     config = tower.config
     ours = {f"vision.{name}": tensor for name, tensor in tower.vision.state_dict().items()}
     ours |= {f"vision.blocks.{config.n_layers - 1}.{name}": t for name, t in tower.last.state_dict().items()}
@@ -306,14 +313,14 @@ def main(
     glyphs: Annotated[Path, typer.Option(help="pack of glyphs")] = Path("build/tiny/glyphs.zip"),
     minutes: Minutes = 5.0,
     steps: Steps = None,
-    batch: Annotated[int, typer.Option(help="scenes a step")] = 1024,
+    batch: Annotated[int, typer.Option(help="scenes per step")] = 1024,
     lr: Rate = Options.lr,
     weight_decay: Decay = Options.weight_decay,
-    entries: Annotated[int | None, typer.Option(help="only so many of the pack's glyphs")] = None,
-    styles: Annotated[list[str], typer.Option(help="train in this style alone, repeatable; others are measured")] = [],  # noqa: B006
-    words: Annotated[int | None, typer.Option(help="only so many printed words")] = None,
-    objects: Annotated[int, typer.Option(help="in a scene, at most; 1 to 6")] = 6,
-    augment: Annotated[bool, typer.Option(help="glyphs in many styles and colours")] = True,
+    entries: Annotated[int | None, typer.Option(help="use only this many glyphs of the pack")] = None,
+    styles: Annotated[list[str], typer.Option(help="style to train on, repeatable; the others are evaluated")] = [],  # noqa: B006
+    words: Annotated[int | None, typer.Option(help="use only this many printed words")] = None,
+    objects: Annotated[int, typer.Option(help="maximum objects per scene, 1 to 6")] = 6,
+    augment: Annotated[bool, typer.Option(help="vary the styles and colours of glyphs")] = True,
     seed: Seed = 0,
     device: Device = "auto",
     compile: Compile = True,
@@ -321,10 +328,10 @@ def main(
     layers: Size = LLAVA_TINY.n_layers,
     heads: Size = LLAVA_TINY.n_heads,
     mlp: Size = LLAVA_TINY.mlp_dim,
-    image_size: Annotated[int, typer.Option(help="px")] = LLAVA_TINY.image_size,
-    patch_size: Annotated[int, typer.Option(help="px")] = LLAVA_TINY.patch_size,
+    image_size: Annotated[int, typer.Option(help="in pixels")] = LLAVA_TINY.image_size,
+    patch_size: Annotated[int, typer.Option(help="in pixels")] = LLAVA_TINY.patch_size,
 ) -> None:
-    """Trains a vision tower on drawn scenes and writes it as a CLIP folder."""
+    """Train a vision tower on drawn scenes, and write it as a CLIP folder."""
     try:
         config = VisionConfig(
             dim=dim, n_layers=layers, n_heads=heads, mlp_dim=mlp, image_size=image_size, patch_size=patch_size

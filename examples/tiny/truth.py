@@ -1,4 +1,4 @@
-"""What a scene settles: which names are clear, where things are, how they stand to each other."""
+"""The ground truth of a scene: unambiguous names, positions, and spatial relations."""
 
 from collections import Counter
 from functools import cached_property
@@ -8,7 +8,7 @@ from examples.tiny.world import Placed, Scene
 
 
 class Truth:
-    """What a scene settles."""
+    """The ground truth of a scene."""
 
     def __init__(self, scene: Scene):
         self.scene = scene
@@ -17,7 +17,7 @@ class Truth:
 
     @cached_property
     def clear(self) -> list[Placed]:
-        """Things that their name tells from all others."""
+        """The things whose name identifies them."""
         return [
             thing
             for thing in self.objects
@@ -29,13 +29,13 @@ class Truth:
         return (box[0] + box[2]) / 2 / width, (box[1] + box[3]) / 2 / height
 
     def place(self, box: tuple[int, int, int, int]) -> str | None:
-        """ "at the top left"; None near the borders of such parts."""
+        """ "at the top left"; None near the boundary of such regions."""
         x, y = self.center(box)
         column, row = _third(x, ("left", "", "right")), _third(y, ("top", "", "bottom"))
         return None if column is None or row is None else PLACES[row, column]
 
     def maybe(self, place: str) -> list[Placed]:
-        """All things that somebody might call there."""
+        """All things that somebody might describe as being there."""
         row, column = next(key for key, words in PLACES.items() if words == place)
         return [
             thing
@@ -45,7 +45,7 @@ class Truth:
         ]
 
     def relation(self, one: Placed, other: Placed) -> str | None:
-        """Where `one` is, seen from `other`; None unless one direction dominates and the boxes are apart in it."""
+        """The direction of `one` from `other`; None unless one direction dominates and separates their boxes."""
         (left, top, right, bottom), (left2, top2, right2, bottom2) = one.box, other.box
         dx, dy = (left + right - left2 - right2) / 2, (top + bottom - top2 - bottom2) / 2
         if abs(dx) > 1.6 * abs(dy):
@@ -55,7 +55,7 @@ class Truth:
         return None
 
     def sole(self, x: Placed, side: str) -> Placed | None:
-        """The one thing on this side of x, where all others are clearly not."""
+        """The only thing on this side of x, if all others are clearly not on it."""
         there = [thing for thing in self.objects if thing is not x and self.relation(thing, x) == side]
         rest = [thing for thing in self.objects if thing is not x and thing not in there]
         if len(there) == 1 and all(not _partly(thing, x, side) for thing in rest):
@@ -68,7 +68,7 @@ class Truth:
         return [count(entry.name, n) for entry, n in self.counts.items()]
 
 
-# (row, column) -> how it is said
+# (row, column) -> phrase
 PLACES = {
     ("top", "left"): "at the top left",
     ("top", ""): "at the top",
@@ -97,7 +97,7 @@ def _near(x: float, third: int) -> bool:
 
 
 def _partly(thing: Placed, x: Placed, side: str) -> bool:
-    """Whether any of it is on this side of x's middle."""
+    """Whether any part of it is on this side of the middle of x."""
     left, top, right, bottom = thing.box
     middle_x, middle_y = (x.box[0] + x.box[2]) / 2, (x.box[1] + x.box[3]) / 2
     return {"left": left < middle_x, "right": right > middle_x, "above": top < middle_y, "below": bottom > middle_y}[

@@ -1,6 +1,6 @@
 """Scenes: one to six things on a background, sometimes with printed words. `python -m examples.tiny.world` draws three.
 
-A scene is settled by its seed alone. Boxes are (left, top, right, bottom) in pixels of the scene.
+A scene depends only on its seed. Boxes are (left, top, right, bottom) in pixels of the scene.
 """
 
 import math
@@ -27,7 +27,7 @@ from examples.tiny.paint import (
     paint,
     stylise,
 )
-from examples.tiny.paint import FONT_VARIANTS as FONT_VARIANTS  # the words' looks, for who draws words alone
+from examples.tiny.paint import FONT_VARIANTS as FONT_VARIANTS  # exported for code that draws only words
 from examples.tiny.paint import WORDS as WORDS
 from examples.tiny.paint import render_word as render_word
 from examples.tiny.things import many
@@ -35,18 +35,18 @@ from llava.errors import LlavaError
 
 Box = tuple[int, int, int, int]
 
-HELD_BACK = 10  # one pair of things in so many never stands together in a training scene
+HELD_BACK = 10  # one pair of things in this many never occurs together in a training scene
 Pairs = Literal["training", "held back", "any"]
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A thing where it stands; the box is that of its visible pixels."""
+    """A thing at its position. The box encloses its visible pixels."""
 
     entry: Entry
     style: str
     box: Box
-    stylised: bool = False  # its colours may be others than the glyph's
+    stylised: bool = False  # its colours may differ from the glyph
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class PlacedWord:
 @dataclass(frozen=True)
 class Background:
     kind: str  # plain, gradient, or the name of a texture
-    color: str | None  # its one colour; None where it has two
+    color: str | None  # its colour; None if it has two
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and the truth about it."""
+    """A picture and its ground truth."""
 
     image: Image.Image = field(compare=False)
     objects: list[Placed]
@@ -74,23 +74,23 @@ class Scene:
 
 
 def held_back(a: Entry, b: Entry) -> bool:
-    """True of one pair of different things in HELD_BACK, always the same ones."""
+    """True for a fixed one in HELD_BACK of all pairs of different things."""
     low, high = sorted((a.code, b.code))
     return low != high and zlib.crc32(f"{low} {high}".encode()) % HELD_BACK == 0
 
 
-# ---------------------------------------------------------------- what stands in a scene
+# ---------------------------------------------------------------- choice of things
 
 
 def choose(rng: random.Random, entries: Sequence[Entry], n: int, pairs: Pairs) -> list[Entry]:
-    """n things: all different, several of one, or some of one subgroup."""
+    """n things: all different, some repeated, or some from one subgroup."""
     if pairs == "held back" and n >= 2:
         chosen = list(_held_pair(rng, entries))
         allowed: Pairs = "any"
     else:
         chosen, allowed = [rng.choice(entries)], pairs
     lot = rng.random()
-    if lot < 0.30 and many(chosen[0].name):  # several of one, if that can be said
+    if lot < 0.30 and many(chosen[0].name):  # repeat one, if its name has a plural
         chosen += [chosen[0]] * rng.randint(0, n - len(chosen))
     alike = [entry for entry in entries if entry.subgroup == chosen[0].subgroup] if 0.30 <= lot < 0.55 else entries
     for _ in range(100):
@@ -108,7 +108,7 @@ def _held_pair(rng: random.Random, entries: Sequence[Entry]) -> tuple[Entry, Ent
         a, b = rng.choice(entries), rng.choice(entries)
         if held_back(a, b):
             return a, b
-    raise LlavaError(f"no pair among {len(entries)} entries is held back; take more entries")
+    raise LlavaError(f"no pair among {len(entries)} entries is held back; use more entries")
 
 
 # ---------------------------------------------------------------- things
@@ -116,19 +116,19 @@ def _held_pair(rng: random.Random, entries: Sequence[Entry]) -> tuple[Entry, Ent
 
 @lru_cache(maxsize=4096)
 def _shares(glyphs: Glyphs, entry: Entry, style: str) -> tuple[float, ...]:
-    """What share of a glyph's pixels is near each of COLORS: it would be lost on a background of that colour."""
+    """The fraction of a glyph's pixels close to each of COLORS, which would be invisible on such a background."""
     return lost_on(glyphs.image(entry, style))
 
 
 @lru_cache(maxsize=4096)
 def color_of(glyphs: Glyphs, entry: Entry) -> str | None:
-    """The one colour that all styles of these packs give a thing; None where it has several, or they differ."""
+    """The colour of a thing in all styles of these packs; None if it has several, or if the styles differ."""
     found = {main_color(glyphs.image(entry, style)) for style in glyphs.styles if glyphs.has(entry, style)}
     return found.pop() if len(found) == 1 else None
 
 
 def _sprite(rng: random.Random, glyph: Image.Image, side: float) -> Image.Image:
-    """The glyph at its size, slightly turned, cropped to what is visible."""
+    """The glyph at its size, slightly rotated, cropped to its visible pixels."""
     scale = side / max(glyph.size)
     small = glyph.resize(
         (max(2, round(glyph.width * scale)), max(2, round(glyph.height * scale))), Image.Resampling.BOX
@@ -140,7 +140,7 @@ def _sprite(rng: random.Random, glyph: Image.Image, side: float) -> Image.Image:
 
 
 def overlap(a: Box, b: Box) -> float:
-    """The common area as a share of the smaller box."""
+    """The common area as a fraction of the smaller box."""
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     if width <= 0 or height <= 0:
         return 0.0
@@ -150,7 +150,7 @@ def overlap(a: Box, b: Box) -> float:
 def _place(
     rng: random.Random, size: tuple[int, int], extent: tuple[int, int], taken: list[Box], most: float
 ) -> Box | None:
-    """A free box of this extent, at most `most` of it covered; None where none was found."""
+    """A box of this extent that overlaps the others by at most `most`; None if none was found."""
     (width, height), (w, h) = size, extent
     if w > width - 4 or h > height - 4:
         return None
@@ -163,7 +163,7 @@ def _place(
 
 
 def side_of(rng: random.Random, size: tuple[int, int], n: int) -> float:
-    """Pixels of a thing's longer side, of n in a scene of this size."""
+    """The longer side of a thing in pixels, for n things in a scene of this size."""
     low, high = ((0.42, 0.85), (0.30, 0.52), (0.26, 0.44), (0.24, 0.38), (0.22, 0.34), (0.21, 0.30))[min(n, 6) - 1]
     side = rng.uniform(low, high) * math.sqrt(size[0] * size[1])
     most = min(0.92 * min(size), 170.0 if n == 1 else 110.0)
@@ -185,10 +185,10 @@ def draw(
     words: Sequence[str] | None = None,
     stylise_p: float = 0.0,
 ) -> Scene:
-    """The scene of this seed.
+    """Draws the scene of a seed.
 
-    n_objects: 1 to 6. size: width, height. pairs: whether pairs that are held back may, may not or must stand together.
-    chosen: the things themselves. words: what is printed. stylise_p: how probably a thing is stylised.
+    n_objects: 1 to 6. size: width, height. pairs: whether held-back pairs may, may not or must occur together. chosen:
+    the things to draw. words: the words to print. stylise_p: the probability that a thing is drawn in another style.
     """
     rng = random.Random(seed)
     size = size or (rng.randint(120, 256), rng.randint(120, 256))
@@ -197,7 +197,7 @@ def draw(
     style = rng.choice(list(styles))
     mixed = rng.random() < 0.25
     sprites: list[tuple[Placed, Image.Image]] = []
-    lost: list[tuple[float, ...]] = []  # of each, on each colour
+    lost: list[tuple[float, ...]] = []  # for each thing, the fraction invisible on each colour
     for entry in entries:
         own = [s for s in ([*styles] if mixed else [style, *styles]) if glyphs.has(entry, s)]
         drawn = rng.choice(own) if mixed else own[0]
@@ -220,7 +220,7 @@ def draw(
 def _fit_in(
     rng: random.Random, glyph: Image.Image, size: tuple[int, int], n: int, taken: list[Box]
 ) -> tuple[Image.Image, Box] | None:
-    """The sprite and its place; made smaller until there is room. None: the scene is full."""
+    """The sprite, shrunk until it fits, and its position. None if the scene is full."""
     side = side_of(rng, size, n)
     smallest = max(28.0, 0.15 * max(size))
     while True:
@@ -233,7 +233,7 @@ def _fit_in(
 
 
 def _background(rng: random.Random, lost: list[tuple[float, ...]]) -> tuple[Background, list[str]]:
-    """A background on which nothing is lost, and the names of its colours."""
+    """A background on which everything is visible, and the names of its colours."""
     worst = np.array(lost).max(axis=0) if lost else np.zeros(len(COLORS))
     good = [name for name, share in zip(COLORS, worst, strict=True) if share < 0.3]
     good = good or [list(COLORS)[int(worst.argmin())]]
@@ -247,7 +247,7 @@ def _background(rng: random.Random, lost: list[tuple[float, ...]]) -> tuple[Back
 def _print(
     rng: random.Random, image: Image.Image, names: list[str], taken: list[Box], words: Sequence[str] | None
 ) -> list[PlacedWord]:
-    """Prints one or two words into free places; as many as there is room for."""
+    """Prints one or two words into free areas, as far as there is room."""
     inks = contrasting(names)
     wanted = rng.choices((0, 1, 2), (68, 22, 10))[0]
     texts = list(words) if words is not None else rng.sample(WORDS, wanted)
@@ -268,7 +268,7 @@ def _print(
 
 
 def imagine(seed: int, entries: Sequence[Entry]) -> Scene:
-    """The truth about a scene that nobody draws, for dialogues in words alone."""
+    """The ground truth of a scene that is not drawn, for text-only dialogues."""
     rng = random.Random(seed)
     size = (rng.randint(120, 256), rng.randint(120, 256))
     objects: list[Placed] = []
@@ -298,11 +298,13 @@ EXAMPLES: dict[str, tuple[int, str, tuple[int, int], tuple[str, ...], tuple[str,
 def main(
     glyphs: Annotated[Path, typer.Option(help="pack of glyphs")] = Path("build/tiny/glyphs.zip"),
     out: Annotated[Path, typer.Option(help="folder to write the pictures to")] = Path("examples/pictures"),
-    sheet: Annotated[int, typer.Option(help="draw a contact sheet of so many scenes instead, to sheet.png")] = 0,
-    seed: Annotated[int, typer.Option(help="of the sheet's first scene")] = 0,
-    stylise_p: Annotated[float, typer.Option("--stylise", help="how probably a thing is stylised, 0 to 1")] = 0.0,
+    sheet: Annotated[int, typer.Option(help="draw a contact sheet of this many scenes instead, to sheet.png")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of the first scene of the contact sheet")] = 0,
+    stylise_p: Annotated[
+        float, typer.Option("--stylise", help="probability that a thing is drawn in another style, 0 to 1")
+    ] = 0.0,
 ) -> None:
-    """Draws the three example pictures."""
+    """Draw the three example pictures."""
     pack = Glyphs.load(glyphs)
     out.mkdir(parents=True, exist_ok=True)
     if sheet:
@@ -318,7 +320,7 @@ def main(
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int = 8, cell: int = 180) -> Image.Image:
-    """Scenes side by side, each at its own size or, where too large, made smaller."""
+    """Scenes in a grid, each at its own size, or scaled down if too large."""
     sheet = Image.new("RGB", (columns * cell, -(-len(images) // columns) * cell), (90, 90, 90))
     for i, image in enumerate(images):
         sheet.paste(ImageOps.contain(image, (cell - 4, cell - 4)), (i % columns * cell + 2, i // columns * cell + 2))

@@ -1,1 +1,1 @@
-"""Training data: samples and pictures from the files they are published in, and the check that looks at all of them."""
+"""Training data: samples and pictures in the published file formats, and `llava data check`, which validates them."""

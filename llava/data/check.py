@@ -1,4 +1,4 @@
-"""Checks all samples of a data file, in worker processes; reports, and writes a copy without the problems."""
+"""Checks all samples of a data file in worker processes, reports the problems, and can write a fixed copy."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -24,24 +24,24 @@ from llava.data.report import Finding, Fixed, Report, TokenFigures
 from llava.data.samples import WORKERS_START, Sample, Samples
 from llava.errors import DataError
 
-_CHUNK = 64  # samples that a worker takes at once
-Progress = Callable[[int, int], None]  # samples done, samples in all
+_CHUNK = 64  # samples per task of a worker
+Progress = Callable[[int, int], None]  # samples done, total samples
 
 
 @dataclass
 class _Tally:
-    """Adds up what is known of samples, in their order."""
+    """Accumulates the results of all samples, in order."""
 
     findings: list[Finding] = field(default_factory=list)
     problems: Counter[str] = field(default_factory=Counter)
     sources: Counter[str] = field(default_factory=Counter)
     turns: Counter[int] = field(default_factory=Counter)
-    changes: dict[int, str | None] = field(default_factory=dict)  # of a cleaned copy, by index
-    totals: list[int] = field(default_factory=list)  # tokens of each sample that was measured
+    changes: dict[int, str | None] = field(default_factory=dict)  # new text by index; None: not in the fixed copy
+    totals: list[int] = field(default_factory=list)  # tokens of each measured sample
     n_pictures: int = 0
     text_only: int = 0
     malformed: int = 0
-    learnt: int = 0
+    target_tokens: int = 0
     repeated_ids: int = 0
     _ids: set[str] = field(default_factory=set)
     _digests: set[int] = field(default_factory=set)
@@ -49,7 +49,7 @@ class _Tally:
     def add(self, i: int, found: Examined, text: str) -> None:
         id = found.sample.id if found.sample else ""
         if found.digest in self._digests:
-            found.faults.append(Fault("repeated", "the same sample stands further up"))
+            found.faults.append(Fault("repeated", "identical to an earlier sample"))
             found.text = None
         elif found.sample:
             self.repeated_ids += id in self._ids
@@ -61,7 +61,7 @@ class _Tally:
             self.changes[i] = found.text
         if found.tokens:
             self.totals.append(found.tokens.total)
-            self.learnt += found.tokens.learnt
+            self.target_tokens += found.tokens.targets
         self._describe(found.sample)
 
     def _describe(self, sample: Sample | None) -> None:
@@ -83,8 +83,8 @@ class _Tally:
             total=sum(self.totals),
             median=int(median(self.totals)),
             longest=max(self.totals),
-            learnt=self.learnt,
-            masked_share=1 - self.learnt / kept,
+            learnt=self.target_tokens,
+            masked_share=1 - self.target_tokens / kept,
         )
 
 
@@ -97,10 +97,11 @@ def check(
     workers: int | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Report:
-    """Looks at every sample of a data file; with `fix` writes a copy without the problems.
+    """Checks every sample of a data file, and with `fix` writes a copy without the problems to that path.
 
-    images: where pictures lie; None: only those of a tar are read. measure: for token figures. workers: processes, 0
-    for this one, None for one a CPU. Raises DataError for a file that cannot be read, or a copy that cannot be written.
+    images: location of the pictures; None: pictures are read only from tars. measure: counts tokens for the report.
+    workers: number of processes; 0: run in this process, None: one per CPU. Raises DataError for a file that cannot be
+    read or a copy that cannot be written.
     """
     started = time.perf_counter()
     if fix is not None:
@@ -109,10 +110,10 @@ def check(
     examiner = Examiner(samples, samples.has_pictures, measure)
     if measure and measure.needs_sizes and not samples.has_pictures:
         raise DataError(
-            "how many tokens a picture takes depends on its size in this model: give the pictures (--images)"
+            "in this model the token count of a picture depends on its size; give the pictures with --images"
         )
     tally = _Tally()
-    for i, found in enumerate(_each(examiner, workers, progress)):
+    for i, found in enumerate(_examine_all(examiner, workers, progress)):
         tally.add(i, found, samples.text(i))
     fixed = _write(samples, tally.changes, fix, array=is_array(file)) if fix else None
     return Report(
@@ -134,26 +135,26 @@ def check(
 
 
 def _source(sample: Sample) -> str:
-    """The folder at the front of its first picture's name; numbered ones count as one."""
+    """The top folder in the name of the first picture. All numbered folders count as one."""
     if not sample.images:
         return "text only"
     top, slash, _ = sample.images[0].removeprefix("./").partition("/")
     return "no folder" if not slash else "<number>/" if top.isdecimal() else f"{top}/"
 
 
-_examiner: Examiner | None = None  # of a worker process: set when it starts, else each task would bring the samples
+_examiner: Examiner | None = None  # set at the start of a worker process, so that tasks need not send the samples
 
 
 def _start_worker(examiner: Examiner) -> None:
     global _examiner
     _examiner = examiner
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    warnings.simplefilter("ignore")  # Pillow's, about pictures that it reads all the same
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    warnings.simplefilter("ignore")  # from Pillow, about pictures that it can read anyway
 
 
-def _end_with_parent() -> None:
-    """A worker of a parent that was killed would wait for work for ever."""
+def _exit_with_parent() -> None:
+    """Without this, the workers of a killed parent would wait for tasks forever."""
     parent = multiprocessing.parent_process()
     assert parent
     multiprocessing.connection.wait([parent.sentinel])
@@ -165,27 +166,27 @@ def _examine(indices: range) -> list[Examined]:
     return _examiner(indices)
 
 
-def _each(examiner: Examiner, workers: int | None, progress: Progress) -> Iterator[Examined]:
-    """Every sample's examination, in order."""
+def _examine_all(examiner: Examiner, workers: int | None, progress: Progress) -> Iterator[Examined]:
+    """The results of all samples, in order."""
     n = len(examiner.samples)
     chunks = [range(i, min(i + _CHUNK, n)) for i in range(0, n, _CHUNK)]
     workers = min(len(chunks) if len(chunks) > 1 else 0, os.cpu_count() or 1 if workers is None else workers)
-    for chunk, found in zip(chunks, _mapped(examiner, chunks, workers), strict=True):
+    for chunk, found in zip(chunks, _map_chunks(examiner, chunks, workers), strict=True):
         yield from found
         progress(chunk.stop, n)
 
 
-def _mapped(examiner: Examiner, chunks: list[range], workers: int) -> Iterator[list[Examined]]:
+def _map_chunks(examiner: Examiner, chunks: list[range], workers: int) -> Iterator[list[Examined]]:
     if workers == 0:
         yield from map(examiner, chunks)
         return
-    kind = multiprocessing.get_context(WORKERS_START)
-    pool = ProcessPoolExecutor(workers, mp_context=kind, initializer=_start_worker, initargs=(examiner,))
+    context = multiprocessing.get_context(WORKERS_START)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(examiner,))
     try:
         yield from pool.map(_examine, chunks)
     except BrokenProcessPool:
         raise DataError(
-            "a worker process was ended from outside; with too little memory give fewer --workers"
+            "a worker process was killed, often because memory ran out; if so, use fewer --workers"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -193,33 +194,35 @@ def _mapped(examiner: Examiner, chunks: list[range], workers: int) -> Iterator[l
 
 def _check_target(file: Path, out: Path) -> None:
     if file.is_dir() or file.suffix == ".tar":
-        raise DataError(f"{file}: --fix writes JSON, not tars; expected a .json or .jsonl file")
+        raise DataError(f"{file}: --fix cannot write tars; expected a .json or .jsonl file")
     if out.exists():
-        raise DataError(f"{out}: exists already; name a new file for --fix")
+        raise DataError(f"{out}: already exists; give --fix a new file")
     if not out.parent.is_dir():
-        raise DataError(f"{out}: its folder does not exist; make it first")
+        raise DataError(f"{out}: its folder does not exist; create it first")
 
 
 def _write(samples: Samples, changes: dict[int, str | None], out: Path, *, array: bool) -> Fixed:
-    """The cleaned copy, in the form of the original; under its name only once it is whole."""
+    """Writes the fixed copy in the form of the original. It appears under its name only when it is complete."""
     texts = (changes[i] if i in changes else samples.text(i) for i in range(len(samples)))
     dropped = sum(text is None for text in changes.values())
     if dropped == len(samples):
-        raise DataError(f"{out}: not written, no sample is left; see the report without --fix")
+        raise DataError(f"{out}: not written, because no sample would be left; run without --fix to see the problems")
     first, between, last = ("[\n", ",\n", "\n]\n") if array else ("", "\n", "\n")
-    part = out.with_name(f".{out.name}.{os.getpid()}")
+    partial = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        with part.open("w", encoding="utf-8", newline="\n") as file:
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
             file.write(first)
             for n, text in enumerate(text for text in texts if text is not None):
                 file.write(between * bool(n) + text)
             file.write(last)
             file.flush()
             os.fsync(file.fileno())
-        part.rename(out)
+        partial.rename(out)
     except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error.strerror})") from None
+        raise DataError(
+            f"{out}: cannot be written ({error.strerror}); free some space, or choose another path"
+        ) from None
     finally:
         with suppress(OSError):
-            part.unlink()
+            partial.unlink()
     return Fixed(str(out), len(samples) - dropped, len(changes) - dropped, dropped)

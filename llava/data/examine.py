@@ -1,4 +1,4 @@
-"""One sample of training data, examined: its form, its pictures by decoding them, its tokens; and mended."""
+"""Examines one sample: validates its structure, decodes its pictures, counts its tokens, and repairs it."""
 
 import hashlib
 import json
@@ -7,28 +7,28 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from llava.data.measure import Measure, Tokens
-from llava.data.repair import Fault, as_conversations, faults, mended, shortened
+from llava.data.repair import Fault, drop_last_exchange, find_faults, repair, to_conversations
 from llava.data.samples import Sample, Samples
 from llava.errors import DataError, ImageError, PromptError
 from llava.preprocess.image import Size, open_picture
 
-_BUFFER = re.compile(r" <_io\.BytesIO object at \w+>")  # Pillow's name for what was read from a file
+_BUFFER = re.compile(r" <_io\.BytesIO object at \w+>")  # how Pillow refers to in-memory data in its messages
 
 
 @dataclass
 class Examined:
-    """What is known of a sample."""
+    """The result for one sample."""
 
-    digest: int  # of its JSON
+    digest: int  # of its JSON text
     faults: list[Fault]
-    sample: Sample | None = None  # as the file has it; None: malformed
-    text: str | None = None  # its JSON as a cleaned copy has it; None: dropped
-    tokens: Tokens | None = None  # of the sample as mended
+    sample: Sample | None = None  # as in the file; None: malformed
+    text: str | None = None  # JSON text in the fixed copy; None: dropped
+    tokens: Tokens | None = None  # of the repaired sample
 
 
 @dataclass
 class Examiner:
-    """Looks at samples one by one, in whatever process."""
+    """Examines samples; can be sent to worker processes."""
 
     samples: Samples
     read_pictures: bool
@@ -44,16 +44,16 @@ class Examiner:
             sample = self.samples[i]
         except DataError as error:
             return Examined(digest, [Fault("malformed", str(error))])
-        found = Examined(digest, faults(sample), sample)
-        sizes = list(self._sizes(sample, found.faults))
-        sound = mended(sample) if not self.read_pictures or len(sizes) == len(sample.images) else None
-        if sound and self.measure:
-            sound, found.tokens = self._measured(sound, sizes, self.measure, found.faults)
-        if sound:
-            found.text = text if sound == sample else self._rewritten(i, sound)
+        found = Examined(digest, find_faults(sample), sample)
+        sizes = list(self._picture_sizes(sample, found.faults))
+        repaired = repair(sample) if not self.read_pictures or len(sizes) == len(sample.images) else None
+        if repaired and self.measure:
+            repaired, found.tokens = self._measure(repaired, sizes, self.measure, found.faults)
+        if repaired:
+            found.text = text if repaired == sample else self._to_json(i, repaired)
         return found
 
-    def _sizes(self, sample: Sample, found: list[Fault]) -> Iterator[Size]:
+    def _picture_sizes(self, sample: Sample, found: list[Fault]) -> Iterator[Size]:
         for name in sample.images if self.read_pictures else ():
             try:
                 yield open_picture(self.samples.picture(name)).size
@@ -63,25 +63,25 @@ class Examiner:
                 text = _BUFFER.sub("", str(error)).removeprefix("picture: ")
                 return found.append(Fault("broken_picture", f"{name}: {text}"))
 
-    def _measured(
+    def _measure(
         self, sample: Sample, sizes: list[Size], measure: Measure, found: list[Fault]
     ) -> tuple[Sample | None, Tokens | None]:
-        """The sample as far as it fits, and its tokens before it was cut."""
+        """The sample shortened to the limit, and its token counts before that."""
         try:
-            whole = measure(sample, sizes)
+            tokens = measure(sample, sizes)
         except PromptError as error:
             found.append(Fault("refused", str(error)))
             return None, None
-        if not whole.learnt:
+        if not tokens.targets:
             found.append(Fault("nothing_to_learn", f"no answer within {measure.limit} tokens"))
-        if whole.total <= measure.limit:
-            return (sample if whole.learnt else None), whole
-        found.append(Fault("too_long", f"{whole.total} tokens, the limit is {measure.limit}"))
-        rest = shortened(sample)
-        while rest and measure(rest, sizes).total > measure.limit:
-            rest = shortened(rest)
-        return rest, whole
+        if tokens.total <= measure.limit:
+            return (sample if tokens.targets else None), tokens
+        found.append(Fault("too_long", f"{tokens.total} tokens, the limit is {measure.limit}"))
+        shorter = drop_last_exchange(sample)
+        while shorter and measure(shorter, sizes).total > measure.limit:
+            shorter = drop_last_exchange(shorter)
+        return shorter, tokens
 
-    def _rewritten(self, i: int, sample: Sample) -> str:
-        value = self.samples.value(i) | {"conversations": as_conversations(sample.turns)}
+    def _to_json(self, i: int, sample: Sample) -> str:
+        value = self.samples.value(i) | {"conversations": to_conversations(sample.turns)}
         return json.dumps(value)

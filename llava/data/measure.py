@@ -1,4 +1,4 @@
-"""How many places a sample takes and how many of its tokens are learnt: by the training function, without pixels."""
+"""Counts the tokens and target tokens of a sample with the preprocessing that training uses, but without pixels."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,26 +25,26 @@ from llava.preprocess.image import Size, choose_canvas, tile_grid
 from llava.preprocess.inputs import Preprocessor
 from llava.preprocess.tokenizer import Tokenizer, load_tokenizer
 
-_UNCUT = 1 << 28  # places, the most that a config can state
-# A tower and a picture of one pixel: the training function then puts one place for each picture.
+_UNLIMITED = 1 << 28  # tokens, the largest max_seq that a config allows
+# A tower with a single patch and pictures of one pixel, so that preprocessing inserts one token per picture.
 _ONE_PIXEL = VisionConfig(dim=1, n_layers=2, n_heads=1, mlp_dim=1, image_size=1, patch_size=1)
 _ONE_PIXEL_IMAGE = ImageConfig(size=1, mean=(0, 0, 0), std=(1, 1, 1), aspect="square")
 
 
 class Tokens(NamedTuple):
-    """Of one sample, in places of the sequence."""
+    """The token counts of one sample."""
 
-    total: int  # pictures' places included
-    learnt: int  # within the limit
+    total: int  # image tokens included
+    targets: int  # target tokens within the limit
 
 
 class Measure:
-    """Counts for one tokenizer, template and way with pictures."""
+    """Counts tokens for one tokenizer, template and image mode."""
 
     def __init__(
         self, tokenizer: Tokenizer, config: LlavaConfig | None, *, template: str, limit: int, picture_tokens: int
     ):
-        """config: of the model that will learn; None, or one without a tower: a picture takes `picture_tokens`."""
+        """config: of the model to train. If None, or without a tower, a picture counts as `picture_tokens`."""
         self.limit = limit
         self.picture_tokens = picture_tokens
         self.config = config
@@ -59,21 +59,24 @@ class Measure:
 
     @property
     def needs_sizes(self) -> bool:
-        """Whether a picture's places depend on its size."""
+        """Whether the token count of a picture depends on its size."""
         return self.config is not None and self.config.image is not None and self.config.image.aspect == "anyres"
 
     def __call__(self, sample: Sample, sizes: Sequence[Size]) -> Tokens:
-        """sizes: of the sample's pictures, (w, h) in pixels; not looked at unless needed. Raises PromptError."""
+        """sizes: (width, height) of the pictures in pixels; ignored unless `needs_sizes`. Raises PromptError."""
         input = self._preprocessor.prepare_training(
-            sample.turns, [self._picture] * len(sample.images), max_length=_UNCUT
+            sample.turns, [self._picture] * len(sample.images), max_length=_UNLIMITED
         )
-        widths = torch.ones_like(input.ids)
-        places = [self._places(size) for size in sizes] if self.needs_sizes else [self._places()] * len(sample.images)
-        widths[input.ids == IMAGE] = torch.tensor(places, dtype=widths.dtype)
+        widths = torch.ones_like(input.ids)  # tokens that each position stands for
+        if self.needs_sizes:
+            per_image = [self._image_tokens(size) for size in sizes]
+        else:
+            per_image = [self._image_tokens()] * len(sample.images)
+        widths[input.ids == IMAGE] = torch.tensor(per_image, dtype=widths.dtype)
         ends = widths.cumsum(0)
         return Tokens(int(ends[-1]), int(((input.labels != IGNORE) & (ends <= self.limit)).sum()))
 
-    def _places(self, size: Size | None = None) -> int:
+    def _image_tokens(self, size: Size | None = None) -> int:
         if self.config is None or self.config.vision is None or self.config.image is None:
             return self.picture_tokens
         vision, image = self.config.vision, self.config.image
@@ -88,12 +91,12 @@ class Measure:
 def open_measure(
     tokenizer: Path | None, model: str | None, *, template: str | None, limit: int, picture_tokens: int | None
 ) -> Measure | None:
-    """For a folder with a tokenizer, or a checkpoint (its tower and template then count); None where neither is given.
+    """A measure for a folder with a tokenizer, or for a checkpoint with its tower and template. None without either.
 
     Raises LlavaError.
     """
     if tokenizer and model:
-        raise ConfigError("--tokenizer and --model are both given: name one of them")
+        raise ConfigError("--tokenizer and --model exclude each other; give only one of them")
     if not tokenizer and not model:
         return None
     options = {"limit": limit, "picture_tokens": picture_tokens or 576}
@@ -108,7 +111,7 @@ def open_measure(
 
 
 def _decoder(vocab_size: int) -> DecoderConfig:
-    """A decoder that refuses no token."""
+    """A decoder config that accepts samples of any length."""
     return DecoderConfig(
         kind="llama",
         n_layers=1,
@@ -118,6 +121,6 @@ def _decoder(vocab_size: int) -> DecoderConfig:
         head_dim=2,
         mlp_dim=1,
         vocab_size=vocab_size,
-        max_seq=_UNCUT,
+        max_seq=_UNLIMITED,
         eps=1e-5,
     )

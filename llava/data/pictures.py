@@ -1,7 +1,7 @@
-"""Where a data set's pictures lie: a folder, a zip archive or tar archives, read by name from any process.
+"""The pictures of a data set, in a folder, a zip archive or tar archives, read by name.
 
-Names and places of an archive are read once, into one bytes buffer and one array that forked workers share. A picture
-then costs one open, seek and read: no handle is kept, so a fork, a thread or a pickle needs no care.
+The index of an archive is read once, into one bytes buffer and one array that forked workers share. Reading a picture
+takes one open, seek and read. No file handle stays open, so stores can be forked, pickled and used from threads.
 """
 
 import hashlib
@@ -21,19 +21,19 @@ import numpy as np
 from llava.errors import DataError
 
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
-PLAIN = -1  # a tar's member: its bytes stand at the offset, without a header of a zip's kind
+PLAIN = -1  # a member of a tar: its bytes start at the offset, without the local header of a zip
 _ROW = np.dtype(
     [
         ("hash", "<u8"),
-        ("name", "<i8"),  # where its name begins in the names' buffer
+        ("name", "<i8"),  # start of the name in the buffer of names
         ("name_size", "<i4"),
-        ("archive", "<i4"),
+        ("archive", "<i4"),  # index of the archive
         ("offset", "<i8"),
-        ("size", "<i8"),  # in the archive
+        ("size", "<i8"),  # in bytes, compressed
         ("method", "<i2"),
     ]
 )
-_LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip's member: signature, sizes of its name and of the extra field
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, sizes of name and extra field
 _COCO = re.compile(r"(?:.*/)?(\d{12}\.jpg)")
 
 
@@ -41,12 +41,12 @@ class Pictures(Protocol):
     """A store of pictures."""
 
     def read(self, name: str) -> bytes:
-        """The file of that name. Raises DataError: no such name, unreadable, or a name that leads outside."""
+        """The bytes of a picture. Raises DataError if the name is unknown, unreadable, or leads outside the store."""
         ...
 
 
 def open_pictures(path: Path) -> Pictures:
-    """A folder of pictures, a .zip, a .tar, or a folder of .tar files without subfolders. Raises DataError."""
+    """Opens a folder of pictures, a .zip, a .tar, or a folder of .tar files without subfolders. Raises DataError."""
     if not path.exists():
         raise DataError(f"{path}: no such folder or archive of pictures")
     if not path.is_dir():
@@ -56,24 +56,24 @@ def open_pictures(path: Path) -> Pictures:
 
 
 def tars_in(folder: Path) -> list[Path]:
-    """The .tar files that lie directly in a folder, by name."""
+    """The .tar files directly in a folder, sorted by name."""
     return sorted(path for path in folder.glob("*.tar") if path.is_file())
 
 
 class Folder:
-    """Pictures below a folder, by their path from there."""
+    """Pictures in a folder, by their relative path."""
 
     def __init__(self, root: Path):
         self.root = root
 
     def read(self, name: str) -> bytes:
-        path = self.root / _inside(name)
+        path = self.root / _safe_name(name)
         try:
             return path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             first = [entry.name + "/" * entry.is_dir() for entry in islice(os.scandir(self.root), 3)]
             hint = _hint(name, first, f"{self.root} holds")
-            raise DataError(f"{name}: no such picture below {self.root}; {hint}") from None
+            raise DataError(f"{name}: no such picture in {self.root}; {hint}") from None
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); expected a picture") from None
 
@@ -86,10 +86,10 @@ class _Member(NamedTuple):
 
 
 class Archives:
-    """Pictures in one zip archive, or in one or more tar archives, by their members' names."""
+    """Pictures in one zip archive, or in one or more tar archives, by member name."""
 
     def __init__(self, files: Sequence[Path]):
-        """Reads all names. Raises DataError: no archive, or two archives with a member of the same name."""
+        """Reads the index. Raises DataError for a file that is not an archive, or a name that is in two archives."""
         self.files = list(files)
         names = bytearray()
 
@@ -102,21 +102,21 @@ class Archives:
 
         table = np.fromiter(rows(), _ROW)
         self._names = bytes(names)
-        self._table = table[np.argsort(table["hash"], kind="stable")]  # of equal names the last stays last
+        self._table = table[np.argsort(table["hash"], kind="stable")]  # stable: of equal names, the last stays last
         self._hashes = np.ascontiguousarray(self._table["hash"])
-        self._refuse_doubles()
+        self._refuse_duplicates()
 
     def names(self, file: Path) -> list[str]:
-        """The members of one of the archives, in its order."""
+        """The members of one archive, in its order."""
         rows = np.sort(self._table[self._table["archive"] == self.files.index(file)], order="name")
         return [self._name(row).decode(errors="surrogateescape") for row in rows]
 
     def read(self, name: str) -> bytes:
-        row = self._find(_inside(name))
+        row = self._find(_safe_name(name))
         if row is None:
             where = f"{self.files[0]}" + (f" and {len(self.files) - 1} more archives" if len(self.files) > 1 else "")
             first = [part.decode(errors="replace") for part in self._names[:1000].split(b"\0")[:3] if part]
-            raise DataError(f"{name}: no such picture in {where}; {_hint(name, first, 'its names begin with')}")
+            raise DataError(f"{name}: no such picture in {where}; {_hint(name, first, 'its first names are')}")
         file = self.files[row["archive"]]
         try:
             return self._unpack(file, int(row["offset"]), int(row["size"]), int(row["method"]))
@@ -129,19 +129,19 @@ class Archives:
             if method != PLAIN:
                 signature, n_name, n_extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
                 if signature != b"PK\x03\x04":
-                    raise ValueError("no member begins where the directory says")
+                    raise ValueError("no member at the offset given in the directory")
                 file.seek(n_name + n_extra, os.SEEK_CUR)
             data = file.read(size)
         if len(data) != size:
-            raise ValueError(f"{len(data)} bytes where {size} are expected")
+            raise ValueError(f"read {len(data)} bytes, expected {size}")
         if method in (PLAIN, STORED):
             return data
         if method != DEFLATED:
-            raise ValueError(f"packing method {method}, expected stored or deflated")
+            raise ValueError(f"compression method {method}, expected stored or deflated")
         return zlib.decompress(data, wbits=-zlib.MAX_WBITS)
 
     def _find(self, name: str) -> Any:
-        """Its row of the table; of equal names the last, as tar has it."""
+        """The row of a name in the index. Of equal names the last counts, as in tar."""
         encoded = name.encode(errors="surrogateescape")
         key = np.uint64(_hash(encoded))
         low, high = np.searchsorted(self._hashes, key, "left"), np.searchsorted(self._hashes, key, "right")
@@ -150,63 +150,65 @@ class Archives:
     def _name(self, row: Any) -> bytes:
         return self._names[row["name"] : row["name"] + row["name_size"]]
 
-    def _refuse_doubles(self) -> None:
-        for at in np.flatnonzero(self._hashes[1:] == self._hashes[:-1]):
-            one, two = self._table[at], self._table[at + 1]
+    def _refuse_duplicates(self) -> None:
+        for i in np.flatnonzero(self._hashes[1:] == self._hashes[:-1]):
+            one, two = self._table[i], self._table[i + 1]
             if self._name(one) == self._name(two) and one["archive"] != two["archive"]:
                 files = f"{self.files[one['archive']]} and in {self.files[two['archive']]}"
                 name = self._name(one).decode(errors="replace")
-                raise DataError(f"{name} lies in {files}: names must be unique over all archives")
+                raise DataError(f"{name} is in {files}; names must be unique across archives, so rename one")
 
 
 def _members(file: Path) -> Iterator[_Member]:
-    """The files in an archive, in its order. Raises DataError."""
+    """The files in an archive, in archive order. Raises DataError."""
     try:
-        yield from _of_zip(file) if zipfile.is_zipfile(file) else _of_tar(file)
+        yield from _zip_members(file) if zipfile.is_zipfile(file) else _tar_members(file)
     except (OSError, zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
-        expected = "expected a zip or an uncompressed tar; unpack it or fetch it again"
-        raise DataError(f"{file}: no archive that can be read ({error}); {expected}") from None
+        expected = "expected a zip or an uncompressed tar; unpack it or download it again"
+        raise DataError(f"{file}: not a readable archive ({error}); {expected}") from None
 
 
-def _of_zip(file: Path) -> Iterator[_Member]:
+def _zip_members(file: Path) -> Iterator[_Member]:
     with zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
             if info.flag_bits & 1:
                 raise DataError(f"{file}: {info.filename} is encrypted; unpack the archive into a folder")
             if not info.is_dir():
-                yield _Member(_plain(info.filename), info.header_offset, info.compress_size, info.compress_type)
+                yield _Member(_strip_dot(info.filename), info.header_offset, info.compress_size, info.compress_type)
 
 
-def _of_tar(file: Path) -> Iterator[_Member]:
+def _tar_members(file: Path) -> Iterator[_Member]:
     with tarfile.open(file, "r:") as archive:
         while (info := archive.next()) is not None:
-            vars(archive)["members"].clear()  # else it keeps an object for each
+            vars(archive)["members"].clear()  # otherwise the archive keeps an object per member
             if info.isreg() and not info.issparse():
-                yield _Member(_plain(info.name), info.offset_data, info.size, PLAIN)
+                yield _Member(_strip_dot(info.name), info.offset_data, info.size, PLAIN)
 
 
 def _hash(name: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
 
 
-def _plain(name: str) -> str:
+def _strip_dot(name: str) -> str:
     return name.removeprefix("./")
 
 
-def _inside(name: str) -> str:
-    """The name below its root. Raises DataError if it leads elsewhere."""
-    plain = _plain(name)
+def _safe_name(name: str) -> str:
+    """The name without a leading "./". Raises DataError if it leads outside the root."""
+    plain = _strip_dot(name)
     path = PurePosixPath(plain)
     if not plain or path.is_absolute() or ".." in path.parts or "\\" in plain or "\0" in plain:
-        raise DataError(
-            f"{name!r:.200}: no name of a picture; expected a path below the pictures' root, with / and no .."
-        )
+        raise DataError(f"{name!r:.200}: not a valid picture name; expected a relative path with / and without ..")
     return plain
 
 
 def _hint(name: str, first: list[str], intro: str) -> str:
-    """What to do about a name that is not there."""
-    hint = f"{intro} {', '.join(first)}; point to where {name.split('/')[0]} lies" if first else "it is empty"
+    """Advice for a name that does not exist."""
+    hint = (
+        f"{intro} {', '.join(first)}; choose the location that contains {name.split('/')[0]}"
+        if first
+        else "it is empty"
+    )
     if match := _COCO.fullmatch(name):
         hint += f" (COCO's train2014 calls it COCO_train2014_{match[1]})"
     return hint

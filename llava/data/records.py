@@ -1,4 +1,4 @@
-"""Data files taken apart into samples: JSON arrays a block at a time, JSON lines, webdataset-style tars."""
+"""Splits data files into samples: JSON arrays read in blocks, JSON lines, webdataset-style tars."""
 
 import json
 import re
@@ -11,94 +11,103 @@ from llava.data.pictures import Archives, Pictures
 from llava.errors import DataError
 
 BLOCK = 1 << 24  # characters of a JSON array that are read at once
-BROKEN = object()  # the value of what is no JSON
+BROKEN = object()  # the value of a record that is not valid JSON
 _PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
 
 
 class Record(NamedTuple):
-    """A sample's JSON."""
+    """One sample as JSON."""
 
-    text: str
-    value: Any  # what it says; BROKEN if it is no JSON
+    text: str  # exactly as in the file
+    value: Any  # parsed; BROKEN if the text is not valid JSON
 
 
 def is_array(file: Path) -> bool:
-    """Whether a file of JSON is one array; else it is JSON lines. Raises DataError."""
-    with _reading(file) as text:
-        return _Scanner(text).peek() == "["
+    """Whether a data file is a JSON array rather than JSON lines. Raises DataError."""
+    with _open_text(file) as text:
+        return _ArrayScanner(text).peek() == "["
 
 
 @contextmanager
-def _reading(file: Path) -> Iterator[TextIO]:
+def _open_text(file: Path) -> Iterator[TextIO]:
     try:
         with file.open(encoding="utf-8-sig", newline="\n") as text:
             yield text
     except UnicodeDecodeError as error:
-        raise DataError(f"{file}: no UTF-8 text ({error.reason}); expected JSON") from None
+        raise DataError(f"{file}: not UTF-8 text ({error.reason}); expected JSON") from None
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror}); expected a data file") from None
 
 
 def records(file: Path, pictures: Pictures | None) -> Iterator[Record]:
-    """The samples of a file. Raises DataError."""
+    """The samples of a file. `pictures`: the archives to which a .tar belongs. Raises DataError."""
     if file.suffix == ".tar":
         assert isinstance(pictures, Archives)
-        return _of_tar(file, pictures)
-    return _of_array(file) if is_array(file) else _of_lines(file)
+        return _read_tar(file, pictures)
+    return _read_array(file) if is_array(file) else _read_lines(file)
 
 
-class _Scanner:
-    """Walks through a JSON text a block at a time."""
+class _ArrayScanner:
+    """Reads the elements of a JSON array block by block, so that a large file needs little memory.
+
+    Unlike an event parser such as ijson, it returns the exact text of each element, which samples are stored as, and
+    it accepts the NaN that Python's json module writes.
+    """
 
     def __init__(self, file: TextIO):
         self.file = file
         self.block = ""
-        self.at = 0  # in the block
-        self.before = 0  # characters in front of the block
+        self.offset = 0  # next character in the block
+        self.block_start = 0  # offset of the block in the file, in characters
+
+    @property
+    def position(self) -> int:
+        """Offset of the next character in the file."""
+        return self.block_start + self.offset
 
     def peek(self) -> str:
-        """The next character that is no white space; "" at the end."""
+        """The next character that is not white space, or "" at the end."""
         while True:
-            space = _SPACE.match(self.block, self.at)
+            space = _SPACE.match(self.block, self.offset)
             assert space
-            self.at = space.end()
-            if self.at < len(self.block) or not self._more():
-                return self.block[self.at : self.at + 1]
+            self.offset = space.end()
+            if self.offset < len(self.block) or not self._read_more():
+                return self.block[self.offset : self.offset + 1]
 
-    def take(self, marks: str) -> str:
-        """The next character, which must be one of these. Raises ValueError."""
+    def take(self, expected: str) -> str:
+        """Consumes the next character. Raises ValueError if it is not one of `expected`."""
         char = self.peek()
-        if not char or char not in marks:
-            raise ValueError(f"found {char!r} instead of {' or '.join(marks)}" if char else "the file ends here")
-        self.at += 1
+        if not char or char not in expected:
+            raise ValueError(f"found {char!r}, expected {' or '.join(expected)}" if char else "unexpected end of file")
+        self.offset += 1
         return char
 
     def value(self) -> Record:
-        """The next value. Raises ValueError, RecursionError."""
+        """Consumes the next JSON value. Raises ValueError, RecursionError."""
         self.peek()
         while True:
             try:
-                value, end = _DECODER.raw_decode(self.block, self.at)
+                value, end = _DECODER.raw_decode(self.block, self.offset)
             except json.JSONDecodeError as error:
-                cut = error.msg.startswith("Unterminated string") or error.pos > len(self.block) - 16
-                if cut and self._more():
+                truncated = error.msg.startswith("Unterminated string") or error.pos > len(self.block) - 16
+                if truncated and self._read_more():
                     continue
                 raise
-            text, self.at = self.block[self.at : end], end
+            text, self.offset = self.block[self.offset : end], end
             return Record(text, value)
 
-    def _more(self) -> bool:
-        rest = self.block[self.at :]
-        new = self.file.read(max(BLOCK, len(rest)))  # at least doubles: a long value is not tried again too often
-        self.before, self.block, self.at = self.before + self.at, rest + new, 0
+    def _read_more(self) -> bool:
+        rest = self.block[self.offset :]
+        new = self.file.read(max(BLOCK, len(rest)))  # at least doubles: few retries of a long value
+        self.block_start, self.block, self.offset = self.position, rest + new, 0
         return bool(new)
 
 
-def _of_array(file: Path) -> Iterator[Record]:
-    with _reading(file) as text:
-        scanner, n = _Scanner(text), 0
+def _read_array(file: Path) -> Iterator[Record]:
+    with _open_text(file) as text:
+        scanner, n = _ArrayScanner(text), 0
         try:
             mark = scanner.take("[")
             if scanner.peek() == "]":
@@ -108,17 +117,17 @@ def _of_array(file: Path) -> Iterator[Record]:
                 n += 1
                 mark = scanner.take(",]")
             if scanner.peek():
-                raise ValueError("more text behind the array's end")
+                raise ValueError("more text after the end of the array")
         except UnicodeDecodeError:
             raise
         except (ValueError, RecursionError) as error:
-            found = f"broken or cut off after {n} samples, at character {scanner.before + scanner.at}: {error}"
-            raise DataError(f"{file}: {found}; expected a JSON array of samples, mend it or fetch it again") from None
+            found = f"broken or truncated after {n} samples, at character {scanner.position}: {error}"
+            raise DataError(f"{file}: {found}; expected a JSON array of samples; repair or download it again") from None
 
 
-def _of_lines(file: Path) -> Iterator[Record]:
+def _read_lines(file: Path) -> Iterator[Record]:
     first = True
-    with _reading(file) as lines:
+    with _open_text(file) as lines:
         for line in lines:
             if not (text := line.strip()):
                 continue
@@ -133,29 +142,29 @@ def _of_lines(file: Path) -> Iterator[Record]:
             first = False
 
 
-def _of_tar(file: Path, archives: Archives) -> Iterator[Record]:
-    """KEY.json is a sample; pictures KEY.jpg and the like beside it are its pictures, in the tar's order."""
+def _read_tar(file: Path, archives: Archives) -> Iterator[Record]:
+    """KEY.json is a sample. The pictures with the same key, such as KEY.jpg, belong to it in the order of the tar."""
     names = archives.names(file)
-    beside: dict[str, list[str]] = {}
+    pictures: dict[str, list[str]] = {}
     for name in names:
         if name.lower().endswith(_PICTURE_SUFFIXES):
-            beside.setdefault(_key(name), []).append(name)
+            pictures.setdefault(_key(name), []).append(name)
     for name in names:
         if not name.endswith(".json"):
             continue
         try:
             value = json.loads(archives.read(name))
         except (ValueError, RecursionError):
-            yield Record(json.dumps(f"{name} is no JSON"), BROKEN)
+            yield Record(json.dumps(f"{name} is not valid JSON"), BROKEN)
             continue
         if isinstance(value, dict):
-            pictures = beside.get(_key(name), [])
-            own: dict[str, Any] = {"id": _key(name)} | value
-            value = own | ({"image": pictures if len(pictures) > 1 else pictures[0]} if pictures else {})
+            own = pictures.get(_key(name), [])
+            with_id: dict[str, Any] = {"id": _key(name)} | value
+            value = with_id | ({"image": own if len(own) > 1 else own[0]} if own else {})
         yield Record(json.dumps(value, ensure_ascii=False), value)
 
 
 def _key(name: str) -> str:
-    """What members of one sample share: the path up to the file name's first dot."""
+    """The part of a name that the members of one sample share: the path up to the first dot of the file name."""
     folder, slash, base = name.rpartition("/")
     return folder + slash + base.partition(".")[0]

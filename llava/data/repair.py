@@ -1,4 +1,4 @@
-"""What can be wrong with a sample's turns and marks, and how it is put right; one rule for each kind of fault."""
+"""Faults in the turns and <image> marks of a sample, and how each kind is repaired."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -9,8 +9,8 @@ from llava.config import IMAGE_MARK
 from llava.data.samples import ROLES, Sample
 from llava.preprocess.conversation import Turn
 
-_MARKS = "marks set anew: one a picture, in front of the first turn"
-RULES = {  # every kind of fault, and what `--fix` does about it
+_MARKS = "marks rewritten: one per picture, at the start of the first turn"
+RULES = {  # kind of fault -> what `--fix` does
     "malformed": "sample dropped",
     "repeated": "later copies dropped",
     "missing_picture": "sample dropped",
@@ -26,53 +26,53 @@ RULES = {  # every kind of fault, and what `--fix` does about it
     "too_long": "exchanges dropped from the end; sample dropped if its first is too long",
     "refused": "sample dropped",
 }
-_NAMES = {role: name for name, role in ROLES.items()}  # as the file has them
+_NAMES = {role: name for name, role in ROLES.items()}  # role -> name in the file
 
 
 class Fault(NamedTuple):
-    """One kind of fault of a sample."""
+    """A fault of a sample."""
 
     kind: str  # a key of RULES
     text: str  # what was found
 
 
-def faults(sample: Sample) -> list[Fault]:
-    """What is wrong with order, text and marks of the turns; each kind once."""
+def find_faults(sample: Sample) -> list[Fault]:
+    """The faults in order, text and marks of the turns, each kind at most once."""
     return [*_order_faults(sample.turns), *_empty_turns(sample.turns), *_mark_faults(sample.turns, len(sample.images))]
 
 
-def mended(sample: Sample) -> Sample | None:
-    """The sample without its faults; None if no exchange is left."""
-    while sample.turns and faults(sample):
-        turns = _without_empty(_ordered(sample.turns))
-        sample = replace(sample, turns=_marked(turns, len(sample.images)))
+def repair(sample: Sample) -> Sample | None:
+    """The sample without its faults; None if no exchange remains."""
+    while sample.turns and find_faults(sample):
+        turns = _drop_empty(_alternate(sample.turns))
+        sample = replace(sample, turns=_rewrite_marks(turns, len(sample.images)))
     return sample if sample.turns else None
 
 
-def shortened(sample: Sample) -> Sample | None:
-    """The sample without its last exchange, marks set right; None if no exchange is left."""
-    return mended(replace(sample, turns=sample.turns[:-2]))
+def drop_last_exchange(sample: Sample) -> Sample | None:
+    """The sample without its last exchange, with its marks repaired; None if no exchange remains."""
+    return repair(replace(sample, turns=sample.turns[:-2]))
 
 
-def as_conversations(turns: Sequence[Turn]) -> list[dict[str, str]]:
-    """Turns in the form of the file."""
+def to_conversations(turns: Sequence[Turn]) -> list[dict[str, str]]:
+    """The turns in the format of the data file."""
     return [{"from": _NAMES[role], "value": text or ""} for role, text in turns]
 
 
 def _order_faults(turns: Sequence[Turn]) -> Iterator[Fault]:
     if turns[0].role == "assistant":
-        yield Fault("leading_answer", "the first turn is gpt's")
+        yield Fault("leading_answer", "the first turn is from gpt")
     for i in range(1, len(turns)):
         if turns[i].role == turns[i - 1].role:
-            yield Fault("same_side_twice", f"turns {i} and {i + 1} are both {_NAMES[turns[i].role]}'s")
+            yield Fault("same_side_twice", f"turns {i} and {i + 1} are both from {_NAMES[turns[i].role]}")
             break
     if turns[-1].role == "user":
-        yield Fault("trailing_question", "the last turn is human's")
-    if not any(_answers(turn) for turn in turns):
-        yield Fault("nothing_to_learn", "gpt says nothing")
+        yield Fault("trailing_question", "the last turn is from human")
+    if not any(_is_answer(turn) for turn in turns):
+        yield Fault("nothing_to_learn", "there is no text from gpt")
 
 
-def _answers(turn: Turn) -> bool:
+def _is_answer(turn: Turn) -> bool:
     return turn.role == "assistant" and bool((turn.text or "").strip())
 
 
@@ -91,29 +91,30 @@ def _mark_faults(turns: Sequence[Turn], n_pictures: int) -> Iterator[Fault]:
         yield Fault("surplus_mark", found)
     first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
     late = [i for i, turn in enumerate(turns) if counts[i] and i != first]
-    if late and (
-        n_pictures < 2 or any(turns[i].role == "assistant" for i in late)
-    ):  # several may stand where they come
+    in_answer = any(turns[i].role == "assistant" for i in late)
+    if late and (n_pictures < 2 or in_answer):  # the marks of several pictures may be in later human turns
         yield Fault("late_mark", f"{IMAGE_MARK} in turn {late[0] + 1} ({_NAMES[turns[late[0]].role]})")
 
 
-def _ordered(turns: Sequence[Turn]) -> list[Turn]:
-    """Human first, gpt last, one after the other."""
+def _alternate(turns: Sequence[Turn]) -> list[Turn]:
+    """Makes the roles alternate, with human first and gpt last."""
     runs = [(role, [turn.text or "" for turn in run]) for role, run in groupby(turns, lambda turn: turn.role)]
-    ordered = [Turn(role, "\n".join(filter(str.strip, texts)) if len(texts) > 1 else texts[0]) for role, texts in runs]
-    start = 1 if ordered[0].role == "assistant" else 0
-    return ordered[start : len(ordered) - (ordered[-1].role == "user")]
+    alternating = [
+        Turn(role, "\n".join(filter(str.strip, texts)) if len(texts) > 1 else texts[0]) for role, texts in runs
+    ]
+    start = 1 if alternating[0].role == "assistant" else 0
+    return alternating[start : len(alternating) - (alternating[-1].role == "user")]
 
 
-def _marked(turns: Sequence[Turn], n_pictures: int) -> tuple[Turn, ...]:
-    """One mark a picture; may leave a later turn empty that was nothing but a mark."""
+def _rewrite_marks(turns: Sequence[Turn], n_pictures: int) -> tuple[Turn, ...]:
+    """Puts one mark per picture into the first turn. A later turn that was only a mark becomes empty."""
     if not any(_mark_faults(turns, n_pictures)):
         return tuple(turns)
-    bare = [(turn.text or "").replace(IMAGE_MARK, "").strip() for turn in turns]
-    bare[:1] = [f"{IMAGE_MARK}\n" * n_pictures + text for text in bare[:1]]
-    return tuple(Turn(turn.role, text) for turn, text in zip(turns, bare, strict=True))
+    unmarked = [(turn.text or "").replace(IMAGE_MARK, "").strip() for turn in turns]
+    unmarked[:1] = [f"{IMAGE_MARK}\n" * n_pictures + text for text in unmarked[:1]]
+    return tuple(Turn(turn.role, text) for turn, text in zip(turns, unmarked, strict=True))
 
 
-def _without_empty(turns: Sequence[Turn]) -> list[Turn]:
+def _drop_empty(turns: Sequence[Turn]) -> list[Turn]:
     exchanges = zip(turns[::2], turns[1::2], strict=True)
     return [turn for both in exchanges if all((turn.text or "").strip() for turn in both) for turn in both]

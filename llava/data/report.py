@@ -1,4 +1,4 @@
-"""What a check of training data found, and how it is shown to people."""
+"""The report of `llava data check`, and its display as tables."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -10,56 +10,56 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
-_EXAMPLES = 3  # of each kind of problem
-_SOURCES = 12  # shown by name
+_EXAMPLES = 3  # examples shown per kind of problem
+_SOURCES = 12  # sources listed by name
 
 
 class Finding(NamedTuple):
-    """One problem of one sample."""
+    """One problem in one sample."""
 
     kind: str  # a key of RULES
-    sample: int  # its number in the data, from 0
-    id: str  # empty for a malformed sample: its text names it
+    sample: int  # index in the data, from 0
+    id: str  # empty for a malformed sample, whose `text` identifies it
     text: str
 
 
 @dataclass(frozen=True)
 class TokenFigures:
-    """In places of the sequence, pictures' included, of the samples that can be trained on."""
+    """Token counts over all usable samples, image tokens included."""
 
     limit: int
-    samples: int  # measured
+    samples: int  # number of samples counted
     total: int
     median: int
     longest: int
-    learnt: int  # within the limit
-    masked_share: float  # of all places within the limit
+    learnt: int  # target tokens within the limit
+    masked_share: float  # fraction of the tokens within the limit that are not targets
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """What the cleaned copy holds."""
+    """The contents of the fixed copy."""
 
     out: str
-    kept: int  # samples in it
-    mended: int  # those of them that were changed
+    kept: int  # samples in the copy
+    mended: int  # repaired samples, included in `kept`
     dropped: int
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that `llava data check` tells."""
+    """Everything that `llava data check` reports."""
 
     file: str
     samples: int
     with_pictures: int
     text_only: int
-    pictures: int  # named by all samples together
-    pictures_read: bool  # whether they were looked for and decoded
-    sources: Mapping[str, int]  # samples by where their first picture lies
-    turns: Mapping[int, int]  # samples by their number of turns
-    problems: Mapping[str, int]  # samples by kind of problem
-    repeated_ids: int  # samples whose id an earlier one has; published sets have many, so that is no problem
+    pictures: int  # picture names in all samples
+    pictures_read: bool  # whether they were decoded
+    sources: Mapping[str, int]  # number of samples by the folder of the first picture
+    turns: Mapping[int, int]  # number of samples by number of turns
+    problems: Mapping[str, int]  # number of samples by kind of problem
+    repeated_ids: int  # samples with the id of an earlier one; not a problem, since published sets have many
     findings: list[Finding]
     tokens: TokenFigures | None
     fixed: Fixed | None
@@ -70,12 +70,12 @@ class Report:
         return not self.problems
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """The report as JSON-compatible values."""
         return asdict(self) | {"findings": [finding._asdict() for finding in self.findings], "clean": self.clean}
 
 
-def shown(report: Report) -> "Group":
-    """The report as tables, for a Console with markup=False: names may hold brackets."""
+def render(report: Report) -> "Group":
+    """The report as Rich tables. Print them with markup=False, because names may contain brackets."""
     from rich.console import Group
 
     parts = [_facts(report), *([_problems(report)] if report.problems else [])]
@@ -95,21 +95,21 @@ def _facts(report: Report) -> "Table":
 
 def _rows(report: Report) -> Iterator[tuple[str, str]]:
     yield "file", report.file
-    yield "samples", f"{report.samples:,}: {report.with_pictures:,} with pictures, {report.text_only:,} of text alone"
-    read = "" if report.pictures_read else ", not looked at: give --images"
+    yield "samples", f"{report.samples:,}: {report.with_pictures:,} with pictures, {report.text_only:,} text-only"
+    read = "" if report.pictures_read else ", not checked; give --images"
     yield "pictures", f"{report.pictures:,}{read if report.pictures else ''}"
     yield "sources", _most(report.sources)
     yield "turns", _most({f"{n} turns": count for n, count in report.turns.items()})
     if report.repeated_ids:
-        yield "repeated ids", f"{report.repeated_ids:,} (no problem by itself)"
+        yield "repeated ids", f"{report.repeated_ids:,} (not a problem)"
     if tokens := report.tokens:
-        yield "tokens", f"{tokens.total:,}; a sample: median {tokens.median:,}, longest {tokens.longest:,}"
-        yield "masked", f"{tokens.masked_share:.1%} of tokens; {tokens.learnt:,} are learnt"
+        yield "tokens", f"{tokens.total:,}; per sample: median {tokens.median:,}, longest {tokens.longest:,}"
+        yield "masked", f"{tokens.masked_share:.1%} of tokens; {tokens.learnt:,} are targets"
     yield "checked in", f"{report.seconds:.1f} s, {report.samples / max(report.seconds, 1e-9):,.0f} samples/s"
 
 
 def _most(counts: Mapping[str, int]) -> str:
-    """The largest counts, named."""
+    """The largest counts by name, and the sum of the others."""
     ordered = sorted(counts.items(), key=lambda item: -item[1])
     rest = sum(count for _, count in ordered[_SOURCES:])
     text = ", ".join(f"{name} {count:,}" for name, count in ordered[:_SOURCES])
@@ -119,7 +119,7 @@ def _most(counts: Mapping[str, int]) -> str:
 def _problems(report: Report) -> "Table":
     from rich.table import Table
 
-    table = Table("problem", "samples", "for example", "what --fix does")
+    table = Table("problem", "samples", "examples", "what --fix does")
     for kind, count in sorted(report.problems.items(), key=lambda item: -item[1]):
         some = [finding for finding in report.findings if finding.kind == kind][:_EXAMPLES]
         lines = [f"{number} (id {id:.30}): {text:.160}" if id else f"{text:.200}" for _, number, id, text in some]
@@ -128,8 +128,8 @@ def _problems(report: Report) -> "Table":
 
 
 def _verdict(report: Report) -> str:
-    wrong = len({finding.sample for finding in report.findings})
-    text = f"{wrong:,} of {report.samples:,} samples have problems"
+    n_bad = len({finding.sample for finding in report.findings})
+    text = f"{n_bad:,} of {report.samples:,} samples have problems"
     if fixed := report.fixed:
-        return f"{text}; {fixed.out}: {fixed.kept:,} samples, {fixed.mended:,} mended, {fixed.dropped:,} dropped"
-    return text + "; --fix OUT writes a cleaned copy"
+        return f"{text}; {fixed.out}: {fixed.kept:,} samples, {fixed.mended:,} repaired, {fixed.dropped:,} dropped"
+    return text + "; --fix OUT writes a fixed copy"

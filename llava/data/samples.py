@@ -1,7 +1,7 @@
 """Training samples in LLaVA's JSON format, from JSON arrays, JSONL and webdataset-style tars.
 
-665,000 samples as Python objects would fill several GB in every worker: what is kept is their JSON text in one buffer
-with int64 places, shared by forked workers, and a sample is parsed when it is asked for.
+As Python objects, 665,000 samples would take several GB in every worker. They are kept as JSON text in one buffer with
+an array of offsets, which forked workers share. A sample is parsed when it is accessed.
 """
 
 import json
@@ -18,36 +18,36 @@ from llava.data.records import records
 from llava.errors import DataError
 from llava.preprocess.conversation import Turn
 
-# How worker processes start: forked ones share the samples. They use no GPU and one thread, so that a parent with
-# threads of its own does them no harm (Python 3.12 warns of that where it shows DeprecationWarnings).
+# Start method of worker processes. Forked workers share the samples. They use one thread and no GPU, so forking is
+# safe even if the parent has threads, about which Python 3.12 gives a DeprecationWarning.
 WORKERS_START = "fork" if sys.platform == "linux" else "spawn"
 ROLES = {"human": "user", "gpt": "assistant"}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation, as the file has it."""
+    """One conversation, exactly as in the file."""
 
     id: str
-    turns: tuple[Turn, ...]  # in the file's order, marks kept
-    images: tuple[str, ...]  # names of its pictures; () for text alone
+    turns: tuple[Turn, ...]  # in file order, with their <image> marks
+    images: tuple[str, ...]  # picture names; () for a text-only sample
 
 
 class Samples(Sequence[Sample]):
-    """The samples of one or more data files, in their order.
+    """The samples of one or more data files, in order.
 
-    `files`: .json (an array), .jsonl, .tar (a `KEY.json` for each sample, pictures `KEY.jpg` beside it), or folders of
-    such tars. `images`: where the pictures of .json and .jsonl lie (see `open_pictures`); None: those of tars are in
-    the tars, others cannot be read. Raises DataError for files that cannot be used; one bad sample raises when read.
+    `files`: .json (an array), .jsonl, .tar (a `KEY.json` per sample, its pictures named `KEY.jpg`), or folders of such
+    tars. `images`: the pictures of .json and .jsonl files, see `open_pictures`; None for tars, which contain their own,
+    or if pictures are not needed. Raises DataError for an unusable file. A bad sample raises only when it is accessed.
     """
 
     def __init__(self, files: Sequence[Path], images: Path | None):
         self.files = [shard for file in files for shard in _shards(file)]
         if not self.files:
-            raise DataError("no data file is given; expected one at least")
+            raise DataError("no data file given; expected at least one")
         tars = [file for file in self.files if file.suffix == ".tar"]
         if tars and images is not None:
-            raise DataError(f"{tars[0]}: its pictures lie beside its samples; leave out the folder of pictures")
+            raise DataError(f"{tars[0]}: a tar contains its own pictures; do not give a separate location for them")
         self._pictures: Pictures | None = Archives(tars) if tars else open_pictures(images) if images else None
         self._text = bytearray()
         ends, lengths, firsts = [0], list[int](), list[int]()
@@ -58,55 +58,55 @@ class Samples(Sequence[Sample]):
                 ends.append(len(self._text))
                 lengths.append(_signed_words(record.value))
             if len(lengths) == firsts[-1]:
-                raise DataError(f"{file}: holds no samples; expected a JSON array of them, or one a line")
+                raise DataError(f"{file}: contains no samples; expected a JSON array, or one sample per line")
         self._ends = np.array(ends, np.int64)
         self._lengths = np.array(lengths, np.int64)
-        self._firsts = np.array(firsts, np.int64)  # index of each file's first sample
+        self._firsts = np.array(firsts, np.int64)  # index of the first sample of each file
 
     def __len__(self) -> int:
         return len(self._lengths)
 
-    def __getitem__(self, i: int) -> Sample:  # type: ignore[override]  # no slices: they would be lists of samples
-        """Raises DataError naming file, index and id; IndexError past the end."""
+    def __getitem__(self, i: int) -> Sample:  # type: ignore[override]  # slices are not supported
+        """Raises DataError, which names file, index and id, and IndexError past the end."""
         return parse(self.value(i), self.where(i), str(i))
 
     @property
     def lengths(self) -> list[int]:
-        """Words over all turns (at least 1), negative for a sample without picture: LLaVA's `modality_lengths`."""
+        """Words in all turns (at least 1), negative for a text-only sample, as in LLaVA's `modality_lengths`."""
         return self._lengths.tolist()
 
     @property
     def has_pictures(self) -> bool:
-        """Whether a place of pictures is known."""
+        """Whether pictures can be read."""
         return self._pictures is not None
 
     def picture(self, name: str) -> bytes:
-        """The file of a picture. Raises DataError."""
+        """The bytes of a picture file. Raises DataError."""
         if self._pictures is None:
-            raise DataError(f"{name}: no place of pictures is given; name their folder, .zip or .tar")
+            raise DataError(f"{name}: no location of the pictures given; give their folder, .zip or .tar")
         return self._pictures.read(name)
 
     def text(self, i: int) -> str:
-        """A sample's JSON as the file has it."""
+        """The JSON text of a sample, exactly as in the file."""
         i = range(len(self))[i]
         return self._text[self._ends[i] : self._ends[i + 1]].decode(errors="surrogatepass")
 
     def value(self, i: int) -> Any:
-        """What a sample's JSON says, whatever that is. Raises DataError if it is no JSON."""
+        """The parsed JSON of a sample, of any type. Raises DataError if it is not valid JSON."""
         try:
             return json.loads(self.text(i))
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{self.where(i)}: no JSON ({error}); expected one sample") from None
+            raise DataError(f"{self.where(i)}: not valid JSON ({error}); expected one sample") from None
 
     def where(self, i: int) -> str:
-        """File and index of a sample in it, for messages."""
+        """The file of a sample and its index there, for messages."""
         i = range(len(self))[i]
         file = int(np.searchsorted(self._firsts, i, "right")) - 1
         return f"{self.files[file]}, sample {i - int(self._firsts[file])}"
 
 
 def parse(value: Any, where: str, fallback_id: str) -> Sample:
-    """A sample of what its JSON says; order of roles and marks are not looked at. Raises DataError."""
+    """A sample from its parsed JSON. Does not check the order of roles, nor the marks. Raises DataError."""
     if not isinstance(value, dict):
         raise DataError(f"{where}: found {value!r:.60}; expected an object with conversations")
     id = value.get("id", fallback_id)
@@ -128,7 +128,9 @@ def _turn(turn: Any, where: str, i: int) -> Turn:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise DataError(f"{where}: turn {i + 1} holds half of a character; expected UTF-8 text") from None
+            raise DataError(
+                f"{where}: turn {i + 1} contains an unpaired surrogate; expected valid Unicode text"
+            ) from None
     return Turn("user" if role == "human" else "assistant", text)
 
 
@@ -141,7 +143,7 @@ def _names(value: dict[str, Any], where: str) -> tuple[str, ...]:
 
 
 def _signed_words(value: Any) -> int:
-    """See `Samples.lengths`. A malformed sample counts as one word: it is refused when it is read."""
+    """See `Samples.lengths`. A malformed sample counts as one word, because it is refused only when accessed."""
     if not isinstance(value, dict):
         return -1
     turns = value.get("conversations")
@@ -155,4 +157,4 @@ def _shards(file: Path) -> list[Path]:
         return [file]
     if shards := tars_in(file):
         return shards
-    raise DataError(f"{file}: a folder without .tar files; expected a .json, .jsonl or .tar data file")
+    raise DataError(f"{file}: a folder without .tar files; expected a .json, .jsonl or .tar file, or a folder of tars")

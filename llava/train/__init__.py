@@ -1,1 +1,1 @@
-"""From a recipe and data to a trained model: samples, batches, the loop, what to go on from, the final export."""
+"""Training, from a recipe and data files to a trained model: sample order, batches, the loop, checkpoints, export."""

@@ -1,16 +1,12 @@
-"""Micro-batches: which samples a step learns from, and their tensors.
+"""Micro-batches: the tensors that one forward pass trains on.
 
-The samples of step n are a function of the recipe and n alone, however many ranks there are: that is what makes a run
-go on where it stopped.
-
-B rows   S places   N samples   V views
+B rows   S positions   N samples   V image views   T target tokens
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,29 +20,30 @@ from llava.formats.format import Checkpoint
 from llava.model.segments import Segments
 from llava.preprocess.image import Picture
 from llava.preprocess.inputs import ModelInput, Preprocessor
+from llava.train.order import SampleOrder
 from llava.train.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One micro-batch: packed (B = 1) or a row a sample, filled up on the right."""
+    """One micro-batch, either packed into one row (B = 1) or with one right-padded row per sample."""
 
-    ids: Tensor  # int64 [B, S], IMAGE at the places of pictures
-    pos: Tensor  # int64 [B, S], places of each sample counted from 0
-    segments: Segments | None  # of a packed row
-    at: Tensor  # int64 [learnt], flat places whose next token is learnt
-    to: Tensor  # int64 [learnt], those tokens
-    pictures: Tensor  # int64, flat places of pictures, in order
+    ids: Tensor  # int64 [B, S], IMAGE at the positions of image features
+    positions: Tensor  # int64 [B, S], counted from 0 in each sample
+    segments: Segments | None  # sample boundaries of a packed row
+    target_positions: Tensor  # int64 [T], indices into the flattened [B * S] positions that predict a target
+    targets: Tensor  # int64 [T], token ids
+    image_positions: Tensor  # int64, indices into the flattened [B * S] positions of image features, in order
     pixels: Tensor | None  # float32 [V, 3, size, size]
-    views: list[int]
-    grids: list[TileGrid | None]
+    views: list[int]  # number of views of each image
+    grids: list[TileGrid | None]  # one per image
     n_samples: int
-    n_tokens: int  # places, filling not counted
-    longest: int  # places of its longest sample
-    skipped: list[str] = field(default_factory=list)  # why a sample was left out, each with its name
+    n_tokens: int  # without padding, image tokens included
+    max_seqlen: int  # length of the longest sample
+    skipped: list[str] = field(default_factory=list)  # one message per skipped sample, which names it
 
-    def on(self, device: torch.device) -> "Batch":
-        """The same batch there."""
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on another device."""
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
@@ -54,186 +51,106 @@ class Batch:
         return replace(self, **moved, segments=segments)
 
     def pin_memory(self) -> "Batch":
-        """The same batch in memory that a GPU copies from by itself."""
-        held: dict[str, Any] = {n: value.pin_memory() for n, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **held)
+        """The same batch in page-locked memory, for asynchronous copies to the GPU."""
+        pinned: dict[str, Any] = {n: value.pin_memory() for n, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **pinned)
 
 
-def collate(inputs: Sequence[ModelInput], *, packing: bool, pad_to: int, slots: int, limit: int) -> Batch:
-    """Samples -> a batch. `slots`: samples of a full micro-batch; `limit`: places that a sample may have."""
-    ids = [input.ids for input in inputs] or [torch.zeros(1, dtype=torch.int64)]  # a rank must have something to do
-    labels = [_shifted(input.labels) for input in inputs] or [torch.tensor([IGNORE])]
+def collate(
+    inputs: Sequence[ModelInput], *, packing: bool, pad_to: int, micro_batch_size: int, max_length: int
+) -> Batch:
+    """Joins samples into a batch. Without samples the batch is one token without a target."""
+    ids = [input.ids for input in inputs] or [torch.zeros(1, dtype=torch.int64)]
+    labels = [_shift(input.labels) for input in inputs] or [torch.tensor([IGNORE])]
     lengths = [len(row) for row in ids]
     if packing:
-        segments, filled = _packed(lengths, pad_to, slots, limit)
-        rows = [torch.cat([*parts, torch.full((filled,), rest)])[None] for parts, rest in ((ids, 0), (labels, IGNORE))]
-        pos = torch.cat([torch.arange(n) for n in (*lengths, filled)])[None]
+        segments, padding = _segments(lengths, pad_to, micro_batch_size, max_length)
+        all_ids, all_labels = (
+            torch.cat([*rows, torch.full((padding,), fill)])[None] for rows, fill in ((ids, 0), (labels, IGNORE))
+        )
+        positions = torch.cat([torch.arange(n) for n in (*lengths, padding)])[None]
     else:
         segments = None
-        rows = [
-            pad_sequence(parts, batch_first=True, padding_value=rest) for parts, rest in ((ids, 0), (labels, IGNORE))
-        ]
-        pos = torch.arange(max(lengths)).repeat(len(ids), 1)
-    flat = rows[1].flatten()
-    at = (flat != IGNORE).nonzero()[:, 0]
+        all_ids, all_labels = (
+            pad_sequence(rows, batch_first=True, padding_value=fill) for rows, fill in ((ids, 0), (labels, IGNORE))
+        )
+        positions = torch.arange(max(lengths)).repeat(len(ids), 1)
+    flat_labels = all_labels.flatten()
+    target_positions = (flat_labels != IGNORE).nonzero()[:, 0]
     pixels = [input.pixels for input in inputs if input.pixels is not None]
     return Batch(
-        ids=rows[0],
-        pos=pos,
+        ids=all_ids,
+        positions=positions,
         segments=segments,
-        at=at,
-        to=flat[at],
-        pictures=(rows[0].flatten() == IMAGE).nonzero()[:, 0],
+        target_positions=target_positions,
+        targets=flat_labels[target_positions],
+        image_positions=(all_ids.flatten() == IMAGE).nonzero()[:, 0],
         pixels=torch.cat(pixels) if pixels else None,
         views=[n for input in inputs for n in input.views],
         grids=[grid for input in inputs for grid in input.grids],
         n_samples=len(inputs),
         n_tokens=sum(lengths) if inputs else 0,
-        longest=max(lengths),
+        max_seqlen=max(lengths),
     )
 
 
-def _shifted(labels: Tensor) -> Tensor:
-    """What is learnt at each place: the next place's token."""
+def _shift(labels: Tensor) -> Tensor:
+    """The target of each position, which is the label of the next one."""
     return torch.cat([labels[1:], labels.new_tensor([IGNORE])])
 
 
-def _packed(lengths: Sequence[int], pad_to: int, slots: int, limit: int) -> tuple[Segments, int]:
-    """Bounds of the samples and of the filling behind them, always `slots` + 1 of them; places to fill.
+def _segments(lengths: Sequence[int], pad_to: int, micro_batch_size: int, max_length: int) -> tuple[Segments, int]:
+    """The boundaries of samples and padding in a packed row, and the amount of padding.
 
-    What a compiled block sees, the kernel's `longest` too, is the same for all rows of a length.
+    There are always `micro_batch_size` + 1 segments, some of them empty, and `longest` is an upper bound. A compiled
+    block and its kernel therefore see the same sizes for all rows of one length.
     """
-    filled = -sum(lengths) % pad_to
-    spread = [*lengths, *[0] * (slots - len(lengths)), filled]
-    bounds = torch.tensor([0, *spread], dtype=torch.int64).cumsum(0).to(torch.int32)
-    return Segments(bounds, tuple(spread), max(limit, filled)), filled
+    padding = -sum(lengths) % pad_to
+    segment_lengths = [*lengths, *[0] * (micro_batch_size - len(lengths)), padding]
+    cu_seqlens = torch.tensor([0, *segment_lengths], dtype=torch.int64).cumsum(0).to(torch.int32)
+    return Segments(cu_seqlens, tuple(segment_lengths), max(max_length, padding)), padding
 
 
-class Place(NamedTuple):
-    """A micro-batch of a run."""
-
-    step: int
-    number: int  # within the step, over all ranks
-    samples: tuple[int, ...]
-
-
-class Order:
-    """Which samples each step learns from."""
-
-    def __init__(self, recipe: Recipe, lengths: Sequence[int]):
-        """lengths: words of each sample, negative without a picture."""
-        self.recipe, self.lengths = recipe, lengths
-        self.micro = recipe.batch // recipe.micro_batch  # micro-batches of a step, over all ranks
-        self.steps_per_epoch = math.ceil(len(lengths) / recipe.batch)
-        self.n_steps = recipe.max_steps or math.ceil(recipe.epochs * self.steps_per_epoch)
-        self._epoch: tuple[int, list[int]] = (-1, [])
-
-    def step(self, step: int) -> list[Place]:
-        """The micro-batches of a step; at the end of an epoch some may be empty."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        if self._epoch[0] != epoch:
-            self._epoch = (epoch, self._shuffled(epoch))
-        size = self.recipe.batch
-        indices = self._epoch[1][place * size : (place + 1) * size]
-        parts = self._balanced(indices) if self.recipe.order == "shuffled" else self._in_turn(indices)
-        return [Place(step, number, tuple(part)) for number, part in enumerate(parts)]
-
-    def _shuffled(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self.recipe.seed + epoch)
-        if self.recipe.order == "by_modality_length":
-            return by_modality_length(self.lengths, self.recipe.micro_batch, self.micro, generator)
-        return torch.randperm(len(self.lengths), generator=generator).tolist()
-
-    def _in_turn(self, indices: list[int]) -> list[list[int]]:
-        size = self.recipe.micro_batch
-        return [indices[i * size : (i + 1) * size] for i in range(self.micro)]
-
-    def _balanced(self, indices: list[int]) -> list[list[int]]:
-        """Dealt out by length, longest first, to and fro: micro-batches of like work, and ranks that seldom wait."""
-        ordered = sorted(indices, key=lambda i: -abs(self.lengths[i]))
-        parts: list[list[int]] = [[] for _ in range(self.micro)]
-        for i, index in enumerate(ordered):
-            turn, place = divmod(i, self.micro)
-            parts[place if turn % 2 == 0 else self.micro - 1 - place].append(index)
-        return parts
-
-
-def by_modality_length(lengths: Sequence[int], micro_batch: int, world: int, generator: torch.Generator) -> list[int]:
-    """The original's order (llava_trainer.py at c121f04): megabatches of like kind and length, dealt to `world` ranks.
-
-    lengths: words, negative without a picture. The part of both kinds that fills no megabatch comes last.
-    """
-    kinds = [[i for i, n in enumerate(lengths) if (n > 0) == with_picture] for with_picture in (True, False)]
-    if not all(kinds):
-        return by_length([abs(n) for n in lengths], micro_batch, world, generator)
-    size = world * micro_batch
-    orders = []
-    for indices in kinds:
-        order = by_length([abs(lengths[i]) for i in indices], micro_batch, world, generator)
-        orders.append([indices[i] for i in order])
-    parts = [[order[i : i + size] for i in range(0, len(order), size)] for order in orders]
-    whole = [part for order in parts for part in order[:-1]]
-    mixed = [whole[i] for i in torch.randperm(len(whole), generator=generator)]
-    return [i for part in (*mixed, sorted(parts[0][-1] + parts[1][-1])) for i in part]
-
-
-def by_length(lengths: Sequence[int], micro_batch: int, world: int, generator: torch.Generator) -> list[int]:
-    """Shuffled, then within each megabatch the longest first, dealt to `world` ranks of nearly equal sums."""
-    order = torch.randperm(len(lengths), generator=generator).tolist()
-    size = world * micro_batch
-    result: list[int] = []
-    for i in range(0, len(order), size):
-        part = sorted(order[i : i + size], key=lambda j: lengths[j], reverse=True)
-        result += [j for share in _even(part, lengths, world) for j in share]
-    return result
-
-
-def _even(indices: list[int], lengths: Sequence[int], n: int) -> list[list[int]]:
-    """n shares of the same count, the next longest always to the lightest that has room."""
-    if len(indices) % n:
-        return [indices[i::n] for i in range(n)]
-    shares: list[list[int]] = [[] for _ in range(n)]
-    sums = [0.0] * n
-    for index in indices:
-        lightest = sums.index(min(sums))
-        shares[lightest].append(index)
-        full = len(shares[lightest]) == len(indices) // n
-        sums[lightest] = math.inf if full else sums[lightest] + lengths[index]
-    return shares
-
-
-class Batches(Dataset[Batch]):
-    """Makes the micro-batches of a rank, in worker processes; the n-th is the n-th that this rank runs."""
+class BatchDataset(Dataset[Batch]):
+    """The micro-batches that one rank trains on, in training order. Worker processes build them."""
 
     def __init__(
-        self, samples: Samples, preprocessor: Preprocessor, recipe: Recipe, order: Order, *, rank: int, ranks: int
+        self,
+        samples: Samples,
+        preprocessor: Preprocessor,
+        recipe: Recipe,
+        order: SampleOrder,
+        *,
+        rank: int,
+        world_size: int,
     ):
         self.samples, self.preprocessor, self.recipe, self.order = samples, preprocessor, recipe, order
-        self.rank, self.ranks = rank, ranks
-        self.per_step = -(-order.micro // ranks)
+        self.rank, self.world_size = rank, world_size
+        self.per_step = -(-order.n_micro_batches // world_size)  # micro-batches of this rank, empty ones included
 
     @classmethod
-    def of(cls, recipe: Recipe, checkpoint: Checkpoint, *, rank: int = 0, ranks: int = 1) -> "Batches":
-        """Those of a recipe's data for a model. Raises DataError."""
+    def open(cls, recipe: Recipe, checkpoint: Checkpoint, *, rank: int = 0, world_size: int = 1) -> "BatchDataset":
+        """Opens the data of a recipe for a model. Raises DataError."""
         samples = Samples([Path(file) for file in recipe.data], Path(recipe.images) if recipe.images else None)
         preprocessor = Preprocessor(checkpoint.config, checkpoint.tokenizer, template=recipe.template)
-        return cls(samples, preprocessor, recipe, Order(recipe, samples.lengths), rank=rank, ranks=ranks)
+        order = SampleOrder(recipe, samples.lengths)
+        return cls(samples, preprocessor, recipe, order, rank=rank, world_size=world_size)
 
     def __len__(self) -> int:
         return self.order.n_steps * self.per_step
 
-    def places(self, first_step: int) -> Iterator[int]:
-        """Numbers of the micro-batches from a step on."""
+    def indices_from(self, first_step: int) -> Iterator[int]:
+        """The indices of all micro-batches from a step on."""
         return iter(range(first_step * self.per_step, len(self)))
 
-    def __getitem__(self, number: int) -> Batch:
-        step, turn = divmod(number, self.per_step)
-        places = self.order.step(step)
-        share = turn * self.ranks + self.rank
-        return self.make(places[share].samples if share < len(places) else ())
+    def __getitem__(self, index: int) -> Batch:
+        step, turn = divmod(index, self.per_step)
+        micro_batches = self.order.micro_batches(step)
+        own = turn * self.world_size + self.rank
+        return self.build(micro_batches[own].samples if own < len(micro_batches) else ())
 
-    def make(self, indices: Sequence[int]) -> Batch:
-        """A micro-batch of these samples; broken ones are left out and named."""
+    def build(self, indices: Sequence[int]) -> Batch:
+        """The micro-batch of these samples. Broken samples are left out and listed in `skipped`."""
         inputs, skipped = [], []
         for index in indices:
             try:
@@ -245,13 +162,13 @@ class Batches(Dataset[Batch]):
             inputs,
             packing=recipe.packing,
             pad_to=recipe.pad_to,
-            slots=recipe.micro_batch,
-            limit=recipe.max_length,
+            micro_batch_size=recipe.micro_batch_size,
+            max_length=recipe.max_length,
         )
         return replace(batch, skipped=skipped)
 
     def prepare(self, index: int) -> ModelInput:
-        """A sample's ids, labels and pixels. Raises DataError, ImageError, PromptError."""
+        """The ids, labels and pixels of a sample. Raises DataError, ImageError, PromptError."""
         sample = self.samples[index]
         pictures: list[Picture] = [self.samples.picture(name) for name in sample.images]
         recipe = self.recipe
@@ -259,5 +176,7 @@ class Batches(Dataset[Batch]):
             sample.turns, pictures, place=recipe.image_place, max_length=recipe.max_length
         )
         if int((input.ids == IMAGE).sum()) != self.preprocessor.n_places(input):
-            raise PromptError(f"a picture of {sample.id} does not fit into {recipe.max_length} tokens")
+            raise PromptError(
+                f"an image of {sample.id} does not fit into {recipe.max_length} tokens; increase max_length"
+            )
         return input

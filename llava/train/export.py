@@ -14,31 +14,31 @@ from llava.formats.llava import write_llava
 from llava.formats.lora import write_lora
 from llava.formats.projector import write_projector
 from llava.model.llava import Llava
-from llava.train.lora import pairs
+from llava.train.lora import adapter_pairs
 from llava.train.recipe import Recipe
 from llava.train.start import row_ids
 
 Tensors = Mapping[str, Tensor]  # our names
 
 
-def kind(recipe: Recipe) -> str:
-    """Of the layout that this recipe leaves: lora, merged or projector."""
+def export_format(recipe: Recipe) -> str:
+    """The format that a recipe exports to: llava, lora or projector."""
     if recipe.lora_rank:
         return "lora"
-    return "merged" if {"decoder", "vision"} & set(recipe.train) else "projector"
+    return "llava" if {"decoder", "vision"} & set(recipe.train) else "projector"
 
 
 def export(folder: Path, model: Llava, checkpoint: Checkpoint, recipe: Recipe, *, first: bool) -> None:
     """Writes the trained model. Every rank calls this, the `first` writes."""
-    whole = {n: _whole(p) for n, p in model.named_parameters() if p.requires_grad or kind(recipe) == "merged"}
+    whole = {n: _whole(p) for n, p in model.named_parameters() if p.requires_grad or export_format(recipe) == "llava"}
     if not first:
         return
-    recorded = {"mm_projector_lr": recipe.projector_rate, "mm_vision_tower_lr": recipe.vision_rate}
+    recorded = {"mm_projector_lr": recipe.projector_lr, "mm_vision_tower_lr": recipe.vision_lr}
     common: dict[str, Any] = {
         "vision_tower": _tower(checkpoint, recipe),
         "recorded": {key: value for key, value in recorded.items() if value},
     }
-    write = {"lora": _lora, "merged": _merged, "projector": _projector}[kind(recipe)]
+    write = {"lora": _lora, "llava": _merged, "projector": _projector}[export_format(recipe)]
     write(folder, model, whole, checkpoint, recipe, common)
 
 
@@ -72,7 +72,7 @@ def _lora(
     write_lora(
         folder,
         checkpoint.config,
-        pairs(model.decoder, tensors),
+        adapter_pairs(model.decoder, tensors),
         r=recipe.lora_rank,
         alpha=recipe.lora_alpha,
         dropout=recipe.lora_dropout,

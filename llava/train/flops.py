@@ -1,11 +1,11 @@
-"""How much arithmetic a token costs in training, and how much a GPU can do."""
+"""Training FLOPs per token, and the peak FLOP/s of a GPU."""
 
 import torch
 
 from llava.model.llava import Llava
 from llava.train.recipe import Recipe
 
-_PEAKS = {  # dense bfloat16 FLOP/s, from the makers' data sheets; names as torch reports them hold these words
+_PEAKS = {  # part of the name that torch reports -> dense bfloat16 FLOP/s from the data sheet; first match wins
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
@@ -16,19 +16,20 @@ _PEAKS = {  # dense bfloat16 FLOP/s, from the makers' data sheets; names as torc
 }
 
 
-def flops_of(model: Llava, recipe: Recipe) -> float:
-    """A token's share of the decoder's products: 2 a weight forward, 2 back to the inputs, 2 to weights that learn.
+def flops_per_token(model: Llava, recipe: Recipe) -> float:
+    """FLOPs of the decoder's matrix products per token.
 
-    Attention, tower, projector and what is computed again are not counted, so that MFU is what the run is for.
+    Per weight: 2 for the forward pass, 2 for the gradient of the inputs, 2 for the gradient of the weight if it is
+    trained. Attention, vision tower, projector and recomputed activations are not counted.
     """
     blocks = sum(p.numel() for name, p in model.decoder.blocks.named_parameters() if ".adapters." not in name)
     blocks += sum(b.numel() * 2 for name, b in model.decoder.blocks.named_buffers() if name.endswith("codes"))
-    learns = "decoder" in recipe.train and not recipe.lora_rank
-    return float(blocks) * (6 if learns else 4)
+    trained = "decoder" in recipe.train and not recipe.lora_rank
+    return float(blocks) * (6 if trained else 4)
 
 
 def peak_flops(device: torch.device) -> float:
-    """Of one GPU; 0: not known."""
+    """Peak FLOP/s of one GPU; 0 if unknown."""
     if device.type != "cuda":
         return 0.0
     name = torch.cuda.get_device_name(device)

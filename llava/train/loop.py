@@ -1,4 +1,4 @@
-"""The training loop: the same for a laptop's CPU and for many GPUs, for a projector and for a whole model."""
+"""The training loop, from a projector on a laptop's CPU to a full model on many GPUs."""
 
 import logging
 import math
@@ -20,263 +20,292 @@ from llava.data.samples import WORKERS_START
 from llava.errors import ConfigError, DataError, LlavaError
 from llava.formats.format import Checkpoint
 from llava.train import optim
-from llava.train.batch import Batch, Batches, Order, Place
-from llava.train.endings import drawn, in_one_line, interruptible, leave_interrupts
+from llava.train.batch import Batch, BatchDataset
+from llava.train.distributed import World, join_world
 from llava.train.export import export
-from llava.train.flops import flops_of, peak_flops
-from llava.train.folder import check_folder, claimed
+from llava.train.flops import flops_per_token, peak_flops
 from llava.train.log import open_logs
-from llava.train.loss import Trainee
+from llava.train.loss import LlavaWithLoss
+from llava.train.order import MicroBatch, SampleOrder
 from llava.train.progress import TrainProgress
-from llava.train.ranks import Ranks, ranks
 from llava.train.recipe import Recipe, to_dict
-from llava.train.resume import Saver
+from llava.train.resume import Checkpointer
+from llava.train.run_folder import check_folder, locked_folder
+from llava.train.signals import explain_failures, init_worker, interrupt_on_sigterm, iterate_loader
 from llava.train.start import DTYPES, fill, row_ids, start, trainable
 
 log = logging.getLogger(__name__)
 
-MODEL = "model"  # the folder in a run's folder that the trained model is written to
-_NAMED = 32  # samples that a message names
-_FIRST_SKIPS = 100  # samples to see before a share of broken ones means anything
+MODEL = "model"  # subfolder of a run's folder that the trained model is exported to
+_MAX_NAMED = 32  # samples that an error message names
+_MIN_SEEN = 100  # samples; max_skipped is applied as if at least this many had been seen
 
 
 @dataclass
-class Count:
-    """What has been seen so far, over all ranks."""
+class TrainState:
+    """Totals over all ranks. Saved in every checkpoint."""
 
-    step: int = 0
+    step: int = 0  # completed steps
     samples: int = 0
     tokens: int = 0
-    skipped: int = 0
+    skipped: int = 0  # broken samples
     elapsed_s: float = 0.0
-    n_data: int = 0  # samples that the data hold, whatever has been seen of them
+    n_data: int = 0  # number of samples in the data files
 
 
 @dataclass
 class Run:
-    """A run that is ready to go."""
+    """Everything a training step needs."""
 
     recipe: Recipe
-    out: Path
-    ranks: Ranks
-    trainee: Trainee
+    folder: Path
+    world: World
+    model: LlavaWithLoss
     optimizer: AdamW
-    batches: Batches
-    saver: Saver
-    count: Count = field(default_factory=Count)
+    dataset: BatchDataset
+    checkpointer: Checkpointer
+    state: TrainState = field(default_factory=TrainState)
 
     @property
-    def order(self) -> Order:
-        return self.batches.order
+    def order(self) -> SampleOrder:
+        return self.dataset.order
 
     @property
     def parameters(self) -> list[nn.Parameter]:
+        """The trained parameters."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
 
+@dataclass(frozen=True)
+class StepCounts:
+    """What one step covers, over all ranks."""
+
+    target_tokens: int
+    samples: int
+    tokens: int
+    skipped: int
+
+
 def train(recipe: Recipe, *, device: str = "auto", as_json: bool = False) -> Path:
-    """Trains as the recipe says, or goes on where the same command stopped; returns the folder of the trained model.
+    """Trains a recipe, or resumes it if an earlier call was stopped. Returns the folder of the trained model.
 
     Under torchrun every process calls this. Raises LlavaError.
     """
-    out = Path(recipe.out)
-    with interruptible(), in_one_line(), ranks(device) as found:
-        check_folder(out, recipe)
-        if (out / MODEL).is_dir():
-            log.warning("%s: this run is finished already; its model is in %s", out, out / MODEL)
-            return out / MODEL
-        with claimed(out, recipe, found):
-            checkpoint = start(recipe, out / "tokenizer")
-            run = _ready(recipe, checkpoint, out, found)
-            _steps(run, as_json)
-            export(out / MODEL, run.trainee.model, checkpoint, recipe, first=found.first)
-            found.wait()
-    return out / MODEL
+    folder = Path(recipe.output_dir)
+    with interrupt_on_sigterm(), explain_failures(), join_world(device) as world:
+        check_folder(folder, recipe)
+        if (folder / MODEL).is_dir():
+            log.warning("%s: this run is already finished; its model is in %s", folder, folder / MODEL)
+            return folder / MODEL
+        with locked_folder(folder, recipe, world):
+            checkpoint = start(recipe, folder / "tokenizer")
+            run = _set_up(recipe, checkpoint, folder, world)
+            _train_steps(run, as_json)
+            export(folder / MODEL, run.model.model, checkpoint, recipe, first=world.is_main)
+            world.barrier()
+    return folder / MODEL
 
 
-def _ready(recipe: Recipe, checkpoint: Checkpoint, out: Path, ranks: Ranks) -> Run:
-    # data first: what is wrong with them shows before the weights are read
-    batches = Batches.of(recipe, checkpoint, rank=ranks.rank, ranks=ranks.n)
-    if ranks.first and (n := batches.order.micro) % ranks.n:
-        log.warning("a step is %d micro-batches, which %d ranks can not share evenly: some wait", n, ranks.n)
-    model = trainable(checkpoint, recipe)
-    rows = row_ids(checkpoint, recipe)
-    trainee = Trainee(model, rows=rows, tower_learns="vision" in recipe.train)
-    trainee.rows = trainee.rows.to(ranks.device)
-    if ranks.n > 1:
-        _shard(trainee, recipe, ranks)
-    fill(model, checkpoint, recipe, ranks.device)
-    trainee.train()
-    _recompute_and_compile(trainee, recipe)
-    saver = Saver(out / "checkpoints", recipe.keep, ranks)
-    if ranks.first:
-        saver.clean()
-    run = Run(recipe, out, ranks, trainee, optim.optimizer(trainee, recipe), batches, saver)
-    run.count.n_data = n = len(batches.samples)
-    if newest := saver.newest():
-        run.count = Count(**saver.load(newest, trainee, run.optimizer))
-        if run.count.n_data != n:
+def _set_up(recipe: Recipe, checkpoint: Checkpoint, folder: Path, world: World) -> Run:
+    # the data comes first, so that its errors show before the weights are read
+    dataset = BatchDataset.open(recipe, checkpoint, rank=world.rank, world_size=world.size)
+    if world.is_main and (n := dataset.order.n_micro_batches) % world.size:
+        log.warning(
+            "%d micro-batches per step do not divide evenly among %d ranks; some ranks will wait", n, world.size
+        )
+    model = _build_model(recipe, checkpoint, world)
+    checkpointer = Checkpointer(folder / "checkpoints", recipe.keep_last, world)
+    if world.is_main:
+        checkpointer.remove_partial()
+    run = Run(recipe, folder, world, model, optim.build_optimizer(model, recipe), dataset, checkpointer)
+    run.state.n_data = n = len(dataset.samples)
+    if latest := checkpointer.latest():
+        run.state = TrainState(**checkpointer.load(latest, model, run.optimizer))
+        if run.state.n_data != n:
             raise ConfigError(
-                f"{out}: this run began on {run.count.n_data} samples, its data now hold {n}; "
-                "give it the same data, or set out=… to a new folder"
+                f"{folder}: this run started on {run.state.n_data} samples, but its data now contains {n}; "
+                "restore the data, or set output_dir=… to a new folder"
             )
     return run
 
 
-def _shard(trainee: Trainee, recipe: Recipe, ranks: Ranks) -> None:
-    """FSDP2: every block's weights lie spread over the ranks and are gathered when it runs."""
-    compute = DTYPES[recipe.compute]
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-    mesh = init_device_mesh(ranks.device.type, (ranks.n,))
-    model = trainee.model
-    blocks = [*model.decoder.blocks, *(model.vision.blocks if model.vision else ())]
-    for module in (*blocks, trainee):
+def _build_model(recipe: Recipe, checkpoint: Checkpoint, world: World) -> LlavaWithLoss:
+    """The model with its weights, sharded over the ranks and in training mode."""
+    inner = trainable(checkpoint, recipe)
+    rows = row_ids(checkpoint, recipe)
+    model = LlavaWithLoss(inner, trained_rows=rows, train_vision="vision" in recipe.train)
+    model.trained_rows = model.trained_rows.to(world.device)
+    if world.size > 1:
+        _shard(model, recipe, world)
+    fill(inner, checkpoint, recipe, world.device)
+    model.train()
+    _checkpoint_and_compile(model, recipe)
+    return model
+
+
+def _shard(model: LlavaWithLoss, recipe: Recipe, world: World) -> None:
+    """Shards every block with FSDP2: its weights are spread over the ranks and gathered when it runs."""
+    policy = MixedPrecisionPolicy(param_dtype=DTYPES[recipe.compute_dtype], reduce_dtype=torch.float32)
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    vision = model.model.vision
+    for module in (*model.model.decoder.blocks, *(vision.blocks if vision else ()), model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
-def _recompute_and_compile(trainee: Trainee, recipe: Recipe) -> None:
-    model = trainee.model
-    tower = list(model.vision.blocks) if model.vision else []
-    if recipe.checkpointing:
-        for block in [*model.decoder.blocks, *(tower if trainee.tower_learns else ())]:
+def _checkpoint_and_compile(model: LlavaWithLoss, recipe: Recipe) -> None:
+    decoder_blocks = list(model.model.decoder.blocks)
+    vision_blocks = list(model.model.vision.blocks) if model.model.vision else []
+    if recipe.gradient_checkpointing:
+        for block in [*decoder_blocks, *(vision_blocks if model.train_vision else ())]:
             block.forward = partial(recompute, block.forward, use_reentrant=False)
     if recipe.compile:
-        for block in [*model.decoder.blocks, *tower]:
+        for block in [*decoder_blocks, *vision_blocks]:
             block.compile()
 
 
-def _steps(run: Run, as_json: bool) -> None:
-    recipe, count, order = run.recipe, run.count, run.order
-    first = run.ranks.first
-    logs = open_logs(run.out, recipe.logs, to_dict(recipe), count.step) if first else []
-    flops = flops_of(run.trainee.model, recipe)
-    peak = peak_flops(run.ranks.device) * run.ranks.n
-    loader = drawn(_loader(run))
-    began = time.perf_counter() - count.elapsed_s
+def _train_steps(run: Run, as_json: bool) -> None:
+    """Runs the remaining steps, logging each one and saving checkpoints."""
+    recipe, state, n_steps = run.recipe, run.state, run.order.n_steps
+    is_main = run.world.is_main
+    logs = open_logs(run.folder, recipe.logs, to_dict(recipe), state.step) if is_main else []
+    flops = flops_per_token(run.model.model, recipe)
+    peak = peak_flops(run.world.device) * run.world.size
+    loader = iterate_loader(_loader(run))
+    run_start = time.perf_counter() - state.elapsed_s
     try:
-        with run.saver, TrainProgress(order.n_steps, count.step, as_json=as_json, first=first) as shown:
-            while count.step < order.n_steps:
-                started = time.perf_counter()
-                row = _step(run, [next(loader) for _ in range(run.batches.per_step)])
-                seconds = time.perf_counter() - started
-                count.elapsed_s = time.perf_counter() - began
-                row |= {"tokens_per_s": row.pop("new_tokens") / seconds, "elapsed_s": count.elapsed_s}
+        with run.checkpointer, TrainProgress(n_steps, state.step, as_json=as_json, is_main=is_main) as progress:
+            while state.step < n_steps:
+                step_start = time.perf_counter()
+                tokens_before = state.tokens
+                row = _train_step(run, [next(loader) for _ in range(run.dataset.per_step)])
+                now = time.perf_counter()
+                state.elapsed_s = now - run_start
+                tokens_per_s = (state.tokens - tokens_before) / (now - step_start)
+                row |= {"tokens_per_s": tokens_per_s, "elapsed_s": state.elapsed_s}
                 if peak:
-                    row["mfu"] = row["tokens_per_s"] * flops / peak
+                    row["mfu"] = tokens_per_s * flops / peak
                 for one in logs:
                     one.write(row)
-                shown.update(row)
-                _save(run)
+                progress.update(row)
+                _save_if_due(run)
     finally:
         for one in logs:
             one.close()
 
 
 def _loader(run: Run) -> Iterator[Batch]:
-    workers = run.recipe.workers
+    num_workers = run.recipe.num_workers
     return iter(
         DataLoader(
-            run.batches,
+            run.dataset,
             batch_size=None,
-            sampler=run.batches.places(run.count.step),
-            num_workers=workers,
-            multiprocessing_context=WORKERS_START if workers else None,
-            worker_init_fn=leave_interrupts,
-            prefetch_factor=4 if workers else None,
-            pin_memory=run.ranks.device.type == "cuda",
+            sampler=run.dataset.indices_from(run.state.step),
+            num_workers=num_workers,
+            multiprocessing_context=WORKERS_START if num_workers else None,
+            worker_init_fn=init_worker,
+            prefetch_factor=4 if num_workers else None,
+            pin_memory=run.world.device.type == "cuda",
         )
     )
 
 
-def _step(run: Run, batches: list[Batch]) -> dict[str, float]:
-    """One optimiser step on this rank's micro-batches. The loss is the mean over all tokens that all ranks learn."""
-    recipe, count, ranks = run.recipe, run.count, run.ranks
-    parts = [(len(batch.at), batch.n_samples, batch.n_tokens, len(batch.skipped)) for batch in batches]
-    learnt, samples, tokens, skipped = map(int, ranks.sum([sum(column) for column in zip(*parts, strict=True)]))
-    _tell_skipped(run, batches, samples, skipped)
+def _train_step(run: Run, batches: list[Batch]) -> dict[str, float]:
+    """One optimizer step over this rank's micro-batches. Returns its row for the logs.
+
+    The loss is the mean over all target tokens of all ranks. Raises LlavaError if it is not finite.
+    """
+    recipe, state, world = run.recipe, run.state, run.world
+    counts = _count(batches, world)
+    _report_skipped(run, batches, counts)
     losses = []
     for turn, batch in enumerate(batches):
-        torch.manual_seed(_seed(recipe.seed, count.step, turn * ranks.n + ranks.rank))
-        if isinstance(run.trainee, FSDPModule):
-            run.trainee.set_requires_gradient_sync(turn == len(batches) - 1)
+        torch.manual_seed(_seed(recipe.seed, state.step, turn * world.size + world.rank))
+        if isinstance(run.model, FSDPModule):
+            run.model.set_requires_gradient_sync(turn == len(batches) - 1)
         losses.append(_backward(run, batch))
-    total = _sum_of_losses(run, torch.stack(losses).tolist())
-    optim.scale_gradients(run.parameters, ranks.n / max(learnt, 1))  # FSDP has taken the mean over ranks
-    norm = optim.clip(run.parameters, recipe.clip).item()
-    if not math.isfinite(norm):
-        raise _no_number(run, "norm of the gradient", norm, run.order.step(count.step))
-    share = optim.factor(count.step, run.order.n_steps, recipe)
-    optim.set_rates(run.optimizer, share)
+    total_loss = _sum_losses(run, torch.stack(losses).tolist())
+    n_targets = max(counts.target_tokens, 1)
+    optim.scale_gradients(run.parameters, world.size / n_targets)  # times world.size, because FSDP averages over ranks
+    grad_norm = optim.clip_gradients(run.parameters, recipe.max_grad_norm).item()
+    if not math.isfinite(grad_norm):
+        raise _not_finite(run, "gradient norm", grad_norm, run.order.micro_batches(state.step))
+    factor = optim.lr_factor(state.step, run.order.n_steps, recipe)
+    optim.set_lr(run.optimizer, factor)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    count.step, count.samples = count.step + 1, count.samples + samples
-    count.tokens, count.skipped = count.tokens + tokens, count.skipped + skipped
+    state.step, state.samples = state.step + 1, state.samples + counts.samples
+    state.tokens, state.skipped = state.tokens + counts.tokens, state.skipped + counts.skipped
     return {
-        "step": count.step,
-        "epoch": count.step / run.order.steps_per_epoch,
-        "loss": total / max(learnt, 1),
-        "rate": recipe.rate * share,
-        "grad_norm": norm,
-        "learnt": learnt,
-        "tokens": count.tokens,
-        "samples": count.samples,
-        "skipped": count.skipped,
-        "memory_bytes": torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else 0,
-        "new_tokens": tokens,
+        "step": state.step,
+        "epoch": state.step / run.order.steps_per_epoch,
+        "loss": total_loss / n_targets,
+        "lr": recipe.lr * factor,
+        "grad_norm": grad_norm,
+        "target_tokens": counts.target_tokens,
+        "tokens": state.tokens,
+        "samples": state.samples,
+        "skipped": state.skipped,
+        "memory_bytes": torch.cuda.max_memory_allocated() if world.device.type == "cuda" else 0,
     }
 
 
+def _count(batches: list[Batch], world: World) -> StepCounts:
+    rows = [(len(batch.targets), batch.n_samples, batch.n_tokens, len(batch.skipped)) for batch in batches]
+    return StepCounts(*map(int, world.sum([sum(column) for column in zip(*rows, strict=True)])))
+
+
 def _backward(run: Run, batch: Batch) -> Tensor:
-    device = run.ranks.device
-    mixed = run.recipe.compute == "bfloat16" and not isinstance(run.trainee, FSDPModule)
-    with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-        loss: Tensor = run.trainee(batch.on(device))
+    """Adds the gradients of a micro-batch and returns its summed loss."""
+    device = run.world.device
+    autocast = run.recipe.compute_dtype == "bfloat16" and not isinstance(run.model, FSDPModule)
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        loss: Tensor = run.model(batch.to(device))
     loss.backward()
     return loss.detach()
 
 
-def _sum_of_losses(run: Run, losses: list[float]) -> float:
-    """Of all ranks' micro-batches. Raises LlavaError that names the samples of one whose loss is no number."""
-    ranks = run.ranks
-    every = [0.0] * (len(losses) * ranks.n)
-    every[ranks.rank :: ranks.n] = losses
-    every = ranks.sum(every)
-    for place in run.order.step(run.count.step):
-        if not math.isfinite(loss := every[place.number]):
-            raise _no_number(run, "loss", loss, [place])
-    return sum(every)
+def _sum_losses(run: Run, losses: list[float]) -> float:
+    """Sums the losses of all micro-batches on all ranks. Raises LlavaError naming the samples of one not finite."""
+    world = run.world
+    all_losses = [0.0] * (len(losses) * world.size)
+    all_losses[world.rank :: world.size] = losses
+    all_losses = world.sum(all_losses)
+    for micro_batch in run.order.micro_batches(run.state.step):
+        if not math.isfinite(loss := all_losses[micro_batch.index]):
+            raise _not_finite(run, "loss", loss, [micro_batch])
+    return sum(all_losses)
 
 
-def _no_number(run: Run, what: str, value: float, places: Iterable[Place]) -> LlavaError:
-    samples = sorted(index for place in places for index in place.samples)
-    named = ", ".join(map(str, samples[:_NAMED])) + (f" and {len(samples) - _NAMED} more" if samples[_NAMED:] else "")
+def _not_finite(run: Run, quantity: str, value: float, micro_batches: Iterable[MicroBatch]) -> LlavaError:
+    samples = sorted(index for micro_batch in micro_batches for index in micro_batch.samples)
+    rest = f" and {len(samples) - _MAX_NAMED} more" if len(samples) > _MAX_NAMED else ""
     return LlavaError(
-        f"step {run.count.step + 1}: the {what} is {value} on samples {named} (counted from 0); "
-        "look at them, or lower the rate"
+        f"step {run.state.step + 1}: the {quantity} is {value} on samples "
+        f"{', '.join(map(str, samples[:_MAX_NAMED]))}{rest} (counted from 0); check these samples, or lower lr"
     )
 
 
-def _seed(seed: int, step: int, number: int) -> int:
-    """Of the random numbers of one micro-batch: the same wherever it runs."""
-    return (seed * 1_000_003 + step) * 1_009 + number
+def _seed(seed: int, step: int, micro_batch: int) -> int:
+    """The random seed of a micro-batch, which does not depend on the rank that runs it."""
+    return (seed * 1_000_003 + step) * 1_009 + micro_batch
 
 
-def _tell_skipped(run: Run, batches: list[Batch], samples: int, skipped: int) -> None:
-    """Names what is left out. Raises DataError once that is too much."""
+def _report_skipped(run: Run, batches: list[Batch], counts: StepCounts) -> None:
+    """Warns about each skipped sample of this rank. Raises DataError if too many are broken."""
     for batch in batches:
-        for why in batch.skipped:
-            log.warning("left out: %s", why)
-    seen = run.count.samples + run.count.skipped + samples + skipped
-    lost = run.count.skipped + skipped
-    if skipped and lost > run.recipe.max_skipped * max(seen, min(_FIRST_SKIPS, len(run.batches.samples))):
+        for message in batch.skipped:
+            log.warning("skipped: %s", message)
+    broken = run.state.skipped + counts.skipped
+    seen = run.state.samples + run.state.skipped + counts.samples + counts.skipped
+    if counts.skipped and broken > run.recipe.max_skipped * max(seen, min(_MIN_SEEN, len(run.dataset.samples))):
         raise DataError(
-            f"{lost} of {seen} samples are broken, more than {run.recipe.max_skipped:.0%}; "
-            "see what is wrong with: llava data check FILE"
+            f"{broken} of {seen} samples are broken, more than {run.recipe.max_skipped:.0%}; "
+            "to see why, run: llava data check FILE"
         )
 
 
-def _save(run: Run) -> None:
-    run.saver.poll()
-    every, step = run.recipe.save_every, run.count.step
+def _save_if_due(run: Run) -> None:
+    run.checkpointer.poll()
+    every, step = run.recipe.save_every, run.state.step
     if step == run.order.n_steps or (every and step % every == 0):
-        run.saver.save(step, run.trainee, run.optimizer, vars(run.count))
+        run.checkpointer.save(step, run.model, run.optimizer, vars(run.state))

@@ -1,4 +1,4 @@
-"""The optimiser of a run and its learning rates."""
+"""The optimizer of a run and its learning rate schedule."""
 
 import math
 from collections.abc import Iterable
@@ -10,60 +10,63 @@ from torch.optim import AdamW
 from llava.train.recipe import Recipe
 
 
-def optimizer(model: nn.Module, recipe: Recipe) -> AdamW:
-    """AdamW over all that learns, in groups by rate and decay.
+def build_optimizer(model: nn.Module, recipe: Recipe) -> AdamW:
+    """AdamW over all trainable parameters, grouped by learning rate and weight decay.
 
-    As in the original, norms and biases do not decay. Nor does a table of which only some rows learn: its others must
-    stay as they are.
+    As in the original, norms and biases have no weight decay. An embedding table of which only some rows are trained
+    has none either, because its other rows must not change.
     """
     only_rows = "rows" in recipe.train and ("decoder" not in recipe.train or bool(recipe.lora_rank))
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             vector = parameter.dim() == 1 and not name.endswith((".newline", ".vision.cls"))
-            kept = vector or (only_rows and name.endswith(".embed.weight"))
-            decay = 0.0 if kept else recipe.weight_decay
-            groups.setdefault((rate_of(name, recipe), decay), []).append(parameter)
+            exempt = vector or (only_rows and name.endswith(".embed.weight"))
+            decay = 0.0 if exempt else recipe.weight_decay
+            groups.setdefault((peak_lr(name, recipe), decay), []).append(parameter)
     return AdamW(
-        [{"params": group, "lr": rate, "rate": rate, "weight_decay": decay} for (rate, decay), group in groups.items()],
-        lr=recipe.rate,
+        [{"params": group, "lr": lr, "initial_lr": lr, "weight_decay": decay} for (lr, decay), group in groups.items()],
+        lr=recipe.lr,
         betas=recipe.betas,
         eps=recipe.eps,
         fused=True,
     )
 
 
-def rate_of(name: str, recipe: Recipe) -> float:
-    """The peak rate of a parameter."""
+def peak_lr(name: str, recipe: Recipe) -> float:
+    """The peak learning rate of a parameter."""
     if ".projector." in name or name.endswith(".newline"):
-        return recipe.projector_rate or recipe.rate
-    return (".vision." in name and recipe.vision_rate) or recipe.rate
+        return recipe.projector_lr or recipe.lr
+    return (".vision." in name and recipe.vision_lr) or recipe.lr
 
 
-def factor(step: int, n_steps: int, recipe: Recipe) -> float:
-    """Share of the peak rate at a step, from 0 on: a line up, then half a cosine down to 0, as transformers has it."""
-    warm = math.ceil(recipe.warmup * n_steps)
-    if step < warm:
-        return step / max(1, warm)
+def lr_factor(step: int, n_steps: int, recipe: Recipe) -> float:
+    """The fraction of the peak learning rate at a step, counted from 0.
+
+    A linear warmup, then half a cosine down to 0, as in transformers' get_cosine_schedule_with_warmup.
+    """
+    warmup_steps = math.ceil(recipe.warmup_ratio * n_steps)
+    if step < warmup_steps:
+        return step / max(1, warmup_steps)
     if recipe.schedule == "constant":
         return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, n_steps - warm)))
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, n_steps - warmup_steps)))
 
 
-def set_rates(optimizer: AdamW, share: float) -> None:
-    """Every group at its own peak times `share`."""
+def set_lr(optimizer: AdamW, factor: float) -> None:
+    """Sets every group to its peak learning rate times `factor`."""
     for group in optimizer.param_groups:
-        group["lr"] = group["rate"] * share
+        group["lr"] = group["initial_lr"] * factor
 
 
-def scale_gradients(parameters: Iterable[nn.Parameter], by: float) -> None:
-    """In place."""
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Multiplies all gradients by `factor` in place."""
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if grads:
-        torch._foreach_mul_(grads, by)
+        torch._foreach_mul_(grads, factor)
 
 
-def clip(parameters: list[nn.Parameter], limit: float) -> Tensor:
-    """The norm of all gradients before they are cut to `limit` (0: not cut)."""
-    norm = nn.utils.clip_grad_norm_(parameters, limit or math.inf)
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+    """Clips the gradients to `max_norm` (0: no clipping) and returns their norm before that."""
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

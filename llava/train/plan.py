@@ -1,4 +1,4 @@
-"""What a run would take: `llava train --plan`. Headers and data are read, no weights."""
+"""What a run would need, for `llava train --plan`. Reads file headers and data, but no weights."""
 
 import random
 from collections.abc import Sequence
@@ -9,123 +9,130 @@ from tempfile import TemporaryDirectory
 from llava.config import IGNORE
 from llava.errors import LlavaError
 from llava.model.llava import Llava
-from llava.train.batch import Batches
-from llava.train.export import kind
+from llava.train.batch import BatchDataset
+from llava.train.export import export_format
 from llava.train.recipe import Recipe
 from llava.train.start import DTYPES, start, trainable
 
-_LOOKED_AT = 200  # samples that token figures are estimated from
-_LOGIT_BYTES = 3 * 2**28  # a chunk of logits in float32, with its gradient and its softmax
+_SAMPLED = 200  # samples that the token figures are estimated from
+_LOGIT_BYTES = 3 * 2**28  # one chunk of float32 logits, its softmax and its gradient
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Figures of a run that has not started."""
+    """Figures of a run before it starts."""
 
     model: str
-    layout: str  # of what it leaves
-    trained: dict[str, int]  # parameters that learn, by part
+    format: str  # of the exported model
+    trained: dict[str, int]  # number of trained parameters by part of the model
     frozen: dict[str, int]
     ranks: int
-    memory_bytes: dict[str, int]  # of each GPU, by part; activations are an estimate
+    memory_bytes: dict[str, int]  # per GPU and purpose; activations are an estimate
     samples: int
-    samples_looked_at: int
-    tokens_per_sample: float  # places, pictures' included; of the samples looked at
-    learnt_per_sample: float
-    broken: int  # of the samples looked at
-    batch: int
+    samples_looked_at: int  # the samples that the next three figures come from
+    tokens_per_sample: float  # image tokens included
+    target_tokens_per_sample: float
+    broken: int
+    global_batch_size: int
     steps_per_epoch: int
     steps: int
     tokens: int  # of the whole run, estimated
 
     def text(self) -> str:
-        """For people, a line each."""
-        lines = [f"model        {self.model}, written as {self.layout}"]
+        """The plan as text, one line per topic."""
+        lines = [f"model        {self.model}, written in format {self.format}"]
         for name, parts in (("trained", self.trained), ("frozen", self.frozen)):
             rows = ", ".join(f"{part} {n:,}" for part, n in parts.items()) or "nothing"
             lines.append(f"{name:12} {sum(parts.values()):,} parameters: {rows}")
         total = sum(self.memory_bytes.values())
         parts_text = ", ".join(f"{part} {n / 1e9:.2f}" for part, n in self.memory_bytes.items())
         lines.append(f"memory       {total / 1e9:.2f} GB on each of {self.ranks} GPU(s): {parts_text}")
-        lines.append(f"samples      {self.samples:,}; of {self.samples_looked_at} looked at {self.broken} are broken")
         lines.append(
-            f"tokens       about {self.tokens_per_sample:.0f} a sample, {self.learnt_per_sample:.0f} of them learnt; "
-            f"{self.tokens:,} in all"
+            f"samples      {self.samples:,}; {self.broken} of the {self.samples_looked_at} examined are broken"
         )
-        lines.append(f"steps        {self.steps:,} of {self.batch} samples, {self.steps_per_epoch:,} an epoch")
+        lines.append(
+            f"tokens       about {self.tokens_per_sample:.0f} per sample, {self.target_tokens_per_sample:.0f} of them "
+            f"targets; {self.tokens:,} in total"
+        )
+        lines.append(
+            f"steps        {self.steps:,} of {self.global_batch_size} samples, {self.steps_per_epoch:,} per epoch"
+        )
         return "\n".join(lines)
 
 
 def make_plan(recipe: Recipe, *, n_ranks: int = 1) -> Plan:
-    """Raises LlavaError."""
+    """Plans a run on `n_ranks` GPUs. Raises LlavaError."""
     with TemporaryDirectory() as folder:
         checkpoint = start(recipe, Path(folder) / "tokenizer")
         model = trainable(checkpoint, recipe)
-    batches = Batches.of(recipe, checkpoint)
-    n, order = len(batches.samples), batches.order
-    chosen = random.Random(recipe.seed).sample(range(n), min(_LOOKED_AT, n))
-    tokens, learnt = _tokens(batches, chosen)
-    good = len(tokens)
-    mean = sum(tokens) / max(good, 1)
+    dataset = BatchDataset.open(recipe, checkpoint)
+    n, order = len(dataset.samples), dataset.order
+    chosen = random.Random(recipe.seed).sample(range(n), min(_SAMPLED, n))
+    tokens, targets = _count_tokens(dataset, chosen)
+    n_good = len(tokens)
+    mean = sum(tokens) / max(n_good, 1)
     return Plan(
         model=recipe.model,
-        layout=kind(recipe),
-        trained=_by_part(model, learns=True),
-        frozen=_by_part(model, learns=False),
+        format=export_format(recipe),
+        trained=_parameters_by_part(model, trained=True),
+        frozen=_parameters_by_part(model, trained=False),
         ranks=n_ranks,
         memory_bytes=_memory(model, recipe, mean, n_ranks),
         samples=n,
         samples_looked_at=len(chosen),
         tokens_per_sample=mean,
-        learnt_per_sample=sum(learnt) / max(good, 1),
-        broken=len(chosen) - good,
-        batch=recipe.batch,
+        target_tokens_per_sample=sum(targets) / max(n_good, 1),
+        broken=len(chosen) - n_good,
+        global_batch_size=recipe.global_batch_size,
         steps_per_epoch=order.steps_per_epoch,
         steps=order.n_steps,
-        tokens=round(mean * recipe.batch * order.n_steps),
+        tokens=round(mean * recipe.global_batch_size * order.n_steps),
     )
 
 
-def _tokens(batches: Batches, indices: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Places of these samples, and how many of them are learnt; broken samples are left out."""
-    tokens, learnt = [], []
+def _count_tokens(dataset: BatchDataset, indices: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The number of tokens and of target tokens in each of these samples, without the broken ones."""
+    tokens, targets = [], []
     for index in indices:
         try:
-            input = batches.prepare(index)
+            input = dataset.prepare(index)
         except LlavaError:
             continue
         tokens.append(len(input.ids))
-        learnt.append(int((input.labels != IGNORE).sum()))
-    return tokens, learnt
+        targets.append(int((input.labels != IGNORE).sum()))
+    return tokens, targets
 
 
-def _by_part(model: Llava, *, learns: bool) -> dict[str, int]:
+def _parameters_by_part(model: Llava, *, trained: bool) -> dict[str, int]:
     parts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad == learns:
+        if parameter.requires_grad == trained:
             part = "adapters" if ".adapters." in name else name.split(".")[0]
             parts[part] = parts.get(part, 0) + parameter.numel()
     packed = sum(2 * buffer.numel() for name, buffer in model.named_buffers() if name.endswith("codes"))
-    if packed and not learns:
+    if packed and not trained:
         parts["decoder in 4 bits"] = packed
     return parts
 
 
 def _memory(model: Llava, recipe: Recipe, tokens_per_sample: float, n_ranks: int) -> dict[str, int]:
-    """Of each GPU. Weights, gradients and AdamW's two moments are exact; activations are those kept between blocks."""
-    learning = [p for p in model.parameters() if p.requires_grad]
-    own = sum(p.numel() * p.element_size() for p in model.parameters()) // n_ranks
-    own += sum(b.numel() * b.element_size() for b in model.buffers())  # 4-bit weights are whole on every rank
-    gradients = sum(p.numel() * p.element_size() for p in learning) // n_ranks
+    """Bytes per GPU by purpose.
+
+    Weights, gradients and AdamW's two moments are exact. Activations count only what is kept for the backward pass.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) // n_ranks
+    weights += sum(b.numel() * b.element_size() for b in model.buffers())  # 4-bit weights are not sharded
+    gradients = sum(p.numel() * p.element_size() for p in trained) // n_ranks
     config = model.config.decoder
-    rows = recipe.micro_batch * tokens_per_sample
-    width = DTYPES[recipe.compute].itemsize
-    inside = 4 * config.dim + 3 * config.mlp_dim + (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
-    kept = config.n_layers * (config.dim if recipe.checkpointing else 2 * config.dim + inside) + inside
+    tokens = recipe.micro_batch_size * tokens_per_sample
+    in_block = 4 * config.dim + 3 * config.mlp_dim + (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+    per_block = config.dim if recipe.gradient_checkpointing else 2 * config.dim + in_block
+    per_token = config.n_layers * per_block + in_block
     return {
-        "weights": own,
+        "weights": weights,
         "gradients": gradients,
         "optimizer": 2 * gradients,
-        "activations": round(rows * kept * width),
-        "logits": min(_LOGIT_BYTES, round(3 * 4 * rows * config.vocab_size)),
+        "activations": round(tokens * per_token * DTYPES[recipe.compute_dtype].itemsize),
+        "logits": min(_LOGIT_BYTES, round(3 * 4 * tokens * config.vocab_size)),
     }

@@ -1,4 +1,4 @@
-"""How a run is followed while it goes: a bar on a terminal, rows on stdout if asked for, nothing in a pipe."""
+"""Live progress of a run: a bar on a terminal, JSON rows on stdout on request, and nothing in a pipe."""
 
 import logging
 import math
@@ -10,7 +10,7 @@ from llava.train.log import Row, to_json
 
 
 class MovingAverage:
-    """Exponential, without the pull towards its start (as Adam corrects its moments). NaN and Inf are left out."""
+    """Exponential moving average with bias correction, as for Adam's moments. Ignores NaN and infinity."""
 
     def __init__(self, decay: float = 0.95):
         self.decay = decay
@@ -18,7 +18,7 @@ class MovingAverage:
         self.weight = 0.0
 
     def add(self, value: float) -> float:
-        """The average so far, this value included; NaN while there was none."""
+        """Adds a value and returns the average so far; NaN until a finite value is added."""
         if math.isfinite(value):
             self.total = self.decay * self.total + (1 - self.decay) * value
             self.weight = self.decay * self.weight + (1 - self.decay)
@@ -26,26 +26,26 @@ class MovingAverage:
 
 
 class TrainProgress:
-    """A context to `update` with each step's row. Of all ranks, only the `first` shows anything.
+    """Context manager that shows each row passed to `update`. Only the main rank shows anything.
 
-    The bar is drawn where stderr is a terminal, and warnings then stand above it; `as_json` writes each row as a line
-    to stdout, be that what it is.
+    The bar is drawn if stderr is a terminal, and log messages then appear above it. `as_json` writes each row as a
+    line to stdout, whether or not that is a terminal.
     """
 
-    def __init__(self, n_steps: int, resume_step: int = 0, *, as_json: bool = False, first: bool = True):
-        self.as_json = as_json and first
+    def __init__(self, n_steps: int, resume_step: int = 0, *, as_json: bool = False, is_main: bool = True):
+        self.as_json = as_json and is_main
         self.loss = MovingAverage()
         self.bar: Any = None
-        if first and sys.stderr.isatty():
+        if is_main and sys.stderr.isatty():
             self.bar = _bar()
             self.handlers: list[Any] = []
-            self.task = self.bar.add_task("train", total=n_steps, completed=resume_step, told="")
+            self.task = self.bar.add_task("train", total=n_steps, completed=resume_step, status="")
 
     def __enter__(self) -> "TrainProgress":
         if self.bar:
-            told = sys.stderr
-            self.bar.start()  # from here on what goes to sys.stderr is set above the bar
-            self.handlers = [one for one in logging.getLogger().handlers if getattr(one, "stream", None) is told]
+            stderr = sys.stderr
+            self.bar.start()  # replaces sys.stderr by a stream that prints above the bar
+            self.handlers = [one for one in logging.getLogger().handlers if getattr(one, "stream", None) is stderr]
             self._log_to(sys.stderr)
         return self
 
@@ -61,17 +61,17 @@ class TrainProgress:
             handler.setStream(stream)
 
     def update(self, row: Row) -> None:
-        """Shows one step's row."""
+        """Shows the row of one step."""
         if self.as_json:
             sys.stdout.write(to_json(row) + "\n")
             sys.stdout.flush()
         if self.bar:
-            self.bar.update(self.task, completed=row["step"], told=summary(row, self.loss.add(float(row["loss"]))))
+            self.bar.update(self.task, completed=row["step"], status=summary(row, self.loss.add(float(row["loss"]))))
 
 
 def summary(row: Row, loss: float) -> str:
-    """One row in few words, with its smoothed loss."""
-    parts = [f"loss {loss:.4f}", f"rate {float(row['rate']):.2e}"]
+    """A row in one short line, with the smoothed `loss`."""
+    parts = [f"loss {loss:.4f}", f"lr {float(row['lr']):.2e}"]
     if "tokens_per_s" in row:
         parts.append(f"{float(row['tokens_per_s']):,.0f} tokens/s")
     if "mfu" in row:
@@ -87,7 +87,7 @@ def _bar() -> Any:
     from rich.table import Column
 
     count = MofNCompleteColumn(table_column=Column(no_wrap=True))
-    told = TextColumn("{task.fields[told]}", table_column=Column())  # wraps on a narrow terminal, the others do not
+    status = TextColumn("{task.fields[status]}", table_column=Column())  # the only column that wraps
     left = TimeRemainingColumn(table_column=Column(no_wrap=True))
-    # Not redirected: stdout's rows stay rows
-    return Progress(BarColumn(bar_width=20), count, told, left, console=Console(stderr=True), redirect_stdout=False)
+    # stdout is not redirected, because it may carry the rows of --json
+    return Progress(BarColumn(bar_width=20), count, status, left, console=Console(stderr=True), redirect_stdout=False)

@@ -1,9 +1,9 @@
-"""A recipe: all that decides a training run, as one frozen dataclass, read from TOML whose keys are its fields."""
+"""A training recipe: one frozen dataclass with every setting of a run, read from a TOML file with the same keys."""
 
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,222 +18,262 @@ from llava.errors import ConfigError
 from llava.preprocess.inputs import find_template
 from llava.preprocess.training import ImagePlace
 
-RECIPES = Path(__file__).parent.parent / "recipes"  # those that are shipped; a name is a path below, without .toml
+RECIPES = Path(__file__).parent.parent / "recipes"  # the shipped recipes, each named by its path here without .toml
+RENAMED = {  # old key -> new key
+    "rate": "lr",
+    "projector_rate": "projector_lr",
+    "vision_rate": "vision_lr",
+    "batch": "global_batch_size",
+    "micro_batch": "micro_batch_size",
+    "clip": "max_grad_norm",
+    "warmup": "warmup_ratio",
+    "master": "param_dtype",
+    "compute": "compute_dtype",
+    "checkpointing": "gradient_checkpointing",
+    "workers": "num_workers",
+    "out": "output_dir",
+    "keep": "keep_last",
+}
 
-Part = Literal["projector", "decoder", "vision", "rows"]  # rows: input embeddings of <im_start> and <im_end> alone
+Part = Literal["projector", "decoder", "vision", "rows"]  # rows: only the input embeddings of <im_start> and <im_end>
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One run. Paths are a folder or file, models also hub ids."""
+    """The settings of one run. Paths name a folder or file; models can also be Hub ids."""
 
-    about: str = ""  # which published model's stage this is, and what is not known of it
+    about: str = ""  # which published model this stage reproduces, and which of its settings are unknown
 
-    # What it starts from
-    model: str  # a language model (plain Llama, MPT) or a LLaVA to go on from
-    base: str | None = None  # the language model under `model`, where that is a delta, LoRA or projector
-    vision_tower: str | None = None  # CLIP; None: the one that the LLaVA names
-    projector: str | None = None  # folder that stage 1 left; None: the LLaVA's own, or a new one
-    projector_type: str = "mlp2x_gelu"  # of a new one: linear, mlpNx_gelu
-    select_layer: int = -2  # of the tower, whose state is read
+    # Starting point
+    model: str  # a language model (Llama, MPT), or a LLaVA to train further
+    base: str | None = None  # the language model that `model` is based on, if `model` is a delta, LoRA or projector
+    vision_tower: str | None = None  # CLIP; None: the tower that the LLaVA names
+    projector: str | None = None  # folder written by stage 1; None: the LLaVA's own projector, or a new one
+    projector_type: str = "mlp2x_gelu"  # of a new projector: linear or mlpNx_gelu
+    select_layer: int = -2  # the tower layer whose hidden state is used
     aspect: Literal["square", "pad", "anyres"] = "pad"
-    pinpoints: tuple[tuple[int, int], ...] = ()  # anyres: canvas sizes, (w, h)
-    start_end: bool = False  # each picture between <im_start> and <im_end>, which are added to the vocabulary
+    pinpoints: tuple[tuple[int, int], ...] = ()  # anyres: canvas sizes, (width, height) in pixels
+    start_end: bool = False  # wrap each image in <im_start> and <im_end>, adding both to the vocabulary if needed
     template: str = "vicuna_v1"
-    image_place: ImagePlace = "front"  # in its turn; "as_written": where the data have it, as before LLaVA 1.0
+    image_place: ImagePlace = "front"  # of its turn; "as_written": where the data has it, as before LLaVA 1.0
 
-    # What it learns from
-    data: tuple[str, ...]  # LLaVA's JSON or JSONL
+    # Data
+    data: tuple[str, ...]  # files in LLaVA's JSON or JSONL format
     images: str | None = None  # folder, zip or tar
-    max_length: int = 2048  # places of a sample, pictures' included; the rest is cut off
+    max_length: int = 2048  # maximum tokens per sample, image tokens included; longer samples are truncated
 
-    # What changes
+    # Trained parts
     train: tuple[Part, ...] = ("projector", "decoder")
-    lora_rank: int = 0  # above 0: the decoder's matrices stay as they are and get adapters of this rank
-    lora_alpha: float = 16.0  # adapters count alpha / rank
+    lora_rank: int = 0  # above 0: freeze the decoder's matrices and train adapters of this rank
+    lora_alpha: float = 16.0  # adapters are scaled by lora_alpha / lora_rank
     lora_dropout: float = 0.05
-    quantize_base: Literal["none", "nf4"] = "none"  # of the matrices under the adapters
+    quantize_base: Literal["none", "nf4"] = "none"  # format of the frozen matrices under the adapters
 
     # Schedule
     epochs: float = 1.0
-    max_steps: int = 0  # above 0: stop there, and shape the schedule to it
-    batch: int = 128  # samples a step, over all ranks
-    micro_batch: int = 16  # samples a rank has in memory at once
-    rate: float = 2e-5
-    projector_rate: float = 0.0  # 0: as `rate`
-    vision_rate: float = 0.0
+    max_steps: int = 0  # above 0: overrides epochs, and the schedule ends there
+    global_batch_size: int = 128  # samples per optimizer step, over all ranks
+    micro_batch_size: int = 16  # samples per forward pass on one rank
+    lr: float = 2e-5  # peak learning rate
+    projector_lr: float = 0.0  # 0: same as lr
+    vision_lr: float = 0.0  # 0: same as lr
     schedule: Literal["cosine", "constant"] = "cosine"
-    warmup: float = 0.03  # share of all steps
+    warmup_ratio: float = 0.03  # fraction of all steps
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
-    clip: float = 1.0  # largest norm of the gradient; 0: none
+    max_grad_norm: float = 1.0  # 0: no clipping
     seed: int = 42
     order: Literal["shuffled", "by_modality_length"] = "shuffled"
 
-    # How it runs
-    packing: bool = True  # the samples of a micro-batch in one row, none sees another; False: rows padded on the right
-    compute: Literal["bfloat16", "float32"] = "bfloat16"
-    master: Literal["float32", "bfloat16"] = "float32"  # the weights that learn; the others are kept as `compute`
-    checkpointing: bool = True  # activations of a block are computed again instead of kept
+    # Runtime
+    packing: bool = True  # concatenate a micro-batch into one row with attention per sample; False: pad on the right
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the trained weights; frozen ones use compute_dtype
+    gradient_checkpointing: bool = True  # recompute each block's activations in the backward pass
     compile: bool = False
-    pad_to: int = 128  # packed rows are filled up to a multiple of this, so that few shapes are compiled
-    workers: int = 4  # processes that read, decode and resize, for each rank
-    max_skipped: float = 0.01  # a larger share of broken samples stops the run
+    pad_to: int = 128  # packed rows are padded to a multiple of this, so that few shapes are compiled
+    num_workers: int = 4  # data loading processes per rank
+    max_skipped: float = 0.01  # stop the run when a larger fraction of the samples is broken
 
-    # What it leaves
-    out: str = "runs/llava"
+    # Output
+    output_dir: str = "runs/llava"
     save_every: int = 500  # steps; 0: only at the end
-    keep: int = 2  # newest resumable checkpoints
+    keep_last: int = 2  # number of checkpoints to keep
     logs: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not all(math.isfinite(n) for n in (value if field.name == "betas" else [value]) if type(n) is float):
-                raise ConfigError(f"recipe: {field.name} is {value!r}; expected finite numbers")
-        for name, good, wanted in (
-            ("data", bool(self.data), "one file at least"),
-            ("train", bool(self.train), "one part at least"),
-            ("max_length", self.max_length > 1, "2 or more"),
-            ("lora_rank", self.lora_rank >= 0, "0 or more"),
-            ("lora_alpha", self.lora_alpha > 0, "above 0"),
-            ("lora_dropout", 0 <= self.lora_dropout < 1, "from 0 to below 1"),
-            ("epochs", self.epochs > 0, "above 0"),
-            ("max_steps", self.max_steps >= 0, "0 or more"),
-            ("micro_batch", self.micro_batch >= 1, "1 or more"),
-            ("batch", self.batch >= 1 and self.batch % self.micro_batch == 0, "a multiple of micro_batch"),
-            ("rate", self.rate > 0, "above 0"),
-            ("projector_rate", self.projector_rate >= 0, "0 or more"),
-            ("vision_rate", self.vision_rate >= 0, "0 or more"),
-            ("warmup", 0 <= self.warmup < 1, "from 0 to below 1"),
-            ("betas", all(0 <= beta < 1 for beta in self.betas), "two values from 0 to below 1"),
-            ("eps", self.eps >= 0, "0 or more"),
-            ("weight_decay", self.weight_decay >= 0, "0 or more"),
-            ("clip", self.clip >= 0, "0 or more"),
-            ("seed", 0 <= self.seed < 2**32, "from 0 to below 2^32"),
-            ("pad_to", self.pad_to >= 1, "1 or more"),
-            ("workers", self.workers >= 0, "0 or more"),
-            ("max_skipped", 0 <= self.max_skipped <= 1, "from 0 to 1"),
-            ("save_every", self.save_every >= 0, "0 or more"),
-            ("out", bool(self.out.strip()), "a folder"),
-            ("keep", self.keep >= 1, "1 or more"),
-        ):
-            if not good:
-                raise ConfigError(f"recipe: {name} is {getattr(self, name)!r}; expected {wanted}")
+        for name, valid, expected in (*self._finite_checks(), *self._range_checks()):
+            if not valid:
+                raise ConfigError(f"recipe: {name} is {getattr(self, name)!r}; expected {expected}")
         find_template(self.template)
         if self.lora_rank and "decoder" not in self.train:
-            raise ConfigError('recipe: lora_rank is set, but train has no "decoder" for the adapters to sit in')
+            raise ConfigError('recipe: lora_rank is set, but train does not include "decoder"; add it, or set 0')
         if self.quantize_base != "none" and not self.lora_rank:
-            raise ConfigError("recipe: quantize_base needs lora_rank above 0: 4-bit weights cannot learn themselves")
+            raise ConfigError("recipe: quantize_base needs lora_rank above 0, because 4-bit weights cannot be trained")
         if "rows" in self.train and not self.start_end:
-            raise ConfigError('recipe: train has "rows", but start_end is off: there are no such rows')
+            raise ConfigError('recipe: train includes "rows", but there are none without start_end; set start_end=true')
         if self.aspect == "anyres" and not self.pinpoints:
-            raise ConfigError("recipe: aspect anyres needs pinpoints, the list of canvas sizes (w, h)")
+            raise ConfigError("recipe: aspect anyres needs pinpoints, a list of canvas sizes (width, height)")
+
+    def _finite_checks(self) -> Iterable[tuple[str, bool, str]]:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            numbers = [n for n in (value if field.name == "betas" else [value]) if type(n) is float]
+            yield field.name, all(map(math.isfinite, numbers)), "finite numbers"
+
+    def _range_checks(self) -> Iterable[tuple[str, bool, str]]:
+        """(field, whether its value is valid, what is expected)"""
+        size = self.global_batch_size
+        return (
+            ("data", bool(self.data), "at least one file"),
+            ("train", bool(self.train), "at least one part"),
+            ("max_length", self.max_length > 1, "2 or more"),
+            ("lora_rank", self.lora_rank >= 0, "0 or more"),
+            ("lora_alpha", self.lora_alpha > 0, "a value above 0"),
+            ("lora_dropout", 0 <= self.lora_dropout < 1, "0 or more and below 1"),
+            ("epochs", self.epochs > 0, "a value above 0"),
+            ("max_steps", self.max_steps >= 0, "0 or more"),
+            ("micro_batch_size", self.micro_batch_size >= 1, "1 or more"),
+            ("global_batch_size", size >= 1 and size % self.micro_batch_size == 0, "a multiple of micro_batch_size"),
+            ("lr", self.lr > 0, "a value above 0"),
+            ("projector_lr", self.projector_lr >= 0, "0 or more"),
+            ("vision_lr", self.vision_lr >= 0, "0 or more"),
+            ("warmup_ratio", 0 <= self.warmup_ratio < 1, "0 or more and below 1"),
+            ("betas", all(0 <= beta < 1 for beta in self.betas), "two values of 0 or more and below 1"),
+            ("eps", self.eps >= 0, "0 or more"),
+            ("weight_decay", self.weight_decay >= 0, "0 or more"),
+            ("max_grad_norm", self.max_grad_norm >= 0, "0 or more"),
+            ("seed", 0 <= self.seed < 2**32, "0 or more and below 2^32"),
+            ("pad_to", self.pad_to >= 1, "1 or more"),
+            ("num_workers", self.num_workers >= 0, "0 or more"),
+            ("max_skipped", 0 <= self.max_skipped <= 1, "a value from 0 to 1"),
+            ("save_every", self.save_every >= 0, "0 or more"),
+            ("output_dir", bool(self.output_dir.strip()), "a folder"),
+            ("keep_last", self.keep_last >= 1, "1 or more"),
+        )
 
 
 def find_recipe(name: str) -> Path:
-    """A recipe's file: a path, or the name of a shipped one such as llava-v1.5/finetune-lora. Raises ConfigError."""
+    """The file of a recipe: a path to a .toml, or a shipped recipe such as llava-v1.5/finetune-lora.
+
+    Raises ConfigError.
+    """
     file = Path(name)
     if file.suffix == ".toml":
         if file.is_file():
             return file
         raise ConfigError(f"{file}: no such recipe file")
-    shipped = names()
+    shipped = recipe_names()
     if name in shipped:
         return RECIPES / f"{name}.toml"
     near = get_close_matches(name, shipped, n=1, cutoff=0.3)
-    hint = f"the nearest is {near[0]}" if near else f"there are {', '.join(shipped)}"
-    raise ConfigError(f"no recipe is named {name!r}; {hint}; a file of your own ends in .toml")
+    hint = f"the nearest is {near[0]}" if near else f"expected one of {', '.join(shipped)}"
+    raise ConfigError(f"no shipped recipe is named {name!r}; {hint}, or a path of your own that ends in .toml")
 
 
-def names() -> list[str]:
-    """Shipped recipes."""
+def recipe_names() -> list[str]:
+    """The names of the shipped recipes."""
     return sorted(file.relative_to(RECIPES).with_suffix("").as_posix() for file in RECIPES.glob("*/*.toml"))
 
 
 def read_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
-    """A recipe with `key=value` changes; values as in TOML, bare words are strings. Raises ConfigError."""
+    """Reads a recipe and applies `key=value` changes. Values are TOML; a bare word is a string. Raises ConfigError."""
     file = find_recipe(name)
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: can not be read ({error}); expected a TOML file in UTF-8") from None
-    values = _toml(text, str(file))
+        raise ConfigError(f"{file}: cannot be read ({error}); expected a TOML file in UTF-8") from None
+    values = _parse_toml(text, str(file))
     for change in changes:
-        key, equals, value = change.partition("=")
+        key, equals, value = (word.strip() for word in change.partition("="))
         if not equals:
             raise ConfigError(f"--set {change}: expected key=value")
-        values[key.strip()] = _value(value.strip())
+        check_renamed([key], f"--set {change}")
+        values[key] = _parse_value(value)
     return recipe_from(values, str(file))
 
 
 def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
-    """Raises ConfigError: an unknown key (with the nearest known one), a missing one, a value of the wrong kind."""
-    kinds = get_type_hints(Recipe)
+    """Builds a recipe from plain values. `where` names their origin in messages.
+
+    Raises ConfigError for an unknown key (naming the closest known one), an old or a missing key, or a wrong type.
+    """
+    types = get_type_hints(Recipe)
+    check_renamed(values, where)
     for key in values:
-        if key not in kinds:
-            near = get_close_matches(key, kinds, n=1, cutoff=0.0)
-            raise ConfigError(f"{where}: there is no key {key!r} in a recipe; the nearest is {near[0]!r}")
+        if key not in types:
+            near = get_close_matches(key, types, n=1, cutoff=0.0)
+            raise ConfigError(f"{where}: unknown recipe key {key!r}; the nearest is {near[0]!r}")
     for field in fields(Recipe):
         if field.default is MISSING and field.name not in values:
-            raise ConfigError(f"{where}: {field.name} is missing; give it in the file or with --set {field.name}=…")
-    return Recipe(**{key: _fitted(value, kinds[key], f"{where}: {key}") for key, value in values.items()})
+            raise ConfigError(f"{where}: {field.name} is missing; set it in the file or with --set {field.name}=…")
+    return Recipe(**{key: _convert(value, types[key], f"{where}: {key}") for key, value in values.items()})
+
+
+def check_renamed(keys: Iterable[str], where: str) -> None:
+    """Raises ConfigError for a key that has a new name, and states that name."""
+    if old := [key for key in keys if key in RENAMED]:
+        raise ConfigError(f"{where}: `{old[0]}` is now called `{RENAMED[old[0]]}`")
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """All fields."""
+    """All settings by key."""
     return {field.name: getattr(recipe, field.name) for field in fields(Recipe)}
 
 
 def to_json(recipe: Recipe) -> str:
-    """What `changed` reads."""
+    """All settings as a JSON object, which `changed_keys` reads back."""
     return json.dumps(to_dict(recipe), indent=1)
 
 
-def changed(file: Path, recipe: Recipe) -> set[str]:
-    """Keys in which a recipe that was written by `to_json` differs. Raises ConfigError."""
+def changed_keys(file: Path, recipe: Recipe) -> set[str]:
+    """The keys whose value differs from the recipe saved in `file` by `to_json`. Raises ConfigError."""
     try:
-        before = json.loads(file.read_text(encoding="utf-8"))
+        saved = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: can not be read ({error}); remove the run's folder to start anew") from None
-    now = json.loads(to_json(recipe))
-    return {key for key in {*before, *now} if before.get(key) != now.get(key)}
+        raise ConfigError(f"{file}: cannot be read ({error}); remove the run's folder to start over") from None
+    try:
+        check_renamed(saved, str(file))
+    except ConfigError as error:
+        raise ConfigError(f"{error}, so this older run cannot be resumed; set output_dir=… to a new folder") from None
+    current = json.loads(to_json(recipe))
+    return {key for key in {*saved, *current} if saved.get(key) != current.get(key)}
 
 
-def _toml(text: str, where: str) -> dict[str, Any]:
+def _parse_toml(text: str, where: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{where}: is no TOML ({error})") from None
+        raise ConfigError(f"{where}: not valid TOML ({error})") from None
 
 
-def _value(text: str) -> Any:
+def _parse_value(text: str) -> Any:
     try:
-        return _toml(f"value = {text}", "")["value"]
+        return _parse_toml(f"value = {text}", "")["value"]
     except ConfigError:
         return text
 
 
-def _fitted(value: Any, kind: Any, where: str) -> Any:
-    """The value as the field holds it: lists become tuples, whole numbers may stand for others."""
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise ConfigError(f"{where} is {value!r}; expected one of {', '.join(map(repr, get_args(kind)))}")
+def _convert(value: Any, expected: Any, where: str) -> Any:
+    """Checks a value against a field's type. Lists become tuples, and ints are accepted as floats."""
+    if get_origin(expected) is Literal:
+        if value not in get_args(expected):
+            raise ConfigError(f"{where} is {value!r}; expected one of {', '.join(map(repr, get_args(expected)))}")
         return value
-    if get_origin(kind) is tuple:
+    if get_origin(expected) is tuple:
         values = [value] if isinstance(value, str) else value
         if not isinstance(values, list | tuple):
             raise ConfigError(f"{where} is {value!r}; expected a list")
-        inner = get_args(kind)
+        inner = get_args(expected)
         inner = inner[:1] * len(values) if inner[-1] is Ellipsis else inner
         if len(inner) != len(values):
             raise ConfigError(f"{where} is {value!r}; expected {len(inner)} values")
-        return tuple(_fitted(item, one, where) for item, one in zip(values, inner, strict=True))
-    if kind is float and type(value) is int:
+        return tuple(_convert(item, one, where) for item, one in zip(values, inner, strict=True))
+    if expected is float and type(value) is int:
         return float(value)
-    options = get_args(kind) or (kind,)
+    options = get_args(expected) or (expected,)
     if type(value) not in options:
-        expected = " or ".join(option.__name__ for option in options if option is not type(None))
-        raise ConfigError(f"{where} is {value!r}; expected {expected}")
+        names = " or ".join(option.__name__ for option in options if option is not type(None))
+        raise ConfigError(f"{where} is {value!r}; expected {names}")
     return value

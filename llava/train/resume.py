@@ -1,6 +1,6 @@
-"""Checkpoints to go on from: what learns, the optimiser, the step. Data order and random numbers follow from the step.
+"""Resumable checkpoints: trained weights, optimizer state and step, which determines sample order and random numbers.
 
-Written beside the running steps, under a temporary name, by all ranks together; readable by any other number of ranks.
+All ranks write a checkpoint together while training continues, under a temporary name. Any number of ranks can read it.
 """
 
 import json
@@ -20,22 +20,22 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.optim import Optimizer
 
 from llava.errors import CheckpointError
-from llava.train.endings import uninterrupted
-from llava.train.log import writing
-from llava.train.ranks import Ranks
+from llava.train.distributed import World
+from llava.train.log import explain_write_errors
+from llava.train.signals import defer_signals
 
-_OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen weights come from where the run started
+_OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen weights are read from the starting point
 _PROGRESS = "progress.json"
 
 
-class Saver:
-    """The checkpoints of one run; a context that ends with none half written, be it by an error."""
+class Checkpointer:
+    """Saves and loads the checkpoints of one run. As a context manager, it waits for an unfinished write on exit."""
 
-    def __init__(self, folder: Path, keep: int, ranks: Ranks):
-        self.folder, self.keep, self.ranks = folder, keep, ranks
-        self._writing: tuple[Future[Any], Path, Path] | None = None
+    def __init__(self, folder: Path, keep_last: int, world: World):
+        self.folder, self.keep_last, self.world = folder, keep_last, world
+        self._pending: tuple[Future[Any], Path, Path] | None = None  # future, temporary and final path
 
-    def __enter__(self) -> "Saver":
+    def __enter__(self) -> "Checkpointer":
         return self
 
     def __exit__(
@@ -44,28 +44,31 @@ class Saver:
         if error is None:
             self.finish()
         else:
-            with suppress(CheckpointError):  # the run's own error is the one to tell
+            with suppress(CheckpointError):  # the error of the run itself takes precedence
                 self.finish()
 
-    def clean(self) -> None:
-        """Removes what a killed run left half written. For rank 0, before any `save`."""
+    def remove_partial(self) -> None:
+        """Deletes the partial checkpoints of a killed run. Only rank 0 may call this, before the first `save`."""
         for partial in self.folder.glob(".step-*.partial"):
             shutil.rmtree(partial, ignore_errors=True)
 
-    def newest(self) -> Path | None:
-        """The last checkpoint that was written whole."""
-        return max(self._whole(), default=None)
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint."""
+        return max(self._complete(), default=None)
 
     def load(self, checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-        """Puts it into model and optimiser; returns what `save` was told of progress. Raises CheckpointError."""
+        """Loads a checkpoint into model and optimizer. Returns the `progress` given to `save`.
+
+        Raises CheckpointError.
+        """
         try:
             progress = json.loads((checkpoint / _PROGRESS).read_text(encoding="utf-8"))
             weights, moments = get_state_dict(model, optimizer, options=_OPTIONS)
             state: dict[str, Any] = {"model": weights, "optimizer": moments}
-            load(state, checkpoint_id=checkpoint, process_group=self.ranks.saving)
+            load(state, checkpoint_id=checkpoint, process_group=self.world.checkpoint_group)
         except (OSError, ValueError, KeyError, RuntimeError, CheckpointException) as error:
             raise CheckpointError(
-                f"{checkpoint}: can not be read ({_reason(error)}); remove it to go on from the one before"
+                f"{checkpoint}: cannot be read ({_reason(error)}); remove it to resume from the previous checkpoint"
             ) from None
         set_state_dict(
             model,
@@ -77,59 +80,62 @@ class Saver:
         return progress
 
     def save(self, step: int, model: nn.Module, optimizer: Optimizer, progress: dict[str, Any]) -> None:
-        """Copies the state and writes it while the run goes on. `step`: steps that are done."""
+        """Copies the state after `step` completed steps and starts writing it in the background.
+
+        Raises CheckpointError if the previous checkpoint could not be written.
+        """
         self.finish()
         final = self.folder / f"step-{step:08}"
         partial = final.with_name(f".{final.name}.partial")
-        if self.ranks.first:
+        if self.world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
-            with writing(partial):
+            with explain_write_errors(partial):
                 partial.mkdir(parents=True)
                 (partial / _PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
-        self.ranks.wait()
+        self.world.barrier()
         weights, moments = get_state_dict(model, optimizer, options=_OPTIONS)
         state = {"model": weights, "optimizer": moments}
-        with uninterrupted():  # else nobody waits for the thread that writes
-            future = async_save(state, checkpoint_id=partial, process_group=self.ranks.saving)
+        with defer_signals():  # an interrupt before the assignment would leave a writer that nothing waits for
+            future = async_save(state, checkpoint_id=partial, process_group=self.world.checkpoint_group)
             assert isinstance(future, Future)
-            self._writing = future, partial, final
+            self._pending = future, partial, final
 
     def poll(self) -> None:
-        """Gives a checkpoint that is written its final name, if one is."""
-        if self._writing and self._writing[0].done():
+        """Renames a checkpoint to its final name if its background write is done. Raises CheckpointError."""
+        if self._pending and self._pending[0].done():
             self.finish()
 
     def finish(self) -> None:
-        """Waits for the checkpoint that is being written. Raises CheckpointError if that failed."""
-        if not self._writing:
+        """Waits for the background write, then renames the checkpoint. Raises CheckpointError if the write failed."""
+        if not self._pending:
             return
-        future, partial, final = self._writing
+        future, partial, final = self._pending
         try:
             future.result()
-            if self.ranks.first:
-                if partial.exists():  # else an interrupt came behind this line
+            if self.world.is_main:
+                if partial.exists():  # it does not if an earlier call was interrupted after the rename
                     shutil.rmtree(final, ignore_errors=True)
                     partial.rename(final)
-                for old in sorted(self._whole())[: -self.keep]:
+                for old in sorted(self._complete())[: -self.keep_last]:
                     shutil.rmtree(old)
         except (OSError, RuntimeError, CheckpointException) as error:
-            self._writing = None
-            if self.ranks.first:
+            self._pending = None
+            if self.world.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
-                f"{final}: can not be written ({_reason(error)}); make room, and the same command goes on from the "
-                "checkpoint before"
+                f"{final}: cannot be written ({_reason(error)}); free some space and run the same command again to "
+                "resume from the previous checkpoint"
             ) from None
-        self._writing = None
+        self._pending = None
 
-    def _whole(self) -> list[Path]:
+    def _complete(self) -> list[Path]:
         if not self.folder.is_dir():
             return []
         return [path for path in self.folder.iterdir() if re.fullmatch(r"step-\d{8}", path.name)]
 
 
 def _reason(error: BaseException) -> str:
-    """In one line; where ranks failed, the first of them."""
+    """An error in one line. If several ranks failed, that of the first."""
     if isinstance(error, CheckpointException) and error.failures:
         error, _ = next(iter(error.failures.values()))
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -151,7 +151,9 @@ def trainable(checkpoint: Checkpoint, recipe: Recipe) -> Llava:
     for parameter in _learning(model, recipe):
         parameter.requires_grad_(True)
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(DTYPES[recipe.master if parameter.requires_grad else recipe.compute])
+        parameter.data = parameter.data.to(
+            DTYPES[recipe.param_dtype if parameter.requires_grad else recipe.compute_dtype]
+        )
     return model
 
 

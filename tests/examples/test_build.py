@@ -1,6 +1,6 @@
-"""The build of llava-tiny, small, from glyphs to a model that names what it sees; without its pictures it guesses.
+"""A small build of llava-tiny, from glyphs to a model that names what it sees, and only guesses without pictures.
 
-One run of the command serves all tests. Only the glyphs of tests/examples/glyphs are needed.
+All tests share one run of the command. It needs only the glyphs in tests/examples/glyphs.
 """
 
 import json
@@ -26,24 +26,24 @@ from tests.conftest import PROJECT
 
 GLYPHS = PROJECT / "tests" / "examples" / "glyphs"
 STAGES = ["tower", "language", "pretrain", "finetune", "polish", "ship"]
-THINGS = 8  # guessing names one of them: 12 %
+THINGS = 8  # guessing gives 12 %
 SCENES = 160
 TIMEOUT_S = 280
-QUIET = 2.5  # load average above which a time says nothing
+QUIET = 2.5  # load average above which timings are meaningless
 
 
 @dataclass(frozen=True)
 class Built:
-    """What one run of the command left."""
+    """The result of one run of the command."""
 
     work: Path
     output: str
     seconds: float
-    load: float  # of the machine when it began
+    load: float  # load of the machine at the start
 
 
 def build(work: Path, *stages: str) -> str:
-    """What the command printed. One thread: on a shared machine two mostly wait for each other."""
+    """Runs the command with one thread, since two mostly wait for each other on a shared machine."""
     command = [sys.executable, "-m", "examples.tiny.build", *stages, "--smoke"]
     done = subprocess.run(
         [*command, "--work", str(work), "--glyphs", str(GLYPHS)],
@@ -66,12 +66,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 
 def fresh() -> tuple[list[tuple[Scene, Turn]], Names]:
-    """One thing a scene, in both styles; seeds that training never uses."""
+    """Scenes with one thing, in both styles, with seeds that training never uses."""
     glyphs = Glyphs.load(GLYPHS).first(THINGS)
     knowledge, asked = know(glyphs), []
     for i in range(SCENES):
         seed = TRAINING_SEEDS + i
-        entry = glyphs.entries[i % THINGS]  # each equally often, so that a constant answer is right in one of eight
+        entry = glyphs.entries[i % THINGS]  # all equally often, so that a constant answer is correct for one in eight
         scene = draw(seed, glyphs, glyphs.styles, n_objects=1, chosen=[entry], words=())
         turn = naming(Asker(random.Random(seed), knowledge), Truth(scene))
         assert turn is not None

@@ -1,4 +1,4 @@
-"""llava-tiny answers the same from every layout that LLaVAs are published in."""
+"""llava-tiny gives the same answers from every published format."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ from tests.conftest import PROJECT
 PICTURES = sorted((PROJECT / "examples" / "pictures").glob("*.png"))
 QUESTIONS = ("What is there in the picture?", "What does the text say?", "Is there a crab in the picture?")
 TEXT_QUESTIONS = ("Name three animals.", "What is a penguin?", "Is a carrot a fruit?")
-ROUNDED = 2e-2  # what logits of about 25 may differ by where weights were rounded to float16 once more
+ROUNDED = 2e-2  # tolerance of logits of about 25 if the weights were rounded to float16 once more
 
 Asked = tuple[Path | None, str]
 SEEING: list[Asked] = [(picture, question) for picture in PICTURES for question in QUESTIONS]
@@ -31,7 +31,7 @@ READING: list[Asked] = [(None, question) for question in TEXT_QUESTIONS]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model in every layout. Tests that change files work on a copy."""
+    """The model in every format. Tests that change files work on a copy."""
     out = tmp_path_factory.mktemp("zoo") / "layouts"
     layouts.write(LLAVA_TINY, out)
     return out
@@ -52,7 +52,7 @@ def answers(assistant: Assistant, asked: list[Asked]) -> list[str]:
 
 
 def logits(assistant: Assistant, asked: list[Asked]) -> Tensor:
-    """[S, V] of all prompts."""
+    """The logits of all prompts, [S, V]."""
     return torch.cat([assistant.logits(question_about(picture, question)) for picture, question in asked])
 
 
@@ -67,7 +67,7 @@ def asked_of(name: str) -> list[Asked]:
 
 
 def test_the_answers_depend_on_the_pictures_and_are_right(expected: dict[Asked, str]) -> None:
-    """Else that all layouts agree would say little."""
+    """Otherwise the agreement of all formats would mean little."""
     said = {(picture.stem, question): expected[picture, question] for picture, question in SEEING if picture}
     assert len(PICTURES) == 3
     assert "crab" in said["beach", QUESTIONS[0]]
@@ -96,7 +96,7 @@ def test_every_layout_is_the_same_model(
 
 @pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if layout.sees])
 def test_every_layout_that_sees_records_the_template_and_the_tower(folders: Path, name: str) -> None:
-    """But for the base, a folder opens by itself; merged-safetensors names a tower whose weights it does not use."""
+    """Only a base has to be given. merged-safetensors names a tower whose weights it does not use."""
     base = {"base": folders / folder} if (folder := LAYOUTS[name].base) else {}
     assistant = llava.load(folders / name, device="cpu", **base)
     assert assistant.config.template == "vicuna_v1"
@@ -121,7 +121,7 @@ def test_every_layout_that_sees_records_the_template_and_the_tower(folders: Path
 def test_the_folders_beside_are_needed_as_they_are(
     folders: Path, expected: dict[Asked, str], name: str, wrong: dict[str, str]
 ) -> None:
-    """A layout whose base answers alike anyway would prove nothing."""
+    """A base that gives the same answers on its own would prove nothing."""
     other = loaded(folders, name, **{option: folders / folder for option, folder in wrong.items()})
     said = answers(other, SEEING)
     assert sum(one == expected[item] for one, item in zip(said, SEEING, strict=True)) <= len(SEEING) * 2 / 3
@@ -129,7 +129,7 @@ def test_the_folders_beside_are_needed_as_they_are(
 
 @contextmanager
 def away(folder: Path) -> Iterator[None]:
-    """The folder is not where it was."""
+    """Moves a folder away."""
     hidden = folder.with_name("away")
     folder.rename(hidden)
     try:
@@ -140,11 +140,11 @@ def away(folder: Path) -> Iterator[None]:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_names_of_folders_change_nothing(folders: Path, expected: dict[Asked, str], tmp_path: Path, name: str) -> None:
-    """Also where config.json still tells the old place of the tower."""
+    """Even if config.json still names the old path of the tower."""
     options = LAYOUTS[name].options(folders)
     given = {"path": folders / name} | {key: value for key, value in options.items() if isinstance(value, Path)}
     for key, folder in given.items():
-        # a name that says something else: the original takes the kind of model from it
+        # a misleading name: the original guesses the type of model from it
         given[key] = shutil.copytree(folder, tmp_path / f"mpt-{key}-lora-v0", copy_function=os.link)
     with away(folders):
         assistant = llava.load(**(options | given), device="cpu")

@@ -1,4 +1,4 @@
-"""The pretraining scripts of llava-tiny, small: scenes are what they say, both parts learn, their folders open."""
+"""Small runs of llava-tiny's pretraining scripts: scenes match their labels, both parts learn, and the folders open."""
 
 import json
 import random
@@ -44,7 +44,7 @@ def draw_glyph(i: int, edge: int) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four glyphs by two artists: one draws outlines."""
+    """Four glyphs by two artists, one of whom draws outlines."""
     folder = tmp_path_factory.mktemp("pack")
     index = [{"code": f"{i:x}", "name": name, "group": "Shapes", "subgroup": "plain"} for i, name in enumerate(NAMES)]
     (folder / "index.json").write_text(json.dumps(index))
@@ -62,7 +62,7 @@ def sprites(pack: Path) -> Sprites:
 
 
 def bytes_of(scenes: Scenes) -> torch.Tensor:
-    """uint8 [B, 3, S, S]"""
+    """The images as uint8 [B, 3, S, S]."""
     mean, std = torch.tensor(CLIP_MEAN).view(3, 1, 1), torch.tensor(CLIP_STD).view(3, 1, 1)
     return ((scenes.images * std + mean) * 255).round().to(torch.uint8)
 
@@ -71,7 +71,7 @@ def test_every_glyph_has_all_variants_and_every_word_all_fonts(sprites: Sprites)
     assert sprites.names == [*NAMES, "the word STOP", "the word 7"]
     pictures = torch.arange(2 * 4 + 2 * 5)
     starts = torch.cat([sprites.starts(pictures[:8], torch.tensor(v)) for v in range(len(WEIGHTS))])
-    words = sprites.starts(pictures[8:], torch.tensor(3))  # the variant makes no difference
+    words = sprites.starts(pictures[8:], torch.tensor(3))  # the variant does not matter
     found = torch.cat([starts, words]).sort().values
     assert found.diff().unique().numel() == 1
     assert found[0] == 0
@@ -86,7 +86,7 @@ def test_patches_are_labelled_with_what_they_show(pack: Path) -> None:
     full = scenes.labels >= 0
     nearest = torch.cdist(means[full], torch.tensor(COLORS).float()).argmin(-1)
     assert full.sum() > 150
-    assert (nearest == scenes.labels[full]).float().mean() > 0.9  # patches half covered show the background too
+    assert (nearest == scenes.labels[full]).float().mean() > 0.9  # half-covered patches also show the background
 
 
 def test_labels_boxes_and_objects_agree(sprites: Sprites) -> None:
@@ -132,7 +132,7 @@ def test_a_budget_in_minutes_ends_on_time_with_a_rate_of_nothing() -> None:
     times = iter([100.0, 120.0, 122.0])
     budget = Budget(minutes=1.0, steps=None, clock=lambda: next(times))
     budget.step = 10
-    assert budget.measure() == 0.0  # 20 s for compiling
+    assert budget.measure() == 0.0  # 20 s of compilation
     budget.step = 20
     assert budget.measure() == 5.0
     assert budget.steps == 20 + 38 * 5
@@ -147,7 +147,7 @@ def test_a_budget_in_minutes_ends_on_time_with_a_rate_of_nothing() -> None:
 
 @pytest.fixture(scope="module")
 def trained(pack: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
-    """A tower that was trained for seconds."""
+    """A tower after a few seconds of training."""
     out = tmp_path_factory.mktemp("tower") / "clip"
     options = tower.Options(
         glyphs=pack, out=out, steps=70, batch=24, lr=4e-3, words=0, max_objects=2, augment=False, device="cpu",
@@ -211,7 +211,7 @@ def test_a_style_kept_back_is_measured_and_not_trained_on(pack: Path, tmp_path: 
 
 
 def dialogues(n: int) -> list[Any]:
-    """Samples of LLaVA's JSON, plain texts among them."""
+    """Samples in LLaVA's format, with some plain texts."""
     rng = random.Random(0)
     samples: list[Any] = ["A square has four corners.", {"text": "A disc is round.\nIt has none."}]
     for i in range(n):
@@ -237,7 +237,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config=SMALL_LLAMA,
     )  # fmt: skip
     found = language.train(options)
-    assert found["unseen"] < 1.5  # nats a token; an even guess: 6
+    assert found["unseen"] < 1.5  # nats per token; a uniform guess gives 6
     return folder / "llama"
 
 
@@ -257,7 +257,9 @@ def test_ids_in_training_are_those_of_the_tokenizer_on_disk(llama: Path) -> None
     for text, ids in zip(texts[:8], language.encode(texts[:8], (llama / "tokenizer.model").read_bytes()), strict=True):
         assert ids.tolist() == [*tokenizer.encode(text.removesuffix("</s>")), 2]
         assert tokenizer.decode(ids.tolist()) == text.removesuffix("</s>")
-    assert tokenizer.decode(tokenizer.encode("Ünseen 👾")) == "Ünseen 👾"  # letters without a piece go as bytes
+    assert (
+        tokenizer.decode(tokenizer.encode("Ünseen 👾")) == "Ünseen 👾"
+    )  # characters without a piece are encoded as bytes
 
 
 def test_the_language_models_folder_is_a_llama_for_llava_and_transformers(llama: Path) -> None:

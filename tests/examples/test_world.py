@@ -1,4 +1,4 @@
-"""The drawn world: scenes, what is asked about them, the data made of them, and the marks that replies get."""
+"""The drawn world: scenes, questions about them, data sets, and the grading of replies."""
 
 import io
 import json
@@ -33,7 +33,7 @@ def scenes(n: int, **options) -> list[world.Scene]:
 
 
 def everything() -> list[Entry]:
-    """All things of the world, where Unicode's list is on this machine; else those of the tests."""
+    """All things in the world if Unicode's list is on this machine; otherwise those of the tests."""
     file = Path("/usr/share/unicode/emoji/emoji-test.txt")
     return read_names(file) if file.is_file() else GLYPHS.entries
 
@@ -97,7 +97,7 @@ def test_a_scene_is_settled_by_its_seed() -> None:
 
 
 def test_things_are_where_the_truth_says() -> None:
-    """Beside an empty ground of its colour, each box is filled to its edges, and nothing is drawn outside of all."""
+    """Compared with an empty background, each box is filled to its edges, and nothing is drawn outside the boxes."""
     for scene in scenes(60, words=()):
         if scene.background.kind != "plain":
             continue
@@ -107,7 +107,7 @@ def test_things_are_where_the_truth_says() -> None:
             left, top, right, bottom = thing.box
             assert 0 <= left < right <= scene.size[0]
             assert 0 <= top < bottom <= scene.size[1]
-            assert drawn[top:bottom, left:right].mean() > 0.04  # thin things, too
+            assert drawn[top:bottom, left:right].mean() > 0.04  # some things are thin
             drawn[top:bottom, left:right] = False
         assert not drawn.any()
 
@@ -125,7 +125,10 @@ def test_scenes_vary() -> None:
     assert {len(scene.words) for scene in drawn} == {0, 1, 2}
     assert {"plain", "gradient", *TEXTURES} == {scene.background.kind for scene in drawn}
     assert {scene.background.color for scene in drawn} == {*COLORS, None}
-    assert {len(Truth(scene).counts) == len(scene.objects) for scene in drawn} == {True, False}  # copies, and none
+    assert {len(Truth(scene).counts) == len(scene.objects) for scene in drawn} == {
+        True,
+        False,
+    }  # with and without repeated things
     sizes = np.array([scene.size for scene in drawn])
     assert (sizes.min(), sizes.max()) >= (120, 240)
     assert sizes.max() <= 256
@@ -133,7 +136,7 @@ def test_scenes_vary() -> None:
 
 
 def test_no_thing_has_the_colour_of_its_ground() -> None:
-    """No more of it than the third that may be lost."""
+    """At most a third of a thing may be invisible on its background."""
     for scene in scenes(80, n_objects=2):
         color = scene.background.color
         for thing in scene.objects if color else []:
@@ -147,7 +150,9 @@ def test_pairs_that_are_held_back_stand_together_only_when_asked_for() -> None:
 
     assert not any(holds(scene) for scene in scenes(200))
     assert not any(holds(world.imagine(seed, GLYPHS.entries)) for seed in range(200))
-    assert sum(holds(scene) for scene in scenes(40, n_objects=4, pairs="held back")) >= 38  # a crowded scene drops one
+    assert (
+        sum(holds(scene) for scene in scenes(40, n_objects=4, pairs="held back")) >= 38
+    )  # a crowded scene may drop a thing
     every = everything()
     share = np.mean([world.held_back(a, b) for a in every[:60] for b in every if a != b])
     assert 0.05 < share < 0.15
@@ -218,7 +223,7 @@ def test_every_topic_keeps_some_phrasings_back_and_data_never_use_them() -> None
         assert kept
         assert len(kept) <= max(2, 0.2 * len(used))
         assert not set(kept) & set(used)
-    # as asked, the slots filled: only phrasings without slots but the picture's name can be compared whole
+    # questions have their slots filled, so only phrasings without slots other than {pic} can be compared
     kept = {line.format(pic=name) for topic in phrases.TOPICS for line in phrases.phrasings(topic, "held back")
             if "{" not in line.replace("{pic}", "") for name in phrases.PICTURE}  # fmt: skip
     used = {line.format(pic=name) for topic in phrases.TOPICS for line in phrases.phrasings(topic, "training")
@@ -266,7 +271,7 @@ def test_counts_are_those_of_the_scene() -> None:
 
 
 def test_relations_are_clear() -> None:
-    """What is said to be to the left ends before the other begins, and is more to the left than above or below."""
+    """A thing to the left of another ends before it begins, and is further to the left than above or below."""
     names = Names.of_things(BY_NAME)
     seen = 0
     for scene, turn in turns_of(500):
@@ -309,7 +314,7 @@ def test_odd_one_out_is_the_only_one() -> None:
     assert turn.answer == "The guitar is the odd one out. The others are animals."
     assert questions.odd_one(ask, scene_of("dog", "cat", "red apple", "banana")) is None
     assert questions.odd_one(ask, scene_of("dog", "guitar")) is None
-    # three animals and a bird among them: the banana is odd, and nobody could mean another
+    # three animals, one of them a bird, so the banana is the only odd one out
     assert questions.odd_one(ask, scene_of("dog", "guitar", "banana")) is None
 
 
@@ -337,7 +342,7 @@ def test_right_answers_get_full_marks_and_those_of_other_questions_do_not() -> N
 
 
 def test_every_name_is_found_whole_in_an_answer() -> None:
-    """Also where one name stands in another: a hot dog is no dog."""
+    """Even if one name contains another: a hot dog is not a dog."""
     every = everything()
     names = Names.of_things(entry.name for entry in every)
     for entry in every:

@@ -24,7 +24,7 @@ COLOURS = ("red", "green", "blue", "white")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """64 samples, a quarter of them text alone."""
+    """64 samples, a quarter of them text-only."""
     folder = tmp_path_factory.mktemp("data")
     samples = []
     for i in range(64):
@@ -41,9 +41,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(checkpoint: Path, data: Path, out: Path, **changes: object) -> Recipe:
-    values = {"model": str(checkpoint), "vision_tower": str(checkpoint.parent / "clip"), "out": str(out)}
-    values |= {"data": [str(data / "data.json")], "images": str(data), "template": "vicuna_v1", "workers": 2}
-    values |= {"batch": 16, "micro_batch": 8, "rate": 1e-3, "max_length": 256, "epochs": 3, "compute": "float32"}
+    values = {"model": str(checkpoint), "vision_tower": str(checkpoint.parent / "clip"), "output_dir": str(out)}
+    values |= {"data": [str(data / "data.json")], "images": str(data), "template": "vicuna_v1", "num_workers": 2}
+    values |= {
+        "global_batch_size": 16,
+        "micro_batch_size": 8,
+        "lr": 1e-3,
+        "max_length": 256,
+        "epochs": 3,
+        "compute_dtype": "float32",
+    }
     return recipe_from(values | changes, "test")
 
 
@@ -83,7 +90,7 @@ def test_float32_steps_equal_those_of_the_cpu(checkpoint: Path, data: Path, tmp_
 )
 def test_bfloat16_training_learns(checkpoint: Path, data: Path, tmp_path: Path, changes: dict[str, object]) -> None:
     rate = 1e-2 if "lora_rank" in changes else 1e-3
-    model = train(recipe(checkpoint, data, tmp_path / "run", compute="bfloat16", rate=rate, epochs=6, **changes))
+    model = train(recipe(checkpoint, data, tmp_path / "run", compute_dtype="bfloat16", lr=rate, epochs=6, **changes))
     found = losses(tmp_path / "run")
     assert found[-1] < 0.6 * found[0]
     base = {"base": checkpoint} if "lora_rank" in changes else {}

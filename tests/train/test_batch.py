@@ -1,4 +1,4 @@
-"""Which samples a step learns from, how they share a row, and what becomes of broken ones."""
+"""Sample order, packing, and the handling of broken samples."""
 
 import json
 import random
@@ -13,17 +13,18 @@ from torch import Tensor
 from llava.config import IGNORE, IMAGE
 from llava.errors import DataError
 from llava.preprocess.inputs import ModelInput
-from llava.train.batch import Batch, Batches, Order, by_modality_length, collate
+from llava.train.batch import Batch, BatchDataset, collate
 from llava.train.loop import train
-from llava.train.loss import Trainee
+from llava.train.loss import LlavaWithLoss
+from llava.train.order import SampleOrder, by_modality_length
 from tests import command, tiny, training
-from tests.training import School, gradients, recipe, rows, sample, trainee_of, write_data
+from tests.training import Assets, gradients, net_and_dataset, recipe, rows, sample, write_data
 
 
 @pytest.fixture(scope="module")
-def school(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> School:
-    folder = tmp_path_factory.mktemp("school")
-    return training.build_school(folder, clip, tiny.write_llava(folder / "llava", clip=clip))
+def assets(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Assets:
+    folder = tmp_path_factory.mktemp("assets")
+    return training.build_assets(folder, clip, tiny.write_llava(folder / "llava", clip=clip))
 
 
 # ------------------------------------------------------------------------------------------------------ packing
@@ -31,50 +32,52 @@ def school(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> School:
 
 @pytest.fixture(scope="module", params=["llama", "grouped heads", "anyres", "mpt"])
 def trained(
-    request: pytest.FixtureRequest, school: School, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Trainee, Batches]:
+    request: pytest.FixtureRequest, assets: Assets, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[LlavaWithLoss, BatchDataset]:
     folder = tmp_path_factory.mktemp("trained")
     if request.param == "mpt":
-        model = tiny.write_mpt(folder / "model", clip=school.clip)
+        model = tiny.write_mpt(folder / "model", clip=assets.clip)
         changes: dict[str, Any] = {"template": "mpt", "start_end": True}
     elif request.param == "anyres":
-        model = tiny.write_llava(folder / "model", clip=school.clip, **tiny.ANYRES)
+        model = tiny.write_llava(folder / "model", clip=assets.clip, **tiny.ANYRES)
         changes = {"aspect": "anyres", "pinpoints": tiny.ANYRES["image_grid_pinpoints"]}
     else:
         heads = {"num_key_value_heads": 2} if request.param == "grouped heads" else {}
-        model, changes = tiny.write_llava(folder / "model", clip=school.clip, **heads), {}
+        model, changes = tiny.write_llava(folder / "model", clip=assets.clip, **heads), {}
     values = {"model": str(model), "train": ["projector", "decoder", "vision"], "max_length": 512}
-    return trainee_of(recipe(school, folder / "run", **values, **changes))
+    return net_and_dataset(recipe(assets, folder / "run", **values, **changes))
 
 
 def packed(inputs: list[ModelInput], pad_to: int = 32) -> Batch:
-    return collate(inputs, packing=True, pad_to=pad_to, slots=len(inputs) + 1, limit=512)
+    return collate(inputs, packing=True, pad_to=pad_to, micro_batch_size=len(inputs) + 1, max_length=512)
 
 
 def padded(inputs: list[ModelInput]) -> Batch:
-    return collate(inputs, packing=False, pad_to=1, slots=len(inputs), limit=512)
+    return collate(inputs, packing=False, pad_to=1, micro_batch_size=len(inputs), max_length=512)
 
 
-def each_loss(trainee: Trainee, batch: Batch, inputs: list[ModelInput]) -> list[Tensor]:
-    """-log p at the learnt places, sample by sample, of a packed row."""
-    x = trainee.model.decoder(
-        trainee.embed(batch), batch.pos, mask=batch.segments, length=batch.segments.longest if batch.segments else 0
+def each_loss(net: LlavaWithLoss, batch: Batch, inputs: list[ModelInput]) -> list[Tensor]:
+    """-log p of the targets of a packed row, split by sample."""
+    x = net.model.decoder(
+        net.embed(batch), batch.positions, mask=batch.segments, length=batch.segments.longest if batch.segments else 0
     )
-    logits = trainee.model.decoder.logits(x[0, batch.at])
-    each = torch.nn.functional.cross_entropy(logits, batch.to, reduction="none")
+    logits = net.model.decoder.logits(x[0, batch.target_positions])
+    each = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
     return list(each.split([int((one.labels[1:] != IGNORE).sum()) for one in inputs]))
 
 
 @pytest.mark.parametrize("join", [packed, padded])
-def test_samples_together_are_samples_one_by_one(trained: tuple[Trainee, Batches], join: Any) -> None:
-    trainee, batches = trained
-    inputs = [batches.prepare(i) for i in (0, 1, 2, 5, 7, 8)]
+def test_a_batch_gives_the_loss_and_gradients_of_its_samples(
+    trained: tuple[LlavaWithLoss, BatchDataset], join: Any
+) -> None:
+    net, dataset = trained
+    inputs = [dataset.prepare(i) for i in (0, 1, 2, 5, 7, 8)]
     assert {one.pixels is None for one in inputs} == {True, False}
-    loss, grads = gradients(trainee, join(inputs))
+    loss, grads = gradients(net, join(inputs))
     wanted = torch.zeros(())
-    sums = {name: torch.zeros_like(p) for name, p in trainee.named_parameters() if p.requires_grad}
+    sums = {name: torch.zeros_like(p) for name, p in net.named_parameters() if p.requires_grad}
     for one in inputs:
-        own, parts = gradients(trainee, padded([one]))
+        own, parts = gradients(net, padded([one]))
         wanted += own
         for name, grad in parts.items():
             sums[name] += grad
@@ -84,52 +87,56 @@ def test_samples_together_are_samples_one_by_one(trained: tuple[Trainee, Batches
         torch.testing.assert_close(grad, sums[name], rtol=1e-3, atol=2e-5 * max(1, sums[name].abs().max().item()))
 
 
-def test_no_sample_of_a_row_sees_another(trained: tuple[Trainee, Batches]) -> None:
-    trainee, batches = trained
-    inputs = [batches.prepare(i) for i in (2, 0, 8, 1)]
+def test_samples_of_a_packed_row_do_not_see_each_other(trained: tuple[LlavaWithLoss, BatchDataset]) -> None:
+    net, dataset = trained
+    inputs = [dataset.prepare(i) for i in (2, 0, 8, 1)]
     with torch.no_grad():
-        before = each_loss(trainee, packed(inputs), inputs)
+        before = each_loss(net, packed(inputs), inputs)
         changed = inputs[1]
         ids = torch.where(changed.ids == IMAGE, changed.ids, (changed.ids + 7) % 400)
         assert changed.pixels is not None
         other = ModelInput(**{**vars(changed), "ids": ids, "pixels": -changed.pixels})
         swapped = [inputs[0], other, *inputs[2:]]
-        after = each_loss(trainee, packed(swapped), swapped)
+        after = each_loss(net, packed(swapped), swapped)
     assert not torch.equal(before[1], after[1])
     for i in (0, 2, 3):
         assert torch.equal(before[i], after[i])
 
 
-def test_positions_start_anew_and_nothing_is_learnt_across_a_border(trained: tuple[Trainee, Batches]) -> None:
-    _, batches = trained
-    inputs = [batches.prepare(i) for i in (0, 2, 1)]
+def test_positions_restart_and_no_target_crosses_a_sample_boundary(
+    trained: tuple[LlavaWithLoss, BatchDataset],
+) -> None:
+    _, dataset = trained
+    inputs = [dataset.prepare(i) for i in (0, 2, 1)]
     batch = packed(inputs)
     assert batch.ids.shape[0] == 1
     assert batch.ids.shape[1] % 32 == 0
     assert batch.n_tokens == sum(len(one.ids) for one in inputs)
-    start, learnt = 0, []
+    start, targets = 0, []
     for one in inputs:
-        assert batch.pos[0, start : start + len(one.ids)].tolist() == list(range(len(one.ids)))
-        learnt += [(start + i, one.labels[i + 1]) for i in range(len(one.ids) - 1) if one.labels[i + 1] != IGNORE]
+        assert batch.positions[0, start : start + len(one.ids)].tolist() == list(range(len(one.ids)))
+        targets += [(start + i, one.labels[i + 1]) for i in range(len(one.ids) - 1) if one.labels[i + 1] != IGNORE]
         start += len(one.ids)
-    assert list(zip(batch.at.tolist(), batch.to.tolist(), strict=True)) == [(a, int(b)) for a, b in learnt]
+    assert list(zip(batch.target_positions.tolist(), batch.targets.tolist(), strict=True)) == [
+        (a, int(b)) for a, b in targets
+    ]
     assert batch.segments is not None
-    assert len(batch.segments.bounds) == len(inputs) + 3  # one sample less than fits, and the filling behind
+    assert len(batch.segments.bounds) == len(inputs) + 3  # 3 samples, one free slot, the padding, and the leading 0
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_an_empty_micro_batch_gives_zeros_for_every_gradient(school: School, tmp_path: Path, packing: bool) -> None:
-    """A rank without samples or pictures runs every part that the others run."""
+def test_an_empty_micro_batch_gives_zero_gradients(assets: Assets, tmp_path: Path, packing: bool) -> None:
+    """A rank without samples or images still runs every part of the model, as FSDP needs."""
     values = {"train": ["projector", "decoder", "vision"], "packing": packing}
-    trainee, batches = trainee_of(recipe(school, tmp_path / "run", **values))
-    learning = {name for name, p in trainee.named_parameters() if p.requires_grad}
-    loss, grads = gradients(trainee, batches.make(()))
+    net, dataset = net_and_dataset(recipe(assets, tmp_path / "run", **values))
+    trained = {name for name, p in net.named_parameters() if p.requires_grad}
+    loss, grads = gradients(net, dataset.build(()))
     assert loss == 0
-    assert set(grads) == learning
+    assert set(grads) == trained
     assert all(grad.abs().max() == 0 for grad in grads.values())
-    text, grads = gradients(trainee, batches.make([i for i, n in enumerate(batches.samples.lengths) if n < 0][:2]))
+    text, grads = gradients(net, dataset.build([i for i, n in enumerate(dataset.samples.lengths) if n < 0][:2]))
     assert text > 0
-    assert set(grads) == learning
+    assert set(grads) == trained
     seen = {name for name, grad in grads.items() if grad.abs().max() > 0}
     assert not any(name.startswith(("model.vision", "model.projector")) for name in seen)
 
@@ -138,7 +145,7 @@ def test_an_empty_micro_batch_gives_zeros_for_every_gradient(school: School, tmp
 
 
 def original_order(lengths: list[int], size: int, world: int, generator: torch.Generator) -> list[int]:
-    """`group_by_modality_length`, written from its description alone."""
+    """An independent implementation of the original's `group_by_modality_length`."""
     if all(n > 0 for n in lengths) or all(n < 0 for n in lengths):
         return grouped([abs(n) for n in lengths], size, world, generator)
     megabatches: list[list[list[int]]] = []
@@ -175,48 +182,49 @@ def some_lengths(seed: int, n: int, text_share: float) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_the_grouped_order_is_the_originals(seed: int) -> None:
+def test_order_by_modality_length_equals_the_original(seed: int) -> None:
     n, size, world = 17 + 31 * seed, 1 + seed % 4, 1 + seed % 5
     lengths = some_lengths(seed, n, (0.0, 0.4, 1.0, 0.1)[seed % 4])
     ours = by_modality_length(lengths, size, world, torch.Generator().manual_seed(seed))
     assert ours == original_order(lengths, size, world, torch.Generator().manual_seed(seed))
 
 
-def test_the_grouped_order_has_batches_of_one_kind_and_like_length(school: School, tmp_path: Path) -> None:
+def test_order_by_modality_length_has_steps_of_one_modality_and_similar_length(assets: Assets, tmp_path: Path) -> None:
     lengths = some_lengths(1, 500, 0.3)
-    asked = recipe(school, tmp_path, batch=24, micro_batch=4, order="by_modality_length", max_steps=0)
-    order = Order(asked, lengths)
-    steps = [order.step(i) for i in range(order.n_steps)]
-    assert Counter(i for step in steps for place in step for i in place.samples) == Counter(range(500))
-    kinds = [{lengths[i] > 0 for place in step for i in place.samples} for step in steps]
+    asked = recipe(assets, tmp_path, global_batch_size=24, micro_batch_size=4, order="by_modality_length", max_steps=0)
+    order = SampleOrder(asked, lengths)
+    steps = [order.micro_batches(i) for i in range(order.n_steps)]
+    assert Counter(i for step in steps for micro_batch in step for i in micro_batch.samples) == Counter(range(500))
+    kinds = [{lengths[i] > 0 for micro_batch in step for i in micro_batch.samples} for step in steps]
     assert all(len(kind) == 1 for kind in kinds[:-2])
     assert {True} in kinds
     assert {False} in kinds
     for step in steps[:-2]:
-        sums = [sum(abs(lengths[i]) for i in place.samples) for place in step]
-        assert max(sums) - min(sums) <= 60  # no more than one sample apart
+        sums = [sum(abs(lengths[i]) for i in micro_batch.samples) for micro_batch in step]
+        assert max(sums) - min(sums) <= 60  # at most one sample
 
 
 @pytest.mark.parametrize("kind", ["shuffled", "by_modality_length"])
-def test_every_epoch_has_each_sample_once_in_another_order(school: School, tmp_path: Path, kind: str) -> None:
+def test_every_epoch_has_each_sample_once_in_a_different_order(assets: Assets, tmp_path: Path, kind: str) -> None:
     lengths = some_lengths(2, 103, 0.3)
-    asked = recipe(school, tmp_path, batch=12, micro_batch=3, order=kind, epochs=3, max_steps=0)
-    order = Order(asked, lengths)
+    asked = recipe(assets, tmp_path, global_batch_size=12, micro_batch_size=3, order=kind, epochs=3, max_steps=0)
+    order = SampleOrder(asked, lengths)
     assert (order.steps_per_epoch, order.n_steps) == (9, 27)
-    epochs = [[i for s in range(9) for p in order.step(9 * e + s) for i in p.samples] for e in range(3)]
+    epochs = [[i for s in range(9) for p in order.micro_batches(9 * e + s) for i in p.samples] for e in range(3)]
     assert all(sorted(epoch) == list(range(103)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert Order(asked, lengths).step(20) == order.step(20)  # a function of the step alone
-    assert order.step(3) == Order(asked, lengths).step(3)
-    assert all(len(p.samples) <= 3 for s in range(27) for p in order.step(s))
+    assert SampleOrder(asked, lengths).micro_batches(20) == order.micro_batches(20)  # depends only on the step
+    assert order.micro_batches(3) == SampleOrder(asked, lengths).micro_batches(3)
+    assert all(len(p.samples) <= 3 for s in range(27) for p in order.micro_batches(s))
 
 
-def test_ranks_share_a_steps_micro_batches(school: School, tmp_path: Path) -> None:
-    asked = recipe(school, tmp_path, batch=10, micro_batch=2, max_steps=7)
-    _, one = trainee_of(asked)
+def test_ranks_share_the_micro_batches_of_a_step(assets: Assets, tmp_path: Path) -> None:
+    asked = recipe(assets, tmp_path, global_batch_size=10, micro_batch_size=2, max_steps=7)
+    _, one = net_and_dataset(asked)
     for ranks in (2, 3, 7):
         parts = [
-            Batches(one.samples, one.preprocessor, asked, one.order, rank=rank, ranks=ranks) for rank in range(ranks)
+            BatchDataset(one.samples, one.preprocessor, asked, one.order, rank=rank, world_size=ranks)
+            for rank in range(ranks)
         ]
         assert len({len(part) for part in parts}) == 1
         for step in range(2):
@@ -231,16 +239,16 @@ def test_ranks_share_a_steps_micro_batches(school: School, tmp_path: Path) -> No
 # ----------------------------------------------------------------------------------------------- broken samples
 
 
-def spoiled(school: School, folder: Path, n: int, bad: dict[int, Any]) -> School:
-    """n samples, some of them broken."""
+def with_broken(assets: Assets, folder: Path, n: int, bad: dict[int, Any]) -> Assets:
+    """Assets with n samples, some of them broken."""
     choose = random.Random(3)
     samples = [sample(choose, i, with_picture=i % 2 == 0) for i in range(n)]
     for i, change in bad.items():
         samples[i] |= change
     folder.mkdir()
-    (school.images / "broken.png").write_bytes((school.images / "0.png").read_bytes()[:70])
+    (assets.images / "broken.png").write_bytes((assets.images / "0.png").read_bytes()[:70])
     data = write_data(folder / "data.json", samples)
-    return School(school.llama, school.clip, school.llava, data, school.images)
+    return Assets(assets.llama, assets.clip, assets.llava, data, assets.images)
 
 
 BROKEN = {
@@ -255,19 +263,19 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_sample_is_left_out_counted_and_named(
-    school: School, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+def test_a_broken_sample_is_skipped_counted_and_named(
+    assets: Assets, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
     bad = {key: value for key, value in BROKEN[kind].items() if value is not None}
-    here = spoiled(school, tmp_path / "data", 100, {40: bad})
+    here = with_broken(assets, tmp_path / "data", 100, {40: bad})
     if "image" in BROKEN[kind] and BROKEN[kind]["image"] is None:
         drop_key(here.data, 40, "image")
-    place = {"image_place": "as_written"} if "fit" in kind else {}
-    asked = recipe(here, tmp_path / "run", epochs=1, max_steps=0, batch=20, micro_batch=10, **place)
+    changes = {"image_place": "as_written"} if "fit" in kind else {}
+    asked = recipe(here, tmp_path / "run", epochs=1, max_steps=0, global_batch_size=20, micro_batch_size=10, **changes)
     train(asked, device="cpu")
     last = rows(tmp_path / "run")[-1]
     assert (last["samples"], last["skipped"]) == (99, 1)
-    named = [record.message for record in caplog.records if "left out" in record.message]
+    named = [record.message for record in caplog.records if "skipped" in record.message]
     assert len(named) == 1
     assert "s40" in named[0] or "broken.png" in named[0] or "nowhere.png" in named[0] or "sample 40" in named[0]
 
@@ -278,9 +286,9 @@ def drop_key(file: Path, i: int, key: str) -> None:
     write_data(file, samples)
 
 
-def test_too_many_broken_samples_stop_the_command_in_one_line(school: School, tmp_path: Path) -> None:
-    here = spoiled(school, tmp_path / "data", 100, {i: {"image": "nowhere.png"} for i in (10, 50, 90)})
-    asked = recipe(here, tmp_path / "run", epochs=1, max_steps=0, batch=20, micro_batch=10)
+def test_too_many_broken_samples_stop_the_run_with_one_line(assets: Assets, tmp_path: Path) -> None:
+    here = with_broken(assets, tmp_path / "data", 100, {i: {"image": "nowhere.png"} for i in (10, 50, 90)})
+    asked = recipe(here, tmp_path / "run", epochs=1, max_steps=0, global_batch_size=20, micro_batch_size=10)
     with pytest.raises(DataError, match=r"^2 of \d+ samples are broken, more than 1%") as raised:
         train(asked, device="cpu")
     assert "\n" not in str(raised.value)
@@ -288,18 +296,20 @@ def test_too_many_broken_samples_stop_the_command_in_one_line(school: School, tm
     file = tmp_path / "recipe.toml"
     values = {key: value for key, value in training.to_dict(asked).items() if value not in (None, ())}
     file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
-    done = command.run("train", file, "--device", "cpu", "--set", f"out={tmp_path / 'other'}")
+    done = command.run("train", file, "--device", "cpu", "--set", f"output_dir={tmp_path / 'other'}")
     assert done.returncode == 2
-    lines = [line for line in done.stderr.splitlines() if line.strip() and "left out" not in line]
+    lines = [line for line in done.stderr.splitlines() if line.strip() and "skipped" not in line]
     assert len([line for line in lines if "are broken, more than 1%" in line]) == 1
     assert "Traceback" not in done.stderr
     assert "nowhere.png" in done.stderr
     assert len(lines) == 1, done.stderr
 
 
-def test_a_share_that_is_allowed_is_gone_through(school: School, tmp_path: Path) -> None:
-    here = spoiled(school, tmp_path / "data", 20, {i: {"image": "nowhere.png"} for i in (2, 10, 16)})
-    asked = recipe(here, tmp_path / "run", epochs=1, max_steps=0, batch=10, micro_batch=5, max_skipped=0.2)
+def test_a_tolerated_share_of_broken_samples_does_not_stop_the_run(assets: Assets, tmp_path: Path) -> None:
+    here = with_broken(assets, tmp_path / "data", 20, {i: {"image": "nowhere.png"} for i in (2, 10, 16)})
+    asked = recipe(
+        here, tmp_path / "run", epochs=1, max_steps=0, global_batch_size=10, micro_batch_size=5, max_skipped=0.2
+    )
     train(asked, device="cpu")
     assert rows(tmp_path / "run")[-1]["skipped"] == 3
     assert rows(tmp_path / "run")[-1]["samples"] == 17

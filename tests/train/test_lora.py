@@ -1,4 +1,4 @@
-"""Adapters against peft, over frozen matrices of full width and of 4 bits."""
+"""LoRA adapters compared with peft, on full-precision and on 4-bit matrices."""
 
 import json
 import math
@@ -19,14 +19,14 @@ from llava.train.loop import train
 from llava.train.lora import lora_layers
 from tests import tiny, training
 from tests.train.test_loop import Plain, plain_loop, restore
-from tests.training import LORA, School, losses, recipe, trainee_of
+from tests.training import LORA, Assets, losses, net_and_dataset, recipe
 
 
 @pytest.fixture(scope="module")
-def school(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> School:
-    folder = tmp_path_factory.mktemp("school")
+def assets(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Assets:
+    folder = tmp_path_factory.mktemp("assets")
     llava = tiny.write_llava(folder / "llava", clip=clip, torch_dtype="float32", layout="safetensors")
-    return training.build_school(folder, clip, llava)
+    return training.build_assets(folder, clip, llava)
 
 
 # --------------------------------------------------------------------------------------------------------- peft
@@ -35,11 +35,18 @@ OURS = {"attn.qkv.q": "self_attn.q_proj", "attn.qkv.k": "self_attn.k_proj", "att
 OURS |= {"attn.out.all": "self_attn.o_proj"} | {
     f"mlp.{name}.all": f"mlp.{name}_proj" for name in ("gate", "up", "down")
 }
-TWENTY = {"max_steps": 20, "batch": 6, "micro_batch": 6, "save_every": 0, "warmup": 0.1, "rate": 5e-3}
+TWENTY = {
+    "max_steps": 20,
+    "global_batch_size": 6,
+    "micro_batch_size": 6,
+    "save_every": 0,
+    "warmup_ratio": 0.1,
+    "lr": 5e-3,
+}
 
 
 def in_peft(model: nn.Module, asked: Any) -> Any:
-    """The model with peft's adapters, which start as ours do."""
+    """The model with peft's adapters, initialized with our values."""
     peft = pytest.importorskip("peft")
     settings = peft.LoraConfig(
         r=asked.lora_rank,
@@ -50,8 +57,8 @@ def in_peft(model: nn.Module, asked: Any) -> Any:
     )
     wrapped = peft.get_peft_model(model, settings)
     theirs = dict(wrapped.named_parameters())
-    trainee, _ = trainee_of(asked)
-    for name, layer in lora_layers(trainee.model.decoder):
+    net, _ = net_and_dataset(asked)
+    for name, layer in lora_layers(net.model.decoder):
         _, _, number, ours = name.split(".", 3)
         for part, adapter in layer.adapters.items():
             module = f"base_model.model.model.layers.{number}.{OURS[f'{ours}.{part}']}"
@@ -63,15 +70,15 @@ def in_peft(model: nn.Module, asked: Any) -> Any:
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_twenty_steps_equal_pefts_and_peft_opens_what_they_leave(school: School, tmp_path: Path, packing: bool) -> None:
+def test_twenty_steps_equal_peft_and_peft_opens_the_export(assets: Assets, tmp_path: Path, packing: bool) -> None:
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    asked = recipe(school, tmp_path / "run", **{**LORA, **TWENTY, "packing": packing})
-    plain = Plain(school)
+    asked = recipe(assets, tmp_path / "run", **{**LORA, **TWENTY, "packing": packing})
+    plain = Plain(assets)
     plain.llama = in_peft(plain.llama, asked)
     adapters = [p for name, p in plain.llama.named_parameters() if "lora_" in name]
     groups = [
-        {"params": adapters, "lr": asked.rate},
-        {"params": list(plain.mm_projector.parameters()), "lr": asked.projector_rate},
+        {"params": adapters, "lr": asked.lr},
+        {"params": list(plain.mm_projector.parameters()), "lr": asked.projector_lr},
     ]
     wanted = plain_loop(plain, asked, groups)
     model = train(asked, device="cpu")
@@ -90,9 +97,9 @@ def test_twenty_steps_equal_pefts_and_peft_opens_what_they_leave(school: School,
     for name, p in plain.mm_projector.named_parameters():
         torch.testing.assert_close(beside[f"base_model.model.model.mm_projector.{name}"], p.detach(), rtol=0, atol=1e-4)
 
-    base = transformers.LlamaForCausalLM.from_pretrained(school.llama, dtype=torch.float32)
+    base = transformers.LlamaForCausalLM.from_pretrained(assets.llama, dtype=torch.float32)
     merged = peft.PeftModel.from_pretrained(base, model).merge_and_unload().eval()
-    assistant = llava.load(model, base=school.llava, dtype="float32", device="cpu")
+    assistant = llava.load(model, base=assets.llava, dtype="float32", device="cpu")
     prompt = "What is in the picture? A boat lies at the shore of a lake."
     ids = torch.tensor([list(assistant.prepare(prompt).ids)])
     with torch.no_grad():
@@ -102,13 +109,13 @@ def test_twenty_steps_equal_pefts_and_peft_opens_what_they_leave(school: School,
     torch.testing.assert_close(logits, trained, rtol=0, atol=2e-3)
 
 
-def test_adapters_start_as_pefts(school: School, tmp_path: Path) -> None:
-    """A uniform up to 1 / sqrt(inputs), B zero: the model starts as it was."""
-    trainee, batches = trainee_of(recipe(school, tmp_path / "lora", **LORA))
-    whole, _ = trainee_of(recipe(school, tmp_path / "full"))
-    batch = batches[0]
-    torch.testing.assert_close(trainee(batch), whole(batch))
-    layers = dict(lora_layers(trainee.model.decoder))
+def test_adapters_are_initialized_as_in_peft(assets: Assets, tmp_path: Path) -> None:
+    """A is uniform within 1 / sqrt(input features) and B is zero, so the model starts unchanged."""
+    net, dataset = net_and_dataset(recipe(assets, tmp_path / "lora", **LORA))
+    whole, _ = net_and_dataset(recipe(assets, tmp_path / "full"))
+    batch = dataset[0]
+    torch.testing.assert_close(net(batch), whole(batch))
+    layers = dict(lora_layers(net.model.decoder))
     assert len(layers) == 2 * 5
     for name, layer in layers.items():
         assert set(layer.adapters) == ({"q", "k", "v"} if name.endswith("qkv") else {"all"})
@@ -121,10 +128,10 @@ def test_adapters_start_as_pefts(school: School, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
-def test_adapters_and_projector_alone_learn(school: School, tmp_path: Path, quantize: str) -> None:
-    asked = recipe(school, tmp_path / "run", **LORA, quantize_base=quantize)
-    before, _ = trainee_of(asked)
-    after, _ = trainee_of(asked)
+def test_only_adapters_and_projector_are_trained(assets: Assets, tmp_path: Path, quantize: str) -> None:
+    asked = recipe(assets, tmp_path / "run", **LORA, quantize_base=quantize)
+    before, _ = net_and_dataset(asked)
+    after, _ = net_and_dataset(asked)
     train(asked, device="cpu")
     restore(asked, after)
     first, last = before.state_dict(), after.state_dict()
@@ -132,21 +139,21 @@ def test_adapters_and_projector_alone_learn(school: School, tmp_path: Path, quan
     assert changed == {name for name in first if ".adapters." in name or ".projector." in name}
 
 
-def test_dropout_is_drawn_anew_for_each_micro_batch_and_ends_with_training(school: School, tmp_path: Path) -> None:
-    trainee, batches = trainee_of(recipe(school, tmp_path / "run", **LORA | {"lora_dropout": 0.5}))
-    for _, layer in lora_layers(trainee.model.decoder):
+def test_dropout_differs_between_micro_batches_and_is_off_in_eval_mode(assets: Assets, tmp_path: Path) -> None:
+    net, dataset = net_and_dataset(recipe(assets, tmp_path / "run", **LORA | {"lora_dropout": 0.5}))
+    for _, layer in lora_layers(net.model.decoder):
         for adapter in layer.adapters.values():
             nn.init.normal_(adapter.b, std=0.1)
-    batch = batches[0]
-    one, two = trainee(batch).item(), trainee(batch).item()
+    batch = dataset[0]
+    one, two = net(batch).item(), net(batch).item()
     assert one != two
-    trainee.eval()
-    assert trainee(batch).item() == trainee(batch).item()
+    net.eval()
+    assert net(batch).item() == net(batch).item()
 
 
-def test_dropout_keeps_the_mean(school: School, tmp_path: Path) -> None:
-    trainee, _ = trainee_of(recipe(school, tmp_path / "run", **LORA | {"lora_dropout": 0.25}))
-    layer = next(layer for name, layer in lora_layers(trainee.model.decoder) if name.endswith("mlp.up"))
+def test_dropout_keeps_the_mean(assets: Assets, tmp_path: Path) -> None:
+    net, _ = net_and_dataset(recipe(assets, tmp_path / "run", **LORA | {"lora_dropout": 0.25}))
+    layer = next(layer for name, layer in lora_layers(net.model.decoder) if name.endswith("mlp.up"))
     nn.init.normal_(layer.adapters["all"].b)
     torch.manual_seed(0)
     x = torch.randn(1, 64)
@@ -155,27 +162,27 @@ def test_dropout_keeps_the_mean(school: School, tmp_path: Path) -> None:
         torch.testing.assert_close(mean, layer.eval()(x), rtol=0, atol=0.15)
 
 
-def test_a_head_of_its_own_and_the_table_get_no_adapter(school: School, tmp_path: Path) -> None:
-    model = train(recipe(school, tmp_path / "run", **LORA, max_steps=1), device="cpu")
+def test_head_and_embeddings_get_no_adapter(assets: Assets, tmp_path: Path) -> None:
+    model = train(recipe(assets, tmp_path / "run", **LORA, max_steps=1), device="cpu")
     settings = json.loads((model / "adapter_config.json").read_text())
     assert sorted(settings["target_modules"]) == sorted(tiny.LORA_TARGETS)
-    assert (settings["r"], settings["lora_alpha"], settings["base_model_name_or_path"]) == (4, 8, str(school.llava))
+    assert (settings["r"], settings["lora_alpha"], settings["base_model_name_or_path"]) == (4, 8, str(assets.llava))
 
 
-def test_a_lora_of_grouped_heads_trains_and_opens_on_its_base(school: School, tmp_path: Path) -> None:
-    base = tiny.write_llava(tmp_path / "base", clip=school.clip, num_key_value_heads=2, torch_dtype="float32")
-    opened_as_trained(recipe(school, tmp_path / "run", **LORA, model=str(base)), base)
+def test_a_lora_with_grouped_query_attention_opens_on_its_base(assets: Assets, tmp_path: Path) -> None:
+    base = tiny.write_llava(tmp_path / "base", clip=assets.clip, num_key_value_heads=2, torch_dtype="float32")
+    opened_as_trained(recipe(assets, tmp_path / "run", **LORA, model=str(base)), base)
 
 
 def opened_as_trained(asked: Any, base: Path) -> None:
-    """The export on its base says what the trained model says."""
+    """Checks that the export, opened on its base, has the loss of the trained model."""
     model = train(asked, device="cpu")
-    trainee, batches = trainee_of(asked)
-    restore(asked, trainee)
-    merged, _ = trainee_of(recipe_of_merged(asked, model, base))
-    batch = batches.make(range(6))
-    ours, wanted = merged(batch).item(), trainee.eval()(batch).item()
-    assert ours / len(batch.at) == pytest.approx(wanted / len(batch.at), abs=1e-5)
+    net, dataset = net_and_dataset(asked)
+    restore(asked, net)
+    merged, _ = net_and_dataset(recipe_of_merged(asked, model, base))
+    batch = dataset.build(range(6))
+    ours, wanted = merged(batch).item(), net.eval()(batch).item()
+    assert ours / len(batch.target_positions) == pytest.approx(wanted / len(batch.target_positions), abs=1e-5)
 
 
 def recipe_of_merged(asked: Any, model: Path, base: Path) -> Any:
@@ -183,26 +190,26 @@ def recipe_of_merged(asked: Any, model: Path, base: Path) -> Any:
     return type(asked)(**values)
 
 
-def test_a_lora_of_mpt_trains_and_opens_on_its_base(school: School, tmp_path: Path) -> None:
-    base = tiny.write_mpt(tmp_path / "base", clip=school.clip, torch_dtype="float32")
+def test_a_lora_of_mpt_opens_on_its_base(assets: Assets, tmp_path: Path) -> None:
+    base = tiny.write_mpt(tmp_path / "base", clip=assets.clip, torch_dtype="float32")
     values = LORA | {"model": str(base), "template": "mpt", "start_end": True}
-    opened_as_trained(recipe(school, tmp_path / "run", **values), base)
+    opened_as_trained(recipe(assets, tmp_path / "run", **values), base)
 
 
-def test_a_lora_is_trained_further_from_where_another_ended(school: School, tmp_path: Path) -> None:
-    """Its adapters count as part of the frozen matrices then."""
-    first = train(recipe(school, tmp_path / "one", **LORA), device="cpu")
-    trainee, batches = trainee_of(recipe(school, tmp_path / "two", **LORA, model=str(first), base=str(school.llava)))
-    before, _ = trainee_of(recipe(school, tmp_path / "one", **LORA))
-    batch = batches.make(range(12))
-    assert trainee(batch) < before(batch)
+def test_a_second_lora_can_start_from_the_first(assets: Assets, tmp_path: Path) -> None:
+    """The adapters of the first are merged into the frozen matrices."""
+    first = train(recipe(assets, tmp_path / "one", **LORA), device="cpu")
+    net, dataset = net_and_dataset(recipe(assets, tmp_path / "two", **LORA, model=str(first), base=str(assets.llava)))
+    before, _ = net_and_dataset(recipe(assets, tmp_path / "one", **LORA))
+    batch = dataset.build(range(12))
+    assert net(batch) < before(batch)
 
 
 # ------------------------------------------------------------------------------------------------------ 4 bits
 
 
-def test_levels_are_quantiles_of_a_normal_distribution() -> None:
-    """Eight up from zero and seven down, arXiv:2305.14314, appendix E; the outermost at 0.9677."""
+def test_nf4_levels_are_quantiles_of_a_normal_distribution() -> None:
+    """Eight positive and seven negative levels, the outermost at quantile 0.9677. arXiv:2305.14314, appendix E."""
     normal = torch.distributions.Normal(0.0, 1.0)
     up = normal.icdf(torch.linspace(0.9677083, 0.5, 9, dtype=torch.float64)[:-1])
     down = -normal.icdf(torch.linspace(0.9677083, 0.5, 8, dtype=torch.float64)[:-1])
@@ -212,10 +219,10 @@ def test_levels_are_quantiles_of_a_normal_distribution() -> None:
     )
 
 
-def test_values_that_are_levels_come_back_as_they_were() -> None:
+def test_values_equal_to_levels_are_restored_exactly() -> None:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (48, 96), generator=generator)
-    codes.view(-1, BLOCK)[:, 0] = torch.tensor([0, 15]).repeat(36)  # each block holds its scale
+    codes.view(-1, BLOCK)[:, 0] = torch.tensor([0, 15]).repeat(36)  # so that the scale of each block is exact
     scales = torch.rand(72, 1, generator=generator) + 0.1
     weight = (torch.tensor(LEVELS)[codes].view(-1, BLOCK) * scales).view(48, 96)
     packed = pack(weight)
@@ -224,7 +231,7 @@ def test_values_that_are_levels_come_back_as_they_were() -> None:
     assert torch.equal(torch.stack([packed[0] >> 4, packed[0] & 15], 1).flatten(), codes.flatten().to(torch.uint8))
 
 
-def test_every_value_becomes_the_nearest_level_of_its_block() -> None:
+def test_every_value_is_rounded_to_the_nearest_level_of_its_block() -> None:
     weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 1, 64)[:, None]
     weight[5, :64] = 0
     wide = unpack(*pack(weight), (64, 128), torch.float32)
@@ -232,13 +239,15 @@ def test_every_value_becomes_the_nearest_level_of_its_block() -> None:
     scales = blocks.abs().amax(1, keepdim=True)
     nearest = (blocks[..., None] - torch.tensor(LEVELS) * scales[..., None]).abs().amin(-1)
     torch.testing.assert_close((wide.view(-1, BLOCK) - blocks).abs(), nearest, rtol=0, atol=1e-6)
-    assert bool(((wide.view(-1, BLOCK) - blocks).abs() <= 0.1520 * scales + 1e-6).all())  # half the widest gap
+    assert bool(
+        ((wide.view(-1, BLOCK) - blocks).abs() <= 0.1520 * scales + 1e-6).all()
+    )  # half the largest gap between levels
     assert not wide[5, :64].any()
     assert not wide.isnan().any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_four_bit_matrix_counts_and_leads_back_as_its_wide_weight(dtype: torch.dtype) -> None:
+def test_a_4_bit_matrix_has_the_output_and_gradient_of_its_dequantized_weight(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     layer = NF4Linear(128, 96)
     layer.hold(torch.randn(96, 128))
@@ -251,7 +260,7 @@ def test_a_four_bit_matrix_counts_and_leads_back_as_its_wide_weight(dtype: torch
     assert torch.equal(torch.autograd.grad(y, x, grad)[0], torch.autograd.grad(wanted, x, grad)[0])
 
 
-def test_a_weight_takes_four_and_a_half_bits_and_its_width_is_not_kept() -> None:
+def test_a_weight_takes_4_5_bits_and_no_dequantized_copy_is_saved() -> None:
     layer = NF4Linear(256, 512)
     layer.hold(torch.randn(512, 256))
     n = 256 * 512
@@ -267,33 +276,33 @@ def test_a_weight_takes_four_and_a_half_bits_and_its_width_is_not_kept() -> None
     assert sum(held) <= 4.5 / 8 * n
 
 
-def test_qlora_trains_near_lora_and_opens_on_its_base(school: School, tmp_path: Path) -> None:
+def test_qlora_stays_close_to_lora_and_opens_on_its_base(assets: Assets, tmp_path: Path) -> None:
     values = LORA | {"max_steps": 12, "save_every": 0}
-    wide = recipe(school, tmp_path / "wide", **values)
+    wide = recipe(assets, tmp_path / "wide", **values)
     train(wide, device="cpu")
-    asked = recipe(school, tmp_path / "nf4", **values, quantize_base="nf4", compute="bfloat16")
+    asked = recipe(assets, tmp_path / "nf4", **values, quantize_base="nf4", compute_dtype="bfloat16")
     model = train(asked, device="cpu")
     ours, full = losses(tmp_path / "nf4"), losses(tmp_path / "wide")
     assert ours[-1] < ours[0] - 0.3
     assert ours == pytest.approx(full, abs=0.5)
-    assert ours[0] != pytest.approx(full[0], abs=1e-3)  # 4 bits do count
-    trainee, _ = trainee_of(asked)
-    kinds = {type(layer.base) for _, layer in lora_layers(trainee.model.decoder)}
+    assert ours[0] != pytest.approx(full[0], abs=1e-3)  # quantization has an effect
+    net, _ = net_and_dataset(asked)
+    kinds = {type(layer.base) for _, layer in lora_layers(net.model.decoder)}
     assert kinds == {NF4Linear}
-    opened = open_checkpoint(model, base=school.llava)
-    start = open_checkpoint(school.llava)
+    opened = open_checkpoint(model, base=assets.llava)
+    start = open_checkpoint(assets.llava)
     moved = {n for n, source in opened.sources.items() if not torch.equal(source.read(), start.sources[n].read())}
     assert moved == {n for n in start.sources if n.startswith(("projector", "decoder.blocks")) and "norm" not in n}
 
 
-def test_a_four_bit_base_counts_as_its_rounded_weights(school: School, tmp_path: Path) -> None:
-    """The same losses as LoRA over a model whose matrices were rounded by hand."""
-    asked = recipe(school, tmp_path / "nf4", **LORA, quantize_base="nf4")
-    plain, _ = trainee_of(recipe(school, tmp_path / "wide", **LORA))
-    four, batches = trainee_of(asked)
+def test_a_4_bit_base_equals_its_rounded_weights(assets: Assets, tmp_path: Path) -> None:
+    """Loss and gradients equal those of LoRA on a model with explicitly rounded matrices."""
+    asked = recipe(assets, tmp_path / "nf4", **LORA, quantize_base="nf4")
+    plain, _ = net_and_dataset(recipe(assets, tmp_path / "wide", **LORA))
+    four, dataset = net_and_dataset(asked)
     for (_, wide), (_, narrow) in zip(lora_layers(plain.model.decoder), lora_layers(four.model.decoder), strict=True):
         wide.base.weight.data = narrow.base.wide(torch.float32)
-    batch = batches[0]
+    batch = dataset[0]
     (loss, grads), (wanted, others) = (training.gradients(one, batch) for one in (four, plain))
     torch.testing.assert_close(loss, wanted)
     assert set(grads) == set(others)
@@ -301,14 +310,14 @@ def test_a_four_bit_base_counts_as_its_rounded_weights(school: School, tmp_path:
         torch.testing.assert_close(grad, others[name], msg=name)
 
 
-def test_a_matrix_that_fills_no_blocks_is_refused(school: School, tmp_path: Path) -> None:
+def test_a_matrix_that_does_not_fill_whole_blocks_is_refused(assets: Assets, tmp_path: Path) -> None:
     model = tiny.write_llava(
         tmp_path / "odd",
-        clip=school.clip,
+        clip=assets.clip,
         hidden_size=60,
         num_attention_heads=2,
         num_key_value_heads=2,
         intermediate_size=10,
     )
     with pytest.raises(ConfigError, match="blocks of 64"):
-        train(recipe(school, tmp_path / "run", **LORA, model=str(model), quantize_base="nf4"), device="cpu")
+        train(recipe(assets, tmp_path / "run", **LORA, model=str(model), quantize_base="nf4"), device="cpu")

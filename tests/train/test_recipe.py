@@ -1,5 +1,5 @@
-"""The shipped recipes: each says what its row of the zoo says, runs on data of that row's form, and changes no more
-than it should. Paths in recipes are relative: the tests work in a folder where all that they name lies in small."""
+"""The shipped recipes: each matches its zoo entry, runs on data in the published format, and trains exactly the stated
+parts. Recipes contain relative paths, so the tests run in a folder that holds small versions of those files."""
 
 import json
 import math
@@ -20,14 +20,15 @@ from llava.errors import ConfigError, LlavaError
 from llava.model.llava import Llava
 from llava.train import loop
 from llava.train.plan import make_plan
-from llava.train.recipe import RECIPES, Recipe, names, read_recipe, recipe_from
+from llava.train.recipe import RECIPES, RENAMED, Recipe, read_recipe, recipe_from, recipe_names, to_dict
+from llava.train.run_folder import check_folder
 from tests import datasets, tiny
 from tests.command import run_well
 
-NAMES = names()
-OTHERS = {"custom", "llava-tiny"}  # folders that belong to no row
+NAMES = recipe_names()
+OTHERS = {"custom", "llava-tiny"}  # folders without an entry in the zoo
 
-# ------------------------------------------------------------------------------------------- what the zoo says
+# -------------------------------------------------------------------------------------- compared with the zoo
 
 H = "liuhaotian/"
 ROWS = {
@@ -73,7 +74,7 @@ ROWS = {
         "llava-v0-13b-scienceqa/pretrain"
     ),
 }
-FILES = {  # of a data set's name in the table
+FILES = {  # name of a data set in the zoo -> file
     "LCS-558K": "blip_laion_cc_sbu_558k.json",
     "CC-595K": "chat.json",
     "LLaVA-Instruct-158K": "llava_instruct_150k.json",
@@ -93,7 +94,7 @@ def zoo(shared: Path) -> dict[str, dict[str, Any]]:
 
 
 def pretraining(recipe: Recipe) -> Recipe:
-    """The recipe whose projector this one starts from."""
+    """The recipe that trains the projector this one starts from."""
     assert recipe.projector
     return read_recipe(recipe.projector.removeprefix("runs/").removesuffix("/model"))
 
@@ -105,14 +106,14 @@ def template_of(row: dict[str, Any]) -> str:
     return "llava_v0" if named.startswith("v0 ") else named.split()[0]
 
 
-def test_every_row_of_the_zoo_has_recipes_and_every_folder_a_row(zoo: dict[str, Any]) -> None:
+def test_every_entry_of_the_zoo_has_a_recipe_and_every_folder_an_entry(zoo: dict[str, Any]) -> None:
     assert set(ROWS) == set(zoo)
     of_rows, shipped = ({name.split("/")[0] for name in names} for names in (ROWS.values(), NAMES))
     assert shipped == of_rows | OTHERS
 
 
 @pytest.mark.parametrize("id", ROWS, ids=lambda id: re.split("[/#]", id)[-1])
-def test_a_recipe_says_what_its_row_says(zoo: dict[str, Any], id: str) -> None:
+def test_a_recipe_matches_its_zoo_entry(zoo: dict[str, Any], id: str) -> None:
     row, recipe = zoo[id], read_recipe(ROWS[id])
     assert re.split("[/#]", id)[-1] in " ".join(recipe.about.split())
     assert Path(recipe.model).name == Path(re.sub(r" \((.+)\)", r"-\1", row["trained_from"])).name
@@ -138,19 +139,19 @@ def test_a_recipe_says_what_its_row_says(zoo: dict[str, Any], id: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.split("/")[0] not in OTHERS])
-def test_rates_batches_and_what_learns_are_those_of_the_training_scripts(name: str) -> None:
-    """checkpoints.md §13."""
+def test_hyperparameters_are_those_of_the_training_scripts(name: str) -> None:
+    """The values are those of checkpoints.md §13."""
     recipe, newer = read_recipe(name), "v1.5" in name or "v1.6" in name
     train = set(recipe.train)
     if name.endswith("/pretrain"):
-        assert (recipe.rate, recipe.batch) == ((1e-3, 256) if newer else (2e-3, 128))
+        assert (recipe.lr, recipe.global_batch_size) == ((1e-3, 256) if newer else (2e-3, 128))
         assert train == {"projector", "rows"} if recipe.start_end else {"projector"}
     else:
-        assert recipe.rate == (2e-4 if "v1.5" in name and recipe.lora_rank else 2e-5)
-        assert recipe.projector_rate in (0, 2e-5)
-        assert recipe.batch == (32 if re.match(r"llava-v(0|1\.1)-", name) else 128)
+        assert recipe.lr == (2e-4 if "v1.5" in name and recipe.lora_rank else 2e-5)
+        assert recipe.projector_lr in (0, 2e-5)
+        assert recipe.global_batch_size == (32 if re.match(r"llava-v(0|1\.1)-", name) else 128)
         assert train - {"vision"} == ({"decoder"} if "lightning-7b" in name else {"projector", "decoder"})
-        assert recipe.vision_rate == (2e-6 if "v1.6" in name else 0)
+        assert recipe.vision_lr == (2e-6 if "v1.6" in name else 0)
         assert ("vision" in train) == ("v1.6" in name)
         assert recipe.order == ("by_modality_length" if newer else "shuffled")
     early = ("llava-v0", "llava-v1.1", "llava-lightning")
@@ -160,17 +161,19 @@ def test_rates_batches_and_what_learns_are_those_of_the_training_scripts(name: s
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_batch_is_dealt_evenly_to_one_two_four_or_eight_gpus(name: str) -> None:
+def test_a_batch_divides_evenly_among_one_two_four_or_eight_gpus(name: str) -> None:
     recipe = read_recipe(name)
-    assert recipe.batch // recipe.micro_batch % 8 == 0 or name.startswith("llava-tiny/")  # which is for one GPU
-    assert name.startswith("custom/") or recipe.out == f"runs/{name}"
+    assert recipe.global_batch_size // recipe.micro_batch_size % 8 == 0 or name.startswith(
+        "llava-tiny/"
+    )  # made for one GPU
+    assert name.startswith("custom/") or recipe.output_dir == f"runs/{name}"
     assert recipe.about
 
 
 @pytest.mark.parametrize("folder", ["llava-v1.5", "llava-v1.5-13b"])
-def test_qlora_is_lora_on_four_bits(folder: str) -> None:
+def test_qlora_is_lora_on_a_4_bit_base(folder: str) -> None:
     lora, qlora = (read_recipe(f"{folder}/finetune-{kind}") for kind in ("lora", "qlora"))
-    assert qlora == replace(lora, quantize_base="nf4", about=qlora.about, out=qlora.out)
+    assert qlora == replace(lora, quantize_base="nf4", about=qlora.about, output_dir=qlora.output_dir)
 
 
 # ---------------------------------------------------------------------------------------------------- three steps
@@ -178,11 +181,11 @@ def test_qlora_is_lora_on_four_bits(folder: str) -> None:
 
 @dataclass(frozen=True)
 class Trained:
-    """A recipe that was run."""
+    """A recipe after its run."""
 
     recipe: Recipe
-    before: dict[str, Tensor]  # the model's parameters and buffers when it was filled
-    after: dict[str, Tensor]  # and when it was exported
+    before: dict[str, Tensor]  # parameters and buffers at the start
+    after: dict[str, Tensor]  # at the export
     folder: Path
     rows: tuple[int, ...]  # ids of <im_start> and <im_end>
 
@@ -190,12 +193,12 @@ class Trained:
         return {name for name, value in self.before.items() if not torch.equal(value, self.after[name])}
 
 
-SMALL = ("batch=4", "micro_batch=2", "max_steps=3", "save_every=0", "pad_to=32", "workers=0")
-SMALL += ("compute=float32", "compile=false")
+SMALL = ("global_batch_size=4", "micro_batch_size=2", "max_steps=3", "save_every=0", "pad_to=32", "num_workers=0")
+SMALL += ("compute_dtype=float32", "compile=false")
 
 
-class Ground:
-    """The working folder: language models, a tower, data, and what was trained in it so far."""
+class Workspace:
+    """The working folder: language models, a tower, data, and the runs so far."""
 
     def __init__(self, folder: Path, clip: Path, merged: Path):
         self.clip, self.merged = clip, merged
@@ -205,7 +208,7 @@ class Ground:
         self.done: dict[str, Trained] = {}
 
     def changes(self, name: str) -> list[str]:
-        """What makes a recipe small."""
+        """Changes that make a recipe fast to run."""
         recipe = read_recipe(name)
         if recipe.vision_tower is None:
             return [*SMALL, f"model={self.merged}"]
@@ -215,7 +218,7 @@ class Ground:
         return [*SMALL, *tiles, f"model={model}", f"vision_tower={self.clip}"]
 
     def trained(self, name: str) -> Trained:
-        """Runs a recipe once, and before it the one whose projector it starts from."""
+        """Runs a recipe once, after the recipe that trains its projector."""
         if name not in self.done:
             recipe = read_recipe(name, self.changes(name))
             if recipe.projector:
@@ -250,15 +253,15 @@ def state(model: Llava) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def ground(clip: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
-    folder = tmp_path_factory.mktemp("ground")
+def workspace(clip: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
+    folder = tmp_path_factory.mktemp("workspace")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        yield Ground(folder, clip, checkpoint)
+        yield Workspace(folder, clip, checkpoint)
 
 
-def meant(run: Trained) -> set[str]:
-    """Names of all that the recipe says learns, the two tokens' rows left out."""
+def stated_parameters(run: Trained) -> set[str]:
+    """The names of all parameters that the recipe trains, except the two rows of the embedding table."""
     parts = set(run.recipe.train) - {"rows"}
     found = {name for name in run.before if name.split(".")[0] in parts}
     if run.recipe.lora_rank:
@@ -267,11 +270,11 @@ def meant(run: Trained) -> set[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_three_steps_change_what_the_recipe_says_and_no_more(ground: Ground, name: str) -> None:
-    run = ground.trained(name)
+def test_three_steps_change_exactly_the_stated_parts(workspace: Workspace, name: str) -> None:
+    run = workspace.trained(name)
     changed, rows = run.changed(), "rows" in run.recipe.train
     embeddings = {"decoder.embed.weight", "decoder.head.weight"} & changed if rows else set()
-    assert changed - embeddings == meant(run)
+    assert changed - embeddings == stated_parameters(run)
     if rows:
         before, after = (tensors["decoder.embed.weight"] for tensors in (run.before, run.after))
         assert tuple((before != after).any(1).nonzero()[:, 0].tolist()) == run.rows
@@ -279,14 +282,14 @@ def test_three_steps_change_what_the_recipe_says_and_no_more(ground: Ground, nam
     if run.recipe.quantize_base == "nf4":
         assert any(name.endswith("codes") for name in run.before)
     assert all(torch.isfinite(value).all() for value in run.after.values() if value.is_floating_point())
-    logged = [json.loads(line) for line in Path(run.recipe.out, "log.jsonl").read_text().splitlines()]
+    logged = [json.loads(line) for line in Path(run.recipe.output_dir, "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in logged] == [1, 2, 3]
     assert not any(row["skipped"] for row in logged)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_left_opens_as_the_zoos_own_kind(ground: Ground, name: str) -> None:
-    run = ground.trained(name)
+def test_the_export_opens_in_the_format_of_the_zoo(workspace: Workspace, name: str) -> None:
+    run = workspace.trained(name)
     recipe = run.recipe
     kind = "projector" if name.endswith("pretrain") else "lora" if "lora" in name else "merged"
     base = None if kind == "merged" else recipe.model
@@ -298,15 +301,15 @@ def test_what_is_left_opens_as_the_zoos_own_kind(ground: Ground, name: str) -> N
     assert config.image.aspect == recipe.aspect
     assert config.template == recipe.template
     loaded, expected = assistant.model.state_dict(), merged(run)
-    assert set(expected) == {name for name in loaded if recipe.quantize_base == "none" or not four_bits(run, name)}
-    rounded = kind == "merged" or "rows" in recipe.train  # written into 16 bits; MPT's are bfloat16
+    assert set(expected) == {name for name in loaded if recipe.quantize_base == "none" or not is_4_bit(run, name)}
+    rounded = kind == "merged" or "rows" in recipe.train  # exported in 16 bits; MPT in bfloat16
     close = {"rtol": 4e-3, "atol": 1e-5} if rounded else {"rtol": 0.0, "atol": 2e-6}
     for name, tensor in expected.items():
         torch.testing.assert_close(loaded[name].float(), tensor, **close, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def merged(run: Trained) -> dict[str, Tensor]:
-    """What was trained, with its adapters added; without matrices that were of 4 bits."""
+    """The trained weights with the adapters merged, without 4-bit matrices."""
     found = {name.replace(".base.weight", ".weight"): value for name, value in run.after.items()}
     found = {name: value for name, value in found.items() if ".adapters." not in name and ".base." not in name}
     scale = run.recipe.lora_alpha / max(run.recipe.lora_rank, 1)
@@ -317,29 +320,33 @@ def merged(run: Trained) -> dict[str, Tensor]:
 
 
 def adapters_of(run: Trained, weight: str) -> list[str]:
-    """Names of A, B, A, B, … beside a weight, in the order in which its parts are stacked."""
+    """The names of the tensors A, B, A, B, … of a weight, in the order of its stacked parts."""
     return [name for name in run.after if name.startswith(weight.removesuffix("weight") + "adapters.")]
 
 
-def four_bits(run: Trained, weight: str) -> bool:
+def is_4_bit(run: Trained, weight: str) -> bool:
     return weight.removesuffix("weight") + "base.codes" in run.after
 
 
-def test_the_matrices_under_adapters_are_the_bases_own_bit_by_bit(ground: Ground) -> None:
-    run = ground.trained("llava-v1.5/finetune-lora")
+def test_the_matrices_under_adapters_equal_the_base_bit_for_bit(workspace: Workspace) -> None:
+    run = workspace.trained("llava-v1.5/finetune-lora")
     frozen = {name for name in run.before if name.startswith("decoder.") and ".adapters." not in name}
-    base = dict(open_checkpoint(ground.llama).tensors())
+    base = dict(open_checkpoint(workspace.llama).tensors())
     assert len(frozen) == len(base)
     for name in frozen:
         assert torch.equal(run.after[name], base[name.replace(".base.", ".")].float()), name
 
 
-def test_the_command_does_the_same(ground: Ground) -> None:
-    run = ground.trained("llava-v1.5/finetune-lora")
-    changes = [word for change in ground.changes("llava-v1.5/finetune-lora") for word in ("--set", change)]
-    done = run_well("train", "llava-v1.5/finetune-lora", *changes, "--set", "out=runs/command", "--device", "cpu")
+def test_the_command_gives_the_same_result(workspace: Workspace) -> None:
+    run = workspace.trained("llava-v1.5/finetune-lora")
+    changes = [word for change in workspace.changes("llava-v1.5/finetune-lora") for word in ("--set", change)]
+    done = run_well(
+        "train", "llava-v1.5/finetune-lora", *changes, "--set", "output_dir=runs/command", "--device", "cpu"
+    )
     assert "runs/command/model" in done.stdout
-    both = [dict(open_checkpoint(folder, base=ground.llama).tensors()) for folder in (run.folder, "runs/command/model")]
+    both = [
+        dict(open_checkpoint(folder, base=workspace.llama).tensors()) for folder in (run.folder, "runs/command/model")
+    ]
     assert both[0].keys() == both[1].keys()
     for name, tensor in both[0].items():
         torch.testing.assert_close(both[1][name], tensor)
@@ -351,52 +358,56 @@ DIM, MLP = 64, 172  # of tiny.llama_config
 LLAMA = 2 * tiny.PIECES * DIM + DIM + 2 * (4 * DIM**2 + 3 * DIM * MLP + 2 * DIM)
 PROJECTOR = 2 * (DIM**2 + DIM)
 CLIP_BLOCK = 4 * (DIM**2 + DIM) + 2 * DIM * tiny.CLIP_MLP + tiny.CLIP_MLP + DIM + 4 * DIM
-CLIP = DIM + DIM * 3 * tiny.PATCH**2 + (tiny.N_PATCHES + 1) * DIM + 2 * DIM + 2 * CLIP_BLOCK  # without its last block
+CLIP = DIM + DIM * 3 * tiny.PATCH**2 + (tiny.N_PATCHES + 1) * DIM + 2 * DIM + 2 * CLIP_BLOCK  # without the last block
 
 
-def planned(ground: Ground, name: str, *more: str) -> Any:
-    recipe = read_recipe(name, [*ground.changes(name), *more])
+def planned(workspace: Workspace, name: str, *more: str) -> Any:
+    recipe = read_recipe(name, [*workspace.changes(name), *more])
     for file in recipe.data:
         datasets.write(file, str(recipe.images))
     return make_plan(recipe)
 
 
-def test_a_plan_counts_what_learns_and_what_does_not(ground: Ground) -> None:
-    ground.trained("llava-v1.5/pretrain")
-    plan = planned(ground, "llava-v1.5/pretrain")
-    assert (plan.layout, plan.trained) == ("projector", {"projector": PROJECTOR})
+def test_a_plan_counts_trained_and_frozen_parameters(workspace: Workspace) -> None:
+    workspace.trained("llava-v1.5/pretrain")
+    plan = planned(workspace, "llava-v1.5/pretrain")
+    assert (plan.format, plan.trained) == ("projector", {"projector": PROJECTOR})
     assert plan.frozen == {"vision": CLIP, "decoder": LLAMA}
-    plan = planned(ground, "llava-v1.5/finetune")
-    assert (plan.layout, plan.trained) == ("merged", {"projector": PROJECTOR, "decoder": LLAMA})
-    plan = planned(ground, "llava-v1.5/finetune-lora", "lora_rank=8")
+    plan = planned(workspace, "llava-v1.5/finetune")
+    assert (plan.format, plan.trained) == ("llava", {"projector": PROJECTOR, "decoder": LLAMA})
+    plan = planned(workspace, "llava-v1.5/finetune-lora", "lora_rank=8")
     adapters = 2 * 8 * (4 * 2 * DIM + 3 * (DIM + MLP))
-    assert (plan.layout, plan.trained) == ("lora", {"projector": PROJECTOR, "adapters": adapters})
+    assert (plan.format, plan.trained) == ("lora", {"projector": PROJECTOR, "adapters": adapters})
     assert plan.frozen == {"vision": CLIP, "decoder": LLAMA}
 
 
-def test_a_plan_counts_samples_steps_and_bytes(ground: Ground) -> None:
-    plan = planned(ground, "llava-v1.5/pretrain", "max_steps=0", "epochs=3", "batch=6")
-    assert (plan.samples, plan.broken, plan.batch) == (datasets.N, 0, 6)
+def test_a_plan_counts_samples_steps_and_bytes(workspace: Workspace) -> None:
+    plan = planned(workspace, "llava-v1.5/pretrain", "max_steps=0", "epochs=3", "global_batch_size=6")
+    assert (plan.samples, plan.broken, plan.global_batch_size) == (datasets.N, 0, 6)
     assert (plan.steps_per_epoch, plan.steps) == (math.ceil(datasets.N / 6), 3 * math.ceil(datasets.N / 6))
     assert plan.memory_bytes["weights"] == 4 * (PROJECTOR + LLAMA + CLIP)
     assert plan.memory_bytes["gradients"] == 4 * PROJECTOR
     assert plan.memory_bytes["optimizer"] == 8 * PROJECTOR
-    assert tiny.N_PATCHES < plan.learnt_per_sample + tiny.N_PATCHES < plan.tokens_per_sample < tiny.N_PATCHES + 60
+    assert (
+        tiny.N_PATCHES < plan.target_tokens_per_sample + tiny.N_PATCHES < plan.tokens_per_sample < tiny.N_PATCHES + 60
+    )
     assert plan.tokens == round(plan.tokens_per_sample * 6 * plan.steps)
 
 
 def command(*words: str) -> int:
-    """`llava train WORDS` in this process: its exit code."""
+    """Runs `llava train WORDS` in this process and returns its exit code."""
     with pytest.raises(SystemExit) as done:
         main(["train", *words])
     return int(done.value.code or 0)
 
 
-def test_the_command_prints_the_plan_and_starts_nothing(ground: Ground, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_the_plan_and_starts_nothing(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
     name = "llava-v1.5/pretrain"
-    planned(ground, name)
-    changes = [word for change in ground.changes(name) for word in ("--set", change)]
-    assert command(name, *changes, "--set", "out=runs/nothing", "--plan") == 0
+    planned(workspace, name)
+    changes = [word for change in workspace.changes(name) for word in ("--set", change)]
+    assert command(name, *changes, "--set", "output_dir=runs/nothing", "--plan") == 0
     shown = capsys.readouterr().out
     assert re.search(rf"^trained +{PROJECTOR:,} parameters: projector {PROJECTOR:,}$", shown, re.MULTILINE)
     assert not Path("runs/nothing").exists()
@@ -435,39 +446,60 @@ def test_the_command_refuses_in_one_line(
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ("batc=3", "nearest is 'batch'"),
+        ("global_batch_siz=3", "nearest is 'global_batch_size'"),
         ("vision_tour=x", "nearest is 'vision_tower'"),
-        ("batch=many", "batch is 'many'; expected int"),
-        ("batch=1.5", "batch is 1.5; expected int"),
-        ("batch=true", "batch is True; expected int"),
-        ("batch=100", "batch is 100; expected a multiple of micro_batch"),
-        ("rate=high", "rate is 'high'; expected float"),
+        ("global_batch_size=many", "global_batch_size is 'many'; expected int"),
+        ("global_batch_size=1.5", "global_batch_size is 1.5; expected int"),
+        ("global_batch_size=true", "global_batch_size is True; expected int"),
+        ("global_batch_size=100", "global_batch_size is 100; expected a multiple of micro_batch_size"),
+        ("lr=high", "lr is 'high'; expected float"),
         ("start_end=1", "start_end is 1; expected bool"),
         ("train=projectors", "expected one of 'projector'"),
         ("betas=[0.9]", "expected 2 values"),
-        ("data=[]", "data is (); expected one file at least"),
+        ("data=[]", "data is (); expected at least one file"),
         ("template=vicuna", "vicuna_v1"),
         ("aspect=anyres", "pinpoints"),
         ("model=3", "model is 3; expected str"),
     ],
 )
-def test_a_wrong_value_is_refused_with_what_was_expected(change: str, says: str) -> None:
+def test_a_wrong_value_is_refused_with_the_expected_one(change: str, says: str) -> None:
     with pytest.raises(LlavaError, match=re.escape(says)) as raised:
         read_recipe("llava-v1.5/finetune", [change])
     assert "\n" not in str(raised.value)
 
 
-def test_values_are_read_as_toml_and_bare_words_are_text() -> None:
+def test_values_are_parsed_as_toml_and_bare_words_as_strings() -> None:
     recipe = read_recipe(
         "llava-v1.5/finetune",
-        ["rate=3e-5", "epochs=2", "data=my.json", "model=a/b=c", "start_end=true", " batch =64"],
+        ["lr=3e-5", "epochs=2", "data=my.json", "model=a/b=c", "start_end=true", " global_batch_size =64"],
     )
-    assert (recipe.rate, recipe.epochs, recipe.data) == (3e-5, 2.0, ("my.json",))
-    assert (recipe.model, recipe.start_end, recipe.batch) == ("a/b=c", True, 64)
+    assert (recipe.lr, recipe.epochs, recipe.data) == (3e-5, 2.0, ("my.json",))
+    assert (recipe.model, recipe.start_end, recipe.global_batch_size) == ("a/b=c", True, 64)
     assert read_recipe("llava-v1.5/finetune", ["data=['a.json', 'b.json']"]).data == ("a.json", "b.json")
 
 
-def test_a_file_of_ones_own_is_a_recipe(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_old_key_is_refused_with_its_new_name(tmp_path: Path, old: str, new: str) -> None:
+    """In a file, with --set, and in the folder of an old run."""
+    message = f"`{old}` is now called `{new}`"
+    text = (RECIPES / "custom" / "finetune-lora.toml").read_text()
+    file, saved = tmp_path / "mine.toml", tmp_path / "recipe.json"
+    file.write_text(f"{old} = 1\n{text}")
+    saved.write_text(json.dumps({old: 1}))
+    recipe = read_recipe("custom/finetune-lora", [f"output_dir={tmp_path}"])
+    for call in (
+        lambda: read_recipe(str(file)),
+        lambda: read_recipe("custom/finetune-lora", [f"{old}=1"]),
+        lambda: check_folder(tmp_path, recipe),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)) as raised:
+            call()
+        assert "\n" not in str(raised.value)
+    assert new in to_dict(recipe)
+    assert old not in to_dict(recipe)
+
+
+def test_a_toml_file_is_a_recipe(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text((RECIPES / "custom" / "finetune-lora.toml").read_text())
     assert read_recipe(str(file)) == read_recipe("custom/finetune-lora")
@@ -475,7 +507,7 @@ def test_a_file_of_ones_own_is_a_recipe(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="data is missing"):
         read_recipe(str(file))
     file.write_text("model = a")
-    with pytest.raises(ConfigError, match="is no TOML"):
+    with pytest.raises(ConfigError, match="not valid TOML"):
         read_recipe(str(file))
-    with pytest.raises(ConfigError, match="nearest is 'projector_rate'"):
-        recipe_from({"model": "a", "data": "b", "projector_rat": 1}, "here")
+    with pytest.raises(ConfigError, match="nearest is 'projector_lr'"):
+        recipe_from({"model": "a", "data": "b", "projector_lrr": 1}, "here")

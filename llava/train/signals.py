@@ -1,0 +1,132 @@
+"""How a run stops early: on a signal, when a worker process dies, or when GPU memory runs out."""
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import TypeVar
+
+import torch
+
+from llava.errors import LlavaError
+
+T = TypeVar("T")
+
+_SIGCHLD: int | None = getattr(signal, "SIGCHLD", None)  # Windows has none
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_WORKER_DIED = (
+    "a data loading process was killed, often because memory (or /dev/shm) ran out; if so, set a smaller num_workers"
+)
+
+
+@contextmanager
+def interrupt_on_sigterm() -> Iterator[None]:
+    """Makes SIGTERM, which schedulers send to end a job, raise KeyboardInterrupt as Ctrl-C does."""
+    if not _in_main_thread():
+        yield
+        return
+    with _handlers_restored(*_STOP_SIGNALS, *_child_signals()):
+        for number in _STOP_SIGNALS:
+            signal.signal(number, _interrupt)
+        yield
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    # the workers receive the signal too and exit; torch's SIGCHLD handler must not raise on top of the interrupt
+    for child_signal in _child_signals():
+        signal.signal(child_signal, _ignore)
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def defer_signals() -> Iterator[None]:
+    """Holds back SIGINT and SIGTERM inside the block and raises the first of them when it ends."""
+    if not _in_main_thread():
+        yield
+        return
+    received: list[int] = []
+    with _handlers_restored(*_STOP_SIGNALS):
+        for number in _STOP_SIGNALS:
+            signal.signal(number, lambda number, frame: received.append(number))
+        yield
+    for signal_number in received[:1]:
+        signal.raise_signal(signal_number)
+
+
+def init_worker(worker_id: int) -> None:
+    """`worker_init_fn` of the DataLoader: leaves Ctrl-C to the parent, and exits quietly if the parent is gone.
+
+    Otherwise the thread that passes tensors to the parent prints a traceback when the parent exits during a transfer.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _report_unless_parent_exited
+
+
+def _report_unless_parent_exited(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not isinstance(error, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
+
+
+def iterate_loader(loader: Iterator[T]) -> Iterator[T]:
+    """Iterates over a DataLoader so that a dead worker raises LlavaError only while a batch is awaited.
+
+    torch raises in its SIGCHLD handler, which can interrupt the run anywhere, even while it is shutting down.
+    """
+    if not _in_main_thread() or _SIGCHLD is None:
+        yield from loader
+        return
+    raise_if_worker_died = signal.getsignal(_SIGCHLD)
+    while True:
+        signal.signal(_SIGCHLD, raise_if_worker_died)
+        try:
+            if callable(raise_if_worker_died):
+                raise_if_worker_died(_SIGCHLD, None)
+            batch = next(loader, None)
+        except (ConnectionError, EOFError):  # the worker died while sending a tensor
+            raise LlavaError(_WORKER_DIED) from None
+        finally:
+            signal.signal(_SIGCHLD, _ignore)
+        if batch is None:
+            return
+        yield batch
+
+
+@contextmanager
+def explain_failures() -> Iterator[None]:
+    """Turns a CUDA out-of-memory error or a killed worker into a one-line LlavaError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise LlavaError(
+            f"out of GPU memory ({str(error).split('. ')[0]:.100}); lower micro_batch_size or max_length, "
+            "or set gradient_checkpointing=true; llava train --plan shows what uses memory"
+        ) from None
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise LlavaError(_WORKER_DIED) from None
+
+
+def _in_main_thread() -> bool:
+    """Python allows signal handlers only there."""
+    return threading.current_thread() is threading.main_thread()
+
+
+def _child_signals() -> tuple[int, ...]:
+    return () if _SIGCHLD is None else (_SIGCHLD,)
+
+
+@contextmanager
+def _handlers_restored(*numbers: int) -> Iterator[None]:
+    previous = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    pass

@@ -1,0 +1,60 @@
+"""Every kind of fault is found and repaired."""
+
+import random
+
+import pytest
+
+from llava.data.repair import find_faults, repair
+from llava.data.samples import Sample
+from llava.preprocess.conversation import Turn
+
+
+def sample(*turns: tuple[str, str], images: tuple[str, ...] = ()) -> Sample:
+    roles = {"h": "user", "g": "assistant"}
+    return Sample("x", tuple(Turn(roles[role], text) for role, text in turns), images)  # type: ignore[arg-type]
+
+
+ONE, TWO = ("a.jpg",), ("a.jpg", "b.jpg")
+
+
+Q, A = ("h", "<image>\nq"), ("g", "a")
+
+
+REPAIRED: list[tuple[Sample, set[str], Sample | None]] = [
+    (sample(Q, A, images=ONE), set(), sample(Q, A, images=ONE)),
+    (sample(("h", "q"), A), set(), sample(("h", "q"), A)),
+    (sample(("h", "<image>"), A, images=ONE), set(), sample(("h", "<image>"), A, images=ONE)),
+    (sample(Q, A, ("h", "<image> too"), A, images=TWO), set(), sample(Q, A, ("h", "<image> too"), A, images=TWO)),
+    (sample(("g", "hi"), Q, A, images=ONE), {"leading_answer"}, sample(Q, A, images=ONE)),
+    (sample(Q, A, ("h", "r"), images=ONE), {"trailing_question"}, sample(Q, A, images=ONE)),
+    (sample(Q, ("h", "r"), A, images=ONE), {"same_side_twice"}, sample(("h", "<image>\nq\nr"), A, images=ONE)),
+    (sample(("h", "q"), A, ("g", "b")), {"same_side_twice"}, sample(("h", "q"), ("g", "a\nb"))),
+    (sample(Q, ("g", " \n"), ("h", "r"), A, images=ONE), {"empty_turn"}, sample(("h", "<image>\nr"), A, images=ONE)),
+    (sample(("h", ""), A, ("h", "r"), A), {"empty_turn"}, sample(("h", "r"), A)),
+    (sample(("h", "q"), A, images=ONE), {"missing_mark"}, sample(Q, A, images=ONE)),
+    (sample(Q, A, images=TWO), {"missing_mark"}, sample(("h", "<image>\n<image>\nq"), A, images=TWO)),
+    (sample(("h", "<image>q<image>"), A, images=ONE), {"surplus_mark"}, sample(Q, A, images=ONE)),
+    (sample(Q, A), {"surplus_mark"}, sample(("h", "q"), A)),
+    (sample(("h", "q"), A, ("h", "r <image>"), A, images=ONE), {"late_mark"}, sample(Q, A, ("h", "r"), A, images=ONE)),
+    (sample(("h", "q"), ("g", "a <image>"), images=ONE), {"late_mark"}, sample(Q, A, images=ONE)),
+    (sample(Q, A, ("h", "<image>"), A, images=ONE), {"surplus_mark", "late_mark"}, sample(Q, A, images=ONE)),
+    (sample(Q, images=ONE), {"trailing_question", "nothing_to_learn"}, None),
+    (sample(A), {"leading_answer"}, None),
+    (sample(("h", "q"), ("g", "")), {"empty_turn", "nothing_to_learn"}, None),
+]
+
+
+@pytest.mark.parametrize(("broken", "kinds", "repaired"), REPAIRED)
+def test_each_fault_is_found_and_repaired_by_its_rule(broken: Sample, kinds: set[str], repaired: Sample | None) -> None:
+    assert {fault.kind for fault in find_faults(broken)} == kinds
+    assert repair(broken) == repaired
+    assert repaired is None or not find_faults(repaired)
+
+
+def test_a_repaired_sample_never_has_a_fault() -> None:
+    rng = random.Random(0)
+    texts = ["", " ", "q", "<image>", "<image>\nq", "a <image> b <image>"]
+    for _ in range(3000):
+        turns = [(rng.choice("hg"), rng.choice(texts)) for _ in range(rng.randint(1, 7))]
+        repaired = repair(sample(*turns, images=("a.jpg",) * rng.randint(0, 3)))
+        assert repaired is None or (repaired.turns and not find_faults(repaired) and len(repaired.turns) % 2 == 0)
