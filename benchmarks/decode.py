@@ -17,9 +17,11 @@ import typer
 from bench import OURS, PEER, Place
 
 from llava.engine import step
-from llava.engine.engine import Answer, Engine
-from llava.engine.sampling import Sampling
-from llava.model.cache import KVCache
+from llava.engine.engine import Engine
+from llava.engine.sampling import SamplingParams
+from llava.engine.sequence import Sequence as Generated
+from llava.model.attention import CacheContext
+from llava.model.kv_cache import KVCache
 from llava.preprocess.inputs import ModelInput
 
 
@@ -37,15 +39,15 @@ class Words:
         return None
 
 
-def answered(engine: Engine, ids: torch.Tensor, n: int) -> Answer:
+def answered(engine: Engine, ids: torch.Tensor, n: int) -> Generated:
     """Ours: a prompt and n + 1 tokens, the first of which belongs to the prefill."""
-    options = Sampling(max_new_tokens=n + 1)
+    params = SamplingParams(max_new_tokens=n + 1)
     input = ModelInput(prompt="", token_ids=ids.tolist(), ids=ids, labels=ids)
-    answer = engine.start(input, options)
-    for _ in engine.run([answer], options):
+    sequence = engine.start(input, params)
+    for _ in engine.run([sequence], params):
         pass
-    assert answer.n_written == n + 1
-    return answer
+    assert sequence.n_generated == n + 1
+    return sequence
 
 
 @torch.inference_mode()
@@ -64,8 +66,11 @@ def peer_answered(model: Any, ids: torch.Tensor, n: int) -> tuple[float, list[in
 @torch.inference_mode()
 def logits(model: Any, ids: torch.Tensor, place: Place) -> torch.Tensor:
     """Ours behind the prompt."""
-    cache = KVCache(model.config.decoder, 1, len(ids), dtype=place.dtype, device=place.device)
-    return step.prefill(model, model.embed(ids)[None], torch.tensor([len(ids)], device=place.device), cache)
+    n = len(ids)
+    cache = KVCache(model.config.decoder, 1, n, dtype=place.dtype, device=place.device)
+    positions, last = torch.arange(n, device=place.device), torch.tensor([[n - 1]], device=place.device)
+    context = CacheContext(positions=positions, seq_len=n, last=last, cache=cache, window=n)
+    return step.prefill(model, model.embed(ids)[None], context)
 
 
 def decode(
@@ -96,7 +101,7 @@ def decode(
     here = ids.to(place.device)
     with torch.inference_mode():
         error = bench.agree(logits(model, here, place), theirs(here[None], logits_to_keep=1).logits[:, -1], place)
-    same = same_tokens(answered(engine, ids, n).text.ids, peer_answered(theirs, here, n)[1])
+    same = same_tokens(answered(engine, ids, n).detokenizer.ids, peer_answered(theirs, here, n)[1])
     print(f"first {same} of {n + 1} tokens are the same")
 
     def ours() -> float:

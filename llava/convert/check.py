@@ -74,7 +74,7 @@ def logits(checkpoint: Checkpoint, n_ids: int, nudge: float = 0.0) -> Tensor:
         (picture,) = model.encode_images(pixels, [1], [None])
         x = torch.cat([picture[:_PICTURE_PLACES], x])
     x[:, ::2] *= 1 + nudge
-    hidden = model.decoder(x[None], torch.arange(len(x)))[0]
+    hidden = model.decoder(x[None])[0]
     # the head in pieces: of a wide model with a large vocabulary it would take 2 GB
     head = checkpoint.sources["decoder.embed.weight" if checkpoint.config.decoder.tied else "decoder.head.weight"]
     return torch.cat([hidden @ piece.to(head.dtype).float().T for piece in head.pieces()], dim=-1)

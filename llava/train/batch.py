@@ -21,7 +21,7 @@ from llava.checkpoint.open import Checkpoint
 from llava.config import IGNORE, IMAGE, TileGrid
 from llava.data.samples import Samples
 from llava.errors import DataError, ImageError, PromptError
-from llava.model.segments import Segments
+from llava.model.attention import Segments
 from llava.preprocess.image import Picture
 from llava.preprocess.inputs import ModelInput, Preprocessor
 from llava.train.recipe import Recipe
@@ -50,7 +50,9 @@ class Batch:
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        segments = self.segments and self.segments._replace(bounds=self.segments.bounds.to(device, non_blocking=True))
+        segments = self.segments and self.segments._replace(
+            cu_seqlens=self.segments.cu_seqlens.to(device, non_blocking=True)
+        )
         return replace(self, **moved, segments=segments)
 
     def pin_memory(self) -> "Batch":
@@ -105,8 +107,8 @@ def _packed(lengths: Sequence[int], pad_to: int, slots: int, limit: int) -> tupl
     """
     filled = -sum(lengths) % pad_to
     spread = [*lengths, *[0] * (slots - len(lengths)), filled]
-    bounds = torch.tensor([0, *spread], dtype=torch.int64).cumsum(0).to(torch.int32)
-    return Segments(bounds, tuple(spread), max(limit, filled)), filled
+    cu_seqlens = torch.tensor([0, *spread], dtype=torch.int64).cumsum(0).to(torch.int32)
+    return Segments(cu_seqlens, tuple(spread), max(limit, filled)), filled
 
 
 class Place(NamedTuple):

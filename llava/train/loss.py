@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from llava.model.attention import AttentionContext, CausalContext, VarlenContext
 from llava.model.decoder import Decoder
 from llava.model.llava import Llava
 from llava.train.batch import Batch
@@ -31,47 +32,43 @@ class Trainee(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """The sum over all learnt tokens of -log p, float32."""
-        x = self.embed(batch)
-        mask = batch.segments
-        pos = batch.pos if mask else batch.pos[0]
-        x = self.model.decoder(x, pos, mask=mask, length=batch.longest)
+        x = self.model.decoder(self.embed(batch), context_of(batch))
         learnt = x.flatten(0, 1)[batch.at]
         # a rank whose batch holds nothing to learn still takes part: its gradients are zeros, not absent
         loss = cross_entropy(self.model.decoder, learnt, batch.to, head_learns=not len(self.rows))
         return loss + 0 * x[0, 0].float().sum()
 
     def embed(self, batch: Batch) -> Tensor:
-        """ids and pixels -> [B, S, D]"""
+        """Embeddings of a batch [B, S, D], image features included.
+
+        All ranks run tower and projector in every micro-batch: a rank that skipped them would block the others.
+        """
         x = self.model.decoder.lookup(batch.ids)
         if len(self.rows):
             x = torch.where(torch.isin(batch.ids, self.rows)[..., None], x, x.detach())
         if self.model.vision is None:
             return x
-        places = self.pictures(batch).to(x.dtype)
         if batch.pixels is None:
-            return x + 0 * places.sum()
-        return x.flatten(0, 1).index_copy(0, batch.pictures, places).view_as(x)
+            return x + self._zero_of_image_weights(x)
+        images = self.model.encode_images(batch.pixels, batch.views, batch.grids, vision_grad=self.tower_learns)
+        return self.model.insert_images(x, batch.pictures, images)
 
-    def pictures(self, batch: Batch) -> Tensor:
-        """What stands for the batch's pictures, [places, D]; without any, that of an empty one.
-
-        All ranks run tower and projector in every micro-batch: one that left them out would leave the others waiting.
-        """
-        assert self.model.vision is not None
-        assert self.model.projector is not None
+    def _zero_of_image_weights(self, x: Tensor) -> Tensor:
+        """A zero that depends on tower, projector and newline, so that their gradients are zero and not missing."""
         assert self.model.config.vision is not None
         size = self.model.config.vision.image_size
-        empty = batch.pixels is None
-        pixels = torch.zeros(1, 3, size, size, device=batch.ids.device) if empty else batch.pixels
-        assert pixels is not None
-        with torch.set_grad_enabled(self.tower_learns):
-            seen = self.model.vision(pixels.to(self.model.vision.cls.dtype))
-        features = self.model.projector(seen)
-        if empty:
-            newline = self.model.newline
-            return features.flatten(0, 1) if newline is None else features.flatten(0, 1) + 0 * newline
-        pictures = features.split(batch.views)
-        return torch.cat([self.model.pack(one, grid) for one, grid in zip(pictures, batch.grids, strict=True)])
+        blank = torch.zeros(1, 3, size, size, device=x.device)
+        (image,) = self.model.encode_images(blank, [1], [None], vision_grad=self.tower_learns)
+        if self.model.newline is not None:
+            image = image + 0 * self.model.newline
+        return 0 * image.to(x.dtype).sum()
+
+
+def context_of(batch: Batch) -> AttentionContext:
+    """How a batch attends: within each sample of a packed row, or causally in each padded row."""
+    if batch.segments is None:
+        return CausalContext(positions=batch.pos[0], seq_len=batch.longest)
+    return VarlenContext(positions=batch.pos, seq_len=batch.longest, segments=batch.segments)
 
 
 def cross_entropy(decoder: Decoder, x: Tensor, to: Tensor, *, head_learns: bool = True) -> Tensor:

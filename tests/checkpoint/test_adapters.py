@@ -12,8 +12,8 @@ import llava
 from llava.assistant import Assistant, question_about
 from llava.engine import step
 from llava.errors import ConfigError, PromptError
-from llava.model.cache import KVCache
-from llava.model.llama import visible
+from llava.model.attention import CacheContext, decode_mask
+from llava.model.kv_cache import KVCache
 from llava.model.lora import LoraLinear
 from tests import tiny
 from tests.command import assert_one_line_error, run, run_well
@@ -159,18 +159,17 @@ def test_adapters_are_of_the_type_that_is_asked_for(folders: dict[str, Path], pi
 def test_compiled_steps_switch_too(several: Assistant) -> None:
     """Traced and guarded as with a compiler behind it, which tests/gpu has; a trace must not outlive its adapter."""
     prefill, decode = (torch.compile(one, backend="eager") for one in (step.prefill, step.decode_step))
-    ids, at = torch.tensor([[1, 40, 50, 60]]), torch.tensor([4])
+    ids, at = torch.tensor([[1, 40, 50, 60]]), torch.tensor([[4]])
     for name in ("cats", "june", "dogs", None, "cats"):
         several.adapter(name)
         model = several.model
         logits = []
         for first, then in ((prefill, decode), (step.prefill, step.decode_step)):
             cache = KVCache(model.config.decoder, 1, 8, dtype=model.dtype, device=model.device)
+            prompt = CacheContext(positions=torch.arange(4), seq_len=4, last=at - 1, cache=cache, window=4)
+            newest = CacheContext(positions=at, seq_len=5, mask=decode_mask(at, 8), cache=cache, window=8)
             with torch.inference_mode():
-                cache.window = 4
-                made = [first(model, model.decoder.lookup(ids), torch.tensor([4]), cache)]
-                cache.window = 8
-                made.append(then(model, torch.tensor([70]), at, visible(at, 8), cache, 5))
+                made = [first(model, model.decoder.lookup(ids), prompt), then(model, torch.tensor([70]), newest)]
             logits.append(torch.cat(made))
         torch.testing.assert_close(*logits)
 

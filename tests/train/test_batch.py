@@ -15,7 +15,7 @@ from llava.errors import DataError
 from llava.preprocess.inputs import ModelInput
 from llava.train.batch import Batch, Batches, Order, by_modality_length, collate
 from llava.train.loop import train
-from llava.train.loss import Trainee
+from llava.train.loss import Trainee, context_of
 from tests import command, tiny, training
 from tests.training import School, gradients, recipe, rows, sample, trainee_of, write_data
 
@@ -57,9 +57,7 @@ def padded(inputs: list[ModelInput]) -> Batch:
 
 def each_loss(trainee: Trainee, batch: Batch, inputs: list[ModelInput]) -> list[Tensor]:
     """-log p at the learnt places, sample by sample, of a packed row."""
-    x = trainee.model.decoder(
-        trainee.embed(batch), batch.pos, mask=batch.segments, length=batch.segments.longest if batch.segments else 0
-    )
+    x = trainee.model.decoder(trainee.embed(batch), context_of(batch))
     logits = trainee.model.decoder.logits(x[0, batch.at])
     each = torch.nn.functional.cross_entropy(logits, batch.to, reduction="none")
     return list(each.split([int((one.labels[1:] != IGNORE).sum()) for one in inputs]))
@@ -114,7 +112,7 @@ def test_positions_start_anew_and_nothing_is_learnt_across_a_border(trained: tup
         start += len(one.ids)
     assert list(zip(batch.at.tolist(), batch.to.tolist(), strict=True)) == [(a, int(b)) for a, b in learnt]
     assert batch.segments is not None
-    assert len(batch.segments.bounds) == len(inputs) + 3  # one sample less than fits, and the filling behind
+    assert len(batch.segments.cu_seqlens) == len(inputs) + 3  # one sample less than fits, and the filling behind
 
 
 @pytest.mark.parametrize("packing", [True, False])
