@@ -27,8 +27,8 @@ from llava.checkpoint.settings import Shapes
 from llava.checkpoint.traits import recorded_names
 from llava.config import LlavaConfig
 from llava.errors import LlavaError
+from llava.formats.tokenizer import has_tokenizer, load_tokenizer
 from llava.model.llava import shapes
-from llava.preprocess.tokenizer import has_tokenizer, load_tokenizer
 
 _INT4_GROUP = 128  # weights that share a scale
 

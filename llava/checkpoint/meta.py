@@ -16,7 +16,7 @@ from llava.checkpoint.joined import Columns, Stacked
 from llava.checkpoint.onbase import Put
 from llava.checkpoint.source import HalfSplit, Source, Stored
 from llava.errors import CheckpointError
-from llava.preprocess.tokenizer import has_tokenizer
+from llava.formats.tokenizer import has_tokenizer
 
 _ROTATED = ("attention.wq.weight", "attention.wk.weight")
 _BY_COLUMNS = ("attention.wo.weight", "feed_forward.w2.weight")

@@ -16,8 +16,9 @@ from llava.checkpoint.settings import ImageMode
 from llava.checkpoint.source import Source, Stored
 from llava.config import LlavaConfig
 from llava.errors import CheckpointError, ConfigError
+from llava.formats.tokenizer import has_tokenizer, load_tokenizer
 from llava.model.llava import shapes
-from llava.preprocess.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from llava.preprocess.tokenizer import Tokenizer
 
 SUPPORTED: tuple[Kind, ...] = ("native", "merged", "llama", "mpt", "llava-hf", "meta")
 _TABLES = {

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from llava.checkpoint.files import read_json, reading
 from llava.checkpoint.open import Checkpoint
 from llava.errors import CheckpointError
-from llava.preprocess.tokenizer import SentencePieceTokenizer, load_tokenizer
+from llava.formats.tokenizer import load_tokenizer
+from llava.preprocess.tokenizer import SentencePieceTokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens, as llama.cpp numbers them
 _UNUSED_SCORE, _ADDED_SCORE = -10000.0, -1000.0

@@ -16,7 +16,7 @@ from llava.convert.original import WRITERS, Form, llava_settings, named, rules_o
 from llava.convert.tokenizer import copy_tokenizer
 from llava.convert.torchzip import write_torch
 from llava.errors import ConfigError
-from llava.preprocess.tokenizer import load_tokenizer
+from llava.formats.tokenizer import load_tokenizer
 
 Pair = tuple[Tensor, Tensor]  # A [r, in], B [out, r]
 _WRAPPED = "base_model.model."  # what PEFT puts before the names of the model it wraps

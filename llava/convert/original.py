@@ -29,8 +29,9 @@ from llava.convert import llama
 from llava.convert.tokenizer import copy_tokenizer
 from llava.convert.torchzip import write_torch
 from llava.errors import CheckpointError, ConfigError
+from llava.formats.tokenizer import load_tokenizer
 from llava.model.llava import shapes
-from llava.preprocess.tokenizer import Tokenizer, load_tokenizer
+from llava.preprocess.tokenizer import Tokenizer
 
 Form = Literal["safetensors", "bin"]
 WRITERS = {"safetensors": write_safetensors, "bin": write_torch}

@@ -16,7 +16,7 @@ from llava.convert.original import llava_settings, named, tower_name, write_own_
 from llava.convert.tokenizer import copy_tokenizer
 from llava.convert.torchzip import write_torch
 from llava.errors import CheckpointError, ConfigError
-from llava.preprocess.tokenizer import load_tokenizer
+from llava.formats.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 

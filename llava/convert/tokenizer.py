@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llava.checkpoint.files import read_json
 from llava.checkpoint.write import write_json
-from llava.preprocess.tokenizer import special_names
+from llava.formats.tokenizer import special_names
 
 _FILES = (
     "tokenizer.model",

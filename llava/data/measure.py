@@ -12,9 +12,10 @@ from llava.checkpoint.open import open_checkpoint
 from llava.config import IGNORE, IMAGE, DecoderConfig, ImageConfig, LlavaConfig, ProjectorConfig, VisionConfig
 from llava.data.samples import Sample
 from llava.errors import ConfigError
+from llava.formats.tokenizer import load_tokenizer
 from llava.preprocess.image import Size, choose_canvas, tile_grid
 from llava.preprocess.inputs import Preprocessor
-from llava.preprocess.tokenizer import Tokenizer, load_tokenizer
+from llava.preprocess.tokenizer import Tokenizer
 
 _UNCUT = 1 << 28  # places, the most that a config can state
 # A tower and a picture of one pixel: the training function then puts one place for each picture.

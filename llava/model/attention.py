@@ -85,9 +85,13 @@ class CausalContext:
         """See `AttentionContext`."""
         keys, values = self.keys_and_values(layer, k, v)
         q = self.queries(q).transpose(1, 2)
-        causal = self.mask is None and q.shape[2] > 1
+        is_causal = False
+        if self.mask is None and q.shape[2] > 1:  # a branch: torch.compile cannot pass the comparison itself on
+            is_causal = True
         grouped = q.shape[1] != keys.shape[1]
-        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask, is_causal=causal, enable_gqa=grouped)
+        y = F.scaled_dot_product_attention(
+            q, keys, values, attn_mask=self.mask, is_causal=is_causal, enable_gqa=grouped
+        )
         return y.transpose(1, 2)
 
     def queries(self, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ _FEW_ROWS = 12  # with fewer rows the 16-bit kernel is faster: its time is that 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., I], weight [O, I], bias [O] -> [..., O], as `torch.nn.functional.linear`."""
-    if _is_slow(x) and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not torch.is_grad_enabled() and _is_slow(x):
         return _in_float32(x, weight, bias)
     return F.linear(x, weight, bias)
 

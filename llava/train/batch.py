@@ -260,6 +260,6 @@ class Batches(Dataset[Batch]):
         input = self.preprocessor.prepare_training(
             sample.turns, pictures, place=recipe.image_place, max_length=recipe.max_length
         )
-        if int((input.ids == IMAGE).sum()) != self.preprocessor.n_places(input):
+        if int((input.ids == IMAGE).sum()) != self.preprocessor.n_image_tokens(input):
             raise PromptError(f"a picture of {sample.id} does not fit into {recipe.max_length} tokens")
         return input

@@ -18,9 +18,9 @@ from llava.checkpoint.write import new_folder
 from llava.config import ImageConfig, LlavaConfig
 from llava.convert.tokenizer import copy_tokenizer
 from llava.errors import CheckpointError, ConfigError
-from llava.model.llava import Llava, shapes, meta_model
+from llava.formats.tokenizer import load_tokenizer
+from llava.model.llava import Llava, meta_model, shapes
 from llava.model.lora import Adapter, LoraLinear
-from llava.preprocess.tokenizer import load_tokenizer
 from llava.quantize.nf4 import NF4Linear
 from llava.train.lora import add_lora
 from llava.train.recipe import Recipe
@@ -172,7 +172,7 @@ def fill(model: Llava, checkpoint: Checkpoint, recipe: Recipe, device: torch.dev
         if isinstance(module, LoraLinear):
             module = module.base
         if isinstance(module, NF4Linear):
-            module.hold(tensor.to(device))
+            module.set_weight(tensor.to(device))
         else:
             put(getattr(module, leaf), tensor)
     generator = torch.Generator().manual_seed(recipe.seed)

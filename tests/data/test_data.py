@@ -24,9 +24,9 @@ from llava.data.pictures import open_pictures
 from llava.data.repair import RULES, faults, mended
 from llava.data.samples import Sample, Samples
 from llava.errors import DataError
+from llava.formats.tokenizer import load_tokenizer
 from llava.preprocess.conversation import Turn
 from llava.preprocess.inputs import Preprocessor
-from llava.preprocess.tokenizer import load_tokenizer
 from tests import tiny
 from tests.command import PROJECT, assert_one_line_error, run, run_well
 

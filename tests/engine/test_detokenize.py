@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from llava.engine.detokenize import Detokenizer
-from llava.preprocess.tokenizer import Tokenizer, load_tokenizer
+from llava.formats.tokenizer import load_tokenizer
+from llava.preprocess.tokenizer import Tokenizer
 from tests import tiny
 
 WORDS = ["The pier", " leads out", "\n", "  ", "café", "你好", "🙂🙃", "#", "###", " ok</s>", "用户", "1234", "\t", "ß"]

@@ -14,7 +14,7 @@ from torch import Tensor
 import llava
 from llava.config import IGNORE, IMAGE
 from llava.engine.detokenize import Detokenizer
-from llava.preprocess.tokenizer import load_tokenizer
+from llava.formats.tokenizer import load_tokenizer
 from tests.golden.test_answers import FOLDERS, TOWERS
 
 

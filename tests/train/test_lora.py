@@ -241,9 +241,9 @@ def test_every_value_becomes_the_nearest_level_of_its_block() -> None:
 def test_a_four_bit_matrix_counts_and_leads_back_as_its_wide_weight(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     layer = NF4Linear(128, 96)
-    layer.hold(torch.randn(96, 128))
+    layer.set_weight(torch.randn(96, 128))
     x = torch.randn(3, 7, 128, dtype=dtype, requires_grad=True)
-    weight = layer.wide(dtype)
+    weight = layer.dequantize(dtype)
     y, wanted = layer(x), F.linear(x, weight)
     assert y.dtype == dtype
     assert torch.equal(y, wanted)
@@ -253,7 +253,7 @@ def test_a_four_bit_matrix_counts_and_leads_back_as_its_wide_weight(dtype: torch
 
 def test_a_weight_takes_four_and_a_half_bits_and_its_width_is_not_kept() -> None:
     layer = NF4Linear(256, 512)
-    layer.hold(torch.randn(512, 256))
+    layer.set_weight(torch.randn(512, 256))
     n = 256 * 512
     assert sum(t.nbytes for t in layer.state_dict().values()) * 8 == 4.5 * n
     held: list[int] = []
@@ -292,7 +292,7 @@ def test_a_four_bit_base_counts_as_its_rounded_weights(school: School, tmp_path:
     plain, _ = trainee_of(recipe(school, tmp_path / "wide", **LORA))
     four, batches = trainee_of(asked)
     for (_, wide), (_, narrow) in zip(lora_layers(plain.model.decoder), lora_layers(four.model.decoder), strict=True):
-        wide.base.weight.data = narrow.base.wide(torch.float32)
+        wide.base.weight.data = narrow.base.dequantize(torch.float32)
     batch = batches[0]
     (loss, grads), (wanted, others) = (training.gradients(one, batch) for one in (four, plain))
     torch.testing.assert_close(loss, wanted)
