@@ -138,7 +138,7 @@ class Assistant:
         """
         if name not in self._loaded:
             available = ", ".join(self.adapters) or "none; load with adapters= or merge=False"
-            raise ConfigError(f"no adapter is named {name!r}; there are {available}")
+            raise ConfigError(f"no adapter is named {name!r}; available: {available}")
         self.active, self.engine = name, self._engines[name]
         self.model, self.preprocessor = self._loaded[name]
 
@@ -311,7 +311,7 @@ def _messages_and_images(request: Request) -> tuple[Messages, Sequence[Picture] 
     return cast(Messages, request), None
 
 
-def question_about(image: Picture | Sequence[Picture] | None, question: str) -> Messages:
+def question_about(image: Picture | Sequence[Picture] | None, question: str) -> list[dict[str, Any]]:
     """A conversation of one question about an image, several, or none."""
     images = [] if image is None else list(image) if isinstance(image, list | tuple) else [cast(Picture, image)]
     parts: list[dict[str, Any]] = [{"type": "image", "image": one} for one in images]

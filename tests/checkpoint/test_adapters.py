@@ -184,9 +184,9 @@ def test_matrices_and_adapters_keep_apart(several: Assistant) -> None:
 
 
 def test_what_is_no_adapter_is_refused_in_one_line(folders: dict[str, Path], clip: Path, several: Assistant) -> None:
-    with pytest.raises(ConfigError, match=r"'birds'; there are cats, dogs, june, stage1$"):
+    with pytest.raises(ConfigError, match=r"'birds'; available: cats, dogs, june, stage1$"):
         several.adapter("birds")
-    with pytest.raises(ConfigError, match="there are none; load with"):
+    with pytest.raises(ConfigError, match="available: none; load with"):
         llava.load(folders["base"], **FLOAT32).adapter("cats")
     delta = tiny.write_delta(folders["base"].parent / "delta", clip=clip)
     with pytest.raises(ConfigError, match="only lora or projector can"):
@@ -206,6 +206,6 @@ def test_the_commands_take_adapters(folders: dict[str, Path]) -> None:
     assert asked[0] != asked[1]
     said = talk.stdout.split("\n")
     assert (asked[0], asked[1]) == (said[0] + "\n", said[3] + "\n")
-    assert "there are cats, dogs" in talk.stdout
-    assert "no adapter is named 'birds'; there are cats, dogs" in talk.stderr
+    assert "available: cats, dogs" in talk.stdout
+    assert "no adapter is named 'birds'; available: cats, dogs" in talk.stderr
     assert_one_line_error(run("ask", *options, "--adapter", "cats", "Hello"), "NAME=FOLDER")
