@@ -96,7 +96,7 @@ def test_without_an_adapter_the_base_is_what_it_is_alone(
     alone = llava.load(folders["base"], **FLOAT32)
     assert torch.equal(several.logits(TEXT), alone.logits(TEXT))
     assert several.config == alone.config
-    with pytest.raises(PromptError, match="no vision part"):
+    with pytest.raises(PromptError, match="no vision tower"):
         several.logits("<image> What?", images=[picture])
 
 
