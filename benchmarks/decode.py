@@ -19,21 +19,23 @@ from shapes import IdsAsWords, Layers, Size, llava_config, random_llava
 from timing import Device, DType, Runs, Target, Threads, alternate
 
 from llava.engine import step
-from llava.engine.engine import Answer, Engine
-from llava.engine.sampling import Sampling
-from llava.model.cache import KVCache
+from llava.engine.engine import Engine
+from llava.engine.sampling import SamplingParams
+from llava.engine.sequence import Sequence as Generated
+from llava.model.attention import CacheContext
+from llava.model.kv_cache import KVCache
 from llava.preprocess.inputs import ModelInput
 
 
-def answered(engine: Engine, ids: torch.Tensor, n: int) -> Answer:
-    """Ours: generates n + 1 tokens, the first of which belongs to the prefill."""
-    options = Sampling(max_new_tokens=n + 1)
+def answered(engine: Engine, ids: torch.Tensor, n: int) -> Generated:
+    """Ours: a prompt and n + 1 tokens, the first of which belongs to the prefill."""
+    params = SamplingParams(max_new_tokens=n + 1)
     input = ModelInput(prompt="", token_ids=ids.tolist(), ids=ids, labels=ids)
-    answer = engine.start(input, options)
-    for _ in engine.run([answer], options):
+    sequence = engine.start(input, params)
+    for _ in engine.run([sequence], params):
         pass
-    assert answer.n_written == n + 1
-    return answer
+    assert sequence.n_generated == n + 1
+    return sequence
 
 
 @torch.inference_mode()
@@ -50,10 +52,13 @@ def peer_answered(model: Any, ids: torch.Tensor, n: int) -> tuple[float, list[in
 
 
 @torch.inference_mode()
-def logits(model: Any, ids: torch.Tensor, target: Target) -> torch.Tensor:
-    """Ours after the prompt."""
-    cache = KVCache(model.config.decoder, 1, len(ids), dtype=target.dtype, device=target.device)
-    return step.prefill(model, model.embed(ids)[None], torch.tensor([len(ids)], device=target.device), cache)
+def logits(model: Any, ids: torch.Tensor, place: Place) -> torch.Tensor:
+    """Ours behind the prompt."""
+    n = len(ids)
+    cache = KVCache(model.config.decoder, 1, n, dtype=place.dtype, device=place.device)
+    positions, last = torch.arange(n, device=place.device), torch.tensor([[n - 1]], device=place.device)
+    context = CacheContext(positions=positions, seq_len=n, last=last, cache=cache, window=n)
+    return step.prefill(model, model.embed(ids)[None], context)
 
 
 def main(
@@ -84,7 +89,7 @@ def main(
     here = ids.to(target.device)
     with torch.inference_mode():
         error = check_agreement(logits(model, here, target), theirs(here[None], logits_to_keep=1).logits[:, -1], target)
-    same = same_tokens(answered(engine, ids, n).text.ids, peer_answered(theirs, here, n)[1])
+    same = same_tokens(answered(engine, ids, n).detokenizer.ids, peer_answered(theirs, here, n)[1])
     print(f"first {same} of {n + 1} tokens are the same")
 
     def ours() -> float:

@@ -82,9 +82,7 @@ def text(theirs: Any, ours: Llava, assistant: Assistant, prompt: str) -> dict[st
     theirs.reset()
     theirs.eval(ids)
     for _ in range(STEPS):
-        logits = ours.decoder.logits(
-            ours.decoder(ours.embed(torch.tensor(found[0]))[None], torch.arange(len(found[0])))
-        )
+        logits = ours.decoder.logits(ours.decoder(ours.embed(torch.tensor(found[0]))[None]))
         mine, other = logits[0, -1], torch.from_numpy(np.array(theirs.scores[theirs.n_tokens - 1]))
         best = mine.topk(2).values
         margin = min(margin, float(best[0] - best[1]))

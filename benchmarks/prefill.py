@@ -20,8 +20,9 @@ from timing import Device, DType, Runs, Target, Threads, alternate
 from llava.config import IMAGE, LlavaConfig
 from llava.engine import step
 from llava.engine.engine import Engine
-from llava.engine.sampling import Sampling
-from llava.model.cache import KVCache
+from llava.engine.sampling import SamplingParams
+from llava.model.attention import CacheContext
+from llava.model.kv_cache import KVCache
 from llava.model.llava import Llava
 from llava.preprocess.inputs import ModelInput
 
@@ -65,8 +66,11 @@ def build_peer(config: LlavaConfig, model: Llava, target: Target) -> Any:
 def logits(engine: Engine, input: ModelInput, target: Target) -> torch.Tensor:
     """Ours after the prompt."""
     x = engine.embed([input])
-    cache = KVCache(engine.model.config.decoder, 1, x.shape[1], dtype=target.dtype, device=target.device)
-    return step.prefill(engine.model, x, torch.tensor([x.shape[1]], device=target.device), cache)
+    n = x.shape[1]
+    cache = KVCache(engine.model.config.decoder, 1, n, dtype=target.dtype, device=target.device)
+    positions, last = torch.arange(n, device=target.device), torch.tensor([[n - 1]], device=target.device)
+    context = CacheContext(positions=positions, seq_len=n, last=last, cache=cache, window=n)
+    return step.prefill(engine.model, x, context)
 
 
 @torch.inference_mode()
@@ -78,11 +82,11 @@ def peer_logits(model: Any, input: ModelInput, target: Target) -> torch.Tensor:
 
 
 def first_token(engine: Engine, input: ModelInput) -> list[int]:
-    options = Sampling(max_new_tokens=1)
-    answer = engine.start(input, options)
-    for _ in engine.run([answer], options):
+    params = SamplingParams(max_new_tokens=1)
+    sequence = engine.start(input, params)
+    for _ in engine.run([sequence], params):
         pass
-    return answer.text.ids
+    return sequence.detokenizer.ids
 
 
 def main(

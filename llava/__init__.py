@@ -1,4 +1,4 @@
-"""LLaVA in native PyTorch: load, convert, chat with every published checkpoint.
+"""LLaVA in native PyTorch: load, convert, train and chat with every published checkpoint.
 
 import llava
 vlm = llava.load("liuhaotian/llava-v1.5-7b")
@@ -26,7 +26,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`load` and `Assistant` need torch, which takes a second to import: they are fetched when first asked for."""
+    """Imports `load` and `Assistant` on first use, because they import torch, which takes a second."""
     if name in ("load", "Assistant"):
         from llava import assistant
 

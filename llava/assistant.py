@@ -1,11 +1,10 @@
-"""The front door for Python: `load()` joins a checkpoint, a preprocessor and an engine into an `Assistant`.
+"""The Python API: `load()` combines a checkpoint, a preprocessor and an engine into an `Assistant`.
 
-S places of a sequence   V vocabulary rows or views   N features a view   D width
+S sequence length   V vocabulary rows   N features per view   D dim
 """
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -16,8 +15,9 @@ from llava.checkpoint.adapters import open_separately
 from llava.checkpoint.load import Pool, build, resolve_device, resolve_dtype
 from llava.checkpoint.open import open_checkpoint
 from llava.config import LlavaConfig, LoadOptions
-from llava.engine.engine import Answer, Engine
-from llava.engine.sampling import Sampling
+from llava.engine.engine import Engine
+from llava.engine.reply import Reply, Stream
+from llava.engine.sampling import SamplingParams
 from llava.errors import ConfigError, PromptError
 from llava.formats.format import Checkpoint
 from llava.model.llava import Llava
@@ -25,42 +25,9 @@ from llava.preprocess.image import Picture
 from llava.preprocess.inputs import Messages, ModelInput, Preprocessor
 from llava.zoo.bases import advice
 
-LLAVA_TINY = Path(__file__).parent / "weights" / "llava-tiny"  # a small LLaVA that knows drawn objects
+LLAVA_TINY = Path(__file__).parent / "weights" / "llava-tiny"  # a small LLaVA that recognises drawn objects
 
-Request = Messages | tuple[str, Sequence[Picture]]  # a conversation, a raw prompt, or one with its pictures
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Tokens of one request."""
-
-    prompt_tokens: int  # places of the prompt, pictures' included
-    image_tokens: int  # those of them that pictures take
-    completion_tokens: int
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Seconds of one request; in a batch, of the batch it ran in."""
-
-    prepare_s: float  # pictures opened and resized, text encoded
-    first_token_s: float  # from there to the first token: vision tower and prefill
-    decode_s: float  # from the first token to the last
-
-    tokens_per_s: float | None  # while decoding; None for answers of one token
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A finished answer."""
-
-    text: str
-    token_ids: list[int]  # without the end token or a stop string's
-    finish_reason: Literal["stop", "length"]
-    usage: Usage
-    timings: Timings
-    logprobs: list[float] | None = None  # of each token, where asked for
-    top_logprobs: list[dict[int, float]] | None = None
+Request = Messages | tuple[str, Sequence[Picture]]  # a conversation, a raw prompt, or a raw prompt with its images
 
 
 def load(
@@ -81,25 +48,28 @@ def load(
     merge: bool = True,
     adapters: Mapping[str, str | Path] | None = None,
 ) -> "Assistant":
-    """Loads a checkpoint from a folder or the hub; without a path llava-tiny, which lies in this package.
+    """Loads a checkpoint from a folder or the Hugging Face hub. Without a path, loads llava-tiny, part of this package.
 
-    base: folder or hub id of the language model that a LoRA, a projector or a delta belongs to; they are put together
-        on the way in.
-    merge: False keeps a LoRA apart from its base, as the adapter "default".
-    adapters: folders or hub ids of LoRAs or projectors by names of your choice, each to be put on the model at `path`;
-        `Assistant.adapter` switches between them. The first is chosen at the start.
-    vision_tower: CLIP's folder or hub id; its weights are read only where the checkpoint holds none.
-    vision: False loads the language model alone, and touches no vision file.
-    dtype: "auto" | "float32" | "bfloat16" | "float16"; auto is the checkpoint's own on a GPU, on a CPU bfloat16
+    base: folder or hub id of the language model that a LoRA, a projector or a delta belongs to. They are combined
+        while loading.
+    merge: False keeps a LoRA separate from its base, as the adapter "default".
+    adapters: folders or hub ids of LoRAs or projectors, by names of your choice, to use with the model at `path`;
+        `Assistant.adapter` switches between them. The first one is active after loading.
+    vision_tower: folder or hub id of CLIP; its weights are read only if the checkpoint has none.
+    vision: False loads only the language model and opens no vision file.
+    dtype: "auto" | "float32" | "bfloat16" | "float16"; auto is the checkpoint's own on a GPU, and on a CPU bfloat16
         (float32 below 1 B parameters).
     device: "auto" | "cpu" | "cuda" | "cuda:N".
-    template: conversation template, where the checkpoint's own is not wanted.
-    force: load in spite of unknown tensors, NaN and Inf, and of a base that is not the one of a delta.
-    image_mode: whose arithmetic for pictures, LLaVA's or transformers'; default: what the layout was made for.
-    exif: turn pictures as their EXIF orientation says; the original does not.
-    legacy_strip: white space beside <im_start> and the like is dropped, as when v0 and v1.1 were trained.
+    quantize: not supported by this version.
+    template: conversation template, to replace the checkpoint's own.
+    revision: branch, tag or commit on the hub.
+    force: load despite unknown tensors, NaN or Inf, or a base that does not match the delta.
+    image_mode: whether images are preprocessed as in the LLaVA code ("original") or as in transformers ("hf");
+        default: what the checkpoint's layout was made for.
+    exif: rotate images as their EXIF orientation says; the original does not.
+    legacy_strip: strip white space next to <im_start> and similar tokens, as when v0 and v1.1 were trained.
 
-    Raises LlavaError: one line that says what was found, what was expected and what to do.
+    Raises LlavaError.
     """
     path = LLAVA_TINY if path is None else path
     if quantize is not None:
@@ -136,19 +106,19 @@ def load(
 
 
 class Loaded(NamedTuple):
-    """A model and what prepares its input."""
+    """A model and the preprocessor for its input."""
 
     model: Llava
     preprocessor: Preprocessor
 
 
 class Assistant:
-    """A loaded model that answers. Every method takes messages or a raw prompt (a str, with `images=`)."""
+    """A loaded model. Every method takes messages, or a raw prompt (a str) with `images=`."""
 
     model: Llava
     preprocessor: Preprocessor
     engine: Engine
-    active: str | None  # the adapter that answers
+    active: str | None  # name of the active adapter
 
     def __init__(
         self,
@@ -158,7 +128,7 @@ class Assistant:
         compile: bool = False,
         adapters: Mapping[str, Loaded] | None = None,
     ):
-        """adapters: the same model with other weights; those that it does not change are the same tensors."""
+        """adapters: variants of the model; weights that a variant does not change are the same tensors."""
         named: Iterable[tuple[str | None, Loaded]] = (adapters or {}).items()
         self._loaded = dict([*named, (None, Loaded(model, preprocessor))])
         self._engines = {
@@ -168,17 +138,17 @@ class Assistant:
 
     @property
     def adapters(self) -> list[str]:
-        """Names that `adapter` takes, besides None."""
+        """The names that `adapter` accepts, except None."""
         return [name for name in self._loaded if name is not None]
 
     def adapter(self, name: str | None) -> None:
-        """From now on this adapter answers, with its own template, tokenizer and projector; None: the base alone.
+        """Switches to an adapter with its own template, tokenizer and projector, or with None to the base model.
 
-        Nothing is loaded or copied; a stream that has begun goes on as it is. Raises ConfigError.
+        Nothing is loaded or copied, and streams that have started are not affected. Raises ConfigError.
         """
         if name not in self._loaded:
-            there = ", ".join(self.adapters) or "none; load with adapters= or merge=False"
-            raise ConfigError(f"no adapter is named {name!r}; there are {there}")
+            available = ", ".join(self.adapters) or "none; load with adapters= or merge=False"
+            raise ConfigError(f"no adapter is named {name!r}; available: {available}")
         self.active, self.engine = name, self._engines[name]
         self.model, self.preprocessor = self._loaded[name]
 
@@ -197,11 +167,11 @@ class Assistant:
     def prepare(
         self, messages: Messages, *, images: Sequence[Picture] | None = None, template: str | None = None
     ) -> ModelInput:
-        """What the model will see: prompt, ids, pixels. Raises PromptError, ImageError."""
+        """The input of the model: prompt, ids and pixels. Raises PromptError, ImageError."""
         return self.preprocessor.prepare(messages, images=images, template=template)
 
     def ask(self, image: Picture | Sequence[Picture] | None, question: str, **options: Any) -> str:
-        """The answer to one question about a picture, several, or none; options as for `generate`."""
+        """The reply to a question about one image, several, or none. Options as for `generate`."""
         return self.generate(question_about(image, question), **options).text
 
     def generate(
@@ -212,24 +182,24 @@ class Assistant:
         template: str | None = None,
         **options: Any,
     ) -> Reply:
-        """One answer. Options: the fields of `Sampling` (max_new_tokens, temperature, top_p, seed, stop, …)."""
-        (reply,) = self._replies([(messages, images)], template, sampling(**options))
+        """One reply. Options: the fields of `SamplingParams` (max_new_tokens, temperature, top_p, seed, stop, …)."""
+        (reply,) = self._replies([(messages, images)], template, SamplingParams.from_options(**options))
         return reply
 
     def generate_batch(
         self, requests: Sequence[Request], *, template: str | None = None, batch_size: int = 32, **options: Any
     ) -> list[Reply]:
-        """Answers to many requests, `batch_size` of them side by side; in float32 each equals what it would be alone.
+        """The replies to many requests, `batch_size` at a time; in float32 each equals that of `generate`.
 
-        Raw prompts take no template.
+        `template` does not apply to raw prompts. Other options as for `generate`.
         """
-        chosen = sampling(**options)
+        params = SamplingParams.from_options(**options)
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; expected 1 or more")
-        pairs = [_pair(item) for item in requests]
+        pairs = [_messages_and_images(request) for request in requests]
         replies: list[Reply] = []
         for i in range(0, len(pairs), batch_size):
-            replies += self._replies(pairs[i : i + batch_size], template, chosen)
+            replies += self._replies(pairs[i : i + batch_size], template, params)
         return replies
 
     def stream(
@@ -240,7 +210,7 @@ class Assistant:
         template: str | None = None,
         **options: Any,
     ) -> Iterator[str]:
-        """Pieces of the answer as they become certain; joined they equal `generate(…).text`."""
+        """Pieces of the reply as soon as they are final; joined, they equal `generate(…).text`."""
         return self.begin(messages, images=images, template=template, **options)
 
     def begin(
@@ -250,32 +220,37 @@ class Assistant:
         images: Sequence[Picture] | None = None,
         template: str | None = None,
         **options: Any,
-    ) -> "Stream":
-        """As `stream`; the iterator's `reply()` gives what is known of the answer, finished or not."""
-        return Stream(self, self._request(messages, images, template), sampling(**options))
+    ) -> Stream:
+        """As `stream`; the iterator's `reply()` returns the reply so far, finished or not."""
+        input, prepare_s = self._prepare_timed(messages, images, template)
+        return Stream(self.engine, input, prepare_s, SamplingParams.from_options(**options))
 
-    def _request(
+    def _prepare_timed(
         self, messages: Messages, images: Sequence[Picture] | None, template: str | None
     ) -> tuple[ModelInput, float]:
-        started = time.perf_counter()
-        return self.prepare(messages, images=images, template=template), time.perf_counter() - started
+        """The input and the seconds spent on it."""
+        start = time.perf_counter()
+        return self.prepare(messages, images=images, template=template), time.perf_counter() - start
 
     def _replies(
-        self, requests: Sequence[tuple[Messages, Sequence[Picture] | None]], template: str | None, options: Sampling
+        self,
+        requests: Sequence[tuple[Messages, Sequence[Picture] | None]],
+        template: str | None,
+        params: SamplingParams,
     ) -> list[Reply]:
-        prepared = [self._request(messages, images, template) for messages, images in requests]
-        answers = [self.engine.start(input, options) for input, _ in prepared]
-        for _ in self.engine.run(answers, options):
+        prepared = [self._prepare_timed(messages, images, template) for messages, images in requests]
+        sequences = [self.engine.start(input, params) for input, _ in prepared]
+        for _ in self.engine.run(sequences, params):
             pass
-        return [reply(answer, seconds, options) for answer, (_, seconds) in zip(answers, prepared, strict=True)]
+        return [Reply.of(one, prepare_s, params) for one, (_, prepare_s) in zip(sequences, prepared, strict=True)]
 
     @torch.inference_mode()
     def logits(
         self, messages: Messages, *, images: Sequence[Picture] | None = None, template: str | None = None
     ) -> Tensor:
-        """[S, V] float32, for each place of the prompt what comes next."""
-        x, pos = self._embedded(messages, images, template)
-        return self.model.decoder.logits(self.model.decoder(x, pos))[0]
+        """Next-token logits at every position of the prompt, [S, V] float32."""
+        x = self._embedded(messages, images, template)
+        return self.model.decoder.logits(self.model.decoder(x))[0]
 
     @torch.inference_mode()
     def hidden_states(
@@ -286,31 +261,33 @@ class Assistant:
         images: Sequence[Picture] | None = None,
         template: str | None = None,
     ) -> dict[int, Tensor]:
-        """{layer: [S, D]}, counted as transformers does: 0 the embeddings with the pictures put in, k after block k,
-        -1 (the last) after the final norm.
+        """{layer: [S, D]}, numbered as in transformers: 0 is the embeddings with image features inserted, k the output
+        of block k, and -1 (the last) the output of the final norm.
 
-        Raises ConfigError for a layer that is not there.
+        Raises ConfigError for a layer that does not exist.
         """
         n_states = self.config.decoder.n_layers + 1
         for layer in layers:
             if not -n_states <= layer < n_states:
-                raise ConfigError(f"layer {layer} is not there: this model has 0 to {n_states - 1}, or -1 for the last")
+                raise ConfigError(
+                    f"layer {layer} does not exist: this model has layers 0 to {n_states - 1}, -1 being the last"
+                )
         wanted = {layer % n_states for layer in layers}
-        x, pos = self._embedded(messages, images, template)
+        x = self._embedded(messages, images, template)
         states = {0: x[0]}
-        after_blocks = list(wanted - {0, n_states - 1})
-        for i, state in enumerate(self.model.decoder.states(x, pos), start=1):
+        after_blocks = wanted - {0, n_states - 1}
+        for i, state in enumerate(self.model.decoder.states(x), start=1):
             if i in after_blocks:
                 states[i] = state[0]
             last = state
-        states[n_states - 1] = last[0]  # the norm takes the place of the last block's own output
+        states[n_states - 1] = last[0]  # transformers has the normed state in place of the last block's output
         return {layer: states[layer % n_states] for layer in layers}
 
     @torch.inference_mode()
     def vision_features(self, pixels: Tensor) -> Tensor:
-        """pixels [views, 3, S, S] -> [views, N, D_vision]: the selected layer, the class token as configured."""
+        """pixels [views, 3, size, size] -> [views, N, D_vision] of the selected layer; class token as configured."""
         if self.model.vision is None:
-            raise PromptError("this model has no vision part (or was loaded with vision=False)")
+            raise PromptError(f"this model has no vision tower {_WITHOUT_VISION}")
         features: Tensor = self.model.vision(pixels.to(self.device, self.dtype))
         return features
 
@@ -318,7 +295,7 @@ class Assistant:
     def project(self, features: Tensor) -> Tensor:
         """features [views, N, D_vision] -> [views, N, D]"""
         if self.model.projector is None:
-            raise PromptError("this model has no projector (or was loaded with vision=False)")
+            raise PromptError(f"this model has no projector {_WITHOUT_VISION}")
         projected: Tensor = self.model.projector(features.to(self.device, self.dtype))
         return projected
 
@@ -326,68 +303,26 @@ class Assistant:
     def image_embeddings(
         self, messages: Messages, *, images: Sequence[Picture] | None = None, template: str | None = None
     ) -> list[Tensor]:
-        """What stands for each picture in the sequence, [tokens, D]; tiles packed."""
+        """The embeddings of each image as they enter the sequence, [tokens, D]; tiles are packed."""
         return self.engine.encode([self.prepare(messages, images=images, template=template)])
 
-    def _embedded(
-        self, messages: Messages, images: Sequence[Picture] | None, template: str | None
-    ) -> tuple[Tensor, Tensor]:
-        x = self.engine.embed([self.prepare(messages, images=images, template=template)])
-        return x, torch.arange(x.shape[1], device=x.device)
+    def _embedded(self, messages: Messages, images: Sequence[Picture] | None, template: str | None) -> Tensor:
+        """[1, S, D]"""
+        return self.engine.embed([self.prepare(messages, images=images, template=template)])
 
 
-class Stream(Iterator[str]):
-    """An answer on its way."""
-
-    def __init__(self, assistant: Assistant, request: tuple[ModelInput, float], options: Sampling):
-        input, self._prepare_s = request
-        self._options = options
-        self._answer = assistant.engine.start(input, options)
-        self._pieces = (piece for _, piece in assistant.engine.run([self._answer], options) if piece)
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    def reply(self) -> Reply:
-        """The answer so far; finish_reason is "stop" for one that was given up."""
-        return reply(self._answer, self._prepare_s, self._options)
+_WITHOUT_VISION = "(or was loaded with vision=False)"
 
 
-def _pair(request: Request) -> tuple[Messages, Sequence[Picture] | None]:
-    """A raw prompt with pictures is a pair of a str and a list; anything else stands for itself."""
+def _messages_and_images(request: Request) -> tuple[Messages, Sequence[Picture] | None]:
+    """Splits a pair of raw prompt and images; any other request has no separate images."""
     if isinstance(request, tuple) and len(request) == 2 and isinstance(request[0], str):
         return request[0], request[1]
     return cast(Messages, request), None
 
 
-def question_about(image: Picture | Sequence[Picture] | None, question: str) -> Messages:
-    """The conversation of one question about a picture, several, or none."""
-    pictures = [] if image is None else list(image) if isinstance(image, list | tuple) else [cast(Picture, image)]
-    parts: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
+def question_about(image: Picture | Sequence[Picture] | None, question: str) -> list[dict[str, Any]]:
+    """A conversation of one question about an image, several, or none."""
+    images = [] if image is None else list(image) if isinstance(image, list | tuple) else [cast(Picture, image)]
+    parts: list[dict[str, Any]] = [{"type": "image", "image": one} for one in images]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
-
-
-def sampling(*, stop: str | Sequence[str] | None = None, **options: Any) -> Sampling:
-    """Options of a request as a caller gives them. Raises ConfigError."""
-    try:
-        return Sampling(stop=(stop,) if isinstance(stop, str) else tuple(stop or ()), **options)
-    except TypeError as error:
-        raise ConfigError(f"sampling options: {str(error).split('__init__() ')[-1]}") from None
-
-
-def reply(answer: Answer, prepare_s: float, options: Sampling) -> Reply:
-    """What a finished row has to say."""
-    n_text = len(answer.input.token_ids) - len(answer.input.views)
-    decode_s = answer.ended - answer.first_token
-    steps = answer.n_written - 1
-    return Reply(
-        text=answer.text.text,
-        token_ids=list(answer.text.ids),
-        finish_reason=answer.finish_reason or "stop",
-        usage=Usage(answer.n_prompt, answer.n_prompt - n_text, len(answer.text.ids)),
-        timings=Timings(
-            prepare_s, answer.first_token - answer.started, decode_s, steps / decode_s if steps > 0 < decode_s else None
-        ),
-        logprobs=answer.logprobs if options.logprobs else None,
-        top_logprobs=answer.top_logprobs if options.logprobs else None,
-    )

@@ -5,68 +5,69 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llava.assistant import Assistant
+from llava.assistant import Assistant, question_about
 from llava.errors import LlavaError
 from llava.preprocess.image import open_picture
 
 HELP = """\
-/image PATH puts a picture before your next message; /adapter NAME switches, without a name to the base alone;
-/reset; /save FILE; /quit. Ctrl-C ends an answer."""
+/image PATH adds an image to your next message; /adapter NAME switches adapters, without a name to the base model;
+/reset starts over; /save FILE writes the messages; /quit exits. Ctrl-C stops a reply."""
 
 
 class Chat:
-    """Turns so far, pictures waiting for the next one, and the commands that change them."""
+    """The messages so far, the images for the next one, and the commands of a chat."""
 
     def __init__(self, assistant: Assistant, options: dict[str, Any]):
+        """options: as for `Assistant.generate`."""
         self.assistant = assistant
         self.options = options
         self.messages: list[dict[str, Any]] = []
-        self.pictures: list[str] = []
+        self.images: list[str] = []
 
     def run(self) -> None:
-        """Reads lines until /quit or the end of input."""
+        """Reads lines until /quit or the end of the input."""
         if sys.stdin.isatty():
             import readline  # noqa: F401 (line editing and history for input())
 
             print(HELP)
-        while (line := self._read()) is not None:
+        while (line := self._read_line()) is not None:
             if line.strip():
                 try:
-                    if not self._take(line.strip()):
+                    if not self._handle(line.strip()):
                         return
                 except LlavaError as error:
                     print(f"llava: {error}", file=sys.stderr)
                 except KeyboardInterrupt:
                     print()
 
-    def _read(self) -> str | None:
+    def _read_line(self) -> str | None:
         try:
             return input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return None
         except UnicodeDecodeError:
-            print("llava: that line is not UTF-8", file=sys.stderr)
+            print("llava: this line is not UTF-8", file=sys.stderr)
             return ""
-        except KeyboardInterrupt:  # an empty line, as in a shell
+        except KeyboardInterrupt:  # clears the line, as in a shell
             print()
             return ""
 
-    def _take(self, line: str) -> bool:
-        """Does what a line says; False to end."""
+    def _handle(self, line: str) -> bool:
+        """Runs a command or answers a message. Returns False to end the chat."""
         command, _, rest = line.partition(" ")
         rest = rest.strip()
         if command == "/quit":
             return False
         if command == "/reset":
-            self.messages, self.pictures = [], []
-            print("a new conversation")
+            self.messages, self.images = [], []
+            print("started a new conversation")
         elif command == "/image":
             open_picture(rest)
-            self.pictures.append(rest)
-            print(f"{rest} stands before your next message")
+            self.images.append(rest)
+            print(f"added {rest} to your next message")
         elif command == "/adapter":
             self.assistant.adapter(rest or None)
-            print(f"{rest or 'the base alone'} answers from now on; there are {', '.join(self.assistant.adapters)}")
+            print(f"switched to {rest or 'the base model'}; available: {', '.join(self.assistant.adapters)}")
         elif command == "/save":
             self._save(Path(rest))
         elif command.startswith("/") and command[1:].isalpha():
@@ -76,24 +77,23 @@ class Chat:
         return True
 
     def _answer(self, text: str) -> None:
-        parts = [{"type": "image", "image": picture} for picture in self.pictures]
-        asked = {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
-        stream = self.assistant.begin([*self.messages, asked], **self.options)
-        said = ""
+        question = question_about(self.images, text)
+        stream = self.assistant.begin([*self.messages, *question], **self.options)
+        answer = ""
         try:
             for piece in stream:
                 print(piece, end="", flush=True)
-                said += piece
+                answer += piece
         except KeyboardInterrupt:
-            print(" [ended]", end="")
+            print(" [stopped]", end="")
         print()
-        if said.strip():  # an answer that was ended before its first word leaves no turn behind
-            self.messages += [asked, {"role": "assistant", "content": said.strip()}]
-            self.pictures = []
+        if answer.strip():  # a reply stopped before its first word is not part of the conversation
+            self.messages += [*question, {"role": "assistant", "content": answer.strip()}]
+            self.images = []
 
     def _save(self, file: Path) -> None:
         if file == Path():
-            print("give a file: /save FILE")
+            print("name a file: /save FILE")
             return
         try:
             data = (json.dumps(self.messages, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogateescape")
@@ -101,5 +101,5 @@ class Chat:
             partial.write_bytes(data)
             partial.replace(file)
         except (OSError, ValueError) as error:
-            raise LlavaError(f"{file}: can not be written ({error})") from None
-        print(f"{len(self.messages)} messages in {file}")
+            raise LlavaError(f"{file}: cannot be written ({error})") from None
+        print(f"wrote {len(self.messages)} messages to {file}")

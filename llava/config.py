@@ -1,4 +1,4 @@
-"""Sizes and options of a LLaVA, stated in full: nothing here has a meaning that depends on a name or a path."""
+"""Sizes and options of a LLaVA as frozen dataclasses. No value depends on the name or path of a checkpoint."""
 
 import re
 from dataclasses import asdict, dataclass, field, fields
@@ -7,48 +7,48 @@ from typing import Any, Literal, get_args, get_origin
 
 from llava.errors import ConfigError
 
-IMAGE = -200  # stands for a picture (or one place of a picture) among token ids; no vocabulary row has this number
-IGNORE = -100  # label of a token that is not learnt
-IMAGE_MARK = "<image>"  # a picture's place in text
+IMAGE = -200  # token id of an image or of one image token; not a vocabulary row
+IGNORE = -100  # label of a token that is not a training target
+IMAGE_MARK = "<image>"  # marks the position of an image in text
 
 DType = Literal["float32", "bfloat16", "float16"]
 ImageMode = Literal["original", "hf"]  # whose image arithmetic is matched: the LLaVA code's or transformers'
 
 
-# Beyond these a config is broken. They keep products of sizes countable, and a model of such sizes from being built.
-_LARGEST_INT, _LARGEST_FLOAT, _MOST_LAYERS = 2**28, 1e30, 1000
-_MOST_TILES = 256  # of one canvas
+# A config with larger values is broken. The limits keep products of sizes finite and prevent building such a model.
+_MAX_INT, _MAX_FLOAT, _MAX_LAYERS = 2**28, 1e30, 1000
+_MAX_TILES = 256  # of one canvas
 
 
 def _check(config: Any, what: str, *, signed: tuple[str, ...] = ()) -> None:
-    """Fields hold what their types say; numbers are finite, of a sane size, and above 0 unless they are `signed`."""
+    """Checks values against the field types. Numbers must be finite, within limits, and positive unless `signed`."""
     for spec in fields(config):
-        value, words = getattr(config, spec.name), f"{what}: {spec.name} is {getattr(config, spec.name)!r:.60}"
+        value, found = getattr(config, spec.name), f"{what}: {spec.name} is {getattr(config, spec.name)!r:.60}"
         if spec.type is bool and not isinstance(value, bool):
-            raise ConfigError(f"{words}; expected true or false")
+            raise ConfigError(f"{found}; expected true or false")
         if get_origin(spec.type) is Literal and not (isinstance(value, str) and value in get_args(spec.type)):
-            raise ConfigError(f"{words}; expected {' or '.join(get_args(spec.type))}")
+            raise ConfigError(f"{found}; expected {' or '.join(get_args(spec.type))}")
         if spec.type in (int, float) or (spec.type in (int | None, float | None) and value is not None):
-            _check_number(value, spec.type in (int, int | None), words, signed=spec.name in signed)
+            _check_number(value, spec.type in (int, int | None), found, signed=spec.name in signed)
 
 
-def _check_number(value: Any, whole: bool, words: str, *, signed: bool) -> None:
-    kinds = int if whole else (int, float)
-    largest = _LARGEST_INT if whole else _LARGEST_FLOAT
-    if not isinstance(value, kinds) or isinstance(value, bool) or not (signed or value > 0):
-        raise ConfigError(f"{words}; expected a {'whole ' * whole}number above 0")
-    if not abs(value) <= largest:  # NaN is not, either
-        raise ConfigError(f"{words}; expected at most {largest}")
+def _check_number(value: Any, whole: bool, found: str, *, signed: bool) -> None:
+    types = int if whole else (int, float)
+    largest = _MAX_INT if whole else _MAX_FLOAT
+    if not isinstance(value, types) or isinstance(value, bool) or not (signed or value > 0):
+        raise ConfigError(f"{found}; expected a {'whole ' * whole}number above 0")
+    if not abs(value) <= largest:  # written such that NaN fails, too
+        raise ConfigError(f"{found}; expected at most {largest}")
 
 
 def _check_layers(n_layers: int, what: str) -> None:
-    if n_layers > _MOST_LAYERS:
-        raise ConfigError(f"{what}: {n_layers} layers; expected at most {_MOST_LAYERS}")
+    if n_layers > _MAX_LAYERS:
+        raise ConfigError(f"{what}: {n_layers} layers; expected at most {_MAX_LAYERS}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """Sizes of the CLIP image encoder (arXiv:2103.00020) and which of its states LLaVA reads."""
+    """Sizes of the CLIP image encoder (arXiv:2103.00020), and which of its hidden states LLaVA reads."""
 
     dim: int
     n_layers: int
@@ -58,15 +58,17 @@ class VisionConfig:
     patch_size: int  # pixels a side
     eps: float = 1e-5
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
-    select_layer: int = -2  # counts as transformers' hidden_states: 0 before the first block, -1 after the last
+    select_layer: int = (
+        -2
+    )  # as in transformers' hidden_states: 0 is the input of the first block, -1 the output of the last
     select_feature: Literal["patch", "cls_patch"] = "patch"  # without or with the class token
 
     def __post_init__(self) -> None:
         _check(self, "vision", signed=("select_layer",))
         _check_layers(self.n_layers, "vision")
-        if self.grid**2 > _LARGEST_INT:
+        if self.grid**2 > _MAX_INT:
             raise ConfigError(
-                f"vision: image_size {self.image_size} holds {self.grid} patches of {self.patch_size} a side"
+                f"vision: image_size {self.image_size} gives {self.grid} patches a side; expected at most 16384"
             )
         if self.dim % self.n_heads:
             raise ConfigError(f"vision: dim {self.dim} is not a multiple of n_heads {self.n_heads}")
@@ -75,7 +77,7 @@ class VisionConfig:
 
     @property
     def n_blocks(self) -> int:
-        """Blocks that have to run: those behind the selected layer are neither computed nor loaded."""
+        """Number of blocks to load and run. Those after the selected layer are not needed."""
         return self.select_layer if self.select_layer >= 0 else self.n_layers + 1 + self.select_layer
 
     @property
@@ -85,13 +87,13 @@ class VisionConfig:
 
     @property
     def n_features(self) -> int:
-        """Feature vectors that LLaVA reads from one view."""
+        """Number of feature vectors that LLaVA reads for one view."""
         return self.grid**2 + (self.select_feature == "cls_patch")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectorConfig:
-    """From vision features to the decoder's width: `depth` linear layers with exact GELU between; 0 is identity."""
+    """The projector: `depth` linear layers with exact GELU in between; 0 is the identity."""
 
     in_dim: int
     out_dim: int
@@ -99,10 +101,12 @@ class ProjectorConfig:
 
     def __post_init__(self) -> None:
         _check(self, "projector", signed=("depth",))
-        if not 0 <= self.depth <= _MOST_LAYERS:
-            raise ConfigError(f"projector: depth is {self.depth}; expected 0 to {_MOST_LAYERS}")
+        if not 0 <= self.depth <= _MAX_LAYERS:
+            raise ConfigError(f"projector: depth is {self.depth}; expected 0 to {_MAX_LAYERS}")
         if self.depth == 0 and self.in_dim != self.out_dim:
-            raise ConfigError(f"projector: identity cannot turn width {self.in_dim} into {self.out_dim}")
+            raise ConfigError(
+                f"projector: depth 0 is the identity, which cannot map width {self.in_dim} to {self.out_dim}"
+            )
 
     @property
     def type(self) -> str:
@@ -126,11 +130,11 @@ def projector_depth(type: str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary positions are stretched beyond the trained context. Names as in Hugging Face configs."""
+    """Scaling of rotary positions beyond the trained context, named as in Hugging Face configs."""
 
     kind: Literal["linear", "dynamic", "llama3"]
     factor: float
-    original_max_seq: int  # tokens, before stretching
+    original_max_seq: int  # tokens, before scaling
     low_freq_factor: float = 1.0  # llama3 only
     high_freq_factor: float = 4.0  # llama3 only
 
@@ -149,20 +153,20 @@ class DecoderConfig:
     n_kv_heads: int  # fewer than n_heads: grouped-query attention
     head_dim: int
     mlp_dim: int
-    vocab_size: int  # rows stored, which may differ from the tokenizer's length
+    vocab_size: int  # rows of the embedding table, which may differ from the tokenizer's length
     max_seq: int  # longest context, in tokens, image tokens included
     eps: float
     rope_theta: float | None = 10000.0  # llama; None: no rotary positions
     rope_scaling: RopeScaling | None = None  # llama
-    alibi_bias_max: float | None = None  # mpt: the last of a power of two of heads has the slope 2^-this
-    clip_qkv: float | None = None  # mpt: queries, keys and values are cut to ± this; None: they are not
+    alibi_bias_max: float | None = None  # mpt: with a power of two of heads, the last one has the slope 2^-this
+    clip_qkv: float | None = None  # mpt: clamp queries, keys and values to ± this; None: do not clamp
     tied: bool = False  # the head is the embedding table
 
     def __post_init__(self) -> None:
         _check(self, "decoder")
         _check_layers(self.n_layers, "decoder")
-        if self.n_heads * self.head_dim > _LARGEST_INT:
-            raise ConfigError(f"decoder: {self.n_heads} heads of {self.head_dim} values are more than a model can have")
+        if self.n_heads * self.head_dim > _MAX_INT:
+            raise ConfigError(f"decoder: {self.n_heads} heads of {self.head_dim} values are more than supported")
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(f"decoder: n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         for kind, names in _POSITIONS.items():
@@ -171,9 +175,9 @@ class DecoderConfig:
             if kind != self.kind and getattr(self, names[1]) is not None:
                 raise ConfigError(f"decoder: {self.kind} has no {names[1]}")
         if self.kind == "llama" and self.head_dim % 2:
-            raise ConfigError(f"decoder: head_dim {self.head_dim} is odd, rotary positions need pairs")
+            raise ConfigError(f"decoder: head_dim is {self.head_dim}; rotary positions need an even number")
         if self.kind == "mpt" and self.n_kv_heads != self.n_heads:
-            raise ConfigError(f"decoder: n_kv_heads is {self.n_kv_heads}; mpt has as many as n_heads, {self.n_heads}")
+            raise ConfigError(f"decoder: n_kv_heads is {self.n_kv_heads}; expected n_heads, {self.n_heads}, for mpt")
 
     @property
     def qkv_rows(self) -> tuple[int, int, int]:
@@ -182,126 +186,122 @@ class DecoderConfig:
         return self.n_heads * self.head_dim, kv, kv
 
 
-_POSITIONS = {"llama": ("rope_theta", "rope_scaling"), "mpt": ("alibi_bias_max", "clip_qkv")}  # the first is a must
+_POSITIONS = {"llama": ("rope_theta", "rope_scaling"), "mpt": ("alibi_bias_max", "clip_qkv")}  # the first is required
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig:
-    """How a picture becomes views of `size` x `size` pixels."""
+    """How an image becomes views of `size` x `size` pixels."""
 
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    aspect: Literal["square", "pad", "anyres"]  # centre crop, pad to a square, or base view and tiles
+    aspect: Literal["square", "pad", "anyres"]  # centre crop, pad to a square, or a base view and tiles
     mode: ImageMode = "original"
-    pinpoints: tuple[tuple[int, int], ...] = ()  # anyres: canvas sizes to choose from, (w, h)
-    merge: Literal["flat", "spatial", "spatial_unpad"] = "flat"  # anyres: how tiles are put together
+    pinpoints: tuple[tuple[int, int], ...] = ()  # anyres: available canvas sizes, (w, h) in pixels
+    merge: Literal["flat", "spatial", "spatial_unpad"] = "flat"  # anyres: how the tiles are joined
 
     def __post_init__(self) -> None:
         _check(self, "image")
         if len(self.mean) != 3 or not all(0 <= value <= 1 for value in self.mean):
             raise ConfigError(f"image: mean is {self.mean!r:.60}; expected three numbers from 0 to 1")
-        if len(self.std) != 3 or not all(0 < value <= _LARGEST_FLOAT for value in self.std):
+        if len(self.std) != 3 or not all(0 < value <= _MAX_FLOAT for value in self.std):
             raise ConfigError(f"image: std is {self.std!r:.60}; expected three numbers above 0")
         if self.aspect == "anyres" and not self.pinpoints:
-            raise ConfigError("image: anyres needs image_grid_pinpoints, the list of canvas sizes")
+            raise ConfigError("image: anyres requires image_grid_pinpoints, the list of canvas sizes; found none")
         for w, h in self.pinpoints if self.aspect == "anyres" else ():
             whole = w > 0 and h > 0 and w % self.size == 0 == h % self.size
-            if not whole or w * h > _MOST_TILES * self.size**2:
-                wanted = f"1 to {_MOST_TILES} tiles of {self.size} pixels"
-                raise ConfigError(f"image: image_grid_pinpoints has {w!r} x {h!r}; expected {wanted}")
+            if not whole or w * h > _MAX_TILES * self.size**2:
+                expected = f"1 to {_MAX_TILES} tiles of {self.size} pixels"
+                raise ConfigError(f"image: image_grid_pinpoints has {w!r} x {h!r}; expected {expected}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TileGrid:
-    """Which rows and columns of the patches of an anyres picture's tiles are kept; the rest is padding."""
+    """The tiles of an anyres image, and the rows and columns of their patches that remain without padding."""
 
     rows: int  # tiles from top to bottom
     cols: int  # tiles from left to right
-    top: int  # first patch row kept
-    bottom: int  # first patch row no longer kept
+    top: int  # first patch row to keep
+    bottom: int  # patch row after the last one to keep
     left: int
     right: int
-    newline: bool  # a learned vector closes each row of patches
+    newline: bool  # append a learned vector to each row of patches
 
     @property
     def n_tokens(self) -> int:
-        """Places that the tiles take, the base view not counted."""
+        """Number of tokens of the tiles, without the base view."""
         return (self.bottom - self.top) * (self.right - self.left + self.newline)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlavaConfig:
-    """All that is needed to build the model and to prepare its input."""
+    """Everything needed to build the model and to prepare its input."""
 
     decoder: DecoderConfig
-    vision: VisionConfig | None = None  # None: a plain language model
+    vision: VisionConfig | None = None  # None: language model only
     projector: ProjectorConfig | None = None
     image: ImageConfig | None = None
-    start_end: bool = False  # each picture stands between <im_start> and <im_end>
-    template: str | None = None  # conversation template, None: messages need one named by the caller
-    eos_ids: tuple[int, ...] = field(default=())  # ids that end an answer, besides the tokenizer's own
+    start_end: bool = False  # enclose each image in <im_start> and <im_end>
+    template: str | None = None  # conversation template; None: the caller has to name one
+    eos_ids: tuple[int, ...] = field(default=())  # ids that end a reply, in addition to the tokenizer's
     dtype: DType = "float16"  # of the weights as stored
-    padding_side: Literal["left", "right"] = "right"  # of training batches; a fact that no answer depends on
-    trained_seq: int | None = None  # longest input in training, tokens; the original cuts longer ones off, we do not
+    padding_side: Literal["left", "right"] = "right"  # of training batches; recorded, has no effect on replies
+    trained_seq: int | None = (
+        None  # longest training input, in tokens; the original truncates longer prompts, we do not
+    )
 
     def __post_init__(self) -> None:
         _check(self, "config")
         if not all(isinstance(id, int) for id in self.eos_ids) or not isinstance(self.template, str | None):
             raise ConfigError(
-                f"config: eos_ids is {self.eos_ids!r:.60}, template {self.template!r:.60}; expected ids, a name"
+                f"config: eos_ids is {self.eos_ids!r:.60}, template is {self.template!r:.60}; "
+                "expected whole numbers and a name"
             )
         if (self.vision is None) != (self.projector is None) or (self.vision is None) != (self.image is None):
-            raise ConfigError("config: vision, projector and image options come together or not at all")
+            raise ConfigError("config: found only some of vision, projector and image; expected all of them or none")
         if self.image and self.vision and self.image.size != self.vision.image_size:
             raise ConfigError(
-                f"image: pictures are cropped to {self.image.size} pixels, the tower takes {self.vision.image_size}"
+                f"image: images are cropped to {self.image.size} pixels; the tower expects {self.vision.image_size}"
             )
         if self.image and self.vision and self.image.aspect == "anyres" and self.vision.select_feature != "patch":
-            raise ConfigError("image: anyres puts tiles together by patches; mm_vision_select_feature must be patch")
+            raise ConfigError("image: mm_vision_select_feature is cls_patch; anyres requires patch")
         if self.projector and self.vision and self.projector.in_dim != self.vision.dim:
             raise ConfigError(
-                f"projector: takes features of width {self.projector.in_dim}, this vision tower gives "
+                f"projector: expects features of width {self.projector.in_dim}, but the vision tower has width "
                 f"{self.vision.dim}; name the tower it was trained with: vision_tower= (--vision-tower)"
             )
         if self.projector and self.projector.out_dim != self.decoder.dim:
-            raise ConfigError(f"projector: width {self.projector.out_dim} does not fit decoder dim {self.decoder.dim}")
+            raise ConfigError(
+                f"projector: output width is {self.projector.out_dim}; expected the decoder's, {self.decoder.dim}"
+            )
 
     @property
     def newline(self) -> bool:
-        """Whether a learned vector closes each row of an anyres picture."""
+        """Whether a learned vector is appended to each row of an anyres image."""
         return self.image is not None and self.image.aspect == "anyres" and self.image.merge == "spatial_unpad"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """Plain values that JSON can store."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "LlavaConfig":
         """The inverse of `to_dict`. Raises ConfigError on unknown or missing keys."""
-        values = dict(values)
-        decoder = dict(values.pop("decoder"))
-        scaling = decoder.pop("rope_scaling", None)
-        image = values.pop("image", None)
-        if image:
-            image = {k: tuple(v) if isinstance(v, list) else v for k, v in image.items()}
+        decoder = dict(values["decoder"])
+        decoder["rope_scaling"] = _optional(RopeScaling, "rope_scaling", decoder.get("rope_scaling") or None)
+        image = values.get("image")
+        if image:  # JSON has lists for tuples
+            image = {key: tuple(value) if isinstance(value, list) else value for key, value in image.items()}
             image["pinpoints"] = tuple((w, h) for w, h in image.get("pinpoints", ()))
-        return _build(
-            cls,
-            "config",
-            values
-            | {
-                "decoder": _build(
-                    DecoderConfig,
-                    "decoder",
-                    decoder | {"rope_scaling": scaling and _build(RopeScaling, "rope_scaling", scaling)},
-                ),
-                "vision": _optional(VisionConfig, "vision", values.get("vision")),
-                "projector": _optional(ProjectorConfig, "projector", values.get("projector")),
-                "image": _optional(ImageConfig, "image", image),
-                "eos_ids": tuple(values.get("eos_ids", ())),
-            },
-        )
+        nested = {
+            "decoder": _build(DecoderConfig, "decoder", decoder),
+            "vision": _optional(VisionConfig, "vision", values.get("vision")),
+            "projector": _optional(ProjectorConfig, "projector", values.get("projector")),
+            "image": _optional(ImageConfig, "image", image),
+            "eos_ids": tuple(values.get("eos_ids", ())),
+        }
+        return _build(cls, "config", values | nested)
 
 
 def _build(cls: Any, what: str, values: dict[str, Any]) -> Any:

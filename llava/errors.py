@@ -1,35 +1,37 @@
-"""What a caller can get wrong. Each message says what was found, what was expected and what to do, in one line."""
+"""The exceptions a caller can catch. Messages are one line: what was found, what was expected, what to do."""
 
 
 class LlavaError(Exception):
-    """The root of all errors that this package raises on purpose; the command line prints one line and exits 2.
+    """Base class of all exceptions that this package raises on purpose. The CLI prints the message and exits with 2.
 
-    Messages quote foreign files: what can not be printed is escaped, and very long ones are cut in the middle.
+    Messages may quote the contents of files: unprintable characters are escaped, and long messages shortened.
     """
 
     def __init__(self, message: str):
         line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
-        super().__init__(line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}")
+        if len(line) > _MAX_LENGTH:
+            line = f"{line[: _MAX_LENGTH // 2]} … {line[-_MAX_LENGTH // 2 :]}"
+        super().__init__(line)
 
 
-_LONGEST = 1200  # characters
+_MAX_LENGTH = 1200  # characters
 
 
 class ConfigError(LlavaError):
-    """A size or an option is missing, unknown or does not fit the others."""
+    """A size or an option is missing, unknown or inconsistent with others."""
 
 
 class CheckpointError(LlavaError):
-    """A file of a checkpoint is missing, broken, or holds other tensors than it should."""
+    """A file of a checkpoint is missing, broken or has unexpected tensors."""
 
 
 class ImageError(LlavaError):
-    """A picture cannot be read."""
+    """An image cannot be read."""
 
 
 class PromptError(LlavaError):
-    """Messages, marks or a prompt's length do not fit the model."""
+    """Messages, image marks or the length of a prompt do not fit the model."""
 
 
 class DataError(LlavaError):
-    """A training sample or its picture is broken, or a data file is not in a known format."""
+    """A training sample or its image is broken, or a data file is in an unknown format."""

@@ -1,48 +1,48 @@
-"""Hidden states of many texts to one safetensors file, streamed: the language model as a feature extractor.
+"""Writes hidden states of many texts to one safetensors file: the language model as a feature extractor.
 
-S places of a row   D width
+S sequence length   D dim
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from llava.assistant import Assistant
+from llava.assistant import Assistant, question_about
 from llava.config import IMAGE_MARK
 from llava.errors import ImageError, PromptError
 from llava.tensors.atomic import new_file
 from llava.tensors.files import DTYPE_NAMES
 from llava.tensors.writer import Progress, no_progress
 
-MAX_HEADER_BYTES = 100_000_000  # what readers of the format accept
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 
 class Row(NamedTuple):
-    """One input line."""
+    """One line of the input."""
 
     text: str
     image: str | None
 
 
 def read_rows(file: Path) -> list[Row]:
-    """A .jsonl file of {"text": …, "image": path?}, or a text a line. Picture paths are relative to the file.
+    """Reads a .jsonl file of {"text": …, "image": path?}, or a text file with one text per line.
 
-    Raises PromptError naming the line.
+    Image paths are relative to the file. Raises PromptError, which names the line.
     """
     try:
         lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"{file}: can not be read as text ({error})") from None
+        raise PromptError(f"{file}: cannot be read as text ({error})") from None
     if file.suffix not in (".jsonl", ".json"):
         rows = [Row(line, None) for line in lines]
     else:
         rows = [_row(line, f"{file}:{i}", file.parent) for i, line in enumerate(lines, start=1) if line.strip()]
     if not rows:
-        raise PromptError(f"{file}: holds no rows")
+        raise PromptError(f"{file}: found no rows; expected at least one")
     return rows
 
 
@@ -53,7 +53,7 @@ def _row(line: str, where: str, folder: Path) -> Row:
         raise PromptError(f"{where}: not JSON ({error})") from None
     fits = isinstance(values, dict) and isinstance(values.get("text"), str) and not set(values) - {"text", "image"}
     if not fits or not isinstance(values.get("image"), str | None):
-        raise PromptError(f'{where}: expected {{"text": …, "image": path?}}, found {line[:60]}')
+        raise PromptError(f'{where}: found {line[:60]}; expected {{"text": …, "image": path?}}')
     return Row(values["text"], str(folder / values["image"]) if values.get("image") else None)
 
 
@@ -66,29 +66,30 @@ def extract(
     template: str | None = None,
     progress: Progress = no_progress,
 ) -> None:
-    """Writes "{row}.{layer}" -> [S, D] for every row and layer, in the model's type.
+    """Writes an entry "{row}.{layer}" [S, D] for every row and layer, in the model's dtype.
 
-    A text is a raw prompt, its picture in front where it has no mark; with `template` it is a user's message. The
-    header has room for all entries and is filled in at the end. Raises PromptError, ImageError, ConfigError naming the
-    row; then nothing is left behind.
+    A text is a raw prompt, or a user message if `template` is given. Without an image mark in the text, the image comes
+    first. Space for the header is reserved, and filled in at the end.
+
+    Raises PromptError, ImageError or ConfigError, which name the row; no file is written then.
     """
     room = 64 + len(rows) * len(layers) * _entry_bytes(len(rows))
     if room > MAX_HEADER_BYTES:
         raise PromptError(
-            f"{len(rows)} rows x {len(layers)} layers are more entries than one safetensors file can have: "
+            f"{len(rows)} rows x {len(layers)} layers are more entries than a safetensors file can hold: "
             f"split the input into parts of at most {len(rows) * MAX_HEADER_BYTES // room} rows"
         )
     with new_file(out, room) as partial, partial.open("wb") as file:
         file.write(room.to_bytes(8, "little") + b" " * room)
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        place = 0
+        offset = 0
         for i, row in enumerate(rows):
-            for layer, states in _states(assistant, row, i, layers, template):
+            for layer, states in _states(assistant, row, i, layers, template).items():
                 data = states.cpu().contiguous().view(torch.uint8).numpy()
                 file.write(data.data)
                 entry = {"dtype": DTYPE_NAMES[states.dtype], "shape": list(states.shape)}
-                header[f"{i}.{layer}"] = {**entry, "data_offsets": [place, place + data.nbytes]}
-                place += data.nbytes
+                header[f"{i}.{layer}"] = {**entry, "data_offsets": [offset, offset + data.nbytes]}
+                offset += data.nbytes
             progress(i + 1, len(rows))
         text = json.dumps(header, separators=(",", ":")).encode()
         assert len(text) <= room
@@ -97,22 +98,19 @@ def extract(
 
 
 def _entry_bytes(n_rows: int) -> int:
-    """Room for one line of the header: 19 digits an offset, 10 a size."""
+    """Bytes reserved for an entry of the header: 19 digits for an offset, 10 for a size."""
     return len('"":{"dtype":"BF16","shape":[,],"data_offsets":[,]},') + len(str(n_rows)) + 12 + 2 * 10 + 2 * 19
 
 
 def _states(
     assistant: Assistant, row: Row, number: int, layers: Sequence[int], template: str | None
-) -> Iterator[tuple[int, Tensor]]:
-    images = [row.image] if row.image else []
+) -> dict[int, Tensor]:
     try:
         if template:
-            parts = [{"type": "image", "image": image} for image in images]
-            message = {"role": "user", "content": [*parts, {"type": "text", "text": row.text}]}
-            states = assistant.hidden_states([message], layers, template=template)
-        else:
-            text = f"{IMAGE_MARK}\n{row.text}" if images and IMAGE_MARK not in row.text else row.text
-            states = assistant.hidden_states(text, layers, images=images)
+            return assistant.hidden_states(question_about(row.image, row.text), layers, template=template)
+        if row.image is None:
+            return assistant.hidden_states(row.text, layers, images=[])
+        text = row.text if IMAGE_MARK in row.text else f"{IMAGE_MARK}\n{row.text}"
+        return assistant.hidden_states(text, layers, images=[row.image])
     except (PromptError, ImageError) as error:
         raise type(error)(f"row {number}: {error}") from None
-    yield from states.items()

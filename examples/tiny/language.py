@@ -176,7 +176,7 @@ class Language(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """The mean loss of the S next tokens in nats: ids [B, S + 1] -> scalar."""
-        x = self.decoder(self.decoder.lookup(ids[:, :-1]), torch.arange(ids.shape[1] - 1, device=ids.device))
+        x = self.decoder(self.decoder.lookup(ids[:, :-1]))
         return F.cross_entropy(self.decoder.logits(x).flatten(0, 1), ids[:, 1:].flatten())
 
 

@@ -15,8 +15,8 @@ from llava.errors import LlavaError
 from llava.formats import FORMATS
 from llava.formats.base_model import recorded_names
 from llava.formats.format import Checkpoint, CheckpointFiles, Detection, Shapes, shapes_of
+from llava.formats.tokenizer import has_tokenizer, load_tokenizer
 from llava.model.llava import shapes
-from llava.preprocess.tokenizer import has_tokenizer, load_tokenizer
 from llava.tensors.files import ADAPTER_FILES, NON_LORA_FILE, PROJECTOR_FILE, Weights, open_weights
 from llava.tensors.hub import locate, locate_file
 from llava.zoo import catalogue

@@ -22,8 +22,9 @@ from llava.formats.base_model import (
 )
 from llava.formats.format import Checkpoint, CheckpointFiles, Detection, Format, ReadConfig, Resolved
 from llava.formats.multimodal import projector_in
+from llava.formats.tokenizer import has_tokenizer, load_tokenizer
 from llava.model.llava import shapes
-from llava.preprocess.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from llava.preprocess.tokenizer import Tokenizer
 from llava.tensors.files import parsing
 from llava.tensors.hub import absolute_if_local, locate
 from llava.tensors.keymap import disk_names

@@ -5,7 +5,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,26 +14,12 @@ from llava.cli.options import (
     Adapters,
     AsJson,
     Base,
+    ChatOptions,
     Checkpoint,
-    Device,
-    DType,
-    Exif,
-    Force,
-    ImageMode,
-    LegacyStrip,
-    MaxNewTokens,
-    MinP,
     Model,
-    Quantize,
-    RepetitionPenalty,
-    Revision,
-    Seed,
-    Stop,
-    Temperature,
-    Template,
-    TopK,
-    TopP,
-    VisionTower,
+    ModelOptions,
+    SamplingOptions,
+    grouped,
 )
 from llava.errors import ConfigError, ImageError
 
@@ -42,100 +28,59 @@ if TYPE_CHECKING:
 
 
 @app.command()
+@grouped
 def ask(
-    words: Annotated[list[str], typer.Argument(metavar='[IMAGE]... "QUESTION"', help="- reads a picture from stdin")],
+    words: Annotated[list[str], typer.Argument(metavar='[IMAGE]... "QUESTION"', help="- reads an image from stdin")],
+    *,
     model: Model = None,
     base: Base = None,
     adapter: Adapters = None,
-    vision_tower: VisionTower = None,
-    template: Template = None,
-    dtype: DType = "auto",
-    device: Device = "auto",
-    quantize: Quantize = None,
-    revision: Revision = None,
-    force: Force = False,
-    image_mode: ImageMode = None,
-    exif: Exif = False,
-    legacy_strip: LegacyStrip = False,
-    max_new_tokens: MaxNewTokens = 512,
-    temperature: Temperature = 0.0,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    min_p: MinP = None,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    seed: Seed = None,
-    stop: Stop = None,
+    loading: ModelOptions,
+    sampling: SamplingOptions,
     as_json: AsJson = False,
 ) -> None:
-    """Ask a question about a picture, several, or none."""
-    options = dict(locals())
+    """Ask a question about an image, several, or none."""
     *paths, question = words
-    pictures = [sys.stdin.buffer.read() if path == "-" else _existing(path) for path in paths]
-    vlm = _load(options)
+    images = [sys.stdin.buffer.read() if path == "-" else _existing(path) for path in paths]
+    vlm = _load(model, loading, base=base, adapters=adapter)
     from llava.assistant import question_about
 
-    answer = vlm.begin(question_about(pictures, question), **_sampling(options))
+    answer = vlm.begin(question_about(images, question), **vars(sampling))
     for piece in answer:
         if not as_json:
             print(piece, end="", flush=True)
-    if as_json:
-        print(json.dumps(asdict(answer.reply()), ensure_ascii=False))
-    else:
-        print()
+    print(json.dumps(asdict(answer.reply()), ensure_ascii=False) if as_json else "")
 
 
 @app.command()
+@grouped
 def chat(
+    *,
     model: Model = None,
     base: Base = None,
     adapter: Adapters = None,
-    vision_tower: VisionTower = None,
-    template: Template = None,
-    dtype: DType = "auto",
-    device: Device = "auto",
-    quantize: Quantize = None,
-    revision: Revision = None,
-    force: Force = False,
-    image_mode: ImageMode = None,
-    exif: Exif = False,
-    legacy_strip: LegacyStrip = False,
-    max_new_tokens: MaxNewTokens = 512,
-    temperature: Temperature = 0.2,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    min_p: MinP = None,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    seed: Seed = None,
-    stop: Stop = None,
+    loading: ModelOptions,
+    sampling: ChatOptions,
 ) -> None:
-    """Talk in turns. /image PATH, /adapter NAME, /reset, /save FILE, /quit; Ctrl-C ends an answer, nothing else."""
-    options = dict(locals())
-    vlm = _load(options)
+    """Chat in the terminal. Commands: /image PATH, /adapter NAME, /reset, /save FILE, /quit; Ctrl-C stops a reply."""
+    vlm = _load(model, loading, base=base, adapters=adapter)
     from llava.chat import Chat
 
-    Chat(vlm, _sampling(options)).run()
+    Chat(vlm, vars(sampling)).run()
 
 
 @app.command()
+@grouped
 def features(
     checkpoint: Checkpoint,
+    *,
     input: Annotated[Path, typer.Option("--input", help='text lines, or .jsonl rows {"text": …, "image": path?}')],
-    layers: Annotated[str, typer.Option("--layers", help="such as 8,16,-1; 0 embeddings, -1 behind the last norm")],
+    layers: Annotated[str, typer.Option("--layers", help="such as 8,16,-1; 0: embeddings, -1: after the final norm")],
     out: Annotated[Path, typer.Option("--out", help=".safetensors file to write")],
     base: Base = None,
-    vision_tower: VisionTower = None,
-    template: Template = None,
-    dtype: DType = "auto",
-    device: Device = "auto",
-    quantize: Quantize = None,
-    revision: Revision = None,
-    force: Force = False,
-    image_mode: ImageMode = None,
-    exif: Exif = False,
-    legacy_strip: LegacyStrip = False,
+    loading: ModelOptions,
 ) -> None:
-    """Hidden states of texts, with or without a picture, to a safetensors file."""
-    options = dict(locals())
+    """Write hidden states of texts, with or without an image, to a safetensors file."""
     try:
         numbers = [int(layer) for layer in layers.split(",")]
     except ValueError:
@@ -143,46 +88,40 @@ def features(
     from llava import features as job
 
     rows = job.read_rows(input)
-    options["vision"] = any(row.image for row in rows)
-    vlm = _load(options)
+    vlm = _load(checkpoint, loading, base=base, vision=any(row.image for row in rows))
     with progress_bar("features", unit="rows") as progress:
-        job.extract(vlm, rows, numbers, out, template=template, progress=progress)
+        job.extract(vlm, rows, numbers, out, template=loading.template, progress=progress)
     print(f"{out}: {len(rows)} rows, layers {layers}")
 
 
-_LOADING = (
-    *("base", "vision_tower", "vision", "dtype", "device", "quantize", "template", "revision"),
-    *("force", "image_mode", "exif", "legacy_strip"),
-)
-_SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
-
-
-def _load(options: dict[str, Any]) -> "Assistant":
+def _load(
+    path: str | None,
+    options: ModelOptions,
+    *,
+    base: str | None,
+    adapters: list[str] | None = None,
+    vision: bool = True,
+) -> "Assistant":
     import llava
 
-    path = options.get("model") or options.get("checkpoint")
     if path is None:
         print(
-            "llava: no --model is named, so llava-tiny answers: it knows drawn objects alone; "
-            "--model FOLDER_OR_HUB_ID takes a real LLaVA",
+            "llava: no --model given, using llava-tiny, which recognises only drawn objects; "
+            "--model FOLDER_OR_HUB_ID loads a real LLaVA",
             file=sys.stderr,
         )
-    adapters = dict(map(_named, options.get("adapter") or ()))
-    return llava.load(path, adapters=adapters, **{name: options[name] for name in _LOADING if name in options})
+    named = dict(map(_name_and_folder, adapters or ()))
+    return llava.load(path, base=base, adapters=named, vision=vision, **vars(options))
 
 
-def _named(adapter: str) -> tuple[str, str]:
+def _name_and_folder(adapter: str) -> tuple[str, str]:
     name, _, folder = adapter.partition("=")
     if not (name and folder):
         raise ConfigError(f"--adapter is {adapter!r}; expected NAME=FOLDER_OR_HUB_ID")
     return name, folder
 
 
-def _sampling(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: options[name] for name in _SAMPLING}
-
-
 def _existing(path: str) -> Path:
     if not os.path.isfile(path):
-        raise ImageError(f"{path:.200}: no such picture; the question comes last, in quotes")
+        raise ImageError(f"{path:.200}: no such image file; the question comes last, in quotes")
     return Path(path)

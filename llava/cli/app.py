@@ -1,4 +1,4 @@
-"""What all commands stand on: the program, its errors in one line, the progress bar."""
+"""The Typer application, one-line errors, and the progress bar."""
 
 import logging
 import sys
@@ -15,7 +15,7 @@ from llava.errors import LlavaError
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """What a caller got wrong is one line on stderr and exit code 2; Ctrl-C is exit code 130."""
+    """Turns a LlavaError into one line on stderr and exit code 2, and Ctrl-C into exit code 130."""
     try:
         yield
     except LlavaError as error:
@@ -24,7 +24,7 @@ def guarded() -> Iterator[None]:
     except KeyboardInterrupt:
         print("llava: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-    except BrokenPipeError:  # the reader of a pipe has seen enough
+    except BrokenPipeError:  # the reader of a pipe has closed it
         sys.stderr.close()
         raise SystemExit(0) from None
 
@@ -46,7 +46,10 @@ app = typer.Typer(
 
 @contextmanager
 def progress_bar(what: str, unit: str = "bytes") -> Iterator[Callable[[int, int], None]]:
-    """A bar with rate and time left on a terminal, nothing in a pipe."""
+    """A progress bar with rate and remaining time; shown only if stderr is a terminal.
+
+    Yields a callback that receives the amounts done and in total.
+    """
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
@@ -65,6 +68,6 @@ def progress_bar(what: str, unit: str = "bytes") -> Iterator[Callable[[int, int]
 
 
 def main(args: list[str] | None = None) -> None:
-    """The console script."""
+    """Entry point of the `llava` console script."""
     logging.basicConfig(format="llava: %(message)s", level=logging.WARNING)
     app(args, prog_name="llava")

@@ -1,36 +1,104 @@
-"""Options that several commands take."""
+"""Options that several commands share."""
 
-from typing import Annotated
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 Model = Annotated[
     str | None,
-    typer.Option("--model", "-m", help="folder or hub id of a checkpoint; none: llava-tiny, in this package"),
+    typer.Option("--model", "-m", help="folder or hub id of a checkpoint; default: llava-tiny, part of this package"),
 ]
 Checkpoint = Annotated[str, typer.Argument(metavar="M", help="folder or hub id of a checkpoint")]
 Base = Annotated[str | None, typer.Option("--base", help="language model that a delta, LoRA or projector belongs to")]
 Adapters = Annotated[
     list[str] | None,
-    typer.Option("--adapter", metavar="NAME=M", help="LoRA or projector to put on --model; may be given again"),
+    typer.Option("--adapter", metavar="NAME=M", help="LoRA or projector to use with --model; repeatable"),
 ]
-VisionTower = Annotated[str | None, typer.Option("--vision-tower", help="CLIP's folder or hub id")]
-Template = Annotated[str | None, typer.Option("--template", help="conversation template, by name")]
+VisionTower = Annotated[str | None, typer.Option("--vision-tower", help="folder or hub id of CLIP")]
+Template = Annotated[str | None, typer.Option("--template", help="name of a conversation template")]
 DType = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N")]
-Quantize = Annotated[str | None, typer.Option("--quantize", help="quantisation of the weights")]
+Quantize = Annotated[str | None, typer.Option("--quantize", help="quantization of the weights")]
 Revision = Annotated[str | None, typer.Option("--revision", help="branch, tag or commit on the hub")]
-Force = Annotated[bool, typer.Option("--force", help="go on in spite of unknown tensors, NaN, Inf, a doubtful base")]
-ImageMode = Annotated[str | None, typer.Option("--image-mode", help="arithmetic for pictures: original or hf")]
-Exif = Annotated[bool, typer.Option("--exif", help="turn pictures as their EXIF orientation says")]
-LegacyStrip = Annotated[bool, typer.Option("--legacy-strip", help="white space as when v0 and v1.1 were trained")]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON object instead of text")]
+Force = Annotated[bool, typer.Option("--force", help="continue despite unknown tensors, NaN, Inf or a doubtful base")]
+ImageMode = Annotated[str | None, typer.Option("--image-mode", help="image preprocessing: original or hf")]
+Exif = Annotated[bool, typer.Option("--exif", help="rotate images as their EXIF orientation says")]
+LegacyStrip = Annotated[bool, typer.Option("--legacy-strip", help="strip white space as when v0 and v1.1 were trained")]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
 
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="longest answer, in tokens")]
-Temperature = Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token")]
-TopP = Annotated[float | None, typer.Option("--top-p", help="likeliest tokens that together reach this probability")]
-TopK = Annotated[int | None, typer.Option("--top-k", help="so many likeliest tokens")]
-MinP = Annotated[float | None, typer.Option("--min-p", help="tokens this share as likely as the likeliest")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="maximum length of the reply, in tokens")]
+Temperature = Annotated[float, typer.Option("--temperature", help="0: always the most likely token")]
+TopP = Annotated[float | None, typer.Option("--top-p", help="sample from the most likely tokens with this total share")]
+TopK = Annotated[int | None, typer.Option("--top-k", help="sample from this many of the most likely tokens")]
+MinP = Annotated[float | None, typer.Option("--min-p", help="minimum probability, relative to the most likely token")]
 RepetitionPenalty = Annotated[float, typer.Option("--repetition-penalty", help="above 1: less repetition")]
-Seed = Annotated[int | None, typer.Option("--seed", help="for the same answer again")]
-Stop = Annotated[list[str] | None, typer.Option("--stop", help="string that ends the answer; may be given again")]
+Seed = Annotated[int | None, typer.Option("--seed", help="for reproducible replies")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="string that ends the reply; repeatable")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Options of all commands that load a model, named like the parameters of `llava.load`."""
+
+    vision_tower: VisionTower = None
+    template: Template = None
+    dtype: DType = "auto"
+    device: Device = "auto"
+    quantize: Quantize = None
+    revision: Revision = None
+    force: Force = False
+    image_mode: ImageMode = None
+    exif: Exif = False
+    legacy_strip: LegacyStrip = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """Options of all commands that generate text, named like the options of `Assistant.generate`."""
+
+    max_new_tokens: MaxNewTokens = 512
+    temperature: Temperature = 0.0
+    top_p: TopP = None
+    top_k: TopK = None
+    min_p: MinP = None
+    repetition_penalty: RepetitionPenalty = 1.0
+    seed: Seed = None
+    stop: Stop = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions(SamplingOptions):
+    """The same with the default temperature of a chat."""
+
+    temperature: Temperature = 0.2
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Lets a command take a group of options as one parameter, annotated with a dataclass such as `ModelOptions`.
+
+    Typer reads one parameter for each option, so the function returned shows it the fields of the dataclass instead.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    options: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name in groups:
+            options += inspect.signature(groups[parameter.name]).parameters.values()
+        else:
+            options.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        made = {
+            name: group(**{field.name: values.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        command(**values, **made)
+
+    run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    run.__annotations__ = {option.name: option.annotation for option in options}
+    return run

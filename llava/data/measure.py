@@ -21,9 +21,10 @@ from llava.config import (
 )
 from llava.data.samples import Sample
 from llava.errors import ConfigError
+from llava.formats.tokenizer import load_tokenizer
 from llava.preprocess.image import Size, choose_canvas, tile_grid
 from llava.preprocess.inputs import Preprocessor
-from llava.preprocess.tokenizer import Tokenizer, load_tokenizer
+from llava.preprocess.tokenizer import Tokenizer
 
 _UNLIMITED = 1 << 28  # tokens, the largest max_seq that a config allows
 # A tower with a single patch and pictures of one pixel, so that preprocessing inserts one token per picture.

@@ -1,1 +1,1 @@
-"""Requests become a stream of tokens and text. The engine owns caches and steps, and is given a model."""
+"""Turns requests into streams of tokens and text. The engine owns caches and steps; the model is passed in."""

@@ -1,78 +1,31 @@
-"""Runs requests: pictures encoded, prompts prefilled together, then each row gets a token a step until it ends.
+"""Runs requests: encodes images, prefills all prompts together, then generates a token for each row in every step.
 
-B rows   S places   D dim   V vocabulary rows
+B rows   S sequence length   D dim   V vocabulary rows
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from llava.engine import step
-from llava.engine.sampling import Sampling, sample
-from llava.engine.text import TextStream
+from llava.engine.detokenize import Detokenizer
+from llava.engine.sampling import SamplingParams, sample
+from llava.engine.sequence import Sequence
 from llava.errors import PromptError
-from llava.model.cache import KVCache
-from llava.model.llama import visible
+from llava.model.attention import CacheContext, decode_mask
+from llava.model.kv_cache import KVCache
 from llava.model.llava import Llava
 from llava.preprocess.inputs import ModelInput
 from llava.preprocess.tokenizer import Tokenizer
 
-_WINDOW = 256  # slots; a compiled step reads the cache in multiples of this, so that few shapes are compiled
-
-
-@dataclass(eq=False, kw_only=True)
-class Answer:
-    """One row being written."""
-
-    input: ModelInput
-    text: TextStream
-    stop_ids: frozenset[int]
-    limit: int  # tokens that may be written
-    generator: torch.Generator | None
-    n_prompt: int
-    seen: Tensor  # ids of prompt and answer, for the repetition penalty
-    finish_reason: Literal["stop", "length"] | None = None
-    logprobs: list[float] = field(default_factory=list)  # of each token written
-    top_logprobs: list[dict[int, float]] = field(default_factory=list)  # of the likeliest ids at each token
-    started: float = field(default_factory=time.perf_counter)
-    first_token: float = 0.0  # clock at the first token
-    ended: float = 0.0
-
-    n_written: int = 0
-
-    @property
-    def next_place(self) -> int:
-        """Position of the token written last, which the next step reads."""
-        return self.n_prompt + self.n_written - 1
-
-    def take(self, id: int) -> str:
-        """Takes a new token and returns the text that became certain; sets `finish_reason` when it was the last."""
-        now = time.perf_counter()
-        self.first_token = self.first_token or now
-        self.n_written += 1
-        piece = ""
-        if id in self.stop_ids:
-            self.finish_reason = "stop"
-        else:
-            piece = self.text.push(id)
-            if self.text.stopped:
-                self.finish_reason = "stop"
-            elif self.n_written >= self.limit:
-                self.finish_reason = "length"
-        if self.finish_reason:
-            self.ended = now
-            piece += self.text.finish()
-            del self.logprobs[len(self.text.ids) :], self.top_logprobs[len(self.text.ids) :]
-        return piece
+_WINDOW = 256  # slots; compiled steps read the cache in multiples of this, so that few shapes are compiled
 
 
 class Engine:
-    """Holds a model and the steps that run it. `compile`: the steps go through torch.compile (needs a C++ compiler)."""
+    """A model and the steps that run it. `compile` applies torch.compile to the steps, which needs a C++ compiler."""
 
     def __init__(self, model: Llava, tokenizer: Tokenizer, *, compile: bool = False):
         self.model = model
@@ -81,71 +34,68 @@ class Engine:
         self._prefill: Callable[..., Tensor] = torch.compile(step.prefill, dynamic=True) if compile else step.prefill
         self._decode: Callable[..., Tensor] = torch.compile(step.decode_step) if compile else step.decode_step
 
-    def start(self, input: ModelInput, options: Sampling) -> Answer:
-        """A row for a request. Raises PromptError if the context has no room for an answer."""
+    def start(self, input: ModelInput, params: SamplingParams) -> Sequence:
+        """A new sequence for a request. Raises PromptError if the context has no room for a reply."""
         context = self.model.config.decoder.max_seq
         n_prompt = len(input.ids)
-        if n_prompt >= context and options.max_new_tokens:
+        if n_prompt >= context and params.max_new_tokens:
             raise PromptError(
-                f"the prompt has {n_prompt} tokens, the model's context holds {context}: no room to answer"
+                f"the prompt has {n_prompt} tokens and fills the model's context of {context}: "
+                "shorten it to leave room for a reply"
             )
-        stops = [*options.stop, *([input.stop] if input.stop else [])]
+        stops = [*params.stop, *([input.stop] if input.stop else [])]
         ids = {self.tokenizer.eos_id, *self.model.config.eos_ids, *map(self.tokenizer.id_of, stops)}
         generator = None
-        if options.temperature > 0:
+        if params.temperature > 0:
             generator = torch.Generator(self.model.device)
-            generator.seed() if options.seed is None else generator.manual_seed(options.seed)
-        return Answer(
+            generator.seed() if params.seed is None else generator.manual_seed(params.seed)
+        return Sequence(
             input=input,
-            text=TextStream(self.tokenizer.decode, stops),
+            detokenizer=Detokenizer(self.tokenizer.decode, stops),
             stop_ids=frozenset(id for id in ids if id is not None),
-            limit=min(options.max_new_tokens, context - n_prompt),
+            max_new_tokens=min(params.max_new_tokens, context - n_prompt),
             generator=generator,
             n_prompt=n_prompt,
             seen=input.ids,
         )
 
-    def run(self, answers: Sequence[Answer], options: Sampling) -> Iterator[tuple[Answer, str]]:
-        """Writes all answers, side by side; yields each piece of text with the answer it belongs to."""
+    def run(self, sequences: list[Sequence], params: SamplingParams) -> Iterator[tuple[Sequence, str]]:
+        """Generates all replies side by side; yields each piece of text with the sequence it belongs to."""
         scaling = self.model.config.decoder.rope_scaling
-        if len(answers) > 1 and scaling and scaling.kind == "dynamic":  # frequencies depend on each row's own length
-            for answer in answers:
-                yield from self.run([answer], options)
+        if len(sequences) > 1 and scaling and scaling.kind == "dynamic":  # frequencies depend on each row's length
+            for sequence in sequences:
+                yield from self.run([sequence], params)
             return
-        if options.max_new_tokens == 0:
-            for answer in answers:
-                answer.finish_reason = "length"
-                answer.first_token = answer.ended = time.perf_counter()
+        if params.max_new_tokens == 0:
+            for sequence in sequences:
+                sequence.finish_reason = "length"
+                sequence.first_token = sequence.ended = time.perf_counter()
             return
-        rows = list(answers)
+        rows = sequences
         cache = self._new_cache(rows)
-        with torch.inference_mode():
-            x = self.embed([row.input for row in rows])
-            lengths = torch.tensor([row.n_prompt for row in rows], device=x.device)
-            cache.window = x.shape[1]
-            logits = self._prefill(self.model, x, lengths, cache)
+        logits = self._run_prefill(rows, cache)
         while True:
-            ids = self._sample(logits, rows, options)
+            ids = self._sample(logits, rows, params)
             for row, id in zip(rows, ids, strict=True):
-                yield row, row.take(id)
-            going = [i for i, row in enumerate(rows) if not row.finish_reason]
-            if not going:
+                yield row, row.append(id)
+            unfinished = [i for i, row in enumerate(rows) if not row.finish_reason]
+            if not unfinished:
                 return
-            if len(going) < len(rows):
+            if len(unfinished) < len(rows):
                 with torch.inference_mode():
-                    cache.keep(torch.tensor(going, device=cache.k.device))
-                rows, ids = [rows[i] for i in going], [ids[i] for i in going]
-            logits = self._step(ids, rows, cache)
+                    cache.select(torch.tensor(unfinished, device=cache.k.device))
+                rows, ids = [rows[i] for i in unfinished], [ids[i] for i in unfinished]
+            logits = self._run_step(ids, rows, cache)
 
-    def embed(self, inputs: Sequence[ModelInput]) -> Tensor:
-        """Prompts with their pictures -> [B, S, D], padded on the right; all pictures go through the tower together."""
-        left = iter(self.encode(inputs))
+    def embed(self, inputs: list[ModelInput]) -> Tensor:
+        """Embeddings of prompts and their images [B, S, D], padded on the right. All images are encoded together."""
+        images = iter(self.encode(inputs))
         model = self.model
-        rows = [model.embed(input.ids.to(model.device), [next(left) for _ in input.views]) for input in inputs]
+        rows = [model.embed(input.ids.to(model.device), [next(images) for _ in input.views]) for input in inputs]
         return pad_sequence(rows, batch_first=True)
 
-    def encode(self, inputs: Sequence[ModelInput]) -> list[Tensor]:
-        """What stands for each picture of these prompts, in order, [places, D]."""
+    def encode(self, inputs: list[ModelInput]) -> list[Tensor]:
+        """The embeddings of each image of these prompts, in order, [tokens, D]."""
         pixels = [input.pixels for input in inputs if input.pixels is not None]
         if not pixels:
             return []
@@ -153,39 +103,63 @@ class Engine:
         grids = [grid for input in inputs for grid in input.grids]
         return self.model.encode_images(torch.cat(pixels).to(self.model.device, self.model.dtype), views, grids)
 
-    def _new_cache(self, rows: Sequence[Answer]) -> KVCache:
-        slots = max(row.n_prompt + row.limit for row in rows)
+    def _new_cache(self, rows: list[Sequence]) -> KVCache:
+        slots = max(row.n_prompt + row.max_new_tokens for row in rows)
         if self.compiled:
-            slots = -(-slots // _WINDOW) * _WINDOW
+            slots = _round_up(slots)
         model = self.model
         return KVCache(model.config.decoder, len(rows), slots, dtype=model.dtype, device=model.device)
 
-    def _step(self, ids: list[int], rows: Sequence[Answer], cache: KVCache) -> Tensor:
+    def _run_prefill(self, rows: list[Sequence], cache: KVCache) -> Tensor:
         with torch.inference_mode():
-            places = [row.next_place for row in rows]
-            length = max(places) + 1
-            cache.window = -(-length // _WINDOW) * _WINDOW if self.compiled else length
-            device = cache.k.device
-            pos = torch.tensor(places, device=device)
-            mask = None if len(rows) == 1 and not self.compiled else visible(pos, cache.window)
-            return self._decode(self.model, torch.tensor(ids, device=device), pos, mask, cache, length)
+            x = self.embed([row.input for row in rows])
+            n = x.shape[1]
+            context = CacheContext(
+                positions=torch.arange(n, device=x.device),
+                seq_len=n,
+                last=torch.tensor([[row.n_prompt - 1] for row in rows], device=x.device),
+                cache=cache,
+                window=n,
+            )
+            return self._prefill(self.model, x, context)
 
-    def _sample(self, logits: Tensor, rows: Sequence[Answer], options: Sampling) -> list[int]:
+    def _run_step(self, ids: list[int], rows: list[Sequence], cache: KVCache) -> Tensor:
         with torch.inference_mode():
-            chosen = sample(logits, options, [row.seen for row in rows], [row.generator for row in rows])
+            device = cache.k.device
+            positions = torch.tensor([[row.position] for row in rows], device=device)
+            seq_len = max(row.position for row in rows) + 1
+            window = _round_up(seq_len) if self.compiled else seq_len
+            alone = len(rows) == 1 and not self.compiled  # its token sees all of the window
+            context = CacheContext(
+                positions=positions[0] if alone else positions,
+                seq_len=seq_len,
+                mask=None if alone else decode_mask(positions, window),
+                cache=cache,
+                window=window,
+            )
+            return self._decode(self.model, torch.tensor(ids, device=device), context)
+
+    def _sample(self, logits: Tensor, rows: list[Sequence], params: SamplingParams) -> list[int]:
+        with torch.inference_mode():
+            chosen = sample(logits, params, [row.seen for row in rows], [row.generator for row in rows])
             ids: list[int] = chosen.tolist()
-            if options.logprobs:
-                self._note_logprobs(logits, chosen, rows, options)
-            if options.repetition_penalty != 1:
+            if params.logprobs:
+                _record_logprobs(logits, chosen, rows, int(params.logprobs))
+            if params.repetition_penalty != 1:
                 for row, id in zip(rows, ids, strict=True):
                     row.seen = torch.cat([row.seen, torch.tensor([id])])
         return ids
 
-    def _note_logprobs(self, logits: Tensor, chosen: Tensor, rows: Sequence[Answer], options: Sampling) -> None:
-        """Of the model's own distribution, before temperature and filters."""
-        logprobs = logits.log_softmax(-1)
-        values, ids = logprobs.topk(min(int(options.logprobs), logprobs.shape[-1]))
-        own = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
-        for row, value, best, at in zip(rows, own, values.tolist(), ids.tolist(), strict=True):
-            row.logprobs.append(value)
-            row.top_logprobs.append(dict(zip(at, best, strict=True)))
+
+def _round_up(slots: int) -> int:
+    return -(-slots // _WINDOW) * _WINDOW
+
+
+def _record_logprobs(logits: Tensor, chosen: Tensor, rows: list[Sequence], n: int) -> None:
+    """Adds log-probabilities of the chosen and the n most likely tokens, before temperature and filters."""
+    logprobs = logits.log_softmax(-1)
+    values, ids = logprobs.topk(min(n, logprobs.shape[-1]))
+    of_chosen = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
+    for row, logprob, top_values, top_ids in zip(rows, of_chosen, values.tolist(), ids.tolist(), strict=True):
+        row.logprobs.append(logprob)
+        row.top_logprobs.append(dict(zip(top_ids, top_values, strict=True)))

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from llava.errors import CheckpointError
 from llava.formats.format import Checkpoint
-from llava.preprocess.tokenizer import SentencePieceTokenizer, load_tokenizer
+from llava.formats.tokenizer import load_tokenizer
+from llava.preprocess.tokenizer import SentencePieceTokenizer
 from llava.tensors.files import parsing, read_json, read_json_if_present
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's token types

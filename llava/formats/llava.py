@@ -25,9 +25,9 @@ from llava.formats.format import (
     to_disk,
 )
 from llava.formats.multimodal import VISION, read_model_config, vision_keys
-from llava.formats.tokenizer import copy_tokenizer
+from llava.formats.tokenizer import copy_tokenizer, load_tokenizer
 from llava.model.llava import shapes
-from llava.preprocess.tokenizer import Tokenizer, load_tokenizer
+from llava.preprocess.tokenizer import Tokenizer
 from llava.tensors.atomic import new_folder
 from llava.tensors.keymap import Rule, prefixed
 from llava.tensors.lazy import InMemory, LazyTensor

@@ -16,8 +16,8 @@ from llava.errors import CheckpointError, ConfigError
 from llava.formats.format import Checkpoint, CheckpointFiles, Resolved
 from llava.formats.llava import WRITERS, FileType, from_memory, llava_config, rules_for
 from llava.formats.on_base import PartOfModel, PartTensors, base_tensors, llava_rules, non_empty, read_part
-from llava.formats.tokenizer import copy_tokenizer
-from llava.preprocess.tokenizer import Tokenizer, load_tokenizer
+from llava.formats.tokenizer import copy_tokenizer, load_tokenizer
+from llava.preprocess.tokenizer import Tokenizer
 from llava.tensors.atomic import new_folder
 from llava.tensors.files import ADAPTER_FILES, NON_LORA_FILE, Weights, parsing, read_json
 from llava.tensors.keymap import Rule, disk_names, target_of

@@ -15,7 +15,8 @@ from llava.errors import CheckpointError
 from llava.formats import llama
 from llava.formats.format import Checkpoint, CheckpointFiles, Format, ReadConfig, Resolved, shapes_of
 from llava.formats.multimodal import read_model_config
-from llava.preprocess.tokenizer import Tokenizer, has_tokenizer
+from llava.formats.tokenizer import has_tokenizer
+from llava.preprocess.tokenizer import Tokenizer
 from llava.tensors.files import Weights, parsing, read_json
 from llava.tensors.keymap import Rule, plan
 from llava.tensors.lazy import Concat, FromFile, HalfSplit, LazyTensor

@@ -20,8 +20,8 @@ from llava.formats.format import Checkpoint, CheckpointFiles, ReadConfig, Resolv
 from llava.formats.llava import from_memory, llava_config
 from llava.formats.multimodal import VISION, read_model_config
 from llava.formats.on_base import PartOfModel, base_tensors, read_part
-from llava.formats.tokenizer import copy_tokenizer
-from llava.preprocess.tokenizer import Tokenizer, load_tokenizer
+from llava.formats.tokenizer import copy_tokenizer, load_tokenizer
+from llava.preprocess.tokenizer import Tokenizer
 from llava.tensors.atomic import new_folder
 from llava.tensors.files import PROJECTOR_FILE, Weights, read_json_if_present
 from llava.tensors.keymap import Rule

@@ -1,1 +1,1 @@
-"""Tensors in, tensors out: the vision tower, the projector, the decoder. No files, no text, no sampling."""
+"""The network: vision tower, projector and decoder. Tensors in, tensors out; no files, text or sampling."""

@@ -1,4 +1,4 @@
-"""Door of the documented command `python3 -m llava.model.apply_delta`; the work is in llava/convert/merge.py."""
+"""Entry point for the documented command `python3 -m llava.model.apply_delta`; see llava/convert/merge.py."""
 
 import sys
 

@@ -1,23 +1,21 @@
 """The language model: embedding table, blocks, final norm, head.
 
-B batch   S new tokens   T cached tokens   D dim   V vocabulary rows
+B batch   S new tokens   D dim   V vocabulary rows
 """
 
 from collections.abc import Iterator
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from llava.config import DecoderConfig
 from llava.model import llama, mpt
-from llava.model.cache import NoCache
+from llava.model.attention import AttentionContext, CausalContext
 from llava.model.linear import Linear
-from llava.model.llama import Mask
 
 
 class Decoder(nn.Module):
-    """Vectors in, vectors or logits out."""
+    """Llama or MPT: maps embeddings to hidden states, and hidden states to logits."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -32,41 +30,37 @@ class Decoder(nn.Module):
         if config.tied:
             self.head.weight = self.embed.weight
 
-    def last(self, x: Tensor, pos: Tensor, at: Tensor, cache: NoCache) -> Tensor:
-        """A whole prompt x [B, S, D] at pos [S], of which one place a row is wanted: `at` [B] -> [B, D], normed."""
-        places = self.positions(pos, x.shape[1], x.dtype)
-        for block in self.blocks[:-1]:
-            x = block(x, pos, places, None, cache)
-        final = cast(llama.Block | mpt.Block, self.blocks[-1])
-        return self.norm(final.last(x, pos, places, at, cache))[:, 0]
+    def forward(self, x: Tensor, context: AttentionContext | None = None) -> Tensor:
+        """x [B, S, D] -> hidden states [B, S, D] after the final norm.
 
-    def forward(
-        self, x: Tensor, pos: Tensor, *, mask: Mask = None, cache: NoCache | None = None, length: int = 0
-    ) -> Tensor:
-        """x [B, S, D] at pos [S] or [B, S] -> [B, S, D] after the final norm.
-
-        mask [B or 1, 1, S, T], true = may look; or the bounds of samples packed in a row; None is causal, for a prompt
-        from position 0 or for one token that may look at all of the cache. `length`: tokens in the sequence so far, new
-        ones included (default: S).
+        Without a context, attention is causal and the rows of x start at position 0.
         """
-        *_, last = self.states(x, pos, mask=mask, cache=cache, length=length)
+        *_, last = self.states(x, context)
         return last
 
-    def states(
-        self, x: Tensor, pos: Tensor, *, mask: Mask = None, cache: NoCache | None = None, length: int = 0
-    ) -> Iterator[Tensor]:
-        """As `forward`, but each state in turn: after every block, then after the last block and the final norm."""
-        cache = cache or NoCache()
-        places = self.positions(pos, length or x.shape[1], x.dtype, mask)
+    def states(self, x: Tensor, context: AttentionContext | None = None) -> Iterator[Tensor]:
+        """As `forward`, but yields the hidden states after each block, then those after the final norm."""
+        rope, context = self.positions(CausalContext.of(x) if context is None else context, x.dtype)
         for block in self.blocks:
-            x = block(x, pos, places, mask, cache)
+            x = block(x, rope, context)
             yield x
         yield self.norm(x)
+
+    def last_token_only(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """x [B, S, D] -> the hidden state of each sequence's last token after the final norm, [B, D].
+
+        For prefill: the last block skips all other tokens, except for their keys and values.
+        """
+        rope, context = self.positions(context, x.dtype)
+        for block in self.blocks[:-1]:
+            x = block(x, rope, context)
+        x = self.blocks[-1](x, rope, context.last_token_only())
+        return self.norm(x).flatten(0, 1)
 
     def logits(self, x: Tensor) -> Tensor:
         """x [..., D] after the final norm -> [..., V] float32"""
         return self.head(x).float()
 
     def lookup(self, ids: Tensor) -> Tensor:
-        """ids [...] -> vectors [..., D]; a negative id (a picture's place) gets an arbitrary one, to be overwritten."""
+        """ids [...] -> embeddings [..., D]. A negative id (an image token) gets an arbitrary one, to be overwritten."""
         return self.embed(torch.clamp(ids, min=0))

@@ -1,8 +1,8 @@
-"""Matrix products that stay fast on processors without 16-bit matrix instructions.
+"""Matrix products that stay fast on CPUs without 16-bit matrix instructions.
 
-There, a bfloat16 product of many rows runs at a fifth of the float32 speed (measured: 20 against 104 GFLOP/s on two
-AVX2 cores). Widening the weight a block at a time and multiplying in float32 is exact in the inputs, accumulates as the
-16-bit kernels do and rounds once at the end. A block is small enough to stay in the last-level cache.
+On such CPUs a bfloat16 product of many rows runs at a fifth of the float32 speed (measured on two AVX2 cores: 20
+against 104 GFLOP/s). Converting the weight to float32 block by block and multiplying there is exact in the inputs,
+accumulates as the 16-bit kernels do and rounds once at the end. A block fits into the last-level cache.
 """
 
 from functools import cache
@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_BLOCK_VALUES = 2**22  # float32 values widened at a time: 16 MiB
-_FEW_ROWS = 12  # below this the 16-bit kernel, bound by reading the weight, is the faster one
+_BLOCK_VALUES = 2**22  # float32 values converted at a time: 16 MiB
+_FEW_ROWS = 12  # with fewer rows the 16-bit kernel is faster: its time is that of reading the weight
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., I], weight [O, I], bias [O] -> [..., O], as `torch.nn.functional.linear`."""
-    if _is_slow(x) and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _widened(x, weight, bias)
+    if not torch.compiler.is_compiling() and not torch.is_grad_enabled() and _is_slow(x):
+        return _in_float32(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -30,31 +30,30 @@ def _is_slow(x: Tensor) -> bool:
 
 @cache
 def _has_instructions(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies 16-bit matrices itself, as oneDNN sees it (builds without it: no)."""
+    """Whether oneDNN multiplies 16-bit matrices natively on this CPU; False in builds without oneDNN."""
     if not torch.backends.mkldnn.is_available():
         return False
     mkldnn = torch.ops.mkldnn
     return bool(mkldnn._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else mkldnn._is_mkldnn_fp16_supported())
 
 
-def _widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    wide = x.float().flatten(0, -2)
-    y = x.new_empty(wide.shape[0], len(weight))
-    rows = max(1, _BLOCK_VALUES // weight.shape[1])
-    block = torch.empty(rows, weight.shape[1])
-    for i in range(0, len(weight), rows):
-        part = weight[i : i + rows]
-        held = block[: len(part)].copy_(part)
-        product = wide @ held.T
-        y[:, i : i + rows] = product if bias is None else product.add_(bias[i : i + rows])
+def _in_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    x32 = x.float().flatten(0, -2)
+    y = x.new_empty(x32.shape[0], len(weight))
+    n_rows = max(1, _BLOCK_VALUES // weight.shape[1])
+    buffer = torch.empty(n_rows, weight.shape[1])
+    for i in range(0, len(weight), n_rows):
+        rows = weight[i : i + n_rows]
+        product = x32 @ buffer[: len(rows)].copy_(rows).T
+        y[:, i : i + n_rows] = product if bias is None else product.add_(bias[i : i + n_rows])
     return y.view(*x.shape[:-1], -1)
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` with the product above."""
+    """`nn.Linear` computed with `linear` above."""
 
     def reset_parameters(self) -> None:
-        """Nothing: weights come from a checkpoint, and random ones for the meta device cost a second of imports."""
+        """Does nothing: weights come from a checkpoint, and initialising on the meta device costs a second."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O]"""

@@ -1,9 +1,10 @@
-"""The whole model: vision tower, projector, decoder, and how picture features take their places among the tokens.
+"""The whole model: vision tower, projector and decoder, and how image features enter the token sequence.
 
-V views   N features a view   D dim   S places   P patches a side of a view
+V views   N features per view   D dim   S sequence length   p patches along one side of a view
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from llava.model.vision import Vision
 
 
 class Llava(nn.Module):
-    """LLaVA, arXiv:2304.08485; without a vision part, the language model alone."""
+    """LLaVA, arXiv:2304.08485; without a vision config, only the language model."""
 
     def __init__(self, config: LlavaConfig):
         super().__init__()
@@ -27,51 +28,80 @@ class Llava(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.decoder.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and activations."""
+        """The dtype of weights and activations."""
         return self.decoder.norm.weight.dtype
 
-    def encode_images(self, pixels: Tensor, views: Sequence[int], grids: Sequence[TileGrid | None]) -> list[Tensor]:
-        """pixels [V, 3, S, S], so many views a picture -> what stands for each picture in the sequence, [places, D]."""
+    def embed(self, ids: Tensor, images: Sequence[Tensor] = ()) -> Tensor:
+        """ids [S] with IMAGE at every image token -> embeddings [S, D].
+
+        `images` are the results of `encode_images`, in order: one [tokens, D] for each image.
+        """
+        return self.insert_images(self.decoder.lookup(ids), (ids == IMAGE).nonzero()[:, 0], images)
+
+    def encode_images(
+        self,
+        pixels: Tensor,
+        views: Sequence[int],
+        grids: Sequence[TileGrid | None],
+        *,
+        vision_grad: bool = False,
+    ) -> list[Tensor]:
+        """pixels [V, 3, size, size] -> the embeddings of each image, [tokens, D].
+
+        views: number of views of each image; grids: how its tiles are arranged.
+        vision_grad: record gradients through the vision tower, for training it.
+        """
         assert self.vision is not None
         assert self.projector is not None
-        features = self.projector(self.vision(pixels))  # [V, N, D]
-        pictures = features.split(list(views))
-        return [self.pack(picture, grid) for picture, grid in zip(pictures, grids, strict=True)]
+        with torch.set_grad_enabled(vision_grad):
+            features = self.vision(pixels.to(self.vision.cls.dtype))
+        images = self.projector(features).split(list(views))  # [views, N, D] each
+        return [self.pack(image, grid) for image, grid in zip(images, grids, strict=True)]
 
     def pack(self, features: Tensor, grid: TileGrid | None) -> Tensor:
-        """Features [V, N, D] of one picture -> [places, D]: base view, then the kept rows of the tiles put together."""
+        """Projected features [V, N, D] of one image -> [tokens, D]: the base view, then the rows of the joined tiles.
+
+        Without a grid, the views follow one another.
+        """
         if grid is None:
             return features.flatten(0, 1)
         p = round(features.shape[1] ** 0.5)
         tiles = features[1:].unflatten(1, (p, p)).unflatten(0, (grid.rows, grid.cols))  # [rows, cols, p, p, D]
-        whole = tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # [rows p, cols p, D]
-        kept = whole[grid.top : grid.bottom, grid.left : grid.right]
+        joined = tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1)  # [rows p, cols p, D]
+        cropped = joined[grid.top : grid.bottom, grid.left : grid.right]
         if grid.newline:
             assert self.newline is not None
-            kept = torch.cat([kept, self.newline.to(kept.dtype).expand(len(kept), 1, -1)], dim=1)
-        return torch.cat([features[0], kept.flatten(0, 1)])
+            cropped = torch.cat([cropped, self.newline.to(cropped.dtype).expand(len(cropped), 1, -1)], dim=1)
+        return torch.cat([features[0], cropped.flatten(0, 1)])
 
-    def embed(self, ids: Tensor, pictures: Sequence[Tensor] = ()) -> Tensor:
-        """ids [S] with IMAGE at each place of a picture, pictures' [places, D] in order -> [S, D]"""
-        x = self.decoder.lookup(ids)
-        if pictures:
-            x[ids == IMAGE] = torch.cat(list(pictures)).to(x.dtype)
-        return x
+    def insert_images(self, x: Tensor, positions: Tensor, images: Sequence[Tensor]) -> Tensor:
+        """Copies x [..., S, D] and overwrites the vectors at `positions` with those of `images`, in order.
+
+        positions: int64 [image tokens], indices into x flattened to [-1, D].
+        """
+        if not images:
+            return x
+        return x.flatten(0, -2).index_copy(0, positions, torch.cat(list(images)).to(x.dtype)).view_as(x)
 
 
 def meta_model(config: LlavaConfig) -> Llava:
-    """The model without memory for its weights."""
+    """The model on the meta device, without memory for its weights."""
     with torch.device("meta"):
         return Llava(config)
 
 
 def shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
-    """Our tensor names and shapes of a model; a tied head counts once."""
+    """Our tensor names and the shapes of a model's weights. A head tied to the embedding table is left out."""
+    return dict(_shapes(config))
+
+
+@lru_cache(maxsize=8)  # loading a checkpoint asks several times
+def _shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
     state = meta_model(config).state_dict()
     return {
         name: tuple(tensor.shape)

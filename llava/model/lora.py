@@ -1,6 +1,6 @@
-"""Low-rank adapters beside a frozen matrix, arXiv:2106.09685: trained there, or kept apart from what they adapt.
+"""Low-rank adapters next to a frozen matrix, arXiv:2106.09685, for training or for switching without merging.
 
-r rank   I values in   O values out of a part
+r rank   I input features   O output features of a part
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from llava.model.linear import linear
 
 
 class Adapter(nn.Module):
-    """scale * B A of one part."""
+    """scale * B A, the low-rank update of one part."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, scale: float):
         super().__init__()
@@ -27,23 +27,23 @@ class Adapter(nn.Module):
 
 
 class LoraLinear(nn.Module):
-    """A frozen matrix and adapters for its parts, which are stacked by rows."""
+    """A frozen matrix with adapters for its parts. Parts are stacked along the rows, such as q, k and v."""
 
-    def __init__(self, base: nn.Module, parts: Mapping[str, int | Adapter], drop: float = 0.0):
-        """parts, in the order in which they are stacked: an adapter, or how many rows have none."""
+    def __init__(self, base: nn.Module, parts: Mapping[str, int | Adapter], dropout: float = 0.0):
+        """`parts` in stacking order: an adapter, or the number of rows of a part without one."""
         super().__init__()
-        self.base, self.drop = base, drop
-        self.bare = {name: part for name, part in parts.items() if isinstance(part, int)}
+        self.base, self.dropout = base, dropout
+        self.plain_rows = {name: part for name, part in parts.items() if isinstance(part, int)}
         self.names = tuple(parts)
         self.adapters = nn.ModuleDict({name: part for name, part in parts.items() if isinstance(part, Adapter)})
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O]"""
-        added = [self._added(name, x) for name in self.names]
-        return self.base(x) + (torch.cat(added, dim=-1) if len(added) > 1 else added[0])
+        updates = [self._update(name, x) for name in self.names]
+        return self.base(x) + (torch.cat(updates, dim=-1) if len(updates) > 1 else updates[0])
 
-    def _added(self, name: str, x: Tensor) -> Tensor:
-        if name in self.bare:
-            return x.new_zeros(*x.shape[:-1], self.bare[name])
-        added: Tensor = self.adapters[name](F.dropout(x, self.drop, self.training))
-        return added
+    def _update(self, name: str, x: Tensor) -> Tensor:
+        if name in self.plain_rows:
+            return x.new_zeros(*x.shape[:-1], self.plain_rows[name])
+        update: Tensor = self.adapters[name](F.dropout(x, self.dropout, self.training))
+        return update

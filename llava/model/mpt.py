@@ -1,8 +1,8 @@
-"""The MPT block: LayerNorm, attention with linear biases, GELU; no bias vectors anywhere.
+"""The MPT block: LayerNorm, attention with linear biases (ALiBi), GELU; no bias vectors.
 
-Matched: MosaicML's code as LLaVA v1.0.2 ships it (llava/model/language_model/mpt).
+Matches MosaicML's code as shipped with LLaVA v1.0.2 (llava/model/language_model/mpt).
 
-B batch   S new tokens   T cached tokens   D dim   H heads   E head_dim
+B batch   S new tokens   D dim   H heads   E head_dim
 """
 
 import math
@@ -12,50 +12,38 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava.config import DecoderConfig
-from llava.model.cache import NoCache
+from llava.model.attention import AttentionContext
 from llava.model.linear import Linear
-from llava.model.llama import Mask
-from llava.model.segments import Segments
 
 
 class LayerNorm(nn.LayerNorm):
-    """Without a bias vector; 16-bit values are widened inside."""
+    """LayerNorm without a bias vector. PyTorch computes 16-bit inputs in float32."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__(dim, eps, bias=False)
 
 
 class Alibi(nn.Module):
-    """Attention with linear biases, arXiv:2108.12409: a token counts less the farther back it lies."""
+    """Attention with linear biases, arXiv:2108.12409, instead of position embeddings."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
         assert config.alibi_bias_max is not None
         self.n_heads, self.bias_max = config.n_heads, config.alibi_bias_max
 
-    def forward(self, pos: Tensor, length: int, dtype: torch.dtype, mask: Mask = None) -> Tensor:
-        """What is added to the scores: [B or 1, H, S, T], -inf where a token may not look.
-
-        mask [B or 1, 1, S, T], true = may look. None is causal: pos [S] or [B, S] among T = `length` slots. The last
-        slot that a token sees is its own; distances count from there, so that rounding is least where it matters.
-        """
-        seen = mask.visible() if isinstance(mask, Segments) else mask
-        slots = torch.arange(length if seen is None else seen.shape[-1], device=pos.device)
-        if seen is None:
-            seen = slots <= torch.atleast_2d(pos)[:, None, :, None]
-        distance = slots - (slots * seen).amax(-1, keepdim=True)  # [B or 1, 1, S, T], 0 and below
-        bias = self.slopes(pos.device)[:, None, None] * distance
-        return bias.masked_fill_(~seen, -math.inf).to(dtype)
+    def forward(self, context: AttentionContext, dtype: torch.dtype) -> tuple[None, AttentionContext]:
+        """No rotation, and the context with the biases added to its scores."""
+        return None, context.with_alibi(self.slopes(context.positions.device), dtype)
 
     def slopes(self, device: torch.device) -> Tensor:
-        """[H] float32: from 2^(-max / H) to 2^-max where H is a power of two, else picked from the next power's."""
+        """[H] float32: 2^(-max / H) to 2^-max; if H is no power of two, a subset of the next power's slopes."""
         n = 2 ** math.ceil(math.log2(self.n_heads))
         slopes = 2 ** (torch.arange(1, n + 1, device=device) * (-self.bias_max / n))
         return slopes if n == self.n_heads else torch.cat([slopes[1::2], slopes[::2]])[: self.n_heads]
 
 
 class Attention(nn.Module):
-    """Attention with a cache that belongs to the caller; what may be seen, and how well, is in the bias."""
+    """Multi-head attention. The context's bias encodes both the causal mask and ALiBi."""
 
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
@@ -64,32 +52,17 @@ class Attention(nn.Module):
         self.qkv = Linear(config.dim, 3 * config.n_heads * config.head_dim, bias=False)
         self.out = Linear(config.n_heads * config.head_dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, pos: Tensor, bias: Tensor, cache: NoCache) -> Tensor:
-        """x [B, S, D] at pos [S] or [B, S]; bias [B or 1, H, S, T]. -> [B, S, D]"""
-        return self.attend(*self.heads_of(x, pos, cache), bias)
-
-    def last(self, x: Tensor, pos: Tensor, bias: Tensor, at: Tensor, cache: NoCache) -> Tensor:
-        """As `forward`, but only at place `at` [B] of each row; bias [1, H, S, T]. -> [B, 1, D]"""
-        q, k, v = self.heads_of(x, pos, cache)
-        q = q[torch.arange(len(q), device=q.device), :, at].unsqueeze(2)  # [B, H, 1, E]
-        return self.attend(q, k, v, bias[0, :, at].transpose(0, 1).unsqueeze(2))
-
-    def heads_of(self, x: Tensor, pos: Tensor, cache: NoCache) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, S, D] -> q [B, H, S, E] of the new tokens; k, v [B, H, T, E] of all."""
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """x [B, S, D] -> [B, S, D], or [B, 1, D] if the context computes only the last token of each sequence."""
         qkv = self.qkv(x)
         if self.limit < math.inf:
             qkv = qkv.clamp(-self.limit, self.limit)
-        q, k, v = qkv.unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
-        return q, *cache.write(self.layer, pos, k, v)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        """q [B, H, S, E], k and v [B, H, T, E] -> [B, S, D]"""
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.out(y.transpose(1, 2).flatten(2))
+        q, k, v = qkv.unflatten(-1, (3, -1, self.head_dim)).unbind(-3)  # [B, S, H, E] each
+        return self.out(context.attend(self.layer, q, k, v).flatten(-2))
 
 
 class MLP(nn.Module):
-    """Two layers with exact GELU between."""
+    """Two linear layers with exact GELU in between."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -102,7 +75,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a norm and beside a residual. Called as Llama's block."""
+    """Attention and MLP, each with a norm before it and a residual connection. Same call as Llama's block."""
 
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
@@ -111,13 +84,7 @@ class Block(nn.Module):
         self.mlp_norm = LayerNorm(config.dim, config.eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, pos: Tensor, bias: Tensor, mask: Mask, cache: NoCache) -> Tensor:
-        """x [B, S, D] -> [B, S, D]; the bias has taken in the mask already."""
-        x = x + self.attn(self.attn_norm(x), pos, bias, cache)
+    def forward(self, x: Tensor, rope: None, context: AttentionContext) -> Tensor:
+        """x [B, S, D] -> [B, S, D], or only the tokens of `context.queries(x)`. MPT has no rotary positions."""
+        x = context.queries(x) + self.attn(self.attn_norm(x), context)
         return x + self.mlp(self.mlp_norm(x))
-
-    def last(self, x: Tensor, pos: Tensor, bias: Tensor, at: Tensor, cache: NoCache) -> Tensor:
-        """As `forward` for a prompt, but only at place `at` [B] of each row. -> [B, 1, D]"""
-        own = x[torch.arange(len(x), device=x.device), at].unsqueeze(1)
-        own = own + self.attn.last(self.attn_norm(x), pos, bias, at, cache)
-        return own + self.mlp(self.mlp_norm(own))

@@ -1,4 +1,4 @@
-"""From the vision tower's width to the decoder's: linear, or linear layers with exact GELU. arXiv:2310.03744."""
+"""The projector from vision features to the decoder's width: a linear layer or an MLP. arXiv:2310.03744."""
 
 from torch import nn
 
@@ -7,7 +7,10 @@ from llava.model.linear import Linear
 
 
 class Projector(nn.Sequential):
-    """features [..., in_dim] -> [..., out_dim]. Layers are numbered 0, 2, 4 … as in published checkpoints."""
+    """features [..., in_dim] -> [..., out_dim]: linear layers with exact GELU in between.
+
+    The linear layers are numbered 0, 2, 4, … as in published checkpoints.
+    """
 
     def __init__(self, config: ProjectorConfig):
         layers: list[nn.Module] = []

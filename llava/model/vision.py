@@ -1,6 +1,6 @@
 """CLIP's image encoder, up to the layer that LLaVA reads. arXiv:2103.00020.
 
-V views   N places (class token first)   P patches   D dim   H heads   E head_dim
+V views   N tokens (class token first)   P patches   D dim   H heads   E head_dim
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from llava.model.linear import Linear, linear
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """The approximation that OpenAI's CLIP was trained with."""
+    """The sigmoid approximation of GELU that OpenAI's CLIP was trained with."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -22,7 +22,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu,
 
 
 class Attention(nn.Module):
-    """All places look at all places."""
+    """Bidirectional self-attention."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -38,7 +38,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers."""
+    """Two linear layers with the configured activation in between."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -52,7 +52,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a LayerNorm and beside a residual."""
+    """Attention and MLP, each with a LayerNorm before it and a residual connection."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -68,7 +68,7 @@ class Block(nn.Module):
 
 
 class Patch(nn.Module):
-    """Each patch through one linear layer, stored as CLIP's convolution kernel."""
+    """Patch embedding: one linear layer for each patch, with its weight stored as CLIP's convolution kernel."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -76,16 +76,19 @@ class Patch(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.dim, 3, self.size, self.size))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels [V, 3, S, S] -> [V, P, D], row by row; what does not fill a patch at the lower right is left out."""
+        """pixels [V, 3, height, width] -> [V, P, D], row by row.
+
+        Pixels at the right and bottom edges that do not fill a patch are dropped.
+        """
         p = self.size
         rows, cols = pixels.shape[2] // p, pixels.shape[3] // p
-        cut = pixels[:, :, : rows * p, : cols * p].unflatten(3, (cols, p)).unflatten(2, (rows, p))  # [V, 3, r, p, c, p]
-        patches = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        return linear(patches, self.weight.flatten(1))
+        whole = pixels[:, :, : rows * p, : cols * p]
+        patches = whole.unflatten(3, (cols, p)).unflatten(2, (rows, p))  # [V, 3, rows, p, cols, p]
+        return linear(patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2), self.weight.flatten(1))
 
 
 class Vision(nn.Module):
-    """The tower. Blocks behind the selected layer are not built."""
+    """The vision tower. Blocks after the selected layer are not built."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -97,7 +100,7 @@ class Vision(nn.Module):
         self.first = 0 if config.select_feature == "cls_patch" else 1
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels [V, 3, S, S] -> features [V, P or P + 1, D] of the selected layer"""
+        """pixels [V, 3, size, size] -> features [V, P or P + 1, D] of the selected layer"""
         patches = self.patch(pixels)
         cls = self.cls.expand(len(patches), 1, -1)
         x = self.pre_norm(torch.cat([cls, patches], dim=1) + self.pos)

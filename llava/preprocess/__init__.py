@@ -1,1 +1,1 @@
-"""Pictures and messages become a `ModelInput`; ids become text. No modules, no devices."""
+"""Turns images and messages into a `ModelInput`, and ids into text. No modules, no devices."""

@@ -1,6 +1,6 @@
-"""From turns to the prompt's text, in the five styles of the LLaVA code (conversation.py at c121f04).
+"""Renders turns to the text of a prompt, in the five styles of the LLaVA code (conversation.py at c121f04).
 
-The result is a list of spans, each marked as learnt or not: a training label is never looked for again in the
+The result is a list of spans, each marked as a training target or not, so labels never have to be recovered from the
 finished string.
 """
 
@@ -14,24 +14,24 @@ from llava.errors import PromptError
 
 
 class Style(Enum):
-    """How turns are joined."""
+    """How turns are joined to a prompt."""
 
     SINGLE = "single"  # role: text, one separator
     TWO = "two"  # role: text, one separator after the user, another after the assistant
     MPT = "mpt"  # ChatML: role, text, separator
     LLAMA_2 = "llama_2"  # [INST] text [/INST] answer
-    PLAIN = "plain"  # text alone: stage-1 captions
+    PLAIN = "plain"  # no roles: captions for stage 1
 
 
 class Span(NamedTuple):
-    """A stretch of the prompt, and whether training learns to write it."""
+    """A part of the prompt, and whether its tokens are training targets."""
 
     text: str
-    learn: bool = False
+    target: bool = False
 
 
 class Turn(NamedTuple):
-    """What one side said; an assistant's turn without text is still to be written."""
+    """One message. An assistant's turn without text is the one to generate."""
 
     role: Literal["user", "assistant"]
     text: str | None
@@ -46,25 +46,27 @@ class Template:
     assistant: str
     sep: str  # after the system text and each turn; TWO: after the user's turns; LLAMA_2: before later user turns
     sep2: str = ""  # after the assistant's turns, where that differs
-    system: str = ""  # replaced by the caller's own system message
-    system_role: str = ""  # stands before the system text, whoever wrote it
-    few_shot: tuple[Turn, ...] = ()  # turns that stand before the conversation
-    tagged: bool = False  # training puts a picture between <Image> and </Image>
+    system: str = ""  # default system message
+    system_role: str = ""  # put before any system message
+    few_shot: tuple[Turn, ...] = ()  # turns put before the conversation
+    tagged: bool = False  # training encloses images in <Image> and </Image>
 
     @property
     def stop(self) -> str:
-        """The string that ends an answer."""
+        """The string that ends a reply."""
         return self.sep2 or self.sep
 
 
 def render(template: Template, turns: Sequence[Turn], system: str | None = None) -> list[Span]:
-    """The prompt of a conversation. Raises PromptError where turns do not alternate or do not fit the template.
+    """The prompt of a conversation. Raises PromptError if turns do not alternate or do not fit the template.
 
-    An empty text is treated as the original does: the turn keeps its role and loses its separator.
+    As in the original, a turn with empty text keeps its role but has no separator.
     """
     for i, turn in enumerate(turns):
         if turn.role != ("user", "assistant")[i % 2]:
-            raise PromptError(f"message {i + 1} is the {turn.role}'s: turns must alternate, the user's first")
+            raise PromptError(
+                f"message {i + 1} is from the {turn.role}; expected user and assistant to alternate, starting with user"
+            )
     system = template.system if system is None else system
     return list(_STYLES[template.style](template, [*template.few_shot, *turns], system))
 
@@ -89,7 +91,7 @@ def _chatml(template: Template, turns: Sequence[Turn], system: str) -> Iterator[
 
 def _llama_2(template: Template, turns: Sequence[Turn], system: str) -> Iterator[Span]:
     if turns and not turns[0].text:
-        raise PromptError("the first message is empty: this template needs its text")
+        raise PromptError("the first message has no text, which this template requires: add some")
     for i, (role, text) in enumerate(turns):
         if not text:
             continue
@@ -98,13 +100,13 @@ def _llama_2(template: Template, turns: Sequence[Turn], system: str) -> Iterator
             continue
         if i == 0 and system:
             text = f"<<SYS>>\n{system}\n<</SYS>>\n\n{text}"
-        yield Span((template.sep if i else "") + f"[INST] {text} [/INST]")  # the tokenizer adds the first <s> itself
+        yield Span((template.sep if i else "") + f"[INST] {text} [/INST]")  # the tokenizer adds the first <s>
 
 
 def _plain(template: Template, turns: Sequence[Turn], system: str) -> Iterator[Span]:
-    """A caption to write after the text, or (stage 1) a caption written after the pictures alone."""
+    """Text to continue or, in stage 1, images followed by their caption; the user's words are dropped then."""
     if system or len(turns) > 2:
-        raise PromptError("the plain template holds one exchange and no system message: choose another with template=")
+        raise PromptError("the plain template takes one exchange and no system message: choose another with template=")
     user, answer = (*(turn.text for turn in turns), None)[:2]
     if answer:
         yield Span(IMAGE_MARK * (user or "").count(IMAGE_MARK))

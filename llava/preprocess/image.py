@@ -1,6 +1,6 @@
-"""Pictures to pixels, as the LLaVA code (mm_utils.py at c121f04) and CLIP's image processor do it, bit for bit.
+"""Images to pixel tensors, bit for bit as in the LLaVA code (mm_utils.py at c121f04) and CLIP's image processor.
 
-W, H: width and height of a picture in pixels. Sizes are (w, h) unless they say otherwise.
+Sizes are (width, height) in pixels unless stated otherwise.
 """
 
 import io
@@ -21,33 +21,35 @@ Size = tuple[int, int]
 
 
 class Views(NamedTuple):
-    """One picture, ready for the vision tower."""
+    """One image, ready for the vision tower."""
 
     pixels: Tensor  # float32 [views, 3, S, S], normalised
-    grid: TileGrid | None  # anyres with tiles: how they are put together
-    size: Size  # of the picture as opened
+    grid: TileGrid | None  # how the tiles of an anyres image are arranged; None without tiles
+    size: Size  # of the image as opened
 
 
 def open_picture(source: Picture, *, exif: bool = False) -> Image.Image:
-    """Any still picture that Pillow reads, as RGB; of an animated one the first frame. Transparency is dropped.
+    """Opens an image in any format that Pillow reads, as RGB. Uses the first frame and drops transparency.
 
-    `exif`: turn the picture as its EXIF orientation says; LLaVA does not. Raises ImageError.
+    exif: rotate the image as its EXIF orientation says; LLaVA does not. Raises ImageError.
     """
     name = str(source) if isinstance(source, str | Path) else str(getattr(source, "name", "picture"))
     if not isinstance(source, str | Path | bytes | Image.Image) and not hasattr(source, "read"):
-        raise ImageError(f"{source!r:.60} is no picture: give a path, bytes or a PIL.Image")
+        raise ImageError(f"found {source!r:.60}; expected an image as a path, bytes or a PIL.Image")
     try:
         if isinstance(source, str | Path) and not Path(source).is_file():
-            raise ImageError(f"{name:.200}: no such picture")
+            raise ImageError(f"{name:.200}: no such image file")
         image = source if isinstance(source, Image.Image) else Image.open(_stream(source))
         if exif:
             image = ImageOps.exif_transpose(image)
         return image.convert("RGB")
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        raise ImageError(f"{name}: more than {limit} pixels, refused as a decompression bomb; shrink it") from None
+        raise ImageError(
+            f"{name}: more than {limit} pixels, refused as a possible decompression bomb; scale it down"
+        ) from None
     except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow's readers raise
-        raise ImageError(f"{name:.200}: not a picture that Pillow can read, or a damaged one ({error})") from None
+        raise ImageError(f"{name:.200}: not an image that Pillow can read, or damaged ({error})") from None
 
 
 def _stream(source: str | Path | bytes | BinaryIO) -> str | Path | BinaryIO:
@@ -55,9 +57,9 @@ def _stream(source: str | Path | bytes | BinaryIO) -> str | Path | BinaryIO:
 
 
 def to_views(image: Image.Image, config: ImageConfig, patches: int) -> Views:
-    """Views of an RGB picture: one if it is cropped or padded, else (anyres) the whole picture and its tiles.
+    """The views of an RGB image: one if it is cropped or padded; with anyres, the whole image and its tiles.
 
-    `patches`: how many the vision tower sees along a side of a view.
+    patches: number of the vision tower's patches along one side of a view.
     """
     grid = None
     if config.aspect == "anyres":
@@ -72,28 +74,28 @@ def to_views(image: Image.Image, config: ImageConfig, patches: int) -> Views:
 
 
 def normalise(image: Image.Image, config: ImageConfig) -> Tensor:
-    """[1, 3, S, S] float32: (uint8 / 255 - mean) / std, with CLIP's order of rounding."""
+    """[1, 3, S, S] float32: (uint8 / 255 - mean) / std, rounded in the order of CLIP's image processor."""
     scaled = (np.asarray(image, dtype=np.uint8) * (1 / 255)).astype(np.float32)
     pixels = (scaled - np.array(config.mean, np.float32)) / np.array(config.std, np.float32)
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).unsqueeze(0)
 
 
 def _crop(image: Image.Image, size: int) -> Image.Image:
-    """Shortest edge resized to `size`, then the middle square."""
-    along = 1 if image.width <= image.height else 0  # the axis of the long edge
-    short, long = image.size[1 - along], image.size[along]
+    """Resizes the shorter edge to `size`, then crops the centre."""
+    axis = 1 if image.width <= image.height else 0  # of the longer edge
+    short, long = image.size[1 - axis], image.size[axis]
     long_after = int(size * long / short)
     start, stop = (long_after - size) // 2, (long_after - size) // 2 + size
     margin = 0
     if long_after > 64 * size:
-        # A 1 x 4000 picture would grow to 336 x 1,344,000: only the square is computed, and what its filter reaches.
+        # A 1 x 4000 image would become 336 x 1,344,000: compute only the square and the margin that its filter reads.
         margin = math.ceil(3 * long_after / long)
     low, high = (max(start - margin, 0), min(stop + margin, long_after)) if margin else (0, long_after)
-    a, b, seen = low * long / long_after, high * long / long_after, high - low
-    if along:
-        resized = image.resize((size, seen), Image.Resampling.BICUBIC, box=(0, a, image.width, b))
+    a, b, length = low * long / long_after, high * long / long_after, high - low
+    if axis:
+        resized = image.resize((size, length), Image.Resampling.BICUBIC, box=(0, a, image.width, b))
         return resized.crop((0, start - low, size, stop - low))
-    resized = image.resize((seen, size), Image.Resampling.BICUBIC, box=(a, 0, b, image.height))
+    resized = image.resize((length, size), Image.Resampling.BICUBIC, box=(a, 0, b, image.height))
     return resized.crop((start - low, 0, stop - low, size))
 
 
@@ -108,20 +110,20 @@ def _pad_to_square(image: Image.Image, config: ImageConfig) -> Image.Image:
 
 
 def choose_canvas(size: Size, config: ImageConfig) -> Size:
-    """The canvas (w, h) that shows most of the picture, then the one that wastes least; the first wins a tie."""
+    """The canvas (w, h) that keeps most pixels of the image, then wastes the least area; the first of equal ones."""
     w, h = size
     best: tuple[float, float] = (-1, -math.inf)
     chosen: Size = config.pinpoints[0]
     for canvas in config.pinpoints:
         scale = min(canvas[0] / w, canvas[1] / h)
-        shown = min(int(w * scale) * int(h * scale), w * h)
-        if (shown, shown - canvas[0] * canvas[1]) > best:
-            best, chosen = (shown, shown - canvas[0] * canvas[1]), canvas
+        kept = min(int(w * scale) * int(h * scale), w * h)
+        if (kept, kept - canvas[0] * canvas[1]) > best:
+            best, chosen = (kept, kept - canvas[0] * canvas[1]), canvas
     return chosen
 
 
 def _fitted(size: Size, canvas: Size) -> Size:
-    """Largest size of the picture's shape within the canvas."""
+    """The largest size within the canvas that keeps the image's aspect ratio."""
     scale_w, scale_h = canvas[0] / size[0], canvas[1] / size[1]
     if scale_w < scale_h:
         return canvas[0], min(math.ceil(size[1] * scale_w), canvas[1])
@@ -130,18 +132,18 @@ def _fitted(size: Size, canvas: Size) -> Size:
 
 def _tiles(image: Image.Image, canvas: Size, config: ImageConfig) -> list[Image.Image]:
     fitted = _fitted(image.size, canvas)
-    whole = Image.new("RGB", canvas, (0, 0, 0))
-    whole.paste(image.resize(fitted), ((canvas[0] - fitted[0]) // 2, (canvas[1] - fitted[1]) // 2))
+    padded = Image.new("RGB", canvas, (0, 0, 0))
+    padded.paste(image.resize(fitted), ((canvas[0] - fitted[0]) // 2, (canvas[1] - fitted[1]) // 2))
     s = config.size
     corners = [(x, y) for y in range(0, canvas[1], s) for x in range(0, canvas[0], s)]
-    return [whole.crop((x, y, x + s, y + s)) for x, y in corners]
+    return [padded.crop((x, y, x + s, y + s)) for x, y in corners]
 
 
 def tile_grid(size: Size, canvas: Size, config: ImageConfig, patches: int) -> TileGrid | None:
-    """Which patches of the tiles are kept, `patches` a side in each; None where all views are simply strung together.
+    """Which patches of the tiles are kept; None if the views simply follow one another.
 
-    The original cuts the padding off on the grid of patches with a rounding of its own, which may keep a row too many
-    and of a very thin picture nothing at all.
+    patches: number of patches along one side of a tile. As in the original, padding is removed on the grid of patches,
+    rounded such that a row of padding may remain, and that nothing may remain of a very thin image.
     """
     if config.merge == "flat":
         return None

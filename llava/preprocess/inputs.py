@@ -1,6 +1,6 @@
-"""Messages or a raw prompt, with their pictures, become one `ModelInput`: complete before the model sees it.
+"""Turns messages or a raw prompt, with their images, into a `ModelInput`, which is all that the model needs.
 
-S: places of the sequence, each picture expanded to as many as it has feature vectors.
+S: sequence length, with every image expanded to one token for each of its feature vectors.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,9 +14,9 @@ from llava.config import IGNORE, IMAGE, IMAGE_MARK, LlavaConfig, TileGrid
 from llava.errors import PromptError
 from llava.preprocess.conversation import Span, Style, Template, Turn, render
 from llava.preprocess.image import Picture, Size, Views, open_picture, to_views
+from llava.preprocess.labels import ImagePlace, move_marks, training_spans
 from llava.preprocess.templates import TEMPLATES
 from llava.preprocess.tokenizer import Tokenizer
-from llava.preprocess.training import ImagePlace, placed, training_spans
 
 Message = Mapping[str, Any]  # {"role": …, "content": text or a list of {"type": "text" | "image", …}}
 Messages = str | Sequence[Message]  # a raw prompt, or a conversation
@@ -24,17 +24,17 @@ Messages = str | Sequence[Message]  # a raw prompt, or a conversation
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInput:
-    """What the model needs of one conversation."""
+    """The model's input for one conversation."""
 
-    prompt: str  # the text after the template
-    token_ids: list[int]  # as the original has them: IMAGE (-200) once a picture
-    ids: Tensor  # int64 [S]: IMAGE at each place of a picture
-    labels: Tensor  # int64 [S]: the id where an answer is learnt, else IGNORE
-    pixels: Tensor | None = None  # float32 [views, 3, size, size], picture after picture
-    views: list[int] = field(default_factory=list)  # how many of them each picture has
-    grids: list[TileGrid | None] = field(default_factory=list)  # how its tiles are put together
+    prompt: str  # the rendered text
+    token_ids: list[int]  # as in the original, with IMAGE (-200) once for each image
+    ids: Tensor  # int64 [S]: IMAGE at every image token
+    labels: Tensor  # int64 [S]: the id of a target token, IGNORE elsewhere
+    pixels: Tensor | None = None  # float32 [views, 3, size, size], in the order of the images
+    views: list[int] = field(default_factory=list)  # number of views of each image
+    grids: list[TileGrid | None] = field(default_factory=list)  # how the tiles of each image are arranged
     image_sizes: list[Size] = field(default_factory=list)  # (w, h) in pixels, as opened
-    stop: str | None = None  # the template's string that ends an answer
+    stop: str | None = None  # the template's string that ends a reply
 
 
 class _Turns(NamedTuple):
@@ -44,7 +44,7 @@ class _Turns(NamedTuple):
 
 
 class Preprocessor:
-    """Prepares input for one model: its tokenizer, its template, its way with pictures."""
+    """Prepares the input of one model with its tokenizer, template and image settings."""
 
     def __init__(self, config: LlavaConfig, tokenizer: Tokenizer, *, template: str | None = None, exif: bool = False):
         self.config = config
@@ -57,7 +57,7 @@ class Preprocessor:
     def prepare(
         self, messages: Messages, *, images: Sequence[Picture] | None = None, template: str | None = None
     ) -> ModelInput:
-        """Text, ids and pixels of a conversation, or of a raw prompt with `images`, one for each mark in it.
+        """The input of a conversation, or of a raw prompt with `images`, one for each mark in the prompt.
 
         Raises PromptError (marks, roles, length), ImageError.
         """
@@ -66,7 +66,7 @@ class Preprocessor:
             spans, pictures = [Span(messages)], list(images or ())
             _count_marks("the prompt", messages, len(pictures))
         elif images is not None:
-            raise PromptError("images= goes with a raw prompt; pictures of messages stand in their content")
+            raise PromptError("images= is for raw prompts; put the images of messages into their content")
         else:
             chosen = self._chosen(template)
             turns, pictures, system = self._read(messages)
@@ -76,29 +76,31 @@ class Preprocessor:
     def prepare_training(
         self, turns: Sequence[Turn], pictures: Sequence[Picture], *, place: ImagePlace = "front", max_length: int
     ) -> ModelInput:
-        """A sample with its labels: the text and mask of training, cut at `max_length` places, pictures' included.
+        """The input and labels of a training sample, truncated to `max_length` tokens, image tokens included.
 
-        Raises PromptError (roles, marks, nothing to learn), ImageError.
+        Raises PromptError (roles, marks, no target tokens), ImageError.
         """
         template = self._chosen(None)
         marks = sum((turn.text or "").count(IMAGE_MARK) for turn in turns)
         if marks != len(pictures):
-            raise PromptError(f"the sample has {marks} {IMAGE_MARK} mark(s) and {len(pictures)} picture(s)")
+            raise PromptError(
+                f"the sample has {marks} {IMAGE_MARK} mark(s) and {len(pictures)} image(s); expected as many of each"
+            )
         tagged = template.tagged and template.style is not Style.PLAIN
-        spans = training_spans(template, placed(turns, place, start_end=self.config.start_end, tagged=tagged))
+        spans = training_spans(template, move_marks(turns, place, start_end=self.config.start_end, tagged=tagged))
         whole = self._assemble(spans, [self._views(picture) for picture in pictures], None, limit=max_length)
         if bool((whole.labels == IGNORE).all()):
-            raise PromptError(f"within {max_length} tokens there is nothing to learn: the sample has no answer there")
+            raise PromptError(f"the first {max_length} tokens of the sample hold no answer to train on")
         return whole
 
     def _chosen(self, template: str | None) -> Template:
         name = template or self.template
         if name is None:
-            raise PromptError(f"this model records no conversation template: pass template=, one of {_names()}")
+            raise PromptError(f"this checkpoint names no conversation template: pass template=, one of {_names()}")
         return find_template(name)
 
     def _read(self, messages: Sequence[Message]) -> _Turns:
-        """Messages -> turns with their marks in place; an open assistant turn follows a user's last one."""
+        """Messages to turns with image marks. If the user speaks last, an assistant turn to generate follows."""
         turns: list[Turn] = []
         pictures: list[Picture] = []
         system = None
@@ -108,20 +110,20 @@ class Preprocessor:
             marked = self._marked(text, len(own), role, where)
             if role == "system":
                 if i:
-                    raise PromptError(f"{where} is the system's: it can only be the first")
+                    raise PromptError(f"{where} is a system message; only the first message can be one")
                 system = marked
                 continue
             turns.append(Turn("user" if role == "user" else "assistant", marked))
             pictures += own
         if not turns:
-            raise PromptError("there is no message of the user's: give at least one")
+            raise PromptError("there is no user message: give at least one")
         if turns[-1].role == "user":
             turns.append(Turn("assistant", None))
         return _Turns(turns, pictures, system)
 
     def _marked(self, text: str, n_pictures: int, role: str, where: str) -> str:
         if n_pictures and role != "user":
-            raise PromptError(f"{where} is the {role}'s and holds a picture: only the user's messages can")
+            raise PromptError(f"{where} is from the {role} and holds an image; only user messages can")
         if IMAGE_MARK not in text:
             text = f"{IMAGE_MARK}\n" * n_pictures + text
         _count_marks(where, text, n_pictures)
@@ -129,14 +131,14 @@ class Preprocessor:
 
     def _views(self, picture: Picture) -> Views:
         if self.config.vision is None or self.config.image is None:
-            raise PromptError("this model has no vision part (or was loaded with vision=False): it takes no pictures")
+            raise PromptError("this model has no vision tower (or was loaded with vision=False): leave the images out")
         return to_views(open_picture(picture, exif=self.exif), self.config.image, self.config.vision.grid)
 
-    def n_places(self, input: ModelInput) -> int:
-        """Places that the pictures of an input take, were it not cut off."""
-        return sum(self._n_places(n, grid) for n, grid in zip(input.views, input.grids, strict=True))
+    def n_image_tokens(self, input: ModelInput) -> int:
+        """Number of tokens of an input's images, those cut off by `max_length` included."""
+        return sum(self._n_image_tokens(n, grid) for n, grid in zip(input.views, input.grids, strict=True))
 
-    def _n_places(self, n_views: int, grid: TileGrid | None) -> int:
+    def _n_image_tokens(self, n_views: int, grid: TileGrid | None) -> int:
         assert self.config.vision
         n = self.config.vision.n_features
         return n + grid.n_tokens if grid else n * n_views
@@ -144,35 +146,35 @@ class Preprocessor:
     def _assemble(
         self, spans: list[Span], pictures: list[Views], stop: str | None, limit: int | None = None
     ) -> ModelInput:
-        """`limit`: cut there; None: refuse what is longer than the model's context."""
+        """limit: truncate to this many tokens; None: refuse prompts longer than the model's context."""
         prompt = "".join(span.text for span in spans)
         try:
             prompt.encode()
         except UnicodeEncodeError:
-            raise PromptError("the prompt holds bytes that are no UTF-8 text") from None
+            raise PromptError("the prompt is not valid UTF-8 text") from None
         tokens = list(self._tokens(prompt, spans))
         if (n := sum(id == IMAGE for id, _ in tokens)) != len(pictures):
-            raise PromptError(
-                f"the tokenizer reads {n} {IMAGE_MARK} mark(s) in the prompt of {len(pictures)} picture(s)"
-            )
-        places = iter([self._n_places(len(views.pixels), views.grid) for views in pictures])
+            raise PromptError(f"the tokenizer finds {n} {IMAGE_MARK} mark(s) in a prompt with {len(pictures)} image(s)")
+        image_tokens = iter([self._n_image_tokens(len(views.pixels), views.grid) for views in pictures])
         ids: list[int] = []
         labels: list[int] = []
-        for id, learn in tokens:
-            n = next(places) if id == IMAGE else 1
+        for id, is_target in tokens:
+            n = next(image_tokens) if id == IMAGE else 1
             ids += [id] * n
-            labels += [id if learn else IGNORE] * n
+            labels += [id if is_target else IGNORE] * n
         if not ids:
             raise PromptError("the prompt is empty: give it some text")
         if (highest := max(ids)) >= self.config.decoder.vocab_size:
             text = self.tokenizer.decode([highest], skip_special=False)
             raise PromptError(
-                f"{text!r} in the prompt is token {highest}, but the model stores rows for "
-                f"{self.config.decoder.vocab_size} tokens: leave it out"
+                f"{text!r} in the prompt is token {highest}, but the model has embeddings for only "
+                f"{self.config.decoder.vocab_size} tokens: remove it"
             )
         context = self.config.decoder.max_seq
         if limit is None and len(ids) > context:
-            raise PromptError(f"the prompt has {len(ids)} tokens, the model's context holds {context}: shorten it")
+            raise PromptError(
+                f"the prompt has {len(ids)} tokens, more than the model's context of {context}: shorten it"
+            )
         return ModelInput(
             prompt=prompt,
             token_ids=[id for id, _ in tokens],
@@ -186,16 +188,17 @@ class Preprocessor:
         )
 
     def _tokens(self, prompt: str, spans: list[Span]) -> Iterator[tuple[int, bool]]:
-        """(id, learnt?) of the prompt. As in the original, text is cut at the marks and each stretch encoded alone.
+        """The prompt's ids, each with whether it is a target.
 
-        transformers does not cut: there the mark is a token of the vocabulary, and the stretch behind it goes on.
+        As in the original, the text is split at the marks and each stretch is encoded on its own. transformers does not
+        split: there the mark is a token of the vocabulary, and the text after it continues the stretch.
         """
-        learnt = b"".join(bytes([span.learn]) * len(span.text.encode()) for span in spans)  # a flag for each byte
+        targets = b"".join(bytes([span.target]) * len(span.text.encode()) for span in spans)  # a flag for each byte
         if self.tokenizer.bos_id is not None:
             yield self.tokenizer.bos_id, False
         whole = self.config.image is not None and self.config.image.mode == "hf"
         own_mark = self.tokenizer.id_of(IMAGE_MARK) if whole else None
-        place = 0
+        offset = 0  # of the stretch, in bytes
         for i, stretch in enumerate(prompt.split(IMAGE_MARK) if own_mark is None else [prompt]):
             if i:
                 yield IMAGE, False
@@ -203,12 +206,12 @@ class Preprocessor:
                 if id == own_mark:
                     yield IMAGE, False
                 else:
-                    yield id, any(learnt[place + start : place + max(end, start + 1)])
-            place += len(stretch.encode()) + len(IMAGE_MARK)
+                    yield id, any(targets[offset + start : offset + max(end, start + 1)])
+            offset += len(stretch.encode()) + len(IMAGE_MARK)
 
 
 def find_template(name: str) -> Template:
-    """The template of that name. Raises PromptError naming all of them."""
+    """The template with this name. Raises PromptError, which lists all names."""
     if name not in TEMPLATES:
         raise PromptError(f"no template is named {name!r}; there are {_names()}")
     return TEMPLATES[name]
@@ -219,12 +222,12 @@ def _names() -> str:
 
 
 def _parse(message: Message, where: str) -> tuple[str, str, list[Picture]]:
-    """Role, text and pictures of one message."""
+    """Role, text and images of one message."""
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-        raise PromptError(f"{where}: expected a dictionary with role and content, found {message!r:.60}")
+        raise PromptError(f"{where}: found {message!r:.60}; expected a dictionary with role and content")
     role, content = message["role"], message["content"]
     if role not in ("system", "user", "assistant"):
-        raise PromptError(f"{where}: the role is {role!r}; expected system, user or assistant")
+        raise PromptError(f"{where}: role is {role!r}; expected system, user or assistant")
     if isinstance(content, str):
         return role, content, []
     texts: list[str] = []
@@ -232,12 +235,10 @@ def _parse(message: Message, where: str) -> tuple[str, str, list[Picture]]:
     for part in content if isinstance(content, Sequence) else [content]:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind not in ("text", "image") or kind not in part:
-            raise PromptError(
-                f'{where}: a part of the content is {part!r:.60}; expected {{"type": "text" | "image", …}}'
-            )
+            raise PromptError(f'{where}: content has the part {part!r:.60}; expected {{"type": "text" | "image", …}}')
         if kind == "text":
             if not isinstance(part["text"], str):
-                raise PromptError(f"{where}: a part's text is {part['text']!r:.60}; expected a string")
+                raise PromptError(f"{where}: text is {part['text']!r:.60}; expected a string")
             texts.append(part["text"])
         else:
             pictures.append(part["image"])
@@ -247,6 +248,6 @@ def _parse(message: Message, where: str) -> tuple[str, str, list[Picture]]:
 def _count_marks(where: str, text: str, n_pictures: int) -> None:
     if (marks := text.count(IMAGE_MARK)) != n_pictures:
         raise PromptError(
-            f"{where} has {marks} {IMAGE_MARK} mark(s) and {n_pictures} picture(s): "
-            "give one picture a mark, or none of the marks to put the pictures in front"
+            f"{where} has {marks} {IMAGE_MARK} mark(s) and {n_pictures} image(s): "
+            "write one mark for each image, or no marks to put the images first"
         )

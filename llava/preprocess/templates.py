@@ -1,4 +1,4 @@
-"""The sixteen conversation formats of the LLaVA code (conversation.py at c121f04), as data."""
+"""The sixteen conversation templates of the LLaVA code (conversation.py at c121f04)."""
 
 from dataclasses import replace
 

@@ -1,1 +1,1 @@
-"""A Linear becomes a smaller thing with the same call."""
+"""Replacements for `nn.Linear` that store the weight in fewer bits and are called the same way."""

@@ -1,6 +1,6 @@
-"""4-bit NormalFloat weights, arXiv:2305.14314: the frozen matrices under LoRA adapters.
+"""4-bit NormalFloat weights, arXiv:2305.14314, for the frozen matrices under LoRA adapters.
 
-O rows out   I values in   blocks of 64 values share a scale
+O output features   I input features   blocks of 64 values share a scale
 """
 
 from typing import Any
@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llava.errors import ConfigError
+
 BLOCK = 64  # values that share a scale
-LEVELS = (  # quantiles of a normal distribution, scaled to [-1, 1], with an exact 0; from the paper's appendix E
+LEVELS = (  # quantiles of a normal distribution, scaled to [-1, 1], including 0; appendix E of the paper
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
@@ -19,7 +21,10 @@ LEVELS = (  # quantiles of a normal distribution, scaled to [-1, 1], with an exa
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [O, I] -> uint8 [O I / 2], two values a byte, and scales float32 [O I / 64]. O I is a multiple of 64."""
+    """weight [O, I] -> codes uint8 [O I / 2], two per byte, and scales float32 [O I / 64].
+
+    O I must be a multiple of 64.
+    """
     blocks = weight.float().reshape(-1, BLOCK)
     scales = blocks.abs().amax(1)
     levels = torch.tensor(LEVELS, device=weight.device)
@@ -29,14 +34,14 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack(codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The inverse of `pack`, rounded: [O, I]"""
+    """The weight [O, I] of packed codes and scales, in `dtype`."""
     levels = torch.tensor(LEVELS, device=codes.device)
     values = levels[torch.stack([codes >> 4, codes & 15], dim=1).flatten().int()]
     return (values.view(-1, BLOCK) * scales[:, None]).to(dtype).view(shape)
 
 
 class _Product(torch.autograd.Function):
-    """x W^T; the wide weight is made again for the backward pass instead of kept."""
+    """x W^T. The backward pass dequantizes the weight again instead of keeping it in memory."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -52,7 +57,10 @@ class _Product(torch.autograd.Function):
 
 
 class NF4Linear(nn.Module):
-    """A frozen Linear without bias, 4.5 bits a weight."""
+    """A frozen linear layer without bias, at 4.5 bits per weight. A `QuantizedLinear`."""
+
+    codes: Tensor
+    scales: Tensor
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
@@ -61,13 +69,33 @@ class NF4Linear(nn.Module):
         self.register_buffer("codes", torch.empty(n // 2, dtype=torch.uint8))
         self.register_buffer("scales", torch.empty(n // BLOCK, dtype=torch.float32))
 
-    def hold(self, weight: Tensor) -> None:
-        """Takes the values of weight [O, I] over, rounded to 4 bits."""
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> "NF4Linear":
+        """Raises ConfigError if the layer has a bias or its weight does not fill blocks of 64 values."""
+        n, bias = linear.weight.numel(), "without" if linear.bias is None else "with"
+        if linear.bias is not None or n % BLOCK:
+            raise ConfigError(f"nf4: found {n} weights {bias} bias; expected no bias and a multiple of {BLOCK} weights")
+        quantized = cls(linear.in_features, linear.out_features)
+        quantized.set_weight(linear.weight.detach())
+        return quantized
+
+    def set_weight(self, weight: Tensor) -> None:
+        """Quantizes weight [O, I] and replaces the layer's values."""
         self.codes, self.scales = pack(weight)
 
-    def wide(self, dtype: torch.dtype) -> Tensor:
-        """The weight [O, I] as it counts."""
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight that `forward` multiplies by, [O, I]."""
         return unpack(self.codes, self.scales, (self.out_features, self.in_features), dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the layer occupies in memory."""
+        return sum(tensor.nbytes for tensor in self.state.values())
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The tensors to save; `load_state_dict` of a layer with the same sizes restores them."""
+        return {"codes": self.codes, "scales": self.scales}
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O]"""

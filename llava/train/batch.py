@@ -17,7 +17,7 @@ from llava.config import IGNORE, IMAGE, TileGrid
 from llava.data.samples import Samples
 from llava.errors import DataError, ImageError, PromptError
 from llava.formats.format import Checkpoint
-from llava.model.segments import Segments
+from llava.model.attention import Segments
 from llava.preprocess.image import Picture
 from llava.preprocess.inputs import ModelInput, Preprocessor
 from llava.train.order import SampleOrder
@@ -47,7 +47,9 @@ class Batch:
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        segments = self.segments and self.segments._replace(bounds=self.segments.bounds.to(device, non_blocking=True))
+        segments = self.segments and self.segments._replace(
+            cu_seqlens=self.segments.cu_seqlens.to(device, non_blocking=True)
+        )
         return replace(self, **moved, segments=segments)
 
     def pin_memory(self) -> "Batch":
@@ -175,7 +177,7 @@ class BatchDataset(Dataset[Batch]):
         input = self.preprocessor.prepare_training(
             sample.turns, pictures, place=recipe.image_place, max_length=recipe.max_length
         )
-        if int((input.ids == IMAGE).sum()) != self.preprocessor.n_places(input):
+        if int((input.ids == IMAGE).sum()) != self.preprocessor.n_image_tokens(input):
             raise PromptError(
                 f"an image of {sample.id} does not fit into {recipe.max_length} tokens; increase max_length"
             )

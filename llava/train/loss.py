@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from llava.model.attention import AttentionContext, CausalContext, VarlenContext
 from llava.model.decoder import Decoder
 from llava.model.llava import Llava
 from llava.train.batch import Batch
@@ -31,47 +32,43 @@ class LlavaWithLoss(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """The sum of -log p over all target tokens, float32."""
-        x = self.embed(batch)
-        mask = batch.segments
-        pos = batch.positions if mask else batch.positions[0]
-        x = self.model.decoder(x, pos, mask=mask, length=batch.max_seqlen)
+        x = self.model.decoder(self.embed(batch), attention_context(batch))
         predicting = x.flatten(0, 1)[batch.target_positions]  # [T, D]
         loss = cross_entropy(self.model.decoder, predicting, batch.targets, train_head=not len(self.trained_rows))
         # without any target, the gradients must be zero rather than missing, because the other ranks wait for them
         return loss + 0 * x[0, 0].float().sum()
 
     def embed(self, batch: Batch) -> Tensor:
-        """Embeds ids and pixels: [B, S, D]."""
+        """Embeddings of a batch [B, S, D], image features included.
+
+        Every rank runs the tower and the projector in every micro-batch. If one skipped them, the others would hang.
+        """
         x = self.model.decoder.lookup(batch.ids)
         if len(self.trained_rows):
             x = torch.where(torch.isin(batch.ids, self.trained_rows)[..., None], x, x.detach())
         if self.model.vision is None:
             return x
-        features = self.image_features(batch).to(x.dtype)
         if batch.pixels is None:
-            return x + 0 * features.sum()
-        return x.flatten(0, 1).index_copy(0, batch.image_positions, features).view_as(x)
+            return x + self._zero_of_image_weights(x)
+        images = self.model.encode_images(batch.pixels, batch.views, batch.grids, vision_grad=self.train_vision)
+        return self.model.insert_images(x, batch.image_positions, images)
 
-    def image_features(self, batch: Batch) -> Tensor:
-        """The features of all images in the batch, [image positions, D]; of a black image if there are none.
-
-        Every rank runs the tower and the projector in every micro-batch. If one skipped them, the others would hang.
-        """
-        assert self.model.vision is not None
-        assert self.model.projector is not None
+    def _zero_of_image_weights(self, x: Tensor) -> Tensor:
+        """A zero that depends on tower, projector and newline, so that their gradients are zero and not missing."""
         assert self.model.config.vision is not None
         size = self.model.config.vision.image_size
-        empty = batch.pixels is None
-        pixels = torch.zeros(1, 3, size, size, device=batch.ids.device) if empty else batch.pixels
-        assert pixels is not None
-        with torch.set_grad_enabled(self.train_vision):
-            hidden = self.model.vision(pixels.to(self.model.vision.cls.dtype))
-        features = self.model.projector(hidden)
-        if empty:
-            newline = self.model.newline
-            return features.flatten(0, 1) if newline is None else features.flatten(0, 1) + 0 * newline
-        images = features.split(batch.views)
-        return torch.cat([self.model.pack(one, grid) for one, grid in zip(images, batch.grids, strict=True)])
+        blank = torch.zeros(1, 3, size, size, device=x.device)
+        (image,) = self.model.encode_images(blank, [1], [None], vision_grad=self.train_vision)
+        if self.model.newline is not None:
+            image = image + 0 * self.model.newline
+        return 0 * image.to(x.dtype).sum()
+
+
+def attention_context(batch: Batch) -> AttentionContext:
+    """How a batch attends: within each sample of a packed row, or causally in each padded row."""
+    if batch.segments is None:
+        return CausalContext(positions=batch.positions[0], seq_len=batch.max_seqlen)
+    return VarlenContext(positions=batch.positions, seq_len=batch.max_seqlen, segments=batch.segments)
 
 
 def cross_entropy(decoder: Decoder, x: Tensor, targets: Tensor, *, train_head: bool = True) -> Tensor:

@@ -16,7 +16,7 @@ else:
 
 from llava.errors import ConfigError
 from llava.preprocess.inputs import find_template
-from llava.preprocess.training import ImagePlace
+from llava.preprocess.labels import ImagePlace
 
 RECIPES = Path(__file__).parent.parent / "recipes"  # the shipped recipes, each named by its path here without .toml
 RENAMED = {  # old key -> new key

@@ -19,10 +19,9 @@ from llava.formats.clip import find_tower, read_tower, vision_config
 from llava.formats.format import Checkpoint
 from llava.formats.multimodal import image_config
 from llava.formats.native import VERSION_KEY
-from llava.formats.tokenizer import copy_tokenizer
+from llava.formats.tokenizer import copy_tokenizer, load_tokenizer
 from llava.model.llava import Llava, meta_model, shapes
 from llava.model.lora import Adapter
-from llava.preprocess.tokenizer import load_tokenizer
 from llava.quantize.nf4 import NF4Linear
 from llava.tensors.atomic import new_folder
 from llava.tensors.files import parsing
@@ -191,7 +190,7 @@ def fill(model: Llava, checkpoint: Checkpoint, recipe: Recipe, device: torch.dev
     def store(module: nn.Module, leaf: str, tensor: LazyTensor) -> None:
         value = read_finite(tensor)
         if isinstance(module, NF4Linear):
-            module.hold(value.to(device))
+            module.set_weight(value.to(device))
         else:
             put(getattr(module, leaf), value)
 

@@ -12,8 +12,8 @@ import llava
 from llava.assistant import Assistant, question_about
 from llava.engine import step
 from llava.errors import ConfigError, PromptError
-from llava.model.cache import KVCache
-from llava.model.llama import visible
+from llava.model.attention import CacheContext, decode_mask
+from llava.model.kv_cache import KVCache
 from llava.model.lora import LoraLinear
 from tests import tiny
 from tests.command import assert_one_line_error, run, run_well
@@ -96,7 +96,7 @@ def test_without_an_adapter_the_base_is_what_it_is_alone(
     alone = llava.load(folders["base"], **FLOAT32)
     assert torch.equal(several.logits(TEXT), alone.logits(TEXT))
     assert several.config == alone.config
-    with pytest.raises(PromptError, match="no vision part"):
+    with pytest.raises(PromptError, match="no vision tower"):
         several.logits("<image> What?", images=[picture])
 
 
@@ -159,18 +159,17 @@ def test_adapters_are_of_the_type_that_is_asked_for(folders: dict[str, Path], pi
 def test_compiled_steps_switch_too(several: Assistant) -> None:
     """Traces without a compiler; tests/gpu compiles. A trace must not be reused for another adapter."""
     prefill, decode = (torch.compile(one, backend="eager") for one in (step.prefill, step.decode_step))
-    ids, at = torch.tensor([[1, 40, 50, 60]]), torch.tensor([4])
+    ids, at = torch.tensor([[1, 40, 50, 60]]), torch.tensor([[4]])
     for name in ("cats", "june", "dogs", None, "cats"):
         several.adapter(name)
         model = several.model
         logits = []
         for first, then in ((prefill, decode), (step.prefill, step.decode_step)):
             cache = KVCache(model.config.decoder, 1, 8, dtype=model.dtype, device=model.device)
+            prompt = CacheContext(positions=torch.arange(4), seq_len=4, last=at - 1, cache=cache, window=4)
+            newest = CacheContext(positions=at, seq_len=5, mask=decode_mask(at, 8), cache=cache, window=8)
             with torch.inference_mode():
-                cache.window = 4
-                made = [first(model, model.decoder.lookup(ids), torch.tensor([4]), cache)]
-                cache.window = 8
-                made.append(then(model, torch.tensor([70]), at, visible(at, 8), cache, 5))
+                made = [first(model, model.decoder.lookup(ids), prompt), then(model, torch.tensor([70]), newest)]
             logits.append(torch.cat(made))
         torch.testing.assert_close(*logits)
 
@@ -185,9 +184,9 @@ def test_matrices_and_adapters_keep_apart(several: Assistant) -> None:
 
 
 def test_what_is_no_adapter_is_refused_in_one_line(folders: dict[str, Path], clip: Path, several: Assistant) -> None:
-    with pytest.raises(ConfigError, match=r"'birds'; there are cats, dogs, june, stage1$"):
+    with pytest.raises(ConfigError, match=r"'birds'; available: cats, dogs, june, stage1$"):
         several.adapter("birds")
-    with pytest.raises(ConfigError, match="there are none; load with"):
+    with pytest.raises(ConfigError, match="available: none; load with"):
         llava.load(folders["base"], **FLOAT32).adapter("cats")
     delta = tiny.write_delta(folders["base"].parent / "delta", clip=clip)
     with pytest.raises(ConfigError, match="only lora or projector can"):
@@ -207,6 +206,6 @@ def test_the_commands_take_adapters(folders: dict[str, Path]) -> None:
     assert asked[0] != asked[1]
     said = talk.stdout.split("\n")
     assert (asked[0], asked[1]) == (said[0] + "\n", said[3] + "\n")
-    assert "there are cats, dogs" in talk.stdout
-    assert "no adapter is named 'birds'; there are cats, dogs" in talk.stderr
+    assert "available: cats, dogs" in talk.stdout
+    assert "no adapter is named 'birds'; available: cats, dogs" in talk.stderr
     assert_one_line_error(run("ask", *options, "--adapter", "cats", "Hello"), "NAME=FOLDER")

@@ -14,7 +14,7 @@ from llava.data.measure import Measure, open_measure
 from llava.data.repair import RULES
 from llava.errors import DataError
 from llava.preprocess.inputs import Preprocessor
-from llava.preprocess.tokenizer import load_tokenizer
+from llava.formats.tokenizer import load_tokenizer
 from tests import tiny
 from tests.command import PROJECT, assert_one_line_error, run, run_well
 from tests.data.published import (

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from llava.engine.text import TextStream
-from llava.preprocess.tokenizer import Tokenizer, load_tokenizer
+from llava.engine.detokenize import Detokenizer
+from llava.formats.tokenizer import load_tokenizer
+from llava.preprocess.tokenizer import Tokenizer
 from tests import tiny
 
 WORDS = ["The pier", " leads out", "\n", "  ", "café", "你好", "🙂🙃", "#", "###", " ok</s>", "用户", "1234", "\t", "ß"]
@@ -19,10 +20,10 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return load_tokenizer(tiny.write_tokenizer(folder, legacy=request.param != "spaces kept", added=added))
 
 
-def streamed(tokenizer: Tokenizer, ids: list[int], stops: list[str]) -> tuple[list[str], TextStream]:
-    stream, pieces = TextStream(tokenizer.decode, stops), []
+def streamed(tokenizer: Tokenizer, ids: list[int], stops: list[str]) -> tuple[list[str], Detokenizer]:
+    stream, pieces = Detokenizer(tokenizer.decode, stops), []
     for id in ids:
-        pieces.append(stream.push(id))
+        pieces.append(stream.append(id))
         if stream.stopped:
             break
     return [*pieces, stream.finish()], stream
@@ -64,9 +65,9 @@ def test_a_long_answer_costs_no_more_a_token_than_a_short_one(tokenizer: Tokeniz
         return tokenizer.decode(ids)
 
     ids = [token.id for token in tokenizer.encode_tokens("The water is still, so the sky is seen twice. " * 60)]
-    stream = TextStream(counted)  # type: ignore[arg-type]
+    stream = Detokenizer(counted)  # type: ignore[arg-type]
     for id in ids:
-        stream.push(id)
+        stream.append(id)
     assert decoded < 80 * len(ids)
 
 

@@ -21,7 +21,7 @@ from llava.checkpoint.open import open_checkpoint
 from llava.checkpoint.published import CLIP_MEAN, CLIP_STD
 from llava.config import DecoderConfig, VisionConfig
 from llava.errors import CheckpointError, ConfigError
-from llava.preprocess.tokenizer import load_tokenizer
+from llava.formats.tokenizer import load_tokenizer
 from tests import tiny
 
 NAMES = ("red square", "green disc", "blue bar", "yellow cross")

@@ -1,6 +1,5 @@
 """MPT: ALiBi instead of rotary positions, and its own names on disk. Golden prompts: tests/golden/test_answers.py."""
 
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -21,11 +20,10 @@ from llava.convert.check import check_equal
 from llava.convert.native import convert
 from llava.engine import step
 from llava.errors import CheckpointError, ConfigError
-from llava.model.cache import KVCache
+from llava.model.attention import CacheContext, alibi_bias, decode_mask
 from llava.model.decoder import Decoder
-from llava.model.llama import visible
+from llava.model.kv_cache import KVCache
 from llava.model.mpt import Alibi
-from llava.model.segments import Segments
 from tests import tiny
 from tests.engine.test_compile import COMPILER
 
@@ -102,54 +100,20 @@ def test_the_decoder_computes_what_mpt_is(n_heads: int, bias_max: float, limit: 
         1: [2**-8],
     }[n_heads]
     x = torch.randn(9, 48)
-    ours = model(x[None], torch.arange(9))[0]
+    ours = model(x[None])[0]
     torch.testing.assert_close(ours, by_hand(model, x, slopes, limit or torch.inf), rtol=1e-4, atol=1e-4)
 
 
-def test_decoding_token_by_token_equals_one_prefill() -> None:
-    model, x, pos = decoder(), torch.randn(2, 7, 48), torch.arange(7)
-    whole = model(x, pos)
-    cache = KVCache(DecoderConfig(**SIZES), 2, 7, dtype=x.dtype, device=x.device)
-    steps = []
-    for i in range(7):
-        cache.window = i + 1
-        steps.append(model(x[:, i : i + 1], pos[i : i + 1], cache=cache, length=i + 1))
-    torch.testing.assert_close(torch.cat(steps, dim=1), whole)
-
-
-def test_rows_of_different_lengths_decode_as_each_alone_in_a_wider_window() -> None:
-    model, lengths = decoder(), [3, 6]
-    x = torch.randn(2, 8, 48)
-    cache = KVCache(DecoderConfig(**SIZES), 2, 16, dtype=x.dtype, device=x.device)
-    cache.window = 6
-    first = model.last(x[:, :6], torch.arange(6), torch.tensor(lengths) - 1, cache)
-    cache.window = 16  # slots after the end of a row hold values of the padding, or nothing
-    at = torch.tensor(lengths)
-    following = model(x[:, 6:7], at[:, None], mask=visible(at, 16), cache=cache, length=7)[:, 0]
-    for row, n in enumerate(lengths):
-        alone = torch.cat([x[row, :n], x[row, 6:7]])[None]
-        states = model(alone, torch.arange(n + 1))[0]
-        torch.testing.assert_close(first[row], states[-2])
-        torch.testing.assert_close(following[row], states[-1])
-
-
-def test_samples_packed_in_one_row_do_not_feel_each_other() -> None:
-    model, x = decoder(), torch.randn(1, 9, 48)
-    segments = Segments(bounds=torch.tensor([0, 4, 9], dtype=torch.int32), lengths=(4, 5), longest=5)
-    packed = model(x, torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4]), mask=segments)[0]
-    torch.testing.assert_close(packed[:4], model(x[:, :4], torch.arange(4))[0])
-    torch.testing.assert_close(packed[4:], model(x[:, 4:], torch.arange(5))[0])
-
-
-def test_the_bias_of_near_tokens_is_exact_in_16_bits_however_long_the_text() -> None:
-    bias = Alibi(DecoderConfig(**SIZES))(torch.tensor([2000]), 2001, torch.bfloat16)
+def test_the_bias_of_near_tokens_is_exact_in_16_bits_at_any_length() -> None:
+    slopes = Alibi(DecoderConfig(**SIZES)).slopes(torch.device("cpu"))
+    bias = alibi_bias(decode_mask(torch.tensor([2000]), 2001), slopes, torch.bfloat16)
     assert bias.shape == (1, 4, 1, 2001)
     assert bias[0, 0, 0, -5:].tolist() == [-1.0, -0.75, -0.5, -0.25, 0.0]
 
 
 def test_gradients_reach_every_weight() -> None:
     model = decoder().requires_grad_(True)
-    model.logits(model(torch.randn(2, 5, 48), torch.arange(5))).square().mean().backward()
+    model.logits(model(torch.randn(2, 5, 48))).square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
 
 
@@ -313,10 +277,10 @@ def test_greedy_answers_follow_from_logits_without_a_cache(assistant: Assistant)
     input = assistant.prepare(PROMPTS[1])
     ids = input.ids.tolist()
     reply = assistant.generate(PROMPTS[1], max_new_tokens=6, temperature=0)
-    for id, n in zip(reply.token_ids, itertools.count(len(ids))):
+    for id in reply.token_ids:
         with torch.inference_mode():
             x = assistant.model.embed(torch.tensor(ids))[None]
-            last = assistant.model.decoder.logits(assistant.model.decoder(x, torch.arange(n)))[0, -1]
+            last = assistant.model.decoder.logits(assistant.model.decoder(x))[0, -1]
         assert int(last.argmax()) == id
         ids.append(id)
 
@@ -343,7 +307,7 @@ def test_pictures_and_text_of_all_lengths_answer_together_as_alone(assistant: As
 
 
 def test_traced_steps_of_several_rows_in_two_windows_equal_plain_ones(assistant: Assistant) -> None:
-    """Checks what is traced and when it is traced again, without a compiler."""
+    """Without a compiler backend: what is traced, and when it is traced again."""
     model = assistant.model
     prefill, decode = (torch.compile(one, backend="eager") for one in (step.prefill, step.decode_step))
     for n, window in ((4, 8), (11, 16)):
@@ -352,10 +316,12 @@ def test_traced_steps_of_several_rows_in_two_windows_equal_plain_ones(assistant:
         for first, then in ((prefill, decode), (step.prefill, step.decode_step)):
             cache = KVCache(model.config.decoder, 2, window, dtype=model.dtype, device=model.device)
             with torch.inference_mode():
-                cache.window = n
-                made = [first(model, x, lengths, cache)]
-                cache.window = window
-                made.append(then(model, torch.tensor([70, 71]), lengths, visible(lengths, window), cache, n + 1))
+                at = lengths[:, None]
+                prompts = CacheContext(positions=torch.arange(n), seq_len=n, last=at - 1, cache=cache, window=n)
+                newest = CacheContext(
+                    positions=at, seq_len=n + 1, mask=decode_mask(at, window), cache=cache, window=window
+                )
+                made = [first(model, x, prompts), then(model, torch.tensor([70, 71]), newest)]
             logits.append(torch.cat(made))
         torch.testing.assert_close(*logits)
 

@@ -333,7 +333,7 @@ def test_raw_prompts_have_the_ids_of_the_slow_tokenizer(
     "name", ["v1.5 (legacy false)", "llama v1 (no legacy key: legacy true)", "v0 (added tokens, legacy true)", "mpt"]
 )
 def test_tokenizers_encode_and_decode_as_the_originals(golden: Path, golden_checkpoints: Path, name: str) -> None:
-    tokenizer_room = pytest.importorskip("llava.preprocess.tokenizer")
+    tokenizer_room = pytest.importorskip("llava.formats.tokenizer")
     record = tokenization(golden, name)
     tokenizer = tokenizer_room.load_tokenizer(golden_checkpoints / record["files"])
     encoded = {entry["text"]: tokenizer.encode(entry["text"]) for entry in record["strings"]}

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import llava
 from llava.config import IGNORE, IMAGE
-from llava.engine.text import TextStream
-from llava.preprocess.tokenizer import load_tokenizer
+from llava.engine.detokenize import Detokenizer
+from llava.formats.tokenizer import load_tokenizer
 from tests.golden.test_answers import FOLDERS, TOWERS
 
 
@@ -55,11 +55,11 @@ def test_each_row_of_the_originals_padded_batch_is_ours_without_padding(
 def stops_after(row: dict[str, Any], tokenizer: Any) -> int | None:
     """How many tokens it takes until we stop."""
     stop_ids = {tokenizer.id_of(text) for text in row["keywords"]} - {None}
-    text = TextStream(tokenizer.decode, row["keywords"])
+    text = Detokenizer(tokenizer.decode, row["keywords"])
     for i, id in enumerate(row["new_ids"]):
         if id in stop_ids:
             return i
-        text.push(id)
+        text.append(id)
         if text.stopped:
             return i
     return None

@@ -9,9 +9,9 @@ import pytest
 
 from llava.checkpoint.open import open_checkpoint
 from llava.config import IMAGE
+from llava.formats.tokenizer import load_tokenizer
 from llava.preprocess.conversation import Turn
 from llava.preprocess.inputs import ModelInput, Preprocessor
-from llava.preprocess.tokenizer import load_tokenizer
 from tests.golden.test_answers import FOLDERS, TOWERS
 
 N_RUNS = (

@@ -12,8 +12,8 @@ import llava
 from llava.assistant import Assistant, Loaded
 from llava.engine import step
 from llava.engine.engine import Engine
-from llava.model.cache import KVCache
-from llava.model.llama import visible
+from llava.model.attention import CacheContext, decode_mask
+from llava.model.kv_cache import KVCache
 from llava.model.llava import Llava
 from llava.preprocess.image import open_picture
 from tests import tiny
@@ -114,15 +114,16 @@ def test_an_mpt_in_bfloat16_stays_near_float32(clip: Path, picture: Path, tmp_pa
 
 
 def next_logits(model: Llava, prefill: Callable[..., Tensor], decode: Callable[..., Tensor]) -> Tensor:
-    """[2, V] on the CPU: behind a prompt of 4 tokens, then behind one more."""
+    """[2, V] on the CPU: after a prompt of 4 tokens, then after one more."""
     ids, after = (torch.tensor(ids, device=model.device) for ids in ([[1, 40, 50, 60]], [70]))
-    at = torch.tensor([4], device=model.device)
+    at = torch.tensor([[4]], device=model.device)
     cache = KVCache(model.config.decoder, 1, 8, dtype=model.dtype, device=model.device)
+    positions = torch.arange(4, device=model.device)
+    prompt = CacheContext(positions=positions, seq_len=4, last=at - 1, cache=cache, window=4)
+    newest = CacheContext(positions=at, seq_len=5, mask=decode_mask(at, 8), cache=cache, window=8)
     with torch.inference_mode():
-        cache.window = 4
-        first = prefill(model, model.decoder.lookup(ids), at, cache)
-        cache.window = 8
-        return torch.cat([first, decode(model, after, at, visible(at, 8), cache, 5)]).cpu()
+        first = prefill(model, model.decoder.lookup(ids), prompt)
+        return torch.cat([first, decode(model, after, newest)]).cpu()
 
 
 def test_adapters_switch_in_eager_and_in_compiled_steps(clip: Path, picture: Path, tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 import llava
-from llava.model.segments import Segments
+from llava.model.attention import Segments, VarlenContext
 from llava.train.loop import train
 from llava.train.recipe import Recipe, recipe_from, to_json
 
@@ -58,14 +59,19 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
 
 
+def attention(segments: Segments, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    positions = torch.arange(q.shape[1], device=q.device)[None]  # not read by `attend`
+    return VarlenContext(positions=positions, seq_len=130, segments=segments).attend(0, q, k, v)
+
+
 def test_packed_attention_by_the_kernel_equals_the_plain_one() -> None:
     torch.manual_seed(0)
     lengths = (5, 130, 1, 0, 64)
-    bounds = torch.tensor([0, 5, 135, 136, 136, 200], dtype=torch.int32)
-    q, k, v = (torch.randn(1, heads, 200, 64, requires_grad=True) for heads in (4, 2, 2))
-    plain = Segments(bounds, lengths, 130).attend(q, k, v)
+    cu_seqlens = torch.tensor([0, 5, 135, 136, 136, 200], dtype=torch.int32)
+    q, k, v = (torch.randn(1, 200, heads, 64, requires_grad=True) for heads in (4, 2, 2))
+    plain = attention(Segments(cu_seqlens, lengths, 130), q, k, v)
     there = [x.detach().to("cuda", torch.bfloat16).requires_grad_() for x in (q, k, v)]
-    kernel = Segments(bounds.cuda(), (), 130).attend(*there)
+    kernel = attention(Segments(cu_seqlens.cuda(), (), 130), *there)
     torch.testing.assert_close(kernel.float().cpu(), plain, atol=0.03, rtol=0.03)
     weight = torch.randn_like(plain)
     (plain * weight).sum().backward()

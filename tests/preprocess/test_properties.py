@@ -19,12 +19,13 @@ from llava.checkpoint.keymap import Rule
 from llava.config import IMAGE, DecoderConfig, ImageConfig, LlavaConfig, ProjectorConfig, VisionConfig
 from llava.convert import gptfast, llama
 from llava.errors import PromptError
+from llava.formats.tokenizer import load_tokenizer
 from llava.model.llava import Llava, shapes
 from llava.preprocess.conversation import Style, Template, Turn, render
 from llava.preprocess.image import Size, choose_canvas, tile_grid, to_views
 from llava.preprocess.inputs import Preprocessor
 from llava.preprocess.templates import TEMPLATES
-from llava.preprocess.tokenizer import Tokenizer, load_tokenizer
+from llava.preprocess.tokenizer import Tokenizer
 from tests import tiny
 
 
@@ -259,7 +260,7 @@ def test_a_prompt_holds_every_turn_once_and_in_order(name: str, texts: list[str]
         rest = rest.replace(text, "", 1)
     for label, n in labels(template, turns).items():
         assert rest.count(label) == n, label
-    learnt = [span.text for span in spans if span.learn]
+    learnt = [span.text for span in spans if span.target]
     answers = [turn.text for turn in (*template.few_shot, *turns) if turn.role == "assistant" and turn.text]
     assert len(learnt) == len(answers)
     assert all(text in span for text, span in zip(answers, learnt, strict=True))
@@ -305,7 +306,7 @@ def test_messages_are_prepared_or_refused_and_no_picture_is_lost(
         return
     assert sound
     assert prepared.token_ids.count(IMAGE) == n_pictures
-    assert int((prepared.ids == IMAGE).sum()) == preprocessor.n_places(prepared)
+    assert int((prepared.ids == IMAGE).sum()) == preprocessor.n_image_tokens(prepared)
 
 
 @tried(200)

@@ -15,7 +15,7 @@ from llava.errors import DataError
 from llava.preprocess.inputs import ModelInput
 from llava.train.batch import Batch, BatchDataset, collate
 from llava.train.loop import train
-from llava.train.loss import LlavaWithLoss
+from llava.train.loss import LlavaWithLoss, attention_context
 from llava.train.order import SampleOrder, by_modality_length
 from tests import command, tiny, training
 from tests.training import Assets, gradients, net_and_dataset, recipe, rows, sample, write_data
@@ -58,9 +58,7 @@ def padded(inputs: list[ModelInput]) -> Batch:
 
 def each_loss(net: LlavaWithLoss, batch: Batch, inputs: list[ModelInput]) -> list[Tensor]:
     """-log p of the targets of a packed row, split by sample."""
-    x = net.model.decoder(
-        net.embed(batch), batch.positions, mask=batch.segments, length=batch.segments.longest if batch.segments else 0
-    )
+    x = net.model.decoder(net.embed(batch), attention_context(batch))
     logits = net.model.decoder.logits(x[0, batch.target_positions])
     each = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
     return list(each.split([int((one.labels[1:] != IGNORE).sum()) for one in inputs]))
@@ -121,7 +119,7 @@ def test_positions_restart_and_no_target_crosses_a_sample_boundary(
         (a, int(b)) for a, b in targets
     ]
     assert batch.segments is not None
-    assert len(batch.segments.bounds) == len(inputs) + 3  # 3 samples, one free slot, the padding, and the leading 0
+    assert len(batch.segments.cu_seqlens) == len(inputs) + 3  # 3 samples, one free slot, the padding, and the leading 0
 
 
 @pytest.mark.parametrize("packing", [True, False])

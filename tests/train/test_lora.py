@@ -250,9 +250,9 @@ def test_every_value_is_rounded_to_the_nearest_level_of_its_block() -> None:
 def test_a_4_bit_matrix_has_the_output_and_gradient_of_its_dequantized_weight(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     layer = NF4Linear(128, 96)
-    layer.hold(torch.randn(96, 128))
+    layer.set_weight(torch.randn(96, 128))
     x = torch.randn(3, 7, 128, dtype=dtype, requires_grad=True)
-    weight = layer.wide(dtype)
+    weight = layer.dequantize(dtype)
     y, wanted = layer(x), F.linear(x, weight)
     assert y.dtype == dtype
     assert torch.equal(y, wanted)
@@ -262,7 +262,7 @@ def test_a_4_bit_matrix_has_the_output_and_gradient_of_its_dequantized_weight(dt
 
 def test_a_weight_takes_4_5_bits_and_no_dequantized_copy_is_saved() -> None:
     layer = NF4Linear(256, 512)
-    layer.hold(torch.randn(512, 256))
+    layer.set_weight(torch.randn(512, 256))
     n = 256 * 512
     assert sum(t.nbytes for t in layer.state_dict().values()) * 8 == 4.5 * n
     held: list[int] = []
@@ -301,7 +301,7 @@ def test_a_4_bit_base_equals_its_rounded_weights(assets: Assets, tmp_path: Path)
     plain, _ = net_and_dataset(recipe(assets, tmp_path / "wide", **LORA))
     four, dataset = net_and_dataset(asked)
     for (_, wide), (_, narrow) in zip(lora_layers(plain.model.decoder), lora_layers(four.model.decoder), strict=True):
-        wide.base.weight.data = narrow.base.wide(torch.float32)
+        wide.base.weight.data = narrow.base.dequantize(torch.float32)
     batch = dataset[0]
     (loss, grads), (wanted, others) = (training.gradients(one, batch) for one in (four, plain))
     torch.testing.assert_close(loss, wanted)

@@ -1,4 +1,4 @@
-"""From a training sample to spans with their label mask, as the LLaVA code trains (c121f04; MPT: v1.0.2)."""
+"""Training samples to spans with their targets marked, as the LLaVA code trains (c121f04; MPT: v1.0.2)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -8,15 +8,15 @@ from llava.config import IMAGE_MARK
 from llava.errors import PromptError
 from llava.preprocess.conversation import Span, Style, Template, Turn, render
 
-ImagePlace = Literal["front", "as_written"]  # of the mark in its turn: LLaVA 1.0 and later, or before
-_BEGIN, _END = "###", "\n"  # of a v0 turn
+ImagePlace = Literal["front", "as_written"]  # where the mark goes in its turn: LLaVA 1.0 and later, or before
+_BEGIN, _END = "###", "\n"  # around each v0 turn
 
 
 def training_spans(template: Template, turns: Sequence[Turn]) -> list[Span]:
-    """The text of a sample and what of it is learnt. Raises PromptError where turns do not alternate.
+    """The text of a sample with its targets marked. Raises PromptError if turns do not alternate.
 
-    A leading assistant turn is left out, as in the original; v0 keeps it. In v0 the ### in front of a user's turn is
-    learnt too: that is how the model comes to end its answer.
+    As in the original, a leading assistant turn is dropped, except in v0. In v0 the ### before a user's turn is also a
+    target, which teaches the model to end its reply.
     """
     if template.style is Style.SINGLE:
         return list(_v0(template, turns))
@@ -24,7 +24,7 @@ def training_spans(template: Template, turns: Sequence[Turn]) -> list[Span]:
         turns = turns[1:]
     if template.style is Style.PLAIN:
         if len(turns) != 2:
-            raise PromptError(f"the plain template trains on one exchange; this sample has {len(turns)} turns")
+            raise PromptError(f"this sample has {len(turns)} turns; the plain template trains on one exchange of two")
         mark = Turn("user", IMAGE_MARK * (turns[0].text or "").count(IMAGE_MARK))
         return render(template, [mark, turns[1]])
     return render(replace(template, few_shot=()), turns)
@@ -39,10 +39,11 @@ def _v0(template: Template, turns: Sequence[Turn]) -> Iterator[Span]:
     yield Span(f"{_BEGIN} ", True)
 
 
-def placed(turns: Sequence[Turn], place: ImagePlace, *, start_end: bool, tagged: bool) -> list[Turn]:
-    """The turns with their marks where training has them.
+def move_marks(turns: Sequence[Turn], place: ImagePlace, *, start_end: bool, tagged: bool) -> list[Turn]:
+    """The turns with their image marks where training has them.
 
-    front: in front of the turn's text, on a line of its own. `tagged`: between <Image> and </Image>.
+    place: "front" moves the marks of a turn before its text, each on a line of its own.
+    start_end: enclose each mark in <im_start> and <im_end>. tagged: enclose it in <Image> and </Image>.
     """
     around = ("<im_start>", "<im_end>") if start_end else ("", "")
     if tagged:

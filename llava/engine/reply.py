@@ -1,0 +1,81 @@
+"""What a caller gets for a request: a finished reply, or a stream of text."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from llava.engine.engine import Engine
+from llava.engine.sampling import SamplingParams
+from llava.engine.sequence import Sequence
+from llava.preprocess.inputs import ModelInput
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Token counts of one request."""
+
+    prompt_tokens: int  # image tokens included
+    image_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds spent on one request; in a batch, on the whole batch."""
+
+    prepare_s: float  # opening and resizing images, encoding text
+    first_token_s: float  # from there to the first token: vision tower and prefill
+    decode_s: float  # from the first token to the last
+
+    tokens_per_s: float | None  # of decoding; None for replies of one token
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A finished reply."""
+
+    text: str
+    token_ids: list[int]  # without the end token and the tokens of a stop string
+    finish_reason: Literal["stop", "length"]
+    usage: Usage
+    timings: Timings
+    logprobs: list[float] | None = None  # of each token, if requested
+    top_logprobs: list[dict[int, float]] | None = None
+
+    @classmethod
+    def of(cls, sequence: Sequence, prepare_s: float, params: SamplingParams) -> "Reply":
+        """The reply of a sequence, finished or not. prepare_s: seconds spent before the engine received it."""
+        decode_s = sequence.ended - sequence.first_token
+        steps = sequence.n_generated - 1
+        n_text = len(sequence.input.token_ids) - len(sequence.input.views)
+        ids = list(sequence.detokenizer.ids)
+        return cls(
+            text=sequence.detokenizer.text,
+            token_ids=ids,
+            finish_reason=sequence.finish_reason or "stop",
+            usage=Usage(sequence.n_prompt, sequence.n_prompt - n_text, len(ids)),
+            timings=Timings(
+                prepare_s,
+                sequence.first_token - sequence.started,
+                decode_s,
+                steps / decode_s if steps > 0 < decode_s else None,
+            ),
+            logprobs=sequence.logprobs if params.logprobs else None,
+            top_logprobs=sequence.top_logprobs if params.logprobs else None,
+        )
+
+
+class Stream(Iterator[str]):
+    """A reply being generated: iterates over its pieces of text."""
+
+    def __init__(self, engine: Engine, input: ModelInput, prepare_s: float, params: SamplingParams):
+        self._prepare_s, self._params = prepare_s, params
+        self._sequence = engine.start(input, params)
+        self._pieces = (piece for _, piece in engine.run([self._sequence], params) if piece)
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def reply(self) -> Reply:
+        """The reply so far. If the iteration was abandoned, finish_reason is "stop"."""
+        return Reply.of(self._sequence, self._prepare_s, self._params)

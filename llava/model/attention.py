@@ -1,0 +1,228 @@
+"""Attention contexts: which tokens a query attends to, and where their keys and values come from.
+
+The caller builds one context for each forward pass. It holds the positions of the new tokens and, depending on the
+member, a cache, a mask or the boundaries of packed samples. Every block calls `context.attend`, so the blocks are the
+same code in training, prefill and decoding.
+
+| Context          | Used for                                            |
+|------------------|-----------------------------------------------------|
+| `CausalContext`  | whole sequences without a cache; padded training    |
+| `VarlenContext`  | training on several samples packed into one row     |
+| `CacheContext`   | prefill and decode steps with a dense `KVCache`     |
+
+B batch   S new tokens   T tokens attended to   N packed samples   D dim
+H query heads   K key/value heads   E head_dim
+"""
+
+import inspect
+import math
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llava.model.kv_cache import KVCache
+
+
+class AttentionContext(Protocol):
+    """What the decoder requires of a context."""
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions of the new tokens in their sequences: int64 [S] where all rows are alike, else [B, S]."""
+        ...
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens in the longest sequence, new ones included. Dynamic RoPE scaling depends on it."""
+        ...
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [B, S, H, E], k and v [B, S, K, E] of the new tokens -> y [B, S, H, E], one vector for each query."""
+        ...
+
+    def queries(self, x: Tensor) -> Tensor:
+        """x [B, S, ...] -> the tokens for which `attend` returns a vector: all of x, unless `last_token_only`."""
+        ...
+
+    def last_token_only(self) -> "AttentionContext":
+        """The same attention, computed only for the last token of each sequence. Keys and values cover all tokens."""
+        ...
+
+    def with_alibi(self, slopes: Tensor, dtype: torch.dtype) -> "AttentionContext":
+        """The same attention with linear biases of these slopes [H] (float32) added to the scores."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CausalContext:
+    """Causal attention among the new tokens, without a cache."""
+
+    positions: Tensor  # int64 [S] or [B, S]
+    seq_len: int
+    mask: Tensor | None = None  # [B or 1, 1 or H, S, T]: bool (True: attends) or a bias for the scores. None: causal
+    last: Tensor | None = None  # int64 [B, L], index of the last token of each of a row's L sequences
+    last_only: bool = False  # only the tokens at `last` are queries
+
+    @classmethod
+    def of(cls, x: Tensor) -> "CausalContext":
+        """The context of x [B, S, D], sequences that start at position 0."""
+        return CausalContext(positions=torch.arange(x.shape[1], device=x.device), seq_len=x.shape[1])
+
+    @property
+    def n_slots(self) -> int:
+        """T, the tokens that a query can attend to."""
+        return self.positions.shape[-1]
+
+    def keys_and_values(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v [B, S, K, E] of the new tokens -> keys, values [B, K, T, E] of all tokens attended to."""
+        return k.transpose(1, 2), v.transpose(1, 2)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `AttentionContext`."""
+        keys, values = self.keys_and_values(layer, k, v)
+        q = self.queries(q).transpose(1, 2)
+        is_causal = False
+        if self.mask is None and q.shape[2] > 1:  # a branch: torch.compile cannot pass the comparison itself on
+            is_causal = True
+        grouped = q.shape[1] != keys.shape[1]
+        y = F.scaled_dot_product_attention(
+            q, keys, values, attn_mask=self.mask, is_causal=is_causal, enable_gqa=grouped
+        )
+        return y.transpose(1, 2)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """See `AttentionContext`."""
+        return x if self.last is None or not self.last_only else _take(x, self.last)
+
+    def last_token_only(self) -> "CausalContext":
+        """See `AttentionContext`; needs `last`, and gives [B, L, ...]."""
+        assert self.last is not None
+        if self.mask is None:
+            mask = decode_mask(self.last, self.n_slots)
+        else:
+            by_query = self.mask.expand(len(self.last), -1, -1, -1).transpose(1, 2)  # [B, S, 1 or H, T]
+            mask = _take(by_query, self.last).transpose(1, 2)
+        return replace(self, mask=mask, last_only=True)
+
+    def with_alibi(self, slopes: Tensor, dtype: torch.dtype) -> "CausalContext":
+        """See `AttentionContext`."""
+        mask = decode_mask(self.positions, self.n_slots) if self.mask is None else self.mask
+        return replace(self, mask=alibi_bias(mask, slopes, dtype))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CacheContext(CausalContext):
+    """Attention over a dense cache: prefill (`mask` None), or one token for each row.
+
+    A decode step of several rows needs `decode_mask`; a single row whose token sees the whole window needs no mask.
+    """
+
+    cache: KVCache
+    window: int  # only slots before this one are read
+
+    @property
+    def n_slots(self) -> int:
+        """T, the tokens that a query can attend to."""
+        return self.window
+
+    def keys_and_values(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores k, v [B, S, K, E] in the cache -> keys, values [B, K, T, E] of the window."""
+        keys, values = self.cache.write(layer, self.positions, k, v)
+        return keys[:, :, : self.window], values[:, :, : self.window]
+
+
+class Segments(NamedTuple):
+    """Where the samples packed into a row [1, S] begin and end."""
+
+    cu_seqlens: Tensor  # int32 [N + 1], cumulative lengths from 0 to S; samples may be empty
+    lengths: tuple[int, ...]  # of the samples, read on devices without the kernel; may be () on the others
+    max_seqlen: int  # upper bound for the length of a sample
+
+    def last(self) -> Tensor:
+        """Index of each sample's last token, int64 [1, N]. An empty sample repeats the one before it."""
+        return self.cu_seqlens[None, 1:].long() - 1
+
+    def mask(self) -> Tensor:
+        """The dense equivalent, bool [1, 1, S, S]: causal within each sample."""
+        sample = torch.repeat_interleave(self.cu_seqlens.diff())  # [S], the sample of each token
+        index = torch.arange(len(sample), device=sample.device)
+        return ((sample[:, None] == sample) & (index[:, None] >= index))[None, None]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VarlenContext:
+    """Causal attention within each sample of a packed row (B = 1), without a cache."""
+
+    positions: Tensor  # int64 [1, S], counted from 0 in each sample
+    seq_len: int
+    segments: Segments
+    last_only: bool = False  # only the last token of each sample is a query
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `AttentionContext`."""
+        if q.shape[2] != k.shape[2]:
+            k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+        on_gpu = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+        return self.queries(self._kernel(q, k, v) if on_gpu else self._one_by_one(q, k, v))
+
+    def _kernel(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        cu_seqlens, max_seqlen = self.segments.cu_seqlens, self.segments.max_seqlen
+        y = varlen_attn(q[0], k[0], v[0], cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **_causal())
+        assert isinstance(y, Tensor)
+        return y[None]
+
+    def _one_by_one(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        samples = zip(*(x.transpose(1, 2).split(self.segments.lengths, dim=2) for x in (q, k, v)), strict=True)
+        ys = [F.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in samples]
+        return torch.cat(ys, dim=2).transpose(1, 2)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """See `AttentionContext`."""
+        return _take(x, self.segments.last()) if self.last_only else x
+
+    def last_token_only(self) -> "VarlenContext":
+        """See `AttentionContext`; gives [1, N, ...]."""
+        return replace(self, last_only=True)
+
+    def with_alibi(self, slopes: Tensor, dtype: torch.dtype) -> CausalContext:
+        """See `AttentionContext`. The kernel takes no biases, so scores and mask become dense."""
+        mask = alibi_bias(self.segments.mask(), slopes, dtype)
+        return CausalContext(positions=self.positions, seq_len=self.seq_len, mask=mask, last=self.segments.last())
+
+
+def decode_mask(positions: Tensor, n_slots: int) -> Tensor:
+    """positions [B, S] or [S] -> mask [B or 1, 1, S, T], True for the slots up to the token's own."""
+    return torch.arange(n_slots, device=positions.device) <= torch.atleast_2d(positions)[:, None, :, None]
+
+
+def alibi_bias(mask: Tensor, slopes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Attention with linear biases, arXiv:2108.12409: scores fall with the distance between query and key.
+
+    mask [B or 1, 1, S, T] (True: attends), slopes [H] float32 -> bias [B or 1, H, S, T], -inf where a query does not
+    attend. The distance is counted from the last token that a query attends to, which is its own, so that the bias of
+    near tokens is exact in 16-bit types.
+    """
+    slots = torch.arange(mask.shape[-1], device=mask.device)
+    distance = slots - (slots * mask).amax(-1, keepdim=True)  # [B or 1, 1, S, T], at most 0 where a query attends
+    bias = slopes[:, None, None] * distance
+    return bias.masked_fill_(~mask, -math.inf).to(dtype)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """x [B, S, ...], index [B, L] -> [B, L, ...]"""
+    return x[torch.arange(len(x), device=x.device)[:, None], index]
+
+
+@cache
+def _causal() -> dict[str, Any]:
+    """The option of `varlen_attn` for causal attention, which was renamed after torch 2.10."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    renamed = "is_causal" not in inspect.signature(varlen_attn).parameters
+    return {"window_size": (-1, 0)} if renamed else {"is_causal": True}
