@@ -52,11 +52,11 @@ def peer_answered(model: Any, ids: torch.Tensor, n: int) -> tuple[float, list[in
 
 
 @torch.inference_mode()
-def logits(model: Any, ids: torch.Tensor, place: Place) -> torch.Tensor:
-    """Ours behind the prompt."""
+def logits(model: Any, ids: torch.Tensor, target: Target) -> torch.Tensor:
+    """Ours after the prompt."""
     n = len(ids)
-    cache = KVCache(model.config.decoder, 1, n, dtype=place.dtype, device=place.device)
-    positions, last = torch.arange(n, device=place.device), torch.tensor([[n - 1]], device=place.device)
+    cache = KVCache(model.config.decoder, 1, n, dtype=target.dtype, device=target.device)
+    positions, last = torch.arange(n, device=target.device), torch.tensor([[n - 1]], device=target.device)
     context = CacheContext(positions=positions, seq_len=n, last=last, cache=cache, window=n)
     return step.prefill(model, model.embed(ids)[None], context)
 

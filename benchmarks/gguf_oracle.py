@@ -34,7 +34,8 @@ import llava
 from llava.assistant import Assistant
 from llava.checkpoint.load import build
 from llava.checkpoint.open import open_checkpoint
-from llava.convert.native import convert
+from llava.config import LoadOptions
+from llava.convert.convert import convert
 from llava.model.llava import Llava
 
 TINY = ROOT / "llava" / "weights" / "llava-tiny"
@@ -193,7 +194,7 @@ def main(out: Out = None, save: Save = False, commit: Commit = None, build_note:
         convert(TINY, target, to="gguf", verify=True)
         open_with = partial(open_theirs, target / "model-f16.gguf", target / "mmproj-f16.gguf")
         assistant = llava.load(TINY, dtype="float32", device="cpu")
-        ours = build(open_checkpoint(TINY, vision=False), dtype=torch.float32, device=torch.device("cpu"))
+        ours = build(open_checkpoint(TINY, LoadOptions(vision=False)), dtype=torch.float32, device=torch.device("cpu"))
         bare = open_with()
         texts = [text(bare, ours, assistant, prompt) for prompt in TEXTS]
         pictures = [picture(open_with, assistant, file, question) for file in PICTURES for question in QUESTIONS]

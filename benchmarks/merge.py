@@ -26,27 +26,28 @@ from report import OURS, ROOT, Commit, Out, Result, Save, benchmark_name
 from shapes import Layers, Noise, Size, clip_config, llava_config
 from timing import Target
 
-from llava.checkpoint import keymap
-from llava.checkpoint.write import Item, write_json, write_shards
-from llava.convert.torchzip import write_torch
+from llava.formats.llava import RULES
 from llava.model.llava import shapes
+from llava.tensors import keymap
+from llava.tensors.torch_zip import write_torch
+from llava.tensors.writer import OutputTensor, write_json, write_shards
 from tests import tiny
 
 NEW_TOKENS, RANK, ALPHA = 3, 128, 256
 TARGET = Target(device=torch.device("cpu"), dtype=torch.float16)
 
 
-def random_items(shape_of: dict[str, tuple[int, ...]], noise: Noise, norms: float) -> list[Item]:
+def random_items(shape_of: dict[str, tuple[int, ...]], noise: Noise, norms: float) -> list[OutputTensor]:
     """Random tensors by their names on disk. `norms`: the value of all norm weights, 0 in a delta."""
 
-    def item(name: str, shape: tuple[int, ...]) -> Item:
+    def item(name: str, shape: tuple[int, ...]) -> OutputTensor:
         def values() -> Iterator[torch.Tensor]:
             tensor = torch.full(shape, norms, dtype=torch.float16)
             if "norm" not in name:
                 noise.fill(tensor)
             yield tensor
 
-        return Item(name=name, dtype=torch.float16, shape=shape, parts=values, where=name)
+        return OutputTensor(name=name, dtype=torch.float16, shape=shape, chunks=values, where=name)
 
     return [item(name, shape) for name, shape in shape_of.items()]
 
@@ -55,7 +56,7 @@ def on_disk(size: str, layers: int | None) -> dict[str, tuple[int, ...]]:
     """The shapes of the language model's tensors by their names on disk."""
     found = {}
     for ours, shape in shapes(llava_config(size, layers, vision=False)).items():
-        names = keymap.disk_names(ours, keymap.LLAVA)
+        names = keymap.disk_names(ours, RULES)
         found |= {name: (shape[0] // len(names), *shape[1:]) for name in names}
     return found
 

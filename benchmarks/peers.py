@@ -9,8 +9,10 @@ from report import OURS, PEER
 from timing import Target
 from torch import Tensor
 
-from llava.checkpoint import keymap
 from llava.config import LlavaConfig, VisionConfig
+from llava.formats.clip import RULES as CLIP
+from llava.formats.llama import RULES as HF_LLAMA
+from llava.tensors import keymap
 
 _PROJECTOR = tuple(
     keymap.Rule(f"multi_modal_projector.linear_{i + 1}.{kind}", f"projector.{2 * i}.{kind}")
@@ -26,7 +28,7 @@ def hub_tensors(ours: Mapping[str, Tensor], n_blocks: int = 0) -> dict[str, Tens
     views of our last one.
     """
     found: dict[str, Tensor] = {}
-    rules = (*_PROJECTOR, *keymap.HF_LLAMA, *keymap.CLIP)
+    rules = (*_PROJECTOR, *HF_LLAMA, *CLIP)
     for name, tensor in ours.items():
         names = keymap.disk_names(name, rules)
         found |= {_without_prefix(hub): part for hub, part in zip(names, tensor.chunk(len(names)), strict=True)}

@@ -8,9 +8,11 @@ from peers import clip_settings
 from shapes import Noise, clip_config, llava_config
 from timing import Target
 
-from llava.checkpoint import keymap
-from llava.checkpoint.write import Item, write_json, write_shards
+from llava.formats.clip import RULES as CLIP
+from llava.formats.llava import RULES as LLAVA
 from llava.model.llava import shapes
+from llava.tensors import keymap
+from llava.tensors.writer import OutputTensor, write_json, write_shards
 from tests import tiny
 
 TEXT_IDS = range(300, 500)  # ids of pieces that are text; the random head makes one of them the likeliest
@@ -30,7 +32,7 @@ def write_llava(folder: Path, size: str, layers: int | None) -> Path:
     llava.mkdir()
     clip.mkdir()
     tensors = {name: shape for name, shape in shapes(config).items() if not name.startswith("vision.")}
-    write_shards(llava, [item for name, shape in tensors.items() for item in items(name, shape, keymap.LLAVA, noise)])
+    write_shards(llava, [item for name, shape in tensors.items() for item in items(name, shape, LLAVA, noise)])
     sizes = config.decoder
     settings = tiny.llava_config(
         hidden_size=sizes.dim,
@@ -52,7 +54,7 @@ def write_llava(folder: Path, size: str, layers: int | None) -> Path:
 def write_clip(folder: Path, size: str, noise: Noise) -> None:
     """Writes a complete tower, including the last block, which LLaVA does not read."""
     tower = clip_config(size)
-    written: list[Item] = []
+    written: list[OutputTensor] = []
     names: dict[str, tuple[int, ...]] = {}
     for i in range(tower.n_layers):
         names |= {f"vision.blocks.{i}.{name}": shape for name, shape in block_shapes(tower.dim, tower.mlp_dim).items()}
@@ -64,7 +66,7 @@ def write_clip(folder: Path, size: str, noise: Noise) -> None:
         "vision.pre_norm.bias": (tower.dim,),
     }
     for name, shape in names.items():
-        written += items(name, shape, keymap.CLIP, noise)
+        written += items(name, shape, CLIP, noise)
     write_shards(folder, written)
     write_json(folder / "config.json", {"model_type": "clip", "vision_config": clip_settings(tower)})
     pixels = {"height": tower.image_size, "width": tower.image_size}
@@ -82,7 +84,7 @@ def block_shapes(d: int, mlp: int) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def items(ours: str, shape: Sequence[int], rules: Sequence[keymap.Rule], noise: Noise) -> Iterator[Item]:
+def items(ours: str, shape: Sequence[int], rules: Sequence[keymap.Rule], noise: Noise) -> Iterator[OutputTensor]:
     """One of our tensors as the tensors on disk that make it up: random values, norm weights of 1."""
     if ours.startswith("projector."):  # the first rule of the table is for a projector of one layer
         names = [f"model.mm_projector.{ours.removeprefix('projector.')}"]
@@ -100,4 +102,4 @@ def items(ours: str, shape: Sequence[int], rules: Sequence[keymap.Rule], noise: 
         yield tensor
 
     for name in names:
-        yield Item(name=name, dtype=torch.bfloat16, shape=part, parts=values, where=name)
+        yield OutputTensor(name=name, dtype=torch.bfloat16, shape=part, chunks=values, where=name)

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 import llava
-from llava.checkpoint.open import Checkpoint, check_headers, open_checkpoint
+from llava.checkpoint.open import check_headers, open_checkpoint
+from llava.config import LoadOptions
+from llava.formats.format import Checkpoint
 
 
 def opened(path: Path | str, **options: Any) -> Checkpoint:
-    checkpoint = open_checkpoint(path, **options)
+    checkpoint = open_checkpoint(path, LoadOptions(**options))
     check_headers(checkpoint)
     return checkpoint
 
@@ -25,7 +27,7 @@ def refused(path: Path | str, **options: Any) -> str:
 
 
 def tensors_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in checkpoint.tensors()}
+    return {name: tensor.clone() for name, tensor in checkpoint.read_tensors()}
 
 
 def assert_same(ours: dict[str, Tensor], others: dict[str, Tensor]) -> None:

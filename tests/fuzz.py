@@ -35,7 +35,8 @@ from PIL import Image
 import llava
 from llava.checkpoint.inspect import describe
 from llava.checkpoint.open import open_checkpoint
-from llava.convert import native
+from llava.config import LoadOptions
+from llava.convert.convert import convert
 from llava.errors import LlavaError
 from tests import mutate, tiny
 
@@ -59,7 +60,7 @@ def _layouts() -> dict[str, Callable[[], object]]:
     def converted(to: str, **options: Any) -> None:
         llava_of("safetensors", **options)
         model.rename("source")
-        native.convert("source", model, to=to, check=False)
+        convert("source", model, to=to, check=False)
         shutil.rmtree("source")
 
     return {
@@ -107,7 +108,7 @@ def answer() -> Answer:
     """The answer of the model in the current folder to a picture, or to text if it takes no pictures."""
     base = Path("base")
     options: dict[str, Any] = {"base": base} if base.is_dir() else {}
-    open_checkpoint("model", **options)
+    open_checkpoint("model", LoadOptions(**options))
     vlm = llava.load("model", dtype="float32", device="cpu", **options)
     content: Any = "Say hello."
     if vlm.config.vision:
@@ -160,7 +161,7 @@ def _attempt(expected: Answer, changes: bool) -> tuple[str, str]:
     """Opens the world in the current folder and returns outcome and details."""
     try:
         base = "base" if Path("base").is_dir() else None
-        json.dumps(describe("model", base=base).sizes)
+        json.dumps(describe("model", LoadOptions(base=base)).sizes)
     except LlavaError as error:
         if _unclear(str(error)):
             return "unclear", f"describe: {error}"[:2000]

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from llava.checkpoint import zoo
-from llava.checkpoint.detect import MODE_KEY, TEMPLATE_KEY
-from llava.checkpoint.identify import start_id
-from llava.convert.native import convert
+from llava.convert.convert import convert
+from llava.formats.format import IMAGE_MODE_KEY, TEMPLATE_KEY
+from llava.zoo import catalogue as zoo
+from llava.zoo.match import trained_from
 from tests import tiny
 from tests.tiny import ABSENT, PIECES
 
@@ -41,7 +41,9 @@ def settings(entry: Entry) -> dict[str, Any]:
     """The config.json of a row without sizes and vocabulary; ABSENT for keys that it lacks."""
     start = zoo.origin(entry)
     values: dict[str, Any] = {
-        "_name_or_path": start_id(entry) if entry["format"] in ("lora", "projector") else entry["id"].split("/")[-1],
+        "_name_or_path": trained_from(entry)
+        if entry["format"] in ("lora", "projector")
+        else entry["id"].split("/")[-1],
         "mm_projector_type": start.get("projector", {"type": "linear"})["type"],
         "mm_vision_tower": start["vision_tower"],
         "image_aspect_ratio": start.get("image_aspect_ratio", "square"),
@@ -124,7 +126,9 @@ def write_scaled(folder: Path, entry: Entry, clip: Path) -> Path:
     if entry["format"] == "delta":
         tiny.write_delta(folder, clip=clip, **config)
     elif entry["format"] == "lora":
-        tiny.write_lora(folder, clip=clip, base=f"./checkpoints/{start_id(entry)}", rows=bool(added(entry)), **config)
+        tiny.write_lora(
+            folder, clip=clip, base=f"./checkpoints/{trained_from(entry)}", rows=bool(added(entry)), **config
+        )
     elif entry["format"] == "projector":
         config.pop("mm_use_im_start_end")
         tiny.write_projector(folder, clip=clip, **{k: v for k, v in config.items() if k not in _OF_PROJECTOR})
@@ -146,11 +150,11 @@ def write_published(path: Path, entry: Entry, clip: Path) -> Path:
         shutil.rmtree(beside)
     elif entry["format"] == "hf-reexport":
         source = write_scaled(path.with_name(f"{path.name}.source"), entry, clip)
-        convert(source, path, to="hf", check=False)
+        convert(source, path, to="llava-hf", check=False)
         shutil.rmtree(source)
         # published folders crop and lack our keys; with these transformers would pad like LLaVA
         tiny.edit_json(path / "preprocessor_config.json", image_processor_type="CLIPImageProcessor")
-        own = dict.fromkeys((MODE_KEY, TEMPLATE_KEY, "image_aspect_ratio"), tiny.ABSENT)
+        own = dict.fromkeys((IMAGE_MODE_KEY, TEMPLATE_KEY, "image_aspect_ratio"), tiny.ABSENT)
         tiny.edit_json(path / "config.json", **own)
     else:
         write_scaled(path, entry, clip)
@@ -165,7 +169,7 @@ def write_base(folder: Path, entry: Entry) -> Path:
     sizes = {key: value for key, value in scaled(entry).items() if key != "vocab_size"}
     if entry["format"] == "delta":
         return tiny.write_llama(folder, seed=7, **tiny.LLAMA_1, **sizes)
-    return tiny.write_llama(folder, _name_or_path=start_id(entry), **sizes)
+    return tiny.write_llama(folder, _name_or_path=trained_from(entry), **sizes)
 
 
 # --------------------------------------------------------------------------------------------------- full size
@@ -239,7 +243,7 @@ def _write_lora(folder: Path, entry: Entry, config: dict[str, Any]) -> None:
     tables = {name: shape for name, shape in _llama(config).items() if "embed_tokens" in name or "lm_head" in name}
     beside = _projector(config) | (tables if added(entry) else {})
     _write_bin(folder / "non_lora_trainables.bin", {wrapped + name: shape for name, shape in beside.items()})
-    base = f"./checkpoints/{start_id(entry).split('/')[-1].replace('.', '-')}"
+    base = f"./checkpoints/{trained_from(entry).split('/')[-1].replace('.', '-')}"
     tiny.write_json(folder / "adapter_config.json", {"base_model_name_or_path": base, "r": rank, "lora_alpha": 16})
     tiny.write_json(folder / "config.json", config)
 

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from llava.checkpoint.open import open_checkpoint
+from llava.config import LoadOptions
 from llava.errors import LlavaError
 from llava.preprocess.inputs import ModelInput
 from llava.train.batch import Batch, BatchDataset
@@ -124,7 +125,9 @@ def losses(out: Path) -> list[float]:
 
 def weights(model: Path, **options: Any) -> dict[str, torch.Tensor]:
     """A model's weights in float32, by our names."""
-    return {name: source.read().float() for name, source in open_checkpoint(model, **options).sources.items()}
+    return {
+        name: source.read().float() for name, source in open_checkpoint(model, LoadOptions(**options)).tensors.items()
+    }
 
 
 def net_and_dataset(recipe: Recipe) -> tuple[LlavaWithLoss, BatchDataset]:

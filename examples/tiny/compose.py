@@ -16,10 +16,10 @@ from torch import Tensor
 
 from examples.tiny.sprites import LEVELS, PLAIN, SIDE, WEIGHTS, WORD_SIZE, Sprites
 from examples.tiny.world import FONT_VARIANTS
-from llava.checkpoint.published import CLIP_MEAN, CLIP_STD
+from llava.formats.clip import MEAN, STD
 
 BACKGROUND, UNCLEAR = -1, -2  # labels of patches with no object, or with too little of one
-BAR = tuple(int(255 * channel) / 255 for channel in CLIP_MEAN)  # the colour that LLaVA pads images with
+BAR = tuple(int(255 * channel) / 255 for channel in MEAN)  # the colour that LLaVA pads images with
 
 _COUNTS = (0.14, 0.16, 0.17, 0.18, 0.18, 0.17)  # fractions of scenes with 1, 2, … objects
 _WORDS = 0.18  # fraction of objects that are printed words, if words are given
@@ -344,7 +344,7 @@ def _finish(
     image = (seen + left[:, None] * back.clamp(0, 1) + grain).clamp(0, 1)
     x0, y0, x1, y1 = content[:, :, None, None].unbind(1)
     inside = ((x > x0) & (x < x1) & (y > y0) & (y < y1))[:, None]
-    bar, mean, std = (image.new_tensor(v).view(3, 1, 1) for v in (BAR, CLIP_MEAN, CLIP_STD))
+    bar, mean, std = (image.new_tensor(v).view(3, 1, 1) for v in (BAR, MEAN, STD))
     return (torch.where(inside, image, bar) - mean) / std
 
 

@@ -25,8 +25,8 @@ from examples.tiny.talk import talk
 from examples.tiny.things import a
 from examples.tiny.truth import Truth
 from examples.tiny.world import Scene, color_of, draw, imagine
-from llava.checkpoint.write import new_folder
 from llava.errors import ConfigError, LlavaError
+from llava.tensors.atomic import new_folder
 
 DataKind = Literal["caption", "instruct", "text"]
 Lessons = Literal["all", "names"]  # names: one thing per scene, and only its name is asked for
@@ -68,7 +68,7 @@ class Writer:
 
     def __init__(self, job: Job):
         self.job = job
-        self.glyphs = Glyphs.load(*job.glyphs).first(job.entries)
+        self.glyphs = Glyphs.load(*job.glyphs).first(job.headers)
         self.knowledge = know(self.glyphs)
 
     def sample(self, i: int) -> tuple[dict[str, object], bytes | None]:
@@ -86,7 +86,7 @@ class Writer:
         """A text-only dialogue. For language model training, also scenes described in words."""
         if self.job.kind == "instruct" or ask.rng.random() < 0.3:
             return talk(ask, ask.rng.randint(1, 4))
-        scene = imagine(ask.rng.randrange(TRAINING_SEEDS), self.glyphs.entries)
+        scene = imagine(ask.rng.randrange(TRAINING_SEEDS), self.glyphs.headers)
         turns = dialogue(ask, scene, ask.rng.randint(2, 6))
         first = turns[0]
         told = f"{description(Truth(scene))}\n{first.question}"
@@ -94,7 +94,7 @@ class Writer:
 
 
 def know(glyphs: Glyphs) -> Knowledge:
-    return Knowledge(glyphs.entries, {entry: shade for entry in glyphs.entries if (shade := color_of(glyphs, entry))})
+    return Knowledge(glyphs.headers, {entry: shade for entry in glyphs.headers if (shade := color_of(glyphs, entry))})
 
 
 def brief(ask: Asker, scene: Scene) -> Turn:

@@ -37,14 +37,15 @@ from examples.tiny.pretrain import (
     logger,
     save,
 )
-from llava.checkpoint.keymap import HF_LLAMA
 from llava.checkpoint.load import resolve_device
-from llava.checkpoint.write import new_folder, write_json
 from llava.config import IMAGE_MARK, DecoderConfig
 from llava.errors import ConfigError, LlavaError
+from llava.formats.llama import RULES as HF_LLAMA
 from llava.model.decoder import Decoder
 from llava.preprocess.conversation import Turn, render
 from llava.preprocess.templates import TEMPLATES
+from llava.tensors.atomic import new_folder
+from llava.tensors.writer import write_json
 
 Ids = npt.NDArray[np.int16]
 TEMPLATE = TEMPLATES["vicuna_v1"]

@@ -31,12 +31,13 @@ from torch import Tensor
 import llava
 from llava.assistant import LLAVA_TINY, Assistant
 from llava.checkpoint.open import check_headers, open_checkpoint
-from llava.convert import native
-from llava.convert.delta import write_delta
-from llava.convert.lora import Pair, write_lora
-from llava.convert.original import write_merged, write_tower
-from llava.convert.projector import write_projector
+from llava.convert.convert import convert
+from llava.convert.split import make_delta
 from llava.errors import LlavaError
+from llava.formats.clip import write_tower
+from llava.formats.llava import write_llava
+from llava.formats.lora import Factors, write_lora
+from llava.formats.projector import write_projector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,19 +94,19 @@ class Writer:
         checkpoint = open_checkpoint(model)
         check_headers(checkpoint)
         self.config, self.tokenizer = checkpoint.config, checkpoint.tokenizer_folder
-        self.tensors = dict(checkpoint.tensors())
+        self.tensors = dict(checkpoint.read_tensors())
 
     def native(self, folder: Path) -> None:
-        native.convert(self.model, folder)
+        convert(self.model, folder)
 
     def hf(self, folder: Path) -> None:
-        native.convert(self.model, folder, to="hf")
+        convert(self.model, folder, to="llava-hf")
 
     def original(self, folder: Path) -> None:
-        native.convert(self.model, folder, to="original")
+        convert(self.model, folder, to="llava")
 
     def merged_bin(self, folder: Path) -> None:
-        self._merged(folder, form="bin", max_shard_bytes=SHARD_BYTES)
+        self._merged(folder, file_type="bin", max_shard_bytes=SHARD_BYTES)
 
     def merged_safetensors(self, folder: Path) -> None:
         self._merged(folder, tower_inside=True, max_shard_bytes=SHARD_BYTES)
@@ -117,7 +118,7 @@ class Writer:
         write_lora(folder, self.config, self.adapters, r=RANK, alpha=ALPHA, dropout=0.05, non_lora=beside, **named)
 
     def delta(self, folder: Path) -> None:
-        write_delta(folder, self.out / "merged-bin", self.out / "llama-before-delta")
+        make_delta(self.out / "merged-bin", self.out / "llama-before-delta", folder, file_type="bin")
 
     def projector(self, folder: Path) -> None:
         named: dict[str, Any] = {"base": self._beside(folder, "base"), "vision_tower": self._beside(folder)}
@@ -143,24 +144,24 @@ class Writer:
 
     def _merged(self, folder: Path, **options: Any) -> None:
         tower = self._beside(folder)
-        write_merged(folder, self.config, self.tensors, tokenizer_from=self.tokenizer, vision_tower=tower, **options)
+        write_llava(folder, self.config, self.tensors, tokenizer_from=self.tokenizer, vision_tower=tower, **options)
 
     def _llama(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         """Writes a language model as it is usually published, without a template."""
         config = replace(self.config, vision=None, projector=None, image=None, template=None)
         decoder = {name: tensor for name, tensor in tensors.items() if name.startswith("decoder.")}
-        write_merged(folder, config, decoder, tokenizer_from=self.tokenizer, vision_tower=None)
+        write_llava(folder, config, decoder, tokenizer_from=self.tokenizer, vision_tower=None)
 
     def _beside(self, folder: Path, part: str = "vision_tower") -> str:
         return str(LAYOUTS[folder.name].options(self.out.absolute())[part])
 
     @cached_property
-    def adapters(self) -> dict[str, dict[str, Pair]]:
+    def adapters(self) -> dict[str, dict[str, Factors]]:
         """Random A and B by module and part, in the form that `write_lora` expects."""
         sizes = self.config.decoder
         rows = {"q": sizes.n_heads, "k": sizes.n_kv_heads, "v": sizes.n_kv_heads}
         random = torch.Generator().manual_seed(0)
-        made: dict[str, dict[str, Pair]] = {}
+        made: dict[str, dict[str, Factors]] = {}
         for name, weight in self.tensors.items():
             if name.startswith("decoder.blocks.") and weight.ndim == 2:
                 stacked = name.endswith("attn.qkv.weight")
@@ -176,7 +177,7 @@ class Writer:
         return weight.double() - ALPHA / RANK * product
 
 
-def _low_rank(weight: Tensor, rows: int, random: torch.Generator) -> Pair:
+def _low_rank(weight: Tensor, rows: int, random: torch.Generator) -> Factors:
     """A [r, in] and B [rows, r] in the weight's dtype. scale * B @ A has about `AWAY` times the weight's deviation."""
     a = torch.randn(RANK, weight.shape[1], generator=random) / weight.shape[1] ** 0.5
     size = AWAY * weight.float().std() / (ALPHA / RANK) * (weight.shape[1] / RANK) ** 0.5

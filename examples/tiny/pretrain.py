@@ -13,8 +13,8 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from llava.checkpoint.keymap import Rule, disk_names
-from llava.checkpoint.write import Item, write_json, write_safetensors
+from llava.tensors.keymap import Rule, disk_names
+from llava.tensors.writer import OutputTensor, write_json, write_safetensors
 
 # options of both scripts
 Out = Annotated[Path, typer.Option(help="folder to write; must be missing or empty")]
@@ -160,13 +160,13 @@ def logger(file: Path) -> Callable[[dict[str, float]], None]:
 
 def save(folder: Path, ours: Mapping[str, Tensor], rules: Iterable[Rule], config: dict[str, Any]) -> None:
     """Writes model.safetensors in float16 under Hugging Face's names, with q, k and v separate, and config.json."""
-    table, items = tuple(rules), list[Item]()
+    table, items = tuple(rules), list[OutputTensor]()
     for name, tensor in ours.items():
         names = disk_names(name, table)
         parts = tensor.detach().to("cpu", torch.float16).chunk(len(names))
         for disk, part in zip(names, parts, strict=True):
             values = partial(iter, (part,))
-            items.append(Item(name=disk, dtype=part.dtype, shape=tuple(part.shape), parts=values, where=name))
+            items.append(OutputTensor(name=disk, dtype=part.dtype, shape=tuple(part.shape), chunks=values, where=name))
     write_safetensors(folder / "model.safetensors", items, lambda n_bytes: None)
     write_json(folder / "config.json", config)
 

@@ -40,13 +40,15 @@ from examples.tiny.pretrain import (
 )
 from examples.tiny.sprites import Sprites, load_sprites
 from examples.tiny.world import WORDS
-from llava.checkpoint.keymap import CLIP, Rule
 from llava.checkpoint.load import resolve_device
-from llava.checkpoint.published import CLIP_MEAN, CLIP_STD
-from llava.checkpoint.write import new_folder, write_json
 from llava.config import VisionConfig
 from llava.errors import ConfigError, LlavaError
+from llava.formats.clip import MEAN, STD
+from llava.formats.clip import RULES as CLIP
 from llava.model.vision import Block, Vision
+from llava.tensors.atomic import new_folder
+from llava.tensors.keymap import Rule
+from llava.tensors.writer import write_json
 
 LLAVA_TINY = VisionConfig(dim=192, n_layers=9, n_heads=3, mlp_dim=768, image_size=160, patch_size=16)
 HIGHEST_SCALE = 50.0  # limit of the logit scale, the inverse of the temperature
@@ -220,7 +222,7 @@ def train(options: Options) -> dict[str, float]:
     with new_folder(options.out, 64_000_000) as folder:
         torch.manual_seed(options.seed)
         torch.set_float32_matmul_precision("high")
-        glyphs = Glyphs.load(options.glyphs).first(options.entries)
+        glyphs = Glyphs.load(options.glyphs).first(options.headers)
         if unknown := set(options.styles) - set(glyphs.styles):
             raise ConfigError(
                 f"{options.glyphs}: has no style {', '.join(unknown)}; available styles: {', '.join(glyphs.styles)}"
@@ -301,8 +303,8 @@ def write(folder: Path, tower: Tower) -> None:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(CLIP_MEAN),
-        "image_std": list(CLIP_STD),
+        "image_mean": list(MEAN),
+        "image_std": list(STD),
         "do_convert_rgb": True,
     }
     write_json(folder / "preprocessor_config.json", processor)

@@ -38,7 +38,7 @@ def folders(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     made = {
         "base": tiny.write_llama(root / "base"),
         "llava": tiny.write_llava(root / "llava", clip=clip),
-        "cats": tiny.write_lora(root / "cats", clip=clip, form="safetensors"),
+        "cats": tiny.write_lora(root / "cats", clip=clip, file_type="safetensors"),
         "dogs": tiny.write_lora(root / "dogs", clip=clip, seed=5, targets=("k_proj", "down_proj")),
         "june": tiny.write_lora(root / "june", clip=clip, seed=6, added=TOKENS, rows=True, **longer),
         "stage1": tiny.write_projector(root / "stage1", clip=clip, seed=8, start_end=True),

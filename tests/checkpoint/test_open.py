@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llava
-from llava.checkpoint import keymap
 from llava.checkpoint.open import open_checkpoint
-from llava.config import ImageConfig, LlavaConfig
-from llava.convert.check import check_equal
-from llava.convert.native import convert
+from llava.config import ImageConfig, LlavaConfig, LoadOptions
+from llava.convert.convert import convert
+from llava.convert.verify import check_equal
 from llava.errors import CheckpointError, ConfigError, LlavaError
+from llava.formats.llama import RULES as HF_LLAMA
 from llava.preprocess.image import choose_canvas
+from llava.tensors import keymap
 from tests import tiny
 from tests.checkpoints import assert_same, opened, tensors_of
 
@@ -46,9 +47,9 @@ def test_the_config_survives_json(checkpoint: Path) -> None:
 def test_a_table_read_there_and_back_names_the_same_tensors() -> None:
     names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
     names += [f"model.layers.{i}.self_attn.{part}_proj.weight" for i in (0, 11) for part in "qkvo"]
-    planned = keymap.plan(names, keymap.HF_LLAMA)
+    planned = keymap.plan(names, HF_LLAMA)
     assert not planned.unknown
-    back = [name for ours in planned.sources for name in keymap.disk_names(ours, keymap.HF_LLAMA)]
+    back = [name for ours in planned.tensors for name in keymap.disk_names(ours, HF_LLAMA)]
     assert sorted(back) == sorted(names)
 
 
@@ -150,8 +151,8 @@ def test_force_goes_on_in_spite_of_nan(plain: Path, tmp_path: Path) -> None:
             refused()
     assert not (tmp_path / "out").exists()
     llava.load(plain, force=True)
-    convert(plain, tmp_path / "out", force=True)
-    assert open_checkpoint(tmp_path / "out").sources
+    convert(plain, tmp_path / "out", LoadOptions(force=True))
+    assert open_checkpoint(tmp_path / "out").tensors
 
 
 def test_a_token_without_a_row_is_an_error_and_not_a_crash(tmp_path: Path) -> None:
@@ -181,7 +182,7 @@ def test_a_tower_of_other_width_than_the_projector_is_refused(checkpoint: Path, 
 
 
 def test_clip_l_sizes_stand_in_for_a_tower_out_of_reach() -> None:
-    from llava.checkpoint.tower import find_tower
+    from llava.formats.clip import find_tower
 
     found = {"vision.cls": (1024,), "vision.patch.weight": (1024, 3, 14, 14), "vision.pos": (577, 1024)}
     found |= {f"vision.blocks.{i}.mlp.up.weight": (4096, 1024) for i in range(24)}
@@ -196,7 +197,7 @@ def test_the_canvas_of_a_tie_is_the_other_one_in_the_other_codes_arithmetic(tmp_
     folder = tiny.write_llava(tmp_path / "llava", clip=clip, tower_seed=3, **tiny.ANYRES)
     images: list[ImageConfig] = []
     for mode in ("original", "hf"):
-        config = open_checkpoint(folder, image_mode=mode).config
+        config = open_checkpoint(folder, LoadOptions(image_mode=mode)).config
         assert config.image
         images.append(config.image)
     assert [choose_canvas((40, 40), image) for image in images] == [(56, 112), (112, 56)]

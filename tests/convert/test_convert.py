@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 import llava
-from llava.convert import native
+from llava.config import LoadOptions
+from llava.convert.convert import convert
 from llava.convert.merge import merge_lora
 from tests import tiny
 from tests.checkpoints import assert_same, opened
@@ -16,12 +17,12 @@ def test_a_tower_that_is_given_need_not_be_reached_under_its_name(
     to: str, clip: Path, base: Path, tmp_path: Path
 ) -> None:
     lora = tiny.write_lora(tmp_path / "lora", clip=clip, mm_vision_tower="nobody/clip")
-    native.convert(lora, tmp_path / to, to=to, base=base, vision_tower=clip)
+    convert(lora, tmp_path / to, LoadOptions(base=base, vision_tower=clip), to=to)
     found = opened(tmp_path / to, vision_tower=clip if to == "original" else None)
     assert "nobody/clip" in (found.vision_tower or "") if to == "original" else found.tower_inside
-    tower = [name for name in found.sources if name.startswith("vision.")]
+    tower = [name for name in found.tensors if name.startswith("vision.")]
     expected = opened(lora, base=base, vision_tower=clip)
-    assert_same(*({name: of.sources[name].read() for name in tower} for of in (found, expected)))
+    assert_same(*({name: of.tensors[name].read() for name in tower} for of in (found, expected)))
 
 
 @pytest.mark.parametrize("dangling", [False, True])
@@ -33,16 +34,16 @@ def test_a_target_may_be_a_link(dangling: bool, clip: Path, base: Path, tmp_path
             disk.mkdir()
         link.symlink_to(disk)
         if job == "convert":
-            native.convert(lora, link, base=base)
+            convert(lora, link, LoadOptions(base=base))
         else:
             merge_lora(base, link, lora)
         assert link.is_symlink()
         assert not disk.is_symlink()
-        assert opened(disk).sources
+        assert opened(disk).tensors
         assert {path.name for path in tmp_path.iterdir() if job in path.name} == {job, disk.name}
 
 
 def test_a_target_that_is_a_file_is_told_from_a_full_folder(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "out").touch()
     with pytest.raises(llava.LlavaError, match="is a file; name a folder"):
-        native.convert(checkpoint, tmp_path / "out")
+        convert(checkpoint, tmp_path / "out")

@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 
 from llava.checkpoint.open import check_headers, open_checkpoint
-from llava.convert.native import convert
-from llava.convert.projector import extract_projector
+from llava.config import LoadOptions
+from llava.convert.convert import convert
+from llava.convert.split import extract_projector
 from tests import tiny
 from tests.command import assert_one_line_error, run, run_well
 
@@ -19,12 +20,12 @@ def test_a_projector_that_was_taken_out_makes_the_model_again(clip: Path, tmp_pa
     weights = torch.load(tmp_path / "projector" / "mm_projector.bin", weights_only=True)
     assert set(weights) == {"model.mm_projector.0.weight", "model.mm_projector.0.bias", "model.mm_projector.2.weight",
                             "model.mm_projector.2.bias", "model.embed_tokens.weight"}  # fmt: skip
-    found = open_checkpoint(tmp_path / "projector", base=whole)
+    found = open_checkpoint(tmp_path / "projector", LoadOptions(base=whole))
     before = open_checkpoint(whole)
-    assert found.kind == "projector"
+    assert found.format == "projector"
     assert found.config.start_end
     for name in ("projector.0.weight", "projector.2.bias", "decoder.embed.weight"):
-        assert torch.equal(found.sources[name].read(), before.sources[name].read()), name
+        assert torch.equal(found.tensors[name].read(), before.tensors[name].read()), name
 
 
 def test_a_tower_of_unpublished_sizes_goes_along(raw: Path, clip: Path, tmp_path: Path) -> None:
@@ -33,11 +34,11 @@ def test_a_tower_of_unpublished_sizes_goes_along(raw: Path, clip: Path, tmp_path
     moved = (tmp_path / "p").rename(tmp_path / "q")
     before = open_checkpoint(whole)
     for under in (raw, whole):
-        found = open_checkpoint(moved, base=under)
+        found = open_checkpoint(moved, LoadOptions(base=under))
         check_headers(found)
         assert found.config.vision == before.config.vision
         for name in ("vision.cls", "vision.blocks.0.attn.qkv.weight"):
-            assert torch.equal(found.sources[name].read(), before.sources[name].read()), name
+            assert torch.equal(found.tensors[name].read(), before.tensors[name].read()), name
 
 
 def test_of_a_model_without_eyes_no_projector_is_taken(raw: Path, tmp_path: Path) -> None:
@@ -47,7 +48,7 @@ def test_of_a_model_without_eyes_no_projector_is_taken(raw: Path, tmp_path: Path
 
 def test_the_projector_of_a_llava_hf_export_is_the_same(clip: Path, tmp_path: Path) -> None:
     whole = tiny.write_llava(tmp_path / "whole", clip=clip)
-    convert(whole, tmp_path / "hf", to="hf")
+    convert(whole, tmp_path / "hf", to="llava-hf")
     for folder in (whole, tmp_path / "hf"):
         extract_projector(folder, tmp_path / f"p-{folder.name}")
     one, other = (

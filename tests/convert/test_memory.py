@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from llava.convert.delta import write_delta
+from llava.convert.split import make_delta
 from tests import tiny
 
 PEAK = """
 import os, sys, threading, time
 from pathlib import Path
-from llava.convert.check import logits
+from llava.convert.verify import logits
 from llava.convert.merge import apply_delta
 from llava.checkpoint.open import open_checkpoint
 
@@ -60,6 +60,6 @@ def test_memory_does_not_grow_with_the_number_of_layers(clip: Path, tmp_path: Pa
         folder = tmp_path / str(layers)
         base = tiny.write_llama(folder / "base", seed=7, num_hidden_layers=layers, **sizes)
         whole = tiny.write_llava(folder / "whole", clip=clip, num_hidden_layers=layers, **sizes)
-        write_delta(folder / "delta", whole, base)
+        make_delta(whole, base, folder / "delta", file_type="bin")
         peaks.append(peak("apply_delta(*map(Path, sys.argv[1:]))", base, folder / "merged", folder / "delta"))
     assert peaks[1] <= peaks[0] + 12, peaks  # MB; 14 more layers hold 75

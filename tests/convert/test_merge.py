@@ -13,9 +13,10 @@ from torch import Tensor
 
 import llava
 from llava.checkpoint.open import check_headers, open_checkpoint
-from llava.convert.delta import write_delta
-from llava.convert.merge import apply_delta, merge_lora
-from llava.convert.native import convert
+from llava.config import LoadOptions
+from llava.convert.convert import convert
+from llava.convert.merge import MergeOptions, apply_delta, merge_lora
+from llava.convert.split import make_delta
 from llava.errors import CheckpointError
 from tests import tiny
 from tests.command import assert_one_line_error, run, run_well
@@ -57,20 +58,20 @@ def test_golden_deltas_are_applied_to_the_bit(
 ) -> None:
     folder = next((golden_checkpoints / family).iterdir())
     under = golden_checkpoints / "base" / "llama-7b"
-    done = apply_delta(under, tmp_path / "merged", folder, verify=True)
+    done = apply_delta(under, tmp_path / "merged", folder, MergeOptions(verify=True))
     assert done.verified
     record = json.loads((golden / family / "golden" / "merged_tensors.json").read_text())["tensors"]
     found = stored(tmp_path / "merged")
     assert set(found) == {name for name in record if "inv_freq" not in name}
     for name, tensor in found.items():
         assert hashlib.sha256(tensor.numpy().tobytes()).hexdigest() == record[name]["sha256"], name
-    template = open_checkpoint(folder, base=under, vision=False).config.template
-    assert open_checkpoint(tmp_path / "merged", vision=False).config.template == template
+    template = open_checkpoint(folder, LoadOptions(base=under, vision=False)).config.template
+    assert open_checkpoint(tmp_path / "merged", LoadOptions(vision=False)).config.template == template
 
 
 def test_a_golden_lora_is_merged_to_the_bit(golden: Path, golden_checkpoints: Path, tmp_path: Path) -> None:
     folder = next((golden_checkpoints / "e_lora").iterdir())
-    merge_lora(golden_checkpoints / "base" / "llama-7b", tmp_path / "merged", folder, verify=True)
+    merge_lora(golden_checkpoints / "base" / "llama-7b", tmp_path / "merged", folder, MergeOptions(verify=True))
     found = stored(tmp_path / "merged")
     record = json.loads((golden / "e_lora" / "golden" / "merged_tensors.json").read_text())["float16"]
     assert set(found) == {name for name in record if "inv_freq" not in name}
@@ -110,7 +111,7 @@ def by_hand(base: Path, lora: Path, precise: bool) -> dict[str, Tensor]:
 @pytest.mark.parametrize("precise", [False, True])
 def test_a_lora_is_merged_with_the_originals_rounding_or_precisely(lora: Path, tmp_path: Path, precise: bool) -> None:
     base = tiny.write_llama(tmp_path / "vicuna")
-    done = merge_lora(base, tmp_path / "merged", lora, precise=precise, verify=True)
+    done = merge_lora(base, tmp_path / "merged", lora, MergeOptions(precise=precise, verify=True))
     expected = by_hand(base, lora, precise)
     assert_same(tmp_path / "merged", expected)
     assert done.n_tensors == len(expected)
@@ -132,7 +133,7 @@ def test_a_lora_of_peft_alone_takes_its_config_from_the_base(
         tiny.write_llava(base, clip=clip)
     else:
         convert(tiny.write_llama(tmp_path / "llama"), base)
-    merge_lora(base, tmp_path / "merged", plain, verify=True)
+    merge_lora(base, tmp_path / "merged", plain, MergeOptions(verify=True))
     assert open_checkpoint(tmp_path / "merged").config.decoder == open_checkpoint(base).config.decoder
     assert open_checkpoint(tmp_path / "merged").config.template == open_checkpoint(base).config.template
 
@@ -144,11 +145,11 @@ def test_a_lora_of_peft_alone_on_a_native_llava_keeps_the_template_and_asks_for_
     for name in ("config.json", "non_lora_trainables.bin"):
         (plain / name).unlink()
     convert(tiny.write_llava(tmp_path / "llava", clip=clip), tmp_path / "native")
-    assert open_checkpoint(plain, base=tmp_path / "native").config.template == "llava_v1"
-    with pytest.raises(CheckpointError, match=r"llava convert .*native OUT --to original"):
+    assert open_checkpoint(plain, LoadOptions(base=tmp_path / "native")).config.template == "llava_v1"
+    with pytest.raises(CheckpointError, match=r"llava convert .*native OUT --to llava"):
         merge_lora(tmp_path / "native", tmp_path / "merged", plain)
     assert not (tmp_path / "merged.partial").exists()
-    convert(tmp_path / "native", tmp_path / "original", to="original")
+    convert(tmp_path / "native", tmp_path / "original", to="llava")
     merge_lora(tmp_path / "original", tmp_path / "merged", plain)
     assert open_checkpoint(tmp_path / "merged").config.vision == open_checkpoint(tmp_path / "native").config.vision
 
@@ -162,13 +163,13 @@ def test_a_lora_with_its_own_tables_is_merged_to_a_longer_vocabulary(clip: Path,
     assert found.config.decoder.vocab_size == tiny.PIECES + 3
     assert found.config.start_end
     assert found.tokenizer.id_of("<im_end>") == tiny.PIECES + 2
-    assert found.config == open_checkpoint(lora, base=base).config
+    assert found.config == open_checkpoint(lora, LoadOptions(base=base)).config
 
 
 def test_an_mpt_lora_is_merged(clip: Path, tmp_path: Path) -> None:
     base = tiny.write_mpt(tmp_path / "mpt", clip=clip)
     lora = tiny.write_mpt_lora(tmp_path / "lora", base=base)
-    merge_lora(base, tmp_path / "merged", lora, verify=True)
+    merge_lora(base, tmp_path / "merged", lora, MergeOptions(verify=True))
     pair, whole = (
         llava.load(f, device="cpu", dtype="float32", base=b) for f, b in ((lora, base), (tmp_path / "merged", None))
     )
@@ -201,7 +202,7 @@ def test_a_value_beyond_float16_is_refused_and_not_written_as_inf(raw: Path, cli
     tensors["model.mm_projector.0.bias"][0] = 1e6
     torch.save(tensors, whole / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"mm_projector\.0\.bias: holds values beyond float16"):
-        write_delta(tmp_path / "delta", whole, raw)
+        make_delta(whole, raw, tmp_path / "delta", file_type="bin")
     assert not (tmp_path / "delta").exists()
 
 
@@ -221,7 +222,7 @@ def test_tensors_that_lie_transposed_in_their_file_are_verified_too(raw: Path, c
         file.unlink()
     torch.save(tensors, delta / "pytorch_model.bin")
     assert not stored(delta)[name].is_contiguous()
-    apply_delta(raw, tmp_path / "t", delta, verify=True)
+    apply_delta(raw, tmp_path / "t", delta, MergeOptions(verify=True))
     assert_same(tmp_path / "t", originals(raw, delta))
 
 
@@ -292,4 +293,4 @@ def test_a_delta_to_vicuna_is_warned_of_when_it_is_made(clip: Path, tmp_path: Pa
     whole = tiny.write_llava(tmp_path / "w", clip=clip, **tiny.LLAMA_1)
     done = run_well("make-delta", "--base", vicuna, "--target", whole, "--delta", tmp_path / "d")
     assert "vicuna-7b-v1.1" in done.stderr
-    assert open_checkpoint(tmp_path / "d", base=vicuna, vision=False, lenient=True).kind == "delta"
+    assert open_checkpoint(tmp_path / "d", LoadOptions(base=vicuna, vision=False, force=True)).format == "delta"

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llava.convert.merge import apply_delta
+from llava.convert.merge import MergeOptions, apply_delta
 from llava.errors import CheckpointError
 from tests import tiny
 from tests.command import assert_one_line_error, run, run_well
@@ -38,7 +38,7 @@ def test_a_killed_run_is_gone_on_with(raw: Path, delta: Path, tmp_path: Path, ho
         time.sleep(0.01)
     # a second process does not write into the files of the first
     with pytest.raises(CheckpointError, match="another process is at work"):
-        apply_delta(raw, target, delta, max_shard_bytes=30_000)
+        apply_delta(raw, target, delta, MergeOptions(max_shard_bytes=30_000))
     slow.send_signal(how)
     slow.communicate(timeout=60)
     assert not target.exists()
@@ -46,8 +46,8 @@ def test_a_killed_run_is_gone_on_with(raw: Path, delta: Path, tmp_path: Path, ho
     assert len(left) >= 2
     # it does not resume with other inputs or options
     with pytest.raises(CheckpointError, match="beginnings of something else"):
-        apply_delta(raw, target, delta, max_shard_bytes=40_000)
-    done = apply_delta(raw, target, delta, max_shard_bytes=30_000, verify=True)
+        apply_delta(raw, target, delta, MergeOptions(max_shard_bytes=40_000))
+    done = apply_delta(raw, target, delta, MergeOptions(max_shard_bytes=30_000, verify=True))
     assert done.taken_over >= 2
     assert not partial.exists()
     assert_same(target, originals(raw, delta))
@@ -68,13 +68,13 @@ def test_a_shard_that_was_damaged_meanwhile_is_made_anew(raw: Path, delta: Path,
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        apply_delta(raw, target, delta, max_shard_bytes=30_000, progress=stop)
+        apply_delta(raw, target, delta, MergeOptions(max_shard_bytes=30_000), progress=stop)
     file = sorted(partial.glob("*.safetensors"))[0]
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data if how == "bit" else data[:-100])
     whole = len(list(partial.glob("*.safetensors"))) - 1
-    done = apply_delta(raw, target, delta, max_shard_bytes=30_000)
+    done = apply_delta(raw, target, delta, MergeOptions(max_shard_bytes=30_000))
     assert done.taken_over == whole
     assert_same(target, originals(raw, delta))
 
@@ -87,7 +87,7 @@ def interrupted(base: Path, target: Path, delta: Path) -> int:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        apply_delta(base, target, delta, max_shard_bytes=30_000, progress=stop)
+        apply_delta(base, target, delta, MergeOptions(max_shard_bytes=30_000), progress=stop)
     return len(list(target.with_name(f"{target.name}.partial").glob("*.safetensors")))
 
 
@@ -98,11 +98,11 @@ def test_a_rerun_on_a_disk_that_has_filled_up_keeps_what_is_done(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
         with pytest.raises(CheckpointError, match="make room"):
-            apply_delta(raw, tmp_path / "t", delta, max_shard_bytes=30_000)
+            apply_delta(raw, tmp_path / "t", delta, MergeOptions(max_shard_bytes=30_000))
         with pytest.raises(CheckpointError, match="make room"):
             apply_delta(raw, tmp_path / "fresh", delta)
     assert not (tmp_path / "fresh.partial").exists()
-    assert apply_delta(raw, tmp_path / "t", delta, max_shard_bytes=30_000).taken_over == left
+    assert apply_delta(raw, tmp_path / "t", delta, MergeOptions(max_shard_bytes=30_000)).taken_over == left
 
 
 def test_a_target_that_is_taken_meanwhile_costs_no_work(raw: Path, delta: Path, tmp_path: Path) -> None:
@@ -114,9 +114,9 @@ def test_a_target_that_is_taken_meanwhile_costs_no_work(raw: Path, delta: Path, 
             (target / "mine").touch()
 
     with pytest.raises(CheckpointError, match=r"t\.partial: mend that and give the same command again"):
-        apply_delta(raw, target, delta, max_shard_bytes=30_000, progress=take)
+        apply_delta(raw, target, delta, MergeOptions(max_shard_bytes=30_000), progress=take)
     (target / "mine").unlink()
-    done = apply_delta(raw, target, delta, max_shard_bytes=30_000)
+    done = apply_delta(raw, target, delta, MergeOptions(max_shard_bytes=30_000))
     assert done.taken_over == len(done.sha256)
     assert_same(target, originals(raw, delta))
     assert not (target / "merge.json").exists()
@@ -155,9 +155,9 @@ def test_shards_of_a_forced_run_are_not_taken_over_without_force(raw: Path, clip
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        apply_delta(raw, tmp_path / "t", delta, force=True, max_shard_bytes=30_000, progress=stop)
+        apply_delta(raw, tmp_path / "t", delta, MergeOptions(force=True, max_shard_bytes=30_000), progress=stop)
     with pytest.raises(CheckpointError, match="beginnings of something else"):
-        apply_delta(raw, tmp_path / "t", delta, max_shard_bytes=30_000)
+        apply_delta(raw, tmp_path / "t", delta, MergeOptions(max_shard_bytes=30_000))
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_target(raw: Path, delta: Path, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from llava.data.check import check
 from llava.data.measure import Measure, open_measure
 from llava.data.repair import RULES
 from llava.errors import DataError
-from llava.preprocess.inputs import Preprocessor
 from llava.formats.tokenizer import load_tokenizer
+from llava.preprocess.inputs import Preprocessor
 from tests import tiny
 from tests.command import PROJECT, assert_one_line_error, run, run_well
 from tests.data.published import (
@@ -109,7 +109,7 @@ def test_the_report_is_exact_and_the_fixed_copy_is_clean(
     assert found == where
     assert report.problems == {kind: len(indices) for kind, indices in where.items()}
     assert (report.samples, report.text_only, report.with_pictures) == (26, 2, 22)
-    assert report.sources == {
+    assert report.tensors == {
         **{"coco/": 2, "text only": 2, "ocr_vqa/": 1, "textvqa/": 1, "vg/": 2, "no folder": 3, "<number>/": 2},
         **{"gqa/": 10, "../": 1},
     }

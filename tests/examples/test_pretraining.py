@@ -18,9 +18,9 @@ from examples.tiny.glyphs import Glyphs
 from examples.tiny.pretrain import Budget
 from examples.tiny.sprites import WEIGHTS, Sprites, load_sprites
 from llava.checkpoint.open import open_checkpoint
-from llava.checkpoint.published import CLIP_MEAN, CLIP_STD
 from llava.config import DecoderConfig, VisionConfig
 from llava.errors import CheckpointError, ConfigError
+from llava.formats.clip import MEAN, STD
 from llava.formats.tokenizer import load_tokenizer
 from tests import tiny
 
@@ -63,7 +63,7 @@ def sprites(pack: Path) -> Sprites:
 
 def bytes_of(scenes: Scenes) -> torch.Tensor:
     """The images as uint8 [B, 3, S, S]."""
-    mean, std = torch.tensor(CLIP_MEAN).view(3, 1, 1), torch.tensor(CLIP_STD).view(3, 1, 1)
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     return ((scenes.images * std + mean) * 255).round().to(torch.uint8)
 
 
@@ -174,7 +174,7 @@ def test_the_towers_folder_is_a_clip_that_llava_and_transformers_read_alike(
     config = vlm.model.config
     assert config.vision == replace(SMALL, select_feature="patch")
     assert config.image is not None
-    assert (config.image.size, config.image.mean) == (64, CLIP_MEAN)
+    assert (config.image.size, config.image.mean) == (64, MEAN)
     glyphs = Glyphs.load(pack)
     scenes = Composer(load_sprites(glyphs, glyphs.styles, [], torch.device("cpu")), size=64, patch=16).draw(3)
     other = transformers.CLIPVisionModel.from_pretrained(folder, dtype=torch.float32).eval()
@@ -264,7 +264,7 @@ def test_ids_in_training_are_those_of_the_tokenizer_on_disk(llama: Path) -> None
 
 def test_the_language_models_folder_is_a_llama_for_llava_and_transformers(llama: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    assert open_checkpoint(llama).kind == "llama"
+    assert open_checkpoint(llama).format == "llama"
     ours = llava.load(llama, dtype="float32", device="cpu")
     theirs = transformers.LlamaForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
     prompt = f"{language.TEMPLATE.system} USER: Here is a red square. What is it? ASSISTANT:"

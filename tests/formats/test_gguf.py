@@ -12,10 +12,12 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from llava.checkpoint.open import open_checkpoint
-from llava.convert import gguf, ggufread
-from llava.convert.check import check_equal
-from llava.convert.native import convert
+from llava.config import LoadOptions
+from llava.convert.convert import convert
+from llava.convert.verify import check_equal
 from llava.errors import CheckpointError
+from llava.formats.gguf import Gguf
+from llava.formats.gguf_read import read_gguf
 from tests import tiny
 
 package = pytest.importorskip("gguf")
@@ -140,7 +142,7 @@ def test_the_vocabulary_has_pieces_scores_types_and_ids(tmp_path: Path) -> None:
     )
     config = {"added_tokens_decoder": {str(tiny.PIECES): {"content": "<one>", "special": True}}}
     tiny.edit_json(model / "tokenizer_config.json", **config)
-    convert(model, tmp_path / "out", to="gguf", vision=False)
+    convert(model, tmp_path / "out", LoadOptions(vision=False), to="gguf")
     keys = File(tmp_path / "out" / MODEL).keys
     pieces = SentencePieceProcessor(model_proto=tiny.sentencepiece_model())
     tokens, scores, types = (keys[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type"))
@@ -170,7 +172,7 @@ def test_what_was_written_reads_back_as_the_same_model(tmp_path: Path, config: d
     model = tiny.write_llama(tmp_path / "m", **config)
     convert(model, tmp_path / "out", to="gguf", verify=True, check=True)
     ours = open_checkpoint(model)
-    again = ggufread.read(tmp_path / "out", ours)
+    again = read_gguf(tmp_path / "out", ours)
     sizes = again.config.decoder
     assert sizes.eps == pytest.approx(ours.config.decoder.eps)
     assert {k: v for k, v in vars(sizes).items() if k != "eps"} == {
@@ -194,13 +196,13 @@ def test_anyres_is_told_with_its_newline(tmp_path: Path, clip: Path) -> None:
 
 def test_a_lora_on_a_base_in_metas_format_goes_straight_into_a_gguf(tmp_path: Path, clip: Path) -> None:
     lora, base = tiny.write_lora(tmp_path / "lora", clip=clip), tiny.write_meta(tmp_path / "bases" / "7B")
-    convert(lora, tmp_path / "out", to="gguf", base=base, verify=True)
+    convert(lora, tmp_path / "out", LoadOptions(base=base), to="gguf", verify=True)
     assert (tmp_path / "out" / MODEL).is_file()
 
 
 def test_mpt_is_written_as_a_language_model_alone(tmp_path: Path, clip: Path) -> None:
     model = tiny.write_mpt(tmp_path / "m", clip=clip)
-    convert(model, tmp_path / "out", to="gguf", vision=False, verify=True, check=True)
+    convert(model, tmp_path / "out", LoadOptions(vision=False), to="gguf", verify=True, check=True)
     keys = File(tmp_path / "out" / "model-bf16.gguf").keys
     assert keys["general.architecture"] == "mpt"
     assert keys["mpt.attention.max_alibi_bias"] == 8.0
@@ -210,7 +212,7 @@ def test_mpt_is_written_as_a_language_model_alone(tmp_path: Path, clip: Path) ->
 
 
 def test_small_pieces_make_the_same_file(checkpoint: Path, written: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("llava.convert.gguf.PIECE_BYTES", 1000)
+    monkeypatch.setattr("llava.formats.gguf.CHUNK_BYTES", 1000)
     convert(checkpoint, tmp_path / "out", to="gguf", check=False)
     for name in (MODEL, MMPROJ):
         assert (tmp_path / "out" / name).read_bytes() == (written / name).read_bytes()
@@ -221,9 +223,9 @@ def test_a_changed_byte_is_noticed(checkpoint: Path, written: Path, tmp_path: Pa
     data[-100] ^= 1
     (tmp_path / MODEL).write_bytes(data)
     (tmp_path / MMPROJ).symlink_to(written / MMPROJ)
-    held = gguf.held(open_checkpoint(checkpoint))
-    with pytest.raises(CheckpointError, match="is not what"):
-        check_equal(held, ggufread.read(tmp_path, held))
+    held = Gguf().prepare(open_checkpoint(checkpoint))
+    with pytest.raises(CheckpointError, match="differs from"):
+        check_equal(held, read_gguf(tmp_path, held))
 
 
 @pytest.mark.parametrize(
@@ -247,7 +249,7 @@ def test_what_llama_cpp_has_no_form_for_is_refused_in_one_line(
     assert not (tmp_path / "out").exists()
     if "rope_scaling" not in config:
         assert "--no-vision" in str(error.value)
-        convert(model, tmp_path / "out", to="gguf", vision=False, verify=True)
+        convert(model, tmp_path / "out", LoadOptions(vision=False), to="gguf", verify=True)
 
 
 def test_a_tokenizer_that_may_be_read_in_another_way_is_refused(tmp_path: Path) -> None:

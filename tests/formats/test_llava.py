@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import llava
-from llava.checkpoint.open import Checkpoint
-from llava.convert.native import convert
-from llava.convert.original import write_merged, write_tower
+from llava.config import LoadOptions
+from llava.convert.convert import convert
+from llava.formats.clip import write_tower
+from llava.formats.format import Checkpoint
+from llava.formats.llava import write_llava
 from tests import tiny
 from tests.checkpoints import assert_same, opened, tensors_of
 
@@ -36,16 +38,16 @@ def model(request: pytest.FixtureRequest, clip: Path, tmp_path: Path) -> Checkpo
 
 def write_as_it_was(folder: Path, model: Checkpoint, clip: Path, **options: Any) -> Path:
     common = {"tokenizer_from": model.tokenizer_folder, "vision_tower": str(clip)}
-    write_merged(folder, model.config, tensors_of(model), **{**common, **options})
+    write_llava(folder, model.config, tensors_of(model), **{**common, **options})
     return folder
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 def test_a_merged_model_written_opens_as_it_was(model: Checkpoint, clip: Path, tmp_path: Path, form: Any) -> None:
-    folder = write_as_it_was(tmp_path / "out", model, clip, form=form, max_shard_bytes=150_000)
+    folder = write_as_it_was(tmp_path / "out", model, clip, file_type=form, max_shard_bytes=150_000)
     assert len(list(folder.glob(f"*-of-*.{form}"))) >= 2
     found = opened(folder)
-    assert found.kind == "merged"
+    assert found.format == "merged"
     assert found.config == model.config
     assert all(name.startswith("vision_model.") for name in found.unused)  # the blocks of CLIP after the selected layer
     assert_same(tensors_of(found), tensors_of(model))
@@ -54,14 +56,14 @@ def test_a_merged_model_written_opens_as_it_was(model: Checkpoint, clip: Path, t
 def test_an_mpt_written_opens_as_it_was(clip: Path, tmp_path: Path) -> None:
     model = opened(tiny.write_mpt(tmp_path / "source", clip=clip))
     found = opened(write_as_it_was(tmp_path / "out", model, clip))
-    assert found.kind == "mpt"
+    assert found.format == "mpt"
     assert found.config == model.config
     assert_same(tensors_of(found), tensors_of(model))
 
 
 def test_a_merged_model_has_the_published_names_keys_and_types(clip: Path, checkpoint: Path, tmp_path: Path) -> None:
     model = opened(checkpoint)
-    folder = write_as_it_was(tmp_path / "out", model, clip, form="bin", recorded={"mm_projector_lr": 2e-5})
+    folder = write_as_it_was(tmp_path / "out", model, clip, file_type="bin", recorded={"mm_projector_lr": 2e-5})
     written = torch.load(folder / "pytorch_model.bin", weights_only=True)
     published = {
         **tiny.llama_tensors(tiny.llava_config(), 1, inv_freq=False),
@@ -80,7 +82,7 @@ def test_a_tower_that_was_trained_lies_inside_and_wins_over_clip(clip: Path, che
     tensors = tensors_of(model)
     tensors["vision.blocks.0.attn.qkv.weight"] += 1
     folder = tmp_path / "out"
-    write_merged(folder, model.config, tensors, tokenizer_from=checkpoint, vision_tower=str(clip), tower_inside=True)
+    write_llava(folder, model.config, tensors, tokenizer_from=checkpoint, vision_tower=str(clip), tower_inside=True)
     assert json.loads((folder / "config.json").read_text())["unfreeze_mm_vision_tower"] is True
     found = opened(folder)
     assert found.config == model.config
@@ -110,7 +112,7 @@ def test_a_language_model_alone_is_a_llama_that_transformers_opens(base: Path, t
     transformers = pytest.importorskip("transformers")
     model = opened(base)
     folder = tmp_path / "out"
-    write_merged(folder, model.config, tensors_of(model), tokenizer_from=base, vision_tower=None)
+    write_llava(folder, model.config, tensors_of(model), tokenizer_from=base, vision_tower=None)
     ours = llava.load(folder, dtype="float32")
     theirs = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     prompt = "Once upon a time there was a painter."
@@ -122,7 +124,7 @@ def test_a_language_model_alone_is_a_llama_that_transformers_opens(base: Path, t
 def test_the_template_of_a_training_is_kept(clip: Path, checkpoint: Path, tmp_path: Path) -> None:
     model = opened(checkpoint)
     config = replace(model.config, template="vicuna_v1")
-    write_merged(tmp_path / "out", config, tensors_of(model), tokenizer_from=checkpoint, vision_tower=str(clip))
+    write_llava(tmp_path / "out", config, tensors_of(model), tokenizer_from=checkpoint, vision_tower=str(clip))
     assert opened(tmp_path / "out").config == config
 
 
@@ -131,11 +133,11 @@ def test_what_cannot_be_written_leaves_nothing_behind(clip: Path, checkpoint: Pa
     tensors = tensors_of(model)
     del tensors["projector.2.bias"]
     with pytest.raises(llava.LlavaError, match=r"projector\.2\.bias"):
-        write_merged(tmp_path / "out", model.config, tensors, tokenizer_from=checkpoint, vision_tower=str(clip))
+        write_llava(tmp_path / "out", model.config, tensors, tokenizer_from=checkpoint, vision_tower=str(clip))
     tensors = tensors_of(model)
     tensors["decoder.norm.weight"][3] = torch.nan
     with pytest.raises(llava.LlavaError, match="NaN"):
-        write_merged(tmp_path / "out", model.config, tensors, tokenizer_from=checkpoint, vision_tower=str(clip))
+        write_llava(tmp_path / "out", model.config, tensors, tokenizer_from=checkpoint, vision_tower=str(clip))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -143,7 +145,7 @@ def test_padding_side_and_trained_length_are_kept(clip: Path, tmp_path: Path) ->
     facts = {"tokenizer_padding_side": "left", "tokenizer_model_max_length": 1024}
     folder = tiny.write_llava(tmp_path / "llava", clip=clip, **facts)
     convert(folder, tmp_path / "native", check=False)
-    convert(tmp_path / "native", tmp_path / "original", to="original", check=False, vision_tower=clip)
+    convert(tmp_path / "native", tmp_path / "original", LoadOptions(vision_tower=clip), to="llava", check=False)
     written = json.loads((tmp_path / "original" / "config.json").read_text())
     assert {key: written[key] for key in facts} == facts
     plain = tiny.write_llava(tmp_path / "plain", clip=clip)

@@ -14,14 +14,14 @@ from torch import Tensor
 
 import llava
 from llava.assistant import question_about
-from llava.checkpoint.files import open_weights
 from llava.checkpoint.open import open_checkpoint
 from llava.config import IMAGE
-from llava.convert.jinja import chat_template
-from llava.convert.native import LAYOUTS as WRITTEN
-from llava.convert.native import convert
+from llava.convert.convert import convert
 from llava.errors import CheckpointError
+from llava.formats.chat_template import chat_template
+from llava.formats.llava import Llava
 from llava.preprocess.templates import TEMPLATES
+from llava.tensors.files import open_weights
 from tests import tiny
 
 NAMES = ("single", "two_images", "multi_turn", "text_only")
@@ -104,7 +104,7 @@ def test_transformers_opens_the_export_and_computes_the_same(
     made: Callable[[str], Path], tmp_path: Path, form: str
 ) -> None:
     transformers = pytest.importorskip("transformers")
-    convert(made(form), tmp_path / "hf", to="hf", verify=True)
+    convert(made(form), tmp_path / "hf", to="llava-hf", verify=True)
     kind = {"1.5": "LlavaForConditionalGeneration", "1.6": "LlavaNextForConditionalGeneration"}[form]
     theirs, info = getattr(transformers, kind).from_pretrained(
         tmp_path / "hf", dtype=torch.float32, output_loading_info=True
@@ -137,7 +137,7 @@ def test_transformers_opens_the_export_and_computes_the_same(
 def test_an_export_answers_as_the_original_did(made: Callable[[str], Path], tmp_path: Path) -> None:
     """Read by us: keys of our own record what the layout has no key for."""
     for form in FORMS:
-        convert(made(form), tmp_path / form, to="hf")
+        convert(made(form), tmp_path / form, to="llava-hf")
         before, after = (llava.load(f, dtype="float32", device="cpu") for f in (made(form), tmp_path / form))
         assert after.config.template == before.config.template
         for picture in PICTURES:
@@ -186,7 +186,7 @@ def test_rows_that_were_added_for_transformers_come_back_too(
     made: Callable[[str], Path], tmp_path: Path, to: str
 ) -> None:
     """Published llava-hf folders hold random values in these rows."""
-    convert(made("1.6"), tmp_path / "hf", to="hf")
+    convert(made("1.6"), tmp_path / "hf", to="llava-hf")
     file = tmp_path / "hf" / "model.safetensors"
     tensors = load_file(file)
     for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
@@ -195,7 +195,7 @@ def test_rows_that_were_added_for_transformers_come_back_too(
     convert(tmp_path / "hf", tmp_path / "there", to=to)
     if to == "original":
         assert open_checkpoint(tmp_path / "there").config.decoder.vocab_size == 512
-    convert(tmp_path / "there", tmp_path / "back", to="hf")
+    convert(tmp_path / "there", tmp_path / "back", to="llava-hf")
     before, after = stored(tmp_path / "hf"), stored(tmp_path / "back")
     assert set(before) == set(after)
     assert not [name for name, tensor in before.items() if not torch.equal(bits(tensor), bits(after[name]))]
@@ -208,7 +208,7 @@ def test_transformers_renders_our_template_to_the_same_prompt(
     transformers = pytest.importorskip("transformers")
     folder = shutil.copytree(made("1.5"), tmp_path / "llava")
     tiny.edit_json(folder / "config.json", llava_template=name)
-    convert(folder, tmp_path / "hf", to="hf", check=False)
+    convert(folder, tmp_path / "hf", to="llava-hf", check=False)
     theirs = transformers.AutoProcessor.from_pretrained(tmp_path / "hf")
     preprocessor = llava.load(tmp_path / "hf", device="cpu").preprocessor
     text = {"type": "text", "text": "What is it?\nSay."}
@@ -223,14 +223,14 @@ def test_transformers_renders_our_template_to_the_same_prompt(
 def test_the_report_tells_what_was_renamed_filled_up_and_left_out(
     made: Callable[[str], Path], clip: Path, tmp_path: Path
 ) -> None:
-    convert(made("1.5"), tmp_path / "hf", to="hf", verify=True, check=True)
+    convert(made("1.5"), tmp_path / "hf", to="llava-hf", verify=True, check=True)
     text = (tmp_path / "hf" / "conversion.md").read_text()
     assert "| `projector.N.weight` | `multi_modal_projector.linear_2.weight` | 1 |" in text
     assert "512 rows before, 576 here" in text
     assert "`model.layers.N.self_attn.rotary_emb.inv_freq` (2): computed anew" in text
     assert "every tensor has the same bits" in text
     assert "largest difference 0.0e+00" in text
-    convert(tmp_path / "hf", tmp_path / "original", to="original", check=False)
+    convert(tmp_path / "hf", tmp_path / "original", to="llava", check=False)
     text = (tmp_path / "original" / "conversion.md").read_text()
     assert "576 rows before, 512 here" in text
     assert "logits were not compared" in text
@@ -248,7 +248,7 @@ def test_what_the_layout_has_no_place_for_is_refused(
 ) -> None:
     folder = tiny.write_llava(tmp_path / "llava", clip=clip, **changes)
     with pytest.raises(CheckpointError, match=reason):
-        convert(folder, tmp_path / "hf", to="hf")
+        convert(folder, tmp_path / "hf", to="llava-hf")
     assert not (tmp_path / "hf").exists()
 
 
@@ -256,13 +256,12 @@ def test_a_wrong_conversion_does_not_pass_the_check(
     made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With another eps in the written config, the tensors are equal but the logits differ."""
-    layout = WRITTEN["original"]
+    write_config = Llava.write_config
 
-    def wrong(checkpoint: Any, folder: Path, *more: Any) -> None:
-        layout.write(checkpoint, folder, *more)
-        tiny.edit_json(folder / "config.json", rms_norm_eps=0.1)
+    def wrong(*arguments: Any) -> dict[str, Any]:
+        return write_config(*arguments) | {"rms_norm_eps": 0.1}
 
-    monkeypatch.setitem(WRITTEN, "original", layout._replace(write=wrong))
+    monkeypatch.setattr(Llava, "write_config", wrong)
     with pytest.raises(CheckpointError, match="logits differ"):
-        convert(made("1.6"), tmp_path / "original", to="original")
+        convert(made("1.6"), tmp_path / "original", to="llava")
     assert not (tmp_path / "original").exists()

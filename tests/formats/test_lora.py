@@ -11,9 +11,9 @@ from torch import Tensor
 
 import llava
 from llava.checkpoint.inspect import describe, scan
-from llava.checkpoint.open import Checkpoint
-from llava.convert import native
-from llava.convert.native import convert
+from llava.config import LoadOptions
+from llava.convert.convert import convert
+from llava.formats.format import Checkpoint
 from tests import tiny
 from tests.checkpoints import assert_same, opened, refused, tensors_of
 
@@ -68,13 +68,13 @@ def test_a_lora_is_added_to_its_base(clip: Path, base: Path, tmp_path: Path, for
     merged = merged_by_hand(base, form.get("targets", tiny.LORA_TARGETS))
     for i in range(2):
         stacked = torch.cat([merged[f"model.layers.{i}.{name}.weight"] for name in WHERE.values()])
-        qkv = found.sources[f"decoder.blocks.{i}.attn.qkv.weight"].read()
+        qkv = found.tensors[f"decoder.blocks.{i}.attn.qkv.weight"].read()
         torch.testing.assert_close(qkv.double(), stacked, rtol=0, atol=1e-6)
         for ours, disk in MODULES.items():
-            matrix = found.sources[f"decoder.blocks.{i}.{ours}.weight"].read()
+            matrix = found.tensors[f"decoder.blocks.{i}.{ours}.weight"].read()
             torch.testing.assert_close(matrix.double(), merged[f"model.layers.{i}.{disk}.weight"], rtol=0, atol=1e-6)
     projector = tiny.projector_tensors(tiny.llava_config(), 3)["model.mm_projector.0.weight"]
-    assert torch.equal(found.sources["projector.0.weight"].read(), projector.bfloat16())
+    assert torch.equal(found.tensors["projector.0.weight"].read(), projector.bfloat16())
 
 
 def test_a_lora_where_heads_share_keys_and_values(clip: Path, tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_lora_where_heads_share_keys_and_values(clip: Path, tmp_path: Path) ->
     folder = tiny.write_lora(tmp_path / "lora", clip=clip, num_key_value_heads=2, targets=("q_proj", "v_proj"))
     found, plain = opened(folder, base=under), opened(under)
     name = "decoder.blocks.0.attn.qkv.weight"
-    change = found.sources[name].read() - plain.sources[name].read().float()
+    change = found.tensors[name].read() - plain.tensors[name].read().float()
     assert change[:64].any()
     assert not change[64:96].any()
     pairs = tiny.lora_tensors(tiny.llama_config(num_key_value_heads=2), 3)
@@ -92,19 +92,19 @@ def test_a_lora_where_heads_share_keys_and_values(clip: Path, tmp_path: Path) ->
 
 def test_a_lora_becomes_native_rounded_once(clip: Path, base: Path, tmp_path: Path) -> None:
     lora = tiny.write_lora(tmp_path / "lora", clip=clip)
-    native.convert(lora, tmp_path / "native", base=base, verify=True)
+    convert(lora, tmp_path / "native", LoadOptions(base=base), verify=True)
     found, source = opened(tmp_path / "native"), opened(lora, base=base)
     assert found.config == source.config
-    stored = {name: tensor.to(source.sources[name].dtype) for name, tensor in source.tensors()}
+    stored = {name: tensor.to(source.tensors[name].dtype) for name, tensor in source.read_tensors()}
     assert_same(tensors_of(found), stored)
-    assert found.sources["decoder.blocks.0.mlp.up.weight"].dtype == torch.float16
+    assert found.tensors["decoder.blocks.0.mlp.up.weight"].dtype == torch.float16
 
 
 def test_a_lora_goes_on_a_native_and_on_a_merged_base_too(
     clip: Path, base: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     lora = tiny.write_lora(tmp_path / "lora", clip=clip)
-    native.convert(checkpoint, tmp_path / "native")
+    convert(checkpoint, tmp_path / "native")
     first = tensors_of(opened(lora, base=base))
     assert_same(tensors_of(opened(lora, base=checkpoint)), first)
     assert_same(tensors_of(opened(lora, base=tmp_path / "native")), first)
@@ -128,11 +128,11 @@ def test_a_lora_whose_start_changed_its_base_is_refused(start: str, lora: Path, 
     tiny.edit_json(lora / "adapter_config.json", init_lora_weights=start)
     assert "merge it with peft" in refused(lora, base=base)
     tiny.edit_json(lora / "adapter_config.json", init_lora_weights="gaussian")
-    assert opened(lora, base=base).kind == "lora"
+    assert opened(lora, base=base).format == "lora"
 
 
 def test_inspect_tells_what_a_lora_needs_and_with_its_base_what_it_becomes(lora: Path, base: Path) -> None:
-    alone, whole = describe(lora), describe(lora, base=str(base))
+    alone, whole = describe(lora), describe(lora, LoadOptions(base=str(base)))
     assert alone.base == "lmsys/vicuna-13b-v1.3"
     assert whole.kind == "lora"
     assert whole.template == "llava_v1"
@@ -158,9 +158,9 @@ def edit(file: Path, change: Any) -> None:
 
 def assert_same_checkpoint(ours: Checkpoint, theirs: Checkpoint) -> None:
     assert ours.config == theirs.config
-    assert set(ours.sources) == set(theirs.sources)
-    for name, source in ours.sources.items():
-        assert torch.equal(source.read(), theirs.sources[name].read()), name
+    assert set(ours.tensors) == set(theirs.tensors)
+    for name, source in ours.tensors.items():
+        assert torch.equal(source.read(), theirs.tensors[name].read()), name
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_the_lora_of_june_2023_brings_a_longer_vocabulary(clip: Path, base: Path
     assert [found.tokenizer.id_of(text) for text in TOKENS] == [tiny.PIECES + i for i in range(3)]
     whole = tiny.llama_tensors(tiny.llama_config(vocab_size=tiny.PIECES + 3), 3, inv_freq=False)
     for ours, disk in (("embed", "model.embed_tokens.weight"), ("head", "lm_head.weight")):
-        assert torch.equal(found.sources[f"decoder.{ours}.weight"].read(), whole[disk].bfloat16())
+        assert torch.equal(found.tensors[f"decoder.{ours}.weight"].read(), whole[disk].bfloat16())
     with_files = tiny.write_lora(tmp_path / "files", clip=clip, rows=True, added=TOKENS, **longer)
     theirs = opened(with_files, base=base)
     assert found.config == replace(theirs.config, eos_ids=(2,))  # from the base's generation_config.json
@@ -214,13 +214,13 @@ def test_what_was_added_in_memory_is_written_by_a_conversion(clip: Path, base: P
     longer = {"vocab_size": tiny.PIECES + 3, "mm_use_im_start_end": True, "mm_projector_type": "linear"}
     lora = tiny.write_lora(tmp_path / "lora", clip=clip, rows=True, **longer)
     for to in ("native", "original"):
-        convert(lora, tmp_path / to, to=to, base=base)
+        convert(lora, tmp_path / to, LoadOptions(base=base), to=to)
         found = opened(tmp_path / to)
         assert (found.config.start_end, found.tokenizer.id_of("<im_end>")) == (True, tiny.PIECES + 2)
 
 
 def change_of(found: Checkpoint, base: Path, name: str) -> Tensor:
-    return found.sources[name].read().float() - opened(base).sources[name].read().float()
+    return found.tensors[name].read().float() - opened(base).tensors[name].read().float()
 
 
 def product(module: str, rank: int = tiny.LORA_RANK) -> Tensor:
@@ -268,7 +268,7 @@ def test_modules_that_were_saved_whole_replace_the_bases(lora: Path, base: Path,
     head = torch.randn(tiny.PIECES, 64).bfloat16()
     edit(lora / "adapter_model.bin", lambda held: held | {f"base_model.model.lm_head{where}.weight": head})
     tiny.edit_json(lora / "adapter_config.json", modules_to_save=["lm_head"])
-    assert torch.equal(opened(lora, base=base).sources["decoder.head.weight"].read(), head)
+    assert torch.equal(opened(lora, base=base).tensors["decoder.head.weight"].read(), head)
 
 
 def test_a_lora_of_the_head_is_known(lora: Path, base: Path) -> None:
@@ -288,9 +288,9 @@ def test_without_an_extra_file_the_projector_is_the_llavas_below(lora: Path, che
         (lora / "config.json").unlink()
     found, under = opened(lora, base=checkpoint), opened(checkpoint)
     assert found.config == under.config
-    for name, source in under.sources.items():
+    for name, source in under.tensors.items():
         if not name.startswith("decoder.blocks."):
-            assert torch.equal(found.sources[name].read(), source.read()), name
+            assert torch.equal(found.tensors[name].read(), source.read()), name
 
 
 def test_types_may_differ_and_the_sum_is_of_the_bases(lora: Path, base: Path) -> None:

@@ -7,18 +7,18 @@ import pytest
 import torch
 
 import llava
-from llava.convert.lora import Pair, write_lora
+from llava.formats.lora import Factors, write_lora
 from tests import tiny
 from tests.checkpoints import opened, tensors_of
 
 WHERE = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
 
 
-def pairs(modules: dict[str, tuple[int, int]], r: int = 4) -> dict[str, dict[str, Pair]]:
+def pairs(modules: dict[str, tuple[int, int]], r: int = 4) -> dict[str, dict[str, Factors]]:
     """Random A and B for modules of the given shapes; for qkv one pair per part."""
     generator = torch.Generator().manual_seed(5)
 
-    def pair(height: int, width: int) -> Pair:
+    def pair(height: int, width: int) -> Factors:
         return torch.randn(r, width, generator=generator) * 0.1, torch.randn(height, r, generator=generator) * 0.1
 
     return {
@@ -42,7 +42,7 @@ def written_lora(request: pytest.FixtureRequest, clip: Path, base: Path, checkpo
     beside = {name: tensor for name, tensor in tensors_of(model).items() if name.startswith("projector.")}
     write_lora(
         tmp_path / "out", model.config, pairs(EVERY), r=4, alpha=16, dropout=0.05, base=str(base),
-        vision_tower=str(clip), non_lora=beside, form=request.param,
+        vision_tower=str(clip), non_lora=beside, file_type=request.param,
     )  # fmt: skip
     return tmp_path / "out"
 
@@ -52,11 +52,11 @@ def test_a_lora_written_opens_on_its_base(written_lora: Path, base: Path, checkp
     assert found.config == model.config
     for module, parts in pairs(EVERY).items():
         change = torch.cat([4 * b @ a for a, b in parts.values()])
-        merged = model.sources[f"{module}.weight"].read().float() + change
-        torch.testing.assert_close(found.sources[f"{module}.weight"].read(), merged, rtol=0, atol=1e-6)
+        merged = model.tensors[f"{module}.weight"].read().float() + change
+        torch.testing.assert_close(found.tensors[f"{module}.weight"].read(), merged, rtol=0, atol=1e-6)
     for name, tensor in tensors_of(model).items():
         if not name.startswith("decoder.blocks."):
-            assert torch.equal(found.sources[name].read(), tensor), name
+            assert torch.equal(found.tensors[name].read(), tensor), name
 
 
 def test_peft_opens_a_lora_that_we_wrote_and_merges_it_to_the_same_model(written_lora: Path, base: Path) -> None:
@@ -105,7 +105,7 @@ def test_we_open_a_lora_that_peft_wrote(base: Path, tmp_path: Path) -> None:
     ids=["no part", "rank"],
 )
 def test_a_lora_that_does_not_fit_is_not_written(
-    clip: Path, checkpoint: Path, tmp_path: Path, lora: dict[str, dict[str, Pair]], complaint: str
+    clip: Path, checkpoint: Path, tmp_path: Path, lora: dict[str, dict[str, Factors]], complaint: str
 ) -> None:
     options: dict[str, Any] = {
         "r": 4,
@@ -132,4 +132,4 @@ def test_a_lora_of_an_mpt_opens_on_it(clip: Path, tmp_path: Path) -> None:
     assert found.config == model.config
     for name, tensor in tensors_of(model).items():
         change = b @ a if name == "decoder.blocks.1.attn.qkv.weight" else 0
-        assert torch.equal(found.sources[name].read(), tensor + change), name
+        assert torch.equal(found.tensors[name].read(), tensor + change), name

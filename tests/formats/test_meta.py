@@ -11,7 +11,8 @@ from torch import Tensor
 import llava
 from llava.checkpoint.inspect import describe
 from llava.checkpoint.open import check_headers, open_checkpoint
-from llava.convert.native import convert
+from llava.config import LoadOptions
+from llava.convert.convert import convert
 from llava.errors import CheckpointError, LlavaError
 from tests import tiny
 
@@ -19,7 +20,7 @@ TEXT = "Which colours do you see?"
 
 
 def read(folder: Path, **options: object) -> dict[str, Tensor]:
-    return dict(open_checkpoint(folder, **options).tensors())  # type: ignore[arg-type]
+    return dict(open_checkpoint(folder, LoadOptions(**options)).read_tensors())  # type: ignore[arg-type]
 
 
 def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -36,14 +37,14 @@ def test_shards_are_joined_to_the_bits_of_the_hub_form(tmp_path: Path, shards: i
     hub = tiny.write_llama(tmp_path / "hub", num_key_value_heads=heads)
     meta = tiny.write_meta(tmp_path / "models" / "mistral-lora", shards=shards, num_key_value_heads=heads)
     opened = open_checkpoint(meta)
-    assert opened.kind == "meta"
+    assert opened.format == "meta"
     assert opened.config.decoder == open_checkpoint(hub).config.decoder
     assert all(name.endswith("/rope.freqs") for name in opened.unused)
     assert_same(read(hub), read(meta))
 
 
 def test_pieces_and_rows_are_parts_of_the_whole(tmp_path: Path) -> None:
-    for ours, source in open_checkpoint(tiny.write_meta(tmp_path / "m" / "a")).sources.items():
+    for ours, source in open_checkpoint(tiny.write_meta(tmp_path / "m" / "a")).tensors.items():
         whole = source.read()
         assert torch.equal(torch.cat(list(source.pieces())), whole), ours
         for start, stop in ((0, 1), (3, 29), (15, 17), (17, len(whole))):
@@ -52,7 +53,7 @@ def test_pieces_and_rows_are_parts_of_the_whole(tmp_path: Path) -> None:
 
 def test_columns_are_joined_a_few_rows_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llava.checkpoint.joined.PIECE_BYTES", 1000)
-    table = open_checkpoint(tiny.write_meta(tmp_path / "m" / "a")).sources["decoder.embed.weight"]
+    table = open_checkpoint(tiny.write_meta(tmp_path / "m" / "a")).tensors["decoder.embed.weight"]
     pieces = list(table.pieces())
     assert {len(piece) for piece in pieces} == {7, 1}  # 128 bytes per row
     assert torch.equal(torch.cat(pieces), table.read())

@@ -15,9 +15,8 @@ from llava.assistant import Assistant, question_about
 from llava.checkpoint.inspect import describe
 from llava.checkpoint.open import open_checkpoint
 from llava.config import DecoderConfig, LlavaConfig
-from llava.convert import gptfast
-from llava.convert.check import check_equal
-from llava.convert.native import convert
+from llava.convert.convert import convert, write_gpt_fast
+from llava.convert.verify import check_equal
 from llava.engine import step
 from llava.errors import CheckpointError, ConfigError
 from llava.model.attention import CacheContext, alibi_bias, decode_mask
@@ -143,7 +142,7 @@ def test_a_native_folder_answers_as_the_original(tmp_path: Path, mpt: Path, assi
 def test_what_the_files_say_is_recognised(mpt: Path) -> None:
     checkpoint = open_checkpoint(mpt)
     config = checkpoint.config
-    assert (checkpoint.kind, config.template, config.dtype) == ("mpt", "mpt", "bfloat16")
+    assert (checkpoint.format, config.template, config.dtype) == ("mpt", "mpt", "bfloat16")
     assert (config.decoder.tied, config.decoder.rope_theta, config.decoder.alibi_bias_max) == (True, None, 8)
     assert config.start_end
     assert config.eos_ids == (0, checkpoint.tokenizer.id_of("<|im_end|>"))
@@ -224,7 +223,7 @@ def test_no_llama_layout_is_written_of_an_mpt(tmp_path: Path, mpt: Path) -> None
     with pytest.raises(CheckpointError, match="of kind mpt"):
         convert(mpt, tmp_path / "llama", to="llama")
     with pytest.raises(CheckpointError, match="of kind mpt"):
-        gptfast.convert(mpt, tmp_path / "model.pth")
+        write_gpt_fast(mpt, tmp_path / "model.pth")
     assert not list(tmp_path.iterdir())
 
 
@@ -258,7 +257,7 @@ def test_inspect_tells_an_mpt_whole(mpt: Path) -> None:
     assert (told.kind, told.template, told.missing, told.context) == ("mpt", "mpt", [], 2048)
     assert told.sizes["decoder"]["alibi_bias_max"] == 8
     assert told.sizes["parameters_by_part"]["decoder"] == sum(
-        source.read().numel() for ours, source in open_checkpoint(mpt).sources.items() if ours.startswith("decoder.")
+        source.read().numel() for ours, source in open_checkpoint(mpt).tensors.items() if ours.startswith("decoder.")
     )
 
 

@@ -14,8 +14,10 @@ import llava
 from llava.assistant import question_about
 from llava.checkpoint.inspect import Scan, describe, scan
 from llava.checkpoint.open import open_checkpoint
-from llava.convert.native import convert
-from llava.convert.projector import extract_projector, write_projector
+from llava.config import LoadOptions
+from llava.convert.convert import convert
+from llava.convert.split import extract_projector
+from llava.formats.projector import write_projector
 from tests import tiny
 from tests.checkpoints import assert_same, opened, refused, tensors_of
 
@@ -40,7 +42,7 @@ def test_a_projector_on_its_language_model_is_the_merged_model(
     clip: Path, base: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     found = opened(tiny.write_projector(tmp_path / "projector", clip=clip), base=base)
-    assert found.kind == "projector"
+    assert found.format == "projector"
     assert found.config.template == "plain"
     assert_same(tensors_of(found), tensors_of(opened(checkpoint)))
 
@@ -58,10 +60,10 @@ def test_rows_of_the_start_and_end_tokens_come_with_the_projector(clip: Path, ba
     found, under = opened(folder, base=base), opened(base)
     assert found.config.start_end
     assert found.config.decoder.vocab_size == tiny.PIECES + 2
-    table, head = found.sources["decoder.embed.weight"].read(), found.sources["decoder.head.weight"].read()
-    assert torch.equal(table[: tiny.PIECES], under.sources["decoder.embed.weight"].read())
+    table, head = found.tensors["decoder.embed.weight"].read(), found.tensors["decoder.head.weight"].read()
+    assert torch.equal(table[: tiny.PIECES], under.tensors["decoder.embed.weight"].read())
     assert torch.equal(table[tiny.PIECES :], tiny.tensor(1, "start_end", (2, 64), 0.6))
-    mean = under.sources["decoder.head.weight"].read().double().mean(0)
+    mean = under.tensors["decoder.head.weight"].read().double().mean(0)
     torch.testing.assert_close(head[tiny.PIECES :].double(), mean.expand(2, -1), rtol=1e-3, atol=1e-4)
     assert llava.load(folder, base=base).ask(None, "Hello", max_new_tokens=2)
 
@@ -76,8 +78,8 @@ def test_a_file_alone_is_what_a_folder_with_its_config_is(
     found, expected = opened(file, base=base, vision_tower=clip), opened(folder, base=base)
     assert found.config == expected.config
     assert found.template.template == "plain"
-    for name, source in expected.sources.items():
-        assert torch.equal(found.sources[name].read().to(source.dtype), source.read()), name
+    for name, source in expected.tensors.items():
+        assert torch.equal(found.tensors[name].read().to(source.dtype), source.read()), name
 
 
 @pytest.mark.parametrize("rows", [ROWS, torch.cat([torch.ones(tiny.PIECES + 1, 64), ROWS])], ids=["two", "all"])
@@ -96,7 +98,7 @@ def test_rows_of_start_and_end_bring_their_tokens(
     assert found.config.start_end
     assert found.config.decoder.vocab_size == tiny.PIECES + 2
     assert [found.tokenizer.id_of(text) for text in ("<im_start>", "<im_end>")] == [tiny.PIECES, tiny.PIECES + 1]
-    assert torch.equal(found.sources["decoder.embed.weight"].read()[tiny.PIECES :].float(), ROWS)
+    assert torch.equal(found.tensors["decoder.embed.weight"].read()[tiny.PIECES :].float(), ROWS)
     picture = tmp_path / "picture.png"
     Image.linear_gradient("L").resize((90, 60)).convert("RGB").save(picture)
     vlm = llava.load(path, base=base, vision_tower=clip, template="llava_v1", **FLOAT32)
@@ -113,7 +115,7 @@ def test_a_base_that_has_the_tokens_keeps_its_tokenizer(clip: Path, tmp_path: Pa
     found = opened(written(tmp_path / "x.bin", projector(rows=ROWS)), base=base, vision_tower=clip)
     assert not found.new_tokens
     assert found.config.decoder.vocab_size == tiny.PIECES + 3
-    assert torch.equal(found.sources["decoder.embed.weight"].read()[tiny.PIECES + 1 :].float(), ROWS)
+    assert torch.equal(found.tensors["decoder.embed.weight"].read()[tiny.PIECES + 1 :].float(), ROWS)
 
 
 def test_without_rows_there_are_no_tokens(clip: Path, base: Path, tmp_path: Path) -> None:
@@ -128,12 +130,12 @@ def test_rows_are_put_on_an_mpt_too(clip: Path, tmp_path: Path) -> None:
     found = opened(written(tmp_path / "x.bin", tensors), base=base, vision_tower=clip)
     start = found.tokenizer.id_of("<im_start>")
     assert start is not None
-    assert torch.equal(found.sources["decoder.embed.weight"].read()[start : start + 2].float(), ROWS.bfloat16().float())
+    assert torch.equal(found.tensors["decoder.embed.weight"].read()[start : start + 2].float(), ROWS.bfloat16().float())
 
 
 def test_the_tower_is_seen_of_the_width_and_said(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     wide = {"model.mm_projector.weight": torch.zeros(64, 1024), "model.mm_projector.bias": torch.zeros(64)}
-    found = open_checkpoint(written(tmp_path / "x.bin", wide), base=base, fetch_tower=False)
+    found = open_checkpoint(written(tmp_path / "x.bin", wide), LoadOptions(base=base, fetch_tower=False))
     assert found.config.vision is not None
     assert (found.vision_tower, found.config.vision.image_size) == ("openai/clip-vit-large-patch14", 224)
     assert found.config.vision.select_layer == -2
@@ -157,7 +159,7 @@ def test_a_file_goes_on_a_native_and_on_a_llava_base(clip: Path, base: Path, che
 
 def test_what_was_put_together_becomes_native(clip: Path, base: Path, tmp_path: Path) -> None:
     file = written(tmp_path / "x.bin", projector(rows=ROWS))
-    convert(file, tmp_path / "native", base=base, vision_tower=clip)
+    convert(file, tmp_path / "native", LoadOptions(base=base, vision_tower=clip))
     expected, found = opened(file, base=base, vision_tower=clip), opened(tmp_path / "native")
     assert found.config == expected.config
     assert found.tokenizer.id_of("<im_start>") == tiny.PIECES
@@ -165,9 +167,9 @@ def test_what_was_put_together_becomes_native(clip: Path, base: Path, tmp_path: 
 
 def test_a_lone_file_becomes_a_folder_by_way_of_a_whole_model(clip: Path, base: Path, tmp_path: Path) -> None:
     file = written(tmp_path / "x.bin", projector(rows=ROWS))
-    with pytest.raises(llava.LlavaError, match=r"llava convert .*x\.bin OUT --to original --base BASE"):
-        extract_projector(file, tmp_path / "folder", base=base, vision_tower=clip)
-    convert(file, tmp_path / "whole", to="original", base=base, vision_tower=clip)
+    with pytest.raises(llava.LlavaError, match=r"llava convert .*x\.bin OUT --to llava --base BASE"):
+        extract_projector(file, tmp_path / "folder", LoadOptions(base=base, vision_tower=clip))
+    convert(file, tmp_path / "whole", LoadOptions(base=base, vision_tower=clip), to="llava")
     extract_projector(tmp_path / "whole", tmp_path / "folder")
     found = torch.load(tmp_path / "folder" / "mm_projector.bin", weights_only=True)
     assert found.keys() == projector(rows=ROWS).keys()
@@ -179,7 +181,7 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line(clip: Path, base: Path,
     file = written(tmp_path / "x.bin", projector())
     assert "needs its base" in refused(file)
     assert describe(file).kind == "projector"
-    assert describe(file, base=str(base), vision_tower=clip).missing == []
+    assert describe(file, LoadOptions(base=str(base), vision_tower=clip)).missing == []
     assert scan(file, progress=lambda done, total: None) == Scan()
     assert "only projectors load" in refused(written(tmp_path / "y.bin", {"model.norm.weight": torch.ones(4)}))
     assert "not the base" in refused(
@@ -224,7 +226,7 @@ def test_a_tower_given_as_a_relative_path_is_recorded_so_that_it_holds_elsewhere
 ) -> None:
     file = written(tmp_path / "x.bin", projector())
     monkeypatch.chdir(clip.parent)
-    convert(file, tmp_path / "out", to="original", base=base, vision_tower=clip.name)
+    convert(file, tmp_path / "out", LoadOptions(base=base, vision_tower=clip.name), to="llava")
     monkeypatch.chdir(tmp_path)
     assert opened("out").vision_tower == str(clip)
 
@@ -236,9 +238,9 @@ def test_a_tuned_tower_of_published_sizes_goes_with_its_projector(
     monkeypatch.setattr("llava.checkpoint.published.clip_id", lambda settings: "openai/clip-vit-large-patch14-336")
     extract_projector(whole, tmp_path / "out")
     found, source = opened(tmp_path / "out", base=base), opened(whole)
-    tower = [name for name in source.sources if name.startswith("vision.")]
+    tower = [name for name in source.tensors if name.startswith("vision.")]
     assert tower
-    assert all(torch.equal(found.sources[name].read(), source.sources[name].read()) for name in tower)
+    assert all(torch.equal(found.tensors[name].read(), source.tensors[name].read()) for name in tower)
 
 
 def test_a_projector_written_opens_on_its_base(clip: Path, base: Path, checkpoint: Path, tmp_path: Path) -> None:
@@ -262,4 +264,4 @@ def test_start_and_end_rows_are_written_beside_the_projector(clip: Path, base: P
     write_projector(tmp_path / "out", model.config, tensors_of(model), tokenizer_from=whole, **options)
     found = opened(tmp_path / "out", base=base)
     assert found.config == model.config
-    assert torch.equal(found.sources["decoder.embed.weight"].read()[-2:], rows)
+    assert torch.equal(found.tensors["decoder.embed.weight"].read()[-2:], rows)

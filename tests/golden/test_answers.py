@@ -18,8 +18,9 @@ from torch import Tensor
 
 import llava
 from llava.checkpoint.open import open_checkpoint
-from llava.convert.llama import taken_apart
-from llava.convert.original import rules_of
+from llava.config import LoadOptions
+from llava.formats.format import to_disk
+from llava.formats.llava import rules_for
 from tests import tiny
 
 FEATURES_TOLERANCE, LOGITS_TOLERANCE = 5e-5, 1e-4  # largest absolute differences, as the README advises
@@ -254,10 +255,10 @@ def test_exif_orientation_is_applied_only_when_asked_for(golden: Path, load: Cal
 def on_base(golden_checkpoints: Path, family: str) -> dict[str, Tensor]:
     """Language model and projector by their names on disk."""
     folder, base = golden_checkpoints / FOLDERS[family], golden_checkpoints / "base" / "llama-7b"
-    found = open_checkpoint(folder, base=base, vision_tower=golden_checkpoints / "vision" / TOWERS[family])
-    sources = {name: source for name, source in found.sources.items() if not name.startswith("vision.")}
-    items = taken_apart(sources, found.config, rules_of(found.config))
-    return {item.name: torch.cat(list(item.parts())) for item in items}
+    found = open_checkpoint(folder, LoadOptions(base=base, vision_tower=golden_checkpoints / "vision" / TOWERS[family]))
+    sources = {name: source for name, source in found.tensors.items() if not name.startswith("vision.")}
+    items = to_disk(sources, found.config, rules_for(found.config))
+    return {item.name: torch.cat(list(item.chunks())) for item in items}
 
 
 @pytest.mark.parametrize("family", ["c_delta_v0", "d_delta_v1.1"])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llava.checkpoint.open import open_checkpoint
-from llava.config import IMAGE
+from llava.config import IMAGE, LoadOptions
 from llava.formats.tokenizer import load_tokenizer
 from llava.preprocess.conversation import Turn
 from llava.preprocess.inputs import ModelInput, Preprocessor
@@ -30,7 +30,8 @@ NAMES = {"v1": "vicuna_v1"}
 def prepare(golden: Path, checkpoints: Path, run: dict[str, Any], sample: dict[str, Any]) -> ModelInput:
     family = "b_llama2" if run["checkpoint"] == "b" else "a_v1.5"
     like = open_checkpoint(
-        checkpoints / FOLDERS[family], vision_tower=checkpoints / "vision" / TOWERS[family], fetch_tower=True
+        checkpoints / FOLDERS[family],
+        LoadOptions(vision_tower=checkpoints / "vision" / TOWERS[family], fetch_tower=True),
     )
     decoder = replace(like.config.decoder, vocab_size=60_000)  # only the tokenizer and the places of a picture count
     config = replace(like.config, decoder=decoder, start_end=run["mm_use_im_start_end"])

@@ -276,8 +276,8 @@ def test_the_native_form_is_safetensors_with_our_names_and_one_config(checkpoint
 def test_a_native_form_of_several_shards_has_an_index(
     checkpoint: Path, native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llava.checkpoint import write
-    from llava.convert import native as job
+    from llava.convert import convert as job
+    from llava.tensors import atomic as write
 
     monkeypatch.setattr(write, "MAX_SHARD_BYTES", 200_000)  # 5 GB would take long
     job.convert(checkpoint, tmp_path / "sharded")

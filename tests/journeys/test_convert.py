@@ -258,5 +258,5 @@ def test_left_padding_is_a_fact_of_the_config(clip: Path, tmp_path: Path, comman
     facts = tiny.ANYRES | {"tokenizer_padding_side": "left"}
     source = tiny.write_llava(tmp_path / "x", layout="safetensors", clip=clip, tower_seed=5, **facts)
     command("convert", source, tmp_path / "n", "--no-check")
-    command("convert", tmp_path / "n", tmp_path / "o", "--to", "original", "--no-check")
+    command("convert", tmp_path / "n", tmp_path / "o", "--to", "llava", "--no-check")
     assert json.loads((tmp_path / "o" / "config.json").read_text())["tokenizer_padding_side"] == "left"

@@ -15,16 +15,16 @@ import torch
 from PIL import Image
 
 import llava
-from llava.checkpoint import zoo
 from llava.checkpoint.inspect import describe
 from llava.checkpoint.open import open_checkpoint
 from llava.cli import main
+from llava.zoo import catalogue as zoo
 from tests import rows, tiny
 from tests.conftest import PROJECT
 
 PAGES = sorted((PROJECT / "docs" / "families").glob("*.md"))
-ROWS = {entry["id"]: entry for entry in zoo.entries()}
-BASES = {id: entry for entry in zoo.entries() if (id := zoo.base_id(entry))}
+ROWS = {entry["id"]: entry for entry in zoo.headers()}
+BASES = {id: entry for entry in zoo.headers() if (id := zoo.base_id(entry))}
 META = "llama-7b-from-meta"  # the only folder on the pages without a hub id
 QUESTION = "What is unusual here?"
 # formats as `llava inspect` prints them, and those that commands write
@@ -197,7 +197,9 @@ class Claims:
     def extract_projector(self, printed: str, alone: list[str], named: dict[str, str]) -> None:
         source, out = alone
         self._made(out, "projector")
-        wanted = {name: value for name, value in open_checkpoint(source).tensors() if name.startswith("projector.")}
+        wanted = {
+            name: value for name, value in open_checkpoint(source).read_tensors() if name.startswith("projector.")
+        }
         found = torch.load(Path(out, "mm_projector.bin"), weights_only=True)
         assert len(found) == len(wanted) > 0
         for name, value in wanted.items():

@@ -52,7 +52,7 @@ def test_odd_names_are_names(
     command("ask", "Hi", "--model", copies["base"], "--adapter", f"one={copies['lora']}", *line)
     command("merge-lora", "--base", copies["base"], "--target", tmp_path / name, "--lora", copies["lora"])
     assert_same(stored(tmp_path / name), merged(vicuna, lora, precise=False))
-    command("convert", tmp_path / name, tmp_path / f"{name}-hf", "--to", "hf", "--no-check")
+    command("convert", tmp_path / name, tmp_path / f"{name}-hf", "--to", "llava-hf", "--no-check")
     command("inspect", tmp_path / f"{name}-hf")
     command("apply-delta", "--base", copies["raw"], "--target", tmp_path / f"{name}-sum", "--delta", copies["delta"])
     assert_same(stored(tmp_path / f"{name}-sum"), summed(stored(raw), stored(delta)))

@@ -12,7 +12,7 @@ import torch
 
 from llava.checkpoint.load import build
 from llava.checkpoint.open import open_checkpoint
-from llava.convert.native import convert
+from llava.convert.convert import convert
 from tests import tiny
 from tests.conftest import PROJECT
 

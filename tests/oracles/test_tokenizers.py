@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from llava.checkpoint.open import open_checkpoint
+from llava.config import LoadOptions
+from llava.convert.convert import convert
 from llava.convert.merge import merge_lora
-from llava.convert.native import convert
 from tests import tiny
 
 transformers = pytest.importorskip("transformers")
@@ -24,7 +25,10 @@ BASES_OWN = {  # as in bases saved by transformers 4.34 or newer
 
 
 def assert_ids_are_ours(folder: Path, tokens: tuple[str, ...]) -> None:
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), open_checkpoint(folder, vision=False).tokenizer
+    theirs, ours = (
+        transformers.AutoTokenizer.from_pretrained(folder),
+        open_checkpoint(folder, LoadOptions(vision=False)).tokenizer,
+    )
     assert theirs(TEXT).input_ids == ours.encode(TEXT)
     assert {text: theirs.convert_tokens_to_ids(text) for text in tokens} == {text: ours.id_of(text) for text in tokens}
     assert theirs.eos_token_id == ours.eos_id
@@ -60,7 +64,7 @@ def test_an_end_of_text_that_was_added_survives_llava_hf_and_the_way_back(
 ) -> None:
     source = tiny.write_llava(tmp_path / "source", clip=clip, added=CHATML)
     tiny.write_tokenizer(source, added=CHATML, eos="<|im_end|>", add_bos=False)
-    convert(source, tmp_path / "hf", to="hf")
+    convert(source, tmp_path / "hf", to="llava-hf")
     assert_ids_are_ours(tmp_path / "hf", (*CHATML, "<image>", "<pad>"))
     convert(tmp_path / "hf", tmp_path / "back", to=back)
     assert_ids_are_ours(tmp_path / "back", CHATML)
@@ -71,7 +75,7 @@ def test_tokens_that_a_projector_brings_are_seen(to: str, clip: Path, tmp_path: 
     base = with_decoder(tiny.write_llama(tmp_path / "base"))
     tiny.write_projector(tmp_path / "projector", clip=clip, start_end=True, mm_projector_type="linear")
     (lone := tmp_path / "x.bin").write_bytes((tmp_path / "projector" / "mm_projector.bin").read_bytes())
-    convert(lone, tmp_path / to, to=to, base=base, vision_tower=clip)
+    convert(lone, tmp_path / to, LoadOptions(base=base, vision_tower=clip), to=to)
     assert_ids_are_ours(tmp_path / to, START_END)
 
 
@@ -80,7 +84,7 @@ def test_a_base_in_metas_format_gets_its_start_of_text(to: str, clip: Path, tmp_
     base = tiny.write_meta(tmp_path / "meta" / "7B")
     lora = tiny.write_lora(tmp_path / "lora", clip=clip)
     options: dict[str, Any] = {"to": to, "base": base}
-    convert(lora, tmp_path / to, **options)
+    convert(lora, tmp_path / to, LoadOptions(**options))
     assert_ids_are_ours(tmp_path / to, ("<image>",) if to == "hf" else ())
 
 

@@ -14,11 +14,17 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from llava.checkpoint import keymap
-from llava.checkpoint.keymap import Rule
 from llava.config import IMAGE, DecoderConfig, ImageConfig, LlavaConfig, ProjectorConfig, VisionConfig
-from llava.convert import gptfast, llama
 from llava.errors import PromptError
+from llava.formats.clip import RULES as CLIP
+from llava.formats.format import to_disk
+from llava.formats.gpt_fast import RULES as GPT_FAST
+from llava.formats.llama import RULES as HF_LLAMA
+from llava.formats.llava import RULES as LLAVA_RULES
+from llava.formats.llava_hf import RULES as LLAVA_HF
+from llava.formats.mpt import LANGUAGE as MPT
+from llava.formats.mpt import RULES as LLAVA_MPT
+from llava.formats.native import RULES as NATIVE
 from llava.formats.tokenizer import load_tokenizer
 from llava.model.llava import Llava, shapes
 from llava.preprocess.conversation import Style, Template, Turn, render
@@ -26,6 +32,9 @@ from llava.preprocess.image import Size, choose_canvas, tile_grid, to_views
 from llava.preprocess.inputs import Preprocessor
 from llava.preprocess.templates import TEMPLATES
 from llava.preprocess.tokenizer import Tokenizer
+from llava.tensors import keymap
+from llava.tensors.keymap import Rule
+from llava.tensors.lazy import InMemory, interleave
 from tests import tiny
 
 
@@ -351,12 +360,12 @@ def configs(draw: st.DrawFn) -> LlavaConfig:
 def written(config: LlavaConfig) -> dict[str, tuple[Rule, ...]]:
     """Tables that have a place for a model, by their names."""
     llama_like, depth = config.decoder.kind == "llama", config.projector.depth if config.projector else 2
-    tables = {"native": keymap.NATIVE}
+    tables = {"native": NATIVE}
     if not llama_like:
-        return tables | {"mpt": keymap.LLAVA_MPT}
-    tables |= {"llava": keymap.LLAVA}
+        return tables | {"mpt": LLAVA_MPT}
+    tables |= {"llava": LLAVA_RULES}
     if depth == 2:
-        tables |= {"llava-hf": keymap.LLAVA_HF}
+        tables |= {"llava-hf": LLAVA_HF}
     return tables
 
 
@@ -365,10 +374,10 @@ def assert_there_and_back(names: Sequence[str], table: tuple[Rule, ...]) -> None
     every = [name for parts in disk.values() for name in parts]
     assert len(set(every)) == len(every)
     for order in (every, every[::-1]):
-        assert keymap.plan(order, table) == (keymap.plan(every, table).sources, (), ())
-    assert keymap.plan(every, table).sources == disk
+        assert keymap.plan(order, table) == (keymap.plan(every, table).tensors, (), ())
+    assert keymap.plan(every, table).tensors == disk
     for ours, parts in disk.items():
-        assert [keymap.place(part, table) for part in parts] == [(ours, i, len(parts)) for i in range(len(parts))]
+        assert [keymap.target_of(part, table) for part in parts] == [(ours, i, len(parts)) for i in range(len(parts))]
 
 
 @tried(25)
@@ -379,11 +388,11 @@ def test_names_there_and_back_are_the_same(config: LlavaConfig) -> None:
         assert_there_and_back(names, table)
     decoder = [name for name in names if name.startswith("decoder.")]
     if config.decoder.kind == "llama":
-        assert_there_and_back(decoder, keymap.HF_LLAMA)
-        assert_there_and_back(decoder, gptfast.GPT_FAST)
+        assert_there_and_back(decoder, HF_LLAMA)
+        assert_there_and_back(decoder, GPT_FAST)
     else:
-        assert_there_and_back(decoder, keymap.MPT)
-    assert_there_and_back([name for name in names if name.startswith("vision.")], keymap.CLIP)
+        assert_there_and_back(decoder, MPT)
+    assert_there_and_back([name for name in names if name.startswith("vision.")], CLIP)
 
 
 @tried(20)
@@ -393,9 +402,11 @@ def test_what_is_taken_apart_is_put_together_again(config: LlavaConfig) -> None:
         for ours, shape in shapes(config).items():
             tensor = torch.arange(math.prod(shape)).reshape(shape)
             names = keymap.disk_names(ours, table)
-            heights = llama.part_rows(ours, shape[0], len(names), config)
-            disk = dict(zip(names, tensor.split(heights), strict=True))
-            assert torch.equal(keymap.rename(disk, table)[ours], tensor)
+            (*outputs,) = to_disk({ours: InMemory(tensor=tensor, origin=ours)}, config, table)
+            assert [out.name for out in outputs] == names
+            disk = {out.name: torch.cat(list(out.chunks())) for out in outputs}
+            parts = keymap.plan(disk, table).tensors[ours]
+            assert torch.equal(torch.cat([disk[part] for part in parts]), tensor)
 
 
 @tried(40)
@@ -403,4 +414,4 @@ def test_what_is_taken_apart_is_put_together_again(config: LlavaConfig) -> None:
 def test_gpt_fasts_rows_are_neighbouring_pairs_of_the_same_rows(heads: int, half: int) -> None:
     rows = torch.arange(heads * 2 * half)[:, None]
     wanted = [head * 2 * half + i + side * half for head in range(heads) for i in range(half) for side in (0, 1)]
-    assert gptfast.interleaved(rows, 2 * half)[:, 0].tolist() == wanted
+    assert interleave(rows, 2 * half)[:, 0].tolist() == wanted

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 import llava.train.loss
 import llava.train.start
 from llava.checkpoint.open import open_checkpoint
-from llava.convert.original import named
 from llava.errors import CheckpointError, ConfigError, LlavaError
+from llava.formats.llava import from_memory
 from llava.model.decoder import Decoder
 from llava.preprocess.inputs import ModelInput
 from llava.train.batch import collate
@@ -240,7 +240,7 @@ def test_losses_and_gradients_equal_the_original(
     total, grads = gradients(net, batch)
     assert total.item() / len(batch.target_positions) == pytest.approx(record["batch_loss"], abs=2e-5)
     means = {name.removeprefix("model."): grad / len(batch.target_positions) for name, grad in grads.items()}
-    ours = {item.name: torch.cat(list(item.parts())) for item in named(means, net.model.config)}
+    ours = {item.name: torch.cat(list(item.chunks())) for item in from_memory(means, net.model.config)}
     norms = {name: grad.double().norm().item() for name, grad in ours.items()}
     assert norms == pytest.approx(record["grad_norms"], rel=1e-5, abs=1e-9)
     for name, grad in projector.items():
@@ -408,7 +408,7 @@ def test_an_export_has_the_trained_weights_in_the_dtype_of_its_model(assets: Ass
     half = tiny.write_llava(tmp_path / "half", clip=assets.clip)  # float16
     for model, dtype in ((assets.llava, torch.float32), (half, torch.float16)):
         asked = recipe(assets, tmp_path / str(dtype), model=str(model), compute_dtype="bfloat16", max_steps=3)
-        written = open_checkpoint(train(asked, device="cpu")).sources
+        written = open_checkpoint(train(asked, device="cpu")).tensors
         net, _ = net_and_dataset(asked)
         restore(asked, net)
         for name, p in net.model.named_parameters():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import llava
 from llava.checkpoint.open import open_checkpoint
+from llava.config import LoadOptions
 from llava.errors import ConfigError
 from llava.quantize.nf4 import BLOCK, LEVELS, NF4Linear, pack, unpack
 from llava.train.loop import train
@@ -289,10 +290,10 @@ def test_qlora_stays_close_to_lora_and_opens_on_its_base(assets: Assets, tmp_pat
     net, _ = net_and_dataset(asked)
     kinds = {type(layer.base) for _, layer in lora_layers(net.model.decoder)}
     assert kinds == {NF4Linear}
-    opened = open_checkpoint(model, base=assets.llava)
+    opened = open_checkpoint(model, LoadOptions(base=assets.llava))
     start = open_checkpoint(assets.llava)
-    moved = {n for n, source in opened.sources.items() if not torch.equal(source.read(), start.sources[n].read())}
-    assert moved == {n for n in start.sources if n.startswith(("projector", "decoder.blocks")) and "norm" not in n}
+    moved = {n for n, source in opened.tensors.items() if not torch.equal(source.read(), start.tensors[n].read())}
+    assert moved == {n for n in start.tensors if n.startswith(("projector", "decoder.blocks")) and "norm" not in n}
 
 
 def test_a_4_bit_base_equals_its_rounded_weights(assets: Assets, tmp_path: Path) -> None:

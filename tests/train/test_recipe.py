@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 import llava
-from llava.checkpoint.open import Checkpoint, open_checkpoint
+from llava.checkpoint.open import open_checkpoint
 from llava.cli import main
+from llava.config import LoadOptions
 from llava.errors import ConfigError, LlavaError
+from llava.formats.format import Checkpoint
 from llava.model.llava import Llava
 from llava.train import loop
 from llava.train.plan import make_plan
@@ -293,7 +295,9 @@ def test_the_export_opens_in_the_format_of_the_zoo(workspace: Workspace, name: s
     recipe = run.recipe
     kind = "projector" if name.endswith("pretrain") else "lora" if "lora" in name else "merged"
     base = None if kind == "merged" else recipe.model
-    assert open_checkpoint(run.folder, base=base).kind == ("mpt" if kind == "merged" and "mpt" in name else kind)
+    assert open_checkpoint(run.folder, LoadOptions(base=base)).format == (
+        "mpt" if kind == "merged" and "mpt" in name else kind
+    )
     assistant = llava.load(run.folder, base=base, dtype="float32", device="cpu")
     config = assistant.config
     assert config.image is not None
@@ -331,7 +335,7 @@ def is_4_bit(run: Trained, weight: str) -> bool:
 def test_the_matrices_under_adapters_equal_the_base_bit_for_bit(workspace: Workspace) -> None:
     run = workspace.trained("llava-v1.5/finetune-lora")
     frozen = {name for name in run.before if name.startswith("decoder.") and ".adapters." not in name}
-    base = dict(open_checkpoint(workspace.llama).tensors())
+    base = dict(open_checkpoint(workspace.llama).read_tensors())
     assert len(frozen) == len(base)
     for name in frozen:
         assert torch.equal(run.after[name], base[name.replace(".base.", ".")].float()), name
@@ -345,7 +349,8 @@ def test_the_command_gives_the_same_result(workspace: Workspace) -> None:
     )
     assert "runs/command/model" in done.stdout
     both = [
-        dict(open_checkpoint(folder, base=workspace.llama).tensors()) for folder in (run.folder, "runs/command/model")
+        dict(open_checkpoint(folder, LoadOptions(base=workspace.llama)).read_tensors())
+        for folder in (run.folder, "runs/command/model")
     ]
     assert both[0].keys() == both[1].keys()
     for name, tensor in both[0].items():

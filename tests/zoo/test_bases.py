@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from llava.checkpoint.open import open_checkpoint
-from llava.checkpoint.traits import recorded_name
-from llava.convert.native import convert
+from llava.config import LoadOptions
+from llava.convert.convert import convert
+from llava.formats.base_model import comparable_name
 from tests import tiny
 from tests.checkpoints import assert_same, opened, refused, tensors_of
 from tests.command import assert_one_line_error, run, run_well
@@ -86,7 +87,7 @@ def test_a_delta_is_not_put_on_vicuna_or_llama_2(delta: Path, tmp_path: Path, ev
     message = refused(delta, base=base)
     assert evidence in message
     assert "huggyllama/llama-7b" in message
-    assert open_checkpoint(delta, base=base, lenient=True).kind == "delta"
+    assert open_checkpoint(delta, LoadOptions(base=base, force=True)).format == "delta"
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert evidence in caplog.text
 
@@ -98,7 +99,7 @@ def test_a_delta_is_put_on_the_raw_llama_whatever_its_folder_is_called(
     delta: Path, tmp_path: Path, config: Any
 ) -> None:
     base = tiny.write_llama(tmp_path / "vicuna-7b-v1.5", seed=7, **tiny.LLAMA_1 | config)
-    assert open_checkpoint(delta, base=base).kind == "delta"
+    assert open_checkpoint(delta, LoadOptions(base=base)).format == "delta"
 
 
 def test_a_delta_is_not_put_on_a_llava(delta: Path, checkpoint: Path) -> None:
@@ -121,7 +122,9 @@ def test_a_base_of_another_recorded_name_is_warned_of_in_one_line(
     name = "lmsys/vicuna-13b-v1.3"
     write: Any = {"lora": tiny.write_lora, "projector": tiny.write_projector}[kind]
     folder = write(tmp_path / "x", clip=clip, **({"base": name} if kind == "lora" else {"_name_or_path": name}))
-    open_checkpoint(folder, base=tiny.write_llama(tmp_path / "vicuna-13b-v1.3", _name_or_path="lmsys/vicuna-13b-v1.5"))
+    open_checkpoint(
+        folder, LoadOptions(base=tiny.write_llama(tmp_path / "vicuna-13b-v1.3", _name_or_path="lmsys/vicuna-13b-v1.5"))
+    )
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     for text in ("lmsys/vicuna-13b-v1.3", "lmsys/vicuna-13b-v1.5", "_name_or_path"):
@@ -141,13 +144,13 @@ def test_a_base_of_another_recorded_name_is_warned_of_in_one_line(
 def test_a_base_of_the_same_name_in_other_letters_is_not_warned_of(
     lora: Path, tmp_path: Path, own: Any, caplog: Any
 ) -> None:
-    open_checkpoint(lora, base=tiny.write_llama(tmp_path / "other", _name_or_path=own))
+    open_checkpoint(lora, LoadOptions(base=tiny.write_llama(tmp_path / "other", _name_or_path=own)))
     assert not caplog.records
 
 
 def test_names_compare_by_their_last_part() -> None:
-    assert recorded_name("meta-llama/Llama-2-7b-chat-hf") == recorded_name("llama_2_7B_chat")
-    assert recorded_name("lmsys/vicuna-13b-v1.3") != recorded_name("lmsys/vicuna-13b-v1.5")
+    assert comparable_name("meta-llama/Llama-2-7b-chat-hf") == comparable_name("llama_2_7B_chat")
+    assert comparable_name("lmsys/vicuna-13b-v1.3") != comparable_name("lmsys/vicuna-13b-v1.5")
 
 
 def test_a_base_that_can_not_fit_is_refused(lora: Path, delta: Path, clip: Path, tmp_path: Path) -> None:
@@ -161,9 +164,9 @@ def test_a_base_that_can_not_fit_is_refused(lora: Path, delta: Path, clip: Path,
 
 
 def test_a_reexport_for_transformers_is_no_base(lora: Path, checkpoint: Path, tmp_path: Path) -> None:
-    convert(checkpoint, tmp_path / "hf", to="hf", check=False)
+    convert(checkpoint, tmp_path / "hf", to="llava-hf", check=False)
     assert "llava convert" in refused(lora, base=tmp_path / "hf")
 
 
 def test_a_merged_llava_is_a_base_of_a_lora(lora: Path, checkpoint: Path) -> None:
-    assert open_checkpoint(lora, base=checkpoint).kind == "lora"
+    assert open_checkpoint(lora, LoadOptions(base=checkpoint)).format == "lora"

@@ -5,13 +5,15 @@ from typing import Any
 
 import pytest
 
-from llava.checkpoint import zoo
-from llava.checkpoint.identify import identify
-from llava.checkpoint.open import check_headers, look, open_checkpoint
+from llava.checkpoint.detect import detect, read_files
+from llava.checkpoint.open import check_headers, open_checkpoint
+from llava.config import LoadOptions
 from llava.errors import CheckpointError
+from llava.zoo import catalogue as zoo
+from llava.zoo.match import Matches, match
 from tests import rows, tiny
 
-ROWS = {entry["id"]: entry for entry in zoo.entries()}
+ROWS = {entry["id"]: entry for entry in zoo.headers()}
 FOLDERS = [id for id, entry in ROWS.items() if not rows.bare(entry)]
 NEEDY = [id for id in FOLDERS if ROWS[id]["format"] in ("delta", "lora", "projector")]
 
@@ -28,11 +30,16 @@ def written(folder: Path, entry: Any, clip: Path) -> tuple[Path, Path | None]:
     return folder / "nonsense", rows.write_base(folder / "mpt-lora", entry) if needs_base else None
 
 
+def match_files(folder: Path) -> Matches:
+    files = read_files(folder)
+    return match(files, detect(files))
+
+
 @pytest.mark.parametrize("id", FOLDERS)
 def test_a_row_opens_under_any_name_as_the_zoo_says(id: str, clip: Path, tmp_path: Path, caplog: Any) -> None:
     entry = ROWS[id]
     folder, base = written(tmp_path, entry, clip)
-    found = open_checkpoint(folder, base=base)
+    found = open_checkpoint(folder, LoadOptions(base=base))
     check_headers(found)
     config, tokenizer, start = found.config, found.tokenizer, zoo.origin(entry)
     assert config.template == template(entry)
@@ -62,7 +69,7 @@ def test_a_row_that_is_a_lone_file_opens_under_any_name(id: str, clip: Path, tmp
     )
     file = (folder / "mm_projector.bin").rename(tmp_path / "mpt-lora.bin")
     base = rows.write_base(tmp_path / "delta", entry)
-    found = open_checkpoint(file, base=base, vision_tower=clip)
+    found = open_checkpoint(file, LoadOptions(base=base, vision_tower=clip))
     check_headers(found)
     assert found.config.template == template(entry)
     assert found.config.start_end == rows.marks(entry)
@@ -83,9 +90,9 @@ def test_a_row_without_its_base_names_it_with_the_command(id: str, clip: Path, t
 
 def test_at_full_size_every_row_is_recognised_from_its_headers(tmp_path: Path) -> None:
     for i, (id, entry) in enumerate(ROWS.items()):
-        found = identify(look(rows.write_headers(tmp_path / f"folder-{i}", entry)))
-        names = [match.entry["id"] for match in found.candidates]
-        assert id in names, (id, [match.differs for match in found.nearest])
+        found = match_files(rows.write_headers(tmp_path / f"folder-{i}", entry))
+        names = [one.entry["id"] for one in found.candidates]
+        assert id in names, (id, [one.differs for one in found.nearest])
         if not rows.bare(entry):  # the tensors of a single file fit several rows
             assert names == [id]
 
@@ -95,7 +102,7 @@ def test_the_tokenizer_of_13b_v0_begins_with_its_own_bos_and_never_looks_up_the_
 ) -> None:
     entry = zoo.find("LLaVA-13b-delta-v0")
     folder, base = written(tmp_path, entry, clip)
-    found = open_checkpoint(folder, base=base)
+    found = open_checkpoint(folder, LoadOptions(base=base))
     assert found.tokenizer.bos_id == 2
     assert found.tokenizer.id_of("[PAD]") == found.config.decoder.vocab_size == found.tokenizer.size - 1
     assert found.tokenizer.eos_id == 2  # config.json says 1
@@ -106,9 +113,9 @@ def test_the_tokenizer_of_13b_v0_begins_with_its_own_bos_and_never_looks_up_the_
 def test_a_v0_delta_with_an_upgraded_config_is_still_of_v0(id: str, clip: Path, tmp_path: Path) -> None:
     folder, base = written(tmp_path, zoo.find(id), clip)
     tiny.edit_json(folder / "config.json", architectures=["LlavaLlamaForCausalLM"], model_type="llava")
-    assert open_checkpoint(folder, base=base).config.template == "llava_v0"
+    assert open_checkpoint(folder, LoadOptions(base=base)).config.template == "llava_v0"
     tiny.edit_json(folder / "config.json", _name_or_path=tiny.ABSENT)
-    assert open_checkpoint(folder, base=base).config.template == "llava_v0"
+    assert open_checkpoint(folder, LoadOptions(base=base)).config.template == "llava_v0"
 
 
 def test_the_science_qa_row_opens_with_the_tower_inside_or_not(clip: Path, tmp_path: Path) -> None:

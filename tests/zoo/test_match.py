@@ -5,11 +5,11 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from llava.checkpoint import zoo
-from llava.checkpoint.identify import identify
+from llava.checkpoint.detect import detect, read_files
 from llava.checkpoint.inspect import describe
-from llava.checkpoint.open import look
 from llava.cli import app
+from llava.zoo import catalogue as zoo
+from llava.zoo.match import Matches, match
 from tests import rows, tiny
 from tests.command import run_well
 
@@ -23,20 +23,25 @@ def said(*args: object) -> str:
     return done.stdout
 
 
+def match_files(folder: Path) -> Matches:
+    files = read_files(folder)
+    return match(files, detect(files))
+
+
 def test_check_tells_the_row_with_its_evidence_whatever_the_folder_is_called(tmp_path: Path) -> None:
     folder = rows.write_headers(tmp_path / "llava-v1.6-34b", zoo.find("llava-v1.5-7b"))
     text = said("zoo", "check", folder)
     assert "liuhaotian/llava-v1.5-7b\n" in text
     assert "tensors: width 4096" in text
     found = json.loads(run_well("zoo", "check", folder, "--json").stdout)
-    assert [match["id"] for match in found["candidates"]] == ["liuhaotian/llava-v1.5-7b"]
+    assert [match["id"] for one in found["candidates"]] == ["liuhaotian/llava-v1.5-7b"]
     assert found["evidence"]["projector"]["value"] == "mlp2x_gelu"
 
 
 def test_check_lists_all_rows_that_files_do_not_tell_apart(tmp_path: Path) -> None:
     folder = rows.write_headers(tmp_path / "x", zoo.find("llava-pretrain-vicuna-7b-v1.3"))
     tiny.edit_json(folder / "config.json", _name_or_path=tiny.ABSENT)
-    names = {match.entry["id"] for match in identify(look(folder)).candidates}
+    names = {one.entry["id"] for one in match_files(folder).candidates}
     assert {"liuhaotian/llava-pretrain-vicuna-7b-v1.3", "liuhaotian/llava-pretrain-llama-2-7b-chat"} <= names
 
 
@@ -56,4 +61,4 @@ def test_inspect_tells_the_base_models_licence(tmp_path: Path) -> None:
 def test_an_mpt_without_model_type_is_looked_at_too(clip: Path, tmp_path: Path) -> None:
     folder = tiny.write_mpt(tmp_path / "mpt", clip=clip)
     tiny.edit_json(folder / "config.json", model_type=tiny.ABSENT)
-    assert identify(look(folder)).traits["architecture"].value == "mpt"
+    assert match_files(folder).fingerprint["architecture"].value == "mpt"
