@@ -68,7 +68,7 @@ class Writer:
 
     def __init__(self, job: Job):
         self.job = job
-        self.glyphs = Glyphs.load(*job.glyphs).first(job.headers)
+        self.glyphs = Glyphs.load(*job.glyphs).first(job.entries)
         self.knowledge = know(self.glyphs)
 
     def sample(self, i: int) -> tuple[dict[str, object], bytes | None]:
@@ -86,7 +86,7 @@ class Writer:
         """A text-only dialogue. For language model training, also scenes described in words."""
         if self.job.kind == "instruct" or ask.rng.random() < 0.3:
             return talk(ask, ask.rng.randint(1, 4))
-        scene = imagine(ask.rng.randrange(TRAINING_SEEDS), self.glyphs.headers)
+        scene = imagine(ask.rng.randrange(TRAINING_SEEDS), self.glyphs.entries)
         turns = dialogue(ask, scene, ask.rng.randint(2, 6))
         first = turns[0]
         told = f"{description(Truth(scene))}\n{first.question}"
@@ -94,7 +94,7 @@ class Writer:
 
 
 def know(glyphs: Glyphs) -> Knowledge:
-    return Knowledge(glyphs.headers, {entry: shade for entry in glyphs.headers if (shade := color_of(glyphs, entry))})
+    return Knowledge(glyphs.entries, {entry: shade for entry in glyphs.entries if (shade := color_of(glyphs, entry))})
 
 
 def brief(ask: Asker, scene: Scene) -> Turn:

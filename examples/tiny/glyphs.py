@@ -68,7 +68,7 @@ class Glyphs:
     """The pictures of one or more packs, each opened on first access."""
 
     def __init__(self, entries: list[Entry], sources: dict[tuple[str, str], Callable[[], bytes]]):
-        self.headers = entries
+        self.entries = entries
         self.styles = list(dict.fromkeys(style for style, _ in sources))
         self._sources = sources
         self._images: dict[tuple[str, str], Image.Image] = {}
@@ -109,13 +109,13 @@ class Glyphs:
     def only(self, styles: Iterable[str]) -> "Glyphs":
         """The same glyphs, restricted to these styles."""
         wanted = set(styles)
-        return Glyphs(self.headers, {key: read for key, read in self._sources.items() if key[0] in wanted})
+        return Glyphs(self.entries, {key: read for key, read in self._sources.items() if key[0] in wanted})
 
     def first(self, n: int | None) -> "Glyphs":
         """n entries, spread evenly over the list; None: all entries."""
-        if n is None or n >= len(self.headers):
+        if n is None or n >= len(self.entries):
             return self
-        kept = [self.headers[i * len(self.headers) // n] for i in range(n)]
+        kept = [self.entries[i * len(self.entries) // n] for i in range(n)]
         codes = {entry.code for entry in kept}
         return Glyphs(kept, {key: read for key, read in self._sources.items() if key[1] in codes})
 
@@ -233,7 +233,7 @@ def write_pack(file: Path, entries: list[Entry], styles: dict[str, Render]) -> d
 
 def write_few(folder: Path, glyphs: Glyphs) -> None:
     """Writes the entries named in FEW as a folder, reduced to 255 colours to be small."""
-    entries = [entry for entry in glyphs.headers if entry.name in FEW]
+    entries = [entry for entry in glyphs.entries if entry.name in FEW]
     for style in glyphs.styles:
         (folder / style).mkdir(parents=True, exist_ok=True)
         for entry in entries:

@@ -32,7 +32,7 @@ class Namer(Writer):
 
 def told(ask: Asker, seed: int) -> dict[str, object]:
     """A caption, either on its own or in place of the picture before the question what it is."""
-    scene = imagine(seed, ask.knowledge.headers)
+    scene = imagine(seed, ask.knowledge.entries)
     scene = replace(scene, objects=scene.objects[:1], words=[])
     caption = brief(ask, scene).answer
     if ask.rng.random() < CAPTIONS_ALONE:

@@ -183,7 +183,7 @@ def main(
     except LlavaError as error:
         typer.echo(f"score: {error}", err=True)
         raise typer.Exit(2) from None
-    names = Names.of_things(entry.name for entry in packs.headers)
+    names = Names.of_things(entry.name for entry in packs.entries)
     scores = tally(asked, replies, names)
     console = Console()
     console.print(table(scores))
@@ -194,7 +194,7 @@ def main(
         )
     if out:
         record = {
-            "model": Path(model).name, "scenes": n, "questions": len(asked), "seed": seed, "things": len(packs.headers),
+            "model": Path(model).name, "scenes": n, "questions": len(asked), "seed": seed, "things": len(packs.entries),
             "seeds of scenes": "2**31 and above", "blind": blind, "scores": scores,
         }  # fmt: skip
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -41,14 +41,14 @@ def _say(question: str, answer: str) -> Turn:
 
 
 def define(ask: Asker) -> Turn:
-    entry = ask.rng.choice(ask.knowledge.headers)
+    entry = ask.rng.choice(ask.knowledge.entries)
     return _say(ask.put("define", a_x=a(entry.name)), what_is(entry))
 
 
 def is_kind(ask: Asker) -> Turn:
     """Is a lion an animal?"""
     for _ in range(50):
-        entry, kind = ask.rng.choice(ask.knowledge.headers), ask.rng.choice(list(KINDS.values()))
+        entry, kind = ask.rng.choice(ask.knowledge.entries), ask.rng.choice(list(KINDS.values()))
         if ask.coin():
             kind = kind_of(entry) or kind
         if (yes := kind.holds(entry)) is not None and (yes or ask.rng.random() < 0.4):
@@ -68,7 +68,7 @@ def _one(kind: Kind) -> str:
 
 def name_three(ask: Asker) -> Turn:
     kind = ask.rng.choice(list(KINDS.values()))
-    members = [entry for entry in ask.knowledge.headers if kind.holds(entry)]
+    members = [entry for entry in ask.knowledge.entries if kind.holds(entry)]
     if len(members) < 3:
         return define(ask)
     several = "foods" if kind.one == "food" else kind.several
@@ -79,8 +79,8 @@ def name_three(ask: Asker) -> Turn:
 def which_of(ask: Asker) -> Turn:
     """Which of a cat, an apple and a drum can you eat?"""
     use: Use = ask.rng.choice([*USES, LIVES_IN_WATER, CAN_FLY])
-    yes = [entry for entry in ask.knowledge.headers if use.holds(entry)]
-    no = [entry for entry in ask.knowledge.headers if use.holds(entry) is False]
+    yes = [entry for entry in ask.knowledge.entries if use.holds(entry)]
+    no = [entry for entry in ask.knowledge.entries if use.holds(entry) is False]
     if not yes or len(no) < 2:
         return define(ask)
     right = ask.rng.choice(yes)
@@ -105,7 +105,7 @@ def count_list(ask: Asker) -> Turn:
 
 
 def _some(ask: Asker, n: int) -> Sequence[Entry]:
-    return ask.rng.sample(list(ask.knowledge.headers), min(n, len(ask.knowledge.headers)))
+    return ask.rng.sample(list(ask.knowledge.entries), min(n, len(ask.knowledge.entries)))
 
 
 def repeat_list(ask: Asker) -> Turn:

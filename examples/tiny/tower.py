@@ -222,7 +222,7 @@ def train(options: Options) -> dict[str, float]:
     with new_folder(options.out, 64_000_000) as folder:
         torch.manual_seed(options.seed)
         torch.set_float32_matmul_precision("high")
-        glyphs = Glyphs.load(options.glyphs).first(options.headers)
+        glyphs = Glyphs.load(options.glyphs).first(options.entries)
         if unknown := set(options.styles) - set(glyphs.styles):
             raise ConfigError(
                 f"{options.glyphs}: has no style {', '.join(unknown)}; available styles: {', '.join(glyphs.styles)}"

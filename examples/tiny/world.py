@@ -193,7 +193,7 @@ def draw(
     rng = random.Random(seed)
     size = size or (rng.randint(120, 256), rng.randint(120, 256))
     n = n_objects or rng.choices((1, 2, 3, 4, 5, 6), (20, 22, 20, 16, 12, 10))[0]
-    entries = list(chosen) if chosen is not None else choose(rng, glyphs.headers, n, pairs)
+    entries = list(chosen) if chosen is not None else choose(rng, glyphs.entries, n, pairs)
     style = rng.choice(list(styles))
     mixed = rng.random() < 0.25
     sprites: list[tuple[Placed, Image.Image]] = []
@@ -312,7 +312,7 @@ def main(
             out / "sheet.png"
         )
         return
-    by_name = {entry.name: entry for entry in pack.headers}
+    by_name = {entry.name: entry for entry in pack.entries}
     for file, (number, style, size, names, words) in EXAMPLES.items():
         scene = draw(number, pack, [style], size=size, chosen=[by_name[name] for name in names], words=words)
         scene.image.save(out / file, optimize=True)

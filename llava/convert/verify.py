@@ -74,7 +74,7 @@ def logits(checkpoint: Checkpoint, n_ids: int, nudge: float = 0.0) -> Tensor:
         (picture,) = model.encode_images(pixels, [1], [None])
         x = torch.cat([picture[:_IMAGE_TOKENS], x])
     x[:, ::2] *= 1 + nudge
-    hidden = model.decoder(x[None], torch.arange(len(x)))[0]
+    hidden = model.decoder(x[None])[0]
     # in chunks: the head of a wide model with a large vocabulary takes 2 GB
     head = checkpoint.tensors["decoder.embed.weight" if checkpoint.config.decoder.tied else "decoder.head.weight"]
     return torch.cat([hidden @ chunk.to(head.dtype).float().T for chunk in head.chunks()], dim=-1)

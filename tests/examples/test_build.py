@@ -71,12 +71,12 @@ def fresh() -> tuple[list[tuple[Scene, Turn]], Names]:
     knowledge, asked = know(glyphs), []
     for i in range(SCENES):
         seed = TRAINING_SEEDS + i
-        entry = glyphs.headers[i % THINGS]  # all equally often, so that a constant answer is correct for one in eight
+        entry = glyphs.entries[i % THINGS]  # all equally often, so that a constant answer is correct for one in eight
         scene = draw(seed, glyphs, glyphs.styles, n_objects=1, chosen=[entry], words=())
         turn = naming(Asker(random.Random(seed), knowledge), Truth(scene))
         assert turn is not None
         asked.append((scene, turn))
-    return asked, Names.of_things(entry.name for entry in glyphs.headers)
+    return asked, Names.of_things(entry.name for entry in glyphs.entries)
 
 
 def share_named(model: Path, *, blind: bool) -> float:

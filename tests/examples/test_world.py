@@ -25,7 +25,7 @@ from llava.errors import ConfigError, ImageError
 FOLDER = Path(__file__).parent / "glyphs"
 GLYPHS = Glyphs.load(FOLDER)
 KNOWLEDGE = dataset.know(GLYPHS)
-BY_NAME = {entry.name: entry for entry in GLYPHS.headers}
+BY_NAME = {entry.name: entry for entry in GLYPHS.entries}
 
 
 def scenes(n: int, **options) -> list[world.Scene]:
@@ -35,13 +35,13 @@ def scenes(n: int, **options) -> list[world.Scene]:
 def everything() -> list[Entry]:
     """All things in the world if Unicode's list is on this machine; otherwise those of the tests."""
     file = Path("/usr/share/unicode/emoji/emoji-test.txt")
-    return read_names(file) if file.is_file() else GLYPHS.headers
+    return read_names(file) if file.is_file() else GLYPHS.entries
 
 
 def turns_of(n: int, which: phrases.Phrasing = "training") -> list[tuple[world.Scene, Turn]]:
     found = []
     for seed in range(n):
-        scene = world.imagine(seed, GLYPHS.headers)
+        scene = world.imagine(seed, GLYPHS.entries)
         found += [(scene, turn) for turn in questions.dialogue(Asker(random.Random(seed), KNOWLEDGE, which), scene, 6)]
     return found
 
@@ -52,9 +52,9 @@ def turns_of(n: int, which: phrases.Phrasing = "training") -> list[tuple[world.S
 def test_committed_glyphs_are_few_small_and_of_both_training_styles() -> None:
     files = [path for path in FOLDER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 300_000
-    assert (len(GLYPHS.headers), GLYPHS.styles) == (24, ["noto", "twemoji"])
-    assert all(GLYPHS.image(entry, style).mode == "RGBA" for entry in GLYPHS.headers for style in GLYPHS.styles)
-    assert max(max(GLYPHS.image(entry, "noto").size) for entry in GLYPHS.headers) == 112
+    assert (len(GLYPHS.entries), GLYPHS.styles) == (24, ["noto", "twemoji"])
+    assert all(GLYPHS.image(entry, style).mode == "RGBA" for entry in GLYPHS.entries for style in GLYPHS.styles)
+    assert max(max(GLYPHS.image(entry, "noto").size) for entry in GLYPHS.entries) == 112
 
 
 def test_names_are_read_from_unicodes_list(tmp_path) -> None:
@@ -149,7 +149,7 @@ def test_pairs_that_are_held_back_stand_together_only_when_asked_for() -> None:
         return any(world.held_back(a, b) for a in entries for b in entries)
 
     assert not any(holds(scene) for scene in scenes(200))
-    assert not any(holds(world.imagine(seed, GLYPHS.headers)) for seed in range(200))
+    assert not any(holds(world.imagine(seed, GLYPHS.entries)) for seed in range(200))
     assert (
         sum(holds(scene) for scene in scenes(40, n_objects=4, pairs="held back")) >= 38
     )  # a crowded scene may drop a thing
@@ -160,7 +160,7 @@ def test_pairs_that_are_held_back_stand_together_only_when_asked_for() -> None:
 
 def test_another_hand_keeps_the_shape() -> None:
     rng = random.Random(0)
-    for entry in GLYPHS.headers:
+    for entry in GLYPHS.entries:
         glyph = GLYPHS.image(entry, "noto")
         for _ in range(5):
             other = stylise(rng, glyph)

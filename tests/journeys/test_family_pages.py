@@ -23,8 +23,8 @@ from tests import rows, tiny
 from tests.conftest import PROJECT
 
 PAGES = sorted((PROJECT / "docs" / "families").glob("*.md"))
-ROWS = {entry["id"]: entry for entry in zoo.headers()}
-BASES = {id: entry for entry in zoo.headers() if (id := zoo.base_id(entry))}
+ROWS = {entry["id"]: entry for entry in zoo.entries()}
+BASES = {id: entry for entry in zoo.entries() if (id := zoo.base_id(entry))}
 META = "llama-7b-from-meta"  # the only folder on the pages without a hub id
 QUESTION = "What is unusual here?"
 # formats as `llava inspect` prints them, and those that commands write

@@ -15,21 +15,21 @@ LORA = "llava-v1-0719-336px-lora-vicuna-13b-v1.3"
 
 def test_the_catalogue_is_the_reference_cell_by_cell(shared: Path) -> None:
     reference = json.loads((shared / "reference" / "zoo.json").read_text())
-    assert zoo.headers() == reference["entries"] + reference["extra_entries"]
+    assert zoo.entries() == reference["entries"] + reference["extra_entries"]
 
 
 def test_the_tables_hold_every_row_once_with_all_its_cells() -> None:
-    shown = {line[0]: dict(zip(table.columns, line[1:], strict=True)) for table in zoo.tables(zoo.headers())
+    shown = {line[0]: dict(zip(table.columns, line[1:], strict=True)) for table in zoo.tables(zoo.entries())
              for line in table.lines}  # fmt: skip
-    assert sorted(shown) == sorted(entry["id"] for entry in zoo.headers())
-    for entry in zoo.headers():
+    assert sorted(shown) == sorted(entry["id"] for entry in zoo.entries())
+    for entry in zoo.entries():
         for row in entry.get("source_rows", []):
             assert {name: str(cell) for name, cell in row["cells"].items()} == shown[entry["id"]]
 
 
 def test_zoo_prints_the_tables_and_with_json_the_entries() -> None:
     text, listed = run_well("zoo").stdout, json.loads(run_well("zoo", "--json").stdout)
-    assert listed == zoo.headers()
+    assert listed == zoo.entries()
     assert all(next(iter(entry)) == "id" for entry in listed)
     for entry in listed:
         assert f"{entry['id']} " in text
@@ -50,7 +50,7 @@ def test_zoo_prints_the_tables_and_with_json_the_entries() -> None:
 )
 def test_a_filter_keeps_the_rows_whose_cell_holds_the_text(options: Any, key: str, text: str, n: int) -> None:
     kept = zoo.select(**options)
-    assert kept == [entry for entry in zoo.headers() if text in str(entry.get(key) or "").lower()]
+    assert kept == [entry for entry in zoo.entries() if text in str(entry.get(key) or "").lower()]
     assert len(kept) == n
 
 
@@ -60,7 +60,7 @@ def test_filters_narrow_each_other_down_and_an_empty_list_is_one() -> None:
     assert json.loads(run_well("zoo", "--format", "gguf", "--json").stdout) == []
 
 
-@pytest.mark.parametrize("id", [entry["id"] for entry in zoo.headers()])
+@pytest.mark.parametrize("id", [entry["id"] for entry in zoo.entries()])
 def test_an_entry_tells_how_to_fetch_and_run_it(id: str) -> None:
     entry = zoo.find(id)
     lines = [line for _, line in zoo.commands(entry)]

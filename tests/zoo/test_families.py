@@ -13,7 +13,7 @@ from llava.zoo import catalogue as zoo
 from llava.zoo.match import Matches, match
 from tests import rows, tiny
 
-ROWS = {entry["id"]: entry for entry in zoo.headers()}
+ROWS = {entry["id"]: entry for entry in zoo.entries()}
 FOLDERS = [id for id, entry in ROWS.items() if not rows.bare(entry)]
 NEEDY = [id for id in FOLDERS if ROWS[id]["format"] in ("delta", "lora", "projector")]
 
