@@ -189,9 +189,9 @@ def test_what_is_no_adapter_is_refused_in_one_line(folders: dict[str, Path], cli
     with pytest.raises(ConfigError, match="available: none; load with"):
         llava.load(folders["base"], **FLOAT32).adapter("cats")
     delta = tiny.write_delta(folders["base"].parent / "delta", clip=clip)
-    with pytest.raises(ConfigError, match="only lora or projector can"):
+    with pytest.raises(ConfigError, match="expected lora or projector"):
         llava.load(folders["base"], adapters={"delta": delta}, **FLOAT32)
-    with pytest.raises(ConfigError, match="only lora or projector can"):
+    with pytest.raises(ConfigError, match="expected lora or projector"):
         llava.load(folders["llava"], merge=False, **FLOAT32)
     with pytest.raises(llava.CheckpointError, match="needs its base"):
         llava.load(folders["cats"], merge=False, **FLOAT32)

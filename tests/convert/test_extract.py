@@ -42,7 +42,7 @@ def test_a_tower_of_unpublished_sizes_goes_along(raw: Path, clip: Path, tmp_path
 
 
 def test_of_a_model_without_eyes_no_projector_is_taken(raw: Path, tmp_path: Path) -> None:
-    assert_one_line_error(run("extract-projector", raw, tmp_path / "p"), "has no projector")
+    assert_one_line_error(run("extract-projector", raw, tmp_path / "p"), "and no projector")
     assert not (tmp_path / "p").exists()
 
 

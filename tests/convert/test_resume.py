@@ -23,9 +23,10 @@ from tests.merged import DOOR, assert_same, originals, stored
 SLOW = """
 import sys, time
 from pathlib import Path
-from llava.convert.merge import apply_delta
+from llava.convert.merge import MergeOptions, apply_delta
 base, target, delta = map(Path, sys.argv[1:])
-apply_delta(base, target, delta, max_shard_bytes=30_000, progress=lambda done, total: time.sleep(0.02))
+options = MergeOptions(max_shard_bytes=30_000)
+apply_delta(base, target, delta, options, progress=lambda done, total: time.sleep(0.02))
 """
 
 
@@ -37,7 +38,7 @@ def test_a_killed_run_is_gone_on_with(raw: Path, delta: Path, tmp_path: Path, ho
     while len(list(partial.glob("*.safetensors"))) < 2 and time.monotonic() < end and slow.poll() is None:
         time.sleep(0.01)
     # a second process does not write into the files of the first
-    with pytest.raises(CheckpointError, match="another process is at work"):
+    with pytest.raises(CheckpointError, match="another process is writing"):
         apply_delta(raw, target, delta, MergeOptions(max_shard_bytes=30_000))
     slow.send_signal(how)
     slow.communicate(timeout=60)
@@ -45,7 +46,7 @@ def test_a_killed_run_is_gone_on_with(raw: Path, delta: Path, tmp_path: Path, ho
     left = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.safetensors")}
     assert len(left) >= 2
     # it does not resume with other inputs or options
-    with pytest.raises(CheckpointError, match="beginnings of something else"):
+    with pytest.raises(CheckpointError, match="beginning of another job"):
         apply_delta(raw, target, delta, MergeOptions(max_shard_bytes=40_000))
     done = apply_delta(raw, target, delta, MergeOptions(max_shard_bytes=30_000, verify=True))
     assert done.taken_over >= 2
@@ -97,9 +98,9 @@ def test_a_rerun_on_a_disk_that_has_filled_up_keeps_what_is_done(
     left = interrupted(raw, tmp_path / "t", delta)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-        with pytest.raises(CheckpointError, match="make room"):
+        with pytest.raises(CheckpointError, match="free up space"):
             apply_delta(raw, tmp_path / "t", delta, MergeOptions(max_shard_bytes=30_000))
-        with pytest.raises(CheckpointError, match="make room"):
+        with pytest.raises(CheckpointError, match="free up space"):
             apply_delta(raw, tmp_path / "fresh", delta)
     assert not (tmp_path / "fresh.partial").exists()
     assert apply_delta(raw, tmp_path / "t", delta, MergeOptions(max_shard_bytes=30_000)).taken_over == left
@@ -113,7 +114,7 @@ def test_a_target_that_is_taken_meanwhile_costs_no_work(raw: Path, delta: Path, 
             target.mkdir(exist_ok=True)
             (target / "mine").touch()
 
-    with pytest.raises(CheckpointError, match=r"t\.partial: mend that and give the same command again"):
+    with pytest.raises(CheckpointError, match=r"t\.partial: fix that and run the same command again"):
         apply_delta(raw, target, delta, MergeOptions(max_shard_bytes=30_000), progress=take)
     (target / "mine").unlink()
     done = apply_delta(raw, target, delta, MergeOptions(max_shard_bytes=30_000))
@@ -125,7 +126,7 @@ def test_a_target_that_is_taken_meanwhile_costs_no_work(raw: Path, delta: Path, 
 @pytest.mark.skipif(not Path("/proc").is_mount(), reason="needs a mount point")
 def test_a_target_that_can_not_give_way_is_told_before_the_work(raw: Path, delta: Path) -> None:
     told: list[int] = []
-    with pytest.raises(CheckpointError, match="/proc: is where a disk is mounted"):
+    with pytest.raises(CheckpointError, match="/proc: is a mount point"):
         apply_delta(raw, Path("/proc"), delta, progress=lambda done, total: told.append(done))
     assert not told
 
@@ -138,7 +139,7 @@ def test_a_disk_without_locks_is_warned_of_and_written_to(
 
     monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", no_locks)
     apply_delta(raw, tmp_path / "t", delta)
-    assert "can not be locked" in caplog.text
+    assert "cannot be locked" in caplog.text
     assert_same(tmp_path / "t", originals(raw, delta))
 
 
@@ -156,14 +157,14 @@ def test_shards_of_a_forced_run_are_not_taken_over_without_force(raw: Path, clip
 
     with pytest.raises(KeyboardInterrupt):
         apply_delta(raw, tmp_path / "t", delta, MergeOptions(force=True, max_shard_bytes=30_000), progress=stop)
-    with pytest.raises(CheckpointError, match="beginnings of something else"):
+    with pytest.raises(CheckpointError, match="beginning of another job"):
         apply_delta(raw, tmp_path / "t", delta, MergeOptions(max_shard_bytes=30_000))
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_target(raw: Path, delta: Path, tmp_path: Path) -> None:
     limited = ["bash", "-c", 'ulimit -f 200; exec "$@"', "-"]  # KB
     done = run(*DOOR, "--base", raw, "--target", tmp_path / "t", "--delta", delta, command=limited)
-    assert_one_line_error(done, "can not be written", "give the same command again")
+    assert_one_line_error(done, "cannot be written", "run the same command again")
     assert not (tmp_path / "t").exists()
     run_well("--base", raw, "--target", tmp_path / "t", "--delta", delta, command=DOOR)
     assert_same(tmp_path / "t", originals(raw, delta))

@@ -156,7 +156,11 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-WAYS = [(form, to) for form in ("1.5", "1.6") for to in ("native", "hf")] + [("mpt", "native"), ("llama", "native")]
+WAYS = [(form, to) for form in ("1.5", "1.6") for to in ("native", "llava-hf")]
+WAYS += [("mpt", "native"), ("llama", "native")]
+    ("mpt", "native"),
+    ("llama", "native"),
+]
 
 
 @pytest.mark.parametrize(("form", "to"), WAYS)
@@ -168,7 +172,7 @@ def test_there_and_back_gives_the_same_bytes(
     else:
         folder = tiny.write_llama(tmp_path / "llama") if form == "llama" else made(form)
     convert(folder, tmp_path / "there", to=to, verify=True, check=True)
-    convert(tmp_path / "there", tmp_path / "back", to="llama" if form == "llama" else "original", verify=True)
+    convert(tmp_path / "there", tmp_path / "back", to="llama" if form == "llama" else "llava", verify=True)
     before, after = stored(folder), stored(tmp_path / "back")
     assert set(before) <= set(after)
     assert all("vision_tower" in name for name in set(after) - set(before))  # the tower is copied into the checkpoint
@@ -181,7 +185,7 @@ def test_there_and_back_gives_the_same_bytes(
     assert open_checkpoint(folder).config == open_checkpoint(tmp_path / "back").config
 
 
-@pytest.mark.parametrize("to", ["original", "native"])
+@pytest.mark.parametrize("to", ["llava", "native"])
 def test_rows_that_were_added_for_transformers_come_back_too(
     made: Callable[[str], Path], tmp_path: Path, to: str
 ) -> None:
@@ -193,7 +197,7 @@ def test_rows_that_were_added_for_transformers_come_back_too(
         tensors[name][512:] = tiny.tensor(7, name, tensors[name][512:].shape, 0.5)
     save_file(tensors, file, metadata={"format": "pt"})
     convert(tmp_path / "hf", tmp_path / "there", to=to)
-    if to == "original":
+    if to == "llava":
         assert open_checkpoint(tmp_path / "there").config.decoder.vocab_size == 512
     convert(tmp_path / "there", tmp_path / "back", to="llava-hf")
     before, after = stored(tmp_path / "hf"), stored(tmp_path / "back")
@@ -227,20 +231,20 @@ def test_the_report_tells_what_was_renamed_filled_up_and_left_out(
     text = (tmp_path / "hf" / "conversion.md").read_text()
     assert "| `projector.N.weight` | `multi_modal_projector.linear_2.weight` | 1 |" in text
     assert "512 rows before, 576 here" in text
-    assert "`model.layers.N.self_attn.rotary_emb.inv_freq` (2): computed anew" in text
+    assert "`model.layers.N.self_attn.rotary_emb.inv_freq` (2): recomputed" in text
     assert "every tensor has the same bits" in text
     assert "largest difference 0.0e+00" in text
     convert(tmp_path / "hf", tmp_path / "original", to="llava", check=False)
     text = (tmp_path / "original" / "conversion.md").read_text()
     assert "576 rows before, 512 here" in text
-    assert "logits were not compared" in text
+    assert "Logits were not compared" in text
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"mm_projector_type": "linear"}, "its projector has 1 layers"),
-        ({"mm_use_im_start_end": True, "added": ("<im_start>", "<im_end>")}, "sets <im_start> and <im_end>"),
+        ({"mm_use_im_start_end": True, "added": ("<im_start>", "<im_end>")}, "puts <im_start> and <im_end>"),
     ],
 )
 def test_what_the_layout_has_no_place_for_is_refused(

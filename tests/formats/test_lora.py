@@ -213,7 +213,7 @@ def test_the_lora_of_june_2023_brings_a_longer_vocabulary(clip: Path, base: Path
 def test_what_was_added_in_memory_is_written_by_a_conversion(clip: Path, base: Path, tmp_path: Path) -> None:
     longer = {"vocab_size": tiny.PIECES + 3, "mm_use_im_start_end": True, "mm_projector_type": "linear"}
     lora = tiny.write_lora(tmp_path / "lora", clip=clip, rows=True, **longer)
-    for to in ("native", "original"):
+    for to in ("native", "llava"):
         convert(lora, tmp_path / to, LoadOptions(base=base), to=to)
         found = opened(tmp_path / to)
         assert (found.config.start_end, found.tokenizer.id_of("<im_end>")) == (True, tiny.PIECES + 2)
@@ -309,7 +309,7 @@ def test_what_zero_3_left_empty_is_refused_by_name(lora: Path, base: Path) -> No
 
 def test_the_lora_itself_is_no_base_and_other_kinds_are_no_loras(lora: Path, base: Path) -> None:
     message = refused(lora, base=lora)
-    assert "kind lora" in message
+    assert "format lora" in message
     assert "lmsys/vicuna-13b-v1.3" in message
     tiny.edit_json(lora / "adapter_config.json", peft_type="LOHA")
     assert "LOHA" in refused(lora, base=base)

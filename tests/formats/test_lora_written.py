@@ -99,7 +99,7 @@ def test_we_open_a_lora_that_peft_wrote(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lora", "complaint"),
     [
-        ({"decoder.blocks.0.attn.qkv": {"": (torch.ones(4, 64), torch.ones(192, 4))}}, "q, k and v"),
+        ({"decoder.blocks.0.attn.qkv": {"": (torch.ones(4, 64), torch.ones(192, 4))}}, "q, k or v"),
         ({"decoder.blocks.0.attn.out": {"": (torch.ones(3, 64), torch.ones(64, 3))}}, "rank 3"),
     ],
     ids=["no part", "rank"],

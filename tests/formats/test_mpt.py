@@ -148,7 +148,7 @@ def test_what_the_files_say_is_recognised(mpt: Path) -> None:
     assert config.eos_ids == (0, checkpoint.tokenizer.id_of("<|im_end|>"))
     assert checkpoint.tokenizer.bos_id is None
     assert not checkpoint.missing
-    assert {name.split(".")[0] for name in checkpoint.unused} <= CLIPS_OWN
+    assert {name.split(".")[0] for name in checkpoint.unused_names} <= CLIPS_OWN
 
 
 def test_a_plain_mpt_is_a_language_model_without_a_template(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_a_head_saved_beside_the_table_is_left_alone(tmp_path: Path, mpt: Path) 
     index = folder / "pytorch_model.bin.index.json"
     places = json.loads(index.read_text())["weight_map"]
     tiny.edit_json(index, weight_map={**places, "lm_head.weight": name})
-    assert {name.split(".")[0] for name in open_checkpoint(folder).unused} - CLIPS_OWN == {"lm_head"}
+    assert {name.split(".")[0] for name in open_checkpoint(folder).unused_names} - CLIPS_OWN == {"lm_head"}
     check_equal(open_checkpoint(mpt), open_checkpoint(folder))
 
 

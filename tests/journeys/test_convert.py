@@ -66,31 +66,31 @@ def assert_back(source: Path, back: Path, clip: Path) -> None:
         assert torch.equal(found[name].float(), value.to(found[name].dtype).float()), name
 
 
-@pytest.mark.parametrize("by", ["native", "hf", "original"])
+@pytest.mark.parametrize("by", ["native", "llava-hf", "llava"])
 @pytest.mark.parametrize("family", ["v1.5", "v1.6"])
 def test_the_originals_layout_there_and_back(
     command: Command, clip: Path, next_: Path, tmp_path: Path, by: str, family: str
 ) -> None:
     source = next_ if family == "v1.6" else tiny.write_llava(tmp_path / "source", clip=clip)
-    assert_back(source, back_and_forth(command, source, tmp_path, by, "original"), clip)
+    assert_back(source, back_and_forth(command, source, tmp_path, by, "llava"), clip)
 
 
-@pytest.mark.parametrize("by", ["native", "original"])
+@pytest.mark.parametrize("by", ["native", "llava"])
 def test_an_mpt_there_and_back(command: Command, mpt: Path, clip: Path, tmp_path: Path, by: str) -> None:
-    assert_back(mpt, back_and_forth(command, mpt, tmp_path, by, "original"), clip)
+    assert_back(mpt, back_and_forth(command, mpt, tmp_path, by, "llava"), clip)
 
 
-@pytest.mark.parametrize("by", ["native", "original"])
+@pytest.mark.parametrize("by", ["native", "llava"])
 def test_a_v1_with_a_linear_projector_there_and_back(command: Command, clip: Path, tmp_path: Path, by: str) -> None:
     source = tiny.write_llava(tmp_path / "source", clip=clip, added=MARKS, **V11)
-    assert_back(source, back_and_forth(command, source, tmp_path, by, "original"), clip)
+    assert_back(source, back_and_forth(command, source, tmp_path, by, "llava"), clip)
 
 
 def test_grouped_heads_there_and_back(command: Command, clip: Path, tmp_path: Path) -> None:
     heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "rope_theta": 1e6}
     config = tiny.ANYRES | heads | {"architectures": ["LlavaMistralForCausalLM"], "model_type": "llava_mistral"}
     source = tiny.write_llava(tmp_path / "x", layout="safetensors-shards", clip=clip, tower_seed=5, **config)
-    back = back_and_forth(command, source, tmp_path, "hf", "original")
+    back = back_and_forth(command, source, tmp_path, "llava-hf", "llava")
     assert_back(source, back, clip)
     kept = json.loads((back / "config.json").read_text())
     assert {key: kept[key] for key in heads} == heads
@@ -101,12 +101,12 @@ def test_an_export_can_be_moved_and_needs_no_other_folder(command: Command, tmp_
     clip = tiny.write_clip(tmp_path / "clip")
     source = tiny.write_llava(tmp_path / "x", layout="safetensors", clip=clip, tower_seed=5, **tiny.ANYRES)
     expected = opened(source).logits(asked(picture))
-    for to in ("original", "native", "hf"):
+    for to in ("llava", "native", "llava-hf"):
         command("convert", source, tmp_path / "out", "--to", to, "--no-check")
         (tmp_path / "out").rename(tmp_path / f"moved-{to}")
     shutil.rmtree(clip)
     shutil.rmtree(source)
-    for to in ("original", "native", "hf"):
+    for to in ("llava", "native", "llava-hf"):
         found = opened(tmp_path / f"moved-{to}", image_mode="original").logits(asked(picture))
         torch.testing.assert_close(found[:, :PIECES], expected, atol=1e-4, rtol=0)
 
@@ -178,10 +178,10 @@ def as_llava_hf(source: Path, folder: Path, *, new: bool) -> Path:
 
 
 @pytest.mark.parametrize("new", [False, True], ids=["old keys", "new keys"])
-@pytest.mark.parametrize("by", ["original", "native"])
+@pytest.mark.parametrize("by", ["llava", "native"])
 def test_llava_hfs_layout_there_and_back(command: Command, next_: Path, tmp_path: Path, by: str, new: bool) -> None:
     source = as_llava_hf(next_, tmp_path / "hf", new=new)
-    back = stored(back_and_forth(command, source, tmp_path, by, "hf"))
+    back = stored(back_and_forth(command, source, tmp_path, by, "llava-hf"))
     expected = stored(source)
 
     def plain(tensors: Tensors) -> Tensors:
@@ -218,11 +218,11 @@ def test_llava_hf_crops_unless_it_is_told_not_to(command: Command, clip: Path, t
     assert (cropped - by_hand).abs().mean() < (padded - by_hand).abs().mean()
 
 
-@pytest.mark.parametrize("form", ["original", "hf", "llama", "native", "gguf"])
+@pytest.mark.parametrize("form", ["llava", "llava-hf", "llama", "native", "gguf"])
 def test_conversions_leave_nothing_behind_where_they_can_not_be_made(
     command: Command, mpt: Path, next_: Path, tmp_path: Path, form: str
 ) -> None:
-    if form in ("hf", "llama"):
+    if form in ("llava-hf", "llama"):
         said = command("convert", mpt, tmp_path / "out", "--to", form, fails=True)
         refused(said)
         assert list(tmp_path.iterdir()) == []

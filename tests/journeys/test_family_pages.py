@@ -29,7 +29,7 @@ META = "llama-7b-from-meta"  # the only folder on the pages without a hub id
 QUESTION = "What is unusual here?"
 # formats as `llava inspect` prints them, and those that commands write
 KINDS = {"hf-reexport": "llava-hf"}
-WRITTEN = {"native": ("native",), "original": ("merged", "mpt"), "hf": ("llava-hf",), "llama": ("llama",)}
+WRITTEN = {"native": ("native",), "llava": ("llava", "mpt"), "llava-hf": ("llava-hf",), "llama": ("llama",)}
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:

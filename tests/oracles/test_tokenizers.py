@@ -40,7 +40,7 @@ def with_decoder(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("to", ["native", "original", "llama", "hf"])
+@pytest.mark.parametrize("to", ["native", "llava", "llama", "llava-hf"])
 @pytest.mark.parametrize("decoder", [False, True], ids=["plain", "decoder"])
 def test_added_tokens_keep_their_ids(to: str, decoder: bool, clip: Path, tmp_path: Path) -> None:
     tokens = ("[PAD]", "<im_patch>")
@@ -51,14 +51,14 @@ def test_added_tokens_keep_their_ids(to: str, decoder: bool, clip: Path, tmp_pat
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / to)
         assert [theirs.convert_tokens_to_ids(text) for text in tokens] == [512, 513]
         return
-    assert_ids_are_ours(tmp_path / to, (*tokens, "<image>", "<pad>") if to == "hf" else tokens)
-    if to == "hf":
+    assert_ids_are_ours(tmp_path / to, (*tokens, "<image>", "<pad>") if to == "llava-hf" else tokens)
+    if to == "llava-hf":
         settings = json.loads((tmp_path / to / "config.json").read_text())
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / to)
         assert theirs.convert_tokens_to_ids("<image>") == settings["image_token_index"] == 514
 
 
-@pytest.mark.parametrize("back", ["original", "llama"])
+@pytest.mark.parametrize("back", ["llava", "llama"])
 def test_an_end_of_text_that_was_added_survives_llava_hf_and_the_way_back(
     back: str, clip: Path, tmp_path: Path
 ) -> None:
@@ -70,7 +70,7 @@ def test_an_end_of_text_that_was_added_survives_llava_hf_and_the_way_back(
     assert_ids_are_ours(tmp_path / "back", CHATML)
 
 
-@pytest.mark.parametrize("to", ["original", "llama"])
+@pytest.mark.parametrize("to", ["llava", "llama"])
 def test_tokens_that_a_projector_brings_are_seen(to: str, clip: Path, tmp_path: Path) -> None:
     base = with_decoder(tiny.write_llama(tmp_path / "base"))
     tiny.write_projector(tmp_path / "projector", clip=clip, start_end=True, mm_projector_type="linear")
@@ -85,7 +85,7 @@ def test_a_base_in_metas_format_gets_its_start_of_text(to: str, clip: Path, tmp_
     lora = tiny.write_lora(tmp_path / "lora", clip=clip)
     options: dict[str, Any] = {"to": to, "base": base}
     convert(lora, tmp_path / to, LoadOptions(**options))
-    assert_ids_are_ours(tmp_path / to, ("<image>",) if to == "hf" else ())
+    assert_ids_are_ours(tmp_path / to, ("<image>",) if to == "llava-hf" else ())
 
 
 def test_a_lora_merged_on_a_base_in_metas_format_gets_it_too(clip: Path, tmp_path: Path) -> None:

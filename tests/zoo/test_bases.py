@@ -51,8 +51,8 @@ def test_a_base_of_other_sizes_is_refused(lora: Path, clip: Path, tmp_path: Path
 
 
 def test_a_base_that_is_none_is_refused(lora: Path, clip: Path, base: Path, checkpoint: Path) -> None:
-    assert "no language model" in refused(lora, base=lora)
-    assert "no language model" in refused(lora, base=clip)
+    assert "not a language model" in refused(lora, base=lora)
+    assert "not a language model" in refused(lora, base=clip)
     assert "needs no base" in refused(checkpoint, base=base)
     assert "for the base" in refused(lora, base="no/such/folder")
 
@@ -159,7 +159,7 @@ def test_a_base_that_can_not_fit_is_refused(lora: Path, delta: Path, clip: Path,
     assert "n_heads is 8" in refused(lora, base=eight)
     assert "not the base" in refused(lora, base=tiny.write_llama(tmp_path / "2", num_key_value_heads=2))
     assert "vocabulary of 600" in refused(lora, base=tiny.write_llama(tmp_path / "600", vocab_size=600))
-    assert "of kind delta" in refused(lora, base=delta)
+    assert "has format delta" in refused(lora, base=delta)
     assert "of kind lora" in refused(delta, base=lora)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+import llava
 from llava.checkpoint.detect import detect, read_files
 from llava.checkpoint.open import check_headers, open_checkpoint
 from llava.config import LoadOptions
@@ -81,7 +82,7 @@ def test_a_row_that_is_a_lone_file_opens_under_any_name(id: str, clip: Path, tmp
 def test_a_row_without_its_base_names_it_with_the_command(id: str, clip: Path, tmp_path: Path) -> None:
     folder = rows.write_scaled(tmp_path / "nonsense", ROWS[id], clip)
     with pytest.raises(CheckpointError) as error:
-        open_checkpoint(folder)
+        llava.load(folder)
     expected = zoo.base_id(ROWS[id]) or ""
     assert expected in str(error.value)
     assert f"llava ask IMAGE QUESTION --model {folder} --base " in str(error.value)
