@@ -18,16 +18,8 @@ from llava.quantize.nf4 import BLOCK, LEVELS, NF4Linear, pack, unpack
 from llava.train.loop import train
 from llava.train.lora import lora_layers
 from tests import tiny, training
-from tests.train.test_loop import Plain, plain_loop, restore
-from tests.training import LORA, Assets, losses, net_and_dataset, recipe
-
-
-@pytest.fixture(scope="module")
-def assets(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Assets:
-    folder = tmp_path_factory.mktemp("assets")
-    llava = tiny.write_llava(folder / "llava", clip=clip, torch_dtype="float32", layout="safetensors")
-    return training.build_assets(folder, clip, llava)
-
+from tests.train.plain import Plain, plain_loop
+from tests.training import LORA, Assets, losses, net_and_dataset, recipe, restore
 
 # --------------------------------------------------------------------------------------------------------- peft
 
