@@ -53,7 +53,7 @@ class LlavaWithLoss(nn.Module):
         return x.flatten(0, 1).index_copy(0, batch.image_positions, features).view_as(x)
 
     def image_features(self, batch: Batch) -> Tensor:
-        """The features of all images in the batch, [image positions, D]; of a black image if there are none.
+        """The features of all images in the batch, [image positions, D]; of an all-zero image if there are none.
 
         Every rank runs the tower and the projector in every micro-batch. If one skipped them, the others would hang.
         """

@@ -10,11 +10,7 @@ import torch
 
 from llava.train.recipe import Recipe
 from tests import tiny, training
-from tests.training import (
-    Assets,
-    recipe,
-    run,
-)
+from tests.training import Assets, recipe, run
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,7 @@ from torch import Tensor, nn
 from llava.preprocess.inputs import ModelInput
 from llava.train.recipe import Recipe
 from tests import tiny, training
-from tests.training import (
-    Assets,
-    net_and_dataset,
-)
+from tests.training import Assets, net_and_dataset
 
 
 def raw(model: Path) -> dict[str, Tensor]:

@@ -21,17 +21,7 @@ from llava.train.recipe import Recipe
 from tests import tiny, training
 from tests.golden.test_answers import FOLDERS, TOWERS
 from tests.train.plain import Plain, plain_loop, raw
-from tests.training import (
-    Assets,
-    from_parts,
-    gradients,
-    losses,
-    net_and_dataset,
-    recipe,
-    restore,
-    rows,
-    run,
-)
+from tests.training import Assets, from_parts, gradients, losses, net_and_dataset, recipe, restore, rows, run
 
 # ------------------------------------------------------------------------------------ compared with transformers
 

@@ -3,13 +3,7 @@
 from pathlib import Path
 
 from llava.train.optim import build_optimizer
-from tests.training import (
-    Assets,
-    from_parts,
-    gradients,
-    net_and_dataset,
-    recipe,
-)
+from tests.training import Assets, from_parts, gradients, net_and_dataset, recipe
 
 
 def test_weight_decay_applies_to_matrices_newline_and_class_embedding(assets: Assets, tmp_path: Path) -> None:

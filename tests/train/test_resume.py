@@ -17,19 +17,7 @@ from llava.train.loop import train
 from llava.train.recipe import Recipe
 from llava.train.resume import Checkpointer
 from tests import command, training
-from tests.training import (
-    LORA,
-    Assets,
-    at_step,
-    begin,
-    losses,
-    recipe,
-    rows,
-    run,
-    run_in_background,
-    stored,
-    toml,
-)
+from tests.training import LORA, Assets, at_step, begin, losses, recipe, rows, run, run_in_background, stored, toml
 
 STAGES = {
     "stage 1": {"train": ["projector"], "lr": 1e-2},

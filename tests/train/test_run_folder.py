@@ -18,10 +18,7 @@ from llava.train.loop import train
 from llava.train.recipe import Recipe
 from llava.train.run_folder import _lock
 from tests import command
-from tests.training import (
-    Assets,
-    recipe,
-)
+from tests.training import Assets, recipe
 
 
 def test_a_finished_run_is_reported_and_left_unchanged(finished: Recipe, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,13 +12,7 @@ from llava.train.distributed import join_world
 from llava.train.loop import train
 from llava.train.resume import Checkpointer
 from tests import command, training
-from tests.training import (
-    Assets,
-    at_step,
-    recipe,
-    rows,
-    toml,
-)
+from tests.training import Assets, at_step, recipe, rows, toml
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
