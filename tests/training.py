@@ -102,11 +102,7 @@ def recipe(assets: Assets, out: Path, **changes: Any) -> Recipe:
     return recipe_from({**values, **changes}, "test")
 
 
-PRETRAINING: Json = {
-    "template": "vicuna_v1",
-    "train": ["projector"],
-    "lr": 1e-2,
-}  # for the llama and clip of the assets
+PRETRAINING: Json = {"template": "vicuna_v1", "train": ["projector"], "lr": 1e-2}
 LORA: Json = {"lora_rank": 4, "lora_alpha": 8, "projector_lr": 1e-4, "lr": 5e-3}
 
 

@@ -108,7 +108,7 @@ class Recipe:
                 raise ConfigError(f"recipe: {name} is {getattr(self, name)!r}; expected {expected}")
         find_template(self.template)
         if self.lora_rank and "decoder" not in self.train:
-            raise ConfigError('recipe: lora_rank is set, but train does not include "decoder"; add it, or set lora_rank=0')
+            raise ConfigError('recipe: lora_rank is set, but train lacks "decoder"; add it, or set lora_rank=0')
         if self.quantize_base != "none" and not self.lora_rank:
             raise ConfigError("recipe: quantize_base needs lora_rank above 0, because 4-bit weights cannot be trained")
         if "rows" in self.train and not self.start_end:

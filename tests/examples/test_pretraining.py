@@ -257,9 +257,8 @@ def test_ids_in_training_equal_those_of_the_saved_tokenizer(llama: Path) -> None
     for text, ids in zip(texts[:8], language.encode(texts[:8], (llama / "tokenizer.model").read_bytes()), strict=True):
         assert ids.tolist() == [*tokenizer.encode(text.removesuffix("</s>")), 2]
         assert tokenizer.decode(ids.tolist()) == text.removesuffix("</s>")
-    assert (
-        tokenizer.decode(tokenizer.encode("Ünseen 👾")) == "Ünseen 👾"
-    )  # characters without a piece are encoded as bytes
+    # characters without a piece are encoded as bytes
+    assert tokenizer.decode(tokenizer.encode("Ünseen 👾")) == "Ünseen 👾"
 
 
 def test_llava_and_transformers_read_the_language_model_alike(llama: Path) -> None:

@@ -125,10 +125,11 @@ def test_scenes_vary() -> None:
     assert {len(scene.words) for scene in drawn} == {0, 1, 2}
     assert {"plain", "gradient", *TEXTURES} == {scene.background.kind for scene in drawn}
     assert {scene.background.color for scene in drawn} == {*COLORS, None}
+    # with and without repeated things
     assert {len(Truth(scene).counts) == len(scene.objects) for scene in drawn} == {
         True,
         False,
-    }  # with and without repeated things
+    }
     sizes = np.array([scene.size for scene in drawn])
     assert (sizes.min(), sizes.max()) >= (120, 240)
     assert sizes.max() <= 256
@@ -150,9 +151,8 @@ def test_held_back_pairs_occur_together_only_on_request() -> None:
 
     assert not any(holds(scene) for scene in scenes(200))
     assert not any(holds(world.imagine(seed, GLYPHS.entries)) for seed in range(200))
-    assert (
-        sum(holds(scene) for scene in scenes(40, n_objects=4, pairs="held back")) >= 38
-    )  # a crowded scene may drop a thing
+    # a crowded scene may drop a thing
+    assert sum(holds(scene) for scene in scenes(40, n_objects=4, pairs="held back")) >= 38
     every = everything()
     share = np.mean([world.held_back(a, b) for a in every[:60] for b in every if a != b])
     assert 0.05 < share < 0.15

@@ -231,9 +231,8 @@ def test_every_value_is_rounded_to_the_nearest_level_of_its_block() -> None:
     scales = blocks.abs().amax(1, keepdim=True)
     nearest = (blocks[..., None] - torch.tensor(LEVELS) * scales[..., None]).abs().amin(-1)
     torch.testing.assert_close((wide.view(-1, BLOCK) - blocks).abs(), nearest, rtol=0, atol=1e-6)
-    assert bool(
-        ((wide.view(-1, BLOCK) - blocks).abs() <= 0.1520 * scales + 1e-6).all()
-    )  # half the largest gap between levels
+    # half the largest gap between levels
+    assert bool(((wide.view(-1, BLOCK) - blocks).abs() <= 0.1520 * scales + 1e-6).all())
     assert not wide[5, :64].any()
     assert not wide.isnan().any()
 
