@@ -15,15 +15,20 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
 
 from llava.checkpoint.open import open_checkpoint
 from llava.config import LoadOptions
 from llava.errors import LlavaError
 from llava.preprocess.inputs import ModelInput
 from llava.train.batch import Batch, BatchDataset
+from llava.train.distributed import join_world
 from llava.train.loop import train
 from llava.train.loss import LlavaWithLoss
+from llava.train.optim import build_optimizer
 from llava.train.recipe import Recipe, recipe_from, to_dict
+from llava.train.resume import Checkpointer
 from llava.train.start import fill, row_ids, start, trainable
 from tests import tiny
 
@@ -98,11 +103,7 @@ def recipe(assets: Assets, out: Path, **changes: Any) -> Recipe:
     return recipe_from({**values, **changes}, "test")
 
 
-PRETRAINING: Json = {
-    "template": "vicuna_v1",
-    "train": ["projector"],
-    "lr": 1e-2,
-}  # for the llama and clip of the assets
+PRETRAINING: Json = {"template": "vicuna_v1", "train": ["projector"], "lr": 1e-2}
 LORA: Json = {"lora_rank": 4, "lora_alpha": 8, "projector_lr": 1e-4, "lr": 5e-3}
 
 
@@ -226,3 +227,38 @@ def _run(values: Json, rank: int, ranks: int, port: int, output: Path) -> None:
             except LlavaError as error:
                 stream.write(f"rank {rank}: {error}\n")
                 os._exit(2)
+
+
+def run(recipe: Recipe) -> list[float]:
+    """Trains in this process and returns the losses."""
+    train(recipe, device="cpu")
+    return losses(Path(recipe.output_dir))
+
+
+def stored(model: Path) -> dict[str, Tensor]:
+    """All tensors in all files of a model."""
+    found = {}
+    for file in sorted([*model.glob("*.safetensors"), *model.glob("*.bin")]):
+        tensors = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+        found |= {f"{file.name}: {name}": tensor for name, tensor in tensors.items()}
+    return found
+
+
+def restore(recipe: Recipe, net: LlavaWithLoss) -> None:
+    """Loads the last checkpoint of a run into `net`."""
+    with join_world("cpu") as world:
+        checkpointer = Checkpointer(Path(recipe.output_dir) / "checkpoints", recipe.keep_last, world)
+        latest = checkpointer.latest()
+        assert latest is not None
+        checkpointer.load(latest, net, build_optimizer(net, recipe))
+
+
+def toml(file: Path, recipe: Recipe) -> Path:
+    """Writes a recipe to its file."""
+    values = {key: value for key, value in to_dict(recipe).items() if value not in (None, ())}
+    file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
+    return file
+
+
+def at_step(out: Path, step: int) -> Any:
+    return lambda: (out / "log.jsonl").is_file() and (out / "log.jsonl").read_text().count("\n") >= step

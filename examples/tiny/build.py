@@ -152,9 +152,8 @@ class Build:
         while not (self.work / name).is_dir():
             if not going:
                 raise SystemExit(f"build: {self.work / name} was not drawn")
-            going = (
-                self.drawing is not None and self.drawing.is_alive()
-            )  # checked once more, because the thread may just have finished it
+            # checked once more, because the thread may just have finished it
+            going = self.drawing is not None and self.drawing.is_alive()
             time.sleep(0.2)
         return self.work / name / "data.json"
 

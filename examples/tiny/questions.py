@@ -483,7 +483,7 @@ NAMES, CHANCES = list(MAKERS), [chance for _, chance in MAKERS.values()]
 
 
 def dialogue(ask: Asker, scene: Scene, n_turns: int) -> list[Turn]:
-    """Up to `n` different questions about a scene."""
+    """Up to `n_turns` different questions about a scene."""
     truth = Truth(scene)
     turns: dict[str, Turn] = {}
     for _ in range(8 * n_turns):

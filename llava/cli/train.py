@@ -22,7 +22,7 @@ def train(
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a recipe key; repeatable")
     ] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="show what the run would need and exit")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="show what the run would need, and exit")] = False,
     ranks: Annotated[
         int, typer.Option("--ranks", min=1, envvar="WORLD_SIZE", help="number of GPUs that --plan assumes")
     ] = 1,

@@ -42,9 +42,8 @@ def open_logs(run: Path, names: Sequence[str], config: Mapping[str, Any], resume
         raise ConfigError(f"logs: unknown tracker {unknown[0]!r}; expected any of {', '.join(TRACKERS)}")
     with explain_write_errors(run):
         run.mkdir(parents=True, exist_ok=True)
-    trackers = [
-        TRACKERS[name](run, config, resume_step) for name in names
-    ]  # first, so that a failure leaves the file untouched
+    # first, so that a failure leaves the file untouched
+    trackers = [TRACKERS[name](run, config, resume_step) for name in names]
     return [JsonLines(run / FILE, resume_step), *trackers]
 
 

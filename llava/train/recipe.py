@@ -99,7 +99,7 @@ class Recipe:
     # Output
     output_dir: str = "runs/llava"
     save_every: int = 500  # steps; 0: only at the end
-    keep_last: int = 2  # number of checkpoints to keep
+    keep_last: int = 2  # number of newest checkpoints to keep
     logs: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
     def __post_init__(self) -> None:
@@ -108,7 +108,7 @@ class Recipe:
                 raise ConfigError(f"recipe: {name} is {getattr(self, name)!r}; expected {expected}")
         find_template(self.template)
         if self.lora_rank and "decoder" not in self.train:
-            raise ConfigError('recipe: lora_rank is set, but train does not include "decoder"; add it, or set 0')
+            raise ConfigError('recipe: lora_rank is set, but train lacks "decoder"; add it, or set lora_rank=0')
         if self.quantize_base != "none" and not self.lora_rank:
             raise ConfigError("recipe: quantize_base needs lora_rank above 0, because 4-bit weights cannot be trained")
         if "rows" in self.train and not self.start_end:

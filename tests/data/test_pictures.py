@@ -9,17 +9,7 @@ import pytest
 from llava.data.pictures import open_pictures
 from llava.data.samples import Samples
 from llava.errors import DataError
-from tests.data.published import (
-    SETS,
-    SEVERAL,
-    names_of,
-    picture,
-    store,
-    write_folder,
-    write_json,
-    write_tar,
-    write_zip,
-)
+from tests.data.published import SETS, SEVERAL, names_of, picture, store, write_folder, write_json, write_tar, write_zip
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar", "shards"])

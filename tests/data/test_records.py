@@ -1,4 +1,4 @@
-"""Data files: every published form, and files that are broken as a whole."""
+"""Data files: every published form, and files that cannot be read."""
 
 import json
 from pathlib import Path
@@ -8,14 +8,7 @@ import pytest
 from llava.data import records
 from llava.data.samples import Samples
 from llava.errors import DataError
-from tests.data.published import (
-    LCS,
-    MIX,
-    SETS,
-    expected,
-    write_json,
-    write_lines,
-)
+from tests.data.published import LCS, MIX, SETS, expected, write_json, write_lines
 
 
 @pytest.mark.parametrize("name", SETS)

@@ -90,15 +90,15 @@ def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in folder.read_text().splitlines()]
 
 
-def test_it_names_what_it_sees_on_fresh_scenes(built: Built) -> None:
+def test_the_model_names_things_in_unseen_scenes(built: Built) -> None:
     assert share_named(built.work / "llava-tiny", blind=False) >= 0.6
 
 
-def test_without_its_pictures_it_guesses(built: Built) -> None:
+def test_the_model_only_guesses_without_pictures(built: Built) -> None:
     assert share_named(built.work / "llava-tiny", blind=True) <= 0.25
 
 
-def test_trained_without_pictures_it_guesses(built: Built, tmp_path: Path) -> None:
+def test_a_model_trained_without_pictures_only_guesses(built: Built, tmp_path: Path) -> None:
     for part in ("tower", "lm", "pretrain"):
         (tmp_path / part).symlink_to(built.work / part)
     (tmp_path / "instruct").mkdir()
@@ -119,7 +119,7 @@ def test_each_stage_learns_and_logs(built: Built) -> None:
     assert losses(built.work / "polish" / "log.jsonl")[0] < losses(built.work / "finetune" / "log.jsonl")[0]
 
 
-def test_each_stage_leaves_its_folder(built: Built) -> None:
+def test_each_stage_writes_its_folder(built: Built) -> None:
     work = built.work
     assert (work / "tower" / "preprocessor_config.json").is_file()
     assert (work / "lm" / "tokenizer.model").is_file()
@@ -141,7 +141,7 @@ def test_the_shipped_model_is_the_polished_one_with_its_tower(built: Built) -> N
     )
 
 
-def test_a_stage_runs_again_by_itself_to_the_same_weights(built: Built, tmp_path: Path) -> None:
+def test_a_repeated_stage_gives_the_same_weights(built: Built, tmp_path: Path) -> None:
     for part in ("tower", "lm", "pretrain", "finetune", "fresh"):
         (tmp_path / part).symlink_to(built.work / part)
     output = build(tmp_path, "polish", "ship")
@@ -151,7 +151,7 @@ def test_a_stage_runs_again_by_itself_to_the_same_weights(built: Built, tmp_path
     assert all(again[name].equal(tensor) for name, tensor in before.items())
 
 
-def test_a_stage_that_does_not_exist_is_refused() -> None:
+def test_an_unknown_stage_is_refused() -> None:
     command = [sys.executable, "-m", "examples.tiny.build", "towers", "--smoke"]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, timeout=60, check=False)
     assert done.returncode == 2

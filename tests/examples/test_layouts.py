@@ -66,7 +66,7 @@ def asked_of(name: str) -> list[Asked]:
     return SEEING + READING if LAYOUTS[name].sees else READING
 
 
-def test_the_answers_depend_on_the_pictures_and_are_right(expected: dict[Asked, str]) -> None:
+def test_the_answers_depend_on_the_pictures_and_are_correct(expected: dict[Asked, str]) -> None:
     """Otherwise the agreement of all formats would mean little."""
     said = {(picture.stem, question): expected[picture, question] for picture, question in SEEING if picture}
     assert len(PICTURES) == 3
@@ -78,7 +78,7 @@ def test_the_answers_depend_on_the_pictures_and_are_right(expected: dict[Asked, 
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_is_the_same_model(
+def test_every_format_is_the_same_model(
     folders: Path, shipped: Assistant, expected: dict[Asked, str], name: str
 ) -> None:
     assistant, asked = loaded(folders, name), asked_of(name)
@@ -95,7 +95,7 @@ def test_every_layout_is_the_same_model(
 
 
 @pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if layout.sees])
-def test_every_layout_that_sees_records_the_template_and_the_tower(folders: Path, name: str) -> None:
+def test_every_multimodal_format_records_the_template_and_the_tower(folders: Path, name: str) -> None:
     """Only a base has to be given. merged-safetensors names a tower whose weights it does not use."""
     base = {"base": folders / folder} if (folder := LAYOUTS[name].base) else {}
     assistant = llava.load(folders / name, device="cpu", **base)
@@ -118,7 +118,7 @@ def test_every_layout_that_sees_records_the_template_and_the_tower(folders: Path
         ("merged-bin", {"vision_tower": "clip-before"}),
     ],
 )
-def test_the_folders_beside_are_needed_as_they_are(
+def test_the_bases_and_towers_are_needed(
     folders: Path, expected: dict[Asked, str], name: str, wrong: dict[str, str]
 ) -> None:
     """A base that gives the same answers on its own would prove nothing."""
@@ -139,7 +139,7 @@ def away(folder: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_names_of_folders_change_nothing(folders: Path, expected: dict[Asked, str], tmp_path: Path, name: str) -> None:
+def test_folder_names_do_not_matter(folders: Path, expected: dict[Asked, str], tmp_path: Path, name: str) -> None:
     """Even if config.json still names the old path of the tower."""
     options = LAYOUTS[name].options(folders)
     given = {"path": folders / name} | {key: value for key, value in options.items() if isinstance(value, Path)}
@@ -152,7 +152,7 @@ def test_names_of_folders_change_nothing(folders: Path, expected: dict[Asked, st
     assert answers(assistant, asked) == [expected[item] for item in asked]
 
 
-def test_the_forms_are_those_that_were_meant(folders: Path) -> None:
+def test_the_folders_have_the_intended_files(folders: Path) -> None:
     assert len(list((folders / "merged-bin").glob("pytorch_model-*-of-*.bin"))) >= 3
     assert len(list((folders / "merged-safetensors").glob("model-*-of-*.safetensors"))) >= 3
     assert (folders / "lora" / "non_lora_trainables.bin").is_file()
@@ -162,7 +162,7 @@ def test_the_forms_are_those_that_were_meant(folders: Path) -> None:
         assert kept < 9e6, f"{name} holds a tower"
 
 
-def test_a_model_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_model_is_a_one_line_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(typer.Exit):
         layouts.main(tmp_path / "out", tmp_path / "nothing")
     said = capsys.readouterr().err

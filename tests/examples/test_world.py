@@ -57,7 +57,7 @@ def test_committed_glyphs_are_few_small_and_of_both_training_styles() -> None:
     assert max(max(GLYPHS.image(entry, "noto").size) for entry in GLYPHS.entries) == 112
 
 
-def test_names_are_read_from_unicodes_list(tmp_path) -> None:
+def test_names_are_read_from_the_unicode_list(tmp_path) -> None:
     lines = """\
         # group: Animals & Nature
         # subgroup: animal-mammal
@@ -78,17 +78,17 @@ def test_names_are_read_from_unicodes_list(tmp_path) -> None:
     ]
 
 
-def test_a_pack_that_is_none_and_a_missing_style_are_named(tmp_path) -> None:
-    with pytest.raises(ConfigError, match=r"index\.json is not in it"):
+def test_an_invalid_pack_and_a_missing_style_are_named(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"index\.json is missing"):
         Glyphs.load(tmp_path)
-    with pytest.raises(ImageError, match="no picture of dog in style openmoji; the packs have noto, twemoji"):
+    with pytest.raises(ImageError, match="no picture of dog in style openmoji; available styles: noto, twemoji"):
         GLYPHS.image(BY_NAME["dog"], "openmoji")
 
 
 # ---------------------------------------------------------------- scenes
 
 
-def test_a_scene_is_settled_by_its_seed() -> None:
+def test_a_scene_depends_only_on_its_seed() -> None:
     for seed in range(20):
         first, again = (world.draw(seed, GLYPHS, GLYPHS.styles, stylise_p=0.5) for _ in range(2))
         assert first == again
@@ -96,7 +96,7 @@ def test_a_scene_is_settled_by_its_seed() -> None:
     assert len({scene.image.tobytes() for scene in scenes(20)}) == 20
 
 
-def test_things_are_where_the_truth_says() -> None:
+def test_things_are_at_their_stated_positions() -> None:
     """Compared with an empty background, each box is filled to its edges, and nothing is drawn outside the boxes."""
     for scene in scenes(60, words=()):
         if scene.background.kind != "plain":
@@ -112,7 +112,7 @@ def test_things_are_where_the_truth_says() -> None:
         assert not drawn.any()
 
 
-def test_things_hardly_overlap_and_words_not_at_all() -> None:
+def test_things_barely_overlap_and_words_never() -> None:
     for scene in scenes(150):
         boxes = [thing.box for thing in scene.objects]
         assert all(world.overlap(a, b) <= 0.1 for i, a in enumerate(boxes) for b in boxes[:i])
@@ -125,17 +125,18 @@ def test_scenes_vary() -> None:
     assert {len(scene.words) for scene in drawn} == {0, 1, 2}
     assert {"plain", "gradient", *TEXTURES} == {scene.background.kind for scene in drawn}
     assert {scene.background.color for scene in drawn} == {*COLORS, None}
+    # with and without repeated things
     assert {len(Truth(scene).counts) == len(scene.objects) for scene in drawn} == {
         True,
         False,
-    }  # with and without repeated things
+    }
     sizes = np.array([scene.size for scene in drawn])
     assert (sizes.min(), sizes.max()) >= (120, 240)
     assert sizes.max() <= 256
     assert all(word.text in WORDS for scene in drawn for word in scene.words)
 
 
-def test_no_thing_has_the_colour_of_its_ground() -> None:
+def test_no_thing_has_the_colour_of_its_background() -> None:
     """At most a third of a thing may be invisible on its background."""
     for scene in scenes(80, n_objects=2):
         color = scene.background.color
@@ -143,22 +144,21 @@ def test_no_thing_has_the_colour_of_its_ground() -> None:
             assert lost_on(GLYPHS.image(thing.entry, thing.style))[list(COLORS).index(color)] < 0.34
 
 
-def test_pairs_that_are_held_back_stand_together_only_when_asked_for() -> None:
+def test_held_back_pairs_occur_together_only_on_request() -> None:
     def holds(scene: world.Scene) -> bool:
         entries = {thing.entry for thing in scene.objects}
         return any(world.held_back(a, b) for a in entries for b in entries)
 
     assert not any(holds(scene) for scene in scenes(200))
     assert not any(holds(world.imagine(seed, GLYPHS.entries)) for seed in range(200))
-    assert (
-        sum(holds(scene) for scene in scenes(40, n_objects=4, pairs="held back")) >= 38
-    )  # a crowded scene may drop a thing
+    # a crowded scene may drop a thing
+    assert sum(holds(scene) for scene in scenes(40, n_objects=4, pairs="held back")) >= 38
     every = everything()
     share = np.mean([world.held_back(a, b) for a in every[:60] for b in every if a != b])
     assert 0.05 < share < 0.15
 
 
-def test_another_hand_keeps_the_shape() -> None:
+def test_another_style_keeps_the_shape() -> None:
     rng = random.Random(0)
     for entry in GLYPHS.entries:
         glyph = GLYPHS.image(entry, "noto")
@@ -171,7 +171,7 @@ def test_another_hand_keeps_the_shape() -> None:
 # ---------------------------------------------------------------- things
 
 
-def test_all_lists_name_things_that_there_are() -> None:
+def test_all_lists_name_existing_things() -> None:
     every = {entry.name for entry in everything()}
     if len(every) < 100:
         pytest.skip("Unicode's list is not on this machine (Debian: unicode-data)")
@@ -217,7 +217,7 @@ def test_kinds() -> None:
 # ---------------------------------------------------------------- questions
 
 
-def test_every_topic_keeps_some_phrasings_back_and_data_never_use_them() -> None:
+def test_every_topic_holds_back_phrasings_that_data_never_uses() -> None:
     for topic in phrases.TOPICS:
         kept, used = phrases.phrasings(topic, "held back"), phrases.phrasings(topic, "training")
         assert kept
@@ -233,7 +233,7 @@ def test_every_topic_keeps_some_phrasings_back_and_data_never_use_them() -> None
     assert {turn.question for _, turn in turns_of(300, "held back")} & (kept - used)
 
 
-def test_all_kinds_are_asked_and_yes_is_as_frequent_as_no() -> None:
+def test_all_kinds_are_asked_about_and_yes_is_as_frequent_as_no() -> None:
     turns = [turn for _, turn in turns_of(700)]
     shares = {kind: n / len(turns) for kind, n in Counter(turn.kind for turn in turns).items()}
     assert set(shares) == {*score.CONVERSATION, "detail", "complex"}
@@ -243,7 +243,7 @@ def test_all_kinds_are_asked_and_yes_is_as_frequent_as_no() -> None:
     assert 0.4 < answers["Yes"] / answers.total() < 0.6
 
 
-def test_answers_about_things_hold_their_names_and_counts_are_numbers() -> None:
+def test_answers_contain_names_and_counts_are_numbers() -> None:
     names = Names.of_things(BY_NAME)
     for scene, turn in turns_of(300):
         there = {thing.entry.name for thing in scene.objects}
@@ -260,7 +260,7 @@ def test_answers_about_things_hold_their_names_and_counts_are_numbers() -> None:
                 assert number(tokens(turn.answer)) in range(7)
 
 
-def test_counts_are_those_of_the_scene() -> None:
+def test_counts_match_the_scene() -> None:
     for scene, turn in turns_of(400):
         if turn.kind == "counting" and "objects." in turn.answer:
             assert number(tokens(turn.answer)) == len(scene.objects)
@@ -270,7 +270,7 @@ def test_counts_are_those_of_the_scene() -> None:
                 assert n == sum(thing.entry == entry for thing in scene.objects) > 1
 
 
-def test_relations_are_clear() -> None:
+def test_relations_are_unambiguous() -> None:
     """A thing to the left of another ends before it begins, and is further to the left than above or below."""
     names = Names.of_things(BY_NAME)
     seen = 0
@@ -289,7 +289,7 @@ def test_relations_are_clear() -> None:
     assert seen > 20
 
 
-def test_nothing_is_asked_by_a_name_that_could_mean_two() -> None:
+def test_no_question_uses_an_ambiguous_name() -> None:
     dog, poodle, bird, owl = (
         Entry("1", "dog", "", "animal-mammal"), Entry("2", "guide dog", "", "animal-mammal"),
         Entry("3", "bird", "", "animal-bird"), Entry("4", "owl", "", "animal-bird"),
@@ -327,7 +327,7 @@ def test_colour_is_asked_only_where_all_styles_agree() -> None:
 # ---------------------------------------------------------------- marks
 
 
-def test_right_answers_get_full_marks_and_those_of_other_questions_do_not() -> None:
+def test_correct_answers_get_full_marks_and_others_do_not() -> None:
     names, rng = Names.of_things(BY_NAME), random.Random(0)
     turns = [turn for _, turn in turns_of(500)]
     assert all(correct(turn, turn.answer, names) for turn in turns)
@@ -341,7 +341,7 @@ def test_right_answers_get_full_marks_and_those_of_other_questions_do_not() -> N
     assert max(chance.values()) < 0.25
 
 
-def test_every_name_is_found_whole_in_an_answer() -> None:
+def test_every_name_is_found_in_an_answer() -> None:
     """Even if one name contains another: a hot dog is not a dog."""
     every = everything()
     names = Names.of_things(entry.name for entry in every)
@@ -367,20 +367,20 @@ def test_every_name_is_found_whole_in_an_answer() -> None:
         ("none", "There is no dog in the picture.", "No dog is there.", "The dog is on the left."),
     ],
 )
-def test_marks(measure, answer, right, wrong) -> None:
+def test_grading_of_replies(measure, answer, right, wrong) -> None:
     names, turn = Names.of_things(BY_NAME), Turn("any", measure, "?", answer)
     assert correct(turn, right, names)
     assert not correct(turn, wrong, names)
 
 
-def test_descriptions_are_marked_by_what_they_name() -> None:
+def test_descriptions_are_graded_by_the_things_they_name() -> None:
     names = Names.of_things(BY_NAME)
     turn = Turn("detail", "detail", "?", "There is a dog and two cats. The word BUS is printed in red.")
     assert found_and_invented(turn, turn.answer, names) == (2, 2, 0)
     assert found_and_invented(turn, "There are three dogs and a bus and a hot dog.", names) == (1, 2, 2)
 
 
-def test_scores_of_a_perfect_model_are_full_and_scenes_are_none_of_training() -> None:
+def test_a_perfect_model_gets_full_scores_on_unseen_scenes() -> None:
     asked = list(score.items(GLYPHS, GLYPHS.styles, 60, 0))
     scores = score.tally(asked, [item.turn.answer for item in asked], Names.of_things(BY_NAME))
     assert list(scores) == ["noto", "twemoji"]
@@ -395,14 +395,14 @@ def test_scores_of_a_perfect_model_are_full_and_scenes_are_none_of_training() ->
 # ---------------------------------------------------------------- data
 
 
-def test_talk_needs_no_picture() -> None:
+def test_text_only_dialogues_need_no_picture() -> None:
     said = [turn for seed in range(300) for turn in talk(Asker(random.Random(seed), KNOWLEDGE), 3)]
     assert all(turn.question and turn.answer and "{" not in turn.question + turn.answer for turn in said)
     assert len({turn.answer for turn in said}) > 200
 
 
 @pytest.mark.parametrize("kind", ["caption", "instruct"])
-def test_data_are_in_llavas_format(tmp_path, kind) -> None:
+def test_data_is_in_the_llava_format(tmp_path, kind) -> None:
     dataset.write(dataset.Job((FOLDER,), kind, 3, None, 0.3), tmp_path / "data", 120)
     samples = json.loads((tmp_path / "data" / "data.json").read_text(encoding="utf-8"))
     with tarfile.open(tmp_path / "data" / "images.tar") as tar:
@@ -420,7 +420,7 @@ def test_data_are_in_llavas_format(tmp_path, kind) -> None:
     assert 2 <= without <= 20 if kind == "instruct" else without == 0
 
 
-def test_data_are_the_same_for_one_worker_and_for_two(tmp_path) -> None:
+def test_data_does_not_depend_on_the_number_of_workers(tmp_path) -> None:
     for workers in ("1", "2"):
         command = [
             sys.executable,
@@ -439,8 +439,8 @@ def test_data_are_the_same_for_one_worker_and_for_two(tmp_path) -> None:
         assert (tmp_path / "1" / file).read_bytes() == (tmp_path / "2" / file).read_bytes()
 
 
-def test_what_is_there_is_not_written_over(tmp_path) -> None:
-    with pytest.raises(ConfigError, match="is there already"):
+def test_an_existing_folder_is_not_overwritten(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="already exists"):
         dataset.write(dataset.Job((FOLDER,), "text", 0, None, 0.0), tmp_path, 5)
 
 

@@ -64,7 +64,7 @@ def attention(segments: Segments, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return VarlenContext(positions=positions, seq_len=130, segments=segments).attend(0, q, k, v)
 
 
-def test_packed_attention_by_the_kernel_equals_the_plain_one() -> None:
+def test_packed_attention_with_the_kernel_equals_plain_attention() -> None:
     torch.manual_seed(0)
     lengths = (5, 130, 1, 0, 64)
     cu_seqlens = torch.tensor([0, 5, 135, 136, 136, 200], dtype=torch.int32)
@@ -83,7 +83,7 @@ def test_packed_attention_by_the_kernel_equals_the_plain_one() -> None:
         assert error < 0.02
 
 
-def test_float32_steps_equal_those_of_the_cpu(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+def test_float32_losses_equal_those_of_the_cpu(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     for device in ("cpu", "cuda"):
         train(recipe(checkpoint, data, tmp_path / device), device=device)
     assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), rel=2e-3)
@@ -105,7 +105,7 @@ def test_bfloat16_training_learns(checkpoint: Path, data: Path, tmp_path: Path, 
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_give_the_losses_of_one(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+def test_two_gpus_give_the_same_losses_as_one(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     for n in (1, 2):
         chosen = recipe(checkpoint, data, tmp_path / f"run{n}")
         values = {key: value for key, value in json.loads(to_json(chosen)).items() if value is not None}

@@ -19,16 +19,8 @@ from llava.quantize.nf4 import BLOCK, LEVELS, NF4Linear, pack, unpack
 from llava.train.loop import train
 from llava.train.lora import lora_layers
 from tests import tiny, training
-from tests.train.test_loop import Plain, plain_loop, restore
-from tests.training import LORA, Assets, losses, net_and_dataset, recipe
-
-
-@pytest.fixture(scope="module")
-def assets(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Assets:
-    folder = tmp_path_factory.mktemp("assets")
-    llava = tiny.write_llava(folder / "llava", clip=clip, torch_dtype="float32", layout="safetensors")
-    return training.build_assets(folder, clip, llava)
-
+from tests.train.plain import Plain, plain_loop
+from tests.training import LORA, Assets, losses, net_and_dataset, recipe, restore
 
 # --------------------------------------------------------------------------------------------------------- peft
 
@@ -240,9 +232,8 @@ def test_every_value_is_rounded_to_the_nearest_level_of_its_block() -> None:
     scales = blocks.abs().amax(1, keepdim=True)
     nearest = (blocks[..., None] - torch.tensor(LEVELS) * scales[..., None]).abs().amin(-1)
     torch.testing.assert_close((wide.view(-1, BLOCK) - blocks).abs(), nearest, rtol=0, atol=1e-6)
-    assert bool(
-        ((wide.view(-1, BLOCK) - blocks).abs() <= 0.1520 * scales + 1e-6).all()
-    )  # half the largest gap between levels
+    # half the largest gap between levels
+    assert bool(((wide.view(-1, BLOCK) - blocks).abs() <= 0.1520 * scales + 1e-6).all())
     assert not wide[5, :64].any()
     assert not wide.isnan().any()
 
