@@ -133,7 +133,7 @@ def unknown_keys(folder: Path) -> str:
 
 
 def missing_block(folder: Path) -> str:
-    """A tensor that neither the index nor a shard knows."""
+    """A tensor is missing from both the index and the shards."""
     index = json.loads((folder / INDEX).read_text())
     del index["weight_map"][KEY]
     tiny.write_json(folder / INDEX, index)
