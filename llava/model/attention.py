@@ -63,7 +63,7 @@ class CausalContext:
 
     positions: Tensor  # int64 [S] or [B, S]
     seq_len: int
-    mask: Tensor | None = None  # [B or 1, 1 or H, S, T]: bool (True: attends) or a bias for the scores. None: causal
+    mask: Tensor | None = None  # [B or 1, 1 or H, S, T], bool (True: attends) or a bias. None: causal from position 0
     last: Tensor | None = None  # int64 [B, L], index of the last token of each of a row's L sequences
     last_only: bool = False  # only the tokens at `last` are queries
 

@@ -111,15 +111,13 @@ def _pad_to_square(image: Image.Image, config: ImageConfig) -> Image.Image:
 
 def choose_canvas(size: Size, config: ImageConfig) -> Size:
     """The canvas (w, h) that keeps most pixels of the image, then wastes the least area; the first of equal ones."""
-    w, h = size
-    best: tuple[float, float] = (-1, -math.inf)
-    chosen: Size = config.pinpoints[0]
-    for canvas in config.pinpoints:
-        scale = min(canvas[0] / w, canvas[1] / h)
-        kept = min(int(w * scale) * int(h * scale), w * h)
-        if (kept, kept - canvas[0] * canvas[1]) > best:
-            best, chosen = (kept, kept - canvas[0] * canvas[1]), canvas
-    return chosen
+
+    def merit(canvas: Size) -> tuple[int, int]:
+        scale = min(canvas[0] / size[0], canvas[1] / size[1])
+        kept = min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1])
+        return kept, kept - canvas[0] * canvas[1]
+
+    return max(config.pinpoints, key=merit)
 
 
 def _fitted(size: Size, canvas: Size) -> Size:

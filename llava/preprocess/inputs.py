@@ -148,10 +148,6 @@ class Preprocessor:
     ) -> ModelInput:
         """limit: truncate to this many tokens; None: refuse prompts longer than the model's context."""
         prompt = "".join(span.text for span in spans)
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            raise PromptError("the prompt is not valid UTF-8 text") from None
         tokens = list(self._tokens(prompt, spans))
         if (n := sum(id == IMAGE for id, _ in tokens)) != len(pictures):
             raise PromptError(f"the tokenizer finds {n} {IMAGE_MARK} mark(s) in a prompt with {len(pictures)} image(s)")
@@ -162,19 +158,7 @@ class Preprocessor:
             n = next(image_tokens) if id == IMAGE else 1
             ids += [id] * n
             labels += [id if is_target else IGNORE] * n
-        if not ids:
-            raise PromptError("the prompt is empty: give it some text")
-        if (highest := max(ids)) >= self.config.decoder.vocab_size:
-            text = self.tokenizer.decode([highest], skip_special=False)
-            raise PromptError(
-                f"{text!r} in the prompt is token {highest}, but the model has embeddings for only "
-                f"{self.config.decoder.vocab_size} tokens: remove it"
-            )
-        context = self.config.decoder.max_seq
-        if limit is None and len(ids) > context:
-            raise PromptError(
-                f"the prompt has {len(ids)} tokens, more than the model's context of {context}: shorten it"
-            )
+        self._check_ids(ids, self.config.decoder.max_seq if limit is None else None)
         return ModelInput(
             prompt=prompt,
             token_ids=[id for id, _ in tokens],
@@ -187,13 +171,31 @@ class Preprocessor:
             stop=stop,
         )
 
+    def _check_ids(self, ids: Sequence[int], context: int | None) -> None:
+        """Raises PromptError if there are no ids, more than `context`, or some without an embedding."""
+        if not ids:
+            raise PromptError("the prompt is empty: give it some text")
+        if (highest := max(ids)) >= self.config.decoder.vocab_size:
+            text = self.tokenizer.decode([highest], skip_special=False)
+            raise PromptError(
+                f"{text!r} in the prompt is token {highest}, but the model has embeddings for only "
+                f"{self.config.decoder.vocab_size} tokens: remove it"
+            )
+        if context is not None and len(ids) > context:
+            raise PromptError(
+                f"the prompt has {len(ids)} tokens, more than the model's context of {context}: shorten it"
+            )
+
     def _tokens(self, prompt: str, spans: list[Span]) -> Iterator[tuple[int, bool]]:
         """The prompt's ids, each with whether it is a target.
 
         As in the original, the text is split at the marks and each stretch is encoded on its own. transformers does not
         split: there the mark is a token of the vocabulary, and the text after it continues the stretch.
         """
-        targets = b"".join(bytes([span.target]) * len(span.text.encode()) for span in spans)  # a flag for each byte
+        try:
+            targets = b"".join(bytes([span.target]) * len(span.text.encode()) for span in spans)  # a flag for each byte
+        except UnicodeEncodeError:
+            raise PromptError("the prompt is not valid UTF-8 text") from None
         if self.tokenizer.bos_id is not None:
             yield self.tokenizer.bos_id, False
         whole = self.config.image is not None and self.config.image.mode == "hf"

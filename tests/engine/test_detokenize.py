@@ -1,4 +1,4 @@
-"""Streaming text: pieces join to the answer, and nothing of a stop string gets out."""
+"""Incremental detokenization: pieces join to the reply, and no part of a stop string is returned."""
 
 import random
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_pieces_join_to_what_the_ids_decode_to(tokenizer: Tokenizer, seed: int) 
 
 @pytest.mark.parametrize("stop", ["#é", "用户:", "###", "🙂", "r leads", "pier\n"])
 @pytest.mark.parametrize("head", ["abc", "a lake and # a", ""])
-def test_no_part_of_a_stop_string_gets_out(tokenizer: Tokenizer, stop: str, head: str) -> None:
+def test_no_part_of_a_stop_string_is_returned(tokenizer: Tokenizer, stop: str, head: str) -> None:
     ids = [token.id for token in tokenizer.encode_tokens(head + stop + " and more")]
     pieces, stream = streamed(tokenizer, ids, [stop])
     assert stream.stopped
@@ -49,14 +49,14 @@ def test_no_part_of_a_stop_string_gets_out(tokenizer: Tokenizer, stop: str, head
     assert tokenizer.decode(stream.ids).strip() in head
 
 
-def test_what_only_began_like_a_stop_string_comes_out_in_the_end(tokenizer: Tokenizer) -> None:
+def test_the_beginning_of_a_stop_string_is_returned_at_the_end(tokenizer: Tokenizer) -> None:
     ids = [token.id for token in tokenizer.encode_tokens("one ## two #")]
     pieces, stream = streamed(tokenizer, ids, ["###"])
     assert ("".join(pieces), stream.stopped) == ("one ## two #", False)
 
 
-def test_a_long_answer_costs_no_more_a_token_than_a_short_one(tokenizer: Tokenizer) -> None:
-    """Counted in ids decoded, not in seconds."""
+def test_the_cost_of_a_token_does_not_grow_with_the_length(tokenizer: Tokenizer) -> None:
+    """Measured in decoded ids, not in seconds."""
     decoded = 0
 
     def counted(ids: list[int]) -> str:
@@ -71,7 +71,7 @@ def test_a_long_answer_costs_no_more_a_token_than_a_short_one(tokenizer: Tokeniz
     assert decoded < 80 * len(ids)
 
 
-def test_tokenizer_json_streams_too(tmp_path: Path) -> None:
+def test_text_of_a_tokenizer_json_is_streamed(tmp_path: Path) -> None:
     from tokenizers import Tokenizer as Fast
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -86,4 +86,4 @@ def test_tokenizer_json_streams_too(tmp_path: Path) -> None:
     ids = tokenizer.encode(text)
     pieces, _ = streamed(tokenizer, ids, [])
     assert "".join(pieces) == text.strip()
-    assert "".join(tokenizer.decode([id]) for id in ids if id < 128) != text  # tokens do cut characters
+    assert "".join(tokenizer.decode([id]) for id in ids if id < 128) != text  # some characters span several tokens

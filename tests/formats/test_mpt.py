@@ -285,7 +285,7 @@ def test_greedy_answers_follow_from_logits_without_a_cache(assistant: Assistant)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(COMPILER is None, reason="torch.compile on a CPU needs a C++ compiler, and there is none")
+@pytest.mark.skipif(COMPILER is None, reason="torch.compile on a CPU needs a C++ compiler; found none")
 def test_compiled_steps_equal_eager_ones_in_two_shapes(assistant: Assistant) -> None:
     compiled = Assistant(assistant.model, assistant.preprocessor, compile=True)
     for prompt in (PROMPTS[2], LONG):

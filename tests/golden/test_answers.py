@@ -1,4 +1,4 @@
-"""Our numbers against those of the original LLaVA, in float32 on the CPU; what the data are: golden/README.md."""
+"""Compares our results with those of the original LLaVA, in float32 on the CPU. golden/README.md describes the data."""
 
 import functools
 import hashlib
@@ -23,7 +23,7 @@ from llava.formats.format import to_disk
 from llava.formats.llava import rules_for
 from tests import tiny
 
-FEATURES_TOLERANCE, LOGITS_TOLERANCE = 5e-5, 1e-4  # largest absolute differences, as the README advises
+FEATURES_TOLERANCE, LOGITS_TOLERANCE = 5e-5, 1e-4  # largest absolute differences, from that README
 FOLDERS = {
     "a_v1.5": "a_v1.5/llava-v1.5-7b",
     "b_llama2": "b_llama2/llava-llama-2-13b-chat-lightning-preview",
@@ -71,7 +71,7 @@ DIALOGS = ["one_turn", "answered", "image_prefix", "multi", "multi_answered", "e
 
 
 def edited_copy(folder: Path, target: Path, **changes: Any) -> Path:
-    """The same checkpoint with other values in config.json."""
+    """A copy of the checkpoint with changed values in config.json."""
     shutil.copytree(folder, target, copy_function=lambda a, b: Path(b).symlink_to(Path(a).resolve()))
     config = (target / "config.json").read_text()
     (target / "config.json").unlink()
@@ -82,7 +82,7 @@ def edited_copy(folder: Path, target: Path, **changes: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def load(golden_checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., llava.Assistant]:
-    """load(family, **config changes): each checkpoint is read once, under a name that says something else."""
+    """load(family, **config changes). Each checkpoint is loaded once, from a folder with a misleading name."""
 
     def disguised(folder: Path) -> Path:
         link = tmp_path_factory.mktemp("vicuna") / "mistral-34b-lora-delta-mpt-llama-2-v0"
@@ -110,7 +110,7 @@ def load(golden_checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 class Round:
-    """One golden prompt: what was asked, what came out, and the assistant to ask."""
+    """One golden prompt with the original's results, and the assistant to compare."""
 
     def __init__(self, golden: Path, load: Callable[..., llava.Assistant], family: str, name: str) -> None:
         self.file = golden / family / "golden" / f"{name}.safetensors"
@@ -179,7 +179,7 @@ def test_vision_features_are_the_originals(round_: Round) -> None:
 
 
 @every_round_with_pictures
-def test_the_projector_gives_what_the_originals_gives(round_: Round) -> None:
+def test_projected_features_are_the_originals(round_: Round) -> None:
     projected = round_.assistant.project(round_.tensors["vision_features"])
     assert_close(projected, round_.tensors["projector_output"], FEATURES_TOLERANCE)
 
@@ -227,7 +227,7 @@ def test_a_batch_of_golden_prompts_answers_as_each_alone(golden: Path, load: Cal
 
 @pytest.mark.parametrize("feature", ["patch", "cls_patch"])
 @pytest.mark.parametrize("layer", [-1, -2, -3, 0, 1])
-def test_the_tower_stops_at_the_layer_that_the_config_selects(
+def test_features_come_from_the_layer_that_the_config_selects(
     golden: Path, load: Callable[..., llava.Assistant], layer: int, feature: str
 ) -> None:
     stored = load_file(golden / "a_v1.5" / "golden" / "feature_selection.safetensors")
@@ -236,7 +236,7 @@ def test_the_tower_stops_at_the_layer_that_the_config_selects(
     assert_close(features, stored[f"layer{layer}_{feature}"], FEATURES_TOLERANCE)
 
 
-def test_exif_orientation_is_applied_only_when_asked_for(golden: Path, load: Callable[..., llava.Assistant]) -> None:
+def test_exif_orientation_is_applied_only_on_request(golden: Path, load: Callable[..., llava.Assistant]) -> None:
     path = golden / "images" / "exif6_60x40.jpg"
     content = [{"type": "image", "image": path}, {"type": "text", "text": "Is the camera held upright?"}]
     messages = [{"role": "user", "content": content}]
@@ -249,11 +249,11 @@ def test_exif_orientation_is_applied_only_when_asked_for(golden: Path, load: Cal
     assert not torch.equal(upright.pixels, as_stored.pixels)
 
 
-# --------------------------------------------------------------------------------------------- put on their bases
+# ------------------------------------------------------------------------------------------ combined with their bases
 
 
 def on_base(golden_checkpoints: Path, family: str) -> dict[str, Tensor]:
-    """Language model and projector by their names on disk."""
+    """Tensors of the language model and projector, by their names on disk."""
     folder, base = golden_checkpoints / FOLDERS[family], golden_checkpoints / "base" / "llama-7b"
     found = open_checkpoint(folder, LoadOptions(base=base, vision_tower=golden_checkpoints / "vision" / TOWERS[family]))
     sources = {name: source for name, source in found.tensors.items() if not name.startswith("vision.")}
@@ -262,7 +262,7 @@ def on_base(golden_checkpoints: Path, family: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("family", ["c_delta_v0", "d_delta_v1.1"])
-def test_deltas_give_the_originals_tensors_to_the_bit(golden: Path, golden_checkpoints: Path, family: str) -> None:
+def test_deltas_give_the_originals_tensors_bit_for_bit(golden: Path, golden_checkpoints: Path, family: str) -> None:
     record = json.loads((golden / family / "golden" / "merged_tensors.json").read_text())
     stored = {name: entry for name, entry in record["tensors"].items() if "inv_freq" not in name}
     ours = on_base(golden_checkpoints, family)
@@ -322,7 +322,7 @@ def test_raw_prompts_have_the_ids_of_the_slow_tokenizer(
     for entry in record["strings"]:
         marks = entry["text"].count("<image>")
         if marks and record["files"] != FOLDERS["a_v1.5"]:
-            continue  # a plain Llama sees no pictures
+            continue  # a plain Llama takes no pictures
         ids = assistant.prepare(entry["text"], images=[picture] * marks or None).token_ids
         original = entry["ids_with_image_token"] if marks else entry["ids"]
         if ids != original:
@@ -355,9 +355,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_pictures_are_preprocessed_as_the_originals_to_the_bit(
-    golden: Path, load: Callable[..., llava.Assistant], mode: str
-) -> None:
+def test_pixels_equal_the_originals_bit_for_bit(golden: Path, load: Callable[..., llava.Assistant], mode: str) -> None:
     family, changes = MODES[mode]
     assistant = load(family, **changes)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (tiny.MEAN, tiny.STD))

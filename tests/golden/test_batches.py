@@ -1,4 +1,4 @@
-"""The original's padded batch and its stopping rule against ours, which pad and stop in ways of their own."""
+"""Compares padded batches and stopping with the original, which pads and stops differently."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def assistant(golden_checkpoints: Path) -> llava.Assistant:
 def test_each_row_of_the_originals_padded_batch_is_ours_without_padding(
     golden: Path, assistant: llava.Assistant, side: str, length: str
 ) -> None:
-    """Ids, embeddings with the picture in place, logits, loss; the original may pad on the left and cut at 40."""
+    """Ids, embeddings with image features, logits and loss. The original pads on either side and truncates to 40."""
     folder = golden / "a_v1.5" / "golden"
     record, stored = json.loads((folder / "batching.json").read_text()), load_file(folder / "batching.safetensors")
     vocab_ids = json.loads((folder / "prompts.json").read_text())["vocab_ids_of_logits_at_ids"]
@@ -53,7 +53,7 @@ def test_each_row_of_the_originals_padded_batch_is_ours_without_padding(
 
 
 def stops_after(row: dict[str, Any], tokenizer: Any) -> int | None:
-    """How many tokens it takes until we stop."""
+    """Number of tokens after which we stop, None if we do not."""
     stop_ids = {tokenizer.id_of(text) for text in row["keywords"]} - {None}
     text = Detokenizer(tokenizer.decode, row["keywords"])
     for i, id in enumerate(row["new_ids"]):
@@ -65,10 +65,8 @@ def stops_after(row: dict[str, Any], tokenizer: Any) -> int | None:
     return None
 
 
-def test_an_answer_stops_where_the_originals_does_and_where_it_should_have(
-    golden: Path, golden_checkpoints: Path
-) -> None:
-    """The original looks at trailing ids and misses "###" in two pieces; the text counts for us."""
+def test_a_reply_stops_where_the_originals_stops_or_should_stop(golden: Path, golden_checkpoints: Path) -> None:
+    """The original compares ids and misses "###" when it is two pieces; we compare text."""
     rows = json.loads((golden / "stopping" / "stopping.json").read_text())["rows"]
     files = json.loads((golden / "tokenizer" / "tokenization.json").read_text())["tokenizers"]
     tokenizers = {name[:8]: load_tokenizer(golden_checkpoints / entry["files"]) for name, entry in files.items()}
@@ -86,7 +84,7 @@ def test_an_answer_stops_where_the_originals_does_and_where_it_should_have(
     assert missed == 4
 
 
-SERVED = {  # the golden folder of a family, and a published name under which the original picks its template
+SERVED = {  # golden folder of a family -> a published name that makes the original select its template
     "a_v1.5": "llava-v1.5-7b",
     "b_llama2": "llava-llama-2-13b-chat-lightning-preview",
     "c_delta_v0": "LLaVA-7b-v0",
@@ -98,7 +96,7 @@ SERVED = {  # the golden folder of a family, and a published name under which th
 
 
 @pytest.mark.parametrize("family", SERVED)
-def test_files_alone_give_the_template_that_the_original_takes_from_the_name(
+def test_the_files_give_the_template_that_the_original_takes_from_the_name(
     golden: Path, golden_checkpoints: Path, tmp_path: Path, family: str
 ) -> None:
     names = json.loads((golden / "templates" / "selection.json").read_text())["templates_by_model_name"]

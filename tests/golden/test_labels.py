@@ -1,4 +1,4 @@
-"""Labels are built with the ids, span by span; they equal the original's masks on the golden samples."""
+"""Labels, which are built span by span, equal the original's masks on the golden samples."""
 
 import json
 from dataclasses import replace
@@ -14,9 +14,7 @@ from llava.preprocess.conversation import Turn
 from llava.preprocess.inputs import ModelInput, Preprocessor
 from tests.golden.test_answers import FOLDERS, TOWERS
 
-N_RUNS = (
-    11  # of training.json; in the twelfth, of MPT, the original masks everything by mistake: f_mpt has the right ones
-)
+N_RUNS = 11  # of training.json; in the twelfth (MPT) the original masks everything by mistake, so f_mpt is used
 TOKENIZERS = {
     "a": "a_v1.5/llava-v1.5-7b",
     "b": "b_llama2/llava-llama-2-13b-chat-lightning-preview",
@@ -33,7 +31,9 @@ def prepare(golden: Path, checkpoints: Path, run: dict[str, Any], sample: dict[s
         checkpoints / FOLDERS[family],
         LoadOptions(vision_tower=checkpoints / "vision" / TOWERS[family], fetch_tower=True),
     )
-    decoder = replace(like.config.decoder, vocab_size=60_000)  # only the tokenizer and the places of a picture count
+    decoder = replace(
+        like.config.decoder, vocab_size=60_000
+    )  # only the tokenizer and the number of image tokens matter
     config = replace(like.config, decoder=decoder, start_end=run["mm_use_im_start_end"])
     tokenizer = load_tokenizer(checkpoints / TOKENIZERS[run["checkpoint"]])
     preprocessor = Preprocessor(config, tokenizer, template=NAMES.get(run["template"], run["template"]))
@@ -44,7 +44,7 @@ def prepare(golden: Path, checkpoints: Path, run: dict[str, Any], sample: dict[s
 
 
 def as_the_original_counts(input: ModelInput) -> tuple[list[int], list[int]]:
-    """Ids and labels with one place a picture."""
+    """Ids and labels with one token for each image."""
     ids, labels, seen = [], [], False
     for id, label in zip(input.ids.tolist(), input.labels.tolist(), strict=True):
         if id != IMAGE or not seen:

@@ -1,4 +1,4 @@
-"""The same answers on a GPU. Run with `pytest -m gpu` on a machine that has one."""
+"""Replies on a GPU equal those on the CPU. Run with `pytest -m gpu` on a machine with a GPU."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_greedy_answers_equal_those_of_the_cpu_in_float32(cpu: Assistant, gpu: A
     assert [gpu.generate(request, max_new_tokens=24).token_ids for request in requests] == expected
 
 
-def test_auto_takes_the_gpu_and_the_checkpoints_own_type(checkpoint: Path) -> None:
+def test_auto_selects_the_gpu_and_the_checkpoints_dtype(checkpoint: Path) -> None:
     assistant = llava.load(checkpoint)
     assert (assistant.device.type, assistant.dtype) == ("cuda", torch.float16)
     assert assistant.generate("Once upon a time", max_new_tokens=4).usage.completion_tokens <= 4
@@ -76,7 +76,7 @@ def test_sixteen_bits_stay_near_float32(
     assert (found - expected).norm() / expected.norm() < tolerance
 
 
-def test_a_seed_gives_the_same_sample_again(gpu: Assistant) -> None:
+def test_a_seed_makes_sampling_reproducible(gpu: Assistant) -> None:
     first, second, other = (
         gpu.generate("Once upon a time", max_new_tokens=16, temperature=1.0, top_p=0.9, seed=seed).token_ids
         for seed in (3, 3, 4)
@@ -127,7 +127,7 @@ def next_logits(model: Llava, prefill: Callable[..., Tensor], decode: Callable[.
 
 
 def test_adapters_switch_in_eager_and_in_compiled_steps(clip: Path, picture: Path, tmp_path: Path) -> None:
-    """In bfloat16, against merged weights in float32; an adapter that stayed behind would be as far as two are."""
+    """In bfloat16, compared with merged weights in float32. A wrong adapter would differ as much as two adapters do."""
     base = tiny.write_llama(tmp_path / "base")
     folders = {
         name: tiny.write_lora(tmp_path / name, clip=clip, seed=seed) for name, seed in (("cats", 3), ("dogs", 5))
@@ -151,7 +151,7 @@ def test_adapters_switch_in_eager_and_in_compiled_steps(clip: Path, picture: Pat
         assert (vlm.logits(messages).cpu() - wanted).norm() / wanted.norm() < 0.15
 
 
-def test_switching_adapters_takes_no_memory_and_no_weights(clip: Path, tmp_path: Path) -> None:
+def test_switching_adapters_allocates_no_memory(clip: Path, tmp_path: Path) -> None:
     base = tiny.write_llama(tmp_path / "base")
     folders = {
         name: tiny.write_lora(tmp_path / name, clip=clip, seed=seed) for name, seed in (("cats", 3), ("dogs", 5))

@@ -1,4 +1,4 @@
-"""Every command, run as a real process on small random checkpoints."""
+"""Runs every command as a real process on small random checkpoints."""
 
 import io
 import json
@@ -38,7 +38,7 @@ def vlm(checkpoint: Path) -> llava.Assistant:
 
 @pytest.fixture(scope="module")
 def anyres(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Like LLaVA-1.6: safetensors, tiles, its own tower, which differs from the CLIP folder's."""
+    """Like LLaVA-1.6: safetensors, tiles, and a tower of its own that differs from the CLIP folder."""
     folder = tmp_path_factory.mktemp("v16") / "llava"
     return tiny.write_llava(folder, layout="safetensors-shards", clip=clip, tower_seed=3, **tiny.ANYRES)
 
@@ -66,7 +66,7 @@ def test_help_imports_no_torch() -> None:
         assert name in done.stdout
 
 
-def test_help_takes_hardly_longer_than_a_bare_typer_program(tmp_path: Path) -> None:
+def test_help_is_nearly_as_fast_as_a_bare_typer_program(tmp_path: Path) -> None:
     bare = tmp_path / "bare.py"
     bare.write_text(
         "import typer\n\napp = typer.Typer()\n\n\n"
@@ -79,7 +79,7 @@ def test_help_takes_hardly_longer_than_a_bare_typer_program(tmp_path: Path) -> N
             start = time.perf_counter()
             run_well("--help", command=argv)
             seconds[name].append(time.perf_counter() - start)
-    assert min(seconds["llava"]) <= min(seconds["bare"]) + 0.1, seconds  # the least disturbed of each
+    assert min(seconds["llava"]) <= min(seconds["bare"]) + 0.1, seconds  # the fastest run of each
 
 
 # ------------------------------------------------------------------------------------------------ ask
@@ -132,7 +132,7 @@ def test_chat_keeps_the_conversation_and_saves_it(checkpoint: Path, vlm: llava.A
     picture = [{"type": "image", "image": photo}, {"type": "text", "text": "What is on it?"}]
     messages = [{"role": "user", "content": "Say hello."}, {"role": "assistant", "content": hello}]
     second = vlm.generate([*messages, {"role": "user", "content": picture}], max_new_tokens=12).text
-    assert done.stdout.count(hello) == 2  # after /reset it starts anew
+    assert done.stdout.count(hello) == 2  # /reset starts a new conversation
     assert second in done.stdout
     record = saved.read_text()
     assert "Say hello." in record
@@ -140,8 +140,8 @@ def test_chat_keeps_the_conversation_and_saves_it(checkpoint: Path, vlm: llava.A
     assert "no such" not in done.stderr
 
 
-def test_chat_survives_a_picture_that_is_not_there(checkpoint: Path) -> None:
-    lines = b"/image nowhere.png\nSay hello.\n/unknown\n"  # and the end of input ends it
+def test_chat_continues_after_a_missing_picture(checkpoint: Path) -> None:
+    lines = b"/image nowhere.png\nSay hello.\n/unknown\n"  # the end of the input ends the chat
     done = run_well("chat", "--model", checkpoint, "--max-new-tokens", "4", "--temperature", "0", stdin=lines)
     assert "nowhere.png" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -161,8 +161,8 @@ INSPECT_KEYS = {
 }
 
 
-def test_inspect_tells_what_a_merged_checkpoint_is(tmp_path: Path) -> None:
-    seen = inspect(tiny.write_llava(tmp_path / "llava"))  # CLIP is not there and not needed
+def test_inspect_describes_a_merged_checkpoint(tmp_path: Path) -> None:
+    seen = inspect(tiny.write_llava(tmp_path / "llava"))  # CLIP is missing and not needed
     assert set(seen) >= INSPECT_KEYS
     assert isinstance(seen["kind"], str)
     assert seen["evidence"]
@@ -174,7 +174,7 @@ def test_inspect_tells_what_a_merged_checkpoint_is(tmp_path: Path) -> None:
     assert seen["sizes"]
 
 
-def test_inspect_tells_the_families_apart(tmp_path: Path, checkpoint: Path, native: Path) -> None:
+def test_inspect_distinguishes_the_families(tmp_path: Path, checkpoint: Path, native: Path) -> None:
     plain = tiny.write_llama(tmp_path / "llama")
     seen = [inspect(folder) for folder in (checkpoint, plain, native)]
     assert len({one["kind"] for one in seen}) == 3
@@ -186,7 +186,7 @@ def test_inspect_tells_the_families_apart(tmp_path: Path, checkpoint: Path, nati
     assert memory["bf16"] > memory["int8"] > memory["int4"] > 0
 
 
-def test_inspect_sees_what_is_missing_and_what_is_unused(clip: Path, tmp_path: Path) -> None:
+def test_inspect_lists_missing_and_unused_tensors(clip: Path, tmp_path: Path) -> None:
     folder = tiny.write_llava(tmp_path / "llava", layout="safetensors", clip=clip)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.self_attn.strange.weight"] = tensors.pop("model.layers.1.mlp.up_proj.weight")
@@ -196,11 +196,11 @@ def test_inspect_sees_what_is_missing_and_what_is_unused(clip: Path, tmp_path: P
     assert any("strange" in key for key in seen["unused"])
 
 
-def test_inspect_prints_for_people_what_decided(tmp_path: Path, clip: Path) -> None:
+def test_inspect_prints_the_evidence_for_its_decision(tmp_path: Path, clip: Path) -> None:
     old = tiny.write_llava(tmp_path / "llava", clip=clip, architectures=["LlamaForCausalLM"])
     shown = run_well("inspect", old).stdout
     assert "llava_v0" in shown
-    assert "LlamaForCausalLM" in shown  # the line that decided
+    assert "LlamaForCausalLM" in shown  # the deciding value
     assert "4096" in shown
 
 
@@ -216,7 +216,7 @@ def test_inspect_scan_reports_nan_inf_and_all_zero_tensors(
     tensors["model.layers.1.mlp.down_proj.weight"].zero_()
     tiny.save(tensors, folder, layout)
     done = run("inspect", folder, "--scan", *options)
-    shown = "".join(done.stdout.split())  # lines may be broken anywhere
+    shown = "".join(done.stdout.split())  # Rich may wrap lines anywhere
     for place in ("embed", "layers.0.self_attn.o_proj", "layers.1.mlp.down_proj"):
         assert place in shown
     for fault in ("nan", "inf", "zero"):
@@ -224,7 +224,7 @@ def test_inspect_scan_reports_nan_inf_and_all_zero_tensors(
     assert "Traceback" not in done.stderr
 
 
-def test_inspect_scan_of_a_sound_checkpoint_finds_nothing(anyres: Path) -> None:
+def test_inspect_scan_of_an_intact_checkpoint_finds_nothing(anyres: Path) -> None:
     seen = inspect(anyres, "--scan")
     assert seen["missing"] == []
     scan = {key: value for key, value in seen.items() if key not in INSPECT_KEYS and not isinstance(value, str)}
@@ -247,14 +247,16 @@ def names_of(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 @pytest.mark.parametrize("source", ["v1.5", "v1.6"])
-def test_the_native_form_stands_alone_and_has_the_same_bits(
+def test_the_native_form_is_self_contained_and_has_the_same_bits(
     tmp_path: Path, checkpoint: Path, native: Path, anyres: Path, photo: Path, source: str
 ) -> None:
     if source == "v1.6":
         checkpoint, native = anyres, tmp_path / "native"
         run_well("convert", checkpoint, native)
     moved = shutil.copytree(native, tmp_path / "elsewhere")
-    assert not any(str(checkpoint.parent) in path.read_text() for path in moved.glob("*.json"))  # names no source
+    assert not any(
+        str(checkpoint.parent) in path.read_text() for path in moved.glob("*.json")
+    )  # no reference to the source
     before, after = (llava.load(folder, dtype="float32") for folder in (checkpoint, moved))
     messages = [{"role": "user", "content": [{"type": "image", "image": photo}, {"type": "text", "text": QUESTION}]}]
     one, other = before.prepare(messages), after.prepare(messages)
@@ -305,14 +307,14 @@ def test_converting_the_native_form_again_changes_nothing(native: Path, tmp_path
     run_well("convert", native, tmp_path / "twice")
     again = command.files(tmp_path / "twice")
     assert set(again) == set(command.files(native))
-    for name in set(again) - {"conversion.md"}:  # which says what each was made from
+    for name in set(again) - {"conversion.md"}:  # it names the source
         assert (native / name).read_bytes() == (tmp_path / "twice" / name).read_bytes(), name
 
 
 def test_without_vision_the_native_form_is_the_language_model(
     checkpoint: Path, vlm: llava.Assistant, tmp_path: Path
 ) -> None:
-    (tmp_path / "native").mkdir()  # an empty folder will do
+    (tmp_path / "native").mkdir()  # an empty folder is accepted
     run_well("convert", checkpoint, tmp_path / "native", "--no-vision")
     assert {key.split(".")[0] for key in names_of(tmp_path / "native")} == {"decoder"}
     assert torch.equal(llava.load(tmp_path / "native").logits("Once upon a time"), vlm.logits("Once upon a time"))
@@ -342,7 +344,7 @@ def test_the_llama_form_is_what_any_llama_loader_opens(tmp_path: Path, native: P
     assert back.prepare(text).token_ids == ids
 
 
-def test_convert_leaves_a_folder_with_files_in_it_alone(checkpoint: Path, tmp_path: Path) -> None:
+def test_convert_does_not_touch_a_folder_with_files(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("keep")
     command.assert_one_line_error(run("convert", checkpoint, tmp_path / "full"), "full")
@@ -373,7 +375,7 @@ def test_features_of_lines_of_text_are_the_hidden_states(
             torch.testing.assert_close(stored[f"{row}.{layer}"].float(), state, rtol=1e-5, atol=1e-5)
 
 
-def test_features_of_rows_may_hold_a_picture(
+def test_rows_of_features_may_have_a_picture(
     checkpoint: Path, vlm: llava.Assistant, photo: Path, tmp_path: Path
 ) -> None:
     rows = [{"text": "A word"}, {"text": "Before <image> after", "image": str(photo)}]
@@ -387,7 +389,7 @@ def test_features_of_rows_may_hold_a_picture(
     torch.testing.assert_close(stored["1.-1"].float(), seen, rtol=1e-5, atol=1e-5)
 
 
-def test_features_of_a_bad_row_name_it_and_leave_no_file(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_bad_row_of_features_is_named_and_leaves_no_file(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "A word"}\n{"words": "none"}\n')
     before = command.files(tmp_path)
     done = run("features", checkpoint, "--input", tmp_path / "rows.jsonl", "--layers=-1", "--out", tmp_path / "f.st")
@@ -399,7 +401,7 @@ def test_features_of_a_bad_row_name_it_and_leave_no_file(checkpoint: Path, tmp_p
 
 
 def gpt_fast(weights: dict[str, Tensor], ids: list[int], heads: int, kv_heads: int) -> Tensor:
-    """gpt-fast's arithmetic on its own weight names: neighbouring pairs are rotated. ids [S] -> logits [S, V]"""
+    """gpt-fast's model under its own weight names, which rotates neighbouring pairs. ids [S] -> logits [S, V]"""
     w = {key.removesuffix(".weight"): value.float() for key, value in weights.items()}
     x = w["tok_embeddings"][ids]
     places, dim = x.shape
@@ -458,7 +460,7 @@ def test_the_script_takes_sizes_from_the_config_and_not_from_the_name(checkpoint
     assert torch.equal(weights["norm.weight"], tiny.tensor(1, "norm", (64,), 0.15, 1.0))
 
 
-def test_stdout_that_is_closed_early_is_not_a_traceback(checkpoint: Path) -> None:
+def test_closing_stdout_early_gives_no_traceback(checkpoint: Path) -> None:
     process = command.start("ask", "Say hello.", "--model", checkpoint)
     assert process.stdout is not None
     process.stdout.close()  # as `llava ask … | head -c 0` does
@@ -468,7 +470,7 @@ def test_stdout_that_is_closed_early_is_not_a_traceback(checkpoint: Path) -> Non
 
 
 def test_the_answer_survives_characters_that_a_terminal_would_read_as_markup(clip: Path, tmp_path: Path) -> None:
-    """Rich reads [bold] as markup; an answer is text."""
+    """Rich parses [bold] as markup; a reply is plain text."""
     folder = tiny.write_llava(tmp_path / "llava", layout="bin", clip=clip)
     tensors = torch.load(folder / "pytorch_model.bin")
     ids = llava.load(folder, vision=False).prepare("[red]").token_ids
@@ -477,7 +479,7 @@ def test_the_answer_survives_characters_that_a_terminal_would_read_as_markup(cli
     for key, value in tensors.items():
         if key.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight", "embed_tokens.weight")):
             value.zero_()
-    tensors["model.embed_tokens.weight"][:, 0] = 1  # whatever else comes leads to the first of the cycle
+    tensors["model.embed_tokens.weight"][:, 0] = 1  # any other token leads to the first of the cycle
     tensors["lm_head.weight"][cycle[0], 0] = 1
     for i, token in enumerate(cycle):
         tensors["model.embed_tokens.weight"][token] = torch.nn.functional.one_hot(torch.tensor(i + 1), dim).half()

@@ -1,4 +1,4 @@
-"""Bad input: one line that names the file, exit code 2, nothing half-written. Real files and signals."""
+"""Faulty input gives one line that names the file, exit code 2 and no partial files. Uses real files and signals."""
 
 import functools
 import json
@@ -41,7 +41,7 @@ def edit_shard(folder: Path, edit: Callable[[dict[str, Any]], Any], name: str = 
 
 
 class Touch:
-    """Unpickled, it makes a file: what a malicious .bin could do with any command."""
+    """Creates a file when unpickled, as a malicious .bin could run any command."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -133,7 +133,7 @@ def unknown_keys(folder: Path) -> str:
 
 
 def missing_block(folder: Path) -> str:
-    """A tensor that neither the index nor a shard knows."""
+    """A tensor is missing from both the index and the shards."""
     index = json.loads((folder / INDEX).read_text())
     del index["weight_map"][KEY]
     tiny.write_json(folder / INDEX, index)
@@ -167,7 +167,7 @@ def broken_tokenizer(folder: Path) -> str:
     return "tokenizer.model"
 
 
-# fault -> layout, and the commands that must refuse it: convert and ask, or ask alone where a copy is still sound
+# fault -> layout, and the command that must refuse it
 FAULTS: dict[Callable[[Path], str], tuple[tiny.Layout, str]] = {
     missing_shard: ("bin-shards", "convert"),
     truncated_shard: ("bin-shards", "convert"),
@@ -195,7 +195,7 @@ FAULTS: dict[Callable[[Path], str], tuple[tiny.Layout, str]] = {
 
 @dataclass
 class Outcome:
-    """A command on a broken checkpoint: what it said, what it should name, and the folder around before and after."""
+    """The result of a command on a broken checkpoint, the name it should print, and the files before and after."""
 
     done: Any
     name: str
@@ -205,7 +205,7 @@ class Outcome:
 
 @pytest.fixture(scope="module")
 def outcomes(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Outcome]]]:
-    """Every broken checkpoint is tried once; two processes at a time, since each spends its time importing."""
+    """Runs a command on every broken checkpoint, two processes at a time, as most of the time is spent on imports."""
 
     def attempt(fault: Callable[[Path], str]) -> Outcome:
         layout, job = FAULTS[fault]
@@ -222,15 +222,17 @@ def outcomes(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
 
 
 @pytest.mark.parametrize("fault", [fault.__name__ for fault in FAULTS])
-def test_a_broken_checkpoint_is_one_line_that_names_the_file(outcomes: dict[str, Future[Outcome]], fault: str) -> None:
+def test_a_broken_checkpoint_gives_one_line_that_names_the_file(
+    outcomes: dict[str, Future[Outcome]], fault: str
+) -> None:
     outcome = outcomes[fault].result()
     assert_one_line_error(outcome.done, outcome.name)
     assert outcome.done.stdout.strip() == ""
-    assert outcome.after == outcome.before  # nothing half-written, and no malicious pickle has run
+    assert outcome.after == outcome.before  # no partial files, and no malicious pickle was run
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_broken_checkpoint_is_a_llava_error_in_python(
+def test_a_broken_checkpoint_raises_a_llava_error_in_python(
     clip: Path, tmp_path: Path, fault: Callable[[Path], str]
 ) -> None:
     folder = tiny.write_llava(tmp_path / "llava", layout=FAULTS[fault][0], clip=clip)
@@ -242,7 +244,7 @@ def test_a_broken_checkpoint_is_a_llava_error_in_python(
     assert not (tmp_path / "executed").exists()
 
 
-def test_the_pickles_of_these_tests_would_do_harm_if_unpickled(tmp_path: Path) -> None:
+def test_unpickling_the_malicious_files_would_run_them(tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(Touch(tmp_path / "executed")))
     assert (tmp_path / "executed").exists()
 
@@ -256,9 +258,7 @@ def test_a_broken_clip_folder_is_named(tmp_path: Path) -> None:
             llava.load(folder)
 
 
-def test_a_legacy_bin_that_is_no_zip_loads_with_a_word_that_it_cannot_be_mapped(
-    checkpoint: Path, tmp_path: Path
-) -> None:
+def test_a_legacy_bin_loads_with_a_warning_that_it_cannot_be_mapped(checkpoint: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoint, tmp_path / "llava")
     for path in folder.glob("*.bin"):
         torch.save(torch.load(path), path, _use_new_zipfile_serialization=False)
@@ -272,7 +272,7 @@ def test_a_legacy_bin_that_is_no_zip_loads_with_a_word_that_it_cannot_be_mapped(
 
 
 def bomb(path: Path) -> Path:
-    """A PNG of a few hundred bytes that says it has 900 million pixels."""
+    """A PNG of a few hundred bytes whose header declares 900 million pixels."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -293,7 +293,7 @@ def picture_faults(folder: Path) -> dict[str, Path]:
     return {**{name: folder / name for name in names}, "bomb.png": bomb(folder / "bomb.png")}
 
 
-def test_bad_pictures_are_one_line_that_names_the_file(checkpoint: Path, tmp_path: Path) -> None:
+def test_bad_pictures_give_one_line_that_names_the_file(checkpoint: Path, tmp_path: Path) -> None:
     pictures = picture_faults(tmp_path)
     with ThreadPoolExecutor(2) as pool:
         ask = functools.partial(run, "ask", "--model", checkpoint)
@@ -303,7 +303,7 @@ def test_bad_pictures_are_one_line_that_names_the_file(checkpoint: Path, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["half.jpg", "words.jpg", "nowhere.jpg", "folder.jpg", "bomb.png"])
-def test_bad_pictures_are_llava_errors_in_python(checkpoint: Path, tmp_path: Path, name: str) -> None:
+def test_bad_pictures_raise_llava_errors_in_python(checkpoint: Path, tmp_path: Path, name: str) -> None:
     vlm = llava.load(checkpoint)
     with pytest.raises(LlavaError, match=name) as caught:
         vlm.ask(picture_faults(tmp_path)[name], "What is it?")
@@ -341,18 +341,18 @@ def test_a_hub_model_that_cannot_be_reached_is_named() -> None:
 
 
 def small_files_only() -> None:
-    """In the child: no file may grow beyond 100 kB. Writing fails as on a full disk, with an error and not at once."""
+    """In the child process: limits files to 100 kB, so that writing fails midway with an error, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
 @pytest.mark.parametrize("options", [[], ["--to", "llama"]], ids=["native", "llama"])
-def test_converting_without_room_leaves_nothing_behind(checkpoint: Path, tmp_path: Path, options: list[str]) -> None:
+def test_converting_on_a_full_disk_leaves_no_files(checkpoint: Path, tmp_path: Path, options: list[str]) -> None:
     done = run("convert", checkpoint, tmp_path / "out", *options, preexec_fn=small_files_only)
     assert_one_line_error(done, "out")
     assert command.files(tmp_path) == {}
 
 
-def test_the_documented_script_without_room_leaves_nothing_behind(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_documented_script_on_a_full_disk_leaves_no_files(checkpoint: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoint, tmp_path / "llava")
     before = command.files(tmp_path)
     done = run("--checkpoint_dir", folder, command=command.CONVERT_HF, preexec_fn=small_files_only)
@@ -360,7 +360,7 @@ def test_the_documented_script_without_room_leaves_nothing_behind(checkpoint: Pa
     assert command.files(tmp_path) == before
 
 
-def test_features_without_room_leave_nothing_behind(checkpoint: Path, tmp_path: Path) -> None:
+def test_features_on_a_full_disk_leave_no_files(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("Once upon a time there was a painter\n" * 20)
     before = command.files(tmp_path)
     options = ["--input", tmp_path / "texts.txt", "--layers", "0,1,-1", "--out", tmp_path / "out.safetensors"]
@@ -371,7 +371,7 @@ def test_features_without_room_leave_nothing_behind(checkpoint: Path, tmp_path: 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 kB."""
+    """A mounted file system of 256 kB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
@@ -381,7 +381,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_converting_to_a_full_disk_leaves_nothing_behind(checkpoint: Path, small_disk: Path) -> None:
+def test_converting_to_a_small_file_system_leaves_no_files(checkpoint: Path, small_disk: Path) -> None:
     done = run("convert", checkpoint, small_disk / "out")
     assert_one_line_error(done, "out")
     assert command.files(small_disk) == {}
@@ -392,7 +392,7 @@ def test_converting_to_a_full_disk_leaves_nothing_behind(checkpoint: Path, small
 
 @pytest.fixture(scope="module")
 def slow(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of 200 MB: long enough in every job to be interrupted in the middle."""
+    """A checkpoint of 200 MB, large enough to interrupt every command midway."""
     folder = tmp_path_factory.mktemp("slow") / "llava"
     tiny.write_llava(folder, clip=clip, layout="bin", hidden_size=128, intermediate_size=4)
     tensors = torch.load(folder / "pytorch_model.bin")
@@ -411,11 +411,11 @@ def assert_interrupted(code: int, err: str) -> None:
     assert len([line for line in err.splitlines() if line.strip()]) <= 1, err
 
 
-def test_ctrl_c_while_converting_leaves_nothing_behind(slow: Path, tmp_path: Path) -> None:
+def test_ctrl_c_while_converting_leaves_no_files(slow: Path, tmp_path: Path) -> None:
     process = command.start("convert", slow, tmp_path / "out")
     while process.poll() is None and not any(path.is_file() for path in tmp_path.rglob("*")):
         time.sleep(0.001)
-    process.send_signal(signal.SIGSTOP)  # so that the signal comes in the middle, however fast the disk is
+    process.send_signal(signal.SIGSTOP)  # so that the signal arrives midway on any disk
     assert command.files(tmp_path)
     assert not (tmp_path / "out" / "config.json").exists()
     process.send_signal(signal.SIGCONT)
@@ -424,7 +424,7 @@ def test_ctrl_c_while_converting_leaves_nothing_behind(slow: Path, tmp_path: Pat
     assert command.files(tmp_path) == {}
 
 
-def test_ctrl_c_while_the_script_writes_leaves_nothing_behind(slow: Path, tmp_path: Path) -> None:
+def test_ctrl_c_while_the_script_writes_leaves_no_files(slow: Path, tmp_path: Path) -> None:
     target = tmp_path / "model.pth"
     argv = [*command.CONVERT_HF, "--checkpoint_dir", str(slow), "--output", str(target)]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -436,15 +436,15 @@ def test_ctrl_c_while_the_script_writes_leaves_nothing_behind(slow: Path, tmp_pa
     assert command.files(tmp_path) == {}
 
 
-def test_ctrl_c_while_answering_ends_it_quietly(slow: Path) -> None:
+def test_ctrl_c_while_answering_exits_quietly(slow: Path) -> None:
     process = command.start("ask", "Say hello.", "--model", slow, "--max-new-tokens", 3000)
-    seen = command.wait_for_output(process)  # so the answer is streamed, too
+    seen = command.wait_for_output(process)  # which also shows that the answer is streamed
     assert seen
     code, _, err = command.interrupt(process)
     assert_interrupted(code, err)
 
 
-def test_ctrl_c_in_a_chat_ends_the_answer_and_keeps_the_conversation(slow: Path, tmp_path: Path) -> None:
+def test_ctrl_c_in_a_chat_stops_the_reply_and_keeps_the_conversation(slow: Path, tmp_path: Path) -> None:
     saved = tmp_path / "talk.json"
     process = command.start("chat", "--model", slow, "--max-new-tokens", 3000, "--temperature", 0)
     assert process.stdin is not None

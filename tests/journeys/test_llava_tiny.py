@@ -1,4 +1,4 @@
-"""The model that lies in the package: it is there, it is small, and it sees."""
+"""The model in the package: it loads, it is small, and it recognises pictures."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def test_it_describes_a_picture(vlm: Assistant, name: str) -> None:
     assert all(thing in answer for thing in SHOWN[name]), answer
 
 
-def test_the_answer_comes_from_the_picture(vlm: Assistant) -> None:
+def test_the_answer_depends_on_the_picture(vlm: Assistant) -> None:
     question = "Is there a lion in the picture?"
     assert vlm.ask(PICTURES / "zoo.png", question).startswith("Yes")
     assert vlm.ask(PICTURES / "kitchen.png", question).startswith("No")
@@ -39,7 +39,7 @@ def test_the_answer_comes_from_the_picture(vlm: Assistant) -> None:
     )
 
 
-def test_it_keeps_a_conversation(vlm: Assistant) -> None:
+def test_it_answers_in_a_conversation(vlm: Assistant) -> None:
     image = {"type": "image", "image": PICTURES / "kitchen.png"}
     first = {"role": "user", "content": [image, {"type": "text", "text": "Is there a teapot in the picture?"}]}
     said = vlm.generate([first]).text
@@ -71,10 +71,10 @@ def test_it_is_an_ordinary_llava_of_at_most_16_megabytes() -> None:
     assert not described["missing"]
     for file in (PROJECT / "llava").rglob("*.py"):
         if file.name not in ("assistant.py", "answer.py", "options.py"):
-            assert "llava-tiny" not in file.read_text(encoding="utf-8"), file  # no branch for this model
+            assert "llava-tiny" not in file.read_text(encoding="utf-8"), file  # no special case for this model
 
 
-def test_the_readme_shows_the_answer_that_it_gives() -> None:
+def test_the_readme_shows_its_real_answer() -> None:
     readme = (PROJECT / "README.md").read_text(encoding="utf-8")
     shown = re.search(r"^\$ (llava ask .*)\n(.*)\n", readme, re.MULTILINE)
     assert shown
@@ -82,7 +82,7 @@ def test_the_readme_shows_the_answer_that_it_gives() -> None:
     assert done.stdout == shown[2] + "\n"
 
 
-def test_the_cards_scores_are_the_measured_ones() -> None:
+def test_the_model_card_has_the_measured_scores() -> None:
     card = (LLAVA_TINY / "README.md").read_text(encoding="utf-8")
     file = PROJECT / "benchmarks" / "results" / "2026-11-22-llava-tiny-scores.json"
     scores = json.loads(file.read_text(encoding="utf-8"))["scores"]

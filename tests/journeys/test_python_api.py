@@ -1,4 +1,4 @@
-"""What `llava.load` and its Assistant promise, on small random checkpoints. A test's name is the promise."""
+"""The Python API on small random checkpoints. The name of a test states what the API guarantees."""
 
 import io
 import itertools
@@ -23,19 +23,19 @@ SYSTEM = (
 
 
 def photo(width: int = 90, height: int = 60, seed: int = 0) -> Image.Image:
-    """Coloured noise, smooth enough to be a picture of something."""
+    """Smooth coloured noise."""
     noise = torch.randint(256, (5, 7, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     return Image.fromarray(noise.numpy()).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def user(text: str | None, *images: Any) -> dict[str, Any]:
-    """A user turn, pictures first."""
+    """A user message, pictures first."""
     content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
     return {"role": "user", "content": [*content, *([] if text is None else [{"type": "text", "text": text}])]}
 
 
 def field(record: Any, name: str) -> Any:
-    """An entry of a dictionary or an attribute."""
+    """An item of a dictionary, or an attribute."""
     return record[name] if isinstance(record, dict) else getattr(record, name)
 
 
@@ -60,7 +60,7 @@ TALK: Messages = [
 ]
 
 
-# ------------------------------------------------------------------------------------------------ the front door
+# ------------------------------------------------------------------------------------------------ loading
 
 
 def test_load_returns_an_assistant_that_answers_about_a_picture(vlm: llava.Assistant, tmp_path: Path) -> None:
@@ -110,14 +110,16 @@ def test_stored_inverse_frequencies_are_ignored(clip: Path, vlm: llava.Assistant
     assert torch.equal(llava.load(folder).logits(ASKED), vlm.logits(ASKED))
 
 
-def test_the_folders_name_does_not_count(checkpoint: Path, vlm: llava.Assistant, tmp_path: Path) -> None:
+def test_the_name_of_the_folder_does_not_matter(checkpoint: Path, vlm: llava.Assistant, tmp_path: Path) -> None:
     folder = tmp_path / "llama-2-mistral-lora-delta-mpt-v1.6-34b"
     shutil.copytree(checkpoint, folder)
     assert torch.equal(llava.load(folder).logits(ASKED), vlm.logits(ASKED))
     assert llava.load(folder).prepare(ASKED).prompt == vlm.prepare(ASKED).prompt
 
 
-def test_weights_in_the_shards_win_over_the_clip_folder(clip: Path, vlm: llava.Assistant, tmp_path: Path) -> None:
+def test_weights_in_the_shards_take_precedence_over_the_clip_folder(
+    clip: Path, vlm: llava.Assistant, tmp_path: Path
+) -> None:
     folder = tiny.write_llava(tmp_path / "llava", clip=clip, tower_seed=7)
     tuned = llava.load(tiny.write_llava(tmp_path / "apart", clip=tiny.write_clip(tmp_path / "clip7", seed=7)))
     pixels = vlm.prepare(ASKED).pixels
@@ -141,14 +143,14 @@ def test_a_tower_in_the_shards_of_unknown_size_needs_its_config(tmp_path: Path) 
     assert "\n" not in str(caught.value)
 
 
-def test_a_tower_that_is_nowhere_is_an_error_that_names_the_option(tmp_path: Path) -> None:
+def test_a_missing_tower_is_an_error_that_names_the_option(tmp_path: Path) -> None:
     folder = tiny.write_llava(tmp_path / "llava")
     with pytest.raises(LlavaError, match=r"vision[_-]tower") as caught:
         llava.load(folder)
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_that_is_not_there_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_a_missing_folder_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(LlavaError, match="nowhere"):
         llava.load(tmp_path / "nowhere")
 
@@ -167,7 +169,7 @@ def test_a_folder_that_is_not_there_is_an_error_that_names_it(tmp_path: Path) ->
         (torch.bfloat16, torch.bfloat16),
     ],
 )
-def test_dtype_is_what_was_asked_for(checkpoint: Path, given: Any, wanted: torch.dtype) -> None:
+def test_dtype_is_the_requested_one(checkpoint: Path, given: Any, wanted: torch.dtype) -> None:
     assistant = llava.load(checkpoint, dtype=given, device="cpu")
     (embeddings,) = assistant.image_embeddings(ASKED)
     assert embeddings.dtype == wanted
@@ -187,7 +189,7 @@ def test_device_may_be_a_name_or_a_torch_device(checkpoint: Path, vlm: llava.Ass
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
-def test_a_device_that_is_not_there_is_an_error(checkpoint: Path) -> None:
+def test_a_missing_device_is_an_error(checkpoint: Path) -> None:
     with pytest.raises(LlavaError, match="cuda"):
         llava.load(checkpoint, device="cuda")
 
@@ -211,27 +213,27 @@ def test_inputs_are_moved_to_the_models_dtype(checkpoint: Path, vlm: llava.Assis
 # ------------------------------------------------------------------------------------------------ messages
 
 
-def test_pictures_stand_in_front_of_a_text_without_marks(vlm: llava.Assistant) -> None:
+def test_without_marks_the_pictures_come_first(vlm: llava.Assistant) -> None:
     one = vlm.prepare([user("What is it?", photo())]).prompt
     two = vlm.prepare([user("Compare.", photo(), photo(seed=1))]).prompt
     assert one == f"{SYSTEM} USER: <image>\nWhat is it? ASSISTANT:"
     assert two == f"{SYSTEM} USER: <image>\n<image>\nCompare. ASSISTANT:"
 
 
-def test_a_picture_after_the_text_still_stands_in_front(vlm: llava.Assistant) -> None:
+def test_without_marks_a_picture_after_the_text_comes_first(vlm: llava.Assistant) -> None:
     text, picture = {"type": "text", "text": "What is it?"}, {"type": "image", "image": photo()}
     message = {"role": "user", "content": [text, picture]}
     assert vlm.prepare([message]).prompt == vlm.prepare([user("What is it?", photo())]).prompt
 
 
-def test_a_text_with_as_many_marks_as_pictures_stays_as_it_is(vlm: llava.Assistant) -> None:
+def test_a_text_with_a_mark_for_each_picture_is_unchanged(vlm: llava.Assistant) -> None:
     text = "  First <image>, \n then<image>! "
     prepared = vlm.prepare([user(text, photo(), photo(seed=1))])
     assert prepared.prompt == f"{SYSTEM} USER: {text} ASSISTANT:"
     assert prepared.token_ids.count(-200) == 2
 
 
-def test_pictures_go_to_the_marks_in_order(vlm: llava.Assistant) -> None:
+def test_pictures_replace_the_marks_in_order(vlm: llava.Assistant) -> None:
     first, second = photo(), photo(seed=1)
     both = vlm.prepare([user("<image> and <image>", first, second)]).pixels
     alone = [vlm.prepare([user("<image>", picture)]).pixels for picture in (first, second)]
@@ -249,7 +251,7 @@ def test_any_other_number_of_marks_is_an_error(vlm: llava.Assistant, text: str, 
         vlm.prepare(text, images=images)
 
 
-def test_a_mark_in_a_turn_without_pictures_is_an_error_whatever_other_turns_hold(vlm: llava.Assistant) -> None:
+def test_a_mark_in_a_turn_without_pictures_is_always_an_error(vlm: llava.Assistant) -> None:
     with pytest.raises(LlavaError):
         vlm.prepare([user("Look.", photo()), {"role": "assistant", "content": "Yes."}, user("And <image>?")])
     with pytest.raises(LlavaError):
@@ -257,7 +259,7 @@ def test_a_mark_in_a_turn_without_pictures_is_an_error_whatever_other_turns_hold
 
 
 @pytest.mark.parametrize("role", ["assistant", "system"])
-def test_only_user_turns_hold_pictures(vlm: llava.Assistant, role: str) -> None:
+def test_only_user_turns_can_have_pictures(vlm: llava.Assistant, role: str) -> None:
     turn = {**user("Here.", photo()), "role": role}
     with pytest.raises(LlavaError):
         vlm.prepare([turn, user("Hello.")] if role == "system" else [user("Hello."), turn, user("And?")])
@@ -268,7 +270,7 @@ def test_an_unknown_role_is_an_error_that_names_it(vlm: llava.Assistant) -> None
         vlm.prepare([{"role": "narrator", "content": "Once upon a time"}])
 
 
-def test_a_system_turn_takes_the_place_of_the_templates_own(vlm: llava.Assistant) -> None:
+def test_a_system_turn_replaces_the_templates_own(vlm: llava.Assistant) -> None:
     prompt = vlm.prepare([{"role": "system", "content": "Be brief."}, user("Hello.")]).prompt
     assert prompt == "Be brief. USER: Hello. ASSISTANT:"
 
@@ -279,7 +281,7 @@ def test_assistant_turns_are_part_of_the_prompt_and_a_last_one_is_closed(vlm: ll
     assert vlm.prepare(TALK[:2]).prompt == start
 
 
-def test_content_may_be_a_text_or_a_list(vlm: llava.Assistant) -> None:
+def test_content_is_a_text_or_a_list(vlm: llava.Assistant) -> None:
     assert vlm.prepare([{"role": "user", "content": "Hello."}]).token_ids == vlm.prepare([user("Hello.")]).token_ids
 
 
@@ -300,7 +302,7 @@ def test_a_picture_of_any_mode_becomes_rgb(vlm: llava.Assistant, tmp_path: Path,
     assert vlm.prepare([user("?", tmp_path / name)]).pixels.shape == (1, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
 
 
-def test_start_and_end_tokens_are_put_around_every_mark_where_the_config_asks(clip: Path, tmp_path: Path) -> None:
+def test_start_and_end_tokens_enclose_every_mark_if_configured(clip: Path, tmp_path: Path) -> None:
     added = ("<im_patch>", "<im_start>", "<im_end>")
     changes = {"mm_use_im_start_end": True, "mm_use_im_patch_token": True}
     assistant = llava.load(tiny.write_llava(tmp_path / "llava", clip=clip, added=added, **changes))
@@ -310,12 +312,12 @@ def test_start_and_end_tokens_are_put_around_every_mark_where_the_config_asks(cl
     assert "USER: a <im_start><image><im_end> b <im_start><image><im_end> ASSISTANT:" in inside.prompt
     at = front.token_ids.index(-200)
     assert front.token_ids[at - 1] == tiny.PIECES + 1
-    assert tiny.PIECES + 2 in front.token_ids[at + 1 : at + 3]  # a lone space may come first
+    assert tiny.PIECES + 2 in front.token_ids[at + 1 : at + 3]  # possibly after a single space
     tagged = assistant.prepare([user("Look.", photo())], template="v1_mmtag").prompt
     assert tagged.count("<image>") == 1
 
 
-def test_legacy_strip_drops_the_spaces_and_newlines_beside_the_start_and_end_tokens(clip: Path, tmp_path: Path) -> None:
+def test_legacy_strip_removes_white_space_next_to_the_start_and_end_tokens(clip: Path, tmp_path: Path) -> None:
     changes = {"mm_use_im_start_end": True, "mm_use_im_patch_token": True}
     folder = tiny.write_llava(tmp_path / "llava", clip=clip, added=("<im_patch>", "<im_start>", "<im_end>"), **changes)
     kept, stripped = (llava.load(folder, legacy_strip=strip).prepare(ASKED).token_ids for strip in (False, True))
@@ -352,7 +354,7 @@ def test_a_rendered_prompt_given_raw_has_the_same_ids(vlm: llava.Assistant) -> N
 # ------------------------------------------------------------------------------------------------ ModelInput
 
 
-def test_token_ids_hold_one_minus_200_a_picture_and_ids_one_place_a_patch(vlm: llava.Assistant) -> None:
+def test_token_ids_have_one_image_id_a_picture_and_ids_one_a_patch(vlm: llava.Assistant) -> None:
     prepared = vlm.prepare([user("Compare.", photo(), photo(seed=1))])
     assert isinstance(prepared.token_ids, list)
     assert all(type(i) is int for i in prepared.token_ids)
@@ -361,7 +363,7 @@ def test_token_ids_hold_one_minus_200_a_picture_and_ids_one_place_a_patch(vlm: l
     assert len(vlm.logits([user("Compare.", photo(), photo(seed=1))])) == len(prepared.ids)
 
 
-def test_pixels_hold_all_views_of_all_pictures_in_order(anyres: llava.Assistant) -> None:
+def test_pixels_are_all_views_of_all_pictures_in_order(anyres: llava.Assistant) -> None:
     wide, square = photo(120, 30), photo(50, 50, seed=1)
     prepared = anyres.prepare([user("Compare.", wide, square)])
     assert prepared.pixels.dtype == torch.float32
@@ -400,9 +402,9 @@ def test_image_mode_hf_crops_the_centre_as_the_exported_models_do(clip: Path, ch
     torch.testing.assert_close(hf, square.prepare(wide).pixels, rtol=0, atol=1e-5)
 
 
-def test_exif_orientation_is_applied_only_on_demand(checkpoint: Path, vlm: llava.Assistant, tmp_path: Path) -> None:
+def test_exif_orientation_is_applied_only_on_request(checkpoint: Path, vlm: llava.Assistant, tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
+    exif[0x0112] = 6  # rotated by 90 degrees
     photo(60, 40).save(tmp_path / "a.jpg", exif=exif)
     asked = [user("?", tmp_path / "a.jpg")]
     turned = llava.load(checkpoint, exif=True).prepare(asked)
@@ -412,7 +414,7 @@ def test_exif_orientation_is_applied_only_on_demand(checkpoint: Path, vlm: llava
     assert torch.equal(turned.pixels, vlm.prepare([user("?", upright)]).pixels)
 
 
-# ------------------------------------------------------------------------------------------------ pictures, odd ones
+# ------------------------------------------------------------------------------------------------ unusual pictures
 
 
 def test_a_picture_of_1_by_4000_pixels_works(vlm: llava.Assistant, anyres: llava.Assistant) -> None:
@@ -421,7 +423,7 @@ def test_a_picture_of_1_by_4000_pixels_works(vlm: llava.Assistant, anyres: llava
         assert len(reply.token_ids) == 4
 
 
-def test_of_an_animated_picture_the_first_frame_is_seen(vlm: llava.Assistant, tmp_path: Path) -> None:
+def test_an_animated_picture_gives_its_first_frame(vlm: llava.Assistant, tmp_path: Path) -> None:
     frames = [Image.new("RGB", (40, 40), colour) for colour in ("red", "green", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     frames[0].save(tmp_path / "first.gif")
@@ -430,7 +432,7 @@ def test_of_an_animated_picture_the_first_frame_is_seen(vlm: llava.Assistant, tm
     assert list(animated.views) == [1]
 
 
-def test_what_is_not_a_picture_is_an_error_that_names_the_file(vlm: llava.Assistant, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_picture_is_an_error_that_names_it(vlm: llava.Assistant, tmp_path: Path) -> None:
     (tmp_path / "words.jpg").write_text("a thousand of them")
     photo().save(tmp_path / "whole.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-400])
@@ -459,7 +461,7 @@ def test_shapes_are_as_documented(vlm: llava.Assistant, anyres: llava.Assistant)
         assert assistant.logits(pictures).shape == (len(prepared.ids), tiny.PIECES)
 
 
-def test_vocabulary_rows_are_those_stored(clip: Path, tmp_path: Path) -> None:
+def test_the_vocabulary_has_the_stored_rows(clip: Path, tmp_path: Path) -> None:
     assistant = llava.load(tiny.write_llava(tmp_path / "llava", clip=clip, vocab_size=tiny.PIECES + 64))
     assert assistant.logits(TEXT_ONLY).shape[1] == tiny.PIECES + 64
 
@@ -478,12 +480,12 @@ def test_projectors_of_every_kind_work(clip: Path, tmp_path: Path, kind: Any) ->
     wanted = features = torch.randn(2, 5, tiny.CLIP_DIM, generator=torch.Generator().manual_seed(0))
     weights = list(tiny.projector_tensors(tiny.llava_config(mm_projector_type=kind), seed=1).values())
     for i, (weight, bias) in enumerate(zip(weights[::2], weights[1::2], strict=True)):
-        wanted = torch.nn.functional.gelu(wanted) if i else wanted  # the exact one, by erf
+        wanted = torch.nn.functional.gelu(wanted) if i else wanted  # exact, with erf
         wanted = torch.nn.functional.linear(wanted, weight.float(), bias.float())
     torch.testing.assert_close(assistant.project(features), wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_image_embeddings_are_one_tensor_a_picture_and_stand_at_the_marks(vlm: llava.Assistant) -> None:
+def test_image_embeddings_are_one_tensor_a_picture_inserted_at_the_marks(vlm: llava.Assistant) -> None:
     prepared = vlm.prepare(ASKED)
     (embeddings,) = vlm.image_embeddings(ASKED)
     assert embeddings.shape == (tiny.N_PATCHES, 64)
@@ -495,7 +497,7 @@ def test_image_embeddings_are_one_tensor_a_picture_and_stand_at_the_marks(vlm: l
 
 
 def test_anyres_packing_has_the_base_view_the_kept_grid_and_a_newline_a_row(anyres: llava.Assistant) -> None:
-    picture = [user("?", photo(112, 56))]  # two tiles side by side, nothing to cut off
+    picture = [user("?", photo(112, 56))]  # two tiles side by side without padding
     prepared = anyres.prepare(picture)
     assert list(prepared.views) == [3]
     projected = anyres.project(anyres.vision_features(prepared.pixels))
@@ -506,8 +508,8 @@ def test_anyres_packing_has_the_base_view_the_kept_grid_and_a_newline_a_row(anyr
     torch.testing.assert_close(packed, torch.cat([projected[0], rows.flatten(0, 1)]))
 
 
-def test_hidden_states_are_taken_where_they_say(vlm: llava.Assistant) -> None:
-    """Compared with transformers in tests/oracles/test_transformers.py."""
+def test_hidden_states_are_those_of_the_named_layers(vlm: llava.Assistant) -> None:
+    """tests/oracles/test_transformers.py compares them with transformers."""
     states = vlm.hidden_states(ASKED, [0, 1, -1])
     assert list(states) == [0, 1, -1]
     assert {tuple(state.shape) for state in states.values()} == {(len(vlm.prepare(ASKED).ids), 64)}
@@ -523,7 +525,7 @@ def test_embedding_rows_are_hidden_state_0_of_text(vlm: llava.Assistant) -> None
     assert torch.equal(vlm.hidden_states("Once upon a time", [0])[0], table[prepared.token_ids])
 
 
-def test_a_layer_that_is_not_there_is_an_error(vlm: llava.Assistant) -> None:
+def test_a_layer_that_does_not_exist_is_an_error(vlm: llava.Assistant) -> None:
     with pytest.raises(LlavaError, match="3"):
         vlm.hidden_states(TEXT_ONLY, [3])
 
@@ -614,17 +616,17 @@ DECIDED = {
 def test_the_default_template_follows_from_config_tokenizer_and_tensors(tmp_path: Path, case: str) -> None:
     write, template = DECIDED[case]
     tiny.write_clip(tmp_path / "clip")
-    folder = write(tmp_path / "llava-v1.5-mpt-mistral-llama-2-plain")  # says nothing
+    folder = write(tmp_path / "llava-v1.5-mpt-mistral-llama-2-plain")  # the name must not matter
     assert rendered(folder) == rendered(folder, template=template)
     others = {"llava_v1", "llava_llama_2", "mistral_instruct", "chatml_direct"} - {template}
     assert rendered(folder) not in {rendered(folder, template=other) for other in others}
 
 
-def test_a_template_given_to_load_or_to_a_call_wins(checkpoint: Path, vlm: llava.Assistant) -> None:
+def test_a_template_given_to_load_or_to_a_call_takes_precedence(checkpoint: Path, vlm: llava.Assistant) -> None:
     called = vlm.prepare([user("Hello.")], template="mistral_instruct").prompt
     assert called == "[INST] Hello. [/INST]"
     assert rendered(checkpoint, template="mistral_instruct") == called
-    assert vlm.prepare([user("Hello.")]).prompt.startswith(SYSTEM)  # a call changes nothing for the next
+    assert vlm.prepare([user("Hello.")]).prompt.startswith(SYSTEM)  # a call does not affect the next one
 
 
 def test_an_unknown_template_is_an_error_that_names_it(vlm: llava.Assistant) -> None:
@@ -637,13 +639,13 @@ def test_a_plain_llama_has_no_template_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(LlavaError, match="template"):
         llama.prepare([user("Hello.")])
     assert llama.prepare([user("Hello.")], template="mistral_instruct").prompt == "[INST] Hello. [/INST]"
-    assert llama.prepare("Once upon a time").prompt == "Once upon a time"  # a raw prompt needs none
+    assert llama.prepare("Once upon a time").prompt == "Once upon a time"  # a raw prompt needs no template
 
 
 # ------------------------------------------------------------------------------------------------ generating
 
 
-def test_reply_holds_text_ids_reason_usage_and_timings(vlm: llava.Assistant) -> None:
+def test_a_reply_has_text_ids_reason_usage_and_timings(vlm: llava.Assistant) -> None:
     reply = vlm.generate(ASKED, max_new_tokens=12)
     assert len(reply.token_ids) == 12
     assert all(type(i) is int for i in reply.token_ids)
@@ -667,7 +669,7 @@ def test_the_first_new_token_has_the_largest_logit(vlm: llava.Assistant) -> None
         assert vlm.generate(messages, max_new_tokens=1).token_ids == [int(vlm.logits(messages)[-1].argmax())]
 
 
-def test_generating_through_the_cache_equals_whole_passes(vlm: llava.Assistant) -> None:
+def test_generating_with_the_cache_equals_whole_forward_passes(vlm: llava.Assistant) -> None:
     llama = tiny.llama_tensors(tiny.llama_config(), 1, inv_freq=False)
     for messages in ("Once upon a time", ASKED, TALK):
         reply = vlm.generate(messages, max_new_tokens=20)
@@ -677,7 +679,7 @@ def test_generating_through_the_cache_equals_whole_passes(vlm: llava.Assistant) 
 
 
 def whole_pass(llama: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """The small Llama without a cache, written out once more from the formulas: embeddings [S, D] to logits [S, V]."""
+    """The small Llama without a cache, implemented independently: embeddings [S, D] to logits [S, V]."""
     w = {key.removesuffix(".weight"): value.float() for key, value in llama.items()}
     places = len(x)
     angles = torch.arange(places)[:, None] * 10000.0 ** -(torch.arange(0, 16, 2) / 16)
@@ -717,7 +719,7 @@ def alone(assistant: llava.Assistant, item: Any, **options: Any) -> Any:
     return assistant.generate(prompt, images=images, **options)
 
 
-def test_a_batch_answers_as_one_by_one_token_for_token(vlm: llava.Assistant, anyres: llava.Assistant) -> None:
+def test_a_batch_gives_the_same_tokens_as_one_by_one(vlm: llava.Assistant, anyres: llava.Assistant) -> None:
     for assistant in (vlm, anyres):
         together = assistant.generate_batch(MIXED, max_new_tokens=32)
         apart = [alone(assistant, item, max_new_tokens=32) for item in MIXED]
@@ -728,7 +730,7 @@ def test_a_batch_answers_as_one_by_one_token_for_token(vlm: llava.Assistant, any
         ]
 
 
-def test_rows_of_a_batch_stop_each_at_its_own_time(vlm: llava.Assistant) -> None:
+def test_rows_of_a_batch_stop_independently(vlm: llava.Assistant) -> None:
     texts = [alone(vlm, item, max_new_tokens=32).text for item in MIXED]
     stop = texts[1][8:11]
     together = vlm.generate_batch(MIXED, max_new_tokens=32, stop=[stop])
@@ -753,11 +755,11 @@ def test_streamed_pieces_join_to_the_text_of_generate(vlm: llava.Assistant, opti
         assert all(isinstance(piece, str) for piece in pieces)
 
 
-def test_pieces_come_while_the_answer_is_being_written(vlm: llava.Assistant) -> None:
+def test_pieces_arrive_during_generation(vlm: llava.Assistant) -> None:
     pieces = vlm.stream(TEXT_ONLY, max_new_tokens=2000)
     first = next(piece for piece in pieces if piece)
     assert vlm.generate(TEXT_ONLY, max_new_tokens=64).text.startswith(first)
-    del pieces  # breaking off is allowed
+    del pieces  # abandoning the stream is allowed
     assert len(vlm.generate(TEXT_ONLY, max_new_tokens=8).token_ids) == 8
 
 
@@ -781,14 +783,14 @@ def test_stop_may_be_one_string(vlm: llava.Assistant) -> None:
     assert vlm.generate(ASKED, max_new_tokens=48, stop=stop).text == as_list.text
 
 
-def test_of_several_stop_strings_the_first_to_come_counts(vlm: llava.Assistant) -> None:
+def test_the_first_stop_string_that_occurs_ends_the_answer(vlm: llava.Assistant) -> None:
     whole = vlm.generate(ASKED, max_new_tokens=48).text
     late, early = whole[30:34], whole[12:15]
     reply = vlm.generate(ASKED, max_new_tokens=48, stop=["never in there", late, early])
     assert reply.text == whole[: min(whole.index(late), whole.index(early))].strip()
 
 
-def test_a_stop_string_that_never_comes_changes_nothing(vlm: llava.Assistant) -> None:
+def test_a_stop_string_that_never_occurs_changes_nothing(vlm: llava.Assistant) -> None:
     whole = vlm.generate(ASKED, max_new_tokens=48)
     almost = whole.text[20:24] + "\x00"
     assert vlm.generate(ASKED, max_new_tokens=48, stop=[almost]).token_ids == whole.token_ids
@@ -796,7 +798,7 @@ def test_a_stop_string_that_never_comes_changes_nothing(vlm: llava.Assistant) ->
 
 
 def writes_only(folder: Path, text: str) -> None:
-    """Changes the weights so that the last token of `text` follows on everything."""
+    """Changes the weights so that the last token of `text` follows every token."""
     tensors = torch.load(folder / "pytorch_model.bin")
     token = llava.load(folder).prepare(text).token_ids[-1]
     for key, value in tensors.items():
@@ -807,7 +809,7 @@ def writes_only(folder: Path, text: str) -> None:
     torch.save(tensors, folder / "pytorch_model.bin")
 
 
-def test_the_templates_stop_string_ends_an_answer_but_not_that_to_a_raw_prompt(clip: Path, tmp_path: Path) -> None:
+def test_the_templates_stop_string_does_not_apply_to_raw_prompts(clip: Path, tmp_path: Path) -> None:
     folder = tiny.write_llava(tmp_path / "llava", layout="bin", clip=clip)
     writes_only(folder, "#")
     assistant = llava.load(folder)
@@ -840,10 +842,10 @@ def test_the_end_token_of_the_tokenizer_ends_an_answer(clip: Path, tmp_path: Pat
     at = next(i for i in range(5, 32) if whole.token_ids[i] not in whole.token_ids[:i])
     tensors = torch.load(folder / "pytorch_model.bin")
     head = tensors["lm_head.weight"]
-    head[2] = head[whole.token_ids[at]] * 1.01  # </s> comes where that token would have come
+    head[2] = head[whole.token_ids[at]] * 1.01  # </s> replaces that token
     torch.save(tensors, folder / "pytorch_model.bin")
     (folder / "generation_config.json").unlink()
-    tiny.edit_json(folder / "config.json", eos_token_id=0)  # wrong, as in old files: the tokenizer knows better
+    tiny.edit_json(folder / "config.json", eos_token_id=0)  # wrong, as in old files; the tokenizer has the right one
     reply = llava.load(folder).generate(TEXT_ONLY, max_new_tokens=32)
     assert reply.finish_reason == "stop"
     assert reply.token_ids == whole.token_ids[:at]
@@ -857,12 +859,12 @@ def sampled(assistant: llava.Assistant, **options: Any) -> list[int]:
     return assistant.generate(TEXT_ONLY, max_new_tokens=48, **{"temperature": 1.0, "seed": 0, **options}).token_ids
 
 
-def test_a_seed_makes_sampling_repeatable(vlm: llava.Assistant) -> None:
+def test_a_seed_makes_sampling_reproducible(vlm: llava.Assistant) -> None:
     assert sampled(vlm, seed=1) == sampled(vlm, seed=1)
     assert len({tuple(sampled(vlm, seed=seed)) for seed in range(4)}) == 4
 
 
-def test_sampling_leaves_the_global_generator_alone(vlm: llava.Assistant) -> None:
+def test_sampling_does_not_use_the_global_generator(vlm: llava.Assistant) -> None:
     before = torch.get_rng_state()
     sampled(vlm, seed=1)
     assert torch.equal(torch.get_rng_state(), before)
@@ -873,7 +875,7 @@ def test_the_narrowest_sampling_is_greedy(vlm: llava.Assistant, options: dict[st
     assert sampled(vlm, **options) == sampled(vlm, temperature=0)
 
 
-def test_top_k_top_p_and_min_p_keep_to_the_likely_tokens(vlm: llava.Assistant) -> None:
+def test_top_k_top_p_and_min_p_select_only_likely_tokens(vlm: llava.Assistant) -> None:
     probabilities = (vlm.logits(TEXT_ONLY)[-1] / 1.5).softmax(-1)
     ordered, order = probabilities.sort(descending=True)
     nucleus = int((ordered.cumsum(0) < 0.5).sum()) + 1
@@ -897,7 +899,7 @@ def test_temperature_1_samples_from_the_models_distribution(vlm: llava.Assistant
     assert counts.count_nonzero() > 5
 
 
-def test_a_large_repetition_penalty_never_repeats(vlm: llava.Assistant) -> None:
+def test_a_large_repetition_penalty_prevents_repetition(vlm: llava.Assistant) -> None:
     free = vlm.generate(TEXT_ONLY, max_new_tokens=64).token_ids
     ids = vlm.generate(TEXT_ONLY, max_new_tokens=64, repetition_penalty=1e6).token_ids
     assert len(set(free)) < len(free)
@@ -920,7 +922,7 @@ def test_logprobs_are_those_of_the_model(vlm: llava.Assistant, logprobs: int) ->
         {"repetition_penalty": 0.0},
     ],
 )
-def test_senseless_sampling_options_are_errors(vlm: llava.Assistant, options: dict[str, Any]) -> None:
+def test_invalid_sampling_options_are_errors(vlm: llava.Assistant, options: dict[str, Any]) -> None:
     with pytest.raises(LlavaError, match=next(iter(options))):
         vlm.generate(TEXT_ONLY, **{"temperature": 1.0, **options})
 
@@ -945,17 +947,17 @@ def test_a_prompt_longer_than_the_context_is_an_error_that_states_tokens_and_lim
         with pytest.raises(LlavaError, match=rf"\b{tokens}\b") as caught:
             job()
         assert "96" in str(caught.value)
-    assert short.generate("a", max_new_tokens=4).token_ids  # nothing is broken by it
+    assert short.generate("a", max_new_tokens=4).token_ids  # the model still works
 
 
 def test_pictures_count_towards_the_context(clip: Path, tmp_path: Path) -> None:
     short = llava.load(tiny.write_llava(tmp_path / "llava", clip=clip, max_position_embeddings=40))
-    marks = "<image>" * 3  # 48 places
+    marks = "<image>" * 3  # 48 tokens
     with pytest.raises(LlavaError, match="40"):
         short.generate(marks, images=[photo()] * 3)
 
 
-def test_an_answer_ends_where_the_context_ends(clip: Path, tmp_path: Path) -> None:
+def test_an_answer_ends_at_the_end_of_the_context(clip: Path, tmp_path: Path) -> None:
     short = llava.load(tiny.write_llava(tmp_path / "llava", clip=clip, max_position_embeddings=64))
     prompt = "Once upon a time"
     room = 64 - len(short.prepare(prompt).ids)

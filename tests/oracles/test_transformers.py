@@ -1,4 +1,4 @@
-"""transformers as a second oracle: the same random Llama and CLIP, saved by it and read by us."""
+"""transformers as a second oracle: it saves a random Llama or CLIP, and we load it."""
 
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,12 @@ LLAMAS: dict[str, dict[str, Any]] = {
 
 
 def random_llama(folder: Path, **changes: Any) -> Any:
-    """A Llama with weights large enough for attention to matter, saved by transformers; our tokenizer beside it."""
+    """A Llama saved by transformers, with weights large enough for attention to matter, and our tokenizer."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 3, "num_attention_heads": 4}
     changes = {"num_key_value_heads": 4, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, **changes}
     scaling, theta = changes.pop("rope_scaling", None), changes.pop("rope_theta", 1e4)
-    rope = {"rope_theta": theta, "rope_type": "default", **(scaling or {})}  # how transformers 5 says both
+    rope = {"rope_theta": theta, "rope_type": "default", **(scaling or {})}  # as transformers 5 stores both
     if int(transformers.__version__.split(".")[0]) >= 5:
         changes["rope_parameters"] = rope
     else:
@@ -59,7 +59,7 @@ def test_logits_of_a_llama_saved_by_transformers_are_the_same(tmp_path: Path, ca
 
 
 @pytest.mark.parametrize("scaling", [{"type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": 2.0}])
-def test_rope_scaling_is_read_from_old_configs_too(tmp_path: Path, scaling: dict[str, Any]) -> None:
+def test_rope_scaling_is_read_from_old_configs(tmp_path: Path, scaling: dict[str, Any]) -> None:
     folder = tiny.write_llama(tmp_path / "llama", rope_scaling=scaling, rope_theta=20000.0)
     model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ours = llava.load(folder, dtype="float32", device="cpu")
@@ -76,7 +76,7 @@ def test_greedy_answers_of_a_llama_are_the_same(tmp_path: Path) -> None:
     assert ours.generate(PROMPT, max_new_tokens=40).token_ids == wanted[0, ids.shape[1] :].tolist()
 
 
-def test_hidden_states_are_counted_as_transformers_counts_them(tmp_path: Path) -> None:
+def test_hidden_states_are_numbered_as_in_transformers(tmp_path: Path) -> None:
     model = random_llama(tmp_path)
     ours = llava.load(tmp_path, dtype="float32", device="cpu")
     with torch.no_grad():
@@ -85,8 +85,8 @@ def test_hidden_states_are_counted_as_transformers_counts_them(tmp_path: Path) -
         torch.testing.assert_close(state, wanted[layer][0], rtol=0, atol=1e-4)
 
 
-def test_a_merged_checkpoint_without_vision_is_the_llama_that_transformers_reads(tmp_path: Path, clip: Path) -> None:
-    """transformers reads the plain Llama folder; we read the same weights out of the LLaVA one."""
+def test_a_llava_without_vision_is_the_llama_that_transformers_loads(tmp_path: Path, clip: Path) -> None:
+    """transformers loads the plain Llama folder; we load the same weights from the LLaVA folder."""
     plain = tiny.write_llama(tmp_path / "llama")
     model = transformers.LlamaForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
     ours = llava.load(tiny.write_llava(tmp_path / "llava", clip=clip), vision=False, dtype="float32", device="cpu")

@@ -1,7 +1,7 @@
-"""Rules that hold for every input, tried on many: canvases and cuts of pictures, templates, tokenizer, tables of names.
+"""Property tests of image preprocessing, templates, tokenizers and key tables.
 
-Inputs are drawn by hypothesis from a fixed seed, so that a run is the same everywhere; a failure prints the smallest
-input and how to run it again.
+Hypothesis draws the inputs from a fixed seed, so every run is the same. A failure prints the smallest failing input and
+how to reproduce it.
 """
 
 import math
@@ -39,7 +39,7 @@ from tests import tiny
 
 
 def tried(n: int) -> settings:
-    """Checks with n inputs, the same in every run."""
+    """Settings for n examples, the same ones in every run."""
     return settings(max_examples=n, derandomize=True, deadline=None, database=None, print_blob=True)
 
 
@@ -57,7 +57,7 @@ def image_config(size: int, **options: object) -> ImageConfig:
 
 
 def canvas_by_the_rule(size: Size, pinpoints: Sequence[Size]) -> Size:
-    """As the reference has it: most of the picture shown, then least wasted, then the first."""
+    """The reference's rule: most of the picture kept, then least area wasted, then the first."""
     width, height = size
 
     def merit(w: int, h: int) -> tuple[int, int]:
@@ -72,14 +72,14 @@ def canvas_by_the_rule(size: Size, pinpoints: Sequence[Size]) -> Size:
 @tried(300)
 @given(size=SIZES, tiles=TILES)
 @example(size=(4000, 3), tiles=[(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)])
-def test_the_canvas_is_the_one_of_the_rule(size: Size, tiles: list[Size]) -> None:
+def test_the_canvas_follows_the_rule(size: Size, tiles: list[Size]) -> None:
     pinpoints = tuple((336 * w, 336 * h) for w, h in tiles)
     assert choose_canvas(size, image_config(336, pinpoints=pinpoints)) == canvas_by_the_rule(size, pinpoints)
 
 
 @tried(50)
 @given(tiles=TILES, data=st.data())
-def test_a_picture_of_the_size_of_a_canvas_gets_that_canvas(tiles: list[Size], data: st.DataObject) -> None:
+def test_a_picture_as_large_as_a_canvas_gets_that_canvas(tiles: list[Size], data: st.DataObject) -> None:
     pinpoints = tuple((336 * w, 336 * h) for w, h in tiles)
     size = data.draw(st.sampled_from(pinpoints))
     assert choose_canvas(size, image_config(336, pinpoints=pinpoints)) == size
@@ -99,7 +99,7 @@ def test_a_picture_of_the_size_of_a_canvas_gets_that_canvas(tiles: list[Size], d
         ((500, 333), (24, 36), 1464),
     ],
 )
-def test_published_counts_of_kept_patches(size: Size, kept: Size, total: int) -> None:
+def test_numbers_of_kept_patches_are_the_published_ones(size: Size, kept: Size, total: int) -> None:
     config = image_config(336, pinpoints=NEXT, merge="spatial_unpad")
     grid = tile_grid(size, choose_canvas(size, config), config, 24)
     assert grid is not None
@@ -109,7 +109,7 @@ def test_published_counts_of_kept_patches(size: Size, kept: Size, total: int) ->
 
 @tried(300)
 @given(size=SIZES, cols=st.integers(1, 4), rows=st.integers(1, 4), patches=st.integers(1, 27))
-def test_unpadding_keeps_the_middle_that_the_rule_keeps(size: Size, cols: int, rows: int, patches: int) -> None:
+def test_unpadding_keeps_the_patches_of_the_rule(size: Size, cols: int, rows: int, patches: int) -> None:
     config = image_config(14, merge="spatial_unpad")
     grid = tile_grid(size, (14 * cols, 14 * rows), config, patches)
     assert grid is not None
@@ -149,7 +149,7 @@ MODES = st.builds(
 @example(size=(1, 1), image=image_config(SIDE, aspect="square"))
 @example(size=(4000, 3), image=image_config(SIDE, aspect="square", mode="hf"))
 @example(size=(3, 4000), image=image_config(SIDE, merge="spatial_unpad", pinpoints=((SIDE * 4, SIDE),)))
-def test_a_picture_of_any_size_takes_as_many_places_as_are_counted_for_it(size: Size, image: ImageConfig) -> None:
+def test_the_number_of_image_tokens_is_right_for_any_size(size: Size, image: ImageConfig) -> None:
     config = replace(LLAVA, image=image)
     views, grid, opened = to_views(Image.new("RGB", size, (200, 30, 60)), image, VISION.grid)
     assert opened == size
@@ -168,13 +168,13 @@ def test_a_picture_of_any_size_takes_as_many_places_as_are_counted_for_it(size: 
 
 
 def plain(config: ImageConfig, views: torch.Tensor) -> torch.Tensor:
-    """Views [V, 3, S, S] as bytes again."""
+    """Views [V, 3, S, S] converted back to bytes."""
     mean, std = torch.tensor(config.mean)[:, None, None], torch.tensor(config.std)[:, None, None]
     return ((views * std + mean) * 255).round().to(torch.uint8)
 
 
 def stripes(size: Size) -> tuple[Image.Image, torch.Tensor]:
-    """A picture without two equal rows or columns beside each other, and its bytes [3, H, W]."""
+    """A picture in which neighbouring rows and columns differ, and its bytes [3, H, W]."""
     w, h = size
     x, y = torch.arange(w)[None].expand(h, w), torch.arange(h)[:, None].expand(h, w)
     pixels = torch.stack([x * 7 % 256, y * 11 % 256, (x + y) * 5 % 256]).to(torch.uint8)
@@ -183,7 +183,7 @@ def stripes(size: Size) -> tuple[Image.Image, torch.Tensor]:
 
 @tried(60)
 @given(long=st.integers(SIDE, 200), upright=st.booleans())
-def test_cropping_takes_the_middle_square(long: int, upright: bool) -> None:
+def test_cropping_takes_the_central_square(long: int, upright: bool) -> None:
     config = image_config(SIDE, aspect="square")
     picture, pixels = stripes((SIDE, long) if upright else (long, SIDE))
     first = (long - SIDE) // 2
@@ -193,7 +193,7 @@ def test_cropping_takes_the_middle_square(long: int, upright: bool) -> None:
 
 @tried(60)
 @given(short=st.integers(1, SIDE), upright=st.booleans())
-def test_padding_puts_the_picture_in_the_middle_of_the_mean_colour(short: int, upright: bool) -> None:
+def test_padding_centres_the_picture_on_the_mean_colour(short: int, upright: bool) -> None:
     config = image_config(SIDE, aspect="pad")
     picture, pixels = stripes((short, SIDE) if upright else (SIDE, short))
     wanted = torch.tensor([int(255 * value) for value in config.mean], dtype=torch.uint8)[:, None, None]
@@ -207,7 +207,7 @@ def test_padding_puts_the_picture_in_the_middle_of_the_mean_colour(short: int, u
 
 @tried(60)
 @given(short=st.integers(1, 2 * SIDE), upright=st.booleans())
-def test_tiles_are_the_picture_on_black_cut_row_by_row(short: int, upright: bool) -> None:
+def test_tiles_are_the_picture_padded_with_black_and_cut_row_by_row(short: int, upright: bool) -> None:
     config = image_config(SIDE, pinpoints=((2 * SIDE, 2 * SIDE),))
     picture, pixels = stripes((short, 2 * SIDE) if upright else (2 * SIDE, short))
     whole = torch.zeros(3, 2 * SIDE, 2 * SIDE, dtype=torch.uint8)
@@ -228,17 +228,17 @@ TALKS = st.lists(TEXTS, min_size=1, max_size=6)
 
 
 def turns_of(texts: Sequence[str]) -> list[Turn]:
-    """Turns that alternate, the last an open one; each text that is not empty is marked so that it can be found."""
+    """Alternating turns, the last without text; every other non-empty text has a unique mark."""
     marked = [f"«{i}»{text}«/{i}»" if text else "" for i, text in enumerate(texts)]
     turns = [Turn("assistant" if i % 2 else "user", text) for i, text in enumerate(marked)]
     return turns if len(turns) % 2 == 0 else [*turns, Turn("assistant", None)]
 
 
 def labels(template: Template, turns: Sequence[Turn]) -> dict[str, int]:
-    """What stands for each side, and how often it should."""
+    """The text that introduces each role, and how often it should occur."""
     roles = [turn.role for turn in (*template.few_shot, *turns)]
     sides = {template.user: roles.count("user"), template.assistant: roles.count("assistant")}
-    if template.style is Style.LLAMA_2:  # a turn of this style is its text: an empty one leaves nothing
+    if template.style is Style.LLAMA_2:  # an empty turn of this style leaves no trace
         said = sum(turn.role == "user" and bool(turn.text) for turn in turns)
         return {"[INST] ": said, " [/INST]": said}
     if template.style is Style.PLAIN:
@@ -249,7 +249,7 @@ def labels(template: Template, turns: Sequence[Turn]) -> dict[str, int]:
 @pytest.mark.parametrize("name", TEMPLATES)
 @tried(30)
 @given(texts=TALKS, system=st.one_of(st.none(), TEXTS))
-def test_a_prompt_holds_every_turn_once_and_in_order(name: str, texts: list[str], system: str | None) -> None:
+def test_a_prompt_contains_every_turn_once_and_in_order(name: str, texts: list[str], system: str | None) -> None:
     template, turns = TEMPLATES[name], turns_of(texts)
     refused = (template.style is Style.PLAIN and (system or len(turns) > 2)) or (
         template.style is Style.LLAMA_2 and not texts[0]
@@ -262,7 +262,7 @@ def test_a_prompt_holds_every_turn_once_and_in_order(name: str, texts: list[str]
     prompt = rest = "".join(span.text for span in spans)
     said = [turn.text for turn in turns if turn.text]
     if template.style is Style.PLAIN and len(texts) == 2 and texts[1]:
-        said = said[-1:]  # with a caption, of the user's text the pictures' marks alone
+        said = said[-1:]  # with a caption, only the image marks of the user's text remain
     assert [prompt.count(text) for text in said] == [1] * len(said)
     assert sorted(said, key=prompt.index) == said
     for text in [*said, *([system] if system else [])]:
@@ -294,7 +294,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     pictures=st.lists(st.integers(0, 2), min_size=5, max_size=5),
     name=st.sampled_from(sorted(TEMPLATES)),
 )
-def test_messages_are_prepared_or_refused_and_no_picture_is_lost(
+def test_messages_are_prepared_with_all_pictures_or_refused(
     tokenizer: Tokenizer, roles: list[str], texts: list[str], pictures: list[int], name: str
 ) -> None:
     preprocessor = Preprocessor(LLAVA, tokenizer, template=name)
@@ -329,15 +329,15 @@ def test_text_survives_the_tokenizer(tokenizer: Tokenizer, text: str) -> None:
     assert places == sorted(places)
 
 
-# ------------------------------------------------------------------------------------------------ tables of names
+# ------------------------------------------------------------------------------------------------ key tables
 
 
-LAYERS = st.sampled_from((1, 2, 11))  # the last for numbers of two digits
+LAYERS = st.sampled_from((1, 2, 11))  # the last one has layer numbers of two digits
 
 
 @st.composite
 def configs(draw: st.DrawFn) -> LlavaConfig:
-    """Models of all kinds, small in number of layers, of any number of heads."""
+    """Configs of all kinds of models with few layers and any number of heads."""
     mpt = draw(st.booleans())
     head_dim, n_kv = 2 * draw(st.integers(1, 4)), draw(st.integers(1, 3))
     n_heads = n_kv * (1 if mpt else draw(st.integers(1, 3)))
@@ -358,7 +358,7 @@ def configs(draw: st.DrawFn) -> LlavaConfig:
 
 
 def written(config: LlavaConfig) -> dict[str, tuple[Rule, ...]]:
-    """Tables that have a place for a model, by their names."""
+    """The key tables that can store a model, by name."""
     llama_like, depth = config.decoder.kind == "llama", config.projector.depth if config.projector else 2
     tables = {"native": NATIVE}
     if not llama_like:
@@ -382,7 +382,7 @@ def assert_there_and_back(names: Sequence[str], table: tuple[Rule, ...]) -> None
 
 @tried(25)
 @given(config=configs())
-def test_names_there_and_back_are_the_same(config: LlavaConfig) -> None:
+def test_renaming_there_and_back_is_the_identity(config: LlavaConfig) -> None:
     names = list(shapes(config))
     for table in written(config).values():
         assert_there_and_back(names, table)
@@ -397,7 +397,7 @@ def test_names_there_and_back_are_the_same(config: LlavaConfig) -> None:
 
 @tried(20)
 @given(config=configs())
-def test_what_is_taken_apart_is_put_together_again(config: LlavaConfig) -> None:
+def test_tensors_that_are_split_are_joined_again(config: LlavaConfig) -> None:
     for table in written(config).values():
         for ours, shape in shapes(config).items():
             tensor = torch.arange(math.prod(shape)).reshape(shape)
@@ -411,7 +411,7 @@ def test_what_is_taken_apart_is_put_together_again(config: LlavaConfig) -> None:
 
 @tried(40)
 @given(heads=st.integers(1, 5), half=st.integers(1, 8))
-def test_gpt_fasts_rows_are_neighbouring_pairs_of_the_same_rows(heads: int, half: int) -> None:
+def test_gpt_fast_interleaves_the_two_halves_of_the_rows(heads: int, half: int) -> None:
     rows = torch.arange(heads * 2 * half)[:, None]
     wanted = [head * 2 * half + i + side * half for head in range(heads) for i in range(half) for side in (0, 1)]
     assert interleave(rows, 2 * half)[:, 0].tolist() == wanted
