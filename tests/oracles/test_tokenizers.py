@@ -67,7 +67,7 @@ def test_an_end_of_text_that_was_added_survives_llava_hf_and_the_way_back(
 
 
 @pytest.mark.parametrize("to", ["original", "llama"])
-def test_tokens_that_a_projector_brings_are_seen(to: str, clip: Path, tmp_path: Path) -> None:
+def test_tokens_of_a_projector_are_written(to: str, clip: Path, tmp_path: Path) -> None:
     base = with_decoder(tiny.write_llama(tmp_path / "base"))
     tiny.write_projector(tmp_path / "projector", clip=clip, start_end=True, mm_projector_type="linear")
     (lone := tmp_path / "x.bin").write_bytes((tmp_path / "projector" / "mm_projector.bin").read_bytes())
@@ -84,7 +84,7 @@ def test_a_base_in_metas_format_gets_its_start_of_text(to: str, clip: Path, tmp_
     assert_ids_are_ours(tmp_path / to, ("<image>",) if to == "hf" else ())
 
 
-def test_a_lora_merged_on_a_base_in_metas_format_gets_it_too(clip: Path, tmp_path: Path) -> None:
+def test_a_lora_merged_on_a_base_in_metas_format_has_it_too(clip: Path, tmp_path: Path) -> None:
     base = tiny.write_meta(tmp_path / "meta" / "7B")
     merge_lora(base, tmp_path / "merged", tiny.write_lora(tmp_path / "lora", clip=clip))
     assert_ids_are_ours(tmp_path / "merged", ())
