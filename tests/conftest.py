@@ -21,7 +21,6 @@ SHARED = Path(os.environ.get("LLAVA_SHARED", PROJECT.parent / "shared"))
 # Tests never use the network, and a model in the user's cache cannot change a result. Set before huggingface_hub is
 # imported.
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(PROJECT / "build" / "empty-hub-cache")}
-os.environ["COLUMNS"] = "400"  # commands print long paths without line breaks
 
 
 def pytest_configure(config: pytest.Config) -> None:
