@@ -1,13 +1,18 @@
-"""Runs the installed commands: in processes of their own with real pipes, or in this process."""
+"""Runs commands: in processes of their own with real pipes, or in this process."""
 
+import atexit
+import functools
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+from tests.forkserver import fast_llava
 
 PROJECT = Path(__file__).resolve().parent.parent
 SCRIPT = Path(sys.executable).parent / "llava"
@@ -16,10 +21,23 @@ CONVERT_HF = [sys.executable, str(PROJECT / "scripts" / "convert_hf_checkpoint.p
 TIMEOUT_S = 120
 
 
-def run(*args: object, stdin: bytes | None = None, command: Sequence[str] = LLAVA, **options: Any) -> Any:
-    """Runs `llava ARGS` and returns a CompletedProcess with text in stdout and stderr."""
+@functools.cache
+def forked_llava() -> list[str]:
+    """The command of tests/forkserver.py. Its server starts with the first call and ends with this process."""
+    stack = ExitStack()
+    atexit.register(stack.close)
+    return [str(stack.enter_context(fast_llava()) / "llava")]
+
+
+def run(*args: object, stdin: bytes | None = None, command: Sequence[str] | None = None, **options: Any) -> Any:
+    """Runs `llava ARGS` and returns a CompletedProcess with text in stdout and stderr.
+
+    Without `command` it runs in a fork of a process that has imported torch; `command=LLAVA` runs the installed script.
+    """
     source = {"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}
-    argv = [*command, *map(str, args)]
+    options.setdefault("env", os.environ | {"COLUMNS": "400"})  # long paths are printed without line breaks
+    default = LLAVA if "preexec_fn" in options else forked_llava()  # a fork does not inherit limits of its client
+    argv = [*(command or default), *map(str, args)]
     done = subprocess.run(argv, capture_output=True, timeout=TIMEOUT_S, check=False, **source, **options)
     done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
     return done

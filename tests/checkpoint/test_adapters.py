@@ -61,7 +61,7 @@ def seen(vlm: Assistant, picture: Path) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["cats", "dogs", "june", "stage1"])
-def test_an_adapter_kept_apart_answers_as_merged_on_the_way_in(
+def test_an_adapter_that_is_not_merged_answers_like_a_merged_one(
     folders: dict[str, Path], several: Assistant, picture: Path, name: str
 ) -> None:
     merged = llava.load(folders[name], base=folders["base"], **FLOAT32)
@@ -74,7 +74,7 @@ def test_an_adapter_kept_apart_answers_as_merged_on_the_way_in(
     assert [several.generate(request, max_new_tokens=8).token_ids for request in requests] == expected
 
 
-def test_what_belongs_to_an_adapter_switches_with_it(several: Assistant, picture: Path) -> None:
+def test_tokenizer_and_template_switch_with_the_adapter(several: Assistant, picture: Path) -> None:
     several.adapter("june")
     messages = question_about(picture, "What?")
     assert "<im_start><image><im_end>" in several.prepare(messages).prompt
@@ -88,7 +88,7 @@ def test_what_belongs_to_an_adapter_switches_with_it(several: Assistant, picture
     assert several.config.template == "llava_v1"
 
 
-def test_without_an_adapter_the_base_is_what_it_is_alone(
+def test_without_an_adapter_the_base_answers_as_if_loaded_by_itself(
     folders: dict[str, Path], several: Assistant, picture: Path
 ) -> None:
     several.adapter("cats")
@@ -108,7 +108,7 @@ def test_a_llava_under_adapters_keeps_its_own_projector(folders: dict[str, Path]
     assert not torch.equal(seen(vlm, picture), changed)
 
 
-def test_a_lora_alone_is_kept_apart_as_default(folders: dict[str, Path], picture: Path) -> None:
+def test_a_single_lora_that_is_not_merged_is_named_default(folders: dict[str, Path], picture: Path) -> None:
     vlm = llava.load(folders["cats"], base=folders["base"], merge=False, **FLOAT32)
     assert (vlm.adapters, vlm.active) == (["default"], "default")
     merged = llava.load(folders["cats"], base=folders["base"], **FLOAT32)
@@ -136,7 +136,7 @@ def test_switching_copies_no_weights(several: Assistant) -> None:
     assert several.model is model
 
 
-def test_a_stream_that_has_begun_goes_on_as_it_is(several: Assistant) -> None:
+def test_a_running_stream_keeps_its_adapter(several: Assistant) -> None:
     several.adapter("cats")
     expected = several.generate(TEXT, max_new_tokens=10).text
     stream = several.stream(TEXT, max_new_tokens=10)
@@ -174,7 +174,7 @@ def test_compiled_steps_switch_too(several: Assistant) -> None:
         torch.testing.assert_close(*logits)
 
 
-def test_matrices_and_adapters_keep_apart(several: Assistant) -> None:
+def test_switching_leaves_the_base_matrices_alone(several: Assistant) -> None:
     several.adapter("dogs")
     layers = [module for module in several.model.modules() if isinstance(module, LoraLinear)]
     assert len(layers) == 4  # qkv and down of two blocks

@@ -38,13 +38,13 @@ def assert_all_good(results: dict[str, Any], n: int) -> None:
     assert len(results["kinds"]) == len(mutate.MUTATIONS)
 
 
-def test_two_hundred_spoilt_folders_load_correctly_or_fail_with_one_clear_error(tmp_path: Path) -> None:
+def test_two_hundred_corrupted_folders_load_correctly_or_fail_with_one_clear_error(tmp_path: Path) -> None:
     assert_all_good(run(200, 2026, tmp_path), 200)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_two_thousand_spoilt_folders_load_correctly_or_fail_with_one_clear_error(
+def test_two_thousand_corrupted_folders_load_correctly_or_fail_with_one_clear_error(
     tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     if request.config.getoption("markexpr") != "slow":
@@ -52,7 +52,7 @@ def test_two_thousand_spoilt_folders_load_correctly_or_fail_with_one_clear_error
     assert_all_good(run(2000, 0, tmp_path), 2000)
 
 
-def test_the_fuzz_notices_code_and_writes(tmp_path: Path) -> None:
+def test_the_fuzz_detects_code_and_writes(tmp_path: Path) -> None:
     """The watch records code and writes."""
     code = """
 import os, sys, pickle
@@ -191,7 +191,7 @@ FOUND: dict[str, Callable[[Path], str]] = {
 
 
 @pytest.mark.parametrize("fault", FOUND)
-def test_what_the_fuzz_found_is_refused_in_one_line(tmp_path: Path, fault: str) -> None:
+def test_past_findings_of_the_fuzz_are_refused_in_one_line(tmp_path: Path, fault: str) -> None:
     clip = tiny.write_clip(tmp_path / "clip")
     folder = tiny.write_llava(tmp_path / "llava", clip=clip, layout="bin")
     word = FOUND[fault](folder)
@@ -203,7 +203,7 @@ def test_what_the_fuzz_found_is_refused_in_one_line(tmp_path: Path, fault: str) 
 
 
 @pytest.mark.parametrize("fault", FOUND)
-def test_inspect_describes_or_refuses_what_the_fuzz_found(tmp_path: Path, fault: str) -> None:
+def test_inspect_describes_or_refuses_past_findings_of_the_fuzz(tmp_path: Path, fault: str) -> None:
     clip = tiny.write_clip(tmp_path / "clip")
     folder = tiny.write_llava(tmp_path / "llava", clip=clip, layout="bin")
     FOUND[fault](folder)

@@ -44,7 +44,7 @@ def test_the_config_survives_json(checkpoint: Path) -> None:
     assert LlavaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-def test_a_table_read_there_and_back_names_the_same_tensors() -> None:
+def test_a_table_read_back_and_forth_names_the_same_tensors() -> None:
     names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
     names += [f"model.layers.{i}.self_attn.{part}_proj.weight" for i in (0, 11) for part in "qkvo"]
     planned = keymap.plan(names, HF_LLAMA)
@@ -82,7 +82,7 @@ def test_a_table_read_there_and_back_names_the_same_tensors() -> None:
     ],
     ids=lambda change: json.dumps(change)[:60],
 )
-def test_a_config_that_makes_no_sense_is_one_line(checkpoint: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+def test_an_invalid_config_is_one_line(checkpoint: Path, tmp_path: Path, change: dict[str, Any]) -> None:
     shutil.copytree(checkpoint, tmp_path / "copy")
     tiny.edit_json(tmp_path / "copy" / "config.json", **change)
     with pytest.raises(LlavaError) as caught:
@@ -101,7 +101,7 @@ def test_a_config_that_makes_no_sense_is_one_line(checkpoint: Path, tmp_path: Pa
         ("tokenizer.model", "not a model"),
     ],
 )
-def test_tokenizer_files_that_make_no_sense_are_one_line(plain: Path, name: str, content: str) -> None:
+def test_invalid_tokenizer_files_are_one_line(plain: Path, name: str, content: str) -> None:
     (plain / name).write_text(content)
     with pytest.raises(CheckpointError) as caught:
         llava.load(plain)
@@ -115,7 +115,7 @@ def test_a_config_with_fewer_layers_than_the_weights_is_refused(plain: Path) -> 
         llava.load(plain)
 
 
-def test_an_index_can_not_point_out_of_its_folder(tmp_path: Path, clip: Path) -> None:
+def test_an_index_cannot_point_out_of_its_folder(tmp_path: Path, clip: Path) -> None:
     folder = tiny.write_llava(tmp_path / "llava", layout="safetensors-shards", clip=clip)
     index = folder / "model.safetensors.index.json"
     table = json.loads(index.read_text())
@@ -144,7 +144,7 @@ def spoiled(folder: Path) -> str:
     return "model.norm.weight"
 
 
-def test_force_goes_on_in_spite_of_nan(plain: Path, tmp_path: Path) -> None:
+def test_force_continues_in_spite_of_nan(plain: Path, tmp_path: Path) -> None:
     name = spoiled(plain)
     for refused in (lambda: llava.load(plain), lambda: convert(plain, tmp_path / "out")):
         with pytest.raises(CheckpointError, match=name):
@@ -181,7 +181,7 @@ def test_a_tower_of_other_width_than_the_projector_is_refused(checkpoint: Path, 
         llava.load(checkpoint, vision_tower=wide)
 
 
-def test_clip_l_sizes_stand_in_for_a_tower_out_of_reach() -> None:
+def test_clip_l_sizes_replace_a_tower_that_cannot_be_found() -> None:
     from llava.formats.clip import find_tower
 
     found = {"vision.cls": (1024,), "vision.patch.weight": (1024, 3, 14, 14), "vision.pos": (577, 1024)}
@@ -193,7 +193,7 @@ def test_clip_l_sizes_stand_in_for_a_tower_out_of_reach() -> None:
         find_tower("nobody/has-this", {**found, "vision.cls": (512,), "vision.patch.weight": (512, 3, 14, 14)})
 
 
-def test_the_canvas_of_a_tie_is_the_other_one_in_the_other_codes_arithmetic(tmp_path: Path, clip: Path) -> None:
+def test_original_and_hf_arithmetic_break_a_tie_of_canvases_differently(tmp_path: Path, clip: Path) -> None:
     folder = tiny.write_llava(tmp_path / "llava", clip=clip, tower_seed=3, **tiny.ANYRES)
     images: list[ImageConfig] = []
     for mode in ("original", "hf"):

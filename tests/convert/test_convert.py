@@ -13,9 +13,7 @@ from tests.checkpoints import assert_same, opened
 
 
 @pytest.mark.parametrize("to", ["native", "llava", "llava-hf"])
-def test_a_tower_that_is_given_need_not_be_reached_under_its_name(
-    to: str, clip: Path, base: Path, tmp_path: Path
-) -> None:
+def test_a_given_tower_need_not_exist_under_its_recorded_name(to: str, clip: Path, base: Path, tmp_path: Path) -> None:
     lora = tiny.write_lora(tmp_path / "lora", clip=clip, mm_vision_tower="nobody/clip")
     convert(lora, tmp_path / to, LoadOptions(base=base, vision_tower=clip), to=to)
     found = opened(tmp_path / to, vision_tower=clip if to == "llava" else None)
@@ -43,7 +41,7 @@ def test_a_target_may_be_a_link(dangling: bool, clip: Path, base: Path, tmp_path
         assert {path.name for path in tmp_path.iterdir() if job in path.name} == {job, disk.name}
 
 
-def test_a_target_that_is_a_file_is_told_from_a_full_folder(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_target_that_is_a_file_has_its_own_error(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "out").touch()
     with pytest.raises(llava.LlavaError, match="is a file; name a folder"):
         convert(checkpoint, tmp_path / "out")

@@ -14,7 +14,7 @@ from tests.command import assert_one_line_error, run, run_well
 TOKENS = ("<im_patch>", "<im_start>", "<im_end>")
 
 
-def test_a_projector_that_was_taken_out_makes_the_model_again(clip: Path, tmp_path: Path) -> None:
+def test_an_extracted_projector_on_its_model_gives_the_same_tensors(clip: Path, tmp_path: Path) -> None:
     whole = tiny.write_llava(tmp_path / "whole", clip=clip, added=TOKENS, mm_use_im_start_end=True)
     run_well("extract-projector", whole, tmp_path / "projector")
     weights = torch.load(tmp_path / "projector" / "mm_projector.bin", weights_only=True)
@@ -28,7 +28,7 @@ def test_a_projector_that_was_taken_out_makes_the_model_again(clip: Path, tmp_pa
         assert torch.equal(found.tensors[name].read(), before.tensors[name].read()), name
 
 
-def test_a_tower_of_unpublished_sizes_goes_along(raw: Path, clip: Path, tmp_path: Path) -> None:
+def test_a_tower_of_unpublished_sizes_is_copied(raw: Path, clip: Path, tmp_path: Path) -> None:
     whole = tiny.write_llava(tmp_path / "whole", clip=clip, tower_seed=5)
     extract_projector(whole, tmp_path / "p")
     moved = (tmp_path / "p").rename(tmp_path / "q")
@@ -41,7 +41,7 @@ def test_a_tower_of_unpublished_sizes_goes_along(raw: Path, clip: Path, tmp_path
             assert torch.equal(found.tensors[name].read(), before.tensors[name].read()), name
 
 
-def test_of_a_model_without_eyes_no_projector_is_taken(raw: Path, tmp_path: Path) -> None:
+def test_a_model_without_vision_has_no_projector_to_extract(raw: Path, tmp_path: Path) -> None:
     assert_one_line_error(run("extract-projector", raw, tmp_path / "p"), "and no projector")
     assert not (tmp_path / "p").exists()
 

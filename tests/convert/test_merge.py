@@ -120,9 +120,7 @@ def test_a_lora_is_merged_with_the_originals_rounding_or_precisely(lora: Path, t
 
 
 @pytest.mark.parametrize("under", ["meta", "native", "merged"])
-def test_a_lora_of_peft_alone_takes_its_config_from_the_base(
-    lora: Path, clip: Path, tmp_path: Path, under: str
-) -> None:
+def test_a_lora_without_a_config_takes_it_from_the_base(lora: Path, clip: Path, tmp_path: Path, under: str) -> None:
     plain = shutil.copytree(lora, tmp_path / "plain")
     for name in ("config.json", "non_lora_trainables.bin"):
         (plain / name).unlink()
@@ -138,7 +136,7 @@ def test_a_lora_of_peft_alone_takes_its_config_from_the_base(
     assert open_checkpoint(tmp_path / "merged").config.template == open_checkpoint(base).config.template
 
 
-def test_a_lora_of_peft_alone_on_a_native_llava_keeps_the_template_and_asks_for_another_layout_to_merge(
+def test_a_lora_without_a_config_on_a_native_llava_keeps_the_template_and_asks_for_another_layout_to_merge(
     lora: Path, clip: Path, tmp_path: Path
 ) -> None:
     plain = shutil.copytree(lora, tmp_path / "plain")
@@ -213,7 +211,7 @@ def test_no_shard_size_is_a_traceback(raw: Path, delta: Path, tmp_path: Path) ->
         assert "Traceback" not in done.stderr
 
 
-def test_tensors_that_lie_transposed_in_their_file_are_verified_too(raw: Path, clip: Path, tmp_path: Path) -> None:
+def test_tensors_stored_transposed_are_verified_too(raw: Path, clip: Path, tmp_path: Path) -> None:
     delta = tiny.write_delta(tmp_path / "delta", clip=clip, **tiny.LLAMA_1)
     tensors = stored(delta)
     name = "model.layers.1.self_attn.o_proj.weight"
@@ -226,7 +224,7 @@ def test_tensors_that_lie_transposed_in_their_file_are_verified_too(raw: Path, c
     assert_same(tmp_path / "t", originals(raw, delta))
 
 
-def test_what_can_not_be_merged_is_refused_in_one_line(
+def test_what_cannot_be_merged_is_refused_in_one_line(
     raw: Path, delta: Path, lora: Path, clip: Path, tmp_path: Path
 ) -> None:
     taken = tmp_path / "taken"
@@ -261,7 +259,7 @@ def test_what_can_not_be_merged_is_refused_in_one_line(
     assert "vicuna-7b-v1.1" in forced.stderr
 
 
-def test_nan_in_a_delta_leaves_nothing_behind(raw: Path, clip: Path, tmp_path: Path) -> None:
+def test_nan_in_a_delta_leaves_no_files(raw: Path, clip: Path, tmp_path: Path) -> None:
     delta = tiny.write_delta(tmp_path / "delta", clip=clip, **tiny.LLAMA_1)
     tensors = stored(delta)
     tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
@@ -273,7 +271,7 @@ def test_nan_in_a_delta_leaves_nothing_behind(raw: Path, clip: Path, tmp_path: P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["delta"]
 
 
-def test_a_projector_that_is_not_whole_is_noticed(raw: Path, lora: Path, clip: Path, tmp_path: Path) -> None:
+def test_an_incomplete_projector_is_refused(raw: Path, lora: Path, clip: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(lora, tmp_path / "lora")
     (broken / "non_lora_trainables.bin").unlink()
     with pytest.raises(CheckpointError, match=r"have no projector\.0\.weight"):
@@ -288,7 +286,7 @@ def test_a_projector_that_is_not_whole_is_noticed(raw: Path, lora: Path, clip: P
     assert not (tmp_path / "t").exists()
 
 
-def test_a_delta_to_vicuna_is_warned_of_when_it_is_made(clip: Path, tmp_path: Path) -> None:
+def test_making_a_delta_to_vicuna_is_warned_about(clip: Path, tmp_path: Path) -> None:
     vicuna = tiny.write_llama(tmp_path / "v", seed=7, **tiny.LLAMA_1 | {"_name_or_path": "lmsys/vicuna-7b-v1.1"})
     whole = tiny.write_llava(tmp_path / "w", clip=clip, **tiny.LLAMA_1)
     done = run_well("make-delta", "--base", vicuna, "--target", whole, "--delta", tmp_path / "d")

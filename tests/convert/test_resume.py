@@ -31,7 +31,7 @@ apply_delta(base, target, delta, options, progress=lambda done, total: time.slee
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_run_is_gone_on_with(raw: Path, delta: Path, tmp_path: Path, how: signal.Signals) -> None:
+def test_a_killed_run_is_resumed(raw: Path, delta: Path, tmp_path: Path, how: signal.Signals) -> None:
     target, partial = tmp_path / "target", tmp_path / "target.partial"
     slow = subprocess.Popen([sys.executable, "-c", SLOW, raw, target, delta], stderr=subprocess.PIPE)
     end = time.monotonic() + 60
@@ -61,7 +61,7 @@ def test_a_killed_run_is_gone_on_with(raw: Path, delta: Path, tmp_path: Path, ho
 
 
 @pytest.mark.parametrize("how", ["bit", "cut"])
-def test_a_shard_that_was_damaged_meanwhile_is_made_anew(raw: Path, delta: Path, tmp_path: Path, how: str) -> None:
+def test_a_damaged_shard_is_written_again(raw: Path, delta: Path, tmp_path: Path, how: str) -> None:
     target, partial = tmp_path / "target", tmp_path / "target.partial"
 
     def stop(done: int, total: int) -> None:
@@ -106,7 +106,7 @@ def test_a_rerun_on_a_disk_that_has_filled_up_keeps_what_is_done(
     assert apply_delta(raw, tmp_path / "t", delta, MergeOptions(max_shard_bytes=30_000)).taken_over == left
 
 
-def test_a_target_that_is_taken_meanwhile_costs_no_work(raw: Path, delta: Path, tmp_path: Path) -> None:
+def test_a_target_that_appears_during_the_merge_loses_no_work(raw: Path, delta: Path, tmp_path: Path) -> None:
     target = tmp_path / "t"
 
     def take(done: int, total: int) -> None:
@@ -124,14 +124,14 @@ def test_a_target_that_is_taken_meanwhile_costs_no_work(raw: Path, delta: Path, 
 
 
 @pytest.mark.skipif(not Path("/proc").is_mount(), reason="needs a mount point")
-def test_a_target_that_can_not_give_way_is_told_before_the_work(raw: Path, delta: Path) -> None:
+def test_a_target_that_cannot_be_replaced_is_refused_before_the_work(raw: Path, delta: Path) -> None:
     told: list[int] = []
     with pytest.raises(CheckpointError, match="/proc: is a mount point"):
         apply_delta(raw, Path("/proc"), delta, progress=lambda done, total: told.append(done))
     assert not told
 
 
-def test_a_disk_without_locks_is_warned_of_and_written_to(
+def test_a_disk_without_locks_is_used_with_a_warning(
     raw: Path, delta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def no_locks(handle: int, how: int) -> None:

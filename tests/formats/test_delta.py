@@ -29,7 +29,7 @@ def test_a_delta_on_its_base_is_the_sum_in_float16(clip: Path, tmp_path: Path) -
         torch.testing.assert_close(found.tensors[name].read(), tensor, rtol=0, atol=2e-3)
 
 
-def test_a_delta_alone_tells_the_template_that_it_will_have(clip: Path, tmp_path: Path) -> None:
+def test_a_delta_without_its_base_reports_its_final_template(clip: Path, tmp_path: Path) -> None:
     base = tiny.write_llama(tmp_path / "base", seed=7, **tiny.LLAMA_1)
     delta = tiny.write_delta(tmp_path / "delta", clip=clip, added=("[PAD]", "<im_patch>"), **tiny.LLAMA_1)
     tiny.write_tokenizer(delta, added=("[PAD]", "<im_patch>"), pad="[PAD]")

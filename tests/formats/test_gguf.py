@@ -124,7 +124,7 @@ def test_tower_and_projector_are_those_of_the_source(written: Path) -> None:
     assert not any(name.startswith("v.blk.2.") or "post_ln" in name for name in file.tensors)
 
 
-def test_the_report_tells_checks_and_what_to_know(written: Path) -> None:
+def test_the_report_lists_checks_and_caveats(written: Path) -> None:
     text = (written / "conversion.md").read_text()
     for line in (
         "`blk.N.attn_q.weight`",
@@ -182,7 +182,7 @@ def test_what_was_written_reads_back_as_the_same_model(tmp_path: Path, config: d
     assert [file.name for file in (tmp_path / "out").glob("*.gguf")] == ["model-bf16.gguf" if wide else MODEL]
 
 
-def test_anyres_is_told_with_its_newline(tmp_path: Path, clip: Path) -> None:
+def test_anyres_is_recorded_with_its_newline(tmp_path: Path, clip: Path) -> None:
     model = tiny.write_llava(tmp_path / "m", clip=clip, tower_seed=5, **tiny.ANYRES)
     convert(model, tmp_path / "out", to="gguf", verify=True, check=True)
     file = File(tmp_path / "out" / "mmproj-bf16.gguf")
@@ -200,7 +200,7 @@ def test_a_lora_on_a_base_in_metas_format_goes_straight_into_a_gguf(tmp_path: Pa
     assert (tmp_path / "out" / MODEL).is_file()
 
 
-def test_mpt_is_written_as_a_language_model_alone(tmp_path: Path, clip: Path) -> None:
+def test_mpt_is_written_as_a_language_model_only(tmp_path: Path, clip: Path) -> None:
     model = tiny.write_mpt(tmp_path / "m", clip=clip)
     convert(model, tmp_path / "out", LoadOptions(vision=False), to="gguf", verify=True, check=True)
     keys = File(tmp_path / "out" / "model-bf16.gguf").keys
@@ -262,7 +262,7 @@ def test_a_tokenizer_that_may_be_read_in_another_way_is_refused(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("value", "why"), [(float("nan"), "NaN or Inf"), (1e6, "above 65504")])
-def test_values_that_can_not_be_written_leave_nothing_behind(tmp_path: Path, value: float, why: str) -> None:
+def test_values_that_cannot_be_written_leave_no_files(tmp_path: Path, value: float, why: str) -> None:
     model = tiny.write_llama(tmp_path / "m", torch_dtype="float32")
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value

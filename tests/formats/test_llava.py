@@ -43,17 +43,19 @@ def write_as_it_was(folder: Path, model: Checkpoint, clip: Path, **options: Any)
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
-def test_a_merged_model_written_opens_as_it_was(model: Checkpoint, clip: Path, tmp_path: Path, form: Any) -> None:
+def test_a_written_model_opens_unchanged(model: Checkpoint, clip: Path, tmp_path: Path, form: Any) -> None:
     folder = write_as_it_was(tmp_path / "out", model, clip, file_type=form, max_shard_bytes=150_000)
     assert len(list(folder.glob(f"*-of-*.{form}"))) >= 2
     found = opened(folder)
     assert found.format == "llava"
     assert found.config == model.config
-    assert all(name.startswith("vision_model.") for name in found.unused)  # the blocks of CLIP after the selected layer
+    assert all(
+        name.startswith("vision_model.") for name in found.unused_names
+    )  # the blocks of CLIP after the selected layer
     assert_same(tensors_of(found), tensors_of(model))
 
 
-def test_an_mpt_written_opens_as_it_was(clip: Path, tmp_path: Path) -> None:
+def test_a_written_mpt_opens_unchanged(clip: Path, tmp_path: Path) -> None:
     model = opened(tiny.write_mpt(tmp_path / "source", clip=clip))
     found = opened(write_as_it_was(tmp_path / "out", model, clip))
     assert found.format == "mpt"
@@ -77,7 +79,9 @@ def test_a_merged_model_has_the_published_names_keys_and_types(clip: Path, check
     assert config["mm_projector_lr"] == 2e-5
 
 
-def test_a_tower_that_was_trained_lies_inside_and_wins_over_clip(clip: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_trained_tower_is_saved_inside_and_takes_precedence_over_clip(
+    clip: Path, checkpoint: Path, tmp_path: Path
+) -> None:
     model = opened(checkpoint)
     tensors = tensors_of(model)
     tensors["vision.blocks.0.attn.qkv.weight"] += 1
@@ -108,7 +112,7 @@ def test_a_tower_written_is_a_clip_folder(clip: Path, checkpoint: Path, tmp_path
     torch.testing.assert_close(ours, wanted, rtol=0, atol=5e-5)
 
 
-def test_a_language_model_alone_is_a_llama_that_transformers_opens(base: Path, tmp_path: Path) -> None:
+def test_a_model_without_vision_is_a_llama_that_transformers_opens(base: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     model = opened(base)
     folder = tmp_path / "out"
@@ -128,7 +132,7 @@ def test_the_template_of_a_training_is_kept(clip: Path, checkpoint: Path, tmp_pa
     assert opened(tmp_path / "out").config == config
 
 
-def test_what_cannot_be_written_leaves_nothing_behind(clip: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_failed_write_leaves_no_files(clip: Path, checkpoint: Path, tmp_path: Path) -> None:
     model = opened(checkpoint)
     tensors = tensors_of(model)
     del tensors["projector.2.bias"]

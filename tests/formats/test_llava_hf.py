@@ -158,13 +158,10 @@ def bits(tensor: Tensor) -> Tensor:
 
 WAYS = [(form, to) for form in ("1.5", "1.6") for to in ("native", "llava-hf")]
 WAYS += [("mpt", "native"), ("llama", "native")]
-    ("mpt", "native"),
-    ("llama", "native"),
-]
 
 
 @pytest.mark.parametrize(("form", "to"), WAYS)
-def test_there_and_back_gives_the_same_bytes(
+def test_back_and_forth_gives_the_same_bytes(
     made: Callable[[str], Path], clip: Path, tmp_path: Path, form: str, to: str
 ) -> None:
     if form == "mpt":
@@ -224,7 +221,7 @@ def test_transformers_renders_our_template_to_the_same_prompt(
         assert rendered == preprocessor.prepare(messages).prompt
 
 
-def test_the_report_tells_what_was_renamed_filled_up_and_left_out(
+def test_the_report_lists_renamed_padded_and_omitted_tensors(
     made: Callable[[str], Path], clip: Path, tmp_path: Path
 ) -> None:
     convert(made("1.5"), tmp_path / "hf", to="llava-hf", verify=True, check=True)
@@ -247,7 +244,7 @@ def test_the_report_tells_what_was_renamed_filled_up_and_left_out(
         ({"mm_use_im_start_end": True, "added": ("<im_start>", "<im_end>")}, "puts <im_start> and <im_end>"),
     ],
 )
-def test_what_the_layout_has_no_place_for_is_refused(
+def test_what_the_layout_cannot_express_is_refused(
     clip: Path, tmp_path: Path, changes: dict[str, Any], reason: str
 ) -> None:
     folder = tiny.write_llava(tmp_path / "llava", clip=clip, **changes)

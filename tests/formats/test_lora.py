@@ -90,7 +90,7 @@ def test_a_lora_where_heads_share_keys_and_values(clip: Path, tmp_path: Path) ->
     torch.testing.assert_close(change[96:], 2 * b @ a, rtol=0, atol=1e-6)
 
 
-def test_a_lora_becomes_native_rounded_once(clip: Path, base: Path, tmp_path: Path) -> None:
+def test_a_lora_converts_to_native_with_one_rounding(clip: Path, base: Path, tmp_path: Path) -> None:
     lora = tiny.write_lora(tmp_path / "lora", clip=clip)
     convert(lora, tmp_path / "native", LoadOptions(base=base), verify=True)
     found, source = opened(tmp_path / "native"), opened(lora, base=base)
@@ -100,7 +100,7 @@ def test_a_lora_becomes_native_rounded_once(clip: Path, base: Path, tmp_path: Pa
     assert found.tensors["decoder.blocks.0.mlp.up.weight"].dtype == torch.float16
 
 
-def test_a_lora_goes_on_a_native_and_on_a_merged_base_too(
+def test_a_lora_loads_on_a_native_and_on_a_merged_base_too(
     clip: Path, base: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     lora = tiny.write_lora(tmp_path / "lora", clip=clip)
@@ -131,7 +131,7 @@ def test_a_lora_whose_start_changed_its_base_is_refused(start: str, lora: Path, 
     assert opened(lora, base=base).format == "lora"
 
 
-def test_inspect_tells_what_a_lora_needs_and_with_its_base_what_it_becomes(lora: Path, base: Path) -> None:
+def test_inspect_describes_what_a_lora_needs_and_with_its_base_the_resulting_model(lora: Path, base: Path) -> None:
     alone, whole = describe(lora), describe(lora, LoadOptions(base=str(base)))
     assert alone.base == "lmsys/vicuna-13b-v1.3"
     assert whole.kind == "lora"
@@ -141,7 +141,7 @@ def test_inspect_tells_what_a_lora_needs_and_with_its_base_what_it_becomes(lora:
 
 
 @pytest.mark.parametrize("file", ["adapter_model.bin", "non_lora_trainables.bin"])
-def test_a_scan_reads_what_is_put_on_a_base(file: str, lora: Path) -> None:
+def test_a_scan_reads_the_tensors_of_a_lora(file: str, lora: Path) -> None:
     assert scan(lora, progress=lambda done, total: None).nan == {}
     tensors = torch.load(lora / file)
     name = next(iter(tensors))
@@ -176,7 +176,7 @@ def assert_same_checkpoint(ours: Checkpoint, theirs: Checkpoint) -> None:
     ],
 )
 @pytest.mark.parametrize("file", ["adapter_model.bin", "non_lora_trainables.bin"])
-def test_what_stands_before_the_names_does_not_matter(
+def test_the_prefix_of_tensor_names_does_not_matter(
     lora: Path, base: Path, clip: Path, tmp_path: Path, file: str, wrapper: str
 ) -> None:
     expected = opened(tiny.write_lora(tmp_path / "expected", clip=clip), base=base)
@@ -210,7 +210,7 @@ def test_the_lora_of_june_2023_brings_a_longer_vocabulary(clip: Path, base: Path
     assert found.tokenizer.encode(text) == theirs.tokenizer.encode(text)
 
 
-def test_what_was_added_in_memory_is_written_by_a_conversion(clip: Path, base: Path, tmp_path: Path) -> None:
+def test_tokens_added_in_memory_are_written_by_a_conversion(clip: Path, base: Path, tmp_path: Path) -> None:
     longer = {"vocab_size": tiny.PIECES + 3, "mm_use_im_start_end": True, "mm_projector_type": "linear"}
     lora = tiny.write_lora(tmp_path / "lora", clip=clip, rows=True, **longer)
     for to in ("native", "llava"):
@@ -264,7 +264,7 @@ def test_ranks_may_differ_from_matrix_to_matrix(lora: Path, base: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["", ".modules_to_save", ".modules_to_save.default", ".base_layer"])
-def test_modules_that_were_saved_whole_replace_the_bases(lora: Path, base: Path, where: str) -> None:
+def test_fully_saved_modules_replace_the_bases(lora: Path, base: Path, where: str) -> None:
     head = torch.randn(tiny.PIECES, 64).bfloat16()
     edit(lora / "adapter_model.bin", lambda held: held | {f"base_model.model.lm_head{where}.weight": head})
     tiny.edit_json(lora / "adapter_config.json", modules_to_save=["lm_head"])
@@ -300,7 +300,7 @@ def test_types_may_differ_and_the_sum_is_of_the_bases(lora: Path, base: Path) ->
     assert {tensor.dtype for tensor in vlm.model.state_dict().values()} == {torch.float16}
 
 
-def test_what_zero_3_left_empty_is_refused_by_name(lora: Path, base: Path) -> None:
+def test_a_tensor_that_zero_3_left_empty_is_refused_by_name(lora: Path, base: Path) -> None:
     name = "base_model.model.model.mm_projector.0.weight"
     edit(lora / "non_lora_trainables.bin", lambda held: held | {name: torch.empty(0)})
     assert name in (message := refused(lora, base=base))

@@ -100,7 +100,7 @@ def test_a_lora_without_a_config_of_its_own_takes_that_of_a_base_in_this_format(
         ({"rms_norm_eps": 1e-6}, {"max_seq_len": 512}, 512),
     ],
 )
-def test_positions_are_told_by_what_the_files_hold(
+def test_the_context_length_follows_from_the_files(
     tmp_path: Path, config: dict[str, object], params: dict[str, object], positions: int
 ) -> None:
     decoder = open_checkpoint(tiny.write_meta(tmp_path / "m" / "a", params=params, **config)).config.decoder
@@ -121,7 +121,7 @@ def test_a_wrong_value_in_params_loads_or_is_an_error_of_ours(tmp_path: Path, ke
         check_headers(open_checkpoint(folder))
 
 
-def test_what_is_not_whole_is_told_in_one_line(tmp_path: Path) -> None:
+def test_an_incomplete_folder_is_refused_in_one_line(tmp_path: Path) -> None:
     def said(folder: Path) -> str:
         with pytest.raises(CheckpointError) as error:
             open_checkpoint(folder)
@@ -146,7 +146,7 @@ def test_what_is_not_whole_is_told_in_one_line(tmp_path: Path) -> None:
     assert "params.json: is missing" in said(bare)
     mixed = tiny.write_meta(tmp_path / "c" / "m")
     torch.save({"norm.weight": torch.ones(64)}, mixed / "consolidated.01.pth")
-    assert "holds no tok_embeddings.weight, other shards do" in said(mixed)
+    assert "has no tok_embeddings.weight, other shards do" in said(mixed)
     alone = tiny.write_meta(tmp_path / "d" / "m")
     (alone.parent / "tokenizer.model").unlink()
     assert "no tokenizer.model" in said(alone)

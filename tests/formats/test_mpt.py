@@ -162,12 +162,14 @@ def test_a_plain_mpt_is_a_language_model_without_a_template(tmp_path: Path) -> N
     [{"architectures": ["LlavaMptForCausalLM"]}, {"attn_config": {"model_type": ""}}, {"attn_config": tiny.ABSENT}],
     ids=str,
 )
-def test_what_newer_code_saved_anew_is_the_same(tmp_path: Path, clip: Path, mpt: Path, change: dict[str, Any]) -> None:
+def test_a_folder_saved_again_by_newer_code_is_the_same(
+    tmp_path: Path, clip: Path, mpt: Path, change: dict[str, Any]
+) -> None:
     folder = tiny.write_mpt(tmp_path / "wiped", clip=clip, **change)
     assert open_checkpoint(folder).config == open_checkpoint(mpt).config
 
 
-def test_a_head_saved_beside_the_table_is_left_alone(tmp_path: Path, mpt: Path) -> None:
+def test_a_head_saved_in_addition_to_the_table_is_ignored(tmp_path: Path, mpt: Path) -> None:
     folder = shutil.copytree(mpt, tmp_path / "copy")
     for file in folder.glob("pytorch_model-*.bin"):
         tensors = torch.load(file, weights_only=True)
@@ -252,7 +254,7 @@ def test_native_configs_from_before_mpt_still_load(checkpoint: Path) -> None:
     assert LlavaConfig.from_dict(values) == config
 
 
-def test_inspect_tells_an_mpt_whole(mpt: Path) -> None:
+def test_inspect_describes_an_mpt_completely(mpt: Path) -> None:
     told = describe(mpt)
     assert (told.kind, told.template, told.missing, told.context) == ("mpt", "mpt", [], 2048)
     assert told.sizes["decoder"]["alibi_bias_max"] == 8
@@ -264,7 +266,7 @@ def test_inspect_tells_an_mpt_whole(mpt: Path) -> None:
 # ------------------------------------------------------------------------------------------------ answers
 
 
-def test_a_batch_answers_as_each_alone(assistant: Assistant) -> None:
+def test_a_batch_answers_like_single_requests(assistant: Assistant) -> None:
     questions = [[{"role": "user", "content": text}] for text in PROMPTS]
     replies = assistant.generate_batch(questions, max_new_tokens=16)
     alone = [assistant.generate(question, max_new_tokens=16) for question in questions]
@@ -295,7 +297,9 @@ def test_compiled_steps_equal_eager_ones_in_two_shapes(assistant: Assistant) -> 
         )
 
 
-def test_pictures_and_text_of_all_lengths_answer_together_as_alone(assistant: Assistant, picture: Path) -> None:
+def test_pictures_and_text_of_all_lengths_answer_in_a_batch_like_single_requests(
+    assistant: Assistant, picture: Path
+) -> None:
     requests = [question_about(picture, "What is it?"), question_about(None, "Hello"), LONG]
     requests += [question_about([picture, picture], "Compare."), PROMPTS[1]]
     together = assistant.generate_batch(requests, max_new_tokens=8)

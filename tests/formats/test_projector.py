@@ -48,7 +48,7 @@ def test_a_projector_on_its_language_model_is_the_merged_model(
 
 
 @pytest.mark.parametrize("prefix", ["", "base_model.model.model.", "model.vision_model."])
-def test_what_stands_before_a_projectors_names_does_not_matter(
+def test_the_prefix_of_a_projectors_names_does_not_matter(
     clip: Path, base: Path, checkpoint: Path, tmp_path: Path, prefix: str
 ) -> None:
     folder = tiny.write_projector(tmp_path / "projector", clip=clip, prefix=prefix)
@@ -70,7 +70,7 @@ def test_rows_of_the_start_and_end_tokens_come_with_the_projector(clip: Path, ba
 
 @pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu"])
 @pytest.mark.parametrize("prefix", ["model.", "", "base_model.model.model.", "module.model."])
-def test_a_file_alone_is_what_a_folder_with_its_config_is(
+def test_a_single_file_equals_a_folder_with_a_config(
     clip: Path, base: Path, tmp_path: Path, kind: str, prefix: str
 ) -> None:
     file = written(tmp_path / "x.bin", projector(kind, prefix))
@@ -124,7 +124,7 @@ def test_without_rows_there_are_no_tokens(clip: Path, base: Path, tmp_path: Path
     assert found.tokenizer.id_of("<im_start>") is None
 
 
-def test_rows_are_put_on_an_mpt_too(clip: Path, tmp_path: Path) -> None:
+def test_rows_are_added_to_an_mpt_too(clip: Path, tmp_path: Path) -> None:
     base = tiny.write_mpt(tmp_path / "base")  # its tokenizer already has the tokens
     tensors = projector() | {"transformer.wte.weight": ROWS}
     found = opened(written(tmp_path / "x.bin", tensors), base=base, vision_tower=clip)
@@ -133,7 +133,9 @@ def test_rows_are_put_on_an_mpt_too(clip: Path, tmp_path: Path) -> None:
     assert torch.equal(found.tensors["decoder.embed.weight"].read()[start : start + 2].float(), ROWS.bfloat16().float())
 
 
-def test_the_tower_is_seen_of_the_width_and_said(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_tower_is_inferred_from_the_width_with_a_warning(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     wide = {"model.mm_projector.weight": torch.zeros(64, 1024), "model.mm_projector.bias": torch.zeros(64)}
     found = open_checkpoint(written(tmp_path / "x.bin", wide), LoadOptions(base=base, fetch_tower=False))
     assert found.config.vision is not None
@@ -149,7 +151,7 @@ def test_a_config_beside_the_file_counts(clip: Path, base: Path, tmp_path: Path)
     assert opened(folder / "mm_projector.bin", base=base).config == opened(folder, base=base).config
 
 
-def test_a_file_goes_on_a_native_and_on_a_llava_base(clip: Path, base: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_file_loads_on_a_native_and_on_a_llava_base(clip: Path, base: Path, checkpoint: Path, tmp_path: Path) -> None:
     file = written(tmp_path / "x.bin", projector(rows=ROWS))
     convert(base, tmp_path / "native")
     expected = opened(file, base=base, vision_tower=clip)
@@ -157,7 +159,7 @@ def test_a_file_goes_on_a_native_and_on_a_llava_base(clip: Path, base: Path, che
         assert opened(file, base=other, vision_tower=clip).config == expected.config
 
 
-def test_what_was_put_together_becomes_native(clip: Path, base: Path, tmp_path: Path) -> None:
+def test_a_projector_on_its_base_converts_to_native(clip: Path, base: Path, tmp_path: Path) -> None:
     file = written(tmp_path / "x.bin", projector(rows=ROWS))
     convert(file, tmp_path / "native", LoadOptions(base=base, vision_tower=clip))
     expected, found = opened(file, base=base, vision_tower=clip), opened(tmp_path / "native")
@@ -192,7 +194,7 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line(clip: Path, base: Path,
     assert "w.bin" in refused(tmp_path / "w.bin", base=base)
 
 
-def test_the_file_of_a_repository_is_fetched_alone(
+def test_only_the_named_file_of_a_repository_is_downloaded(
     clip: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reads the cache of huggingface_hub as a download leaves it."""
@@ -231,7 +233,7 @@ def test_a_tower_given_as_a_relative_path_is_recorded_so_that_it_holds_elsewhere
     assert opened("out").vision_tower == str(clip)
 
 
-def test_a_tuned_tower_of_published_sizes_goes_with_its_projector(
+def test_a_tuned_tower_of_published_sizes_is_copied_with_its_projector(
     clip: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = tiny.write_llava(tmp_path / "whole", clip=clip, tower_seed=9)

@@ -75,7 +75,7 @@ def test_a_13b_v0_has_a_token_more_than_rows(raw: Path, clip: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", ["a file in it", "a file", "partial of somebody"])
-def test_a_target_in_use_is_left_as_it_is(command: Command, raw: Path, delta: Path, tmp_path: Path, kind: str) -> None:
+def test_a_used_target_stays_unchanged(command: Command, raw: Path, delta: Path, tmp_path: Path, kind: str) -> None:
     target = tmp_path / "T"
     held = {"a file in it": target / "notes.txt", "a file": target}.get(kind, tmp_path / "T.partial" / "notes.txt")
     held.parent.mkdir(exist_ok=True)
@@ -105,7 +105,7 @@ def large(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
     return base, tiny.write_model(folder, apart, "bin-shards", config)
 
 
-def test_after_sigkill_the_same_line_goes_on(large: tuple[Path, Path], tmp_path: Path, command: Command) -> None:
+def test_after_sigkill_the_same_command_resumes(large: tuple[Path, Path], tmp_path: Path, command: Command) -> None:
     base, delta = large
     target, partial = tmp_path / "T", tmp_path / "T.partial"
     line = ["--base", base, "--target", target, "--delta", delta, "--shard-gb", "0.001"]
@@ -183,7 +183,7 @@ def test_a_delta_made_is_the_difference_and_gives_the_model_back(
     assert (tmp_path / "D" / "tokenizer.model").read_bytes() == (model / "tokenizer.model").read_bytes()
 
 
-def test_a_delta_is_applied_on_the_way_in_and_leaves_no_copy(
+def test_a_delta_is_applied_while_loading_and_leaves_no_copy(
     command: Command, raw: Path, delta: Path, tmp_path: Path, picture: Path
 ) -> None:
     before = sorted(path for folder in (raw, delta) for path in folder.iterdir())
@@ -206,7 +206,7 @@ def test_architectures_as_published_or_upgraded(raw: Path, clip: Path, tmp_path:
     assert PIECES + 2 not in vlm.prepare(asked(None)).ids
 
 
-def test_start_and_end_tokens_stand_around_a_picture_and_their_white_space_can_go(
+def test_start_and_end_tokens_surround_a_picture_and_their_white_space_is_optional(
     raw: Path, delta: Path, picture: Path
 ) -> None:
     start, end = PIECES + 1, PIECES + 2

@@ -35,7 +35,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("what", OTHERS)
 @pytest.mark.parametrize("kind", ["lora", "delta"])
-def test_a_base_that_can_not_fit_is_refused(
+def test_a_base_that_cannot_fit_is_refused(
     command: Command, lora: Path, delta: Path, tmp_path: Path, what: str, kind: str
 ) -> None:
     base = tiny.write_llama(tmp_path / "base", seed=7, **{**tiny.LLAMA_1, **OTHERS[what]})

@@ -279,9 +279,9 @@ def test_a_native_form_of_several_shards_has_an_index(
     checkpoint: Path, native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from llava.convert import convert as job
-    from llava.tensors import atomic as write
+    from llava.tensors.writer import write_shards
 
-    monkeypatch.setattr(write, "MAX_SHARD_BYTES", 200_000)  # 5 GB would take long
+    monkeypatch.setitem(write_shards.__kwdefaults__, "max_bytes", 200_000)  # 5 GB would take long
     job.convert(checkpoint, tmp_path / "sharded")
     (index,) = (tmp_path / "sharded").glob("*.index.json")
     weight_map = json.loads(index.read_text())["weight_map"]

@@ -68,7 +68,7 @@ def assert_back(source: Path, back: Path, clip: Path) -> None:
 
 @pytest.mark.parametrize("by", ["native", "llava-hf", "llava"])
 @pytest.mark.parametrize("family", ["v1.5", "v1.6"])
-def test_the_originals_layout_there_and_back(
+def test_the_originals_layout_back_and_forth(
     command: Command, clip: Path, next_: Path, tmp_path: Path, by: str, family: str
 ) -> None:
     source = next_ if family == "v1.6" else tiny.write_llava(tmp_path / "source", clip=clip)
@@ -76,17 +76,17 @@ def test_the_originals_layout_there_and_back(
 
 
 @pytest.mark.parametrize("by", ["native", "llava"])
-def test_an_mpt_there_and_back(command: Command, mpt: Path, clip: Path, tmp_path: Path, by: str) -> None:
+def test_an_mpt_back_and_forth(command: Command, mpt: Path, clip: Path, tmp_path: Path, by: str) -> None:
     assert_back(mpt, back_and_forth(command, mpt, tmp_path, by, "llava"), clip)
 
 
 @pytest.mark.parametrize("by", ["native", "llava"])
-def test_a_v1_with_a_linear_projector_there_and_back(command: Command, clip: Path, tmp_path: Path, by: str) -> None:
+def test_a_v1_with_a_linear_projector_back_and_forth(command: Command, clip: Path, tmp_path: Path, by: str) -> None:
     source = tiny.write_llava(tmp_path / "source", clip=clip, added=MARKS, **V11)
     assert_back(source, back_and_forth(command, source, tmp_path, by, "llava"), clip)
 
 
-def test_grouped_heads_there_and_back(command: Command, clip: Path, tmp_path: Path) -> None:
+def test_grouped_heads_back_and_forth(command: Command, clip: Path, tmp_path: Path) -> None:
     heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "rope_theta": 1e6}
     config = tiny.ANYRES | heads | {"architectures": ["LlavaMistralForCausalLM"], "model_type": "llava_mistral"}
     source = tiny.write_llava(tmp_path / "x", layout="safetensors-shards", clip=clip, tower_seed=5, **config)
@@ -126,7 +126,7 @@ def test_llava_hfs_layout_becomes_native_and_a_plain_llama(command: Command, nex
 
 @pytest.mark.parametrize("by", ["native", "llama"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_llama_there_and_back(command: Command, tmp_path: Path, by: str, dtype: str) -> None:
+def test_a_llama_back_and_forth(command: Command, tmp_path: Path, by: str, dtype: str) -> None:
     source = tiny.write_llama(tmp_path / "source", torch_dtype=dtype)
     assert_same(stored(back_and_forth(command, source, tmp_path, by, "llama")), without_rotary(stored(source)))
 
@@ -179,7 +179,7 @@ def as_llava_hf(source: Path, folder: Path, *, new: bool) -> Path:
 
 @pytest.mark.parametrize("new", [False, True], ids=["old keys", "new keys"])
 @pytest.mark.parametrize("by", ["llava", "native"])
-def test_llava_hfs_layout_there_and_back(command: Command, next_: Path, tmp_path: Path, by: str, new: bool) -> None:
+def test_llava_hfs_layout_back_and_forth(command: Command, next_: Path, tmp_path: Path, by: str, new: bool) -> None:
     source = as_llava_hf(next_, tmp_path / "hf", new=new)
     back = stored(back_and_forth(command, source, tmp_path, by, "llava-hf"))
     expected = stored(source)
@@ -205,7 +205,9 @@ def test_llava_hfs_layout_answers_as_its_source_does(next_: Path, tmp_path: Path
     )
 
 
-def test_llava_hf_crops_unless_it_is_told_not_to(command: Command, clip: Path, tmp_path: Path, picture: Path) -> None:
+def test_llava_hf_crops_unless_image_mode_says_otherwise(
+    command: Command, clip: Path, tmp_path: Path, picture: Path
+) -> None:
     source = tiny.write_llava(tmp_path / "source", clip=clip, tower_seed=2)
     folder = as_llava_hf(source, tmp_path / "hf", new=False)
     cropped = pixels(opened(folder), picture)
@@ -219,9 +221,7 @@ def test_llava_hf_crops_unless_it_is_told_not_to(command: Command, clip: Path, t
 
 
 @pytest.mark.parametrize("form", ["llava", "llava-hf", "llama", "native", "gguf"])
-def test_conversions_leave_nothing_behind_where_they_can_not_be_made(
-    command: Command, mpt: Path, next_: Path, tmp_path: Path, form: str
-) -> None:
+def test_failed_conversions_leave_no_files(command: Command, mpt: Path, next_: Path, tmp_path: Path, form: str) -> None:
     if form in ("llava-hf", "llama"):
         said = command("convert", mpt, tmp_path / "out", "--to", form, fails=True)
         refused(said)

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 
 from tests import tiny
 from tests.conftest import PROJECT
+from tests.forkserver import fast_llava
 
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
 FAMILY_PAGES = sorted((PROJECT / "docs" / "families").glob("*.md"))  # their commands run in test_family_pages.py
@@ -37,9 +39,16 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
+@pytest.fixture(scope="module")
+def commands() -> Iterator[str]:
+    """PATH with python and llava: the command of tests/forkserver.py, because pages run about fifty of them."""
+    with fast_llava() as folder:
+        yield os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_code_on_a_page_runs(page: Path, desk: Path) -> None:
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+def test_code_on_a_page_runs(page: Path, desk: Path, commands: str) -> None:
+    environment = os.environ | {"PATH": commands}
     python, shell = "\n".join(blocks(page, "python")), "\n".join(blocks(page, "bash"))
     for command in ([sys.executable, "-c", python], ["bash", "-euo", "pipefail", "-c", shell]):
         run = subprocess.run(command, cwd=desk, env=environment, capture_output=True, text=True, timeout=280)

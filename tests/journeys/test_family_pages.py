@@ -162,7 +162,7 @@ class Claims:
             assert f"hf download {zoo.base_id(zoo.find(alone[1]))} " in printed
         else:
             assert alone[0] == "check"
-            assert f"{alone[1]} is this:\n  {alone[1]}\nseen:\n" in printed
+            assert f"{alone[1]} is this:\n  {alone[1]}\nevidence:\n" in printed
 
     def _made(self, folder: str, *kinds: str) -> None:
         self.kinds[folder] = describe(folder).kind
@@ -173,7 +173,7 @@ class Claims:
         to = named.get("to", "native")
         assert Path(out, "conversion.md").is_file()
         self._made(out, *WRITTEN[to])
-        mode = {"image_mode": "original"} if to == "original" else {}  # the layout has no other mode
+        mode = {"image_mode": "original"} if to == "llava" else {}  # the layout has no other mode
         same_answers({"path": source, "base": named.get("base"), **mode}, {"path": out}, sees=to != "llama")
 
     def apply_delta(self, printed: str, alone: list[str], named: dict[str, str]) -> None:
@@ -187,8 +187,8 @@ class Claims:
         assert sums
         assert Path(target, "SHA256SUMS").read_text() == "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
         assert not Path(f"{target}.partial").exists()
-        self._made(target, "merged", "llama")  # Vicuna v0 is not a LLaVA
-        same_answers({"path": target}, parts, sees=self.kinds[target] == "merged")
+        self._made(target, "llava", "llama")  # Vicuna v0 is not a LLaVA
+        same_answers({"path": target}, parts, sees=self.kinds[target] == "llava")
 
     def make_delta(self, printed: str, alone: list[str], named: dict[str, str]) -> None:
         self._made(named["delta"], "delta")
@@ -206,7 +206,7 @@ class Claims:
             torch.testing.assert_close(found[name.replace("projector.", "model.mm_projector.")], value, rtol=0, atol=0)
 
 
-LONE = "its shape is that of projectors of"  # warning for a single file, which records no tower
+LONE = "has the shape of projectors for"  # warning for a single file, which records no tower
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -58,7 +58,9 @@ def test_odd_names_are_names(
     assert_same(stored(tmp_path / f"{name}-sum"), summed(stored(raw), stored(delta)))
 
 
-def test_loras_are_kept_apart_and_switched(vicuna: Path, lora: Path, clip: Path, tmp_path: Path, picture: Path) -> None:
+def test_loras_are_not_merged_and_can_be_switched(
+    vicuna: Path, lora: Path, clip: Path, tmp_path: Path, picture: Path
+) -> None:
     second = tiny.write_lora(tmp_path / "second", clip=clip, seed=9, mm_projector_type="linear")
     vlm = opened(vicuna, adapters={"one": lora, "two": second})
     assert vlm.adapters == ["one", "two"]
@@ -75,7 +77,7 @@ def test_loras_are_kept_apart_and_switched(vicuna: Path, lora: Path, clip: Path,
         vlm.adapter("three")
 
 
-def test_a_lora_with_its_own_rows_and_one_alone_are_kept_apart_too(
+def test_a_lora_with_its_own_rows_and_a_single_one_are_not_merged_either(
     vicuna: Path, lora: Path, clip: Path, tmp_path: Path, picture: Path
 ) -> None:
     config: dict[str, Any] = {"vocab_size": PIECES + 3, "mm_use_im_start_end": True}
@@ -116,7 +118,7 @@ def test_an_old_projector_file_brings_its_two_rows(
     assert torch.equal(table[:PIECES].float(), under.float())
 
 
-def test_a_saved_again_mpt_is_understood(mpt: Path, clip: Path, tmp_path: Path, picture: Path) -> None:
+def test_an_mpt_saved_again_loads(mpt: Path, clip: Path, tmp_path: Path, picture: Path) -> None:
     again = tmp_path / "x"
     shutil.copytree(mpt, again)
     tiny.edit_json(again / "config.json", attn_config={"model_type": ""})
@@ -127,6 +129,6 @@ def test_a_saved_again_mpt_is_understood(mpt: Path, clip: Path, tmp_path: Path, 
     assert torch.equal(opened(again).logits(asked(picture)), opened(mpt).logits(asked(picture)))
 
 
-def test_the_tower_in_the_shards_is_the_one_that_looks(clip: Path, next_: Path, tmp_path: Path, picture: Path) -> None:
+def test_the_tower_in_the_shards_is_used(clip: Path, next_: Path, tmp_path: Path, picture: Path) -> None:
     other = tiny.write_clip(tmp_path / "clip", seed=11)
     assert torch.equal(opened(next_).logits(asked(picture)), opened(next_, vision_tower=other).logits(asked(picture)))

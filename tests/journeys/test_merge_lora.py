@@ -66,7 +66,7 @@ def test_alpha_and_rank_are_read_from_the_folder(vicuna: Path, clip: Path, tmp_p
 
 
 @pytest.mark.parametrize("kind", ["a merged LLaVA", "Meta's files"])
-def test_a_lora_goes_on_other_forms_of_its_base(
+def test_a_lora_merges_with_other_forms_of_its_base(
     command: Command, vicuna: Path, lora: Path, clip: Path, tmp_path: Path, kind: str
 ) -> None:
     if kind == "a merged LLaVA":

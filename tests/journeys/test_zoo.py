@@ -59,7 +59,7 @@ def test_zoo_is_filtered_by_data(command: Command, shared: Path) -> None:
     assert found == {entry["id"] for entry in entries(shared) if entry.get("pretrain_data") == "CC-595K"}
 
 
-def test_zoo_show_tells_all_of_every_row(command: Command, shared: Path) -> None:
+def test_zoo_show_prints_everything_about_every_row(command: Command, shared: Path) -> None:
     for entry in entries(shared):
         id = entry["id"]
         shown = command("zoo", "show", id).out
@@ -92,7 +92,7 @@ def test_zoo_show_of_no_row_is_one_line(command: Command) -> None:
     refused(command("zoo", "show", "llava-v2-7b", fails=True), "llava-v2-7b")
 
 
-def test_zoo_check_tells_a_row_by_its_files(command: Command, shared: Path, tmp_path: Path) -> None:
+def test_zoo_check_recognises_a_row_by_its_files(command: Command, shared: Path, tmp_path: Path) -> None:
     names = ("llava-v1.5-13b-lora", "llava-v1.6-mistral-7b", "LLaVA-13b-delta-v1-1", "llava-v1.6-34b-hf")
     for name in names:
         entry = next(entry for entry in entries(shared) if entry["id"].endswith("/" + name))

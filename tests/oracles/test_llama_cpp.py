@@ -65,14 +65,14 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return figures
 
 
-def test_llava_tiny_goes_on_with_the_same_32_tokens(figures: dict[str, Any]) -> None:
+def test_llava_tiny_generates_the_same_32_tokens(figures: dict[str, Any]) -> None:
     for case in figures["text"]:
         assert case["ids of the prompt are equal"], case
         assert case["equal tokens"] == case["of"] == 32, case
         assert case["largest difference of logits"] < min(case["smallest margin of ours"], 0.05), case
 
 
-def test_llava_tiny_sees_the_same_in_a_picture(figures: dict[str, Any]) -> None:
+def test_llava_tiny_computes_the_same_features_of_a_picture(figures: dict[str, Any]) -> None:
     """Except for the class token, which llama.cpp since May 2025 appends to the patches (its issue 25814)."""
     for case in figures["pictures"]:
         apart = case["features differ, of their norm"]

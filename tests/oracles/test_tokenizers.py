@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -71,7 +70,7 @@ def test_an_end_of_text_that_was_added_survives_llava_hf_and_the_way_back(
 
 
 @pytest.mark.parametrize("to", ["llava", "llama"])
-def test_tokens_that_a_projector_brings_are_seen(to: str, clip: Path, tmp_path: Path) -> None:
+def test_tokens_of_a_projector_are_written(to: str, clip: Path, tmp_path: Path) -> None:
     base = with_decoder(tiny.write_llama(tmp_path / "base"))
     tiny.write_projector(tmp_path / "projector", clip=clip, start_end=True, mm_projector_type="linear")
     (lone := tmp_path / "x.bin").write_bytes((tmp_path / "projector" / "mm_projector.bin").read_bytes())
@@ -79,16 +78,15 @@ def test_tokens_that_a_projector_brings_are_seen(to: str, clip: Path, tmp_path: 
     assert_ids_are_ours(tmp_path / to, START_END)
 
 
-@pytest.mark.parametrize("to", ["original", "llama", "hf"])
+@pytest.mark.parametrize("to", ["llava", "llama", "llava-hf"])
 def test_a_base_in_metas_format_gets_its_start_of_text(to: str, clip: Path, tmp_path: Path) -> None:
     base = tiny.write_meta(tmp_path / "meta" / "7B")
     lora = tiny.write_lora(tmp_path / "lora", clip=clip)
-    options: dict[str, Any] = {"to": to, "base": base}
-    convert(lora, tmp_path / to, LoadOptions(**options))
+    convert(lora, tmp_path / to, LoadOptions(base=base), to=to)
     assert_ids_are_ours(tmp_path / to, ("<image>",) if to == "llava-hf" else ())
 
 
-def test_a_lora_merged_on_a_base_in_metas_format_gets_it_too(clip: Path, tmp_path: Path) -> None:
+def test_a_lora_merged_on_a_base_in_metas_format_has_it_too(clip: Path, tmp_path: Path) -> None:
     base = tiny.write_meta(tmp_path / "meta" / "7B")
     merge_lora(base, tmp_path / "merged", tiny.write_lora(tmp_path / "lora", clip=clip))
     assert_ids_are_ours(tmp_path / "merged", ())

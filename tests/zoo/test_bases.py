@@ -50,7 +50,7 @@ def test_a_base_of_other_sizes_is_refused(lora: Path, clip: Path, tmp_path: Path
         assert str(other) in refused(folder, base=other)
 
 
-def test_a_base_that_is_none_is_refused(lora: Path, clip: Path, base: Path, checkpoint: Path) -> None:
+def test_a_folder_that_is_no_base_is_refused(lora: Path, clip: Path, base: Path, checkpoint: Path) -> None:
     assert "not a language model" in refused(lora, base=lora)
     assert "not a language model" in refused(lora, base=clip)
     assert "needs no base" in refused(checkpoint, base=base)
@@ -82,7 +82,7 @@ NOT_RAW = {
 
 
 @pytest.mark.parametrize("evidence", NOT_RAW)
-def test_a_delta_is_not_put_on_vicuna_or_llama_2(delta: Path, tmp_path: Path, evidence: str, caplog: Any) -> None:
+def test_a_delta_does_not_load_on_vicuna_or_llama_2(delta: Path, tmp_path: Path, evidence: str, caplog: Any) -> None:
     base = tiny.write_llama(tmp_path / "llama-1-raw", seed=7, **NOT_RAW[evidence])
     message = refused(delta, base=base)
     assert evidence in message
@@ -95,18 +95,16 @@ def test_a_delta_is_not_put_on_vicuna_or_llama_2(delta: Path, tmp_path: Path, ev
 @pytest.mark.parametrize(
     "config", [{}, {"max_position_embeddings": tiny.ABSENT, "max_sequence_length": 2048}], ids=["new", "old"]
 )
-def test_a_delta_is_put_on_the_raw_llama_whatever_its_folder_is_called(
-    delta: Path, tmp_path: Path, config: Any
-) -> None:
+def test_a_delta_loads_on_the_raw_llama_under_any_folder_name(delta: Path, tmp_path: Path, config: Any) -> None:
     base = tiny.write_llama(tmp_path / "vicuna-7b-v1.5", seed=7, **tiny.LLAMA_1 | config)
     assert open_checkpoint(delta, LoadOptions(base=base)).format == "delta"
 
 
-def test_a_delta_is_not_put_on_a_llava(delta: Path, checkpoint: Path) -> None:
+def test_a_delta_does_not_load_on_a_llava(delta: Path, checkpoint: Path) -> None:
     assert "describes a LLaVA" in refused(delta, base=checkpoint)
 
 
-def test_force_goes_on_with_one_line_of_warning_on_the_command_line(delta: Path, tmp_path: Path) -> None:
+def test_force_continues_with_one_line_of_warning_on_the_command_line(delta: Path, tmp_path: Path) -> None:
     base = tiny.write_llama(tmp_path / "base", seed=7)
     options = ("ask", "Hello", "--model", delta, "--base", base, "--max-new-tokens", 2)
     assert_one_line_error(run(*options), "4096 positions", "--force")
@@ -116,7 +114,7 @@ def test_force_goes_on_with_one_line_of_warning_on_the_command_line(delta: Path,
 
 
 @pytest.mark.parametrize("kind", ["lora", "projector"])
-def test_a_base_of_another_recorded_name_is_warned_of_in_one_line(
+def test_a_base_with_another_recorded_name_is_one_line_of_warning(
     kind: str, clip: Path, tmp_path: Path, caplog: Any
 ) -> None:
     name = "lmsys/vicuna-13b-v1.3"
@@ -141,7 +139,7 @@ def test_a_base_of_another_recorded_name_is_warned_of_in_one_line(
     ],
     ids=str,
 )
-def test_a_base_of_the_same_name_in_other_letters_is_not_warned_of(
+def test_a_base_with_the_same_name_in_other_letters_is_no_warning(
     lora: Path, tmp_path: Path, own: Any, caplog: Any
 ) -> None:
     open_checkpoint(lora, LoadOptions(base=tiny.write_llama(tmp_path / "other", _name_or_path=own)))
@@ -153,14 +151,14 @@ def test_names_compare_by_their_last_part() -> None:
     assert comparable_name("lmsys/vicuna-13b-v1.3") != comparable_name("lmsys/vicuna-13b-v1.5")
 
 
-def test_a_base_that_can_not_fit_is_refused(lora: Path, delta: Path, clip: Path, tmp_path: Path) -> None:
+def test_a_base_that_cannot_fit_is_refused(lora: Path, delta: Path, clip: Path, tmp_path: Path) -> None:
     eight = tiny.write_llama(tmp_path / "8", num_attention_heads=8, num_key_value_heads=8)
     assert "architecture mpt" in refused(lora, base=tiny.write_mpt(tmp_path / "mpt"))
     assert "n_heads is 8" in refused(lora, base=eight)
     assert "not the base" in refused(lora, base=tiny.write_llama(tmp_path / "2", num_key_value_heads=2))
     assert "vocabulary of 600" in refused(lora, base=tiny.write_llama(tmp_path / "600", vocab_size=600))
     assert "has format delta" in refused(lora, base=delta)
-    assert "of kind lora" in refused(delta, base=lora)
+    assert "has format lora" in refused(delta, base=lora)
 
 
 def test_a_reexport_for_transformers_is_no_base(lora: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_filters_narrow_each_other_down_and_an_empty_list_is_one() -> None:
 
 
 @pytest.mark.parametrize("id", [entry["id"] for entry in zoo.entries()])
-def test_an_entry_tells_how_to_fetch_and_run_it(id: str) -> None:
+def test_an_entry_has_the_commands_to_download_and_run_it(id: str) -> None:
     entry = zoo.find(id)
     lines = [line for _, line in zoo.commands(entry)]
     assert lines[0].startswith(f"hf download {id.split('#')[0]} ")

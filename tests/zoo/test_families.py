@@ -98,9 +98,7 @@ def test_at_full_size_every_row_is_recognised_from_its_headers(tmp_path: Path) -
             assert names == [id]
 
 
-def test_the_tokenizer_of_13b_v0_begins_with_its_own_bos_and_never_looks_up_the_padding(
-    clip: Path, tmp_path: Path
-) -> None:
+def test_the_tokenizer_of_13b_v0_uses_its_own_bos_and_never_looks_up_the_padding(clip: Path, tmp_path: Path) -> None:
     entry = zoo.find("LLaVA-13b-delta-v0")
     folder, base = written(tmp_path, entry, clip)
     found = open_checkpoint(folder, LoadOptions(base=base))

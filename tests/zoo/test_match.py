@@ -28,7 +28,7 @@ def match_files(folder: Path) -> Matches:
     return match(files, detect(files))
 
 
-def test_check_tells_the_row_with_its_evidence_whatever_the_folder_is_called(tmp_path: Path) -> None:
+def test_check_prints_the_row_with_its_evidence_under_any_folder_name(tmp_path: Path) -> None:
     folder = rows.write_headers(tmp_path / "llava-v1.6-34b", zoo.find("llava-v1.5-7b"))
     text = said("zoo", "check", folder)
     assert "liuhaotian/llava-v1.5-7b\n" in text
@@ -52,13 +52,13 @@ def test_check_says_of_another_folder_which_row_is_nearest_and_what_differs(chec
     assert "tensors: width 64; the row has 4096" in text
 
 
-def test_inspect_tells_the_base_models_licence(tmp_path: Path) -> None:
+def test_inspect_prints_the_licence_of_the_base(tmp_path: Path) -> None:
     folder = rows.write_headers(tmp_path / "x", zoo.find(LORA))
     assert any("LLaMA, non-commercial" in note for note in describe(folder).licences)
     assert "base LLM licence (LLaMA, non-commercial)" in said("inspect", folder)
 
 
-def test_an_mpt_without_model_type_is_looked_at_too(clip: Path, tmp_path: Path) -> None:
+def test_an_mpt_without_model_type_is_matched_too(clip: Path, tmp_path: Path) -> None:
     folder = tiny.write_mpt(tmp_path / "mpt", clip=clip)
     tiny.edit_json(folder / "config.json", model_type=tiny.ABSENT)
     assert match_files(folder).fingerprint["architecture"].value == "mpt"
