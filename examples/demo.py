@@ -49,8 +49,8 @@ def main() -> None:
         say(
             "llava-tiny, a LLaVA that knows drawn objects: first in the LLaVA-1.5 format, then in the native format.\n"
         ),
-        run("python", "-m", "examples.tiny.layouts", "--out", f"{OUT}/layouts"),
-        run("llava", "convert", f"{OUT}/layouts/merged-bin", f"{OUT}/native", "--verify"),
+        run("python", "-m", "examples.tiny.formats", "--out", f"{OUT}/forms"),
+        run("llava", "convert", f"{OUT}/forms/llava-bin", f"{OUT}/native", "--verify"),
         run("llava", "inspect", f"{OUT}/native"),
         run("llava", "ask", PICTURE, "Describe this image in detail.", "--model", f"{OUT}/native"),
         run("llava", "ask", PICTURE, "What is on the right?"),

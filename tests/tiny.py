@@ -11,7 +11,7 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -361,6 +361,29 @@ def write_meta(
     return folder
 
 
+def write_internlm2(folder: Path, *, seed: int = 1, **config: Any) -> Path:
+    """Writes the language model of `write_llama` as InternLM2 stores it."""
+    final = llama_config(model_type="internlm2", bias=False, **config)
+    head_dim, n_kv_heads = final["hidden_size"] // final["num_attention_heads"], final["num_key_value_heads"]
+    names = {"embed_tokens": "tok_embeddings", "lm_head": "output", "norm": "norm", "o_proj": "attention.wo"}
+    names |= {"gate_proj": "feed_forward.w1", "down_proj": "feed_forward.w2", "up_proj": "feed_forward.w3"}
+    names |= {"input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}
+    tensors, heads = {}, dict[str, Tensor]()
+    for name, value in llama_tensors(final, seed, inv_freq=False).items():
+        words = name.split(".")
+        layer = f"layers.{words[2]}." if "layers" in words else ""
+        if words[-2] in ("q_proj", "k_proj", "v_proj"):
+            heads[words[-2]] = value.view(n_kv_heads, -1, head_dim, value.shape[1])  # by key/value head
+            if len(heads) == 3:
+                tensors[f"model.{layer}attention.wqkv.weight"] = torch.cat(list(heads.values()), dim=1).flatten(0, 2)
+                heads = {}
+            continue
+        prefix = "" if words[-2] == "lm_head" else "model."
+        tensors[f"{prefix}{layer}{names[words[-2]]}.weight"] = value
+    write_tokenizer(folder)
+    return write_model(folder, tensors, "safetensors", final)
+
+
 MPT_ADDED = ("<|im_start|>", "<|im_end|>", "<im_patch>", "<im_start>", "<im_end>")
 
 
@@ -581,3 +604,19 @@ if __name__ == "__main__":
     out = Path(sys.argv[1])
     write_llava(out / "llava", clip=write_clip((out / "clip").resolve()))
     print(f"wrote random weights in the layout of LLaVA-1.5: {out / 'llava'}, its CLIP: {out / 'clip'}")
+
+
+# Whole models by the name of their format.
+WHOLE: dict[str, Callable[[Path, Path], Path]] = {
+    "llava": lambda folder, clip: write_llava(folder, clip=clip),
+    "llama": lambda folder, clip: write_llama(folder),
+    "mpt": lambda folder, clip: write_mpt(folder, clip=clip),
+    "meta": lambda folder, clip: write_meta(folder / "7B"),
+    "internlm2": lambda folder, clip: write_internlm2(folder),
+}
+# Parts of a model by the name of their format, to be put on `write_llama(…, seed=7)`.
+PARTS: dict[str, Callable[[Path, Path], Path]] = {
+    "lora": lambda folder, clip: write_lora(folder, clip=clip),
+    "projector": lambda folder, clip: write_projector(folder, clip=clip),
+    "delta": lambda folder, clip: write_delta(folder, clip=clip, **LLAMA_1),
+}

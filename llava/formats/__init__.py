@@ -5,6 +5,7 @@ from llava.formats.delta import Delta
 from llava.formats.format import Format
 from llava.formats.gguf import Gguf
 from llava.formats.gpt_fast import GptFast
+from llava.formats.internlm2 import InternLM2
 from llava.formats.llama import Llama
 from llava.formats.llava import Llava
 from llava.formats.llava_hf import LlavaHf
@@ -24,6 +25,7 @@ FORMATS: dict[str, Format] = {
         Meta(),
         LlavaHf(),
         Mpt(),
+        InternLM2(),
         Delta(),
         Llava(),
         Llama(),

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +204,35 @@ def test_original_and_hf_arithmetic_break_a_tie_of_canvases_differently(tmp_path
         images.append(config.image)
     assert [choose_canvas((40, 40), image) for image in images] == [(56, 112), (112, 56)]
     assert set(images[0].pinpoints) == set(images[1].pinpoints)
+
+
+WITHOUT_ZOO = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("llava.zoo"):
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocker())
+from llava.checkpoint.open import check_headers, open_checkpoint
+from llava.config import LoadOptions
+from llava.errors import CheckpointError
+
+whole, lora, base = sys.argv[1:]
+check_headers(open_checkpoint(whole))
+check_headers(open_checkpoint(lora, LoadOptions(base=base)))
+try:
+    open_checkpoint(lora)
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def test_opening_works_without_the_catalogue(checkpoint: Path, clip: Path, tmp_path: Path) -> None:
+    lora = tiny.write_lora(tmp_path / "lora", clip=clip)
+    base = tiny.write_llama(tmp_path / "base", seed=7)
+    command = [sys.executable, "-c", WITHOUT_ZOO, checkpoint, lora, base]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    # the base that the LoRA itself records
+    assert "needs its base, lmsys/vicuna-13b-v1.3 (adapter_config.json: base_model_name_or_path" in done.stdout

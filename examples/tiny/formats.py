@@ -1,20 +1,20 @@
-"""Writes llava-tiny in every published format: `python -m examples.tiny.layouts --out DIR`.
+"""Writes llava-tiny in every published format: `python -m examples.tiny.formats --out DIR`.
 
 All folders contain the same model and give the same answers. The bases that published models start from do not exist
 here, so they are derived from the model: a base is the model minus what the LoRA, delta or projector adds back.
 
   folder              contents                                     opened with
   native              native format, everything in one file        -
-  merged-bin          llava format like v1.5: .bin shards, index   vision_tower=clip
-  merged-safetensors  llava format like v1.6: tower included       vision_tower=clip-before (only its config is read)
+  llava-bin           llava format like v1.5: .bin shards, index   vision_tower=clip
+  llava-safetensors   llava format like v1.6: tower included       vision_tower=clip-before (only its config is read)
   lora                A and B, non_lora_trainables.bin             base=llama-before-lora, vision_tower=clip
   delta               difference to the base in float16            base=llama-before-delta, vision_tower=clip
   projector           mm_projector.bin                             base=llama, vision_tower=clip
-  hf                  llava-hf format, for transformers            -
-  original            llava format, written by conversion          -
+  llava-hf            llava-hf format, for transformers            -
+  llava               llava format, written by conversion          -
   llama               only the language model                      template=vicuna_v1
 
-`LAYOUTS` is this table. `LAYOUTS[name].options(DIR)` returns the arguments of `llava.load(DIR / name, ...)`. Each
+`FORMS` is this table. `FORMS[name].options(DIR)` returns the arguments of `llava.load(DIR / name, ...)`. Each
 config.json also names its tower, by the path at the time of writing.
 """
 
@@ -41,7 +41,7 @@ from llava.formats.projector import write_projector
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class Form:
     """A form of the model, and the other folders needed to open it."""
 
     base: str | None = None
@@ -62,16 +62,16 @@ class Layout:
         return llava.load(folder, **(self.options(folder.parent) | options))
 
 
-LAYOUTS = {
-    "native": Layout(),
-    "merged-bin": Layout(vision_tower="clip"),
-    "merged-safetensors": Layout(vision_tower="clip-before"),
-    "lora": Layout(base="llama-before-lora", vision_tower="clip", exact=False),
-    "delta": Layout(base="llama-before-delta", vision_tower="clip"),
-    "projector": Layout(base="llama", vision_tower="clip"),
-    "hf": Layout(lengthened=True),
-    "original": Layout(),
-    "llama": Layout(template="vicuna_v1", sees=False),
+FORMS = {
+    "native": Form(),
+    "llava-bin": Form(vision_tower="clip"),
+    "llava-safetensors": Form(vision_tower="clip-before"),
+    "lora": Form(base="llama-before-lora", vision_tower="clip", exact=False),
+    "delta": Form(base="llama-before-delta", vision_tower="clip"),
+    "projector": Form(base="llama", vision_tower="clip"),
+    "llava-hf": Form(lengthened=True),
+    "llava": Form(),
+    "llama": Form(template="vicuna_v1", sees=False),
 }
 
 SHARD_BYTES = 3_000_000  # small, so that there are several shards
@@ -99,16 +99,16 @@ class Writer:
     def native(self, folder: Path) -> None:
         convert(self.model, folder)
 
-    def hf(self, folder: Path) -> None:
+    def llava_hf(self, folder: Path) -> None:
         convert(self.model, folder, to="llava-hf")
 
-    def original(self, folder: Path) -> None:
+    def llava(self, folder: Path) -> None:
         convert(self.model, folder, to="llava")
 
-    def merged_bin(self, folder: Path) -> None:
+    def llava_bin(self, folder: Path) -> None:
         self._merged(folder, file_type="bin", max_shard_bytes=SHARD_BYTES)
 
-    def merged_safetensors(self, folder: Path) -> None:
+    def llava_safetensors(self, folder: Path) -> None:
         self._merged(folder, tower_inside=True, max_shard_bytes=SHARD_BYTES)
 
     def lora(self, folder: Path) -> None:
@@ -118,7 +118,7 @@ class Writer:
         write_lora(folder, self.config, self.adapters, r=RANK, alpha=ALPHA, dropout=0.05, non_lora=beside, **named)
 
     def delta(self, folder: Path) -> None:
-        make_delta(self.out / "merged-bin", self.out / "llama-before-delta", folder, file_type="bin")
+        make_delta(self.out / "llava-bin", self.out / "llama-before-delta", folder, file_type="bin")
 
     def projector(self, folder: Path) -> None:
         named: dict[str, Any] = {"base": self._beside(folder, "base"), "vision_tower": self._beside(folder)}
@@ -153,7 +153,7 @@ class Writer:
         write_llava(folder, config, decoder, tokenizer_from=self.tokenizer, vision_tower=None)
 
     def _beside(self, folder: Path, part: str = "vision_tower") -> str:
-        return str(LAYOUTS[folder.name].options(self.out.absolute())[part])
+        return str(FORMS[folder.name].options(self.out.absolute())[part])
 
     @cached_property
     def adapters(self) -> dict[str, dict[str, Factors]]:
@@ -196,13 +196,13 @@ WRITERS: dict[str, Callable[[Writer, Path], None]] = {  # bases first, because a
     "llama-before-lora": Writer.llama_before_lora,
     "llama-before-delta": Writer.llama_before_delta,
     "native": Writer.native,
-    "merged-bin": Writer.merged_bin,
-    "merged-safetensors": Writer.merged_safetensors,
+    "llava-bin": Writer.llava_bin,
+    "llava-safetensors": Writer.llava_safetensors,
     "lora": Writer.lora,
     "delta": Writer.delta,
     "projector": Writer.projector,
-    "hf": Writer.hf,
-    "original": Writer.original,
+    "llava-hf": Writer.llava_hf,
+    "llava": Writer.llava,
 }
 
 
@@ -214,10 +214,10 @@ def main(
     try:
         write(model, out)
     except LlavaError as error:
-        typer.echo(f"layouts: {error}", err=True)
+        typer.echo(f"forms: {error}", err=True)
         raise typer.Exit(2) from None
-    for name, layout in LAYOUTS.items():
-        options = "".join(f", {key}={str(value)!r}" for key, value in layout.options(out).items())
+    for name, form in FORMS.items():
+        options = "".join(f", {key}={str(value)!r}" for key, value in form.options(out).items())
         typer.echo(f"llava.load({str(out / name)!r}{options})")
 
 

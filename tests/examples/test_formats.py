@@ -14,8 +14,8 @@ import typer
 from torch import Tensor
 
 import llava
-from examples.tiny import layouts
-from examples.tiny.layouts import LAYOUTS
+from examples.tiny import formats
+from examples.tiny.formats import FORMS
 from llava.assistant import LLAVA_TINY, Assistant, question_about
 from tests.conftest import PROJECT
 
@@ -32,8 +32,8 @@ READING: list[Asked] = [(None, question) for question in TEXT_QUESTIONS]
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model in every format. Tests that change files work on a copy."""
-    out = tmp_path_factory.mktemp("zoo") / "layouts"
-    layouts.write(LLAVA_TINY, out)
+    out = tmp_path_factory.mktemp("zoo") / "forms"
+    formats.write(LLAVA_TINY, out)
     return out
 
 
@@ -43,7 +43,7 @@ def shipped() -> Assistant:
 
 
 def loaded(folder: Path, name: str, **options: Any) -> Assistant:
-    return LAYOUTS[name].load(folder / name, device="cpu", **options)
+    return FORMS[name].load(folder / name, device="cpu", **options)
 
 
 def answers(assistant: Assistant, asked: list[Asked]) -> list[str]:
@@ -63,7 +63,7 @@ def expected(shipped: Assistant) -> dict[Asked, str]:
 
 
 def asked_of(name: str) -> list[Asked]:
-    return SEEING + READING if LAYOUTS[name].sees else READING
+    return SEEING + READING if FORMS[name].sees else READING
 
 
 def test_the_answers_depend_on_the_pictures_and_are_correct(expected: dict[Asked, str]) -> None:
@@ -77,31 +77,31 @@ def test_the_answers_depend_on_the_pictures_and_are_correct(expected: dict[Asked
     assert [said[name, QUESTIONS[2]].split(",")[0] for name in ("beach", "kitchen", "zoo")] == ["Yes", "No", "No"]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", FORMS)
 def test_every_format_is_the_same_model(
     folders: Path, shipped: Assistant, expected: dict[Asked, str], name: str
 ) -> None:
     assistant, asked = loaded(folders, name), asked_of(name)
     assert answers(assistant, asked) == [expected[item] for item in asked]
-    assert (assistant.model.vision is not None) == LAYOUTS[name].sees
+    assert (assistant.model.vision is not None) == FORMS[name].sees
     ours, theirs = logits(shipped, asked[::3]), logits(assistant, asked[::3])
-    assert (theirs.shape[1] > ours.shape[1]) == LAYOUTS[name].lengthened
+    assert (theirs.shape[1] > ours.shape[1]) == FORMS[name].lengthened
     difference = (theirs[:, : ours.shape[1]] - ours).abs().max().item()
-    assert difference <= (1e-5 if LAYOUTS[name].exact else ROUNDED)
-    if LAYOUTS[name].exact:
+    assert difference <= (1e-5 if FORMS[name].exact else ROUNDED)
+    if FORMS[name].exact:
         weights = shipped.model.state_dict()
         found = {key: tensor[: len(weights[key])] for key, tensor in assistant.model.state_dict().items()}
         assert [key for key, tensor in found.items() if not tensor.equal(weights[key])] == []
 
 
-@pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if layout.sees])
+@pytest.mark.parametrize("name", [name for name, form in FORMS.items() if form.sees])
 def test_every_multimodal_format_records_the_template_and_the_tower(folders: Path, name: str) -> None:
-    """Only a base has to be given. merged-safetensors names a tower whose weights it does not use."""
-    base = {"base": folders / folder} if (folder := LAYOUTS[name].base) else {}
+    """Only a base has to be given. llava-safetensors names a tower whose weights it does not use."""
+    base = {"base": folders / folder} if (folder := FORMS[name].base) else {}
     assistant = llava.load(folders / name, device="cpu", **base)
     assert assistant.config.template == "vicuna_v1"
     shipped = llava.load(LLAVA_TINY, device="cpu").config
-    if LAYOUTS[name].lengthened:
+    if FORMS[name].lengthened:
         assert assistant.config.decoder == replace(shipped.decoder, vocab_size=assistant.config.decoder.vocab_size)
         assert assistant.config.image == shipped.image
     else:
@@ -115,7 +115,7 @@ def test_every_multimodal_format_records_the_template_and_the_tower(folders: Pat
         ("delta", {"base": "llama"}),
         ("projector", {"base": "llama-before-lora"}),
         ("projector", {"base": "llama-before-delta"}),
-        ("merged-bin", {"vision_tower": "clip-before"}),
+        ("llava-bin", {"vision_tower": "clip-before"}),
     ],
 )
 def test_the_bases_and_towers_are_needed(
@@ -138,13 +138,13 @@ def away(folder: Path) -> Iterator[None]:
         hidden.rename(folder)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", FORMS)
 def test_folder_names_do_not_matter(folders: Path, expected: dict[Asked, str], tmp_path: Path, name: str) -> None:
     """Even if config.json still names the old path of the tower."""
-    options = LAYOUTS[name].options(folders)
+    options = FORMS[name].options(folders)
     given = {"path": folders / name} | {key: value for key, value in options.items() if isinstance(value, Path)}
     for key, folder in given.items():
-        # a misleading name: the original guesses the type of model from it
+        # a misleading name: the original code guesses the type of model from it
         given[key] = shutil.copytree(folder, tmp_path / f"mpt-{key}-lora-v0", copy_function=os.link)
     with away(folders):
         assistant = llava.load(**(options | given), device="cpu")
@@ -153,19 +153,19 @@ def test_folder_names_do_not_matter(folders: Path, expected: dict[Asked, str], t
 
 
 def test_the_folders_have_the_intended_files(folders: Path) -> None:
-    assert len(list((folders / "merged-bin").glob("pytorch_model-*-of-*.bin"))) >= 3
-    assert len(list((folders / "merged-safetensors").glob("model-*-of-*.safetensors"))) >= 3
+    assert len(list((folders / "llava-bin").glob("pytorch_model-*-of-*.bin"))) >= 3
+    assert len(list((folders / "llava-safetensors").glob("model-*-of-*.safetensors"))) >= 3
     assert (folders / "lora" / "non_lora_trainables.bin").is_file()
     assert not list((folders / "projector").glob("*model*"))
-    for name in ("merged-bin", "lora", "delta", "projector", "llama"):
+    for name in ("llava-bin", "lora", "delta", "projector", "llama"):
         kept = sum(file.stat().st_size for file in (folders / name).iterdir())
         assert kept < 9e6, f"{name} holds a tower"
 
 
 def test_a_missing_model_is_a_one_line_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(typer.Exit):
-        layouts.main(tmp_path / "out", tmp_path / "nothing")
+        formats.main(tmp_path / "out", tmp_path / "nothing")
     said = capsys.readouterr().err
-    assert said.startswith("layouts: ")
+    assert said.startswith("forms: ")
     assert said.count("\n") == 1
     assert not (tmp_path / "out").exists()
