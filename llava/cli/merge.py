@@ -1,14 +1,14 @@
 """Commands that merge a difference with its base, and take models apart."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llava.cli.app import app, progress_bar
-from llava.cli.options import AsJson, Base, Checkpoint, Force, Revision, VisionTower
+from llava.cli.options import AsJson, Base, Checkpoint, Force, Revision, VisionTower, grouped
 
 if TYPE_CHECKING:
     from llava.convert.merge import Merged, MergeOptions
@@ -19,65 +19,66 @@ BaseModel = Annotated[
 Target = Annotated[
     Path, typer.Option("--target", "--target-model-path", "--save-model-path", help="folder to write; absent or empty")
 ]
-Precise = Annotated[
-    bool, typer.Option("--precise", help="sums in float32, rounded once, instead of the original arithmetic")
-]
-Verify = Annotated[bool, typer.Option("--verify", help="compute everything again and compare bit by bit")]
-ShardGB = Annotated[
-    float,
-    typer.Option(
-        "--shard-gb", min=1e-6, max=1e6, help="largest file, in GB; a rerun continues after the last complete one"
-    ),
-]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergingOptions:
+    """Options of the commands that merge; see `llava.convert.merge.MergeOptions`."""
+
+    precise: Annotated[
+        bool, typer.Option("--precise", help="float32 sums, rounded once, not the original arithmetic")
+    ] = False
+    verify: Annotated[bool, typer.Option("--verify", help="compute everything again and compare bit by bit")] = False
+    shard_gb: Annotated[
+        float, typer.Option("--shard-gb", min=1e-6, max=1e6, help="largest file, in GB; a rerun keeps complete ones")
+    ] = 5.0
+    revision: Revision = None
+    force: Force = False
+
+    def resolve(self) -> "MergeOptions":
+        from llava.convert.merge import MergeOptions
+
+        return MergeOptions(
+            precise=self.precise,
+            verify=self.verify,
+            force=self.force,
+            revision=self.revision,
+            max_shard_bytes=round(self.shard_gb * 1e9),
+        )
 
 
 @app.command("apply-delta")
+@grouped
 def apply_delta(
+    *,
     base: BaseModel,
     target: Target,
     delta: Annotated[str, typer.Option("--delta", "--delta-path", help="folder or hub id of the published delta")],
-    precise: Precise = False,
-    verify: Verify = False,
-    shard_gb: ShardGB = 5.0,
-    revision: Revision = None,
-    force: Force = False,
+    options: MergingOptions,
     as_json: AsJson = False,
 ) -> None:
     """Base weights + published delta -> usable weights."""
     from llava.convert import merge as job
 
-    options = _options(precise, verify, shard_gb, revision, force)
     with progress_bar("apply delta") as progress:
-        done = job.apply_delta(base, target, delta, options, progress=progress)
-    _show(done, as_json)
+        _show(job.apply_delta(base, target, delta, options.resolve(), progress=progress), as_json)
 
 
 @app.command("merge-lora")
+@grouped
 def merge_lora(
+    *,
     base: BaseModel,
     target: Target,
     lora: Annotated[str, typer.Option("--lora", "--model-path", help="folder or hub id of the LoRA")],
-    precise: Precise = False,
-    verify: Verify = False,
-    shard_gb: ShardGB = 5.0,
-    revision: Revision = None,
-    force: Force = False,
+    options: MergingOptions,
     as_json: AsJson = False,
 ) -> None:
     """Base weights + LoRA -> usable weights."""
     from llava.convert import merge as job
 
-    options = _options(precise, verify, shard_gb, revision, force)
     with progress_bar("merge LoRA") as progress:
-        done = job.merge_lora(base, target, lora, options, progress=progress)
-    _show(done, as_json)
-
-
-def _options(precise: bool, verify: bool, shard_gb: float, revision: str | None, force: bool) -> "MergeOptions":
-    from llava.convert.merge import MergeOptions
-
-    max_shard_bytes = round(shard_gb * 1e9)
-    return MergeOptions(precise=precise, verify=verify, force=force, revision=revision, max_shard_bytes=max_shard_bytes)
+        _show(job.merge_lora(base, target, lora, options.resolve(), progress=progress), as_json)
 
 
 @app.command("make-delta")

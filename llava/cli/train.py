@@ -92,8 +92,8 @@ def data_check(
 ) -> None:
     """Check every sample and image. Exits with code 1 if there are problems and no fixed copy was written."""
     from llava.data import check as job
+    from llava.data.findings import render
     from llava.data.measure import open_measure
-    from llava.data.report import render
 
     measure = open_measure(tokenizer, model, template=template, limit=max_length, picture_tokens=image_tokens)
     with progress_bar("check", unit="samples") as progress:

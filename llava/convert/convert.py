@@ -11,7 +11,7 @@ from llava.convert.verify import check_equal, check_logits
 from llava.errors import ConfigError
 from llava.formats import FORMATS
 from llava.formats.clip import own_tower
-from llava.formats.format import Checkpoint, Format
+from llava.formats.format import Checkpoint, Format, WriteJob
 from llava.tensors.atomic import new_file, new_folder
 from llava.tensors.torch_zip import write_torch
 from llava.tensors.writer import Progress, byte_counter, no_progress
@@ -45,7 +45,7 @@ def convert(
     outputs = [replace(out, force=options.force) for out in format.outputs(checkpoint)]
     target = Path(target)
     with new_folder(target, sum(out.n_bytes for out in outputs)) as folder:
-        format.write(checkpoint, opened, outputs, folder, target, progress)
+        format.write(WriteJob(checkpoint, opened, outputs, folder, target, progress))
         check = check and not options.force
         written = _read_back(format, folder, checkpoint) if verify or check else None
         results = list(_compare(checkpoint, written, verify, check, progress)) if written else []

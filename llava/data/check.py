@@ -17,10 +17,10 @@ from pathlib import Path
 from statistics import median
 
 from llava.data.examine import Examined, Examiner
+from llava.data.findings import Finding, Fixed, Report, TokenFigures
 from llava.data.measure import Measure
 from llava.data.records import is_array
 from llava.data.repair import Fault
-from llava.data.report import Finding, Fixed, Report, TokenFigures
 from llava.data.samples import WORKERS_START, Sample, Samples
 from llava.errors import DataError
 

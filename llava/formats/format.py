@@ -101,6 +101,17 @@ class Checkpoint:
             yield name, tensor.read()
 
 
+class WriteJob(NamedTuple):
+    """A checkpoint on its way into a folder."""
+
+    checkpoint: Checkpoint  # as prepared for the format
+    source: Checkpoint  # as opened
+    outputs: Sequence[OutputTensor]
+    folder: Path  # to write into
+    target: Path  # the name that the folder will get
+    progress: Progress
+
+
 class Format:
     """One on-disk format: reading and writing in one place."""
 
@@ -162,19 +173,11 @@ class Format:
         """Writes the files next to weights and config. `source`: as opened, before `prepare`."""
         copy_tokenizer(source.tokenizer_folder, folder, source.new_tokens)
 
-    def write(
-        self,
-        checkpoint: Checkpoint,
-        source: Checkpoint,
-        outputs: Sequence[OutputTensor],
-        folder: Path,
-        target: Path,
-        progress: Progress,
-    ) -> None:
-        """Writes all files into `folder`, which will be renamed to `target`."""
-        write_shards(folder, outputs, progress)
-        write_json(folder / "config.json", self.write_config(checkpoint, target))
-        self.write_extra(source, folder)
+    def write(self, job: WriteJob) -> None:
+        """Writes all files of a checkpoint into `job.folder`."""
+        write_shards(job.folder, job.outputs, job.progress)
+        write_json(job.folder / "config.json", self.write_config(job.checkpoint, job.target))
+        self.write_extra(job.source, job.folder)
 
     def read_back(self, folder: Path, checkpoint: Checkpoint) -> Checkpoint | None:
         """What was written of `checkpoint`, for formats that `open_checkpoint` does not read; None for the others."""

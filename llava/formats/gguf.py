@@ -19,10 +19,10 @@ from torch import Tensor
 from llava.config import LlavaConfig
 from llava.errors import CheckpointError, ConfigError
 from llava.formats import gguf_vocab
-from llava.formats.format import Checkpoint, Format
+from llava.formats.format import Checkpoint, Format, WriteJob
 from llava.tensors.keymap import Rule, disk_names
 from llava.tensors.lazy import CHUNK_BYTES, Cast, LazyTensor, interleave
-from llava.tensors.writer import OutputTensor, Progress, byte_counter, write_bytes
+from llava.tensors.writer import OutputTensor, byte_counter, write_bytes
 
 _BLOCKS = (
     Rule("token_embd.weight", "decoder.embed.weight"),
@@ -102,24 +102,16 @@ class Gguf(Format):
                 )
         return sorted(outputs, key=_is_mmproj)
 
-    def write(
-        self,
-        checkpoint: Checkpoint,
-        source: Checkpoint,
-        outputs: Sequence[OutputTensor],
-        folder: Path,
-        target: Path,
-        progress: Progress,
-    ) -> None:
+    def write(self, job: WriteJob) -> None:
         """Both files, tensor by tensor."""
-        count = byte_counter(outputs, progress)
-        kind = checkpoint.config.decoder.kind
+        count = byte_counter(job.outputs, job.progress)
+        kind = job.checkpoint.config.decoder.kind
         files = ((MODEL_FILE, _describe_model, kind), (MMPROJ_FILE, _describe_mmproj, "clip"))
         for i, (name, describe, architecture) in enumerate(files):
-            if own := [out for out in outputs if _is_mmproj(out) == bool(i)]:
+            if own := [out for out in job.outputs if _is_mmproj(out) == bool(i)]:
                 type_name = "bf16" if any(out.dtype == torch.bfloat16 for out in own) else "f16"
-                file = folder / name.format(type_name)
-                _write_file(file, architecture, own, partial(describe, checkpoint=checkpoint), count)
+                file = job.folder / name.format(type_name)
+                _write_file(file, architecture, own, partial(describe, checkpoint=job.checkpoint), count)
 
     def read_back(self, folder: Path, checkpoint: Checkpoint) -> Checkpoint | None:
         from llava.formats.gguf_read import read_gguf

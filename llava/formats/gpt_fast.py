@@ -4,7 +4,7 @@ gpt-fast rotates adjacent pairs of rows, hub checkpoints the two halves of a hea
 gpt-fast's order. q, k and v are concatenated. Names and order follow its model.py (commit 03e10bc).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,12 @@ from torch import Tensor
 from llava.config import DecoderConfig, LlavaConfig
 from llava.formats import meta
 from llava.formats.added_rows import copy_plain_tokenizer, without_added_rows
-from llava.formats.format import Checkpoint, Format, require_llama
+from llava.formats.format import Checkpoint, Format, WriteJob, require_llama
 from llava.tensors.files import Weights
 from llava.tensors.keymap import Rule, disk_names, plan
 from llava.tensors.lazy import Concat, FromFile, HalfSplit, LazyTensor, Slice, interleave
 from llava.tensors.torch_zip import write_torch
-from llava.tensors.writer import OutputTensor, Progress, byte_counter
+from llava.tensors.writer import OutputTensor, byte_counter
 
 MODEL_FILE = "model.pth"
 RULES = tuple(replace(rule, disk=rule.disk.replace("w{q,k,v}", "wqkv")) for rule in meta.RULES if rule.ours)
@@ -57,17 +57,9 @@ class GptFast(Format):
             for ours, tensor in tensors.items()
         ]
 
-    def write(
-        self,
-        checkpoint: Checkpoint,
-        source: Checkpoint,
-        outputs: Sequence[OutputTensor],
-        folder: Path,
-        target: Path,
-        progress: Progress,
-    ) -> None:
-        write_torch(folder / MODEL_FILE, outputs, byte_counter(outputs, progress))
-        copy_plain_tokenizer(source, folder)
+    def write(self, job: WriteJob) -> None:
+        write_torch(job.folder / MODEL_FILE, job.outputs, byte_counter(job.outputs, job.progress))
+        copy_plain_tokenizer(job.source, job.folder)
 
     def read_back(self, folder: Path, checkpoint: Checkpoint) -> Checkpoint | None:
         weights, sizes = Weights([folder / MODEL_FILE]), checkpoint.config.decoder
