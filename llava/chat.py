@@ -8,6 +8,7 @@ from typing import Any
 from llava.assistant import Assistant, question_about
 from llava.errors import LlavaError
 from llava.preprocess.image import open_picture
+from llava.tensors.atomic import replacing
 
 HELP = """\
 /image PATH adds an image to your next message; /adapter NAME switches adapters, without a name to the base model;
@@ -97,9 +98,8 @@ class Chat:
             return
         try:
             data = (json.dumps(self.messages, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogateescape")
-            partial = file.with_name(f".{file.name}.partial")
-            partial.write_bytes(data)
-            partial.replace(file)
+            with replacing(file) as partial:
+                partial.write_bytes(data)
         except (OSError, ValueError) as error:
             raise LlavaError(f"{file}: cannot be written ({error})") from None
         print(f"wrote {len(self.messages)} messages to {file}")

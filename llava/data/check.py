@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -23,6 +22,7 @@ from llava.data.records import is_array
 from llava.data.repair import Fault
 from llava.data.samples import WORKERS_START, Sample, Samples
 from llava.errors import DataError
+from llava.tensors.atomic import replacing
 
 _CHUNK = 64  # samples per task of a worker
 Progress = Callable[[int, int], None]  # samples done, total samples
@@ -208,21 +208,16 @@ def _write(samples: Samples, changes: dict[int, str | None], out: Path, *, array
     if dropped == len(samples):
         raise DataError(f"{out}: not written, because no sample would be left; run without --fix to see the problems")
     first, between, last = ("[\n", ",\n", "\n]\n") if array else ("", "\n", "\n")
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
+        with replacing(out) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
             file.write(first)
             for n, text in enumerate(text for text in texts if text is not None):
                 file.write(between * bool(n) + text)
             file.write(last)
             file.flush()
             os.fsync(file.fileno())
-        partial.rename(out)
     except OSError as error:
         raise DataError(
             f"{out}: cannot be written ({error.strerror}); free some space, or choose another path"
         ) from None
-    finally:
-        with suppress(OSError):
-            partial.unlink()
     return Fixed(str(out), len(samples) - dropped, len(changes) - dropped, dropped)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llava.errors import ConfigError
-from llava.quantize.linear import QuantizedLinear
+from llava.quantize.quantized_linear import QuantizedLinear
 from llava.quantize.nf4 import NF4Linear
 
 O, I = 96, 128  # noqa: E741 (output and input features)
