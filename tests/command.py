@@ -1,4 +1,4 @@
-"""Runs commands: in processes of their own with real pipes, or in this process."""
+"""Runs commands: in separate processes with real pipes, or in this process."""
 
 import atexit
 import functools
