@@ -1,6 +1,6 @@
 """How much longer does one answer of llava-tiny take than importing torch?
 
-Each run is a process of its own: `python -c "import torch"`, and `llava ask PICTURE QUESTION` without a model. The aim
+Each run is a separate process: `python -c "import torch"`, and `llava ask PICTURE QUESTION` without a model. The aim
 is at most 1.0 s more, median of 5, on 2 CPU cores.
 
     python benchmarks/answer.py

@@ -1,7 +1,7 @@
 """How long does it take to convert a LLaVA-1.5-7B, and how much memory? Compared with a copy of its files.
 
 Writes a random checkpoint of the real shapes in bfloat16 (about 14 GB; 45 GB of disk in all, removed at the end) and
-runs each job in a process of its own. Memory and the page cache are as in load.py. Seconds of "copy" and of
+runs each job in a separate process. Memory and the page cache are as in load.py. Seconds of "copy" and of
 transformers start after the imports, those of the conversions with the process.
 
     python benchmarks/convert.py --size tiny

@@ -1,4 +1,4 @@
-"""One job of load.py, convert.py or merge.py in a process of its own; they start it.
+"""Runs one job of load.py, convert.py or merge.py in a separate process.
 
 The last line of stdout is {"seconds": ...}, measured after python and the job's imports have loaded.
 """

@@ -1,7 +1,7 @@
 """How long does it take to load a LLaVA-1.5-7B from disk, and how much memory? Compared with transformers.
 
 Writes a random checkpoint of the real shapes in bfloat16 (about 14 GB; 31 GB of disk in all, removed at the end) and
-runs each job in a process of its own. `peak_anon_gb` is the most private memory the process held (RssAnon, sampled,
+runs each job in a separate process. `peak_anon_gb` is the most private memory the process held (RssAnon, sampled,
 including torch's import), `peak_file_gb` the most mapped file memory (RssFile). Seconds start after the imports.
 
 Files are read once before each timed job, so that they come from the page cache as far as it holds them; `cached` is

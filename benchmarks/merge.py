@@ -1,6 +1,6 @@
 """How fast are apply-delta, merge-lora and convert, and how much memory do they need? Compared with the original's way.
 
-Writes a random base, a delta and a LoRA of the real shapes in float16 and runs each job in a process of its own.
+Writes a random base, a delta and a LoRA of the real shapes in float16 and runs each job in a separate process.
 `peak_anon_gb` is the most private memory that process held (RssAnon, sampled, including torch's import). "copy" is the
 least that a merge must do: it reads base and delta through one buffer and writes as many bytes as one of them has.
 "original" is the original's procedure: transformers loads base and delta, one is added to the other, the sum is saved.

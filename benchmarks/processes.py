@@ -1,4 +1,4 @@
-"""Jobs that run in processes of their own, timed, with the memory they use."""
+"""Jobs that run in separate processes, timed, with the memory they use."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Runs commands: in processes of their own with real pipes, or in this process."""
+"""Runs commands: in separate processes with real pipes, or in this process."""
 
 import atexit
 import functools
@@ -35,7 +35,6 @@ def run(*args: object, stdin: bytes | None = None, command: Sequence[str] | None
     Without `command` it runs in a fork of a process that has imported torch; `command=LLAVA` runs the installed script.
     """
     source = {"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}
-    options.setdefault("env", os.environ | {"COLUMNS": "400"})  # long paths are printed without line breaks
     default = LLAVA if "preexec_fn" in options else forked_llava()  # a fork does not inherit limits of its client
     argv = [*(command or default), *map(str, args)]
     done = subprocess.run(argv, capture_output=True, timeout=TIMEOUT_S, check=False, **source, **options)

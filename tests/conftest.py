@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(PROJECT / "build" / "e
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One torch thread a process, here and in subprocesses; no GPU unless `-m gpu` asks for it.
+    """One torch thread per process, here and in subprocesses; no GPU unless `-m gpu` asks for it.
 
     Small models are fastest on one thread, and the workers of pytest-xdist then share the cores evenly.
     """
@@ -32,6 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
+    # tests send Ctrl-C to subprocesses, which would inherit an ignored SIGINT from a background job of a script
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

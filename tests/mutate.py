@@ -199,15 +199,15 @@ def _paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 def _edit(rng: Random, world: Path, change: Callable[[Any, Any], str]) -> Done:
     """Changes one part of one JSON file, most often config.json."""
     found = files_of(world, ".json")
-    path = rng.choice([*found, *(file for file in found if file.name == "config.json")])
-    values = json.loads(path.read_text())
+    file = rng.choice([*found, *(file for file in found if file.name == "config.json")])
+    values = json.loads(file.read_text())
     path = rng.choice(_paths(values))
     holder = values
     for key in path[:-1]:
         holder = holder[key]
     what = change(holder, path[-1])
-    path.write_text(json.dumps(values))
-    return Done(f"{path.relative_to(world)}: {what}"[:300], True)
+    file.write_text(json.dumps(values))
+    return Done(f"{file.relative_to(world)}: {what}"[:300], True)
 
 
 def json_value(rng: Random, world: Path, others: list[Path]) -> Done:

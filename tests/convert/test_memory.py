@@ -37,7 +37,7 @@ print(peak - before)
 
 
 def peak(work: str, *arguments: Path) -> int:
-    """Runs `work` in a process of its own and returns the anonymous memory it needs in MB."""
+    """Runs `work` in a separate process and returns the anonymous memory it needs in MB."""
     command = [sys.executable, "-c", PEAK.replace("WORK", work), *arguments]
     environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)

@@ -1,4 +1,4 @@
-"""LoRAs as published, read on their base: prefixes, ranks, factors, and tensors saved beside the pairs."""
+"""LoRAs as published, read on their base: prefixes, ranks, factors, and tensors saved along with the pairs."""
 
 import math
 from dataclasses import replace

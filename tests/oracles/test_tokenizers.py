@@ -1,4 +1,4 @@
-"""transformers reads the tokenizer files that conversions and merges write, and gets our ids."""
+"""transformers reads the tokenizer files that conversions and merges write, and assigns the same ids as ours."""
 
 import json
 from pathlib import Path
