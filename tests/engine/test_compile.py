@@ -11,6 +11,7 @@ from llava.assistant import Assistant
 COMPILER = next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="torch.compile on a CPU needs a C++ compiler; found none")
 def test_compiled_steps_equal_eager_ones_in_two_shapes(checkpoint: Path) -> None:
     eager = llava.load(checkpoint, device="cpu", dtype="float32")

@@ -28,7 +28,7 @@ BASES = {id: entry for entry in zoo.entries() if (id := zoo.base_id(entry))}
 META = "llama-7b-from-meta"  # the only folder on the pages without a hub id
 QUESTION = "What is unusual here?"
 # formats as `llava inspect` prints them, and those that commands write
-KINDS = {"hf-reexport": "llava-hf"}
+KINDS = {"hf-reexport": "llava-hf", "merged": "llava"}
 WRITTEN = {"native": ("native",), "llava": ("llava", "mpt"), "llava-hf": ("llava-hf",), "llama": ("llama",)}
 
 

@@ -45,8 +45,8 @@ def vlm(checkpoint: Path) -> llava.Assistant:
 
 
 @pytest.fixture(scope="module")
-def anyres(clip: Path) -> llava.Assistant:
-    folder = clip.parent / "anyres"
+def anyres(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> llava.Assistant:
+    folder = tmp_path_factory.mktemp("anyres") / "llava"
     tiny.write_llava(folder, layout="safetensors-shards", clip=clip, tower_seed=3, **tiny.ANYRES)
     return llava.load(folder, dtype="float32")
 

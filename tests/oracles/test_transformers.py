@@ -117,14 +117,14 @@ def test_features_of_a_clip_saved_by_transformers_are_the_same(tmp_path: Path, l
 
 
 @pytest.mark.parametrize("size", [(90, 60), (61, 97), (56, 56), (300, 20)])
-def test_cropped_pixels_are_those_of_transformers_image_processor(clip: Path, size: tuple[int, int]) -> None:
+def test_cropped_pixels_are_those_of_transformers_image_processor(
+    clip: Path, tmp_path: Path, size: tuple[int, int]
+) -> None:
     processor_class = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
     processor = processor_class.from_pretrained(clip)
     noise = torch.randint(256, (7, 9, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     picture = Image.fromarray(noise.numpy()).resize(size, Image.Resampling.BICUBIC)
-    folder = clip.parent / "square"
-    if not folder.exists():
-        tiny.write_llava(folder, clip=clip, image_aspect_ratio="square")
+    folder = tiny.write_llava(tmp_path / "square", clip=clip, image_aspect_ratio="square")
     ours = llava.load(folder).prepare("<image>", images=[picture]).pixels
     wanted = torch.as_tensor(processor(picture, return_tensors="pt")["pixel_values"])
     torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-5)

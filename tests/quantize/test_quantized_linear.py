@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llava.errors import ConfigError
-from llava.quantize.quantized_linear import QuantizedLinear
 from llava.quantize.nf4 import NF4Linear
+from llava.quantize.quantized_linear import QuantizedLinear
 
 O, I = 96, 128  # noqa: E741 (output and input features)
 
