@@ -109,7 +109,7 @@ def test_the_report_is_exact_and_the_fixed_copy_is_clean(
     assert found == where
     assert report.problems == {kind: len(indices) for kind, indices in where.items()}
     assert (report.samples, report.text_only, report.with_pictures) == (26, 2, 22)
-    assert report.tensors == {
+    assert report.sources == {
         **{"coco/": 2, "text only": 2, "ocr_vqa/": 1, "textvqa/": 1, "vg/": 2, "no folder": 3, "<number>/": 2},
         **{"gqa/": 10, "../": 1},
     }

@@ -23,7 +23,7 @@ def test_zoo_lists_the_reference_cell_by_cell(command: Command, shared: Path) ->
     listed = json.loads(command("zoo", "--json").out)
     assert listed == entries(shared)
     assert all(next(iter(entry)) == "id" for entry in listed)
-    packaged = Path(llava.__file__).parent / "checkpoint" / "zoo.json"
+    packaged = Path(llava.__file__).parent / "zoo" / "zoo.json"
     assert json.loads(packaged.read_text()) == json.loads((shared / "reference" / "zoo.json").read_text())
 
 

@@ -1,7 +1,7 @@
 """Training on several ranks."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -74,13 +74,14 @@ def test_the_number_of_ranks_does_not_change_the_result(assets: Assets, tmp_path
 def test_ranks_may_write_the_tokenizer_at_the_same_time(
     assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = llava.train.start._write_tokenizer
+    copy = llava.train.start.copy_tokenizer
 
-    def after_another(*args: Any) -> None:
-        write(*args)  # as another rank does
-        write(*args)
+    def after_another(source: Path, target: Path, new_tokens: Mapping[str, int]) -> None:
+        (tmp_path / "tokenizer").mkdir()  # another rank is faster
+        copy(source, tmp_path / "tokenizer", new_tokens)
+        copy(source, target, new_tokens)
 
-    monkeypatch.setattr(llava.train.start, "_write_tokenizer", after_another)
+    monkeypatch.setattr(llava.train.start, "copy_tokenizer", after_another)
     values = from_parts(assets) | {"train": ["projector", "rows"], "start_end": True}
     found = start(recipe(assets, tmp_path / "run", **values), tmp_path / "tokenizer")
     assert found.tokenizer.id_of("<im_end>") == tiny.PIECES + 2

@@ -292,10 +292,10 @@ def test_three_steps_change_exactly_the_stated_parts(workspace: Workspace, name:
 def test_the_export_opens_in_the_format_of_the_zoo(workspace: Workspace, name: str) -> None:
     run = workspace.trained(name)
     recipe = run.recipe
-    kind = "projector" if name.endswith("pretrain") else "lora" if "lora" in name else "merged"
-    base = None if kind == "merged" else recipe.model
+    kind = "projector" if name.endswith("pretrain") else "lora" if "lora" in name else "llava"
+    base = None if kind == "llava" else recipe.model
     assert open_checkpoint(run.folder, LoadOptions(base=base)).format == (
-        "mpt" if kind == "merged" and "mpt" in name else kind
+        "mpt" if kind == "llava" and "mpt" in name else kind
     )
     assistant = llava.load(run.folder, base=base, dtype="float32", device="cpu")
     config = assistant.config
@@ -305,7 +305,7 @@ def test_the_export_opens_in_the_format_of_the_zoo(workspace: Workspace, name: s
     assert config.template == recipe.template
     loaded, expected = assistant.model.state_dict(), merged(run)
     assert set(expected) == {name for name in loaded if recipe.quantize_base == "none" or not is_4_bit(run, name)}
-    rounded = kind == "merged" or "rows" in recipe.train  # exported in 16 bits; MPT in bfloat16
+    rounded = kind == "llava" or "rows" in recipe.train  # exported in 16 bits; MPT in bfloat16
     close = {"rtol": 4e-3, "atol": 1e-5} if rounded else {"rtol": 0.0, "atol": 2e-6}
     for name, tensor in expected.items():
         torch.testing.assert_close(loaded[name].float(), tensor, **close, msg=lambda m, n=name: f"{n}: {m}")

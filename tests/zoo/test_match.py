@@ -49,7 +49,7 @@ def test_check_says_of_another_folder_which_row_is_nearest_and_what_differs(chec
     text = said("zoo", "check", checkpoint)
     assert "is not in the zoo" in text
     assert "liuhaotian/llava-v1.5-7b\n" in text
-    assert "tensors: width 64; the row has 4096" in text
+    assert "tensors: width 64; the entry has 4096" in text
 
 
 def test_inspect_prints_the_licence_of_the_base(tmp_path: Path) -> None:
