@@ -65,7 +65,7 @@ def load(
     revision: branch, tag or commit on the hub.
     force: load despite unknown tensors, NaN or Inf, or a base that does not match the delta.
     image_mode: whether images are preprocessed as in the LLaVA code ("original") or as in transformers ("hf");
-        default: what the checkpoint's layout was made for.
+        default: as the checkpoint's format expects.
     exif: rotate images as their EXIF orientation says; the original does not.
     legacy_strip: strip white space next to <im_start> and similar tokens, as when v0 and v1.1 were trained.
 

@@ -16,7 +16,7 @@ _ADAPTERS = ("lora", "projector")  # a delta would be a second whole model
 def open_separately(
     source: str | Path, adapters: Mapping[str, str | Path], options: LoadOptions, *, merge: bool
 ) -> dict[str | None, Checkpoint]:
-    """The adapters by name, in order, then the base alone under None.
+    """The adapters by name, in order, then the base without an adapter under None.
 
     `source` is the base; with `merge` False it is the first adapter, and `options.base` its base. `options.revision`
     belongs to `source`. Raises CheckpointError, ConfigError.

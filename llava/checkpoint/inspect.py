@@ -102,7 +102,7 @@ def licences(files: CheckpointFiles, detection: Detection) -> list[str]:
 
 
 def _describe_headers(files: CheckpointFiles, detection: Detection) -> Description:
-    """For a checkpoint that does not load by itself: what its headers and config show."""
+    """Describes a checkpoint that cannot be loaded as it is, from its headers and config."""
     sizes = {name: header.shape for name, header in files.weights.headers.items()}
     for weights in _extra_weights(files.path):
         sizes |= {f"{header.file.stem}.{name}": header.shape for name, header in weights.headers.items()}

@@ -161,7 +161,7 @@ def _wrong_format(files: CheckpointFiles, detection: Detection, format: str) -> 
 
 
 def _outputs(whole: Checkpoint, precise: bool) -> list[OutputTensor]:
-    """Every tensor under its original name in float16, also those that the language model alone does not need."""
+    """Every tensor under its original name in float16, including those that a language model does not need."""
     tensors = {name: _in_float16(tensor, precise) for name, tensor in (whole.tensors | whole.unused).items()}
     linear = "projector.0.weight" in tensors and "projector.2.weight" not in tensors
     return to_disk(tensors, whole.config, rules_for(whole.config, linear=linear))

@@ -83,7 +83,7 @@ class _Tally:
             total=sum(self.totals),
             median=int(median(self.totals)),
             longest=max(self.totals),
-            learnt=self.target_tokens,
+            targets=self.target_tokens,
             masked_share=1 - self.target_tokens / kept,
         )
 

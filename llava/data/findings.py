@@ -32,7 +32,7 @@ class TokenFigures:
     total: int
     median: int
     longest: int
-    learnt: int  # target tokens within the limit
+    targets: int  # target tokens within the limit
     masked_share: float  # fraction of the tokens within the limit that are not targets
 
 
@@ -42,7 +42,7 @@ class Fixed:
 
     out: str
     kept: int  # samples in the copy
-    mended: int  # repaired samples, included in `kept`
+    repaired: int  # repaired samples, included in `kept`
     dropped: int
 
 
@@ -104,7 +104,7 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
         yield "repeated ids", f"{report.repeated_ids:,} (not a problem)"
     if tokens := report.tokens:
         yield "tokens", f"{tokens.total:,}; per sample: median {tokens.median:,}, longest {tokens.longest:,}"
-        yield "masked", f"{tokens.masked_share:.1%} of tokens; {tokens.learnt:,} are targets"
+        yield "masked", f"{tokens.masked_share:.1%} of tokens; {tokens.targets:,} are targets"
     yield "checked in", f"{report.seconds:.1f} s, {report.samples / max(report.seconds, 1e-9):,.0f} samples/s"
 
 
@@ -131,5 +131,5 @@ def _verdict(report: Report) -> str:
     n_bad = len({finding.sample for finding in report.findings})
     text = f"{n_bad:,} of {report.samples:,} samples have problems"
     if fixed := report.fixed:
-        return f"{text}; {fixed.out}: {fixed.kept:,} samples, {fixed.mended:,} repaired, {fixed.dropped:,} dropped"
+        return f"{text}; {fixed.out}: {fixed.kept:,} samples, {fixed.repaired:,} repaired, {fixed.dropped:,} dropped"
     return text + "; --fix OUT writes a fixed copy"

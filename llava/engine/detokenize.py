@@ -48,8 +48,8 @@ class Detokenizer:
         """Moves the anchor to the newest id if that id has text of its own and completes a character."""
         last = len(self.ids) - 1
         if last - self._anchor >= _STRIDE and not text.endswith(INCOMPLETE):
-            alone = self._decode(self.ids[last:])
-            if alone and text.endswith(alone):
+            newest = self._decode(self.ids[last:])
+            if newest and text.endswith(newest):
                 self._settled, self._anchor = text, last
 
     def _send(self, text: str) -> str:

@@ -129,11 +129,11 @@ class Engine:
             positions = torch.tensor([[row.position] for row in rows], device=device)
             seq_len = max(row.position for row in rows) + 1
             window = _round_up(seq_len) if self.compiled else seq_len
-            alone = len(rows) == 1 and not self.compiled  # its token sees all of the window
+            single = len(rows) == 1 and not self.compiled  # its token sees all of the window
             context = CacheContext(
-                positions=positions[0] if alone else positions,
+                positions=positions[0] if single else positions,
                 seq_len=seq_len,
-                mask=None if alone else decode_mask(positions, window),
+                mask=None if single else decode_mask(positions, window),
                 cache=cache,
                 window=window,
             )

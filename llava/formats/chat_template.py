@@ -1,44 +1,47 @@
-"""A conversation template in the language that transformers and vLLM read them in: chat_template.jinja."""
+"""Conversation templates as Jinja, which transformers and vLLM read from chat_template.jinja."""
 
 import json
 
 from llava.config import IMAGE_MARK
 from llava.preprocess.conversation import Style, Template
 
-# What a message says: its text, or of a list of parts the pictures' marks and then the texts, as our own messages
-_SAID = (
-    "{%- macro said(message) -%}{%- if message.content is string -%}{{- message.content -}}{%- else -%}"
+# The text of a message. In a list of parts, the image marks come first, then the texts, as in our own messages
+_CONTENT = (
+    "{%- macro content(message) -%}{%- if message.content is string -%}{{- message.content -}}{%- else -%}"
     "{%- for part in message.content if part.type == 'image' -%}{{- MARK -}}{%- endfor -%}"
     "{%- for part in message.content if part.type == 'text' -%}"
     "{{- (NEWLINE if not loop.first else '') ~ part.text -}}{%- endfor -%}"
     "{%- endif -%}{%- endmacro -%}"
 )
 _SYSTEM = (
-    "{%- if messages[0].role == 'system' -%}{%- set system = said(messages[0]) -%}"
+    "{%- if messages[0].role == 'system' -%}{%- set system = content(messages[0]) -%}"
     "{%- set turns = messages[1:] -%}{%- else -%}{%- set system = SYSTEM -%}{%- set turns = messages -%}{%- endif -%}"
 )
 _COLON = (
     "{{- system ~ SEP -}}{%- for turn in turns -%}"
-    "{%- if turn.role == 'user' -%}{{- USER ~ ': ' ~ said(turn) ~ SEP -}}"
-    "{%- else -%}{{- ASSISTANT ~ ': ' ~ said(turn) ~ (SEP2 or SEP) -}}{%- endif -%}"
+    "{%- if turn.role == 'user' -%}{{- USER ~ ': ' ~ content(turn) ~ SEP -}}"
+    "{%- else -%}{{- ASSISTANT ~ ': ' ~ content(turn) ~ (SEP2 or SEP) -}}{%- endif -%}"
     "{%- endfor -%}{%- if add_generation_prompt -%}{{- ASSISTANT ~ ':' -}}{%- endif -%}"
 )
 _CHATML = (
     "{{- SYSTEM_ROLE ~ system ~ SEP -}}{%- for turn in turns -%}"
-    "{{- (USER if turn.role == 'user' else ASSISTANT) ~ said(turn) ~ SEP -}}"
+    "{{- (USER if turn.role == 'user' else ASSISTANT) ~ content(turn) ~ SEP -}}"
     "{%- endfor -%}{%- if add_generation_prompt -%}{{- ASSISTANT -}}{%- endif -%}"
 )
 _LLAMA_2 = (
     "{%- for turn in turns -%}{%- if turn.role == 'user' -%}"
     "{%- set head = SYS_OPEN ~ system ~ SYS_CLOSE if loop.first and system else '' -%}"
-    "{{- (SEP if not loop.first else '') ~ '[INST] ' ~ head ~ said(turn) ~ ' [/INST]' -}}"
-    "{%- else -%}{{- ' ' ~ said(turn) ~ ' ' ~ SEP2 -}}{%- endif -%}{%- endfor -%}"
+    "{{- (SEP if not loop.first else '') ~ '[INST] ' ~ head ~ content(turn) ~ ' [/INST]' -}}"
+    "{%- else -%}{{- ' ' ~ content(turn) ~ ' ' ~ SEP2 -}}{%- endif -%}{%- endfor -%}"
 )
 _BODIES = {Style.SINGLE: _COLON, Style.TWO: _COLON, Style.MPT: _CHATML, Style.LLAMA_2: _LLAMA_2}
 
 
 def chat_template(template: Template) -> str | None:
-    """The template's text for Jinja; None for one that is no chat. Turns without text are not told apart there."""
+    """The template as Jinja source; None if it is not a chat template.
+
+    Unlike `render`, the source also ends empty turns with a separator.
+    """
     if template.style not in _BODIES or template.few_shot:
         return None
     values = {
@@ -54,6 +57,6 @@ def chat_template(template: Template) -> str | None:
         "SYS_CLOSE": "\n<</SYS>>\n\n",
     }
     body = _BODIES[template.style]
-    used = {name: text for name, text in values.items() if name in _SAID + _SYSTEM + body}
+    used = {name: text for name, text in values.items() if name in _CONTENT + _SYSTEM + body}
     constants = "".join(f"{{%- set {name} = {json.dumps(text, ensure_ascii=False)} -%}}" for name, text in used.items())
-    return constants + _SAID + _SYSTEM + body
+    return constants + _CONTENT + _SYSTEM + body

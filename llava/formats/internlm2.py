@@ -1,4 +1,4 @@
-"""InternLM2, a Llama with its own tensor names and q, k and v interleaved by key/value head; alone or in a LLaVA.
+"""InternLM2, a Llama with its own tensor names and q, k and v interleaved by key/value head; as a plain language model or in a LLaVA.
 
 Matched: modeling_internlm2.py of internlm/internlm2-chat-7b.
 """

@@ -1,4 +1,4 @@
-"""MPT, alone or in a LLaVA: key table, config in, config out."""
+"""MPT, as a plain language model or in a LLaVA: key table, config in, config out."""
 
 from collections.abc import Mapping
 from typing import Any

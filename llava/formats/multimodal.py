@@ -45,7 +45,7 @@ def read_model_config(
     tensors: Mapping[str, LazyTensor],
     options: LoadOptions,
 ) -> ReadConfig:
-    """The config of a LLaVA, or of a language model alone, from a config.json with LLaVA's keys.
+    """The config of a LLaVA, or of a plain language model, from a config.json with LLaVA's keys.
 
     path: of the checkpoint. Raises CheckpointError, ConfigError.
     """

@@ -1,4 +1,4 @@
-"""What a run leaves: a folder in the zoo's own layout."""
+"""Exports a finished run as a checkpoint in the zoo's format."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -150,17 +150,17 @@ def base_words(entry: Entry) -> str | None:
 def licence(entry: Entry) -> str:
     """The licence note of the language model."""
     start = origin(entry)
-    if (note := start.get("license_note")) not in (None, _UNTOLD):
+    if (note := start.get("license_note")) not in (None, _NO_DETAILS):
         return str(note)
-    told = (
+    notes = (
         other["license_note"]
         for other in entries()
-        if other.get("license_note") not in (None, _UNTOLD) and _model(other) == _model(start)
+        if other.get("license_note") not in (None, _NO_DETAILS) and _model(other) == _model(start)
     )
-    return ": ".join([f"{_UNTOLD}, {start['base_llm']}", *list(told)[:1]])
+    return ": ".join([f"{_NO_DETAILS}, {start['base_llm']}", *list(notes)[:1]])
 
 
-_UNTOLD = "base LLM licence"  # a note without information
+_NO_DETAILS = "base LLM licence"  # a note without details
 
 
 def _model(entry: Entry) -> str:

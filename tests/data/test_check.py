@@ -116,7 +116,7 @@ def test_the_report_is_exact_and_the_fixed_copy_is_clean(
     assert report.turns == {2: 16, 3: 3, 4: 4, 42: 1}
     assert report.repeated_ids == 1
     assert report.fixed is not None
-    assert (report.fixed.kept, report.fixed.mended, report.fixed.dropped) == (19, 8, 7)
+    assert (report.fixed.kept, report.fixed.repaired, report.fixed.dropped) == (19, 8, 7)
 
     again = check(clean, images, measure=measure, workers=0)
     assert again.clean
@@ -164,7 +164,7 @@ def test_token_figures_equal_those_of_training(tokenizer: Path, tmp_path: Path, 
     lengths = [len(input.ids) for input in inputs]
     targets = sum(int((input.labels != IGNORE).sum()) for input in inputs)
     assert (figures.total, figures.longest, figures.median) == (sum(lengths), max(lengths), sorted(lengths)[1])
-    assert figures.learnt == targets
+    assert figures.targets == targets
     assert figures.masked_share == pytest.approx(1 - targets / sum(lengths))
 
 

@@ -269,10 +269,10 @@ def test_a_prompt_contains_every_turn_once_and_in_order(name: str, texts: list[s
         rest = rest.replace(text, "", 1)
     for label, n in labels(template, turns).items():
         assert rest.count(label) == n, label
-    learnt = [span.text for span in spans if span.target]
+    targets = [span.text for span in spans if span.target]
     answers = [turn.text for turn in (*template.few_shot, *turns) if turn.role == "assistant" and turn.text]
-    assert len(learnt) == len(answers)
-    assert all(text in span for text, span in zip(answers, learnt, strict=True))
+    assert len(targets) == len(answers)
+    assert all(text in span for text, span in zip(answers, targets, strict=True))
     if turns[-1].text is None and template.style is not Style.PLAIN:
         end = {Style.MPT: template.assistant, Style.LLAMA_2: ""}.get(template.style, f"{template.assistant}:")
         assert prompt.endswith(end)
