@@ -1,7 +1,7 @@
 """How much longer does one answer of llava-tiny take than importing torch?
 
-Each run is a separate process: `python -c "import torch"`, and `llava ask PICTURE QUESTION` without a model. The aim
-is at most 1.0 s more, median of 5, on 2 CPU cores.
+Each run is a separate process: `python -c "import torch"`, and `llava ask PICTURE QUESTION` without a model. The
+target is at most 1.0 s more (median of 5 runs) on 2 CPU cores.
 
     python benchmarks/answer.py
 """
@@ -20,7 +20,7 @@ PICTURE, QUESTION = ROOT / "examples" / "pictures" / "kitchen.png", "What is in 
 
 
 def process(*words: str) -> Callable[[], float]:
-    """A function that runs `python WORDS` and returns the seconds from its start to its end."""
+    """Returns a function that runs `python WORDS` and returns how many seconds that took."""
 
     def run() -> float:
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What the hardware can do at most, and how much work a model is: the two sides of "x % of the ceiling"."""
+"""The maximum speed of the hardware and the work that a model takes: the two sides of "x % of the ceiling"."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Ceiling:
 
 
 def memory_ceilings(target: Target, size: str) -> list[Ceiling]:
-    """Reads 1 GB (4 GB on a GPU): the maximum, and a matrix-vector product; on a CPU the product in float32 too."""
+    """Two ways to read 1 GB (4 GB on a GPU): `max()`, and a matrix-vector product, on a CPU also in float32."""
     n_bytes = (2**32 if target.on_gpu else 2**30) if size == "7b" else 2**24
     values = torch.empty(n_bytes // target.dtype.itemsize, dtype=target.dtype, device=target.device)
     Noise(target).fill(values)
@@ -36,7 +36,7 @@ def memory_ceilings(target: Target, size: str) -> list[Ceiling]:
 
 
 def matmul_ceilings(target: Target, size: str) -> list[Ceiling]:
-    """Products of square matrices; on a CPU in float32 too, which can be the faster one."""
+    """Products of square matrices; on a CPU also in float32, which can be faster."""
     n = (8192 if target.on_gpu else 2048) if size == "7b" else 256
 
     def product(dtype: torch.dtype) -> Ceiling:
@@ -62,13 +62,13 @@ def rates(
     ceilings: Sequence[Ceiling],
     seconds: Mapping[str, Sequence[float]],
 ) -> dict[str, float]:
-    """Bytes or operations per second of every contestant, each of which handles `amount` per run, and every ceiling."""
+    """Bytes or operations per second of every contestant (each handles `amount` per run) and of every ceiling."""
     amounts = {**dict.fromkeys(contestants, amount), **{ceiling.name: ceiling.amount for ceiling in ceilings}}
     return {name: amounts[name] / median(seconds[name]) for name in amounts}
 
 
 def decoder_flops(sizes: DecoderConfig, tokens: int) -> float:
-    """Operations for a prompt and the logits of its last token. Causal attention counts half."""
+    """Operations for a prompt and the logits of its last token. Causal attention counts as half."""
     values = sizes.n_heads * sizes.head_dim
     block = sizes.dim * (2 * values + 2 * sizes.n_kv_heads * sizes.head_dim + 3 * sizes.mlp_dim)
     attention = 2 * tokens**2 * values

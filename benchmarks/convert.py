@@ -1,8 +1,8 @@
-"""How long does it take to convert a LLaVA-1.5-7B, and how much memory? Compared with a copy of its files.
+"""How much time and memory does converting a LLaVA-1.5-7B take? Compared with a copy of its files.
 
-Writes a random checkpoint of the real shapes in bfloat16 (about 14 GB; 45 GB of disk in all, removed at the end) and
-runs each job in a separate process. Memory and the page cache are as in load.py. Seconds of "copy" and of
-transformers start after the imports, those of the conversions with the process.
+Writes a random checkpoint with the real shapes in bfloat16 (about 14 GB; 45 GB of disk in all, removed at the end) and
+runs each job in a separate process. Memory is measured and the page cache filled as in load.py. "copy" and
+transformers are timed after their imports, conversions from the start of the process.
 
     python benchmarks/convert.py --size tiny
 """
@@ -25,7 +25,7 @@ PAIRS = tuple((name, "copy LLaVA") for name in (f"{OURS} convert to native", f"{
 
 
 def measure(folder: Path, size: str, layers: int | None, runs: int) -> Series:
-    """Converts a LLaVA to three layouts, then its plain Llama with transformers."""
+    """Times converting a LLaVA to three layouts, then loading and saving its plain Llama with transformers."""
     series = Series()
     source = random_checkpoint.write_llava(folder, size, layers)
     clip, native, llama = folder / "clip", folder / "native", folder / "llama"
@@ -49,13 +49,13 @@ def measure(folder: Path, size: str, layers: int | None, runs: int) -> Series:
 def main(
     layers: Layers = None,
     size: Size = "7b",
-    runs: Annotated[int | None, typer.Option("--runs", help="of each job; default 3, tiny 1", min=1)] = None,
+    runs: Annotated[int | None, typer.Option("--runs", help="runs of each job; default: 3 (tiny: 1)", min=1)] = None,
     folder: Folder = None,
     out: Out = None,
     save: Save = False,
     commit: Commit = None,
 ) -> None:
-    """Seconds and memory of conversions."""
+    """Time and memory of conversions."""
     runs = runs or (1 if size == "tiny" else 3)
     n_bytes = random_checkpoint.n_bytes(size, layers)
     with scratch_folder(folder, 3.2 * n_bytes) as scratch:

@@ -1,7 +1,8 @@
 """How many tokens per second does one answer get, and what share of the memory bandwidth is that?
 
-Batch 1, greedy, without the prefill. Ours is the engine's own loop, including text and stop check; transformers' is a
-plain loop over its model and its default cache, which is faster than its `generate`. Both copy each id to the host.
+Batch 1, greedy, without the prefill. Ours is the engine's own loop, including detokenization and the stop check;
+transformers' is a plain loop over its model with its default cache, which is faster than its `generate`. Both copy
+each id to the host.
 
     python benchmarks/decode.py --size tiny
 """
@@ -28,7 +29,7 @@ from llava.preprocess.inputs import ModelInput
 
 
 def answered(engine: Engine, ids: torch.Tensor, n: int) -> Generated:
-    """Ours: a prompt and n + 1 tokens, the first of which belongs to the prefill."""
+    """Runs our engine on a prompt for n + 1 tokens, the first of which comes from the prefill."""
     params = SamplingParams(max_new_tokens=n + 1)
     input = ModelInput(prompt="", token_ids=ids.tolist(), ids=ids, labels=ids)
     sequence = engine.start(input, params)
@@ -40,7 +41,7 @@ def answered(engine: Engine, ids: torch.Tensor, n: int) -> Generated:
 
 @torch.inference_mode()
 def peer_answered(model: Any, ids: torch.Tensor, n: int) -> tuple[float, list[int]]:
-    """transformers: the seconds of n steps, and the ids."""
+    """Runs transformers for n steps. Returns their duration in seconds, and all ids, including that of the prefill."""
     state = model(ids[None], use_cache=True, logits_to_keep=1)
     written = state.logits[:, -1].argmax(-1).tolist()
     started = time.perf_counter()
@@ -53,7 +54,7 @@ def peer_answered(model: Any, ids: torch.Tensor, n: int) -> tuple[float, list[in
 
 @torch.inference_mode()
 def logits(model: Any, ids: torch.Tensor, target: Target) -> torch.Tensor:
-    """Ours after the prompt."""
+    """Our logits after the prompt."""
     n = len(ids)
     cache = KVCache(model.config.decoder, 1, n, dtype=target.dtype, device=target.device)
     positions, last = torch.arange(n, device=target.device), torch.tensor([[n - 1]], device=target.device)
@@ -69,7 +70,7 @@ def main(
     runs: Runs = 5,
     threads: Threads = None,
     prompt: Annotated[int, typer.Option("--prompt", help="prompt tokens")] = 32,
-    new: Annotated[int | None, typer.Option("--new", help="timed steps; default 16, on a GPU 128")] = None,
+    new: Annotated[int | None, typer.Option("--new", help="timed steps; default: 16 (on a GPU: 128)")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="run ours with torch.compile")] = False,
     out: Out = None,
     save: Save = False,
@@ -121,7 +122,7 @@ def main(
 
 
 def same_tokens(a: Sequence[int], b: Sequence[int]) -> int:
-    """The number of tokens before the first that differs. In 16 bits nearly equal logits can diverge."""
+    """The number of tokens before the first that differs. In 16 bits, nearly equal logits can swap places."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
 
 

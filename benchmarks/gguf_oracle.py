@@ -1,16 +1,16 @@
-"""Does llama.cpp compute with our GGUF files what we compute? llava-tiny, text and pictures, on the CPU.
+"""Does llama.cpp compute the same with our GGUF files as we do? With llava-tiny, on text and pictures, on the CPU.
 
 Converts llava-tiny and opens both files with llama.cpp (llama-cpp-python, which takes minutes to compile:
-`pip install 'llava-native[gguf,oracle-gguf]'`). The aim: the same 32 greedy tokens for each text prompt, the same
-answers about the pictures in examples/pictures. We compute in float32 from the same float16 weights; llama.cpp rounds
-activations to float16 before each matrix and looks GELU up in a float16 table, so logits differ by about 1e-2. The
-margin is between our two best tokens. Pictures are passed as they are, which llama.cpp pads and resizes in its own
-way, and after our preprocessing.
+`pip install 'llava-native[gguf,oracle-gguf]'`). The target is the same 32 greedy tokens for each text prompt and
+the same answers about the pictures in examples/pictures. We compute in float32 from the same float16 weights;
+llama.cpp rounds activations to float16 before each matrix and looks GELU up in a float16 table, so logits differ by
+about 1e-2. The reported margin is the difference between our two highest logits. Pictures are passed both as they
+are, so that llama.cpp pads and resizes them in its own way, and after our preprocessing.
 
 Since May 2025 llama.cpp appends CLIP's class token to the patches but reads positions and patches as if it came first
 (its issue 25814, open as of November 2026): each patch gets its neighbour's position, and the first patch is lost. No
-file can work around this, so features are compared with ours and with ours computed in that way. Use `--build` to
-record a fixed build.
+file can work around this, so llama.cpp's features are compared with ours and with ours computed in the same way. If
+the installed build is fixed, record that with `--build`.
 
     python benchmarks/gguf_oracle.py
 """
@@ -51,7 +51,7 @@ STEPS = 32  # tokens generated for each text prompt
 
 
 def open_theirs(model: Path, mmproj: Path, prompt: str = "") -> Any:
-    """Opens llama.cpp with float32 caches. `prompt`: what a chat with a picture renders to; holds `{image}`."""
+    """Opens llama.cpp with float32 caches. `prompt`: a rendered chat with a picture, which contains `{image}`."""
     from llama_cpp import Llama
     from llama_cpp.llama_chat_format import Llava15ChatHandler
 
@@ -76,7 +76,7 @@ def open_theirs(model: Path, mmproj: Path, prompt: str = "") -> Any:
 
 
 def text(theirs: Any, ours: Llava, assistant: Assistant, prompt: str) -> dict[str, Any]:
-    """Continues one prompt with both, ignoring end tokens."""
+    """Continues one prompt with both models, ignoring end tokens."""
     ids = assistant.preprocessor.tokenizer.encode(prompt)
     same_ids = theirs.tokenize(prompt.encode(), add_bos=True, special=True) == ids
     found, margin, difference = (list(ids), list(ids)), float("inf"), 0.0
@@ -103,7 +103,7 @@ def text(theirs: Any, ours: Llava, assistant: Assistant, prompt: str) -> dict[st
 
 
 def as_url(picture: Image.Image) -> str:
-    """A PNG as a data URL."""
+    """Returns a picture as a PNG data URL."""
     out = io.BytesIO()
     picture.save(out, "PNG")
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
@@ -151,7 +151,7 @@ def prepared(assistant: Assistant, file: Path) -> Image.Image:
 
 
 def picture(open_with: Any, assistant: Assistant, file: Path, question: str) -> dict[str, Any]:
-    """One question about one picture, answered by both."""
+    """Asks both models one question about one picture."""
     theirs = open_with(prompt=PROMPT.format("{image}", question))
     raw, small = Image.open(file).convert("RGB"), prepared(assistant, file)
     said = {"as it is": answer(theirs, raw), "prepared": answer(theirs, small)}
@@ -175,7 +175,7 @@ def picture(open_with: Any, assistant: Assistant, file: Path, question: str) -> 
 
 
 def features_of(model: Llava, pixels: torch.Tensor, class_last: bool) -> torch.Tensor:
-    """Our features, [N, D]. `class_last`: the class token comes after the patches, and all else as if it came first."""
+    """Our features, [N, D]. `class_last`: appends the class token, but treats it as if it came first."""
     tower, projector = model.vision, model.projector
     assert tower is not None
     assert projector is not None

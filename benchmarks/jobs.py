@@ -1,6 +1,6 @@
 """Runs one job of load.py, convert.py or merge.py in a separate process.
 
-The last line of stdout is {"seconds": ...}, measured after python and the job's imports have loaded.
+The last line of stdout is {"seconds": ...}, timed from when Python and the job's imports have loaded.
 """
 
 import importlib
@@ -14,7 +14,7 @@ import typer
 from processes import copy_files, read_files, weight_files
 from timing import Device, DType, Target, Threads
 
-KEPT: list[object] = []  # loaded models; freeing them does not count
+KEPT: list[object] = []  # keeps loaded models alive, so that freeing them is not timed
 
 
 def read(folder: Path, target: Target) -> None:
@@ -53,13 +53,13 @@ def save_peer(folder: Path, target: Target) -> None:
 
 
 def copy_delta(folder: Path, target: Target) -> None:
-    """Reads base and delta and writes as many bytes as the delta has: the least that a merge must do."""
+    """Reads base and delta and writes as many bytes as the delta has, the minimum work of a merge."""
     copy_files(weight_files(folder / "delta"), folder / "copied")
     read_files(weight_files(folder / "base"))
 
 
 def add_delta(folder: Path, target: Target) -> None:
-    """The original's apply_delta: loads two models, adds one to the other and saves the sum."""
+    """Loads two models, adds one to the other and saves the sum, like the original's apply_delta."""
     from transformers import LlamaForCausalLM
 
     base, delta = (
@@ -77,7 +77,7 @@ def add_delta(folder: Path, target: Target) -> None:
 
 
 LLAMA = "transformers.models.llama.modeling_llama"
-JOBS: dict[str, tuple[Callable[[Path, Target], None], str]] = {  # the job, and the module to import before the clock
+JOBS: dict[str, tuple[Callable[[Path, Target], None], str]] = {  # the job, and the module to import before timing
     "read": (read, "torch"),
     "copy": (copy, "torch"),
     "load": (load, "llava.assistant"),

@@ -1,11 +1,11 @@
-"""How long does it take to load a LLaVA-1.5-7B from disk, and how much memory? Compared with transformers.
+"""How much time and memory does loading a LLaVA-1.5-7B from disk take? Compared with transformers.
 
-Writes a random checkpoint of the real shapes in bfloat16 (about 14 GB; 31 GB of disk in all, removed at the end) and
+Writes a random checkpoint with the real shapes in bfloat16 (about 14 GB; 31 GB of disk in all, removed at the end) and
 runs each job in a separate process. `peak_anon_gb` is the most private memory the process held (RssAnon, sampled,
-including torch's import), `peak_file_gb` the most mapped file memory (RssFile). Seconds start after the imports.
+including torch's import), `peak_file_gb` the most mapped file memory (RssFile). Timing starts after the imports.
 
-Files are read once before each timed job, so that they come from the page cache as far as it holds them; `cached` is
-that fraction. --cold adds runs with an empty page cache.
+Files are read once before each timed job to fill the page cache; `cached` is the fraction of them that it holds.
+--cold adds runs with an empty page cache.
 
     python benchmarks/load.py --size tiny
 """
@@ -58,15 +58,15 @@ def load(
     dtype: DType = "bfloat16",
     layers: Layers = None,
     size: Size = "7b",
-    runs: Annotated[int | None, typer.Option("--runs", help="of each job; default 5, tiny 1", min=1)] = None,
+    runs: Annotated[int | None, typer.Option("--runs", help="runs of each job; default: 5 (tiny: 1)", min=1)] = None,
     threads: Threads = None,
     folder: Folder = None,
-    cold: Annotated[bool, typer.Option("--cold", help="also with an empty page cache; needs root")] = False,
+    cold: Annotated[bool, typer.Option("--cold", help="also run with an empty page cache; needs root")] = False,
     out: Out = None,
     save: Save = False,
     commit: Commit = None,
 ) -> None:
-    """Seconds and memory of loading, compared with transformers."""
+    """Time and memory of loading, compared with transformers."""
     target = Target.from_options(device, dtype, threads)
     runs = runs or (1 if size == "tiny" else 5)
     if cold and not os.access(DROP_CACHES, os.W_OK):

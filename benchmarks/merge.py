@@ -1,10 +1,10 @@
-"""How fast are apply-delta, merge-lora and convert, and how much memory do they need? Compared with the original's way.
+"""How fast are apply-delta, merge-lora and convert, and how much memory do they need?
 
-Writes a random base, a delta and a LoRA of the real shapes in float16 and runs each job in a separate process.
-`peak_anon_gb` is the most private memory that process held (RssAnon, sampled, including torch's import). "copy" is the
-least that a merge must do: it reads base and delta through one buffer and writes as many bytes as one of them has.
+Writes a random base, a delta and a LoRA with the real shapes in float16 and runs each job in a separate process.
+`peak_anon_gb` is the most private memory that the process held (RssAnon, sampled, including torch's import). "copy" is
+the minimum work of a merge: it reads base and delta through one buffer and writes as many bytes as one of them has.
 "original" is the original's procedure: transformers loads base and delta, one is added to the other, the sum is saved.
-MB/s refer to the bytes written. Seconds of llava's commands start with the process, those of the two others after
+MB/s refers to the bytes written. llava's commands are timed from the start of the process, the other two from after
 their imports.
 
     python benchmarks/merge.py --size tiny
@@ -69,7 +69,7 @@ def projector(size: str) -> dict[str, tuple[int, ...]]:
 
 
 def settings(size: str, layers: int | None, clip: Path | None, **more: Any) -> dict[str, Any]:
-    """The config.json of a LLaVA, or of a plain Llama without `clip`."""
+    """The config.json of a LLaVA or, without `clip`, of a plain Llama."""
     sizes = llava_config(size, layers, vision=False).decoder
     own = {
         "hidden_size": sizes.dim,
@@ -149,14 +149,14 @@ def measure(folder: Path, series: Series, runs: int, with_original: bool) -> int
 def main(
     layers: Layers = None,
     size: Size = "7b",
-    runs: Annotated[int, typer.Option("--runs", help="of each job", min=1)] = 1,
-    with_original: Annotated[bool, typer.Option("--original/--no-original", help="also the original's way")] = True,
+    runs: Annotated[int, typer.Option("--runs", help="runs of each job", min=1)] = 1,
+    with_original: Annotated[bool, typer.Option("--original/--no-original", help="also time the original")] = True,
     folder: Folder = None,
     out: Out = None,
     save: Save = False,
     commit: Commit = None,
 ) -> None:
-    """Seconds and memory of merging and converting."""
+    """Time and memory of merging and converting."""
     n_bytes = 2 * sum(torch.Size(shape).numel() for shape in on_disk(size, layers).values())
     os.environ["PYTHONPATH"] = str(ROOT)
     series = Series()

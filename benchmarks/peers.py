@@ -1,4 +1,4 @@
-"""The same models in transformers, on the memory of our weights, and a check that both compute the same."""
+"""The same models in transformers, sharing the memory of our weights, and a check that the results agree."""
 
 import re
 from collections.abc import Mapping
@@ -80,7 +80,7 @@ def clip_settings(tower: VisionConfig) -> dict[str, Any]:
 
 
 def peer(cls: Any, settings: Any, tensors: Mapping[str, Tensor], target: Target) -> Any:
-    """A transformers model with its default attention, whose weights are `tensors`."""
+    """Builds a transformers model with its default attention and `tensors` as its weights."""
     with torch.device("meta"):
         model = cls(settings)
     state = {name: tensors[_without_prefix(name)] for name in model.state_dict()}

@@ -43,7 +43,7 @@ def request(config: LlavaConfig, tokens: int) -> ModelInput:
 
 
 def build_peer(config: LlavaConfig, model: Llava, target: Target) -> Any:
-    """transformers' Llava, or its Llama without a tower. The last id of the vocabulary is the image token."""
+    """transformers' Llava or, without a tower, its Llama. The last id of the vocabulary is the image token."""
     from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
     from transformers import LlavaConfig as PeerConfig
 
@@ -64,7 +64,7 @@ def build_peer(config: LlavaConfig, model: Llava, target: Target) -> Any:
 
 @torch.inference_mode()
 def logits(engine: Engine, input: ModelInput, target: Target) -> torch.Tensor:
-    """Ours after the prompt."""
+    """Our logits after the prompt."""
     x = engine.embed([input])
     n = x.shape[1]
     cache = KVCache(engine.model.config.decoder, 1, n, dtype=target.dtype, device=target.device)
@@ -75,7 +75,7 @@ def logits(engine: Engine, input: ModelInput, target: Target) -> torch.Tensor:
 
 @torch.inference_mode()
 def peer_logits(model: Any, input: ModelInput, target: Target) -> torch.Tensor:
-    """transformers' after the prompt."""
+    """transformers' logits after the prompt."""
     pictures = {} if input.pixels is None else {"pixel_values": input.pixels.to(target.device, target.dtype)}
     ids = input.ids.masked_fill(input.ids == IMAGE, model.config.get_text_config().vocab_size - 1)
     return model(ids[None].to(target.device), use_cache=True, logits_to_keep=1, **pictures).logits[:, -1]
@@ -97,7 +97,7 @@ def main(
     runs: Runs = 5,
     threads: Threads = None,
     image: Annotated[bool, typer.Option("--image/--no-image", help="with a picture, or text only")] = True,
-    tokens: Annotated[int | None, typer.Option("--tokens", help="prompt tokens; default 640, text only 128")] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", help="prompt tokens; default: 640 (text only: 128)")] = None,
     out: Out = None,
     save: Save = False,
     commit: Commit = None,

@@ -1,4 +1,4 @@
-"""Jobs that run in separate processes, timed, with the memory they use."""
+"""Runs jobs in separate processes and measures their time and memory."""
 
 import json
 import os
@@ -21,7 +21,7 @@ CHUNK_BYTES = 16 * 2**20
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 LLAVA = [sys.executable, "-m", "llava.cli"]
 
-Folder = Annotated[Path | None, typer.Option("--folder", help="a folder with enough room; default: the temporary one")]
+Folder = Annotated[Path | None, typer.Option("--folder", help="folder with enough space; default: the temporary one")]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def job(
     reads: Sequence[Path] = (),
     makes: Path | None = None,
 ) -> Task:
-    """A task that runs an entry of `jobs.JOBS` on a folder. `reads`: the folders that hold the weights, if others."""
+    """A task that runs an entry of `jobs.JOBS` on a folder. `reads`: the folders with the weights, if not `folder`."""
     argv = [sys.executable, str(ROOT / "benchmarks" / "jobs.py"), entry, str(folder)]
     argv += ["--device", str(target.device), "--dtype", target.dtype_name]
     argv += ["--threads", str(threads)] if threads else []
@@ -73,7 +73,7 @@ class Series:
         return {name: one.seconds for name, one in self.measured.items()}
 
     def run(self, tasks: Sequence[Task], runs: int, *, cold: bool = False) -> None:
-        """Runs every task once a round, in reversed order every other round. `cold`: with an empty page cache."""
+        """Runs every task once per round, in reverse order every other round. `cold`: with an empty page cache."""
         for i in range(runs):
             for task in tasks if i % 2 == 0 else reversed(tasks):
                 self._run_once(task, cold)
@@ -98,7 +98,7 @@ class Series:
         print(f"{name}: {measured.seconds[-1]:.2f} s, {anon / 1e9:.2f} GB private", flush=True)
 
     def memory(self) -> dict[str, dict[str, float]]:
-        """For each task: the most private and mapped memory in GB, and the smallest cached fraction."""
+        """The peak private and mapped memory of each task in GB, and its smallest cached fraction."""
         found: dict[str, dict[str, float]] = {}
         for name, one in self.measured.items():
             found[name] = {"peak_anon_gb": max(one.anon) / 1e9, "peak_file_gb": max(one.file) / 1e9} if one.anon else {}
@@ -150,7 +150,7 @@ def read_files(files: Sequence[Path]) -> None:
 
 
 def copy_files(files: Sequence[Path], folder: Path) -> None:
-    """Copies files into a new folder through one buffer: the least that a conversion must do."""
+    """Copies files into a new folder through one buffer, the minimum work of a conversion."""
     folder.mkdir()
     buffer = memoryview(bytearray(CHUNK_BYTES))
     for file in files:
@@ -176,7 +176,7 @@ def drop_caches() -> None:
 
 @contextmanager
 def scratch_folder(folder: Path | None, need_bytes: float) -> Iterator[Path]:
-    """A temporary folder, if the disk has room for `need_bytes`."""
+    """A temporary folder. Ends the program if the disk has less than `need_bytes` free."""
     where = Path(folder or tempfile.gettempdir()).resolve()
     free = shutil.disk_usage(where).free
     print(f"needs {need_bytes / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free; all files are removed at the end")

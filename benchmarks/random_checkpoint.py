@@ -1,4 +1,4 @@
-"""Random checkpoints of the published shapes on disk, written tensor by tensor."""
+"""Random checkpoints with the published shapes on disk, written tensor by tensor."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,11 +15,11 @@ from llava.tensors import keymap
 from llava.tensors.writer import OutputTensor, write_json, write_shards
 from tests import tiny
 
-TEXT_IDS = range(300, 500)  # ids of pieces that are text; the random head makes one of them the likeliest
+TEXT_IDS = range(300, 500)  # ids of text pieces; the random head makes one of them the most likely
 
 
 def n_bytes(size: str, layers: int | None) -> int:
-    """The size of a LLaVA with its tower in 16 bits."""
+    """The size in bytes of a LLaVA with its tower, at 16 bits per weight."""
     return 2 * sum(torch.Size(shape).numel() for shape in shapes(llava_config(size, layers, vision=True)).values())
 
 
@@ -85,8 +85,8 @@ def block_shapes(d: int, mlp: int) -> dict[str, tuple[int, ...]]:
 
 
 def items(ours: str, shape: Sequence[int], rules: Sequence[keymap.Rule], noise: Noise) -> Iterator[OutputTensor]:
-    """One of our tensors as the tensors on disk that make it up: random values, norm weights of 1."""
-    if ours.startswith("projector."):  # the first rule of the table is for a projector of one layer
+    """The tensors on disk that make up one of ours: random values, except norm weights of 1."""
+    if ours.startswith("projector."):  # the first rule of the table is for a single-layer projector
         names = [f"model.mm_projector.{ours.removeprefix('projector.')}"]
     else:
         names = keymap.disk_names(ours, rules)

@@ -1,4 +1,4 @@
-"""The result of a benchmark: a table for people, a JSON file, and the same JSON as the last line of stdout."""
+"""The result of a benchmark: a readable table, a JSON file, and the same JSON as the last line of stdout."""
 
 import datetime
 import json
@@ -56,7 +56,7 @@ class Result:
         return runs
 
     def ratios(self) -> dict[str, dict[str, float]]:
-        """For each pair, how many times faster the first is: ratio of the medians, smallest and largest of a round."""
+        """For each pair, how many times as fast the first is: ratio of the medians, and range over rounds."""
         ratios = {}
         for one, other in self.pairs:
             a, b = self.seconds.get(one), self.seconds.get(other)
@@ -127,7 +127,7 @@ def benchmark_name(name: str, *, layers: int | None, size: str, extra: str = "")
 
 
 def machine(device: str) -> dict[str, Any]:
-    """The hardware properties that figures depend on."""
+    """The hardware properties that the results depend on."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = re.search(r"model name\s*: (.*)", info)
     flags = set((re.search(r"flags\s*: (.*)", info) or ["", ""])[1].split())

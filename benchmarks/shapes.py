@@ -1,4 +1,4 @@
-"""Models of the published shapes with random weights."""
+"""Models with the published shapes and random weights."""
 
 import re
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ SIZES = {  # n_layers, dim, n_heads, mlp_dim
 
 
 def llava_config(size: str, layers: int | None, *, vision: bool) -> LlavaConfig:
-    """The sizes of LLaVA-1.5-7B or -13B, or tiny ones; without `vision` only its language model."""
+    """The sizes of LLaVA-1.5-7B or -13B, or tiny ones; without `vision`, only those of its language model."""
     if size not in SIZES:
         raise typer.BadParameter(f"--size {size}: expected {', '.join(SIZES)}")
     depth, dim, heads, mlp_dim = SIZES[size]
@@ -63,7 +63,7 @@ def clip_config(size: str, layers: int | None = None) -> VisionConfig:
 
 
 class Noise:
-    """Cheap random values: one block is drawn once, and every tensor is filled with copies from another offset."""
+    """Cheap random values: one block is drawn once, and each tensor is filled from it, starting at a new offset."""
 
     def __init__(self, target: Target, *, std: float = 0.02, values: int = 2**22 + 15):
         generator = torch.Generator(target.device).manual_seed(0)

@@ -1,6 +1,6 @@
 """How long does `llava ask` take from the start of the process to the first byte of a LLaVA-1.5-7B's answer?
 
-The model is a random checkpoint of the real shapes in the native layout (about 14 GB; 31 GB of disk in all, removed
+The model is a random checkpoint with the real shapes in the native layout (about 14 GB; 31 GB of disk in all, removed
 at the end), read once before each run. `python -c "import torch"` is timed too: no answer can be faster.
 
     python benchmarks/start.py --size tiny
@@ -28,7 +28,7 @@ TEXT, PICTURE, TORCH = f"{OURS} ask, text", f"{OURS} ask, picture", "python star
 
 
 def first_byte(argv: list[str], reads: Path | None = None) -> float:
-    """Seconds from the start of a process to the first byte on its stdout, or to its end."""
+    """Seconds from the start of a process to the first byte on its stdout, or to its end if there is none."""
     read_files(weight_files(reads) if reads else [])
     with tempfile.TemporaryFile("w+") as err:
         started = time.perf_counter()
@@ -46,7 +46,7 @@ def first_byte(argv: list[str], reads: Path | None = None) -> float:
 
 
 def contestants(folder: Path, target: Target, size: str, layers: int | None) -> dict[str, Callable[[], float]]:
-    """Writes the native folder and a picture, and returns what to run."""
+    """Writes the native folder and a picture, and returns the functions to time."""
     source, native, picture = random_checkpoint.write_llava(folder, size, layers), folder / "native", folder / "1.png"
     run_watched([*LLAVA, "convert", str(source), str(native)])
     shutil.rmtree(source)
@@ -65,7 +65,7 @@ def main(
     dtype: DType = "bfloat16",
     layers: Layers = None,
     size: Size = "7b",
-    runs: Annotated[int | None, typer.Option("--runs", help="of each command; default 5, tiny 1", min=1)] = None,
+    runs: Annotated[int | None, typer.Option("--runs", help="runs per command; default: 5 (tiny: 1)", min=1)] = None,
     picture_runs: Annotated[int, typer.Option("--picture-runs", help="runs with a picture", min=0)] = 1,
     folder: Folder = None,
     out: Out = None,

@@ -1,6 +1,6 @@
-"""Timed runs in turns.
+"""Timed runs of contestants that take turns.
 
-All contestants run in turns within one process run, so that a machine that slows down slows all of them.
+All contestants take turns in one process, so that a machine that slows down slows all of them.
 """
 
 import time
@@ -43,7 +43,7 @@ class Target:
         return str(self.dtype).removeprefix("torch.")
 
     def synchronize(self) -> None:
-        """Waits for all kernels that were launched."""
+        """Waits for all launched kernels."""
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
 
@@ -57,7 +57,7 @@ class Target:
 
 
 def alternate(contestants: Mapping[str, Callable[[], float]], runs: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Runs each contestant once a round, in reversed order every other round. A contestant returns its seconds."""
+    """Runs each contestant once per round, in reverse order every other round. A contestant returns its seconds."""
     names = list(contestants)
     for _ in range(warm_up):
         for name in names:

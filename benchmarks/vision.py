@@ -39,7 +39,7 @@ def main(
     runs: Runs = 5,
     threads: Threads = None,
     batch: Annotated[int, typer.Option("--batch", help="pictures per batch", min=1)] = 1,
-    repeat: Annotated[int | None, typer.Option("--repeat", help="batches per run; default 1, on a GPU 20")] = None,
+    repeat: Annotated[int | None, typer.Option("--repeat", help="batches per run; default: 1 (on a GPU: 20)")] = None,
     out: Out = None,
     save: Save = False,
     commit: Commit = None,

@@ -1,1 +1,1 @@
-"""What can be run to see llava at work."""
+"""Programs that show llava at work."""

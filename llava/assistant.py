@@ -48,32 +48,32 @@ def load(
     merge: bool = True,
     adapters: Mapping[str, str | Path] | None = None,
 ) -> "Assistant":
-    """Loads a checkpoint from a folder or the Hugging Face hub. Without a path, loads llava-tiny, part of this package.
+    """Loads a checkpoint from a folder or the Hugging Face hub. Without a path, loads the included llava-tiny.
 
-    base: folder or hub id of the language model that a LoRA, a projector or a delta belongs to. They are combined
-        while loading.
+    base: folder or hub id of the language model that a LoRA, a projector or a delta belongs to. The two are
+        combined while loading.
     merge: False keeps a LoRA separate from its base, as the adapter "default".
-    adapters: folders or hub ids of LoRAs or projectors, by names of your choice, to use with the model at `path`;
-        `Assistant.adapter` switches between them. The first one is active after loading.
-    vision_tower: folder or hub id of CLIP; its weights are read only if the checkpoint has none.
-    vision: False loads only the language model and opens no vision file.
-    dtype: "auto" | "float32" | "bfloat16" | "float16"; auto is the checkpoint's own on a GPU, and on a CPU bfloat16
-        (float32 below 1 B parameters).
+    adapters: {name: folder or hub id} of LoRAs or projectors to use with the model at `path`. The first one is active
+        after loading; `Assistant.adapter` switches between them by name.
+    vision_tower: folder or hub id of the CLIP model; its weights are read only if the checkpoint has none.
+    vision: False loads only the language model and opens no vision files.
+    dtype: "auto" | "float32" | "bfloat16" | "float16"; "auto" is the checkpoint's dtype on a GPU, and
+        bfloat16 on a CPU (float32 below 1 B parameters).
     device: "auto" | "cpu" | "cuda" | "cuda:N".
     quantize: not supported by this version.
-    template: conversation template, to replace the checkpoint's own.
+    template: name of a conversation template that replaces the checkpoint's own.
     revision: branch, tag or commit on the hub.
     force: load despite unknown tensors, NaN or Inf, or a base that does not match the delta.
-    image_mode: whether images are preprocessed as in the LLaVA code ("original") or as in transformers ("hf");
-        default: as the checkpoint's format expects.
-    exif: rotate images as their EXIF orientation says; the original does not.
-    legacy_strip: strip white space next to <im_start> and similar tokens, as when v0 and v1.1 were trained.
+    image_mode: preprocess images as in the original LLaVA code ("original") or as in transformers ("hf"). By default,
+        follows the checkpoint's format.
+    exif: rotate images according to their EXIF orientation; the original LLaVA code does not.
+    legacy_strip: strip white space next to <im_start> and similar tokens, as in the training of LLaVA v0 and v1.1.
 
     Raises LlavaError.
     """
     path = LLAVA_TINY if path is None else path
     if quantize is not None:
-        raise ConfigError(f"quantize={quantize!r}: this version has no quantisation yet; leave it out")
+        raise ConfigError(f"quantize={quantize!r}: this version does not support quantization; omit it")
     if image_mode not in (None, "original", "hf"):
         raise ConfigError(f"image_mode is {image_mode!r}; expected original or hf")
     target = resolve_device(device)
@@ -113,7 +113,7 @@ class Loaded(NamedTuple):
 
 
 class Assistant:
-    """A loaded model. Every method takes messages, or a raw prompt (a str) with `images=`."""
+    """A loaded model. Methods take messages, or a raw prompt (a str) with `images=`."""
 
     model: Llava
     preprocessor: Preprocessor
@@ -128,7 +128,7 @@ class Assistant:
         compile: bool = False,
         adapters: Mapping[str, Loaded] | None = None,
     ):
-        """adapters: variants of the model; weights that a variant does not change are the same tensors."""
+        """adapters: variants of the model by name, which share all unchanged weights with it."""
         named: Iterable[tuple[str | None, Loaded]] = (adapters or {}).items()
         self._loaded = dict([*named, (None, Loaded(model, preprocessor))])
         self._engines = {
@@ -142,9 +142,9 @@ class Assistant:
         return [name for name in self._loaded if name is not None]
 
     def adapter(self, name: str | None) -> None:
-        """Switches to an adapter with its own template, tokenizer and projector, or with None to the base model.
+        """Switches to an adapter with its template, tokenizer and projector, or to the base model if `name` is None.
 
-        Nothing is loaded or copied, and streams that have started are not affected. Raises ConfigError.
+        Nothing is loaded or copied, and streams that have already started are not affected. Raises ConfigError.
         """
         if name not in self._loaded:
             available = ", ".join(self.adapters) or "none; load with adapters= or merge=False"
@@ -167,11 +167,11 @@ class Assistant:
     def prepare(
         self, messages: Messages, *, images: Sequence[Picture] | None = None, template: str | None = None
     ) -> ModelInput:
-        """The input of the model: prompt, ids and pixels. Raises PromptError, ImageError."""
+        """Returns the input of the model: prompt, ids and pixels. Raises PromptError, ImageError."""
         return self.preprocessor.prepare(messages, images=images, template=template)
 
     def ask(self, image: Picture | Sequence[Picture] | None, question: str, **options: Any) -> str:
-        """The reply to a question about one image, several, or none. Options as for `generate`."""
+        """Returns the reply text for a question about any number of images. Options are those of `generate`."""
         return self.generate(question_about(image, question), **options).text
 
     def generate(
@@ -182,16 +182,16 @@ class Assistant:
         template: str | None = None,
         **options: Any,
     ) -> Reply:
-        """One reply. Options: the fields of `SamplingParams` (max_new_tokens, temperature, top_p, seed, stop, …)."""
+        """Generates a reply. Options: `SamplingParams` fields (max_new_tokens, temperature, top_p, seed, stop, …)."""
         (reply,) = self._replies([(messages, images)], template, SamplingParams.from_options(**options))
         return reply
 
     def generate_batch(
         self, requests: Sequence[Request], *, template: str | None = None, batch_size: int = 32, **options: Any
     ) -> list[Reply]:
-        """The replies to many requests, `batch_size` at a time; in float32 each equals that of `generate`.
+        """Generates replies to many requests, `batch_size` at a time. In float32, each equals the reply of `generate`.
 
-        `template` does not apply to raw prompts. Other options as for `generate`.
+        `template` does not apply to raw prompts. Other options are those of `generate`.
         """
         params = SamplingParams.from_options(**options)
         if batch_size < 1:
@@ -210,7 +210,7 @@ class Assistant:
         template: str | None = None,
         **options: Any,
     ) -> Iterator[str]:
-        """Pieces of the reply as soon as they are final; joined, they equal `generate(…).text`."""
+        """Yields pieces of the reply as soon as they are final; joined, they equal `generate(…).text`."""
         return self.begin(messages, images=images, template=template, **options)
 
     def begin(
@@ -221,14 +221,14 @@ class Assistant:
         template: str | None = None,
         **options: Any,
     ) -> Stream:
-        """As `stream`; the iterator's `reply()` returns the reply so far, finished or not."""
+        """Like `stream`, but the iterator has a method `reply()` that returns the reply so far, finished or not."""
         input, prepare_s = self._prepare_timed(messages, images, template)
         return Stream(self.engine, input, prepare_s, SamplingParams.from_options(**options))
 
     def _prepare_timed(
         self, messages: Messages, images: Sequence[Picture] | None, template: str | None
     ) -> tuple[ModelInput, float]:
-        """The input and the seconds spent on it."""
+        """Returns the model's input and the seconds spent preparing it."""
         start = time.perf_counter()
         return self.prepare(messages, images=images, template=template), time.perf_counter() - start
 
@@ -248,7 +248,7 @@ class Assistant:
     def logits(
         self, messages: Messages, *, images: Sequence[Picture] | None = None, template: str | None = None
     ) -> Tensor:
-        """Next-token logits at every position of the prompt, [S, V] float32."""
+        """Returns next-token logits at every position of the prompt, [S, V] float32."""
         x = self._embedded(messages, images, template)
         return self.model.decoder.logits(self.model.decoder(x))[0]
 
@@ -261,8 +261,8 @@ class Assistant:
         images: Sequence[Picture] | None = None,
         template: str | None = None,
     ) -> dict[int, Tensor]:
-        """{layer: [S, D]}, numbered as in transformers: 0 is the embeddings with image features inserted, k the output
-        of block k, and -1 (the last) the output of the final norm.
+        """Returns {layer: hidden states [S, D]}, numbered as in transformers: 0 is the embeddings with image features
+        inserted, k is the output of block k, and -1 (the last) is the output of the final norm.
 
         Raises ConfigError for a layer that does not exist.
         """
@@ -270,7 +270,7 @@ class Assistant:
         for layer in layers:
             if not -n_states <= layer < n_states:
                 raise ConfigError(
-                    f"layer {layer} does not exist: this model has layers 0 to {n_states - 1}, -1 being the last"
+                    f"layer {layer} does not exist: this model has layers 0 to {n_states - 1} (-1: the last)"
                 )
         wanted = {layer % n_states for layer in layers}
         x = self._embedded(messages, images, template)
@@ -280,12 +280,12 @@ class Assistant:
             if i in after_blocks:
                 states[i] = state[0]
             last = state
-        states[n_states - 1] = last[0]  # transformers has the normed state in place of the last block's output
+        states[n_states - 1] = last[0]  # as in transformers, the normed state, not the last block's output
         return {layer: states[layer % n_states] for layer in layers}
 
     @torch.inference_mode()
     def vision_features(self, pixels: Tensor) -> Tensor:
-        """pixels [views, 3, size, size] -> [views, N, D_vision] of the selected layer; class token as configured."""
+        """pixels [views, 3, size, size] -> [views, N, D_vision] of the selected layer; class token if configured."""
         if self.model.vision is None:
             raise PromptError(f"this model has no vision tower {_WITHOUT_VISION}")
         features: Tensor = self.model.vision(pixels.to(self.device, self.dtype))
@@ -303,11 +303,11 @@ class Assistant:
     def image_embeddings(
         self, messages: Messages, *, images: Sequence[Picture] | None = None, template: str | None = None
     ) -> list[Tensor]:
-        """The embeddings of each image as they enter the sequence, [tokens, D]; tiles are packed."""
+        """Returns the embeddings of each image as inserted into the sequence, [tokens, D], with tiles packed."""
         return self.engine.encode([self.prepare(messages, images=images, template=template)])
 
     def _embedded(self, messages: Messages, images: Sequence[Picture] | None, template: str | None) -> Tensor:
-        """[1, S, D]"""
+        """Returns the embeddings of the prompt with its images, [1, S, D]."""
         return self.engine.embed([self.prepare(messages, images=images, template=template)])
 
 
@@ -315,14 +315,14 @@ _WITHOUT_VISION = "(or was loaded with vision=False)"
 
 
 def _messages_and_images(request: Request) -> tuple[Messages, Sequence[Picture] | None]:
-    """Splits a pair of raw prompt and images; any other request has no separate images."""
+    """Splits a (raw prompt, images) pair; any other request has no separate images."""
     if isinstance(request, tuple) and len(request) == 2 and isinstance(request[0], str):
         return request[0], request[1]
     return cast(Messages, request), None
 
 
 def question_about(image: Picture | Sequence[Picture] | None, question: str) -> list[dict[str, Any]]:
-    """A conversation of one question about an image, several, or none."""
+    """Returns a conversation with one question about any number of images."""
     images = [] if image is None else list(image) if isinstance(image, list | tuple) else [cast(Picture, image)]
     parts: list[dict[str, Any]] = [{"type": "image", "image": one} for one in images]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]

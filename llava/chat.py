@@ -11,15 +11,15 @@ from llava.preprocess.image import open_picture
 from llava.tensors.atomic import replacing
 
 HELP = """\
-/image PATH adds an image to your next message; /adapter NAME switches adapters, without a name to the base model;
-/reset starts over; /save FILE writes the messages; /quit exits. Ctrl-C stops a reply."""
+/image PATH adds an image to your next message; /adapter NAME switches to an adapter, /adapter to the base model;
+/reset starts over; /save FILE saves the messages; /quit exits. Ctrl-C stops a reply."""
 
 
 class Chat:
     """The messages so far, the images for the next one, and the commands of a chat."""
 
     def __init__(self, assistant: Assistant, options: dict[str, Any]):
-        """options: as for `Assistant.generate`."""
+        """options: those of `Assistant.generate`."""
         self.assistant = assistant
         self.options = options
         self.messages: list[dict[str, Any]] = []
@@ -94,7 +94,7 @@ class Chat:
 
     def _save(self, file: Path) -> None:
         if file == Path():
-            print("name a file: /save FILE")
+            print("specify a file: /save FILE")
             return
         try:
             data = (json.dumps(self.messages, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogateescape")

@@ -1,4 +1,4 @@
-"""Sizes and options of a LLaVA as frozen dataclasses. No value depends on the name or path of a checkpoint."""
+"""Sizes and options of a LLaVA model as frozen dataclasses. No value depends on the name or path of a checkpoint."""
 
 import re
 from dataclasses import asdict, dataclass, field, fields
@@ -7,21 +7,21 @@ from typing import Any, Literal, get_args, get_origin
 
 from llava.errors import ConfigError
 
-IMAGE = -200  # token id of an image or of one image token; not a vocabulary row
+IMAGE = -200  # token id that stands for an image or one image token; not a vocabulary row
 IGNORE = -100  # label of a token that is not a training target
 IMAGE_MARK = "<image>"  # marks the position of an image in text
 
 DType = Literal["float32", "bfloat16", "float16"]
-ImageMode = Literal["original", "hf"]  # whose image arithmetic is matched: the LLaVA code's or transformers'
+ImageMode = Literal["original", "hf"]  # match the image processing of the LLaVA code or of transformers
 
 
-# A config with larger values is broken. The limits keep products of sizes finite and prevent building such a model.
+# Larger values indicate a broken config. The limits keep products of sizes finite and prevent building such a model.
 _MAX_INT, _MAX_FLOAT, _MAX_LAYERS = 2**28, 1e30, 1000
-_MAX_TILES = 256  # of one canvas
+_MAX_TILES = 256  # per canvas
 
 
 def _check(config: Any, what: str, *, signed: tuple[str, ...] = ()) -> None:
-    """Checks values against the field types. Numbers must be finite, within limits, and positive unless `signed`."""
+    """Checks values against the field types. Numbers must be finite, within limits, and positive unless in `signed`."""
     for spec in fields(config):
         value, found = getattr(config, spec.name), f"{what}: {spec.name} is {getattr(config, spec.name)!r:.60}"
         if spec.type is bool and not isinstance(value, bool):
@@ -37,7 +37,7 @@ def _check_number(value: Any, whole: bool, found: str, *, signed: bool) -> None:
     largest = _MAX_INT if whole else _MAX_FLOAT
     if not isinstance(value, types) or isinstance(value, bool) or not (signed or value > 0):
         raise ConfigError(f"{found}; expected a {'whole ' * whole}number above 0")
-    if not abs(value) <= largest:  # written such that NaN fails, too
+    if not abs(value) <= largest:  # negated so that NaN also fails
         raise ConfigError(f"{found}; expected at most {largest}")
 
 
@@ -54,13 +54,11 @@ class VisionConfig:
     n_layers: int
     n_heads: int
     mlp_dim: int
-    image_size: int  # pixels a side
-    patch_size: int  # pixels a side
+    image_size: int  # pixels per side
+    patch_size: int  # pixels per side
     eps: float = 1e-5
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
-    select_layer: int = (
-        -2
-    )  # as in transformers' hidden_states: 0 is the input of the first block, -1 the output of the last
+    select_layer: int = -2  # index into transformers' hidden_states: 0 is the first block's input, -1 the last's output
     select_feature: Literal["patch", "cls_patch"] = "patch"  # without or with the class token
 
     def __post_init__(self) -> None:
@@ -68,12 +66,12 @@ class VisionConfig:
         _check_layers(self.n_layers, "vision")
         if self.grid**2 > _MAX_INT:
             raise ConfigError(
-                f"vision: image_size {self.image_size} gives {self.grid} patches a side; expected at most 16384"
+                f"vision: image_size {self.image_size} gives {self.grid} patches per side; expected at most 16384"
             )
         if self.dim % self.n_heads:
             raise ConfigError(f"vision: dim {self.dim} is not a multiple of n_heads {self.n_heads}")
         if not 0 <= self.n_blocks <= self.n_layers:
-            raise ConfigError(f"vision: select_layer {self.select_layer} is outside a tower of {self.n_layers} layers")
+            raise ConfigError(f"vision: select_layer {self.select_layer} is out of range for {self.n_layers} layers")
 
     @property
     def n_blocks(self) -> int:
@@ -82,7 +80,7 @@ class VisionConfig:
 
     @property
     def grid(self) -> int:
-        """Patches a side."""
+        """Patches per side."""
         return self.image_size // self.patch_size
 
     @property
@@ -110,7 +108,7 @@ class ProjectorConfig:
 
     @property
     def type(self) -> str:
-        """As `mm_projector_type` spells it: identity, linear or mlpNx_gelu."""
+        """The type as spelled in `mm_projector_type`: identity, linear or mlpNx_gelu."""
         return projector_type(self.depth)
 
 
@@ -120,7 +118,7 @@ def projector_type(depth: int) -> str:
 
 
 def projector_depth(type: str) -> int:
-    """The inverse of `projector_type`. Raises ConfigError."""
+    """The inverse of `projector_type`. Raises ConfigError for an unknown type."""
     if match := re.fullmatch(r"mlp(\d+)x_gelu", type):
         return int(match[1])
     if type not in ("identity", "linear"):
@@ -154,19 +152,19 @@ class DecoderConfig:
     head_dim: int
     mlp_dim: int
     vocab_size: int  # rows of the embedding table, which may differ from the tokenizer's length
-    max_seq: int  # longest context, in tokens, image tokens included
+    max_seq: int  # context length in tokens, image tokens included
     eps: float
     rope_theta: float | None = 10000.0  # llama; None: no rotary positions
     rope_scaling: RopeScaling | None = None  # llama
-    alibi_bias_max: float | None = None  # mpt: with a power of two of heads, the last one has the slope 2^-this
-    clip_qkv: float | None = None  # mpt: clamp queries, keys and values to ± this; None: do not clamp
-    tied: bool = False  # the head is the embedding table
+    alibi_bias_max: float | None = None  # mpt: the smallest ALiBi slope is 2^-alibi_bias_max
+    clip_qkv: float | None = None  # mpt: clamp queries, keys and values to [-clip_qkv, clip_qkv]; None: do not
+    tied: bool = False  # the head shares the weight of the embedding table
 
     def __post_init__(self) -> None:
         _check(self, "decoder")
         _check_layers(self.n_layers, "decoder")
         if self.n_heads * self.head_dim > _MAX_INT:
-            raise ConfigError(f"decoder: {self.n_heads} heads of {self.head_dim} values are more than supported")
+            raise ConfigError(f"decoder: n_heads {self.n_heads} x head_dim {self.head_dim} exceeds {_MAX_INT}")
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(f"decoder: n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         for kind, names in _POSITIONS.items():
@@ -177,7 +175,9 @@ class DecoderConfig:
         if self.kind == "llama" and self.head_dim % 2:
             raise ConfigError(f"decoder: head_dim is {self.head_dim}; rotary positions need an even number")
         if self.kind == "mpt" and self.n_kv_heads != self.n_heads:
-            raise ConfigError(f"decoder: n_kv_heads is {self.n_kv_heads}; expected n_heads, {self.n_heads}, for mpt")
+            raise ConfigError(
+                f"decoder: n_kv_heads is {self.n_kv_heads}; mpt requires as many as n_heads, {self.n_heads}"
+            )
 
     @property
     def qkv_rows(self) -> tuple[int, int, int]:
@@ -186,12 +186,12 @@ class DecoderConfig:
         return self.n_heads * self.head_dim, kv, kv
 
 
-_POSITIONS = {"llama": ("rope_theta", "rope_scaling"), "mpt": ("alibi_bias_max", "clip_qkv")}  # the first is required
+_POSITIONS = {"llama": ("rope_theta", "rope_scaling"), "mpt": ("alibi_bias_max", "clip_qkv")}  # required, optional
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig:
-    """How an image becomes views of `size` x `size` pixels."""
+    """How an image is turned into views of `size` x `size` pixels."""
 
     size: int
     mean: tuple[float, float, float]
@@ -218,7 +218,7 @@ class ImageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TileGrid:
-    """The tiles of an anyres image, and the rows and columns of their patches that remain without padding."""
+    """The tile grid of an anyres image, and the range of patch rows and columns left after padding is removed."""
 
     rows: int  # tiles from top to bottom
     cols: int  # tiles from left to right
@@ -230,7 +230,7 @@ class TileGrid:
 
     @property
     def n_tokens(self) -> int:
-        """Number of tokens of the tiles, without the base view."""
+        """Number of tokens for the tiles, excluding the base view."""
         return (self.bottom - self.top) * (self.right - self.left + self.newline)
 
 
@@ -243,13 +243,11 @@ class LlavaConfig:
     projector: ProjectorConfig | None = None
     image: ImageConfig | None = None
     start_end: bool = False  # enclose each image in <im_start> and <im_end>
-    template: str | None = None  # conversation template; None: the caller has to name one
-    eos_ids: tuple[int, ...] = field(default=())  # ids that end a reply, in addition to the tokenizer's
-    dtype: DType = "float16"  # of the weights as stored
-    padding_side: Literal["left", "right"] = "right"  # of training batches; recorded, has no effect on replies
-    trained_seq: int | None = (
-        None  # longest training input, in tokens; the original truncates longer prompts, we do not
-    )
+    template: str | None = None  # conversation template; None: the caller must name one
+    eos_ids: tuple[int, ...] = field(default=())  # ids that end a reply, in addition to the tokenizer's eos id
+    dtype: DType = "float16"  # dtype of the stored weights
+    padding_side: Literal["left", "right"] = "right"  # of training batches; recorded, but has no effect on replies
+    trained_seq: int | None = None  # longest training input in tokens; the original truncates prompts to it; we do not
 
     def __post_init__(self) -> None:
         _check(self, "config")
@@ -273,7 +271,7 @@ class LlavaConfig:
             )
         if self.projector and self.projector.out_dim != self.decoder.dim:
             raise ConfigError(
-                f"projector: output width is {self.projector.out_dim}; expected the decoder's, {self.decoder.dim}"
+                f"projector: output width is {self.projector.out_dim}; expected the decoder's width, {self.decoder.dim}"
             )
 
     @property
@@ -282,7 +280,7 @@ class LlavaConfig:
         return self.image is not None and self.image.aspect == "anyres" and self.image.merge == "spatial_unpad"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can store."""
+        """Returns plain values that can be stored as JSON."""
         return asdict(self)
 
     @classmethod
@@ -291,7 +289,7 @@ class LlavaConfig:
         decoder = dict(values["decoder"])
         decoder["rope_scaling"] = _optional(RopeScaling, "rope_scaling", decoder.get("rope_scaling") or None)
         image = values.get("image")
-        if image:  # JSON has lists for tuples
+        if image:  # JSON stores tuples as lists
             image = {key: tuple(value) if isinstance(value, list) else value for key, value in image.items()}
             image["pinpoints"] = tuple((w, h) for w, h in image.get("pinpoints", ()))
         nested = {
@@ -320,13 +318,13 @@ def _optional(cls: Any, what: str, values: dict[str, Any] | None) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """How a checkpoint is opened. `llava.load` documents the options that it passes on."""
+    """Options for opening a checkpoint. `llava.load` documents those that it passes on."""
 
     base: str | Path | None = None  # the language model that a LoRA, projector or delta belongs to
-    vision_tower: str | Path | None = None  # instead of the one that config.json names
+    vision_tower: str | Path | None = None  # replaces the tower named in config.json
     vision: bool = True  # False: the language model only
-    revision: str | None = None  # of the checkpoint on the hub
-    image_mode: ImageMode | None = None  # None: the mode that the format was made for
-    legacy_strip: bool = False  # added tokens absorb the white space around them, as when v0 and v1.1 were trained
-    force: bool = False  # leave out unknown tensors, and warn about NaN, Inf and a doubtful base, instead of refusing
-    fetch_tower: bool = True  # False, for inspection: do not ask the hub for a tower whose sizes are published
+    revision: str | None = None  # branch, tag or commit of the checkpoint on the hub
+    image_mode: ImageMode | None = None  # None: the mode that the checkpoint was made for
+    legacy_strip: bool = False  # added tokens strip white space around them, as in the training of v0 and v1.1
+    force: bool = False  # ignore unknown tensors, and only warn about NaN, Inf or a mismatched base
+    fetch_tower: bool = True  # False, for inspection: do not fetch a published tower, whose sizes are known

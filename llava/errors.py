@@ -1,10 +1,10 @@
-"""The exceptions a caller can catch. Messages are one line: what was found, what was expected, what to do."""
+"""Exceptions that callers can catch. Each message is one line: what was found, what was expected, what to do."""
 
 
 class LlavaError(Exception):
-    """Base class of all exceptions that this package raises on purpose. The CLI prints the message and exits with 2.
+    """Base class of all exceptions defined by this package. The CLI prints the message and exits with status 2.
 
-    Messages may quote the contents of files: unprintable characters are escaped, and long messages shortened.
+    Messages may quote file contents, so unprintable characters are escaped and long messages are shortened.
     """
 
     def __init__(self, message: str):
@@ -30,7 +30,7 @@ class ImageError(LlavaError):
 
 
 class PromptError(LlavaError):
-    """Messages, image marks or the length of a prompt do not fit the model."""
+    """The messages, image marks or length of a prompt do not fit the model."""
 
 
 class DataError(LlavaError):

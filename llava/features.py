@@ -1,4 +1,4 @@
-"""Writes hidden states of many texts to one safetensors file: the language model as a feature extractor.
+"""Uses the language model as a feature extractor: writes hidden states of many texts to one safetensors file.
 
 S sequence length   D dim
 """
@@ -31,7 +31,7 @@ class Row(NamedTuple):
 def read_rows(file: Path) -> list[Row]:
     """Reads a .jsonl file of {"text": …, "image": path?}, or a text file with one text per line.
 
-    Image paths are relative to the file. Raises PromptError, which names the line.
+    Image paths are relative to the file. Raises PromptError, naming the line.
     """
     try:
         lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
@@ -68,10 +68,10 @@ def extract(
 ) -> None:
     """Writes an entry "{row}.{layer}" [S, D] for every row and layer, in the model's dtype.
 
-    A text is a raw prompt, or a user message if `template` is given. Without an image mark in the text, the image comes
-    first. Space for the header is reserved, and filled in at the end.
+    Each text is a raw prompt, or a user message if `template` is given. If a text has no image mark, the image comes
+    first. The file starts with space reserved for the header, which is written last.
 
-    Raises PromptError, ImageError or ConfigError, which name the row; no file is written then.
+    Raises PromptError or ImageError, naming the row, or ConfigError, without writing a file.
     """
     room = 64 + len(rows) * len(layers) * _entry_bytes(len(rows))
     if room > MAX_HEADER_BYTES:
@@ -98,7 +98,7 @@ def extract(
 
 
 def _entry_bytes(n_rows: int) -> int:
-    """Bytes reserved for an entry of the header: 19 digits for an offset, 10 for a size."""
+    """Number of bytes to reserve for a header entry: up to 19 digits for an offset, 10 for a dimension."""
     return len('"":{"dtype":"BF16","shape":[,],"data_offsets":[,]},') + len(str(n_rows)) + 12 + 2 * 10 + 2 * 19
 
 

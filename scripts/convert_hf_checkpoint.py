@@ -1,6 +1,6 @@
-"""Entry point of the documented command: writes a checkpoint's language model as gpt-fast's model.pth.
+"""Entry point for the documented command: writes a checkpoint's language model as gpt-fast's model.pth.
 
-See llava/convert/convert.py and llava/formats/gpt_fast.py. Sizes come from config.json, never from a name.
+See llava/convert/convert.py and llava/formats/gpt_fast.py. Sizes come from config.json, never from the model name.
 """
 
 import sys
@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works in a clone that is not installed
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # so that the script works in a clone without installation
 
 from llava.cli import guarded, progress_bar
 from llava.cli.checkpoint import left_out
@@ -18,9 +20,11 @@ from llava.cli.checkpoint import left_out
 def convert_hf_checkpoint(
     checkpoint_dir: Annotated[Path, typer.Option("--checkpoint_dir", help="folder with the checkpoint")],
     model_name: Annotated[str | None, typer.Option("--model_name", help="accepted and ignored")] = None,
-    output: Annotated[Path | None, typer.Option("--output", help="file; default: model.pth in that folder")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="output file; default: model.pth in that folder")
+    ] = None,
 ) -> None:
-    """Write model.pth in gpt-fast's naming and row order."""
+    """Write model.pth with the tensor names and row order of gpt-fast."""
     with guarded(), progress_bar("convert") as progress:
         from llava.convert.convert import write_gpt_fast
 

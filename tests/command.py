@@ -35,7 +35,7 @@ def run(*args: object, stdin: bytes | None = None, command: Sequence[str] | None
     Without `command` it runs in a fork of a process that has imported torch; `command=LLAVA` runs the installed script.
     """
     source = {"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}
-    default = LLAVA if "preexec_fn" in options else forked_llava()  # a fork does not inherit limits of its client
+    default = LLAVA if "preexec_fn" in options else forked_llava()  # a fork does not inherit the limits of its client
     argv = [*(command or default), *map(str, args)]
     done = subprocess.run(argv, capture_output=True, timeout=TIMEOUT_S, check=False, **source, **options)
     done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()

@@ -1,4 +1,4 @@
-"""Fixtures that most tests share: the reference data, and checkpoints that are built once a run."""
+"""Fixtures that most tests share: the reference data, and checkpoints that are built once per run."""
 
 import hashlib
 import os
@@ -85,7 +85,7 @@ def golden_checkpoints(shared: Path) -> Path:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of the last change of each file."""
+    """Size and modification time of each file."""
     found = {str(path.relative_to(folder)): path.stat() for path in sorted(folder.rglob("*"))}
     return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
 
@@ -95,12 +95,12 @@ Share = Callable[[str, Callable[[Path], object]], Path]
 
 @pytest.fixture(scope="session")
 def share(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Share]:
-    """`share(name, build)`: the folder `name`, built by `build(folder)` once a run, for all workers of pytest-xdist.
+    """`share(name, build)`: the folder `name`, built by `build(folder)` once per run for all workers of pytest-xdist.
 
     Tests only read it; a test that changes files works on a copy. The end of the session fails if one was changed.
     """
     root = tmp_path_factory.getbasetemp()
-    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root  # each worker has its own folder below
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root  # above the folder of each worker
     (root / "shared").mkdir(exist_ok=True)
     built: dict[Path, dict[str, tuple[int, int]]] = {}
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
 PRELOADED = ("torch", "safetensors.torch", "sentencepiece", "tokenizers", "PIL.Image", "typer", "rich.console")
-MAX_BYTES = 1 << 20  # of a request
+MAX_BYTES = 1 << 20  # maximum size of a request
 CLIENT = """\
 #!{python} -IS
 import json, os, socket, sys
@@ -37,7 +37,7 @@ sys.exit(int(connection.recv(16) or 1))
 
 @contextmanager
 def fast_llava() -> Iterator[Path]:
-    """Starts a server and yields a folder for PATH that holds its `llava`."""
+    """Starts a server and yields a folder to put on PATH, which contains its `llava`."""
     with tempfile.TemporaryDirectory(prefix="llava-") as name:
         command = Path(name, "llava")
         address = f"{name}/socket"
@@ -47,7 +47,7 @@ def fast_llava() -> Iterator[Path]:
         with subprocess.Popen(argv, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
             assert server.stdin is not None
             assert server.stdout is not None
-            server.stdout.readline()  # it listens
+            server.stdout.readline()  # returns once the server listens
             yield command.parent
             server.stdin.close()
 
@@ -55,7 +55,7 @@ def fast_llava() -> Iterator[Path]:
 def serve(address: str) -> None:
     for name in PRELOADED:
         importlib.import_module(name)
-    gc.freeze()  # forks neither copy nor finalize what was imported: they end in 0.3 s instead of 1.1 s
+    gc.freeze()  # forks neither copy nor finalize what was imported: they exit in 0.3 s instead of 1.1 s
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
         server.bind(address)

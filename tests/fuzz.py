@@ -40,7 +40,7 @@ from llava.convert.convert import convert
 from llava.errors import LlavaError
 from tests import mutate, tiny
 
-TIME_S = 10.0  # to open, load and describe one folder and answer with it
+TIME_S = 10.0  # limit for opening, loading, describing and answering with one folder
 SLACK_BYTES = 64 << 20  # memory that a case may use in addition to the size of its files
 ADDRESS_BYTES = 1 << 30  # address space that a worker may add before allocation fails
 GOOD = ("same", "loaded", "refused")
@@ -125,7 +125,7 @@ def answer() -> Answer:
 
 
 class Watch:
-    """Records writes, processes and connections while `on`. An audit hook cannot be removed, so it is switched."""
+    """Records writes, processes and connections while `on`. An audit hook cannot be removed, only switched off."""
 
     EVENTS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate", "os.system",
               "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "shutil.")  # fmt: skip
@@ -192,7 +192,7 @@ def run_case(
         with _chdir(world):
             watch.seen, watch.on = [], True
             try:
-                # without its tokenizer a projector uses its base's, in which the tokens around a picture are special
+                # a projector without a tokenizer uses that of its base, where the tokens around a picture are special
                 falls_back = layout == "projector" and "tokenizer.model" in done.what
                 outcome, detail = _attempt(expected[layout], done.changes or falls_back)
             except Exception as error:

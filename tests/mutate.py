@@ -124,7 +124,7 @@ def noise(rng: Random, world: Path, others: list[Path]) -> Done:
 
 
 def other_thing(rng: Random, world: Path, others: list[Path]) -> Done:
-    """Replaces a file by a folder, a circular or dangling link, a pipe without a writer, or a device."""
+    """Replaces a file with a folder, a circular or dangling link, a pipe without a writer, or a device."""
     path = rng.choice(files_of(world))
     kind = rng.choice(["folder", "loop", "nowhere", "pipe", "zero"])
     path.unlink()
@@ -219,7 +219,7 @@ def json_value(rng: Random, world: Path, others: list[Path]) -> Done:
 
 
 def json_number(rng: Random, world: Path, others: list[Path]) -> Done:
-    """Replaces a number by another, of the same type or not, or flips a boolean."""
+    """Replaces a number with another one, of the same or a different type, or flips a boolean."""
 
     def change(holder: Any, key: Any) -> str:
         old = holder[key]
@@ -265,7 +265,7 @@ def json_huge(rng: Random, world: Path, others: list[Path]) -> Done:
 
 
 def json_form(rng: Random, world: Path, others: list[Path]) -> Done:
-    """Replaces a JSON file by JSON of another form, or by text that is not JSON."""
+    """Replaces a JSON file with JSON of another structure, or with text that is not JSON."""
     path = rng.choice(files_of(world, ".json"))
     text = path.read_text()
     deep = rng.choice([200, 5000, 200_000])
@@ -506,7 +506,7 @@ WEIGHED = [*MUTATIONS, "json_value", "json_value", "json_number", "json_with", "
 
 
 def mutate(rng: Random, kind: str, world: Path, others: list[Path]) -> tuple[list[str], Done]:
-    """Applies a mutation of one kind, sometimes a second of any kind. If a kind does not apply, another takes its turn.
+    """Applies a mutation of one kind, sometimes a second of any kind. If a kind does not apply, another one is tried.
 
     Returns the kinds and the outcome.
     """

@@ -52,7 +52,7 @@ def settings(entry: Entry) -> dict[str, Any]:
     for key, default in (("max_position_embeddings", 4096), ("rms_norm_eps", 1e-5), ("rope_theta", ABSENT)):
         known = start.get(key, 2048 if key.startswith("max") else 1e-6) if "lora-preview" in entry["family"] else None
         value = known or start.get(key, default)
-        values[key] = default if isinstance(value, str) else value  # "read config" of the Llama-2 rows
+        values[key] = default if isinstance(value, str) else value  # Llama-2 rows say "read config"
     if start["family"] == "v1.6":
         values |= tiny.ANYRES | {"image_grid_pinpoints": PINPOINTS}
         values |= {"tokenizer_padding_side": start.get("tokenizer_padding_side", "right")}
@@ -152,7 +152,7 @@ def write_published(path: Path, entry: Entry, clip: Path) -> Path:
         source = write_scaled(path.with_name(f"{path.name}.source"), entry, clip)
         convert(source, path, to="llava-hf", check=False)
         shutil.rmtree(source)
-        # published folders crop and lack our keys; with these transformers would pad like LLaVA
+        # published folders crop and lack our keys, which would make transformers pad like LLaVA
         tiny.edit_json(path / "preprocessor_config.json", image_processor_type="CLIPImageProcessor")
         own = dict.fromkeys((IMAGE_MODE_KEY, TEMPLATE_KEY, "image_aspect_ratio"), tiny.ABSENT)
         tiny.edit_json(path / "config.json", **own)

@@ -388,7 +388,7 @@ MPT_ADDED = ("<|im_start|>", "<|im_end|>", "<im_patch>", "<im_start>", "<im_end>
 
 
 def write_neox_tokenizer(folder: Path) -> int:
-    """Writes a tokenizer like GPT-NeoX's (<|endoftext|> is 0) with MPT's added tokens. Returns its number of ids."""
+    """Writes a tokenizer like GPT-NeoX's (<|endoftext|> is 0) with MPT's added tokens. Returns the number of ids."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -430,7 +430,7 @@ def mpt_tensors(config: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
 def write_mpt(
     folder: Path, *, layout: Layout = "bin-shards", clip: Path | None = None, seed: int = 1, **config: Any
 ) -> Path:
-    """Writes a model like LLaVA-Lightning-MPT-7B-preview, or without `clip` its base, a plain MPT."""
+    """Writes a model like LLaVA-Lightning-MPT-7B-preview, or, without `clip`, its base, a plain MPT."""
     attention = {"alibi": True, "alibi_bias_max": 8, "attn_impl": "torch", "attn_type": "multihead_attention"}
     attention |= {"clip_qkv": None, "prefix_lm": False, "qk_ln": False, "softmax_scale": None}
     final: dict[str, Any] = {"architectures": ["MPTForCausalLM"], "attn_config": attention, "d_model": 64}
@@ -569,7 +569,7 @@ def write_mpt_lora(folder: Path, *, base: Path, seed: int = 3, wrapper: str = "b
 def write_projector(
     folder: Path, *, clip: Path, seed: int = 1, prefix: str = "model.", start_end: bool = False, **config: Any
 ) -> Path:
-    """Writes a projector of stage 1; with `start_end`, also the rows of its two tokens and their tokenizer."""
+    """Writes a projector of stage 1; with `start_end`, also the rows of its two tokens and a tokenizer with them."""
     folder.mkdir(parents=True, exist_ok=True)
     final = llava_config(
         architectures=["LlamaForCausalLM"],
@@ -614,7 +614,7 @@ WHOLE: dict[str, Callable[[Path, Path], Path]] = {
     "meta": lambda folder, clip: write_meta(folder / "7B"),
     "internlm2": lambda folder, clip: write_internlm2(folder),
 }
-# Parts of a model by the name of their format, to be put on `write_llama(…, seed=7)`.
+# Parts of a model by the name of their format, to be applied to `write_llama(…, seed=7)`.
 PARTS: dict[str, Callable[[Path, Path], Path]] = {
     "lora": lambda folder, clip: write_lora(folder, clip=clip),
     "projector": lambda folder, clip: write_projector(folder, clip=clip),

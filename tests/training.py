@@ -1,4 +1,4 @@
-"""Helpers of the training tests: a small model with data, a recipe for them, and runs in separate processes."""
+"""Helpers for the training tests: a small model with data, a recipe for them, and runs in separate processes."""
 
 import contextlib
 import json
@@ -32,7 +32,7 @@ from llava.train.resume import Checkpointer
 from llava.train.start import fill, row_ids, start, trainable
 from tests import tiny
 
-TIMEOUT_S = 60  # of a run in separate processes, which takes 2 to 10 s
+TIMEOUT_S = 60  # for a run in separate processes, which takes 2 to 10 s
 WORDS = tiny.TEXT.split()
 Json = dict[str, Any]
 

@@ -47,7 +47,7 @@ FULL = Size(
     drawing=("--stylise", "0.25"),
 )
 _ON_CPU = ("compute_dtype=float32", "compile=false", "num_workers=1", "pad_to=1", "max_steps=0")
-SMOKE = Size(  # eight things, one per scene, named only: under two minutes on two cores
+SMOKE = Size(  # eight things, one per scene, naming only: under two minutes on two cores
     data={"text": 1500, "caption": 600, "instruct": 1000, "fresh": 300},
     tower=(
         *("--entries", "8", "--words", "0", "--objects", "1", "--no-augment", "--batch", "32", "--steps", "280"),
@@ -171,7 +171,7 @@ def main(
     smoke: Annotated[bool, typer.Option(help="small build: eight things, two minutes on two cores")] = False,
     changes: Annotated[list[str] | None, typer.Option("--set", help="override a recipe key, as KEY=VALUE")] = None,
 ) -> None:
-    """Build llava-tiny. The trained model is WORK/polish/model, and WORK/llava-tiny in the native format."""
+    """Build llava-tiny. Writes the trained model to WORK/polish/model and, in the native format, to WORK/llava-tiny."""
     chosen: list[Stage] = [stage for stage in STAGES if not stages or stage in stages]
     if unknown := set(stages or ()) - set(STAGES):
         raise typer.BadParameter(f"{unknown.pop()}: expected any of {', '.join(STAGES)}")

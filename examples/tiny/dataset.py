@@ -55,7 +55,7 @@ class Job:
     lessons: Lessons = "all"
 
     def writer(self) -> "Writer":
-        """The writer of its samples."""
+        """The writer of this job's samples."""
         if self.lessons == "all":
             return Writer(self)
         from examples.tiny.naming import Namer
@@ -124,11 +124,11 @@ def jpeg(scene: Scene) -> bytes:
 
 # ---------------------------------------------------------------- worker processes
 
-_writer: Writer | None = None  # of a worker process
+_writer: Writer | None = None  # the writer of this worker process
 
 
 def _begin(job: Job) -> None:
-    global _writer  # the only way to keep state in a worker of a pool
+    global _writer  # the only way to keep state in a pool worker
     _writer = job.writer()
 
 
@@ -185,7 +185,7 @@ def main(
     workers: Annotated[int, typer.Option(help="number of processes")] = os.cpu_count() or 1,
     entries: Annotated[int | None, typer.Option(help="use only this many things")] = None,
     stylise: Annotated[float, typer.Option(help="probability that a thing is drawn in another style, 0 to 1")] = 0.0,
-    lessons: Annotated[str, typer.Option(help="all, or names: one thing per scene and only its name")] = "all",
+    lessons: Annotated[str, typer.Option(help="all, or names: one thing per scene, asking only for its name")] = "all",
 ) -> None:
     """Draw scenes and write dialogues about them."""
     try:

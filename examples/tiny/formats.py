@@ -8,7 +8,7 @@ here, so they are derived from the model: a base is the model minus what the LoR
   llava-bin           llava format like v1.5: .bin shards, index   vision_tower=clip
   llava-safetensors   llava format like v1.6: tower included       vision_tower=clip-before (only its config is read)
   lora                A and B, non_lora_trainables.bin             base=llama-before-lora, vision_tower=clip
-  delta               difference to the base in float16            base=llama-before-delta, vision_tower=clip
+  delta               difference from the base, float16            base=llama-before-delta, vision_tower=clip
   projector           mm_projector.bin                             base=llama, vision_tower=clip
   llava-hf            llava-hf format, for transformers            -
   llava               llava format, written by conversion          -
@@ -76,11 +76,11 @@ FORMS = {
 
 SHARD_BYTES = 3_000_000  # small, so that there are several shards
 RANK, ALPHA = 8, 16.0
-AWAY = 0.5  # distance of a base in standard deviations of the weights, large enough to change the answers
+AWAY = 0.5  # distance of a base from the model in standard deviations, large enough to change the answers
 
 
 def write(model: Path, out: Path) -> None:
-    """Writes `model`, the folder of a full LLaVA, in every form, with the other folders needed. Raises LlavaError."""
+    """Writes the full LLaVA in the folder `model` in every form, with the other folders needed. Raises LlavaError."""
     writer = Writer(model, out)
     for name, made in WRITERS.items():
         made(writer, out / name)

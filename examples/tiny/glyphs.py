@@ -1,6 +1,6 @@
 """Renders the glyphs of the drawn world into packs: `python -m examples.tiny.glyphs`.
 
-The glyphs are the fully-qualified single-code-point emoji of five groups in Unicode's list, without clock faces. A pack
+The glyphs are the fully-qualified single-code-point emoji of five groups in Unicode's list, except clock faces. A pack
 is a zip, or a folder of the same structure, with index.json and <style>/<code>.png files of at most 112 x 112 px.
 """
 
@@ -75,7 +75,7 @@ class Glyphs:
 
     @classmethod
     def load(cls, *files: Path) -> "Glyphs":
-        """Joins packs: the pictures of all, and the entries in the order of the first. Raises ConfigError."""
+        """Joins packs: all their pictures, and their entries in order of first appearance. Raises ConfigError."""
         entries: dict[str, Entry] = {}
         sources: dict[tuple[str, str], Callable[[], bytes]] = {}
         for file in files:
@@ -112,7 +112,7 @@ class Glyphs:
         return Glyphs(self.entries, {key: read for key, read in self._sources.items() if key[0] in wanted})
 
     def first(self, n: int | None) -> "Glyphs":
-        """n entries, spread evenly over the list; None: all entries."""
+        """Keeps n entries, spread evenly over the list; None keeps all."""
         if n is None or n >= len(self.entries):
             return self
         kept = [self.entries[i * len(self.entries) // n] for i in range(n)]
@@ -173,7 +173,7 @@ def noto(file: Path) -> Render:
 def svgs(source: Path, folder: str) -> Render:
     """Renders SVG files named by code point, from an npm package: a .tgz, or the folder it unpacks to.
 
-    folder: the folder of the files inside the package.
+    folder: the folder of the SVG files inside the package.
     """
     if not (program := shutil.which("rsvg-convert")):
         raise ConfigError("rsvg-convert, which renders SVG, is not installed; install Debian's librsvg2-bin")
@@ -232,7 +232,7 @@ def write_pack(file: Path, entries: list[Entry], styles: dict[str, Render]) -> d
 
 
 def write_few(folder: Path, glyphs: Glyphs) -> None:
-    """Writes the entries named in FEW as a folder, reduced to 255 colours to be small."""
+    """Writes the entries named in FEW as a folder, with pictures reduced to 255 colours to save space."""
     entries = [entry for entry in glyphs.entries if entry.name in FEW]
     for style in glyphs.styles:
         (folder / style).mkdir(parents=True, exist_ok=True)

@@ -71,7 +71,7 @@ class Options:
     weight_decay: float = 0.1
     seed: int = 0
     device: str = "auto"
-    compiled: bool = True  # on a GPU
+    compiled: bool = True  # only on a GPU
     config: DecoderConfig = LLAVA_TINY
 
 
@@ -129,8 +129,8 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> bytes:
 
 
 def encode(texts: Sequence[str], model: bytes) -> list[Ids]:
-    """The ids of each text, as `load_tokenizer` gives them with `legacy` false, with </s> at the end of each turn."""
-    # only the start of a text gets a dummy space, because the last `normalizer_spec { add_dummy_prefix: false }` wins
+    """Encodes each text as `load_tokenizer` does with `legacy` false, with </s> at the end of each turn."""
+    # the appended `normalizer_spec { add_dummy_prefix: false }` wins, so a text gets only the leading space below
     pieces = SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
     parts = [part for text in texts for part in f" {text}".split("</s>")]
     ids = iter(pieces.encode(parts, num_threads=2))

@@ -1,6 +1,6 @@
 """Grades replies: pure functions of a question with its correct answer, and of a model's reply.
 
-A reply is correct if it agrees with the answer in what the question is about: the names, the number or the position.
+A reply is correct if it agrees with the answer on what the question is about: the names, the number or the position.
 """
 
 import re

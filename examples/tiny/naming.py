@@ -12,7 +12,7 @@ from examples.tiny.questions import Asker, Turn, naming
 from examples.tiny.truth import Truth
 from examples.tiny.world import Scene, draw, imagine
 
-CAPTIONS_ALONE = 0.3  # fraction of the texts
+CAPTIONS_ALONE = 0.3  # fraction of the texts that are only a caption
 
 
 class Namer(Writer):
@@ -31,7 +31,7 @@ class Namer(Writer):
 
 
 def told(ask: Asker, seed: int) -> dict[str, object]:
-    """A caption, either on its own or in place of the picture before the question what it is."""
+    """A caption on its own, or one that replaces the picture before the question of what it shows."""
     scene = imagine(seed, ask.knowledge.entries)
     scene = replace(scene, objects=scene.objects[:1], words=[])
     caption = brief(ask, scene).answer

@@ -78,7 +78,7 @@ def main_color(glyph: Image.Image) -> str | None:
 
 @cache
 def _color_name(hue: int, saturation: int, value: int) -> str | None:
-    """The colour name of a pixel, each channel from 0 to 255; None between two names."""
+    """The colour name of a pixel with channels from 0 to 255; None if it is between two names."""
     if value < 60 or saturation < 30:
         return "black" if value < 60 else "white" if value > 232 else "gray" if value < 190 else None
     turned = hue - 256 if hue >= 248 else hue
@@ -129,7 +129,7 @@ def contrasting(names: Sequence[str]) -> list[str]:
 
 
 def distance(a: Sequence[float], b: Sequence[float]) -> float:
-    """Distance of two colours. Brightness has the largest weight, because legibility depends on it."""
+    """Distance between two colours. Brightness has the largest weight, because legibility depends on it."""
     return (2.0 * abs(sum(a) - sum(b)) + sum(abs(x - y) for x, y in zip(a, b, strict=True))) / 3
 
 
@@ -232,7 +232,7 @@ def _recolor(rng: random.Random, color: Image.Image) -> Image.Image:
 
 
 def _bend(rng: random.Random, image: Image.Image) -> Image.Image:
-    """Squeezes and shears."""
+    """Squeezes and shears a glyph."""
     width, height = image.size
     image = image.resize(
         (max(8, round(width * rng.uniform(0.78, 1.0))), max(8, round(height * rng.uniform(0.78, 1.0))))

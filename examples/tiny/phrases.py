@@ -1,4 +1,4 @@
-"""The phrasings of questions, one per line. Every tenth of a topic is held back for scoring.
+"""The phrasings of questions, one per line. Every tenth phrasing of a topic is held back for scoring.
 
 {pic} stands for one of the words for the picture. `questions.py` fills in {x}, {y}, {place}, ….
 """

@@ -33,9 +33,9 @@ WARM_UP = 0.05  # fraction of the steps with a rising learning rate
 
 @torch.no_grad()
 def initialise(model: nn.Module, n_layers: int) -> None:
-    """Initializes matrices to preserve the scale of their input, and smaller where a block adds to its residual.
+    """Initializes matrices to preserve the scale of their input, or smaller where a block adds to the residual stream.
 
-    Embeddings have deviation 0.02, norms are 1, biases and other vectors 0. The caller sets parameters that differ.
+    Embeddings have standard deviation 0.02, norms are 1, biases and other vectors 0. The caller sets any exceptions.
     """
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
@@ -83,7 +83,7 @@ class Budget:
 
     @property
     def rate(self) -> float:
-        """Fraction of the peak learning rate: a linear warmup, then a cosine to 0."""
+        """Fraction of the peak learning rate: a linear warmup, then a cosine decay to 0."""
         if self.steps is None:
             return min(1.0, (self.step + 1) / 100)
         done = (self.step + 1) / max(self.steps, 1)
@@ -136,7 +136,7 @@ def fit(
             log({"step": budget.step, "steps": budget.steps or 0, "seconds": round(budget.elapsed_s, 1),
                  "loss": round(value, 4), "samples_per_s": round(pace * samples, 1), **report()})  # fmt: skip
             _wait(device)
-            budget.measure()  # excludes the time of the report
+            budget.measure()  # excludes the time spent on the report
             next_look = budget.step + max(5, int(pace * REPORT_S))
 
 

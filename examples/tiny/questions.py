@@ -90,7 +90,7 @@ def there_is(phrases: list[str]) -> str:
 
 
 def _bare(phrase: str) -> str:
-    """A turn without the position."""
+    """A phrase without its position."""
     return re.sub(r" (at the (top|bottom)( left| right)?|on the (left|right)|in the middle)$", "", phrase)
 
 
@@ -228,7 +228,7 @@ def _count_kind(ask: Asker, truth: Truth) -> Turn | None:
 
 
 def _some_kind(ask: Asker, truth: Truth, present: float) -> Kind:
-    """A kind, with this probability one that is in the scene, if there is any."""
+    """A random kind; with probability `present` one that is in the scene, if there is any."""
     there = [kind for kind in KINDS.values() if any(kind.holds(entry) for entry in truth.counts)]
     return ask.rng.choice(there if there and ask.rng.random() < present else list(KINDS.values()))
 
@@ -352,7 +352,7 @@ def yes_or_no(ask: Asker, truth: Truth) -> Turn | None:
 
 
 def not_there(ask: Asker, truth: Truth) -> Turn:
-    """Questions that presuppose something that is not there."""
+    """A question about something that is not in the scene, as if it were."""
     name = absent(ask, truth).name
     if ask.rng.random() < 0.7:
         question = ask.put("where", the_x=the(name), **{"is": be(name)})
@@ -389,7 +389,7 @@ def description(truth: Truth) -> str:
 # ---------------------------------------------------------------- complex
 
 
-MOSTLY = 0.6  # probability of dropping a question that nothing answers, since most scenes lack any given kind
+MOSTLY = 0.6  # probability of dropping a question that is answered with "none", since most scenes lack any given kind
 
 
 def which_are(ask: Asker, truth: Truth) -> Turn | None:
@@ -439,7 +439,7 @@ def odd_one(ask: Asker, truth: Truth) -> Turn | None:
         outside = [entry for entry, yes in held.items() if yes is False]
         if None not in held.values() and len(outside) == 1 and truth.counts[outside[0]] == 1:
             found[outside[0]] = kind
-    if len(found) != 1:  # no thing fits, or several
+    if len(found) != 1:  # nothing fits, or several things do
         return None
     ((entry, kind),) = found.items()
     answer = f"{sentence(the(entry.name))} {be(entry.name)} the odd one out. The others are {kind.several}."
@@ -464,7 +464,7 @@ def complex_(ask: Asker, truth: Truth) -> Turn | None:
 # ---------------------------------------------------------------- dialogues
 
 Maker = Callable[[Asker, Truth], Turn | None]
-MAKERS: dict[str, tuple[Maker, int]] = {  # and their weights
+MAKERS: dict[str, tuple[Maker, int]] = {  # question makers and their weights
     "naming": (naming, 8),
     "listing": (listing, 10),
     "naming at": (naming_at, 12),

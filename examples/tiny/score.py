@@ -53,7 +53,7 @@ class Item:
 def items(glyphs: Glyphs, trained: Sequence[str], n: int, seed: int) -> Iterator[Item]:
     """Questions about n scenes, evenly divided among the styles. Their seeds are 2**31 and above.
 
-    trained: the styles of training. In an unseen style, colours are asked for only if the thing has the same colour.
+    trained: the styles of training. In an unseen style, a colour is asked for only if it is the same as in those.
     """
     styles = glyphs.styles
     knowledge = {style: know(glyphs.only([*trained, style])) for style in styles}
@@ -74,12 +74,12 @@ def _asked(glyphs: Glyphs, knowledge: Knowledge, style: str, subset: str, seed: 
     single = len(scene.objects) == 1
     turns = dialogue(ask, scene, TURNS)
     if (name := naming(ask, truth)) and all(turn.kind != name.kind for turn in turns):
-        turns.append(name)  # a single thing is always asked for by name
+        turns.append(name)  # the name of a single thing is always asked for
     yield from (Item(seed, style, subset, single, scene.image, turn) for turn in turns)
 
 
 def tally(items: Sequence[Item], replies: Sequence[str], names: Names) -> dict[str, Any]:
-    """Fractions of correct replies: per kind, per style and subset, and over all conversation questions."""
+    """Fractions of correct replies for each style: per kind, over all conversation questions, and per subset."""
     right: dict[tuple[str, str, str], list[bool]] = defaultdict(list)
     described: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
     for item, reply in zip(items, replies, strict=True):
@@ -120,7 +120,7 @@ def _of_style(
 
 
 def answers(model: str, *, device: str, batch_size: int, template: str | None, blind: bool) -> Answer:
-    """Greedy replies of a model. blind: asks the same questions without the picture."""
+    """Returns a function that gives a model's greedy replies. blind: asks the same questions without the picture."""
     import llava
     from llava.assistant import question_about
 

@@ -47,7 +47,7 @@ class Sprites:
         return len(self.names) - self.n_glyphs
 
     def pictures(self, classes: Tensor, style: Tensor, font: Tensor) -> Tensor:
-        """The picture indices of these classes. All arguments are int64 of one shape."""
+        """The picture indices of these classes. All arguments are int64 of the same shape."""
         words = len(self.styles) * self.n_glyphs + (classes - self.n_glyphs) * FONT_VARIANTS + font
         return torch.where(classes < self.n_glyphs, style * self.n_glyphs + classes, words)
 
@@ -64,7 +64,7 @@ LENGTH = sum((SIDE >> level) ** 2 for level in range(LEVELS))  # values per pict
 def load_sprites(
     glyphs: Glyphs, styles: Sequence[str], words: Sequence[str], device: torch.device, *, plain: bool = False
 ) -> Sprites:
-    """Loads the glyphs in these styles, and the words. About 1.1 GB for 820 glyphs in two styles.
+    """Loads the glyphs in these styles, and the words. Takes about 1.1 GB for 820 glyphs in two styles.
 
     `plain`: all variants are the original drawing, for evaluation.
     """

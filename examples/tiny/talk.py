@@ -109,7 +109,7 @@ def _some(ask: Asker, n: int) -> Sequence[Entry]:
 
 
 def repeat_list(ask: Asker) -> Turn:
-    """Asks to repeat a list of names in order, which trains the model to produce every name."""
+    """Asks the model to repeat a list of names in order, which trains it to produce every name."""
     several = listed([a(entry.name) for entry in _some(ask, ask.rng.randint(1, 4))])
     question = ask.rng.choice(("Repeat: {}.", "Say this again: {}.", "Please repeat: {}."))
     return _say(question.format(several), f"{sentence(several)}.")

@@ -311,7 +311,7 @@ BY_SUBGROUP = {
 
 @lru_cache(maxsize=4096)
 def kind_of(entry: Entry) -> Kind | None:
-    """The narrowest kind that contains it. In KINDS, narrow kinds come before wider ones."""
+    """The narrowest kind that contains the thing. In KINDS, narrow kinds come before wider ones."""
     order = ("bird", "insect", "animal", "fruit", "vegetable", "flower", "tree", "plant", "food", *KINDS)
     return next((KINDS[one] for one in order if KINDS[one].holds(entry)), None)
 
@@ -331,7 +331,7 @@ def what_is(entry: Entry) -> str:
 
 @dataclass(frozen=True)
 class Use:
-    """A use of some things. All others do not have it, except unclear ones."""
+    """A use that some things have. All others lack it, except unclear ones."""
 
     do: str  # after "Which of these can you …?"
     reason: tuple[str, str]  # a full sentence, about one thing and about several

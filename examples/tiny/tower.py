@@ -77,7 +77,7 @@ class Options:
     augment: bool = True  # False: glyphs in their original form, enough if no other style is needed
     seed: int = 0
     device: str = "auto"
-    compiled: bool = True  # on a GPU
+    compiled: bool = True  # only on a GPU
     config: VisionConfig = LLAVA_TINY
 
 
@@ -167,7 +167,7 @@ class Tower(nn.Module):
         return (own - torch.stack([x, y, x, y], dim=-1).flatten(0, 1)) / size
 
     def captions(self, token: Tensor, classes: Tensor, text: Tensor) -> Tensor:
-        """Symmetric InfoNCE of class tokens [B, D] and captions (the mean embedding of the names in a scene)."""
+        """Symmetric InfoNCE between class tokens [B, D] and captions (the mean embedding of the names in a scene)."""
         present = (classes >= 0).float()[..., None]
         mean = (text[classes.clamp(min=0)] * present).sum(1) / present.sum(1)
         scale = self.log_scale[2].exp().clamp(max=HIGHEST_SCALE)

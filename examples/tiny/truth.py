@@ -17,7 +17,7 @@ class Truth:
 
     @cached_property
     def clear(self) -> list[Placed]:
-        """The things whose name identifies them."""
+        """The things that can be identified by name alone."""
         return [
             thing
             for thing in self.objects
@@ -29,7 +29,7 @@ class Truth:
         return (box[0] + box[2]) / 2 / width, (box[1] + box[3]) / 2 / height
 
     def place(self, box: tuple[int, int, int, int]) -> str | None:
-        """ "at the top left"; None near the boundary of such regions."""
+        """The position as a phrase, such as "at the top left"; None near the boundary of two regions."""
         x, y = self.center(box)
         column, row = _third(x, ("left", "", "right")), _third(y, ("top", "", "bottom"))
         return None if column is None or row is None else PLACES[row, column]
@@ -97,7 +97,7 @@ def _near(x: float, third: int) -> bool:
 
 
 def _partly(thing: Placed, x: Placed, side: str) -> bool:
-    """Whether any part of it is on this side of the middle of x."""
+    """Whether any part of `thing` is on this side of the middle of x."""
     left, top, right, bottom = thing.box
     middle_x, middle_y = (x.box[0] + x.box[2]) / 2, (x.box[1] + x.box[3]) / 2
     return {"left": left < middle_x, "right": right > middle_x, "above": top < middle_y, "below": bottom > middle_y}[

@@ -46,7 +46,7 @@ class Placed:
     entry: Entry
     style: str
     box: Box
-    stylised: bool = False  # its colours may differ from the glyph
+    stylised: bool = False  # its colours may differ from the glyph's
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Scene:
 
 
 def held_back(a: Entry, b: Entry) -> bool:
-    """True for a fixed one in HELD_BACK of all pairs of different things."""
+    """Whether a pair is held back: always the same one in HELD_BACK of all pairs of different things."""
     low, high = sorted((a.code, b.code))
     return low != high and zlib.crc32(f"{low} {high}".encode()) % HELD_BACK == 0
 
@@ -116,7 +116,7 @@ def _held_pair(rng: random.Random, entries: Sequence[Entry]) -> tuple[Entry, Ent
 
 @lru_cache(maxsize=4096)
 def _shares(glyphs: Glyphs, entry: Entry, style: str) -> tuple[float, ...]:
-    """The fraction of a glyph's pixels close to each of COLORS, which would be invisible on such a background."""
+    """The fraction of a glyph's pixels that would be invisible on a background of each of COLORS."""
     return lost_on(glyphs.image(entry, style))
 
 
@@ -247,7 +247,7 @@ def _background(rng: random.Random, lost: list[tuple[float, ...]]) -> tuple[Back
 def _print(
     rng: random.Random, image: Image.Image, names: list[str], taken: list[Box], words: Sequence[str] | None
 ) -> list[PlacedWord]:
-    """Prints one or two words into free areas, as far as there is room."""
+    """Prints words into free areas, as long as there is room."""
     inks = contrasting(names)
     wanted = rng.choices((0, 1, 2), (68, 22, 10))[0]
     texts = list(words) if words is not None else rng.sample(WORDS, wanted)

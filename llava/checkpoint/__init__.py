@@ -1,1 +1,1 @@
-"""From a folder or hub id to a model: detect the format, resolve the checkpoint, load its weights."""
+"""Turns a folder or hub id into a model: detects the format, resolves the checkpoint, loads its weights."""

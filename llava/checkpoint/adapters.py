@@ -1,4 +1,4 @@
-"""A base and the adapters trained on it, opened side by side: one checkpoint for each adapter and one for the base."""
+"""Opens a base and the adapters trained on it side by side: one checkpoint per adapter and one for the base."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,27 +9,27 @@ from llava.config import LoadOptions
 from llava.errors import ConfigError
 from llava.formats.format import Checkpoint
 
-DEFAULT = "default"  # the name of a LoRA that is kept separate without a name of its own
-_ADAPTERS = ("lora", "projector")  # a delta would be a second whole model
+DEFAULT = "default"  # name of an adapter that is kept separate but was not given a name
+_ADAPTERS = ("lora", "projector")  # not delta, which would be a second whole model
 
 
 def open_separately(
     source: str | Path, adapters: Mapping[str, str | Path], options: LoadOptions, *, merge: bool
 ) -> dict[str | None, Checkpoint]:
-    """The adapters by name, in order, then the base without an adapter under None.
+    """Returns the adapters by name, in order, then the base without an adapter under the key None.
 
-    `source` is the base; with `merge` False it is the first adapter, and `options.base` its base. `options.revision`
-    belongs to `source`. Raises CheckpointError, ConfigError.
+    `source` is the base if `merge`, else the first adapter, whose base is `options.base`. `options.revision` applies
+    to `source`. Raises CheckpointError, ConfigError.
     """
     opened: dict[str | None, Checkpoint] = {}
     if not merge:
-        # raises if the folder needs no base or has none
+        # raises if the checkpoint needs no base or none was given
         opened[DEFAULT] = _open_adapter(DEFAULT, source, options)
         assert options.base is not None
         source, options = options.base, replace(options, base=None, revision=None)
     for name, folder in adapters.items():
         if not name or name in opened:
-            raise ConfigError(f"adapters: {name!r} cannot be the name of {folder}; each needs a distinct name")
+            raise ConfigError(f"adapters: {name!r} cannot be the name of {folder}; each adapter needs a distinct name")
         opened[name] = _open_adapter(name, folder, replace(options, base=source, revision=None))
     return {**opened, None: open_checkpoint(source, options)}
 

@@ -1,4 +1,4 @@
-"""Which format a checkpoint has and which template it was trained with: from files, tensors and config, never its name.
+"""Detects a checkpoint's format and conversation template from its files, tensors and config, never from its name.
 
 Each answer comes with the evidence that decided it.
 """
@@ -22,7 +22,7 @@ UNKNOWN = "unknown"
 
 
 def read_files(source: str | Path, revision: str | None = None) -> CheckpointFiles:
-    """Config and headers of a folder, a hub id or a projector's file, whatever its format. Raises CheckpointError."""
+    """Reads config and headers of a folder, hub id or projector file in any format. Raises CheckpointError."""
     if file := locate_file(source, revision=revision):
         return read_single_file(file)
     folder = locate(source, revision=revision)
@@ -35,7 +35,7 @@ def read_files(source: str | Path, revision: str | None = None) -> CheckpointFil
 
 
 def detect(files: CheckpointFiles) -> Detection:
-    """The first format in `FORMATS` that finds evidence for itself. Raises CheckpointError on a malformed config."""
+    """Returns the first format in `FORMATS` that recognizes the files. Raises CheckpointError on a malformed config."""
     with parsing(files.config_file):
         for name, format in FORMATS.items():
             if evidence := format.detect(files):
@@ -50,7 +50,7 @@ def choose_template(
     projector: ProjectorConfig | None,
     tokenizer: Tokenizer | None,
 ) -> TemplateChoice:
-    """The first rule that applies. `config`: with the keys of published LLaVA checkpoints (native: ours).
+    """Applies the first rule that matches. `config` has the keys of published LLaVA checkpoints (native: our keys).
 
     Repository ids inside files are used to break ties; the folder's own name is not.
     """
@@ -69,7 +69,7 @@ def choose_template(
     if format == "projector":
         return TemplateChoice("plain", "only a projector: trained on captions")
     if not config.get("mm_vision_tower"):
-        return TemplateChoice(None, "no mm_vision_tower: a plain language model, name a template yourself")
+        return TemplateChoice(None, "no mm_vision_tower, so this is a plain language model; name a template yourself")
     if tokenizer and (tokenizer.pad == "[PAD]" or tokenizer.id_of("[PAD]") in tokenizer.special):
         return TemplateChoice("llava_v0", "[PAD] is among the tokenizer's special tokens")
     if "LlamaForCausalLM" in (config.get("architectures") or []):
@@ -82,6 +82,6 @@ def choose_template(
 
 
 def _is_llama_2_chat(repository: str) -> bool:
-    """Whether a repository id inside a file names Meta's Llama-2-chat: weak evidence, to break a tie."""
+    """Whether a repository id inside a file names Meta's Llama-2-chat. Weak evidence, used only to break ties."""
     name = repository.lower().rsplit("/", 1)[-1]
     return name.startswith("llama-2-") and "-chat" in name

@@ -1,4 +1,4 @@
-"""What a checkpoint is, from headers only; and a scan of its values."""
+"""Describes a checkpoint from its headers alone, and scans its values for NaN, Inf and all-zero tensors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -28,25 +28,25 @@ _INT4_GROUP = 128  # weights that share a scale
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What `llava inspect` prints; None or empty if a checkpoint does not say."""
+    """The facts that `llava inspect` prints. Unknown values are None or empty."""
 
     kind: str  # the format
     evidence: list[str]
     base: str | None  # the language model that this checkpoint needs
-    licences: list[str] = field(default_factory=list)  # of the language model, from matching entries of the zoo
+    licences: list[str] = field(default_factory=list)  # of the language model, from matching zoo entries
     sizes: dict[str, Any] = field(default_factory=dict)
     template: str | None = None
     template_because: str = ""
     image_mode: str | None = None
-    missing: list[str] = field(default_factory=list)  # tensors that should be there, by our names
-    unused: list[str] = field(default_factory=list)  # tensors that are not needed, by their names on disk
-    memory_bytes: dict[str, int] = field(default_factory=dict)  # of the weights in bf16, int8 and int4
-    context: int | None = None  # tokens
+    missing: list[str] = field(default_factory=list)  # our names of expected tensors that are absent
+    unused: list[str] = field(default_factory=list)  # names on disk of tensors that are not needed
+    memory_bytes: dict[str, int] = field(default_factory=dict)  # size of the weights in bf16, int8 and int4
+    context: int | None = None  # context length in tokens
 
 
 @advice()
 def describe(source: str | Path, options: LoadOptions | None = None) -> Description:
-    """Reads config, tokenizer and headers. Raises CheckpointError, ConfigError."""
+    """Describes a checkpoint from its config, tokenizer and headers. Raises CheckpointError, ConfigError."""
     options = options or LoadOptions()
     files = read_files(source, options.revision)
     detection = detect(files)
@@ -59,7 +59,7 @@ def describe(source: str | Path, options: LoadOptions | None = None) -> Descript
         options = replace(options, base=None)
     checkpoint, remarks = _open_leniently(files, replace(options, fetch_tower=False, force=True))
     config = checkpoint.config
-    # if the vision part could not be described, the part of it that the checkpoint itself holds
+    # the vision tensors that the checkpoint itself holds, if its vision part could not be resolved
     rest = {} if config.vision else shapes_of(checkpoint.unused)
     sizes = {**shapes(config), **rest}
     counted = {name for ours in rest for name in checkpoint.unused[ours].names}
@@ -80,8 +80,8 @@ def describe(source: str | Path, options: LoadOptions | None = None) -> Descript
 
 
 def licences(files: CheckpointFiles, detection: Detection) -> list[str]:
-    """Licence notes for the language model: those of the entries that match exactly, else of the base that the files
-    name, else of the entries from which only sizes differ.
+    """Returns licence notes for the language model: from zoo entries that match, else from the base recorded in the
+    files, else from zoo entries that differ only in sizes.
     """
     try:
         found = match(files, detection)
@@ -94,7 +94,7 @@ def licences(files: CheckpointFiles, detection: Detection) -> list[str]:
         if note := licence_of_base(name):
             return [f"{note} ({where} = {name})"]
     if not found.candidates and FORMATS[detection.format].needs_base and recorded:
-        return [f"that of its base, {recorded[0][0]}, which is not in the zoo"]
+        return [f"same as its base {recorded[0][0]}, which is not in the zoo"]
     notes: dict[str, list[str]] = {}
     for entry in found.family:
         notes.setdefault(catalogue.licence(entry.entry), []).append(entry.entry["id"])
@@ -102,7 +102,7 @@ def licences(files: CheckpointFiles, detection: Detection) -> list[str]:
 
 
 def _describe_headers(files: CheckpointFiles, detection: Detection) -> Description:
-    """Describes a checkpoint that cannot be loaded as it is, from its headers and config."""
+    """Describes a checkpoint that cannot be loaded on its own, from its headers and config."""
     sizes = {name: header.shape for name, header in files.weights.headers.items()}
     for weights in _extra_weights(files.path):
         sizes |= {f"{header.file.stem}.{name}": header.shape for name, header in weights.headers.items()}
@@ -117,7 +117,7 @@ def _describe_headers(files: CheckpointFiles, detection: Detection) -> Descripti
         licences=licences(files, detection),
         sizes=_counts(sizes),
         template=choice.template if choice else None,
-        template_because=f"{choice.because}, as far as config.json shows" if choice else "",
+        template_because=f"{choice.because}, judging by config.json alone" if choice else "",
         image_mode="original",
         memory_bytes=memory_bytes(sizes),
         context=context,
@@ -125,13 +125,13 @@ def _describe_headers(files: CheckpointFiles, detection: Detection) -> Descripti
 
 
 def _extra_weights(folder: Path) -> list[Weights]:
-    """Files with the parts of a model that belong on a base."""
+    """Opens the weight files that extend a base: LoRA, non-LoRA and projector weights."""
     names = (*ADAPTER_FILES, NON_LORA_FILE, PROJECTOR_FILE)
     return [Weights([folder / name]) for name in names if (folder / name).is_file()]
 
 
 def _open_leniently(files: CheckpointFiles, options: LoadOptions) -> tuple[Checkpoint, list[str]]:
-    """Without its vision part if the tower is unreachable, which is reported as a remark."""
+    """Opens a checkpoint. If that fails, retries without the vision part and returns the error as a remark."""
     try:
         return open_checkpoint(files, options), []
     except LlavaError as error:
@@ -142,12 +142,12 @@ def _open_leniently(files: CheckpointFiles, options: LoadOptions) -> tuple[Check
 
 
 def _is_in_tower_folder(name: str, checkpoint: Checkpoint) -> bool:
-    """Whether a tensor is in the tower's own folder, which was not read."""
+    """Whether a missing tensor belongs in the tower's own folder, which was not read."""
     return name.startswith("vision.") and "vision.cls" not in checkpoint.tensors
 
 
 def _counts(sizes: Shapes) -> dict[str, Any]:
-    """The number of parameters, in total and by the first word of their names."""
+    """Returns the number of parameters, in total and by the first part of their names."""
     parts: dict[str, int] = {}
     for name, shape in sizes.items():
         part = name.split(".")[0]
@@ -166,7 +166,7 @@ def _parts(config: LlavaConfig, sizes: Shapes) -> dict[str, Any]:
 def memory_bytes(sizes: Shapes) -> dict[str, int]:
     """Size of the weights in memory: all in bfloat16, or the decoder's matrices in 8 or 4 bits with 16-bit scales.
 
-    int8 has one scale per row, int4 a scale and a zero point per group of 128. Embeddings, norms, projector and tower
+    int8 has one scale per row, int4 a scale and a zero point per 128 weights. Embeddings, norms, projector and tower
     stay in bfloat16.
     """
     sums = {"bf16": 0, "int8": 0, "int4": 0}
@@ -184,15 +184,15 @@ _KEPT_IN_16_BITS = ("vision", "projector", "embed", "wte")
 
 @dataclass
 class Scan:
-    """Suspicious values, by names on disk."""
+    """Suspicious values, by tensor name on disk."""
 
-    nan: dict[str, int] = field(default_factory=dict)  # their number
+    nan: dict[str, int] = field(default_factory=dict)  # number of NaN values per tensor
     inf: dict[str, int] = field(default_factory=dict)
     zero: list[str] = field(default_factory=list)  # tensors that are all zero
 
 
 def scan(source: str | Path, *, revision: str | None = None, progress: Callable[[int, int], None]) -> Scan:
-    """Streams all values of a checkpoint, whatever its format."""
+    """Scans all values of a checkpoint in any format, one tensor at a time."""
     if file := locate_file(source, revision=revision):
         files = [Weights([file])]
     else:

@@ -1,4 +1,4 @@
-"""From a resolved checkpoint to a model with its weights, in one type and on one device."""
+"""Builds a model from a resolved checkpoint, with weights in one dtype and on one device."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,12 +17,12 @@ from llava.tensors.lazy import Concat, FromFile, LazyTensor
 from llava.tensors.sums import WithLora
 
 _PoolKey = tuple[tuple[Path, str], ...]
-Pool = dict[_PoolKey, Tensor]  # tensors already read, by file and names, that several models share
-Store = Callable[[nn.Module, str, LazyTensor], None]  # puts a tensor into a module's parameter of that name
+Pool = dict[_PoolKey, Tensor]  # tensors already read, by file and name, that several models share
+Store = Callable[[nn.Module, str, LazyTensor], None]  # stores a tensor as the named parameter of a module
 
 
 def load_weights(model: Llava, tensors: Mapping[str, LazyTensor], store: Store) -> None:
-    """Puts every tensor into the module that has it; the weight of a LoRA's matrix goes to its frozen base.
+    """Stores every tensor in its module; for a matrix with a LoRA, that is the frozen base layer.
 
     Inference and training load through this function and differ in `store`.
     """
@@ -33,7 +33,7 @@ def load_weights(model: Llava, tensors: Mapping[str, LazyTensor], store: Store) 
 
 
 def read_finite(tensor: LazyTensor, force: bool = False) -> Tensor:
-    """Reads a tensor. Raises CheckpointError on NaN and Inf (`force`: warns)."""
+    """Reads a tensor. Raises CheckpointError on NaN or Inf (`force`: warns instead)."""
     value = tensor.read()
     check_finite(value, tensor.where, force)
     return value
@@ -47,10 +47,11 @@ def build(
     force: bool = False,
     pool: Pool | None = None,
 ) -> Llava:
-    """The model for inference. Weights that already have the right type and device stay memory-mapped.
+    """Builds the model for inference. Weights that already have the right dtype and device stay memory-mapped.
 
-    pool: LoRAs are kept separate from their matrices, and tensors that another model with the same pool has read are
-    shared. Raises CheckpointError if a tensor is missing, has another shape, or has NaN or Inf (`force`: warns).
+    pool: if given, LoRAs are kept separate from their matrices, and tensors are shared with other models built with
+    the same pool. Raises CheckpointError if a tensor is missing, has the wrong shape, or contains NaN or Inf (`force`:
+    warns about NaN and Inf instead).
     """
     check_headers(checkpoint)
     model = meta_model(checkpoint.config)
@@ -74,7 +75,7 @@ def build(
 
 
 def _pool_key(tensor: LazyTensor) -> _PoolKey | None:
-    """Identifies tensors read from files; None for computed ones."""
+    """Returns a key that identifies a tensor read from files, or None for a computed tensor."""
     parts = tensor.parts if isinstance(tensor, Concat) else [tensor]
     files = [part for part in parts if isinstance(part, FromFile)]
     if len(files) < len(parts):
@@ -83,7 +84,7 @@ def _pool_key(tensor: LazyTensor) -> _PoolKey | None:
 
 
 def _separate_loras(model: Llava, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Replaces each sum of a matrix and a LoRA by its terms, in the tensors and in the model's modules."""
+    """Replaces each sum of a matrix and a LoRA with its terms, both in the tensors and in the model's modules."""
     separate = dict(tensors)
     for name, tensor in tensors.items():
         if not isinstance(tensor, WithLora):
@@ -99,7 +100,7 @@ def _separate_loras(model: Llava, tensors: Mapping[str, LazyTensor]) -> dict[str
 
 
 def _parts(tensor: WithLora) -> dict[str, Adapter | int]:
-    """The parts of a matrix by their first row: an adapter, or the number of rows without one."""
+    """Splits a matrix by rows: first row of a part -> its adapter, or its number of rows if it has none."""
     parts: dict[str, Adapter | int] = {}
     end, (rows, columns) = 0, tensor.shape
     for first, a, b, scale in sorted(tensor.pairs, key=lambda pair: pair.first):
@@ -112,7 +113,7 @@ def _parts(tensor: WithLora) -> dict[str, Adapter | int]:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """`auto` is the first GPU if there is one, else the CPU. Raises ConfigError."""
+    """Returns the device. `auto` is the first GPU if there is one, else the CPU. Raises ConfigError."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -125,7 +126,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """`auto` is the stored type on a GPU; on a CPU bfloat16, or float32 below 1 B parameters. Raises ConfigError."""
+    """`auto` is the stored dtype on a GPU; on a CPU, bfloat16, or float32 below 1 B parameters. Raises ConfigError."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if isinstance(dtype, torch.dtype):
         if dtype not in known.values():

@@ -32,7 +32,7 @@ from llava.tensors.lazy import LazyTensor
 
 
 def open_checkpoint(source: str | Path | CheckpointFiles, options: LoadOptions | None = None) -> Checkpoint:
-    """Resolves a folder or hub id. Raises CheckpointError, ConfigError."""
+    """Resolves a folder, a hub id or files already read. Raises CheckpointError, ConfigError."""
     options = _with_absolute_tower(options or LoadOptions())
     files = source if isinstance(source, CheckpointFiles) else read_files(source, options.revision)
     detection = detect(files)
@@ -49,7 +49,7 @@ def open_checkpoint(source: str | Path | CheckpointFiles, options: LoadOptions |
 
 
 def _with_absolute_tower(options: LoadOptions) -> LoadOptions:
-    """A tower's folder is recorded in what we write, so it must hold from any working directory."""
+    """Makes the tower's folder absolute: written checkpoints record it, so it must be valid from any directory."""
     tower = options.vision_tower
     return replace(options, vision_tower=absolute_if_local(tower)) if tower else options
 
@@ -57,9 +57,9 @@ def _with_absolute_tower(options: LoadOptions) -> LoadOptions:
 def _unsupported(files: CheckpointFiles, detection: Detection) -> CheckpointError:
     why = f"{files.path}: {detection.format} ({detection.evidence[0]})"
     if detection.format == "clip":
-        return CheckpointError(f"{why}: only a vision tower; name it with vision_tower= next to a LLaVA")
+        return CheckpointError(f"{why}: only a vision tower; load a LLaVA model and pass this as vision_tower=")
     readable = ", ".join(name for name, format in FORMATS.items() if format.reads)
-    return CheckpointError(f"{why}: not a format that this version loads; expected one of {readable}")
+    return CheckpointError(f"{why}: this version cannot load that format; expected one of {readable}")
 
 
 # ------------------------------------------------------------------------------------------------------------ stages
@@ -68,23 +68,19 @@ def _unsupported(files: CheckpointFiles, detection: Detection) -> CheckpointErro
 def resolve_base(
     files: CheckpointFiles, detection: Detection, format: Format, options: LoadOptions
 ) -> Checkpoint | None:
-    """Opens the language model that a part belongs to; None for a whole model.
+    """Opens the language model that a LoRA, projector or delta belongs to. Returns None for a whole model.
 
-    Raises ConfigError if a whole model is given a base, BaseModelError if a base is missing or cannot be the right one.
+    Raises ConfigError if a base is given for a whole model, BaseModelError if a base is missing or cannot match.
     """
     if not format.needs_base:
         if options.base is not None:
-            raise ConfigError(
-                f"{files.path}: {detection.format} ({detection.evidence[0]}): needs no base; leave base= out"
-            )
+            raise ConfigError(f"{files.path}: {detection.format} ({detection.evidence[0]}): needs no base; omit base=")
         return None
     if options.base is None:
         raise missing_base(files, detection)
     found = read_files(locate(options.base, what="base"))
     base_format = detect(found).format
-    known = FORMATS.get(base_format)
-    usable = known is not None and known.reads and not known.needs_base
-    check_base_format(found, base_format, usable, files, detection)
+    check_base_format(found, base_format, FORMATS.get(base_format), files, detection)
     if detection.format != "delta":
         warn_if_recorded_otherwise(files, detection.format, found)
     return open_checkpoint(found, LoadOptions(vision=False, legacy_strip=options.legacy_strip, force=options.force))
@@ -92,7 +88,7 @@ def resolve_base(
 
 @dataclass(frozen=True)
 class ReadTokenizer:
-    """A tokenizer, the folder of its files, and the tokens that it has in addition to them."""
+    """A tokenizer, the folder with its files, and its tokens that are not in those files."""
 
     tokenizer: Tokenizer
     folder: Path
@@ -102,7 +98,7 @@ class ReadTokenizer:
 def read_tokenizer(
     files: CheckpointFiles, format: Format, base: Checkpoint | None, options: LoadOptions
 ) -> ReadTokenizer:
-    """The checkpoint's own tokenizer, else its base's, with the tokens whose embeddings the checkpoint brings."""
+    """Loads the tokenizer of the checkpoint or its base, adding tokens whose embeddings the checkpoint contains."""
     own = base is None or has_tokenizer(files.path)
     folder = format.tokenizer_folder(files) if own or base is None else base.tokenizer_folder
     tokenizer = load_tokenizer(folder, legacy_strip=options.legacy_strip, fast=format.fast_tokenizer)
@@ -114,7 +110,7 @@ def read_tokenizer(
 def resolve_tensors(
     files: CheckpointFiles, format: Format, base: Checkpoint | None, tokenizer: Tokenizer, options: LoadOptions
 ) -> Resolved:
-    """Where each of our tensors comes from. Raises CheckpointError on unknown tensors, unless `force`."""
+    """Determines where each of our tensors comes from. Raises CheckpointError on unknown tensors, unless `force`."""
     if not format.needs_base and not files.weights:
         raise CheckpointError(f"{files.path}: has no weights; expected model*.safetensors or pytorch_model*.bin")
     resolved = format.resolve(files, base, tokenizer)
@@ -126,7 +122,7 @@ def resolve_tensors(
 def read_config(
     files: CheckpointFiles, format: Format, base: Checkpoint | None, resolved: Resolved, options: LoadOptions
 ) -> ReadConfig:
-    """The model's config, completed by what only tensors or the base show."""
+    """Reads the model's config and completes it from the tensors and the base."""
     with parsing(files.config_file if files.config or not base else base.path / "config.json"):
         read = format.read_config(files, resolved.tensors, base, options)
     config = read.config
@@ -184,7 +180,7 @@ def _assemble(
 def check(
     checkpoint: Checkpoint, base: Checkpoint | None, files: CheckpointFiles, resolved: Resolved, options: LoadOptions
 ) -> None:
-    """Config, tensors, tokenizer and base belong to one model. Raises CheckpointError."""
+    """Checks that config, tensors, tokenizer and base belong to one model. Raises CheckpointError."""
     _check_consistent(checkpoint, len(resolved.tensors))
     if base:
         _check_base(checkpoint, base, files, resolved.tensors, options.force)
@@ -199,8 +195,8 @@ def _check_consistent(checkpoint: Checkpoint, n_found: int) -> None:
         )
     if config.decoder.n_layers > n_found > 0:
         raise CheckpointError(
-            f"{where}: states {config.decoder.n_layers} layers, the files have {n_found} tensors: "
-            "config.json and weights are of different models"
+            f"{where}: states {config.decoder.n_layers} layers, but the files have only {n_found} tensors: "
+            "config.json and the weights belong to different models"
         )
 
 
@@ -211,15 +207,15 @@ def _check_base(
     found: Mapping[str, LazyTensor],
     force: bool,
 ) -> None:
-    """The base has the sizes that the part's own config states."""
+    """Checks that the base has the sizes stated in the config of the LoRA, projector or delta."""
     detection = Detection(checkpoint.format, checkpoint.evidence)
     expected, wrong = shapes(checkpoint.config), f"not the base of this {checkpoint.format}"
     for ours in sorted({*found, *expected}):
         has, asked = found[ours].shape if ours in found else None, expected.get(ours)
         if ours.startswith("decoder.") and has != asked and ours != "decoder.head.weight":
-            found_and_asked = f"{ours} has shape {_sizes(has)}, {files.path} asks for {_sizes(asked)}"
+            found_and_asked = f"{ours} has shape {_sizes(has)}, but {files.path} needs {_sizes(asked)}"
             raise wrong_base(base.path, found_and_asked, files, detection)
-    check_heads(base.config.decoder, checkpoint.config.decoder, base.path, f"{files.path} asks for", wrong)
+    check_heads(base.config.decoder, checkpoint.config.decoder, base.path, f"{files.path} needs", wrong)
     if checkpoint.format == "delta":
         check_raw(base, checkpoint.config.decoder, force)
     else:
@@ -232,29 +228,29 @@ def _sizes(shape: tuple[int, ...] | None) -> str:
 
 
 def _check_depth(checkpoint: Checkpoint, force: bool) -> None:
-    """All of a decoder's tensors are needed, except the head of a tied one."""
+    """Checks that no decoder tensor is left unused, except the head of a tied decoder."""
     decoder = checkpoint.config.decoder
     for ours, tensor in checkpoint.unused.items():
         tied_head = decoder.tied and ours == "decoder.head.weight"
         if ours.startswith("decoder.") and not force and not tied_head:
             raise CheckpointError(
-                f"{tensor.where}: is not part of a decoder with {decoder.n_layers} layers: "
-                "config.json and weights are of different models"
+                f"{tensor.where}: does not belong to a decoder with {decoder.n_layers} layers: "
+                "config.json and the weights belong to different models"
             )
 
 
 def check_headers(checkpoint: Checkpoint) -> None:
-    """Every tensor exists and has the shape that the config states. Raises CheckpointError."""
+    """Checks that every tensor exists and has the shape that the config states. Raises CheckpointError."""
     if checkpoint.missing:
         n, first = len(checkpoint.missing), checkpoint.missing[0]
         names = disk_names(first, (*FORMATS[checkpoint.format].rules(checkpoint.config), *clip.RULES))
         raise CheckpointError(
-            f"{checkpoint.path}: {n} tensors are missing, the first is {names[0]}; fetch the checkpoint again"
+            f"{checkpoint.path}: {n} tensors are missing (the first is {names[0]}); fetch the checkpoint again"
         )
     expected = shapes(checkpoint.config)
     for name, tensor in checkpoint.tensors.items():
         if tensor.shape != expected[name]:
             raise CheckpointError(
-                f"{tensor.where}: has shape {list(tensor.shape)}, the config states {list(expected[name])}: "
-                "config.json and weights are of different models"
+                f"{tensor.where}: has shape {list(tensor.shape)}, but the config states {list(expected[name])}: "
+                "config.json and the weights belong to different models"
             )

@@ -1,6 +1,6 @@
-"""The command line: one small function a job. A job's room, and torch with it, is imported only when the job runs."""
+"""The command line: one small function per command. Each imports its implementation, and torch, only when it runs."""
 
-# each registers its commands, in the order in which help shows them
+# importing a module registers its commands; --help lists them in this order
 from llava.cli import answer, checkpoint, merge, train, zoo
 from llava.cli.app import app, guarded, main, progress_bar
 

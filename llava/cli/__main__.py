@@ -1,4 +1,4 @@
-"""`python -m llava.cli`, as torchrun starts it."""
+"""Entry point for `python -m llava.cli`, used with torchrun."""
 
 from llava.cli import main
 

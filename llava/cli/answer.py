@@ -39,7 +39,7 @@ def ask(
     sampling: SamplingOptions,
     as_json: AsJson = False,
 ) -> None:
-    """Ask a question about an image, several, or none."""
+    """Ask a question about any number of images."""
     *paths, question = words
     images = [sys.stdin.buffer.read() if path == "-" else _existing(path) for path in paths]
     vlm = _load(model, loading, base=base, adapters=adapter)
@@ -74,13 +74,15 @@ def chat(
 def features(
     checkpoint: Checkpoint,
     *,
-    input: Annotated[Path, typer.Option("--input", help='text lines, or .jsonl rows {"text": …, "image": path?}')],
+    input: Annotated[
+        Path, typer.Option("--input", help='one text per line, or .jsonl rows {"text": …, "image": path?}')
+    ],
     layers: Annotated[str, typer.Option("--layers", help="such as 8,16,-1; 0: embeddings, -1: after the final norm")],
     out: Annotated[Path, typer.Option("--out", help=".safetensors file to write")],
     base: Base = None,
     loading: ModelOptions,
 ) -> None:
-    """Write hidden states of texts, with or without an image, to a safetensors file."""
+    """Write the hidden states of texts, with or without images, to a safetensors file."""
     try:
         numbers = [int(layer) for layer in layers.split(",")]
     except ValueError:
@@ -123,5 +125,5 @@ def _name_and_folder(adapter: str) -> tuple[str, str]:
 
 def _existing(path: str) -> Path:
     if not os.path.isfile(path):
-        raise ImageError(f"{path:.200}: no such image file; the question comes last, in quotes")
+        raise ImageError(f"{path:.200}: no such image file; put the question last, in quotes")
     return Path(path)

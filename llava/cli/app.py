@@ -24,7 +24,7 @@ def guarded() -> Iterator[None]:
     except KeyboardInterrupt:
         print("llava: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-    except BrokenPipeError:  # the reader of a pipe has closed it
+    except BrokenPipeError:  # the program reading the output closed the pipe
         sys.stderr.close()
         raise SystemExit(0) from None
 
@@ -37,7 +37,7 @@ class _Guarded(TyperGroup):
 
 app = typer.Typer(
     cls=_Guarded,
-    help="LLaVA in native PyTorch: load, convert and ask every published checkpoint.",
+    help="LLaVA in native PyTorch: load, convert, train and chat with every published checkpoint.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -46,9 +46,9 @@ app = typer.Typer(
 
 @contextmanager
 def progress_bar(what: str, unit: str = "bytes") -> Iterator[Callable[[int, int], None]]:
-    """A progress bar with rate and remaining time; shown only if stderr is a terminal.
+    """Shows a progress bar with rate and remaining time if stderr is a terminal.
 
-    Yields a callback that receives the amounts done and in total.
+    Yields a callback that receives the amount done and the total.
     """
     if not sys.stderr.isatty():
         yield lambda done, total: None

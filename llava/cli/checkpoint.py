@@ -1,4 +1,4 @@
-"""Commands on checkpoint files: inspect, convert."""
+"""Commands for checkpoint files: inspect, convert."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ def inspect(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """What a checkpoint is and what it needs, from headers only."""
+    """Show what a checkpoint is and what it needs, from headers only."""
     from llava.checkpoint import inspect as job
     from llava.config import LoadOptions
 
@@ -46,11 +46,11 @@ def inspect(
 @app.command()
 def convert(
     checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write; absent or empty")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write; must be empty if it exists")],
     to: Annotated[str, typer.Option("--to", help="native, llava, llava-hf, llama, gguf or gpt-fast")] = "native",
-    vision: Annotated[bool, typer.Option("--vision/--no-vision", help="with or without tower and projector")] = True,
-    verify: Annotated[bool, typer.Option("--verify", help="read back and compare bit by bit")] = False,
-    check: Annotated[bool, typer.Option("--check/--no-check", help="compare the logits of both")] = True,
+    vision: Annotated[bool, typer.Option("--vision/--no-vision", help="keep vision tower and projector")] = True,
+    verify: Annotated[bool, typer.Option("--verify", help="read the output back and compare it bit by bit")] = False,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="compare the logits before and after")] = True,
     base: Base = None,
     vision_tower: VisionTower = None,
     revision: Revision = None,
@@ -71,7 +71,7 @@ def convert(
 
 
 def left_out(names: tuple[str, ...]) -> str:
-    """One line about the tensors that a conversion leaves out, by the part of the model they belong to."""
+    """Returns one line that counts the tensors omitted by a conversion, grouped by part of the model."""
     parts = ("mm_projector", "vision_tower", "vision_model", "text_model", "inv_freq")
     counts = Counter(next((part for part in parts if part in name), name) for name in names)
     return "left out: " + ", ".join(f"{part} ({n} tensors)" if n > 1 else part for part, n in counts.items())

@@ -1,4 +1,4 @@
-"""Commands that merge a difference with its base, and take models apart."""
+"""Commands that merge a delta or LoRA into its base, or split a model into parts."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -17,7 +17,10 @@ BaseModel = Annotated[
     str, typer.Option("--base", "--base-model-path", "--model-base", help="folder or hub id of the base LLM")
 ]
 Target = Annotated[
-    Path, typer.Option("--target", "--target-model-path", "--save-model-path", help="folder to write; absent or empty")
+    Path,
+    typer.Option(
+        "--target", "--target-model-path", "--save-model-path", help="folder to write; must be empty if it exists"
+    ),
 ]
 
 
@@ -26,11 +29,12 @@ class MergingOptions:
     """Options of the commands that merge; see `llava.convert.merge.MergeOptions`."""
 
     precise: Annotated[
-        bool, typer.Option("--precise", help="float32 sums, rounded once, not the original arithmetic")
+        bool, typer.Option("--precise", help="sum in float32 and round once, unlike the original tools")
     ] = False
-    verify: Annotated[bool, typer.Option("--verify", help="compute everything again and compare bit by bit")] = False
+    verify: Annotated[bool, typer.Option("--verify", help="recompute everything and compare it bit by bit")] = False
     shard_gb: Annotated[
-        float, typer.Option("--shard-gb", min=1e-6, max=1e6, help="largest file, in GB; a rerun keeps complete ones")
+        float,
+        typer.Option("--shard-gb", min=1e-6, max=1e6, help="maximum file size in GB; a rerun keeps complete files"),
     ] = 5.0
     revision: Revision = None
     force: Force = False
@@ -57,7 +61,7 @@ def apply_delta(
     options: MergingOptions,
     as_json: AsJson = False,
 ) -> None:
-    """Base weights + published delta -> usable weights."""
+    """Apply a published delta to its base model to obtain usable weights."""
     from llava.convert import merge as job
 
     with progress_bar("apply delta") as progress:
@@ -74,7 +78,7 @@ def merge_lora(
     options: MergingOptions,
     as_json: AsJson = False,
 ) -> None:
-    """Base weights + LoRA -> usable weights."""
+    """Merge a LoRA into its base model to obtain usable weights."""
     from llava.convert import merge as job
 
     with progress_bar("merge LoRA") as progress:
@@ -84,26 +88,26 @@ def merge_lora(
 @app.command("make-delta")
 def make_delta(
     base: BaseModel,
-    target: Annotated[str, typer.Option("--target", "--target-model-path", help="folder or hub id of the whole model")],
-    delta: Annotated[Path, typer.Option("--delta", "--delta-path", help="folder to write; absent or empty")],
+    target: Annotated[str, typer.Option("--target", "--target-model-path", help="folder or hub id of the full model")],
+    delta: Annotated[Path, typer.Option("--delta", "--delta-path", help="folder to write; must be empty if it exists")],
 ) -> None:
-    """Whole model - base weights -> a delta that can be published."""
+    """Subtract the base weights from a full model to obtain a delta that can be published."""
     from llava.convert import split as job
 
     with progress_bar("make delta") as progress:
         job.make_delta(target, base, delta, progress=progress)
-    print(f"{delta}: {target} as its difference to {base}, in float16")
+    print(f"{delta}: the difference between {target} and {base}, in float16")
 
 
 @app.command("extract-projector")
 def extract_projector(
     checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write; absent or empty")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write; must be empty if it exists")],
     base: Base = None,
     vision_tower: VisionTower = None,
     revision: Revision = None,
 ) -> None:
-    """A LLaVA's projector by itself, as stage 1 leaves it."""
+    """Write only the projector of a LLaVA checkpoint, in the format that stage 1 of training saves."""
     from llava.config import LoadOptions
     from llava.convert import split as job
 

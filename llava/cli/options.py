@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Options shared by several commands."""
 
 import inspect
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import typer
 
 Model = Annotated[
     str | None,
-    typer.Option("--model", "-m", help="folder or hub id of a checkpoint; default: llava-tiny, part of this package"),
+    typer.Option("--model", "-m", help="folder or hub id of a checkpoint; default: the included llava-tiny"),
 ]
 Checkpoint = Annotated[str, typer.Argument(metavar="M", help="folder or hub id of a checkpoint")]
 Base = Annotated[str | None, typer.Option("--base", help="language model that a delta, LoRA or projector belongs to")]
@@ -18,25 +18,31 @@ Adapters = Annotated[
     list[str] | None,
     typer.Option("--adapter", metavar="NAME=M", help="LoRA or projector to use with --model; repeatable"),
 ]
-VisionTower = Annotated[str | None, typer.Option("--vision-tower", help="folder or hub id of CLIP")]
+VisionTower = Annotated[str | None, typer.Option("--vision-tower", help="folder or hub id of a CLIP model")]
 Template = Annotated[str | None, typer.Option("--template", help="name of a conversation template")]
 DType = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N")]
 Quantize = Annotated[str | None, typer.Option("--quantize", help="quantization of the weights")]
 Revision = Annotated[str | None, typer.Option("--revision", help="branch, tag or commit on the hub")]
-Force = Annotated[bool, typer.Option("--force", help="continue despite unknown tensors, NaN, Inf or a doubtful base")]
+Force = Annotated[bool, typer.Option("--force", help="continue despite unknown tensors, NaN, Inf or a mismatched base")]
 ImageMode = Annotated[str | None, typer.Option("--image-mode", help="image preprocessing: original or hf")]
-Exif = Annotated[bool, typer.Option("--exif", help="rotate images as their EXIF orientation says")]
-LegacyStrip = Annotated[bool, typer.Option("--legacy-strip", help="strip white space as when v0 and v1.1 were trained")]
+Exif = Annotated[bool, typer.Option("--exif", help="rotate images according to their EXIF orientation")]
+LegacyStrip = Annotated[
+    bool, typer.Option("--legacy-strip", help="strip white space as in the training of v0 and v1.1")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
 
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="maximum length of the reply, in tokens")]
-Temperature = Annotated[float, typer.Option("--temperature", help="0: always the most likely token")]
-TopP = Annotated[float | None, typer.Option("--top-p", help="sample from the most likely tokens with this total share")]
-TopK = Annotated[int | None, typer.Option("--top-k", help="sample from this many of the most likely tokens")]
+Temperature = Annotated[
+    float, typer.Option("--temperature", help="sampling temperature; 0 always selects the most likely token")
+]
+TopP = Annotated[
+    float | None, typer.Option("--top-p", help="sample from the most likely tokens up to this total probability")
+]
+TopK = Annotated[int | None, typer.Option("--top-k", help="number of most likely tokens to sample from")]
 MinP = Annotated[float | None, typer.Option("--min-p", help="minimum probability, relative to the most likely token")]
-RepetitionPenalty = Annotated[float, typer.Option("--repetition-penalty", help="above 1: less repetition")]
-Seed = Annotated[int | None, typer.Option("--seed", help="for reproducible replies")]
+RepetitionPenalty = Annotated[float, typer.Option("--repetition-penalty", help="values above 1 reduce repetition")]
+Seed = Annotated[int | None, typer.Option("--seed", help="random seed, for reproducible replies")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="string that ends the reply; repeatable")]
 
 
@@ -72,7 +78,7 @@ class SamplingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatOptions(SamplingOptions):
-    """The same with the default temperature of a chat."""
+    """`SamplingOptions` with the default temperature for chats."""
 
     temperature: Temperature = 0.2
 
@@ -80,7 +86,7 @@ class ChatOptions(SamplingOptions):
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """Lets a command take a group of options as one parameter, annotated with a dataclass such as `ModelOptions`.
 
-    Typer reads one parameter for each option, so the function returned shows it the fields of the dataclass instead.
+    Typer expects one parameter per option, so the returned function has the fields of the dataclass as parameters.
     """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}

@@ -22,22 +22,20 @@ def train(
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a recipe key; repeatable")
     ] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="show what the run would need, and exit")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="show what the run would need and exit")] = False,
     ranks: Annotated[
         int, typer.Option("--ranks", min=1, envvar="WORLD_SIZE", help="number of GPUs that --plan assumes")
     ] = 1,
     plot: Annotated[
         list[Path] | None,
-        typer.Option("--plot", metavar="RUN", help="plot the curves of a run folder instead; repeatable"),
+        typer.Option("--plot", metavar="RUN", help="plot the curves of a run folder instead of training; repeatable"),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="file that --plot writes, by default RUN/curves.png")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="file that --plot writes; default: RUN/curves.png")] = None,
     listed: Annotated[bool, typer.Option("--list", help="list the shipped recipes")] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda")] = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Train a recipe. Run the same command again to resume, or use torchrun to train on several GPUs."""
+    """Train a model from a recipe. Run the same command again to resume; use torchrun to train on several GPUs."""
     from llava.train.recipe import read_recipe, recipe_names
 
     if plot:
@@ -47,7 +45,7 @@ def train(
     elif listed:
         print("\n".join(recipe_names()))
     elif recipe is None:
-        raise ConfigError("no recipe given; llava train --list shows the shipped ones")
+        raise ConfigError("no recipe given; run llava train --list to see the shipped recipes")
     elif plan:
         from llava.train.plan import make_plan
 
@@ -61,7 +59,7 @@ def train(
             print(f"{model}: the trained model")
 
 
-data = typer.Typer(help="Training data.", no_args_is_help=True)
+data = typer.Typer(help="Commands for training data.", no_args_is_help=True)
 app.add_typer(data, name="data")
 
 
@@ -71,7 +69,7 @@ def data_check(
         Path, typer.Argument(metavar="FILE", help="data in LLaVA's .json or .jsonl format, a .tar, or a folder of tars")
     ],
     images: Annotated[
-        Path | None, typer.Option("--images", help="where the images are: folder, .zip, .tar or folder of tars")
+        Path | None, typer.Option("--images", help="location of the images: folder, .zip, .tar or folder of tars")
     ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option("--tokenizer", help="folder with a tokenizer, to count tokens")
@@ -80,13 +78,13 @@ def data_check(
     template: Template = None,
     max_length: Annotated[int, typer.Option("--max-length", min=2, help="maximum tokens per sample")] = 2048,
     image_tokens: Annotated[
-        int | None, typer.Option("--image-tokens", min=1, help="tokens per image, by default the model's, or 576")
+        int | None, typer.Option("--image-tokens", min=1, help="tokens per image; default: the model's count, or 576")
     ] = None,
     fix: Annotated[
         Path | None, typer.Option("--fix", metavar="OUT", help="write a copy with the problems fixed")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option("--workers", min=0, help="number of processes, by default one per CPU")
+        int | None, typer.Option("--workers", min=0, help="number of processes; default: one per CPU")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

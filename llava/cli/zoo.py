@@ -1,4 +1,4 @@
-"""Commands on the catalogue of published checkpoints: zoo, zoo show, zoo check."""
+"""Commands for the catalogue of published checkpoints: zoo, zoo show, zoo check."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from llava.zoo.match import Match, Matches
 
-zoo = typer.Typer(help="The published checkpoints: the zoo's tables, an entry, what a folder is.")
+zoo = typer.Typer(help="Browse the catalogue of published checkpoints, or identify a checkpoint folder.")
 app.add_typer(zoo, name="zoo")
 
 
@@ -26,13 +26,13 @@ def tables(
         str | None, typer.Option("--base-llm", help="entries whose base LLM contains this text")
     ] = None,
     format: Annotated[
-        str | None, typer.Option("--format", help="merged, delta, lora, projector or hf-reexport, or a part of it")
+        str | None, typer.Option("--format", help="merged, delta, lora, projector or hf-reexport, or part of a name")
     ] = None,
     vision_encoder: Annotated[str | None, typer.Option("--vision-encoder", help="such as CLIP-L-336px")] = None,
     data: Annotated[str | None, typer.Option("--data", help="pretraining or finetuning data, such as 558K")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="a JSON list of entries instead of tables")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print a JSON list of entries instead of tables")] = False,
 ) -> None:
-    """The published checkpoints: the zoo's tables, an entry, what a folder is."""
+    """Browse the catalogue of published checkpoints, or identify a checkpoint folder."""
     if context.invoked_subcommand:
         return
     chosen = catalogue.select(base_llm=base_llm, format=format, vision_encoder=vision_encoder, data=data)
@@ -41,14 +41,14 @@ def tables(
     elif chosen:
         _print_tables(chosen)
     else:
-        print("no entry matches; llava zoo lists all of them")
+        print("no entry matches; run llava zoo without filters to list all entries")
 
 
 @zoo.command()
 def show(
     id: Annotated[str, typer.Argument(metavar="ID", help="id of an entry, or its last part")], as_json: AsJson = False
 ) -> None:
-    """One entry: what it needs, scores, template, and the commands to fetch, merge and run it."""
+    """Show an entry: its requirements, scores, template, and the commands to fetch, merge and run it."""
     entry = catalogue.find(id)
     commands = [{"for": purpose, "command": line} for purpose, line in catalogue.commands(entry)]
     if as_json:
@@ -67,7 +67,7 @@ def check(
     revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
-    """Which entry a folder is, according to its files; else the nearest ones, and what differs."""
+    """Identify a checkpoint by its files. If it is not in the zoo, show the nearest entries and how they differ."""
     from llava.checkpoint.detect import detect, read_files
     from llava.zoo.match import match
 
@@ -82,7 +82,7 @@ def check(
         for one in found.candidates:
             print(f"  {one.entry['id']}")
     else:
-        print(f"{folder} is not in the zoo; nearest:")
+        print(f"{folder} is not in the zoo; nearest entries:")
         for one in found.nearest[:_SHOWN]:
             print(f"  {one.entry['id']}")
             _print_lines("    differs: ", one.differs.values())
@@ -90,7 +90,7 @@ def check(
     _print_lines("  ", (fact.evidence for fact in found.fingerprint.values()))
 
 
-_SHOWN = 4  # nearest entries in text output; --json has all of them
+_SHOWN = 4  # number of nearest entries in text output; --json lists all
 
 
 def _as_dict(found: "Matches") -> dict[str, Any]:

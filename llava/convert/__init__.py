@@ -1,1 +1,1 @@
-"""A resolved checkpoint into another folder: converted, merged with its base, or taken apart; results are verified."""
+"""Converts, merges and splits resolved checkpoints into new folders, and verifies the results."""

@@ -29,12 +29,12 @@ def convert(
     check: bool = True,
     progress: Progress = no_progress,
 ) -> Checkpoint:
-    """Writes `source` in the format `to` into `target` (absent or empty), streaming.
+    """Converts `source` to the format `to` and streams it into the folder `target`, which must be absent or empty.
 
-    verify: read everything back and compare bit by bit. check: compare the logits of both, block by block. With
+    verify: read everything back and compare it bit by bit. check: compare the logits of both, block by block. With
     `options.force`, unknown tensors, NaN and Inf are tolerated and logits are not compared. conversion.md in the target
-    says what was done. Returns the source, with the names that were left out as `unused_names`. Raises LlavaError; a
-    failed conversion leaves nothing behind.
+    records what was done. Returns the source checkpoint, whose `unused_names` are the tensors left out. Raises
+    LlavaError; a failed conversion leaves nothing behind.
     """
     options, format = options or LoadOptions(), _writable(to)
     vision = options.vision and format.holds_vision
@@ -57,13 +57,13 @@ def convert(
 def _writable(to: str) -> Format:
     known = [name for name, format in FORMATS.items() if format.writes]
     if to not in known:
-        raise ConfigError(f"{to!r} is not a format to convert to; expected one of {', '.join(known)}")
+        raise ConfigError(f"cannot convert to {to!r}; expected one of {', '.join(known)}")
     return FORMATS[to]
 
 
 def _read_back(format: Format, folder: Path, checkpoint: Checkpoint) -> Checkpoint:
     if (written := format.read_back(folder, checkpoint)) is None:
-        # the tower in use, not the one that config.json names: that may be unreachable
+        # use the source's tower, since the one named in config.json may be unreachable
         tower = None if own_tower(folder) else checkpoint.tower_folder
         has_vision = checkpoint.config.vision is not None
         written = open_checkpoint(folder, LoadOptions(vision=has_vision, vision_tower=tower))
@@ -74,7 +74,7 @@ def _read_back(format: Format, folder: Path, checkpoint: Checkpoint) -> Checkpoi
 def _compare(
     checkpoint: Checkpoint, written: Checkpoint, verify: bool, check: bool, progress: Progress
 ) -> Iterator[str]:
-    """Lines for the report. Raises CheckpointError if the two differ."""
+    """Yields lines for the report. Raises CheckpointError if the two checkpoints differ."""
     if verify:
         check_equal(checkpoint, written, progress)
         yield "Read back: every tensor has the same bits."
@@ -82,16 +82,18 @@ def _compare(
         yield f"Logits of both, float32: largest difference {check_logits(checkpoint, written):.1e}."
 
 
+@advice()
 def write_gpt_fast(
     folder: Path, output: Path | None = None, *, progress: Progress = no_progress
 ) -> tuple[Path, Checkpoint]:
-    """Writes gpt-fast's model.pth into a checkpoint's own folder (or to `output`), as gpt-fast's script of the
-    same purpose does. Returns the file and the source. Raises LlavaError.
+    """Writes gpt-fast's model.pth into the checkpoint's own folder, as gpt-fast's conversion script does, or to
+    `output`. Returns the file and the source checkpoint. Raises LlavaError.
     """
-    checkpoint = open_checkpoint(folder, LoadOptions(vision=False, force=True))
-    check_headers(checkpoint)
-    target = output or checkpoint.path / "model.pth"
-    outputs = FORMATS["gpt-fast"].outputs(checkpoint)
+    format = FORMATS["gpt-fast"]
+    opened = open_checkpoint(folder, LoadOptions(vision=False, force=True))
+    check_headers(opened)
+    target, checkpoint = output or opened.path / "model.pth", format.prepare(opened)
+    outputs = format.outputs(checkpoint)
     with new_file(target, sum(out.n_bytes for out in outputs)) as partial:
         write_torch(partial, outputs, byte_counter(outputs, progress))
-    return target, checkpoint
+    return target, opened

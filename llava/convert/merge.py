@@ -1,4 +1,4 @@
-"""A delta or a LoRA and its base as one folder in the llava format: streamed, with the original tools' arithmetic."""
+"""Merges a delta or LoRA with its base into a folder in the llava format, streamed, with the original's arithmetic."""
 
 import time
 from collections.abc import Mapping
@@ -32,28 +32,28 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions:
-    """How a delta or LoRA is merged."""
+    """Options for merging a delta or LoRA."""
 
-    precise: bool = False  # sums in float32, rounded once, instead of the original's arithmetic
-    verify: bool = False  # compute everything again and compare it with the files
-    force: bool = False  # tolerate unknown tensors, NaN, Inf and a doubtful base
-    revision: str | None = None  # of the delta or LoRA on the hub
+    precise: bool = False  # sum in float32 and round once, instead of using the original's arithmetic
+    verify: bool = False  # recompute every tensor and compare it with the files
+    force: bool = False  # tolerate unknown tensors, NaN, Inf or a mismatched base
+    revision: str | None = None  # branch, tag or commit of the delta or LoRA on the hub
     max_shard_bytes: int = MAX_SHARD_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
 class Merged:
-    """What was written."""
+    """The result of a merge."""
 
     folder: str
     base: str
-    evidence: list[str]  # for the format of the delta or LoRA
+    evidence: list[str]  # why the format of the delta or LoRA was detected
     n_tensors: int
     n_bytes: int
     seconds: float
-    taken_over: int  # shards that an earlier, killed run had completed
+    taken_over: int  # number of shards completed by an earlier run that was interrupted
     verified: bool
-    sha256: dict[str, str]  # of the shards
+    sha256: dict[str, str]  # shard name -> checksum
 
 
 def apply_delta(
@@ -64,8 +64,8 @@ def apply_delta(
     *,
     progress: Progress = no_progress,
 ) -> Merged:
-    """base + delta, as the original's tool of this name: sums in float16, names unchanged, the delta's config and
-    tokenizer. Raises CheckpointError.
+    """Writes base + delta, like the original tool of this name: sums in float16, names unchanged, config and
+    tokenizer from the delta. Raises CheckpointError.
     """
     return merge("delta", base, target, delta, options or MergeOptions(), progress)
 
@@ -78,8 +78,8 @@ def merge_lora(
     *,
     progress: Progress = no_progress,
 ) -> Merged:
-    """base + scale * B @ A and what was trained next to it, as the original's `merge_lora_weights.py` on a CPU: factors
-    in float16, their product in float32 and rounded, then the sum. Raises CheckpointError.
+    """Writes base + scale * B @ A and the weights trained alongside, like the original `merge_lora_weights.py` on a
+    CPU: factors in float16, their product in float32 and rounded, then the sum. Raises CheckpointError.
     """
     return merge("lora", base, target, lora, options or MergeOptions(), progress)
 
@@ -88,10 +88,10 @@ def merge_lora(
 def merge(
     format: str, base: str | Path, target: Path, path: str | Path, options: MergeOptions, progress: Progress
 ) -> Merged:
-    """Writes a checkpoint of `format` and its base into `target` (absent or empty) in float16 shards with an index.
+    """Merges a checkpoint of `format` with its base into `target` (absent or empty) as float16 shards with an index.
 
-    The work is done in `target.partial`, and the same call continues there after a kill. Memory use is a few chunks,
-    whatever the model's size. Raises CheckpointError.
+    Files are written to `target.partial`, where the same call resumes after a kill. Memory use is a few chunks,
+    regardless of model size. Raises CheckpointError.
     """
     started = time.perf_counter()
     free_folder(target)
@@ -109,7 +109,7 @@ def merge(
         "base": _file_stats(base_folder),
         format: _file_stats(files.path),
         "precise": options.precise,
-        "force": options.force,  # shards written with it may have NaN
+        "force": options.force,  # shards written with `force` may contain NaN
         "max_shard_bytes": options.max_shard_bytes,
     }
     n_bytes = sum(out.n_bytes for out in outputs)
@@ -136,7 +136,7 @@ def merge(
 
 
 def _check_projector(whole: Checkpoint, files: CheckpointFiles) -> None:
-    """If config.json names a tower, the projector is complete. Raises CheckpointError."""
+    """Checks that the projector is complete if config.json names a tower. Raises CheckpointError."""
     if not files.config.get("mm_vision_tower"):
         return
     with parsing(files.config_file):
@@ -147,7 +147,7 @@ def _check_projector(whole: Checkpoint, files: CheckpointFiles) -> None:
             if (name := f"projector.{2 * i}.{param}") not in whole.unused:
                 raise CheckpointError(
                     f"{files.path}: config.json names a vision tower and a projector of type {type}, but the files "
-                    f"have no {name}; fetch the {whole.format} again, including non_lora_trainables.bin of a LoRA"
+                    f"have no {name}; fetch the {whole.format} again, with non_lora_trainables.bin if it is a LoRA"
                 )
 
 
@@ -161,7 +161,7 @@ def _wrong_format(files: CheckpointFiles, detection: Detection, format: str) -> 
 
 
 def _outputs(whole: Checkpoint, precise: bool) -> list[OutputTensor]:
-    """Every tensor under its original name in float16, including those that a language model does not need."""
+    """Returns every tensor in float16 under its original name, including those that a language model does not need."""
     tensors = {name: _in_float16(tensor, precise) for name, tensor in (whole.tensors | whole.unused).items()}
     linear = "projector.0.weight" in tensors and "projector.2.weight" not in tensors
     return to_disk(tensors, whole.config, rules_for(whole.config, linear=linear))
@@ -176,12 +176,12 @@ def _in_float16(tensor: LazyTensor, precise: bool) -> LazyTensor:
 
 
 def _config(whole: Checkpoint, files: CheckpointFiles, base: Path) -> dict[str, Any]:
-    """The part's config.json, or the base's for a LoRA that only PEFT wrote. Raises CheckpointError."""
+    """Returns the config.json of the delta or LoRA; the base's if PEFT alone saved the LoRA. Raises CheckpointError."""
     config: Mapping[str, Any] = files.config or whole.source_config
-    if VERSION_KEY in config:  # ours, which other readers do not understand
+    if VERSION_KEY in config:  # our own config format, which other tools cannot read
         if config.get("vision") or whole.config.decoder.kind != "llama":
             raise CheckpointError(
-                f"{files.path}: has no config.json, and that of {base} is native; convert the base first: "
+                f"{files.path}: has no config.json, and {base} has the native format; convert the base first: "
                 f"llava convert {base} OUT --to llava"
             )
         config = llama_config(whole.config, whole.tokenizer)
@@ -194,17 +194,17 @@ def _config(whole: Checkpoint, files: CheckpointFiles, base: Path) -> dict[str, 
 
 
 def _check_reopens(folder: Path, whole: Checkpoint) -> None:
-    """What was written is a whole model with the same template. Raises CheckpointError."""
+    """Checks that the result opens as a whole model with the same template. Raises CheckpointError."""
     again = open_checkpoint(folder, LoadOptions(vision=False))
     check_headers(again)
     if FORMATS[again.format].needs_base or again.config.template != whole.config.template:
         raise CheckpointError(
-            f"{folder}: the sum has format {again.format} and template {again.config.template}, expected a model with "
-            f"template {whole.config.template}: the base is not the one that the difference was taken to"
+            f"{folder}: the result has format {again.format} and template {again.config.template}; expected a whole "
+            f"model with template {whole.config.template}: this is not the base that the {whole.format} was made for"
         )
 
 
 def _file_stats(folder: Path) -> dict[str, list[int]]:
-    """Size and modification time of each file, to tell whether a later run has the same inputs."""
+    """Returns the size and modification time of each file, to tell whether a later run has the same inputs."""
     stats = {file.name: file.stat() for file in sorted(folder.iterdir()) if file.is_file()}
     return {str(folder.resolve()): [], **{name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}}

@@ -1,4 +1,4 @@
-"""conversion.md: what a conversion did."""
+"""The text of conversion.md, which records what a conversion did."""
 
 import re
 from collections import Counter
@@ -12,7 +12,7 @@ from llava.tensors.writer import OutputTensor
 def report(
     source: Checkpoint, outputs: Sequence[OutputTensor], to: str, checks: Sequence[str], remarks: Sequence[str] = ()
 ) -> str:
-    """Markdown: what was renamed, added and left out, and why; what a reader of the new files should know."""
+    """Returns Markdown that states what was renamed, added and left out, and why, and what readers should know."""
     lines = [f"# Conversion to {to}", "", f"From a {source.format} checkpoint: {'; '.join(source.evidence)}."]
     if source.template.template:
         lines.append(f"Template: {source.template.template} ({source.template.because}).")
@@ -30,15 +30,15 @@ def _names(outputs: Sequence[OutputTensor]) -> list[str]:
 
 
 def _rows(source: Checkpoint, outputs: Sequence[OutputTensor]) -> list[str]:
-    """The rows of embedding table and head, if their number changed."""
+    """States the number of rows of the embedding table and head, if it changed."""
     before, now = source.config.decoder.vocab_size, {out.shape[0] for out in outputs if out.ours in VOCAB_TABLES}
     if not now or now == {before}:
         return []
     why = (
-        "llava-hf has rows for <image> and <pad> and pads their number to a multiple of 64; they are never looked up. "
-        "The rows added here were kept from an earlier conversion, or are the mean of the others."
+        "llava-hf adds rows for <image> and <pad> and pads to a multiple of 64; the added rows are never looked up. "
+        "Here, they were kept from an earlier conversion, or are the mean of the other rows."
         if max(now) > before
-        else "The rows of <image> and <pad>, and llava-hf's padding, are left out: untrained and never looked up."
+        else "The rows of <image> and <pad>, and llava-hf's padding, are left out, as they are untrained and unused."
     )
     return ["", "## Rows", "", f"Embedding table and head: {before} rows before, {max(now)} here. {why}"]
 
@@ -50,7 +50,7 @@ def _left_out(source: Checkpoint, outputs: Sequence[OutputTensor]) -> list[str]:
 
 
 def left_out(source: Checkpoint, outputs: Sequence[OutputTensor]) -> tuple[str, ...]:
-    """Names on disk that were not written; some tensors that the model does not need are."""
+    """Returns the names on disk of tensors that were not written. Some unused tensors are written nevertheless."""
     kept = {name for out in outputs if out.ours in source.unused for name in source.unused[out.ours].names}
     return tuple(name for name in source.unused_names if name not in kept)
 

@@ -1,42 +1,42 @@
-"""A folder of shards that is written under a temporary name and continued by the same command after a kill."""
+"""A resumable sharded writer: after a kill, the same command continues in the temporary folder."""
 
 import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-import filelock
 import torch
 
 from llava.errors import CheckpointError, LlavaError
 from llava.tensors.atomic import check_space, free_folder, replacing
 from llava.tensors.files import Weights, read_json_if_present
+from llava.tensors.lock import locked
 from llava.tensors.writer import OutputTensor, Progress, plan_shards, stream_safetensors, write_json
 
 log = logging.getLogger(__name__)
 
-_STATE = "merge.json"  # the inputs, and the checksums of complete shards
-SUMS = "SHA256SUMS"  # as sha256sum --check reads it
+_STATE = "merge.json"  # file with the inputs and the checksums of complete shards
+SUMS = "SHA256SUMS"  # in the format of sha256sum --check
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartialFolder:
-    """The folder while it is being written."""
+    """An output folder that is still being written."""
 
     folder: Path
-    inputs: Mapping[str, Any]  # another run with equal inputs may continue here
-    sha256: dict[str, str] = field(default_factory=dict)  # of complete shards
+    inputs: Mapping[str, Any]  # a later run with equal inputs may resume in this folder
+    sha256: dict[str, str] = field(default_factory=dict)  # checksums of complete shards
 
     def write_shards(
         self, outputs: Sequence[OutputTensor], progress: Progress, max_bytes: int
     ) -> dict[str, list[OutputTensor]]:
-        """Writes shards of at most `max_bytes`, skipping complete ones. Returns names and contents."""
+        """Writes shards of at most `max_bytes`, skipping complete ones. Returns file names and the tensors in each."""
         shards = plan_shards(outputs, max_bytes)
         total, done = sum(out.n_bytes for out in outputs), 0
 
@@ -54,12 +54,12 @@ class PartialFolder:
         return shards
 
     def verify(self, shards: Mapping[str, Sequence[OutputTensor]], progress: Progress) -> None:
-        """Computes every tensor again and compares it, and the checksums, with the files. Raises CheckpointError."""
+        """Checks the files against their checksums and against recomputed tensors. Raises CheckpointError."""
         total, done = sum(out.n_bytes for shard in shards.values() for out in shard), 0
         for name, shard in shards.items():
             file = self.folder / name
             if _sha256(file) != self.sha256[name]:
-                raise CheckpointError(f"{file}: is not what was written; the disk or another process changed it")
+                raise CheckpointError(f"{file}: was changed by a disk error or another process after it was written")
             weights = Weights([file])
             for out in shard:
                 _compare(out, weights, file)
@@ -76,25 +76,26 @@ def _compare(out: OutputTensor, weights: Weights, file: Path) -> None:
     for computed, written in zip(out.chunks(), stored, strict=True):
         computed = computed.to(out.dtype).contiguous()  # tensors in a .bin may be transposed views
         if not torch.equal(computed.view(torch.uint8), written.view(torch.uint8)):
-            raise CheckpointError(f"{file}: {out.name} is not the sum of base and difference; merge again")
+            raise CheckpointError(f"{file}: {out.name} does not match the recomputed sum; merge again")
 
 
 @contextmanager
 def resumable_folder(target: Path, inputs: Mapping[str, Any], n_bytes: int) -> Iterator[PartialFolder]:
-    """`target` (absent or empty) while it is written as `target.partial`, which is renamed on success.
+    """Yields a `PartialFolder` at `target.partial`, which is renamed to `target` (absent or empty) on success.
 
-    Complete shards that a killed run with the same `inputs` left there are kept. Invalid input removes the folder; a
-    full disk and Ctrl-C do not. Raises CheckpointError.
+    Complete shards left there by a killed run with the same `inputs` are kept. The folder is removed if the input is
+    invalid, but not on a full disk or Ctrl-C. Raises CheckpointError.
     """
     target = free_folder(target)
     folder = target.with_name(f"{target.name}.partial")
     try:
-        if target.exists():  # fails now, not after the work, if the target cannot be replaced
+        if target.exists():  # fail now, rather than after the work, if the target cannot be replaced
             target.rmdir()
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{target}: cannot be written ({error.strerror}); name another folder") from None
-    with _locked(folder):
+    busy = CheckpointError(f"{folder}: another process is writing to it; wait for that process or stop it")
+    with locked(folder, folder.with_name(f".{folder.name}.lock"), busy):
         partial = PartialFolder(folder=folder, inputs=inputs, sha256=_complete_shards(folder, inputs))
         done = sum((folder / name).stat().st_size for name in partial.sha256)
         try:
@@ -111,12 +112,12 @@ def resumable_folder(target: Path, inputs: Mapping[str, Any], n_bytes: int) -> I
             if target.exists():
                 target.rmdir()
             folder.rename(target)
-            (target / _STATE).unlink()  # last: until then the same command continues here
+            (target / _STATE).unlink()  # only now: after a kill before the rename, the next run needs it
 
 
 @contextmanager
 def _keeping_progress(folder: Path, target: Path) -> Iterator[None]:
-    """What happens to `folder` if writing ends early."""
+    """Removes `folder` if the input is invalid, but keeps it for a later run on OSError and Ctrl-C."""
     try:
         yield
     except LlavaError:
@@ -124,18 +125,18 @@ def _keeping_progress(folder: Path, target: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise CheckpointError(
-            f"{target}: cannot be written ({error.strerror or error}); complete files stay in {folder}: fix that and "
-            "run the same command again"
+            f"{target}: cannot be written ({error.strerror or error}); complete files are kept in {folder}; fix "
+            "the cause and run the same command again"
         ) from None
     except KeyboardInterrupt:
-        log.warning("%s keeps the complete files; the same command continues there", folder)
+        log.warning("complete files are kept in %s; run the same command again to resume", folder)
         raise
 
 
 def _complete_shards(folder: Path, inputs: Mapping[str, Any]) -> dict[str, str]:
-    """Shards of an earlier run that are as it left them, and their checksums. Its unfinished files are removed.
+    """Returns the intact shards of an earlier run with their checksums, and removes its unfinished files.
 
-    Raises CheckpointError if that run had other inputs.
+    Raises CheckpointError if that run had different inputs.
     """
     if not any(folder.iterdir()):
         return {}
@@ -149,24 +150,6 @@ def _complete_shards(folder: Path, inputs: Mapping[str, Any]) -> dict[str, str]:
         unfinished.unlink()
     found = ((folder / name, digest) for name, digest in state["sha256"].items() if (folder / name).is_file())
     return {file.name: digest for file, digest in found if _sha256(file) == digest}
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Excludes other processes; the lock of a killed process does not count. Raises CheckpointError."""
-    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        raise CheckpointError(f"{folder}: another process is writing there; wait for it, or stop it") from None
-    except (OSError, NotImplementedError) as error:  # some network file systems have no locks
-        log.warning("%s: cannot be locked (%s); do not start a second command on it", folder, error)
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # before the release: afterwards another process may hold it
-            Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
 
 
 def _write_shard(file: Path, outputs: Sequence[OutputTensor], on_bytes: Callable[[int], None]) -> str:
@@ -196,7 +179,7 @@ class _HashingWriter:
             self._wait()
 
     def write(self, data: Any) -> None:
-        """`data` must not change afterwards. Raises OSError if the previous chunk could not be written."""
+        """Starts writing `data`, which must not change afterwards. Raises OSError if the previous write failed."""
         self._wait()
         self._last = [self._pool.submit(self._raw.write, data), self._pool.submit(self.sha256.update, data)]
 

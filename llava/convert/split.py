@@ -1,4 +1,4 @@
-"""The inverse of merging: a model's difference to a base, and a model's projector."""
+"""The inverse of merging: extracts a model's delta to a base, or its projector."""
 
 import logging
 from dataclasses import replace
@@ -16,6 +16,7 @@ from llava.zoo.bases import advice
 log = logging.getLogger(__name__)
 
 
+@advice()
 def make_delta(
     model: str | Path,
     base: str | Path,
@@ -24,7 +25,7 @@ def make_delta(
     file_type: FileType = "safetensors",
     progress: Progress = no_progress,
 ) -> None:
-    """Writes `model` as its difference to `base`; see `formats.delta.write_delta`. Raises CheckpointError."""
+    """Writes `model` as a delta to `base`; see `formats.delta.write_delta`. Raises CheckpointError."""
     options = LoadOptions(vision=False)
     write_delta(
         folder,
@@ -37,10 +38,10 @@ def make_delta(
 
 @advice()
 def extract_projector(source: str | Path, folder: Path, options: LoadOptions | None = None) -> int:
-    """Writes the projector of any LLaVA, with the model itself recorded as its base. Returns the number of tensors.
+    """Writes the projector of any LLaVA model and records the model as its base. Returns the number of tensors.
 
-    The embeddings of <im_start> and <im_end> are included if the model uses them, and so is a tower inside the model,
-    which may be tuned. Raises CheckpointError, ConfigError.
+    The embeddings of <im_start> and <im_end> are included if the model uses them, and so is a vision tower stored in
+    the checkpoint, which may be fine-tuned. Raises CheckpointError, ConfigError.
     """
     options = replace(options or LoadOptions(), image_mode="original", fetch_tower=False)
     found = open_checkpoint(source, options)
@@ -56,8 +57,8 @@ def extract_projector(source: str | Path, folder: Path, options: LoadOptions | N
         start = found.tokenizer.id_of("<im_start>")
         if found.new_tokens or start is None:
             raise CheckpointError(
-                f"{found.path}: its tokenizer files lack <im_start>; convert it with its base, then take the projector "
-                f"of the result: llava convert {found.path} OUT --to llava --base BASE"
+                f"{found.path}: its tokenizer files lack <im_start>; convert it with its base, then extract the "
+                f"projector of the result: llava convert {found.path} OUT --to llava --base BASE"
             )
         rows = found.tensors["decoder.embed.weight"].rows(start, start + 2)
     write_projector(
@@ -71,5 +72,5 @@ def extract_projector(source: str | Path, folder: Path, options: LoadOptions | N
         write_extra=lambda partial: write_own_tower(found, partial, separate=True),
     )
     if found.format in ("lora", "delta"):
-        log.warning("%s: fits the language model of %s, not its base alone: merge that first", folder, source)
+        log.warning("%s: fits the merged language model of %s, not the base alone; merge it first", folder, source)
     return len(projector) + (rows is not None)

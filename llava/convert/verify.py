@@ -1,4 +1,4 @@
-"""Whether two checkpoints are the same model: bit by bit, and by their logits. Neither is ever held in memory whole.
+"""Checks that two checkpoints hold the same model, bit by bit or by logits, without loading either one whole.
 
 S tokens   V vocabulary rows   D width
 """
@@ -14,19 +14,19 @@ from llava.formats.format import Checkpoint
 from llava.model.llava import Llava, meta_model
 from llava.tensors.writer import Progress, no_progress
 
-TOLERANCE = 1e-4  # logits of the same weights, float32
-_ROUNDING = 2e-6  # relative; a few roundings of float32, as in sums of thousands of terms
+TOLERANCE = 1e-4  # for float32 logits of the same weights
+_ROUNDING = 2e-6  # relative; a few float32 rounding errors, as in sums of thousands of terms
 _TEXT_TOKENS = 24
-_IMAGE_TOKENS = 8  # the first of an image; each depends on the whole image
+_IMAGE_TOKENS = 8  # the first few of the image; each depends on the whole image
 
 
 def check_equal(one: Checkpoint, other: Checkpoint, progress: Progress = no_progress) -> None:
     """Compares all tensors bit by bit. Raises CheckpointError naming the first one that differs.
 
-    If `other` has more vocabulary rows, the rows that both have are compared.
+    If `other` has more vocabulary rows, only the rows that both have are compared.
     """
     if differing := sorted(set(one.tensors) ^ set(other.tensors)):
-        raise CheckpointError(f"{other.path}: only one of it and {one.path} has {differing[0]}")
+        raise CheckpointError(f"{other.path}: has different tensors from {one.path}: only one has {differing[0]}")
     total = sum(tensor.n_bytes for tensor in one.tensors.values())
     done = 0
     for name, value in one.read_tensors():
@@ -39,12 +39,12 @@ def check_equal(one: Checkpoint, other: Checkpoint, progress: Progress = no_prog
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """For a comparison in which NaN equals itself and 0 differs from -0."""
+    """Returns the raw bytes, so that NaN equals itself and 0 differs from -0 in comparisons."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def check_logits(one: Checkpoint, other: Checkpoint) -> float:
-    """The largest difference of logits, over the vocabulary rows that both have.
+    """Returns the largest difference between the logits, over the vocabulary rows that both have.
 
     Raises CheckpointError above `TOLERANCE`, unless rounding alone explains it: the order of summation may differ
     between two runs, and a deep model can amplify that a thousandfold.
@@ -56,15 +56,17 @@ def check_logits(one: Checkpoint, other: Checkpoint) -> float:
         rounding = (expected - logits(one, n, nudge=_ROUNDING)[:, :n]).abs().max().item()
         if difference <= rounding:
             return difference
-        raise CheckpointError(f"{other.path}: its logits differ from {one.path}'s by {difference:.1e}; not written")
+        raise CheckpointError(
+            f"{other.path}: its logits differ by {difference:.1e} from those of {one.path}; the result was discarded"
+        )
     return difference
 
 
 @torch.inference_mode()
 def logits(checkpoint: Checkpoint, n_ids: int, nudge: float = 0.0) -> Tensor:
-    """[S, V] float32 for a fixed image, if there is a tower, followed by fixed ids below `n_ids`.
+    """Returns float32 logits [S, V] for a fixed image (if there is a tower) and fixed ids below `n_ids`.
 
-    nudge: relative change of every second value of the decoder's input.
+    nudge: relative change applied to every second value of the decoder's input.
     """
     model = _streaming_model(checkpoint)
     x = model.embed(torch.arange(1, _TEXT_TOKENS + 1) * 7919 % n_ids).float()  # [S, D]
@@ -75,13 +77,13 @@ def logits(checkpoint: Checkpoint, n_ids: int, nudge: float = 0.0) -> Tensor:
         x = torch.cat([picture[:_IMAGE_TOKENS], x])
     x[:, ::2] *= 1 + nudge
     hidden = model.decoder(x[None])[0]
-    # in chunks: the head of a wide model with a large vocabulary takes 2 GB
+    # compute in chunks: the head of a wide model with a large vocabulary takes 2 GB
     head = checkpoint.tensors["decoder.embed.weight" if checkpoint.config.decoder.tied else "decoder.head.weight"]
     return torch.cat([hidden @ chunk.to(head.dtype).float().T for chunk in head.chunks()], dim=-1)
 
 
 def _streaming_model(checkpoint: Checkpoint) -> Llava:
-    """The model in float32, in which each module has its weights only while it runs."""
+    """Returns the model in float32; each module holds its weights only while it runs."""
     model = meta_model(checkpoint.config)
     for name, module in model.named_modules():
         own = {key: f"{name}.{key}".lstrip(".") for key, _ in module.named_parameters(recurse=False)}
@@ -100,8 +102,8 @@ class _Fill:
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         for key, name in self.own.items():
             tensor = self.checkpoint.tensors[name]
-            value = tensor.read().to(tensor.dtype)  # sums are rounded to the type in which they are stored
-            if not isinstance(module, nn.Embedding):  # tables stay memory-mapped: few of their rows are read
+            value = tensor.read().to(tensor.dtype)  # sums are rounded to their storage dtype
+            if not isinstance(module, nn.Embedding):  # tables stay memory-mapped, as only a few rows are read
                 value = value.float()
             module.register_parameter(key, nn.Parameter(value, requires_grad=False))
 

@@ -24,7 +24,7 @@ from llava.data.samples import WORKERS_START, Sample, Samples
 from llava.errors import DataError
 from llava.tensors.atomic import replacing
 
-_CHUNK = 64  # samples per task of a worker
+_CHUNK = 64  # samples per worker task
 Progress = Callable[[int, int], None]  # samples done, total samples
 
 
@@ -36,8 +36,8 @@ class _Tally:
     problems: Counter[str] = field(default_factory=Counter)
     sources: Counter[str] = field(default_factory=Counter)
     turns: Counter[int] = field(default_factory=Counter)
-    changes: dict[int, str | None] = field(default_factory=dict)  # new text by index; None: not in the fixed copy
-    totals: list[int] = field(default_factory=list)  # tokens of each measured sample
+    changes: dict[int, str | None] = field(default_factory=dict)  # sample index -> new JSON text; None: dropped
+    totals: list[int] = field(default_factory=list)  # token count of each measured sample
     n_pictures: int = 0
     text_only: int = 0
     malformed: int = 0
@@ -97,11 +97,11 @@ def check(
     workers: int | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Report:
-    """Checks every sample of a data file, and with `fix` writes a copy without the problems to that path.
+    """Checks every sample of a data file and, if `fix` is a path, writes a fixed copy there.
 
-    images: location of the pictures; None: pictures are read only from tars. measure: counts tokens for the report.
-    workers: number of processes; 0: run in this process, None: one per CPU. Raises DataError for a file that cannot be
-    read or a copy that cannot be written.
+    images: location of the pictures; if None, pictures are read only from tars. measure: counts tokens for the report.
+    workers: number of processes; 0: run in this process, None: one per CPU. Raises DataError if the file cannot be read
+    or the copy cannot be written.
     """
     started = time.perf_counter()
     if fix is not None:
@@ -110,7 +110,7 @@ def check(
     examiner = Examiner(samples, samples.has_pictures, measure)
     if measure and measure.needs_sizes and not samples.has_pictures:
         raise DataError(
-            "in this model the token count of a picture depends on its size; give the pictures with --images"
+            "for this model, the token count of a picture depends on its size; give the pictures with --images"
         )
     tally = _Tally()
     for i, found in enumerate(_examine_all(examiner, workers, progress)):
@@ -135,14 +135,14 @@ def check(
 
 
 def _source(sample: Sample) -> str:
-    """The top folder in the name of the first picture. All numbered folders count as one."""
+    """Returns the top-level folder of the first picture. All numbered folders count as one."""
     if not sample.images:
         return "text only"
     top, slash, _ = sample.images[0].removeprefix("./").partition("/")
     return "no folder" if not slash else "<number>/" if top.isdecimal() else f"{top}/"
 
 
-_examiner: Examiner | None = None  # set at the start of a worker process, so that tasks need not send the samples
+_examiner: Examiner | None = None  # set once per worker process, so that tasks do not have to send the samples
 
 
 def _start_worker(examiner: Examiner) -> None:
@@ -150,11 +150,11 @@ def _start_worker(examiner: Examiner) -> None:
     _examiner = examiner
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    warnings.simplefilter("ignore")  # from Pillow, about pictures that it can read anyway
+    warnings.simplefilter("ignore")  # Pillow warns about some pictures that it reads correctly
 
 
 def _exit_with_parent() -> None:
-    """Without this, the workers of a killed parent would wait for tasks forever."""
+    """Exits when the parent process dies; otherwise the worker would wait for tasks forever."""
     parent = multiprocessing.parent_process()
     assert parent
     multiprocessing.connection.wait([parent.sentinel])
@@ -167,7 +167,7 @@ def _examine(indices: range) -> list[Examined]:
 
 
 def _examine_all(examiner: Examiner, workers: int | None, progress: Progress) -> Iterator[Examined]:
-    """The results of all samples, in order."""
+    """Yields the results of all samples, in order."""
     n = len(examiner.samples)
     chunks = [range(i, min(i + _CHUNK, n)) for i in range(0, n, _CHUNK)]
     workers = min(len(chunks) if len(chunks) > 1 else 0, os.cpu_count() or 1 if workers is None else workers)
@@ -186,7 +186,7 @@ def _map_chunks(examiner: Examiner, chunks: list[range], workers: int) -> Iterat
         yield from pool.map(_examine, chunks)
     except BrokenProcessPool:
         raise DataError(
-            "a worker process was killed, often because memory ran out; if so, use fewer --workers"
+            "a worker process was killed, possibly because memory ran out; if so, reduce --workers"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -196,13 +196,13 @@ def _check_target(file: Path, out: Path) -> None:
     if file.is_dir() or file.suffix == ".tar":
         raise DataError(f"{file}: --fix cannot write tars; expected a .json or .jsonl file")
     if out.exists():
-        raise DataError(f"{out}: already exists; give --fix a new file")
+        raise DataError(f"{out}: already exists; choose another path for --fix")
     if not out.parent.is_dir():
         raise DataError(f"{out}: its folder does not exist; create it first")
 
 
 def _write(samples: Samples, changes: dict[int, str | None], out: Path, *, array: bool) -> Fixed:
-    """Writes the fixed copy in the form of the original. It appears under its name only when it is complete."""
+    """Writes the fixed copy in the format of the original. The file appears only when it is complete."""
     texts = (changes[i] if i in changes else samples.text(i) for i in range(len(samples)))
     dropped = sum(text is None for text in changes.values())
     if dropped == len(samples):

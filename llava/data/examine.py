@@ -19,11 +19,11 @@ _BUFFER = re.compile(r" <_io\.BytesIO object at \w+>")  # how Pillow refers to i
 class Examined:
     """The result for one sample."""
 
-    digest: int  # of its JSON text
+    digest: int  # hash of the JSON text
     faults: list[Fault]
-    sample: Sample | None = None  # as in the file; None: malformed
-    text: str | None = None  # JSON text in the fixed copy; None: dropped
-    tokens: Tokens | None = None  # of the repaired sample
+    sample: Sample | None = None  # as in the file; None if malformed
+    text: str | None = None  # JSON text for the fixed copy; None if dropped
+    tokens: Tokens | None = None  # of the repaired sample, before it is shortened; None if not measured
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Examiner:
     def _measure(
         self, sample: Sample, sizes: list[Size], measure: Measure, found: list[Fault]
     ) -> tuple[Sample | None, Tokens | None]:
-        """The sample shortened to the limit, and its token counts before that."""
+        """Returns the sample shortened to the limit (None if it is unusable), and its token counts before that."""
         try:
             tokens = measure(sample, sizes)
         except PromptError as error:
@@ -76,7 +76,7 @@ class Examiner:
             found.append(Fault("nothing_to_learn", f"no answer within {measure.limit} tokens"))
         if tokens.total <= measure.limit:
             return (sample if tokens.targets else None), tokens
-        found.append(Fault("too_long", f"{tokens.total} tokens, the limit is {measure.limit}"))
+        found.append(Fault("too_long", f"{tokens.total} tokens; the limit is {measure.limit}"))
         shorter = drop_last_exchange(sample)
         while shorter and measure(shorter, sizes).total > measure.limit:
             shorter = drop_last_exchange(shorter)

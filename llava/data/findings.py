@@ -1,4 +1,4 @@
-"""The report of `llava data check`, and its display as tables."""
+"""The report of `llava data check`, and its rendering as tables."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -18,8 +18,8 @@ class Finding(NamedTuple):
     """One problem in one sample."""
 
     kind: str  # a key of RULES
-    sample: int  # index in the data, from 0
-    id: str  # empty for a malformed sample, whose `text` identifies it
+    sample: int  # zero-based index in the data
+    id: str  # empty for a malformed sample, which `text` identifies instead
     text: str
 
 
@@ -54,12 +54,12 @@ class Report:
     samples: int
     with_pictures: int
     text_only: int
-    pictures: int  # picture names in all samples
-    pictures_read: bool  # whether they were decoded
-    sources: Mapping[str, int]  # number of samples by the folder of the first picture
-    turns: Mapping[int, int]  # number of samples by number of turns
-    problems: Mapping[str, int]  # number of samples by kind of problem
-    repeated_ids: int  # samples with the id of an earlier one; not a problem, since published sets have many
+    pictures: int  # number of picture names in all samples
+    pictures_read: bool  # whether the pictures were decoded
+    sources: Mapping[str, int]  # number of samples per top-level folder of the first picture
+    turns: Mapping[int, int]  # number of samples per number of turns
+    problems: Mapping[str, int]  # number of samples per kind of problem
+    repeated_ids: int  # samples that reuse an earlier id; common in published data, and not a problem
     findings: list[Finding]
     tokens: TokenFigures | None
     fixed: Fixed | None
@@ -70,12 +70,12 @@ class Report:
         return not self.problems
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON-compatible values."""
+        """Returns the report as JSON-compatible values."""
         return asdict(self) | {"findings": [finding._asdict() for finding in self.findings], "clean": self.clean}
 
 
 def render(report: Report) -> "Group":
-    """The report as Rich tables. Print them with markup=False, because names may contain brackets."""
+    """Renders the report as Rich tables. Print them with markup=False, because names may contain brackets."""
     from rich.console import Group
 
     parts = [_facts(report), *([_problems(report)] if report.problems else [])]
@@ -109,7 +109,7 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
 
 
 def _most(counts: Mapping[str, int]) -> str:
-    """The largest counts by name, and the sum of the others."""
+    """Lists the largest counts with their names, then the sum of the others."""
     ordered = sorted(counts.items(), key=lambda item: -item[1])
     rest = sum(count for _, count in ordered[_SOURCES:])
     text = ", ".join(f"{name} {count:,}" for name, count in ordered[:_SOURCES])

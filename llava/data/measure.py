@@ -25,9 +25,10 @@ from llava.formats.tokenizer import load_tokenizer
 from llava.preprocess.image import Size, choose_canvas, tile_grid
 from llava.preprocess.inputs import Preprocessor
 from llava.preprocess.tokenizer import Tokenizer
+from llava.zoo.bases import advice
 
-_UNLIMITED = 1 << 28  # tokens, the largest max_seq that a config allows
-# A tower with a single patch and pictures of one pixel, so that preprocessing inserts one token per picture.
+_UNLIMITED = 1 << 28  # the largest max_seq that a config accepts, in tokens
+# A tower with a single patch, and one-pixel pictures, so that preprocessing inserts one token per picture.
 _ONE_PIXEL = VisionConfig(dim=1, n_layers=2, n_heads=1, mlp_dim=1, image_size=1, patch_size=1)
 _ONE_PIXEL_IMAGE = ImageConfig(size=1, mean=(0, 0, 0), std=(1, 1, 1), aspect="square")
 
@@ -45,7 +46,7 @@ class Measure:
     def __init__(
         self, tokenizer: Tokenizer, config: LlavaConfig | None, *, template: str, limit: int, picture_tokens: int
     ):
-        """config: of the model to train. If None, or without a tower, a picture counts as `picture_tokens`."""
+        """config: of the model to train; if None or without a tower, each picture counts as `picture_tokens` tokens."""
         self.limit = limit
         self.picture_tokens = picture_tokens
         self.config = config
@@ -64,11 +65,11 @@ class Measure:
         return self.config is not None and self.config.image is not None and self.config.image.aspect == "anyres"
 
     def __call__(self, sample: Sample, sizes: Sequence[Size]) -> Tokens:
-        """sizes: (width, height) of the pictures in pixels; ignored unless `needs_sizes`. Raises PromptError."""
+        """sizes: (width, height) of each picture in pixels; ignored unless `needs_sizes`. Raises PromptError."""
         input = self._preprocessor.prepare_training(
             sample.turns, [self._picture] * len(sample.images), max_length=_UNLIMITED
         )
-        widths = torch.ones_like(input.ids)  # tokens that each position stands for
+        widths = torch.ones_like(input.ids)  # number of tokens that each position represents
         if self.needs_sizes:
             per_image = [self._image_tokens(size) for size in sizes]
         else:
@@ -89,15 +90,16 @@ class Measure:
         return vision.n_features + (grid.n_tokens if grid else vision.n_features * tiles)
 
 
+@advice()
 def open_measure(
     tokenizer: Path | None, model: str | None, *, template: str | None, limit: int, picture_tokens: int | None
 ) -> Measure | None:
-    """A measure for a folder with a tokenizer, or for a checkpoint with its tower and template. None without either.
+    """Creates a measure from a tokenizer folder or a model checkpoint, or returns None if neither is given.
 
     Raises LlavaError.
     """
     if tokenizer and model:
-        raise ConfigError("--tokenizer and --model exclude each other; give only one of them")
+        raise ConfigError("--tokenizer and --model are mutually exclusive; give only one of them")
     if not tokenizer and not model:
         return None
     options = {"limit": limit, "picture_tokens": picture_tokens or 576}
@@ -112,7 +114,7 @@ def open_measure(
 
 
 def _decoder(vocab_size: int) -> DecoderConfig:
-    """A decoder config that accepts samples of any length."""
+    """Returns a decoder config that accepts samples of any length."""
     return DecoderConfig(
         kind="llama",
         n_layers=1,

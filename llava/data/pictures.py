@@ -1,7 +1,8 @@
-"""The pictures of a data set, in a folder, a zip archive or tar archives, read by name.
+"""Reads the pictures of a data set by name, from a folder, a zip archive or tar archives.
 
-The index of an archive is read once, into one bytes buffer and one array that forked workers share. Reading a picture
-takes one open, seek and read. No file handle stays open, so stores can be forked, pickled and used from threads.
+The index of an archive is read once, into one bytes buffer and one array, both shared by forked workers. Each read
+opens the archive and seeks to the picture. No file handle stays open, so stores can be forked, pickled and used from
+threads.
 """
 
 import hashlib
@@ -21,19 +22,19 @@ import numpy as np
 from llava.errors import DataError
 
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
-PLAIN = -1  # a member of a tar: its bytes start at the offset, without the local header of a zip
+PLAIN = -1  # tar member: unlike in a zip, no local header precedes the data at the offset
 _ROW = np.dtype(
     [
         ("hash", "<u8"),
-        ("name", "<i8"),  # start of the name in the buffer of names
+        ("name", "<i8"),  # offset of the name in the name buffer
         ("name_size", "<i4"),
         ("archive", "<i4"),  # index of the archive
         ("offset", "<i8"),
-        ("size", "<i8"),  # in bytes, compressed
+        ("size", "<i8"),  # compressed size in bytes
         ("method", "<i2"),
     ]
 )
-_LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, sizes of name and extra field
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # zip local header: signature, sizes of the name and the extra field
 _COCO = re.compile(r"(?:.*/)?(\d{12}\.jpg)")
 
 
@@ -41,7 +42,7 @@ class Pictures(Protocol):
     """A store of pictures."""
 
     def read(self, name: str) -> bytes:
-        """The bytes of a picture. Raises DataError if the name is unknown, unreadable, or leads outside the store."""
+        """Returns the bytes of a picture. Raises DataError if it is missing, unreadable or outside the store."""
         ...
 
 
@@ -56,12 +57,12 @@ def open_pictures(path: Path) -> Pictures:
 
 
 def tars_in(folder: Path) -> list[Path]:
-    """The .tar files directly in a folder, sorted by name."""
+    """Returns the .tar files directly in a folder, sorted by name."""
     return sorted(path for path in folder.glob("*.tar") if path.is_file())
 
 
 class Folder:
-    """Pictures in a folder, by their relative path."""
+    """Pictures in a folder, looked up by relative path."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -72,7 +73,7 @@ class Folder:
             return path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             first = [entry.name + "/" * entry.is_dir() for entry in islice(os.scandir(self.root), 3)]
-            hint = _hint(name, first, f"{self.root} holds")
+            hint = _hint(name, first, "the folder contains entries such as")
             raise DataError(f"{name}: no such picture in {self.root}; {hint}") from None
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); expected a picture") from None
@@ -86,10 +87,10 @@ class _Member(NamedTuple):
 
 
 class Archives:
-    """Pictures in one zip archive, or in one or more tar archives, by member name."""
+    """Pictures in a zip archive, or in one or more tar archives, looked up by member name."""
 
     def __init__(self, files: Sequence[Path]):
-        """Reads the index. Raises DataError for a file that is not an archive, or a name that is in two archives."""
+        """Reads the index. Raises DataError if a file is not an archive, or if a name occurs in two archives."""
         self.files = list(files)
         names = bytearray()
 
@@ -102,12 +103,12 @@ class Archives:
 
         table = np.fromiter(rows(), _ROW)
         self._names = bytes(names)
-        self._table = table[np.argsort(table["hash"], kind="stable")]  # stable: of equal names, the last stays last
+        self._table = table[np.argsort(table["hash"], kind="stable")]  # stable: keeps duplicate names in archive order
         self._hashes = np.ascontiguousarray(self._table["hash"])
         self._refuse_duplicates()
 
     def names(self, file: Path) -> list[str]:
-        """The members of one archive, in its order."""
+        """Returns the member names of one archive, in archive order."""
         rows = np.sort(self._table[self._table["archive"] == self.files.index(file)], order="name")
         return [self._name(row).decode(errors="surrogateescape") for row in rows]
 
@@ -116,7 +117,7 @@ class Archives:
         if row is None:
             where = f"{self.files[0]}" + (f" and {len(self.files) - 1} more archives" if len(self.files) > 1 else "")
             first = [part.decode(errors="replace") for part in self._names[:1000].split(b"\0")[:3] if part]
-            raise DataError(f"{name}: no such picture in {where}; {_hint(name, first, 'its first names are')}")
+            raise DataError(f"{name}: no such picture in {where}; {_hint(name, first, 'the first entries are')}")
         file = self.files[row["archive"]]
         try:
             return self._unpack(file, int(row["offset"]), int(row["size"]), int(row["method"]))
@@ -129,7 +130,7 @@ class Archives:
             if method != PLAIN:
                 signature, n_name, n_extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
                 if signature != b"PK\x03\x04":
-                    raise ValueError("no member at the offset given in the directory")
+                    raise ValueError("no member at the offset given in the central directory")
                 file.seek(n_name + n_extra, os.SEEK_CUR)
             data = file.read(size)
         if len(data) != size:
@@ -141,7 +142,7 @@ class Archives:
         return zlib.decompress(data, wbits=-zlib.MAX_WBITS)
 
     def _find(self, name: str) -> Any:
-        """The row of a name in the index. Of equal names the last counts, as in tar."""
+        """Returns the index row of a name, or None. If a name occurs more than once, the last one counts, as in tar."""
         encoded = name.encode(errors="surrogateescape")
         key = np.uint64(_hash(encoded))
         low, high = np.searchsorted(self._hashes, key, "left"), np.searchsorted(self._hashes, key, "right")
@@ -160,7 +161,7 @@ class Archives:
 
 
 def _members(file: Path) -> Iterator[_Member]:
-    """The files in an archive, in archive order. Raises DataError."""
+    """Yields the files in an archive, in archive order. Raises DataError."""
     try:
         yield from _zip_members(file) if zipfile.is_zipfile(file) else _tar_members(file)
     except (OSError, zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
@@ -180,7 +181,7 @@ def _zip_members(file: Path) -> Iterator[_Member]:
 def _tar_members(file: Path) -> Iterator[_Member]:
     with tarfile.open(file, "r:") as archive:
         while (info := archive.next()) is not None:
-            vars(archive)["members"].clear()  # otherwise the archive keeps an object per member
+            vars(archive)["members"].clear()  # otherwise the TarFile keeps an object for every member
             if info.isreg() and not info.issparse():
                 yield _Member(_strip_dot(info.name), info.offset_data, info.size, PLAIN)
 
@@ -194,7 +195,7 @@ def _strip_dot(name: str) -> str:
 
 
 def _safe_name(name: str) -> str:
-    """The name without a leading "./". Raises DataError if it leads outside the root."""
+    """Returns the name without a leading "./". Raises DataError if it is invalid or leads outside the root."""
     plain = _strip_dot(name)
     path = PurePosixPath(plain)
     if not plain or path.is_absolute() or ".." in path.parts or "\\" in plain or "\0" in plain:
@@ -203,12 +204,12 @@ def _safe_name(name: str) -> str:
 
 
 def _hint(name: str, first: list[str], intro: str) -> str:
-    """Advice for a name that does not exist."""
+    """Returns advice for a name that does not exist."""
     hint = (
         f"{intro} {', '.join(first)}; choose the location that contains {name.split('/')[0]}"
         if first
         else "it is empty"
     )
     if match := _COCO.fullmatch(name):
-        hint += f" (COCO's train2014 calls it COCO_train2014_{match[1]})"
+        hint += f" (in COCO's train2014, it is named COCO_train2014_{match[1]})"
     return hint

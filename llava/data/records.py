@@ -1,4 +1,4 @@
-"""Splits data files into samples: JSON arrays read in blocks, JSON lines, webdataset-style tars."""
+"""Splits data files into samples: JSON arrays (read in blocks), JSON lines, and webdataset-style tars."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TextIO
 from llava.data.pictures import Archives, Pictures
 from llava.errors import DataError
 
-BLOCK = 1 << 24  # characters of a JSON array that are read at once
+BLOCK = 1 << 24  # characters of a JSON array to read at a time
 BROKEN = object()  # the value of a record that is not valid JSON
 _PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -20,7 +20,7 @@ _DECODER = json.JSONDecoder()
 class Record(NamedTuple):
     """One sample as JSON."""
 
-    text: str  # exactly as in the file
+    text: str  # exactly as in the file; for tars, re-encoded with `id` and `image` filled in
     value: Any  # parsed; BROKEN if the text is not valid JSON
 
 
@@ -42,7 +42,7 @@ def _open_text(file: Path) -> Iterator[TextIO]:
 
 
 def records(file: Path, pictures: Pictures | None) -> Iterator[Record]:
-    """The samples of a file. `pictures`: the archives to which a .tar belongs. Raises DataError."""
+    """Iterates over the samples of a file. pictures: for a .tar, the archives that include it. Raises DataError."""
     if file.suffix == ".tar":
         assert isinstance(pictures, Archives)
         return _read_tar(file, pictures)
@@ -52,14 +52,14 @@ def records(file: Path, pictures: Pictures | None) -> Iterator[Record]:
 class _ArrayScanner:
     """Reads the elements of a JSON array block by block, so that a large file needs little memory.
 
-    Unlike an event parser such as ijson, it returns the exact text of each element, which samples are stored as, and
-    it accepts the NaN that Python's json module writes.
+    Unlike an event parser such as ijson, it returns the exact text of each element, the form in which samples
+    are stored, and accepts the NaN that Python's json module writes.
     """
 
     def __init__(self, file: TextIO):
         self.file = file
         self.block = ""
-        self.offset = 0  # next character in the block
+        self.offset = 0  # index of the next character in the block
         self.block_start = 0  # offset of the block in the file, in characters
 
     @property
@@ -68,7 +68,7 @@ class _ArrayScanner:
         return self.block_start + self.offset
 
     def peek(self) -> str:
-        """The next character that is not white space, or "" at the end."""
+        """Skips white space and returns the next character, or "" at the end of the file."""
         while True:
             space = _SPACE.match(self.block, self.offset)
             assert space
@@ -100,7 +100,7 @@ class _ArrayScanner:
 
     def _read_more(self) -> bool:
         rest = self.block[self.offset :]
-        new = self.file.read(max(BLOCK, len(rest)))  # at least doubles: few retries of a long value
+        new = self.file.read(max(BLOCK, len(rest)))  # at least double the block, to limit retries for long values
         self.block_start, self.block, self.offset = self.position, rest + new, 0
         return bool(new)
 
@@ -122,7 +122,9 @@ def _read_array(file: Path) -> Iterator[Record]:
             raise
         except (ValueError, RecursionError) as error:
             found = f"broken or truncated after {n} samples, at character {scanner.position}: {error}"
-            raise DataError(f"{file}: {found}; expected a JSON array of samples; repair or download it again") from None
+            raise DataError(
+                f"{file}: {found}; expected a JSON array of samples; repair the file or download it again"
+            ) from None
 
 
 def _read_lines(file: Path) -> Iterator[Record]:
@@ -136,14 +138,14 @@ def _read_lines(file: Path) -> Iterator[Record]:
             except (ValueError, RecursionError) as error:
                 if first:
                     raise DataError(
-                        f"{file}: neither a JSON array nor JSON lines ({error}); expected samples"
+                        f"{file}: neither a JSON array nor JSON lines ({error}); expected samples in either format"
                     ) from None
                 yield Record(text, BROKEN)
             first = False
 
 
 def _read_tar(file: Path, archives: Archives) -> Iterator[Record]:
-    """KEY.json is a sample. The pictures with the same key, such as KEY.jpg, belong to it in the order of the tar."""
+    """Yields a sample for each KEY.json. Pictures with the same key, such as KEY.jpg, belong to it, in tar order."""
     names = archives.names(file)
     pictures: dict[str, list[str]] = {}
     for name in names:
@@ -165,6 +167,6 @@ def _read_tar(file: Path, archives: Archives) -> Iterator[Record]:
 
 
 def _key(name: str) -> str:
-    """The part of a name that the members of one sample share: the path up to the first dot of the file name."""
+    """Returns the part of a name that all files of a sample share: the path up to the first dot of the file name."""
     folder, slash, base = name.rpartition("/")
     return folder + slash + base.partition(".")[0]

@@ -23,26 +23,26 @@ RULES = {  # kind of fault -> what `--fix` does
     "surplus_mark": _MARKS,
     "late_mark": _MARKS,
     "nothing_to_learn": "sample dropped",
-    "too_long": "exchanges dropped from the end; sample dropped if its first is too long",
+    "too_long": "exchanges dropped from the end; sample dropped if even the first is too long",
     "refused": "sample dropped",
 }
 _NAMES = {role: name for name, role in ROLES.items()}  # role -> name in the file
 
 
 class Fault(NamedTuple):
-    """A fault of a sample."""
+    """A fault in a sample."""
 
     kind: str  # a key of RULES
     text: str  # what was found
 
 
 def find_faults(sample: Sample) -> list[Fault]:
-    """The faults in order, text and marks of the turns, each kind at most once."""
+    """Returns the faults in role order, turn text and image marks, each kind at most once."""
     return [*_order_faults(sample.turns), *_empty_turns(sample.turns), *_mark_faults(sample.turns, len(sample.images))]
 
 
 def repair(sample: Sample) -> Sample | None:
-    """The sample without its faults; None if no exchange remains."""
+    """Returns the sample with its faults repaired, or None if no exchange remains."""
     while sample.turns and find_faults(sample):
         turns = _drop_empty(_alternate(sample.turns))
         sample = replace(sample, turns=_rewrite_marks(turns, len(sample.images)))
@@ -50,12 +50,12 @@ def repair(sample: Sample) -> Sample | None:
 
 
 def drop_last_exchange(sample: Sample) -> Sample | None:
-    """The sample without its last exchange, with its marks repaired; None if no exchange remains."""
+    """Returns the sample without its last exchange and with its marks repaired, or None if no exchange remains."""
     return repair(replace(sample, turns=sample.turns[:-2]))
 
 
 def to_conversations(turns: Sequence[Turn]) -> list[dict[str, str]]:
-    """The turns in the format of the data file."""
+    """Returns the turns in the format of the data file."""
     return [{"from": _NAMES[role], "value": text or ""} for role, text in turns]
 
 
@@ -79,12 +79,12 @@ def _is_answer(turn: Turn) -> bool:
 def _empty_turns(turns: Sequence[Turn]) -> Iterator[Fault]:
     empty = [f"{i + 1} ({_NAMES[turn.role]})" for i, turn in enumerate(turns) if not (turn.text or "").strip()]
     if empty:
-        yield Fault("empty_turn", f"turn {', '.join(empty[:5])}{' and more' * (len(empty) > 5)}")
+        yield Fault("empty_turn", f"turn(s) {', '.join(empty[:5])}{' and more' * (len(empty) > 5)}")
 
 
 def _mark_faults(turns: Sequence[Turn], n_pictures: int) -> Iterator[Fault]:
     counts = [(turn.text or "").count(IMAGE_MARK) for turn in turns]
-    found = f"{sum(counts)} {IMAGE_MARK} for {n_pictures} pictures"
+    found = f"{sum(counts)} {IMAGE_MARK} mark(s) for {n_pictures} picture(s)"
     if sum(counts) < n_pictures:
         yield Fault("missing_mark", found)
     elif sum(counts) > n_pictures:
@@ -92,7 +92,7 @@ def _mark_faults(turns: Sequence[Turn], n_pictures: int) -> Iterator[Fault]:
     first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
     late = [i for i, turn in enumerate(turns) if counts[i] and i != first]
     in_answer = any(turns[i].role == "assistant" for i in late)
-    if late and (n_pictures < 2 or in_answer):  # the marks of several pictures may be in later human turns
+    if late and (n_pictures < 2 or in_answer):  # with several pictures, marks may also be in later human turns
         yield Fault("late_mark", f"{IMAGE_MARK} in turn {late[0] + 1} ({_NAMES[turns[late[0]].role]})")
 
 
@@ -107,7 +107,7 @@ def _alternate(turns: Sequence[Turn]) -> list[Turn]:
 
 
 def _rewrite_marks(turns: Sequence[Turn], n_pictures: int) -> tuple[Turn, ...]:
-    """Puts one mark per picture into the first turn. A later turn that was only a mark becomes empty."""
+    """If marks are faulty, puts one per picture at the start of the first turn. Turns of only marks become empty."""
     if not any(_mark_faults(turns, n_pictures)):
         return tuple(turns)
     unmarked = [(turn.text or "").replace(IMAGE_MARK, "").strip() for turn in turns]

@@ -1,7 +1,7 @@
 """Training samples in LLaVA's JSON format, from JSON arrays, JSONL and webdataset-style tars.
 
-As Python objects, 665,000 samples would take several GB in every worker. They are kept as JSON text in one buffer with
-an array of offsets, which forked workers share. A sample is parsed when it is accessed.
+As Python objects, 665,000 samples would take several GB in every worker. Instead, they are kept as JSON text in one
+buffer with an array of offsets, which forked workers share. A sample is parsed when it is accessed.
 """
 
 import json
@@ -18,8 +18,8 @@ from llava.data.records import records
 from llava.errors import DataError
 from llava.preprocess.conversation import Turn
 
-# Start method of worker processes. Forked workers share the samples. They use one thread and no GPU, so forking is
-# safe even if the parent has threads, about which Python 3.12 gives a DeprecationWarning.
+# Start method of worker processes. Forked workers share the samples with the parent. They use one thread and no GPU, so
+# forking is safe even from a parent with several threads, although Python 3.12 gives a DeprecationWarning.
 WORKERS_START = "fork" if sys.platform == "linux" else "spawn"
 ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -36,9 +36,10 @@ class Sample:
 class Samples(Sequence[Sample]):
     """The samples of one or more data files, in order.
 
-    `files`: .json (an array), .jsonl, .tar (a `KEY.json` per sample, its pictures named `KEY.jpg`), or folders of such
-    tars. `images`: the pictures of .json and .jsonl files, see `open_pictures`; None for tars, which contain their own,
-    or if pictures are not needed. Raises DataError for an unusable file. A bad sample raises only when it is accessed.
+    files: .json (an array), .jsonl, .tar (with a `KEY.json` for each sample and pictures such as `KEY.jpg`), or folders
+    of such tars. images: location of the pictures of .json and .jsonl files, see `open_pictures`; None for tars, which
+    contain their own, or if pictures are not needed. Raises DataError if a file is unusable; a malformed sample raises
+    only when it is accessed.
     """
 
     def __init__(self, files: Sequence[Path], images: Path | None):
@@ -67,12 +68,12 @@ class Samples(Sequence[Sample]):
         return len(self._lengths)
 
     def __getitem__(self, i: int) -> Sample:  # type: ignore[override]  # slices are not supported
-        """Raises DataError, which names file, index and id, and IndexError past the end."""
+        """Raises DataError, naming the file, index and id, if the sample is malformed, and IndexError past the end."""
         return parse(self.value(i), self.where(i), str(i))
 
     @property
     def lengths(self) -> list[int]:
-        """Words in all turns (at least 1), negative for a text-only sample, as in LLaVA's `modality_lengths`."""
+        """Number of words per sample (at least 1), negated for text-only samples, as in LLaVA's `modality_lengths`."""
         return self._lengths.tolist()
 
     @property
@@ -81,37 +82,39 @@ class Samples(Sequence[Sample]):
         return self._pictures is not None
 
     def picture(self, name: str) -> bytes:
-        """The bytes of a picture file. Raises DataError."""
+        """Returns the bytes of a picture file. Raises DataError."""
         if self._pictures is None:
-            raise DataError(f"{name}: no location of the pictures given; give their folder, .zip or .tar")
+            raise DataError(f"{name}: no location given for the pictures; give their folder, .zip or .tar")
         return self._pictures.read(name)
 
     def text(self, i: int) -> str:
-        """The JSON text of a sample, exactly as in the file."""
+        """Returns the JSON text of a sample, exactly as in the file or, for tars, re-encoded."""
         i = range(len(self))[i]
         return self._text[self._ends[i] : self._ends[i + 1]].decode(errors="surrogatepass")
 
     def value(self, i: int) -> Any:
-        """The parsed JSON of a sample, of any type. Raises DataError if it is not valid JSON."""
+        """Returns the parsed JSON of a sample, which can be of any type. Raises DataError if it is not valid JSON."""
         try:
             return json.loads(self.text(i))
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{self.where(i)}: not valid JSON ({error}); expected one sample") from None
+            raise DataError(
+                f"{self.where(i)}: not valid JSON ({error}); expected one sample as a JSON object"
+            ) from None
 
     def where(self, i: int) -> str:
-        """The file of a sample and its index there, for messages."""
+        """Returns the file of a sample and its index in that file, for messages."""
         i = range(len(self))[i]
         file = int(np.searchsorted(self._firsts, i, "right")) - 1
         return f"{self.files[file]}, sample {i - int(self._firsts[file])}"
 
 
 def parse(value: Any, where: str, fallback_id: str) -> Sample:
-    """A sample from its parsed JSON. Does not check the order of roles, nor the marks. Raises DataError."""
+    """Creates a sample from parsed JSON. Does not check the order of roles or the marks. Raises DataError."""
     if not isinstance(value, dict):
         raise DataError(f"{where}: found {value!r:.60}; expected an object with conversations")
     id = value.get("id", fallback_id)
     if isinstance(id, bool) or not isinstance(id, str | int):
-        raise DataError(f"{where}: the id is {id!r:.60}; expected text")
+        raise DataError(f"{where}: the id is {id!r:.60}; expected a string or an integer")
     where += f" (id {id!s:.60})"
     turns = value.get("conversations")
     if not isinstance(turns, list) or not turns:
@@ -143,7 +146,7 @@ def _names(value: dict[str, Any], where: str) -> tuple[str, ...]:
 
 
 def _signed_words(value: Any) -> int:
-    """See `Samples.lengths`. A malformed sample counts as one word, because it is refused only when accessed."""
+    """Implements `Samples.lengths`. Malformed samples also get a length, as they are refused only when accessed."""
     if not isinstance(value, dict):
         return -1
     turns = value.get("conversations")

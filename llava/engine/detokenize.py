@@ -1,16 +1,16 @@
-"""Incremental detokenization: the text of a reply while its tokens arrive."""
+"""Incremental detokenization: turns tokens into text as they arrive."""
 
 from collections.abc import Callable, Sequence
 
-INCOMPLETE = "\ufffd"  # what the bytes of a character decode to before the last one has arrived
-_STRIDE = 32  # tokens after which decoded text is not decoded again
+INCOMPLETE = "\ufffd"  # decoded in place of a character until all of its bytes have arrived
+_STRIDE = 32  # minimum number of tokens between anchors; text before the anchor is not decoded again
 
 
 class Detokenizer:
     """Turns ids into text, holds back text that may still change, and searches for stop strings.
 
-    The pieces returned by `append` and `finish` join to the reply, without white space at its ends. Stop strings are
-    searched in the decoded text, so it does not matter how tokens split them. They are never returned.
+    The pieces returned by `append` and `finish` concatenate to the reply without leading and trailing white space. Stop
+    strings are matched against the decoded text, so they may be split across tokens. They are never returned.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()):
@@ -23,7 +23,7 @@ class Detokenizer:
         self.stopped = False  # a stop string was found; no more ids are accepted
 
     def append(self, id: int) -> str:
-        """Adds the next id and returns the text that became final, "" if none did."""
+        """Adds the next id and returns the text that became final, which may be ""."""
         self.ids.append(id)
         text = self._decoded(len(self.ids))
         found = [index for stop in self._stops if (index := text.find(stop)) >= 0]
@@ -34,11 +34,11 @@ class Detokenizer:
         return self._send(text[: len(text) - self._n_held(text)])
 
     def finish(self) -> str:
-        """Returns the remaining text; called once no more ids follow."""
+        """Returns the remaining text. Call it after the last id."""
         return "" if self.stopped else self._send(self._decode(self.ids))
 
     def _decoded(self, n: int) -> str:
-        """Text of the first n ids. Ids after the anchor are decoded together with it, so that spaces come out right."""
+        """Returns the text of the first n ids. Ids after the anchor are decoded with it, to get the spaces right."""
         if self._anchor < 0 or n <= self._anchor:
             return self._decode(self.ids[:n])
         tail = self._decode(self.ids[self._anchor : n])
@@ -59,14 +59,14 @@ class Detokenizer:
         return piece
 
     def _truncate(self, text: str, end: int) -> str:
-        """Removes the stop string at `end` from the text, and all tokens that overlap it from the ids."""
+        """Cuts the text at `end`, where a stop string starts, and drops overlapping ids. Returns the last piece."""
         piece = self._send(text[:end])
         while self.ids and len(self._decoded(len(self.ids))) > end:
             self.ids.pop()
         return piece
 
     def _n_held(self, text: str) -> int:
-        """Number of characters at the end to hold back: an incomplete character and the beginning of a stop string."""
+        """Returns how many trailing characters to hold back: an incomplete character and the start of a stop string."""
         complete = text.rstrip(INCOMPLETE)
         longest = 0
         for stop in self._stops:

@@ -1,4 +1,4 @@
-"""Runs requests: encodes images, prefills all prompts together, then generates a token for each row in every step.
+"""Runs requests: encodes images, prefills all prompts together, then generates one token per row in each step.
 
 B rows   S sequence length   D dim   V vocabulary rows
 """
@@ -21,7 +21,7 @@ from llava.model.llava import Llava
 from llava.preprocess.inputs import ModelInput
 from llava.preprocess.tokenizer import Tokenizer
 
-_WINDOW = 256  # slots; compiled steps read the cache in multiples of this, so that few shapes are compiled
+_WINDOW = 256  # slots; compiled steps read a multiple of this from the cache, to limit the number of shapes
 
 
 class Engine:
@@ -35,7 +35,7 @@ class Engine:
         self._decode: Callable[..., Tensor] = torch.compile(step.decode_step) if compile else step.decode_step
 
     def start(self, input: ModelInput, params: SamplingParams) -> Sequence:
-        """A new sequence for a request. Raises PromptError if the context has no room for a reply."""
+        """Creates the sequence for a request. Raises PromptError if the context has no room for a reply."""
         context = self.model.config.decoder.max_seq
         n_prompt = len(input.ids)
         if n_prompt >= context and params.max_new_tokens:
@@ -60,9 +60,9 @@ class Engine:
         )
 
     def run(self, sequences: list[Sequence], params: SamplingParams) -> Iterator[tuple[Sequence, str]]:
-        """Generates all replies side by side; yields each piece of text with the sequence it belongs to."""
+        """Generates all replies together and yields each piece of text with the sequence it belongs to."""
         scaling = self.model.config.decoder.rope_scaling
-        if len(sequences) > 1 and scaling and scaling.kind == "dynamic":  # frequencies depend on each row's length
+        if len(sequences) > 1 and scaling and scaling.kind == "dynamic":  # RoPE scaling depends on each row's length
             for sequence in sequences:
                 yield from self.run([sequence], params)
             return
@@ -88,14 +88,14 @@ class Engine:
             logits = self._run_step(ids, rows, cache)
 
     def embed(self, inputs: list[ModelInput]) -> Tensor:
-        """Embeddings of prompts and their images [B, S, D], padded on the right. All images are encoded together."""
+        """Returns embeddings [B, S, D] of prompts with images, padded on the right. Encodes all images together."""
         images = iter(self.encode(inputs))
         model = self.model
         rows = [model.embed(input.ids.to(model.device), [next(images) for _ in input.views]) for input in inputs]
         return pad_sequence(rows, batch_first=True)
 
     def encode(self, inputs: list[ModelInput]) -> list[Tensor]:
-        """The embeddings of each image of these prompts, in order, [tokens, D]."""
+        """Returns the embeddings [tokens, D] of each image in these prompts, in order."""
         pixels = [input.pixels for input in inputs if input.pixels is not None]
         if not pixels:
             return []
@@ -129,7 +129,7 @@ class Engine:
             positions = torch.tensor([[row.position] for row in rows], device=device)
             seq_len = max(row.position for row in rows) + 1
             window = _round_up(seq_len) if self.compiled else seq_len
-            single = len(rows) == 1 and not self.compiled  # its token sees all of the window
+            single = len(rows) == 1 and not self.compiled  # its token attends to the whole window
             context = CacheContext(
                 positions=positions[0] if single else positions,
                 seq_len=seq_len,
@@ -156,7 +156,7 @@ def _round_up(slots: int) -> int:
 
 
 def _record_logprobs(logits: Tensor, chosen: Tensor, rows: list[Sequence], n: int) -> None:
-    """Adds log-probabilities of the chosen and the n most likely tokens, before temperature and filters."""
+    """Records log-probabilities of the chosen and the n most likely tokens, before temperature and filters."""
     logprobs = logits.log_softmax(-1)
     values, ids = logprobs.topk(min(n, logprobs.shape[-1]))
     of_chosen = logprobs.gather(1, chosen[:, None])[:, 0].tolist()

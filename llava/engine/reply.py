@@ -1,4 +1,4 @@
-"""What a caller gets for a request: a finished reply, or a stream of text."""
+"""The result of a request: a finished reply or a stream of text."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,13 +21,13 @@ class Usage:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds spent on one request; in a batch, on the whole batch."""
+    """Seconds spent on a request, or on the whole batch that contains it."""
 
     prepare_s: float  # opening and resizing images, encoding text
-    first_token_s: float  # from there to the first token: vision tower and prefill
+    first_token_s: float  # from then until the first token: vision tower and prefill
     decode_s: float  # from the first token to the last
 
-    tokens_per_s: float | None  # of decoding; None for replies of one token
+    tokens_per_s: float | None  # decoding speed; None for replies of at most one token
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class Reply:
     finish_reason: Literal["stop", "length"]
     usage: Usage
     timings: Timings
-    logprobs: list[float] | None = None  # of each token, if requested
+    logprobs: list[float] | None = None  # one per token, if requested
     top_logprobs: list[dict[int, float]] | None = None
 
     @classmethod
     def of(cls, sequence: Sequence, prepare_s: float, params: SamplingParams) -> "Reply":
-        """The reply of a sequence, finished or not. prepare_s: seconds spent before the engine received it."""
+        """Returns the reply of a sequence, finished or not. prepare_s: seconds spent before the engine received it."""
         decode_s = sequence.ended - sequence.first_token
         steps = sequence.n_generated - 1
         n_text = len(sequence.input.token_ids) - len(sequence.input.views)
@@ -66,7 +66,7 @@ class Reply:
 
 
 class Stream(Iterator[str]):
-    """A reply being generated: iterates over its pieces of text."""
+    """A reply that is being generated, as an iterator over its pieces of text."""
 
     def __init__(self, engine: Engine, input: ModelInput, prepare_s: float, params: SamplingParams):
         self._prepare_s, self._params = prepare_s, params
@@ -77,5 +77,5 @@ class Stream(Iterator[str]):
         return next(self._pieces)
 
     def reply(self) -> Reply:
-        """The reply so far. If the iteration was abandoned, finish_reason is "stop"."""
+        """Returns the reply so far. If it is unfinished, finish_reason is "stop"."""
         return Reply.of(self._sequence, self._prepare_s, self._params)

@@ -1,4 +1,4 @@
-"""Selection of the next token. Filters run in the order of transformers: penalty, temperature, top-k, top-p, min-p.
+"""Selects the next token. Filters run in the same order as in transformers: penalty, temperature, top-k, top-p, min-p.
 
 B rows   V vocabulary rows
 """
@@ -15,7 +15,7 @@ from llava.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Generation options of one request. Temperature 0 selects the most likely token."""
+    """Generation options of one request. Temperature 0 always selects the most likely token."""
 
     max_new_tokens: int = 512
     temperature: float = 0.0
@@ -29,7 +29,7 @@ class SamplingParams:
 
     @classmethod
     def from_options(cls, *, stop: str | Sequence[str] | None = None, **options: Any) -> "SamplingParams":
-        """The parameters of keyword options, `stop` being one string or several. Raises ConfigError."""
+        """Builds the parameters from keyword options. `stop` is one string or several. Raises ConfigError."""
         try:
             return cls(stop=(stop,) if isinstance(stop, str) else tuple(stop or ()), **options)
         except TypeError as error:
@@ -53,7 +53,7 @@ class SamplingParams:
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
             ("logprobs", self.logprobs >= 0, "0 or more"),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "from 0 to 2**63 - 1"),
-            ("stop", all(self.stop), "strings that are not empty"),
+            ("stop", all(self.stop), "non-empty strings"),
         ):
             if not valid:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {expected}")
@@ -78,7 +78,7 @@ def sample(
 
 
 def _penalised(logits: Tensor, ids: Tensor, params: SamplingParams) -> Tensor:
-    """logits [V], with the penalty applied once to each distinct id of ids [n]."""
+    """Returns logits [V] with the repetition penalty applied once to each distinct id in ids [n]."""
     ids = ids[(ids >= 0) & (ids < len(logits))].unique().to(logits.device)
     hit = logits[ids]
     penalty = params.repetition_penalty
@@ -86,14 +86,14 @@ def _penalised(logits: Tensor, ids: Tensor, params: SamplingParams) -> Tensor:
 
 
 def _filtered(logits: Tensor, params: SamplingParams) -> Tensor:
-    """logits [B, V] with excluded tokens set to -inf. At least one token of each row remains."""
+    """Returns logits [B, V] with excluded tokens set to -inf. At least one token remains in each row."""
     if params.top_k is not None and params.top_k < logits.shape[-1]:
         lowest = logits.topk(params.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < lowest, -torch.inf)
     if params.top_p is not None and params.top_p < 1:
         ordered, order = logits.sort(descending=True)
         probs = ordered.softmax(-1)
-        excluded = probs.cumsum(-1) - probs >= params.top_p  # the tokens before it already add up to top_p
+        excluded = probs.cumsum(-1) - probs >= params.top_p  # more likely tokens already add up to top_p
         excluded[:, 0] = False
         logits = logits.masked_fill(excluded.scatter(1, order, excluded), -torch.inf)
     if params.min_p:

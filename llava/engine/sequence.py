@@ -1,4 +1,4 @@
-"""One request while it is being generated."""
+"""A request whose reply is being generated."""
 
 import time
 from dataclasses import dataclass, field
@@ -24,10 +24,10 @@ class Sequence:
     seen: Tensor  # ids of prompt and reply, for the repetition penalty
     n_generated: int = 0
     finish_reason: Literal["stop", "length"] | None = None
-    logprobs: list[float] = field(default_factory=list)  # of each generated token
-    top_logprobs: list[dict[int, float]] = field(default_factory=list)  # of the most likely ids at each token
+    logprobs: list[float] = field(default_factory=list)  # one per generated token
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)  # of the most likely ids, one dict per token
 
-    # times of `time.perf_counter`; 0: not yet
+    # readings of `time.perf_counter` in seconds; 0: not yet reached
     started: float = field(default_factory=time.perf_counter)
     first_token: float = 0.0
     ended: float = 0.0
@@ -38,7 +38,7 @@ class Sequence:
         return self.n_prompt + self.n_generated - 1
 
     def append(self, id: int) -> str:
-        """Adds a generated token and returns the text that became final. Sets `finish_reason` if it is the last."""
+        """Adds a generated token and returns the text that became final. Sets `finish_reason` after the last token."""
         now = time.perf_counter()
         self.first_token = self.first_token or now
         self.n_generated += 1

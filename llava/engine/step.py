@@ -1,4 +1,4 @@
-"""The two functions that run the model during generation, and that `torch.compile` is applied to.
+"""The two functions that run the model during generation. `Engine` can compile them with `torch.compile`.
 
 B rows   S length of the longest prompt   D dim   V vocabulary rows
 """
@@ -18,6 +18,6 @@ def prefill(model: Llava, x: Tensor, context: AttentionContext) -> Tensor:
 
 
 def decode_step(model: Llava, ids: Tensor, context: AttentionContext) -> Tensor:
-    """The newest token of each row, ids [B] -> logits [B, V] float32 for the next one."""
+    """ids [B], the newest token of each row -> logits [B, V] float32 for the next token."""
     x = model.decoder.lookup(ids)[:, None]
     return model.decoder.logits(model.decoder(x, context)[:, -1])

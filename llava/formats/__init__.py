@@ -1,4 +1,4 @@
-"""One file for each on-disk format, reading and writing together. `FORMATS` lists them in the order of detection."""
+"""On-disk formats, one module each for reading and writing. `FORMATS` lists them in the order of detection."""
 
 from llava.formats.clip import Clip
 from llava.formats.delta import Delta

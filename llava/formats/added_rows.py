@@ -1,7 +1,7 @@
 """The vocabulary rows that llava-hf adds to a LLaVA: <image>, <pad> and padding to a multiple of 64.
 
-They are untrained and never looked up. Other formats leave them out; `llava` keeps them in a file of their own, so that
-converting back gives the same file.
+They are untrained and never looked up. Other formats leave them out; the llava format keeps them in a separate file, so
+that converting back reproduces the original file.
 """
 
 from dataclasses import replace
@@ -14,15 +14,15 @@ from llava.tensors.files import Weights, read_json
 from llava.tensors.lazy import FromFile, LazyTensor, MeanRows, Slice, WithRows
 from llava.tensors.writer import no_progress, output, write_json, write_safetensors
 
-VOCAB_TABLES = ("decoder.embed.weight", "decoder.head.weight")  # that new tokens lengthen
+VOCAB_TABLES = ("decoder.embed.weight", "decoder.head.weight")  # tables that grow with new tokens
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
-VOCAB_KEY = "llava_vocab_size"  # our key in config.json: the number of rows before any were added
+VOCAB_KEY = "llava_vocab_size"  # our key in config.json: the number of rows before these were added
 _FILE = "llava_hf_rows.safetensors"
-_FORMATS = ("llava-hf", "native")  # that may have these rows
+_FORMATS = ("llava-hf", "native")  # formats that may have these rows
 
 
 def without_added_rows(checkpoint: Checkpoint) -> Checkpoint:
-    """The same model without these rows."""
+    """Returns the same model without the added rows."""
     if checkpoint.format not in _FORMATS:
         return checkpoint
     recorded = read_json(checkpoint.path / "config.json").get(VOCAB_KEY)
@@ -46,7 +46,7 @@ def write_added_rows(source: Checkpoint, folder: Path) -> None:
 
 
 def with_added_rows(name: str, table: LazyTensor, n_rows: int, folder: Path) -> LazyTensor:
-    """A vocabulary table lengthened to `n_rows`: by the rows kept in `folder`, else by the mean of its rows."""
+    """Extends a vocabulary table to `n_rows`, with the rows kept in `folder` or else with the mean of its rows."""
     first = table.shape[0]
     if (n_new := n_rows - first) <= 0:
         return table
@@ -58,7 +58,7 @@ def with_added_rows(name: str, table: LazyTensor, n_rows: int, folder: Path) -> 
 
 
 def copy_plain_tokenizer(source: Checkpoint, folder: Path) -> None:
-    """Copies the tokenizer's files, without <image> and <pad> if they were added to a SentencePiece model."""
+    """Copies the tokenizer files, without <image> and <pad> if they were added to a SentencePiece model."""
     copy_tokenizer(source.tokenizer_folder, folder, source.new_tokens)
     has_rows = source.format in _FORMATS and source.tokenizer.id_of(IMAGE_TOKEN) is not None
     if not has_rows or not (folder / "tokenizer.model").is_file():
@@ -78,6 +78,6 @@ def copy_plain_tokenizer(source: Checkpoint, folder: Path) -> None:
 
 
 def _names_token(value: Any, texts: set[str]) -> bool:
-    """Whether a setting is like {"pad_token": "<pad>"}, or the same with the token's flags."""
+    """Whether the value of a setting is one of the tokens `texts`, given as a string or as an object with flags."""
     text = value.get("content") if isinstance(value, dict) else value
     return isinstance(text, str) and text in texts

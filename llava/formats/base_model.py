@@ -1,28 +1,28 @@
-"""The base of a LoRA, a projector or a delta: the names that files record, and whether the given one can be it.
+"""The base model of a LoRA, projector or delta: the names recorded in files, and checks of the base that was given.
 
-Names recorded inside files are evidence. The names of folders, and the hub ids that a user gives, never are.
+Names recorded inside files count as evidence; folder names, and hub ids passed by the user, do not.
 """
 
 import logging
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llava.config import DecoderConfig
 from llava.errors import CheckpointError
-from llava.formats.format import Checkpoint, CheckpointFiles, Detection
+from llava.formats.format import Checkpoint, CheckpointFiles, Detection, Format
 from llava.formats.native import VERSION_KEY
 from llava.tensors.files import read_json_if_present
 
 log = logging.getLogger(__name__)
 
-RAW_LLAMA = "the raw LLaMA-1 that the difference was taken to (not Vicuna, not Llama 2)"
+RAW_LLAMA = "the raw LLaMA-1 that the delta was computed against (not Vicuna, not Llama 2)"
 
 
 class NeededBase(NamedTuple):
-    """The base of a checkpoint: names (several if the files do not show the size), and how they are known."""
+    """The base model that a checkpoint needs: its name (several if the size is unknown), and the evidence for it."""
 
     names: list[str]
     evidence: str
@@ -31,17 +31,17 @@ class NeededBase(NamedTuple):
         return " or ".join(self.names) or "the language model that it was trained from"
 
     def describe(self, format: str) -> str:
-        """For error messages about a checkpoint of this format."""
+        """Describes the base in error messages about a checkpoint of this format."""
         if format == "delta":
             return f"{RAW_LLAMA}, such as {self if self.names else 'huggyllama/llama-7b'}"
         return str(self)
 
 
 class BaseModelError(CheckpointError):
-    """A base is missing or cannot be the right one.
+    """A base model is missing or does not fit the checkpoint.
 
-    `render` writes the message about a `NeededBase`, by default the one that the files name. `zoo.bases.advice` raises
-    the error again with the base that the catalogue knows.
+    `render` turns a `NeededBase` into the message; `needed` defaults to the base recorded in the files.
+    `zoo.bases.advice` raises the error again with the base from the catalogue.
     """
 
     def __init__(
@@ -56,11 +56,14 @@ class BaseModelError(CheckpointError):
 
 
 def recorded_names(files: CheckpointFiles, format: str) -> Iterator[tuple[str, str]]:
-    """Names of the base in the files, the most reliable first, each with its file and key.
+    """Yields the names of the base recorded in the files, most reliable first, each with its file and key.
 
-    The config of a delta or a whole model records its own name under the same key: not a base.
+    A delta or a whole model records its own name as `_name_or_path`, so that key is not read for those.
     """
-    adapter = read_json_if_present(files.path / "adapter_config.json") if format == "lora" else {}
+    try:
+        adapter = read_json_if_present(files.path / "adapter_config.json") if format == "lora" else {}
+    except CheckpointError:  # reported when the LoRA is opened
+        adapter = {}
     if named := adapter.get("base_model_name_or_path"):
         yield str(named), "adapter_config.json: base_model_name_or_path"
     if format in ("lora", "projector") and (named := files.config.get("_name_or_path")):
@@ -68,14 +71,17 @@ def recorded_names(files: CheckpointFiles, format: str) -> Iterator[tuple[str, s
 
 
 def recorded_base(files: CheckpointFiles, format: str) -> NeededBase:
-    """The base as far as the files name it."""
+    """Returns the base model recorded in the checkpoint's files; `names` is empty if none is recorded."""
     for name, where in recorded_names(files, format):
         return NeededBase([name], f"{where} = {name}")
     return NeededBase([], "its files do not say which")
 
 
 def comparable_name(name: str) -> str:
-    """A recorded name reduced to its last component, ignoring case, `-`, `.`, `_` and the path of a hub cache."""
+    """Reduces a recorded name to its last component (in a hub cache, the repository's name), for comparison.
+
+    The result is in lower case, has `-` for each run of `-`, `.` and `_`, and no suffix `-hf`.
+    """
     parts = [part for part in re.split(r"[/\\]", name.lower()) if part not in ("", ".")]
     for part in parts:
         if part.startswith("models--"):
@@ -89,20 +95,21 @@ def comparable_name(name: str) -> str:
 
 
 def missing_base(files: CheckpointFiles, detection: Detection) -> BaseModelError:
-    """The error if a base is needed and none was given."""
+    """Returns the error to raise when a required base was not given."""
 
     def render(needed: NeededBase) -> str:
         example, first = needed.names[0] if needed.names else "FOLDER_OR_HUB_ID", ""
-        if example.endswith("-delta-v0"):  # Vicuna v0 was published as a delta only
+        if example.endswith("-delta-v0"):  # Vicuna v0 was published only as a delta
             whole = example.split("/")[-1].replace("-delta", "")
             raw = f"huggyllama/llama-{'13b' if '13b' in whole else '7b'}"
             first = (
-                f"; it was published as a delta only: llava apply-delta --base {raw} --target {whole} --delta {example}"
+                f"; it was published only as a delta, so first run: llava apply-delta --base {raw} --target {whole} "
+                f"--delta {example}"
             )
             example = whole
         return (
             f"{files.path}: {detection.format} ({detection.evidence[0]}): needs its base, "
-            f"{needed.describe(detection.format)} ({needed.evidence}); name its folder or hub id with base= (--base): "
+            f"{needed.describe(detection.format)} ({needed.evidence}); pass its folder or hub id as base= (--base): "
             f"llava ask IMAGE QUESTION --model {shlex.quote(str(files.path))} --base {example}{first}"
         )
 
@@ -110,31 +117,31 @@ def missing_base(files: CheckpointFiles, detection: Detection) -> BaseModelError
 
 
 def check_base_format(
-    base: CheckpointFiles, format: str, usable: bool, files: CheckpointFiles, detection: Detection
+    base: CheckpointFiles, format: str, known: Format | None, files: CheckpointFiles, detection: Detection
 ) -> None:
-    """The base is a language model of the same architecture. Raises BaseModelError."""
-    if not usable or format == "llava-hf":
+    """Checks that the base, of `known` format, is a language model of the same architecture. Raises BaseModelError."""
+    if known is None or not known.reads or known.needs_base or format == "llava-hf":
         why = "not a language model by itself"
         if format == "llava-hf":
             why = (
-                "a re-export for transformers, with added vocabulary rows; give the original base, or convert it: "
-                "llava convert FOLDER OUT --to llama"
+                "a re-export for transformers, with added vocabulary rows; pass the original base, or convert this "
+                "one: llava convert FOLDER OUT --to llama"
             )
         raise BaseModelError(
             files,
             detection,
             lambda needed: (
                 f"{base.path}: has format {format}, which cannot be the base of a {detection.format} ({why}); "
-                f"base= is {needed.describe(detection.format)}"
+                f"base= must be {needed.describe(detection.format)}"
             ),
         )
-    has, asked = _architecture(base), _architecture(files)
+    has, asked = _architecture(base.config or known.published_config(base)), _architecture(files.config)
     if has and asked and has != asked:
-        raise wrong_base(base.path, f"has architecture {has}, {files.path} is for {asked}", files, detection)
+        raise wrong_base(base.path, f"has architecture {has}, but {files.path} is for {asked}", files, detection)
 
 
 def wrong_base(base: Path, mismatch: str, files: CheckpointFiles, detection: Detection) -> BaseModelError:
-    """The error if a base has other sizes than the checkpoint asks for."""
+    """Returns the error to raise when the given base does not fit the checkpoint."""
 
     def render(needed: NeededBase) -> str:
         format = detection.format
@@ -143,44 +150,47 @@ def wrong_base(base: Path, mismatch: str, files: CheckpointFiles, detection: Det
     return BaseModelError(files, detection, render)
 
 
-def _architecture(files: CheckpointFiles) -> str | None:
-    """llama or mpt; None if config.json does not show it."""
-    if VERSION_KEY in files.config:
-        return (files.config.get("decoder") or {}).get("kind")
+def _architecture(config: Mapping[str, Any]) -> str | None:
+    """Returns "llama" or "mpt", or None if the config does not show the architecture."""
+    if VERSION_KEY in config:
+        return (config.get("decoder") or {}).get("kind")
     keys = {"d_model": "mpt", "hidden_size": "llama", "num_hidden_layers": "llama"}
-    return next((kind for key, kind in keys.items() if key in files.config), None)
+    return next((kind for key, kind in keys.items() if key in config), None)
 
 
 def check_heads(has: DecoderConfig, asked: DecoderConfig, base: Path, who: str, wrong: str) -> None:
-    """Compares the sizes that no tensor's shape shows. Raises CheckpointError."""
+    """Compares the sizes that tensor shapes do not determine. Raises CheckpointError if they differ."""
     for name in ("n_heads", "n_kv_heads", "head_dim"):
         one, other = getattr(has, name), getattr(asked, name)
         if one != other:
-            raise CheckpointError(f"{base}: {name} is {one}, {who} {other}: {wrong}")
+            raise CheckpointError(f"{base}: {name} is {one}, but {who} {other}: {wrong}")
 
 
 def check_vocabulary(rows: int, result: int, files: CheckpointFiles, wrong: str, force: bool) -> None:
-    """The base has as many rows as config.json states, or the checkpoint brings the others. Raises CheckpointError."""
+    """Checks that config.json states the vocabulary size of the base (`rows`) or of the whole model (`result`).
+
+    Raises CheckpointError, or with `force` logs a warning.
+    """
     stated = files.config.get("vocab_size")
     if isinstance(stated, int) and stated not in (rows, result):
-        refuse_or_warn(f"{wrong}: it has a vocabulary of {rows}, {files.path} states {stated}", force)
+        refuse_or_warn(f"{wrong}: it has a vocabulary of {rows}, but {files.path} states {stated}", force)
 
 
 def check_raw(base: Checkpoint, asked: DecoderConfig, force: bool) -> None:
-    """The base of a delta is the raw LLaMA-1: added to a trained model, the sum is garbage.
+    """Checks that the base of a delta is the raw LLaMA-1: on a fine-tuned model, a delta gives garbage.
 
-    asked: the delta's sizes. Raises CheckpointError.
+    asked: the delta's sizes. Raises CheckpointError, or with `force` logs a warning.
     """
     if evidence := [*_signs_of_training(base), *_signs_of_llama_2(base.config.decoder, asked)]:
         refuse_or_warn(
-            f"{base.path}: is not {RAW_LLAMA}: {'; '.join(evidence)}; give the raw LLaMA-1, such as "
+            f"{base.path}: is not {RAW_LLAMA}: {'; '.join(evidence)}; pass the raw LLaMA-1, such as "
             "huggyllama/llama-7b or huggyllama/llama-13b, as base= (--base)",
             force,
         )
 
 
 def _signs_of_training(base: Checkpoint) -> Iterator[str]:
-    """Signs of a Vicuna, a Llama 2 or a LLaVA."""
+    """Yields evidence that the base is a Vicuna, a Llama 2 or a LLaVA."""
     config = base.source_config
     name = str(config.get("_name_or_path") or "")
     if any(word in comparable_name(name) for word in ("vicuna", "llama-2", "llama2", "llava")):
@@ -190,26 +200,26 @@ def _signs_of_training(base: Checkpoint) -> Iterator[str]:
 
 
 def _signs_of_llama_2(sizes: DecoderConfig, asked: DecoderConfig) -> Iterator[str]:
-    """Numbers of Llama 2 that the delta, which keeps its base's, does not have."""
+    """Yields config values of Llama 2 that differ from those of the delta, which are those of its base."""
     if 4096 <= sizes.max_seq != asked.max_seq:
-        yield f"config.json: {sizes.max_seq} positions (the delta: {asked.max_seq}, as LLaMA-1)"
+        yield f"config.json: {sizes.max_seq} positions (the delta has {asked.max_seq}, like LLaMA-1)"
     if sizes.eps == 1e-5 != asked.eps:
-        yield f"config.json: rms_norm_eps = 1e-05 (the delta: {asked.eps}, as LLaMA-1)"
+        yield f"config.json: rms_norm_eps = 1e-05 (the delta has {asked.eps}, like LLaMA-1)"
 
 
 def refuse_or_warn(text: str, force: bool) -> None:
-    """Raises CheckpointError, or with `force` logs a warning."""
+    """Raises CheckpointError, or logs a warning if `force` is true."""
     if not force:
-        raise CheckpointError(f"{text}; force=True (--force) continues anyway")
+        raise CheckpointError(f"{text}; pass force=True (--force) to continue anyway")
     log.warning("%s", text)
 
 
 def warn_if_recorded_otherwise(files: CheckpointFiles, format: str, base: CheckpointFiles) -> None:
-    """Warns if a LoRA or projector records another base than the given one records of itself."""
+    """Warns if the base recorded in a LoRA or projector differs from the name that the base records for itself."""
     own = str(base.config.get("_name_or_path") or "")
     name, where = next(recorded_names(files, format), ("", ""))
     if name and own and comparable_name(own) != comparable_name(name):
         log.warning(
-            f"{files.path}: {where} = {name}, but the base, {base.path}, records config.json: _name_or_path = "
-            f"{own}; with another base the answers are worse"
+            f"{files.path}: {where} = {name}, but config.json of the base {base.path} has _name_or_path = "
+            f"{own}; with a different base, answers are worse"
         )

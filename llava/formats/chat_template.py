@@ -1,11 +1,11 @@
-"""Conversation templates as Jinja, which transformers and vLLM read from chat_template.jinja."""
+"""Conversation templates as Jinja source, which transformers and vLLM read from chat_template.jinja."""
 
 import json
 
 from llava.config import IMAGE_MARK
 from llava.preprocess.conversation import Style, Template
 
-# The text of a message. In a list of parts, the image marks come first, then the texts, as in our own messages
+# Renders the content of a message. For a list of parts, image marks come first, then the texts, as in our own prompts
 _CONTENT = (
     "{%- macro content(message) -%}{%- if message.content is string -%}{{- message.content -}}{%- else -%}"
     "{%- for part in message.content if part.type == 'image' -%}{{- MARK -}}{%- endfor -%}"
@@ -38,9 +38,9 @@ _BODIES = {Style.SINGLE: _COLON, Style.TWO: _COLON, Style.MPT: _CHATML, Style.LL
 
 
 def chat_template(template: Template) -> str | None:
-    """The template as Jinja source; None if it is not a chat template.
+    """Returns the template as Jinja source, or None if it is not a chat template.
 
-    Unlike `render`, the source also ends empty turns with a separator.
+    Unlike `render`, the Jinja template also adds a separator after an empty turn.
     """
     if template.style not in _BODIES or template.few_shot:
         return None

@@ -1,4 +1,4 @@
-"""CLIP: key table, published configs, how a LLaVA's vision tower is found, and a tower written as a folder."""
+"""CLIP: key table, published configs, finding a LLaVA's vision tower, and writing a tower as a folder."""
 
 import logging
 import re
@@ -40,12 +40,12 @@ TOWER = (
         )
         for param in ("weight", "bias")
     ),
-    Rule("post_layernorm.weight", "vision.post_norm.weight"),  # after the layer that LLaVA reads
+    Rule("post_layernorm.weight", "vision.post_norm.weight"),  # after the layers that LLaVA uses
     Rule("post_layernorm.bias", "vision.post_norm.bias"),
 )
 RULES = (
     *prefixed("vision_model.", TOWER),
-    *TOWER,  # transformers 5 may leave the prefix out
+    *TOWER,  # transformers 5 may omit the prefix
     Rule("text_model.**", None),
     Rule("visual_projection.weight", None),
     Rule("text_projection.weight", None),
@@ -65,7 +65,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {  # vision_config by hub id
     "openai/clip-vit-large-patch14": _CLIP_L | {"image_size": 224},
     "openai/clip-vit-large-patch14-336": _CLIP_L | {"image_size": 336},
 }
-DEFAULTS: dict[str, Any] = {  # of transformers' CLIPVisionConfig, for keys that config.json leaves out
+DEFAULTS: dict[str, Any] = {  # of transformers' CLIPVisionConfig, for keys missing from config.json
     "hidden_size": 768,
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
@@ -75,13 +75,13 @@ DEFAULTS: dict[str, Any] = {  # of transformers' CLIPVisionConfig, for keys that
     "layer_norm_eps": 1e-5,
     "hidden_act": "quick_gelu",
 }
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # preprocessor_config.json of both repositories
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # from preprocessor_config.json in both repositories
 STD = (0.26862954, 0.26130258, 0.27577711)
-OWN_TOWER = "vision_tower"  # folder inside a checkpoint for a tower that is not published
+OWN_TOWER = "vision_tower"  # subfolder for a checkpoint's own tower
 
 
 class Clip(Format):
-    """A CLIP repository: only a vision tower for a LLaVA, not a model that answers."""
+    """A CLIP repository: detected, but not loaded as a model, since it serves only as a LLaVA's vision tower."""
 
     name = "clip"
     reads = False
@@ -101,22 +101,22 @@ class Clip(Format):
 class Tower:
     """A vision tower's own config files."""
 
-    folder: Path | None  # None: a published config is used
+    folder: Path | None  # None: the config is a published one or from the checkpoint's config.json
     config: Mapping[str, Any]  # config.json or its vision_config
-    processor: Mapping[str, Any]  # preprocessor_config.json; empty: CLIP's published values
+    processor: Mapping[str, Any]  # preprocessor_config.json; {}: CLIP's published values
 
 
 def own_tower(folder: Path) -> Path | None:
-    """The tower that a checkpoint's folder contains, wherever the folder has been moved."""
+    """Returns the tower folder inside a checkpoint, if any. Unlike a recorded path, it remains valid after a move."""
     return folder / OWN_TOWER if (folder / OWN_TOWER / "config.json").is_file() else None
 
 
 def find_tower(name: str, shapes: Shapes, *, fetch: bool = True) -> Tower:
     """Finds the tower `name`, a folder or hub id, for a checkpoint with tensors of these shapes.
 
-    Weights are fetched only if the checkpoint has no tower of its own. `fetch` False does not ask the hub for a
-    published tower, whose sizes are known. If the tower's config is unreachable and the checkpoint holds a tower with
-    CLIP-L's width and depth, CLIP-L's config is used. Raises CheckpointError naming the option that helps.
+    Weights are fetched only if the checkpoint has no tower of its own. With `fetch=False`, the hub is not asked for a
+    published tower, whose sizes are known. If the tower's config is unreachable but the checkpoint contains a tower
+    with CLIP-L's width and depth, CLIP-L's config is used. Raises CheckpointError naming the option to set.
     """
     inside = "vision.cls" in shapes
     if not fetch and not inside and not Path(name).is_dir() and name in PUBLISHED:
@@ -127,18 +127,18 @@ def find_tower(name: str, shapes: Shapes, *, fetch: bool = True) -> Tower:
         if inside and (sizes := _config_from_shapes(shapes)):
             log.warning("%s; the checkpoint's own tower has CLIP-L's sizes, so CLIP-L's config is used", error)
             return Tower(None, sizes, {})
-        heads = "; the checkpoint holds the tower, but only that config gives its number of heads" if inside else ""
+        heads = "; the checkpoint contains the tower, but only that config states its number of heads" if inside else ""
         raise CheckpointError(f"{error}{heads}: name a CLIP folder with vision_tower= (--vision-tower)") from None
     return Tower(folder, read_json(folder / "config.json"), processor_config(folder))
 
 
 def processor_config(folder: Path) -> dict[str, Any]:
-    """preprocessor_config.json; {} if there is none, which means CLIP's published values."""
+    """Reads preprocessor_config.json. Returns {}, meaning CLIP's published values, if there is none."""
     return read_json_if_present(folder / "preprocessor_config.json")
 
 
 def read_tower(folder: Path, *, needed: bool = True) -> dict[str, LazyTensor]:
-    """The tensors of a CLIP folder. Raises CheckpointError if it has none and they are `needed`."""
+    """Returns the tensors of a CLIP folder. Raises CheckpointError if `needed` but absent, or if any is unknown."""
     weights = open_weights(folder)
     if not weights and needed:
         raise CheckpointError(f"{folder}: the vision tower's folder has no weights; name another with vision_tower=")
@@ -149,11 +149,11 @@ def read_tower(folder: Path, *, needed: bool = True) -> dict[str, LazyTensor]:
 
 
 def unknown_tensors(files: Mapping[str, Path]) -> CheckpointError:
-    """The error about tensors that no key table has; `files`: by name."""
+    """Returns the error to raise for tensors that no rule matches. `files`: tensor name -> file."""
     names = list(files)
     rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return CheckpointError(
-        f"{files[names[0]]}: tensors that no LLaVA in this format has: {', '.join(names[:3])}{rest}; "
+        f"{files[names[0]]}: contains tensors that no LLaVA in this format has: {', '.join(names[:3])}{rest}; "
         "pass force=True (--force) to leave them out"
     )
 
@@ -164,7 +164,7 @@ def unknown_tensors(files: Mapping[str, Path]) -> CheckpointError:
 def vision_config(
     tower: Mapping[str, Any], where: object, *, select_layer: int = -1, select_feature: str = "patch"
 ) -> VisionConfig:
-    """From CLIP's config.json (or its vision_config) and LLaVA's choice of features. Raises ConfigError."""
+    """Combines CLIP's config.json (or its vision_config) with LLaVA's choice of features. Raises ConfigError."""
     sizes = section(tower, "vision_config", where) or tower
     try:
         return VisionConfig(
@@ -181,12 +181,12 @@ def vision_config(
         )
     except KeyError as key:
         raise ConfigError(
-            f"{where}: is not a CLIP config, it has no {key}; name a CLIP folder with vision_tower="
+            f"{where}: is not a CLIP config: it has no {key}; name a CLIP folder with vision_tower="
         ) from None
 
 
 def published_id(sizes: Mapping[str, Any]) -> str | None:
-    """The hub id of the published CLIP with these sizes, if any."""
+    """Returns the hub id of the published CLIP with these sizes, if any."""
     for name, known in PUBLISHED.items():
         if all(sizes.get(key, DEFAULTS[key]) == value for key, value in known.items()):
             return name
@@ -194,16 +194,16 @@ def published_id(sizes: Mapping[str, Any]) -> str | None:
 
 
 def tower_of_projector(in_dim: int, depth: int) -> str | None:
-    """The tower of published projectors of that input width: linear ones took 224 pixels, MLPs 336."""
+    """Returns the tower of published projectors with this input width: at 224 pixels for linear ones, 336 for MLPs."""
     if in_dim != _CLIP_L["hidden_size"]:
         return None
     return "openai/clip-vit-large-patch14" if depth == 1 else "openai/clip-vit-large-patch14-336"
 
 
 def _config_from_shapes(shapes: Shapes) -> dict[str, Any] | None:
-    """A vision_config for a tower with CLIP-L's width and depth, else None: shapes do not show the number of heads.
+    """Returns CLIP-L's vision_config for a tower with its width and depth, else None: shapes do not show n_heads.
 
-    The last layer may be missing: LLaVA does not read it, and the towers that we write after training lack it.
+    The last layer may be missing: LLaVA does not use it, and the towers that we write after training lack it.
     """
     patch, positions = shapes.get("vision.patch.weight"), shapes.get("vision.pos")
     if not patch or not positions:
@@ -222,7 +222,7 @@ def _config_from_shapes(shapes: Shapes) -> dict[str, Any] | None:
 def write_tower(folder: Path, config: LlavaConfig, tensors: Mapping[str, Tensor]) -> None:
     """Writes a model's vision tower (`vision.*` of `tensors`) as a CLIP folder, for `mm_vision_tower`.
 
-    The config states all layers; the weights hold those that there are. Raises ConfigError, CheckpointError.
+    The config states all layers, even if `tensors` lacks the last ones. Raises ConfigError, CheckpointError.
     """
     if config.vision is None or config.image is None:
         raise ConfigError(f"{folder}: cannot be written: this model has no vision tower")
@@ -235,7 +235,7 @@ def write_tower(folder: Path, config: LlavaConfig, tensors: Mapping[str, Tensor]
 
 
 def clip_config(sizes: VisionConfig) -> dict[str, Any]:
-    """A CLIPVisionConfig."""
+    """Returns a CLIPVisionConfig with every size stated."""
     return {
         "architectures": ["CLIPVisionModel"],
         "model_type": "clip_vision_model",
@@ -251,7 +251,7 @@ def clip_config(sizes: VisionConfig) -> dict[str, Any]:
 
 
 def clip_processor(image: ImageConfig) -> dict[str, Any]:
-    """preprocessor_config.json of a CLIP: resize the shortest edge, then crop the centre."""
+    """Returns CLIP's preprocessor_config.json: resize the shortest edge, then crop the centre."""
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,

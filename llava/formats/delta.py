@@ -1,4 +1,4 @@
-"""Deltas: a model as its difference to a base, so that it can be published without the base."""
+"""Deltas: models stored as the difference from a base model, so that they can be published without it."""
 
 import shutil
 from dataclasses import replace
@@ -19,23 +19,23 @@ from llava.tensors.lazy import Cast, LazyTensor
 from llava.tensors.sums import AddDelta
 from llava.tensors.writer import Progress, no_progress, write_shards
 
-_DIFFERENCE = 0.1  # |mean| of the final norm's weight below this: the tensor is a difference
+_DIFFERENCE = 0.1  # a checkpoint is a delta if |mean| of the final norm's weight is below this
 
 
 class Delta(PartOfModel):
-    """The llava format, but every tensor that the base has is a difference to it."""
+    """The llava format, except that every tensor that the base also has is stored as the difference from it."""
 
     name = "delta"
-    exact = False  # a sum rounds the difference once
+    exact = False  # the difference is rounded when it is stored
 
     def detect(self, files: CheckpointFiles) -> list[str]:
         if "model.norm.weight" not in files.weights:
             return []
         mean = files.weights["model.norm.weight"].float().mean().item()
-        return [f"model.norm.weight has mean {mean:.4f}: a difference to a base"] * (abs(mean) < _DIFFERENCE)
+        return [f"model.norm.weight has mean {mean:.4f}: a difference from a base model"] * (abs(mean) < _DIFFERENCE)
 
     def resolve(self, files: CheckpointFiles, base: Checkpoint | None, tokenizer: Tokenizer) -> Resolved:
-        """Differences are added in the delta's type; tensors and rows that the base lacks are taken as they are."""
+        """Adds the differences in the delta's dtype; tensors and rows that the base lacks are taken as they are."""
         assert base
         part = read_part(files.weights, {name: name for name in files.weights}, llava_rules(base))
         own = base_tensors(base)
@@ -45,8 +45,8 @@ class Delta(PartOfModel):
             if delta is None or under is None or not extends(ours, delta, under):
                 asked, found = (list(tensor.shape) if tensor else "none" for tensor in (delta, under))
                 raise CheckpointError(
-                    f"{base.path}: has {ours} in shape {found}, the delta in shape {asked}: "
-                    "not the base that the difference was taken to"
+                    f"{base.path}: has {ours} with shape {found}, but the delta has it with shape {asked}: "
+                    "not the base that the delta was computed against"
                 )
             tensors[ours] = AddDelta(delta, under, delta.dtype)
         return Resolved(tensors, part.dropped, part.unknown)
@@ -69,12 +69,12 @@ def write_delta(
 ) -> None:
     """Writes model - base in float16, streamed; tensors and rows that the base lacks are written as they are.
 
-    Both are opened without vision; `model` has the llava format, and its config and tokenizer are copied. Adding the
-    base again gives the model up to one rounding of the difference. Raises CheckpointError.
+    Both checkpoints must be opened without vision. `model` must have the llava format; its config and tokenizer are
+    copied. Adding the base back restores the model up to one rounding of the difference. Raises CheckpointError.
     """
     if model.format != "llava":
-        raise CheckpointError(f"{model.path}: has format {model.format}; a delta is made from the llava format")
-    check_raw(base, model.config.decoder, force=True)  # readers of deltas refuse such a base, so warn now
+        raise CheckpointError(f"{model.path}: has format {model.format}; deltas can only be made from the llava format")
+    check_raw(base, model.config.decoder, force=True)  # loading the delta on an unsuitable base is refused, so warn now
     tensors = {name: _difference(name, tensor, base) for name, tensor in (model.tensors | model.unused).items()}
     rules = rules_for(model.config, linear="projector.2.weight" not in tensors)
     outputs = [replace(out, dtype=torch.float16) for out in to_disk(tensors, model.config, rules)]
@@ -88,5 +88,5 @@ def _difference(name: str, tensor: LazyTensor, base: Checkpoint) -> LazyTensor:
     if (own := base.tensors.get(name)) is None:
         return Cast(tensor, torch.float16)
     if not extends(name, tensor, own):
-        raise CheckpointError(f"{own.where}: has shape {list(own.shape)}, {tensor.where} has {list(tensor.shape)}")
+        raise CheckpointError(f"{own.where}: has shape {list(own.shape)}, but {tensor.where} has {list(tensor.shape)}")
     return AddDelta(tensor, own, torch.float16, sign=-1)

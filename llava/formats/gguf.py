@@ -1,8 +1,8 @@
-"""llama.cpp's format: one file with the language model and, for a LLaVA, one with tower and projector (mmproj).
+"""GGUF, llama.cpp's format: one file with the language model and, for a LLaVA, one with tower and projector (mmproj).
 
-Names, keys and the order of rows are those that llama.cpp reads (the release in llama-cpp-python 0.3.36). It rotates
-adjacent pairs of rows, so q and k are put into that order. Matrices are float16, or bfloat16 if they were; everything
-else is float32, because llama.cpp's kernels accept no narrower type for it.
+Names, keys and the order of rows are those that llama.cpp expects (the release in llama-cpp-python 0.3.36). It rotates
+adjacent pairs of rows, so the rows of q and k are reordered. Matrices are bfloat16 if they already were, else float16;
+all other tensors are float32, because llama.cpp's kernels accept no narrower type for them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -59,11 +59,11 @@ MMPROJ = (
         for param in ("weight", "bias")
     ),
 )
-MODEL_FILE, MMPROJ_FILE = "model-{}.gguf", "mmproj-{}.gguf"  # with the type of the matrices
+MODEL_FILE, MMPROJ_FILE = "model-{}.gguf", "mmproj-{}.gguf"  # {}: the type of the matrices, f16 or bf16
 
 
 class Gguf(Format):
-    """Files for llama.cpp. Reading back is for checks only; `llava.load` does not open GGUF."""
+    """GGUF files for llama.cpp. They are read back only to verify a conversion; `llava.load` does not open GGUF."""
 
     name = "gguf"
     reads = False
@@ -74,14 +74,14 @@ class Gguf(Format):
         return (*LANGUAGE[config.decoder.kind if config else "llama"], *MMPROJ)
 
     def prepare(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Every tensor in the type that it has in the file."""
+        """Casts every tensor to its dtype in the file. Raises CheckpointError for a model that cannot be written."""
         package()
         _refuse_unsupported(checkpoint)
         gguf_vocab.read_vocab(checkpoint)  # raises CheckpointError
         return replace(checkpoint, tensors={n: Cast(t, _dtype(n, t)) for n, t in checkpoint.tensors.items()})
 
     def outputs(self, checkpoint: Checkpoint) -> list[OutputTensor]:
-        """The language model's tensors first."""
+        """Returns the tensors to write, those of the language model first."""
         config, rules, outputs = checkpoint.config, self.rules(checkpoint.config), list[OutputTensor]()
         for ours, tensor in checkpoint.tensors.items():
             names, n_rows = disk_names(ours, rules), tensor.shape[0]
@@ -103,7 +103,7 @@ class Gguf(Format):
         return sorted(outputs, key=_is_mmproj)
 
     def write(self, job: WriteJob) -> None:
-        """Both files, tensor by tensor."""
+        """Writes both files, one tensor at a time."""
         count = byte_counter(job.outputs, job.progress)
         kind = job.checkpoint.config.decoder.kind
         files = ((MODEL_FILE, _describe_model, kind), (MMPROJ_FILE, _describe_mmproj, "clip"))
@@ -119,7 +119,7 @@ class Gguf(Format):
         return read_gguf(folder, checkpoint)
 
     def remarks(self, source: Checkpoint) -> list[str]:
-        lines = ["Rows of q and k are in llama.cpp's order; matrices are float16 or bfloat16, all else float32."]
+        lines = ["Rows of q and k are in llama.cpp's order; matrices are float16 or bfloat16, the rest float32."]
         rounded = [t for n, t in source.tensors.items() if t.dtype == torch.float32 and _dtype(n, t) != torch.float32]
         if rounded:
             lines.append(f"{len(rounded)} tensors were float32 and are rounded to float16.")
@@ -132,13 +132,13 @@ class Gguf(Format):
 
 _ABOUT_IMAGES = (
     "llama.cpp pads images to a square, resizes them with its own filter, and approximates GELU with tanh.",
-    "llama.cpp since May 2025 puts CLIP's class token after the patches and shifts their positions by one (its issue "
-    "25814): until that is fixed, answers about images are less exact there. The file is correct.",
+    "Since May 2025, llama.cpp puts CLIP's class token after the patches and shifts their positions by one (its issue "
+    "25814): until that is fixed, its answers about images are less accurate. The file itself is correct.",
 )
 
 
 def package() -> ModuleType:
-    """The package gguf, which is an extra. Raises ConfigError."""
+    """Imports the optional package gguf. Raises ConfigError if it is not installed."""
     try:
         import gguf
     except ImportError:
@@ -156,18 +156,18 @@ def _refuse_unsupported(checkpoint: Checkpoint) -> None:
     scaling, vision, projector = config.decoder.rope_scaling, config.vision, config.projector
     why = ""
     if scaling and scaling.kind != "linear":
-        why = f"rope scaling {scaling.kind!r}, which this version does not write"
+        why = f"rope scaling {scaling.kind!r}, which is not supported"
     elif vision is None or projector is None:
         return
     elif projector.depth != 2:
         found = {0: "an identity", 1: "a linear layer"}.get(projector.depth, f"{projector.depth} layers")
-        why = f"{found} as projector, llama.cpp's `mlp` is two layers with GELU between{advice}"
+        why = f"{found} as its projector, but llama.cpp's `mlp` is two layers with GELU in between{advice}"
     elif config.start_end:
         why = f"<im_start> and <im_end> around images, which llama.cpp leaves out{advice}"
     elif vision.select_feature != "patch":
         why = f"the class token among the features, which llama.cpp leaves out{advice}"
     elif vision.mlp_dim == vision.dim:
-        why = f"a tower whose MLP is as wide as itself, which llama.cpp reads transposed{advice}"
+        why = f"a tower whose MLP is only as wide as the tower, which llama.cpp reads transposed{advice}"
     if why:
         raise CheckpointError(f"{checkpoint.path}: cannot be written as GGUF: it has {why}")
 
@@ -181,7 +181,7 @@ def _is_mmproj(out: OutputTensor) -> bool:
 
 
 def _chunks(tensor: LazyTensor, start: int, stop: int, head_dim: int) -> Iterator[Tensor]:
-    """Rows [start, stop), a few heads at a time; head_dim 1 keeps their order."""
+    """Yields rows [start, stop) in chunks of whole heads, reordered for llama.cpp; head_dim 1 keeps their order."""
     row_bytes = torch.Size(tensor.shape[1:]).numel() * tensor.dtype.itemsize
     step = max(CHUNK_BYTES // (row_bytes * head_dim), 1) * head_dim
     for first in range(start, stop, step):
@@ -253,7 +253,7 @@ def _describe_model(writer: Any, checkpoint: Checkpoint) -> None:
 
 
 def _describe_mmproj(writer: Any, checkpoint: Checkpoint) -> None:
-    """`block_count` counts the stored blocks; `feature_layer` makes llama.cpp run all of them instead of one less."""
+    """`block_count` is the number of stored blocks; `feature_layer` makes llama.cpp run all, including the last."""
     vision, image = checkpoint.config.vision, checkpoint.config.image
     assert vision is not None
     assert image is not None

@@ -1,4 +1,4 @@
-"""Reads back what gguf.py wrote, for checks: keys become a config, tensors ours. Not for other GGUF files."""
+"""Reads back GGUF files written by gguf.py, to verify a conversion. Other GGUF files are not supported."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,7 +17,7 @@ from llava.tensors.lazy import Concat, HalfSplit, InMemory, LazyTensor
 
 
 def read_gguf(folder: Path, like: Checkpoint) -> Checkpoint:
-    """The model in a folder; what the files do not state (template, tokenizer) is taken from `like`.
+    """Reads the model in a folder; `like` provides what the files do not state (template, tokenizer).
 
     Raises CheckpointError on an unknown tensor.
     """
@@ -35,7 +35,7 @@ def read_gguf(folder: Path, like: Checkpoint) -> Checkpoint:
 
 
 class _File:
-    """The keys and memory-mapped tensors of a file."""
+    """The keys and memory-mapped tensors of a GGUF file."""
 
     def __init__(self, file: Path):
         reader = package().GGUFReader(file, "c")  # "c": copy-on-write pages
@@ -48,7 +48,7 @@ class _File:
 
 
 def _tensor(stored: Any) -> Tensor:
-    """GGUF lists dimensions from the innermost; bfloat16 is read as bytes."""
+    """Converts a tensor to torch. GGUF lists the innermost dimension first; its reader returns bfloat16 as bytes."""
     values = torch.from_numpy(stored.data)
     shape = [int(size) for size in reversed(stored.shape)]
     return (values.view(torch.bfloat16) if stored.tensor_type.name == "BF16" else values).view(shape)
@@ -57,7 +57,7 @@ def _tensor(stored: Any) -> Tensor:
 def _tensors(file: _File, rules: tuple[Rule, ...], head_dim: int | None) -> dict[str, LazyTensor]:
     planned = plan(file.tensors, rules)
     if planned.unknown:
-        raise CheckpointError(f"{file.file}: has {planned.unknown[0]}, which was not written; convert again")
+        raise CheckpointError(f"{file.file}: has {planned.unknown[0]}, which gguf.py does not write; convert again")
     tensors: dict[str, LazyTensor] = {}
     for ours, names in planned.tensors.items():
         parts: list[LazyTensor] = [

@@ -1,4 +1,4 @@
-"""A tokenizer as GGUF keys: pieces with scores and types, merges, and the special ids."""
+"""A tokenizer as GGUF keys: pieces with scores and types, merges, and the ids of special tokens."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,14 +15,14 @@ _UNUSED_SCORE, _ADDED_SCORE = -10000.0, -1000.0
 
 
 class Vocab(NamedTuple):
-    """One entry for each vocabulary row of the model."""
+    """llama.cpp's vocabulary, with one entry for each vocabulary row of the model."""
 
     model: str  # `llama`: SentencePiece; `gpt2`: byte-level BPE
-    pre: str  # llama.cpp's name of the pre-tokenizer
+    pre: str  # llama.cpp's name for the pre-tokenizer
     tokens: list[str]
     types: list[int]
-    scores: Sequence[float] = ()  # SentencePiece
-    merges: Sequence[str] = ()  # BPE
+    scores: Sequence[float] = ()  # SentencePiece only
+    merges: Sequence[str] = ()  # BPE only
     unk_id: int | None = None
 
 
@@ -57,7 +57,7 @@ def _sentencepiece(file: Path, rows: int) -> Vocab:
 
 
 def _byte_level(file: Path, rows: int) -> Vocab:
-    """GPT-NeoX's tokenizer, as MPT has it."""
+    """Reads the GPT-NeoX tokenizer that MPT uses. Raises CheckpointError if it is not byte-level BPE."""
     values = read_json(file)
     with parsing(file):
         model, before = values["model"], values["pre_tokenizer"] or {}
@@ -81,7 +81,7 @@ def _byte_level(file: Path, rows: int) -> Vocab:
 
 
 def _unused(rows: int) -> list[str]:
-    """Names for rows without a token, which must be distinct."""
+    """Returns placeholder names for rows without a token; the names must be distinct."""
     return [f"[PAD{id}]" for id in range(rows)]
 
 

@@ -1,7 +1,7 @@
-"""gpt-fast's `model.pth`: the language model in one file in torch's zip format, with its names and row order.
+"""gpt-fast's `model.pth`: the language model in one file in torch's zip format, with gpt-fast's names.
 
-gpt-fast rotates adjacent pairs of rows, hub checkpoints the two halves of a head: rows of q and k are put into
-gpt-fast's order. q, k and v are concatenated. Names and order follow its model.py (commit 03e10bc).
+gpt-fast rotates adjacent pairs of rows, whereas hub checkpoints pair the two halves of a head, so the rows of q and k
+are reordered. q, k and v are concatenated. Names and row order follow gpt-fast's model.py (commit 03e10bc).
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ RULES = tuple(replace(rule, disk=rule.disk.replace("w{q,k,v}", "wqkv")) for rule
 
 
 class GptFast(Format):
-    """model.pth next to the tokenizer's files."""
+    """model.pth and the tokenizer files."""
 
     name = "gpt-fast"
     reads = False
@@ -40,7 +40,7 @@ class GptFast(Format):
         return without_added_rows(checkpoint)
 
     def outputs(self, checkpoint: Checkpoint) -> list[OutputTensor]:
-        """The language model's tensors; a tied head is written out, as gpt-fast has no tied weights."""
+        """Returns the language model's tensors; a tied head is written in full, as gpt-fast has no tied weights."""
         require_llama(checkpoint, "gpt-fast")
         tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith("decoder.")}
         if checkpoint.config.decoder.tied:
@@ -83,7 +83,7 @@ def _chunks(sizes: DecoderConfig, ours: str, tensor: LazyTensor) -> Iterator[Ten
 
 
 def _split_halves(qkv: LazyTensor, sizes: DecoderConfig) -> LazyTensor:
-    """The inverse of `_chunks`."""
+    """Restores the row order of hub checkpoints: the inverse of `_chunks`."""
     q_end = sizes.qkv_rows[0]
     k_end = q_end + sizes.qkv_rows[1]
     q, k = HalfSplit(Slice(qkv, 0, q_end), sizes.head_dim), HalfSplit(Slice(qkv, q_end, k_end), sizes.head_dim)

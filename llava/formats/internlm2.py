@@ -1,6 +1,6 @@
-"""InternLM2, a Llama with its own tensor names and q, k and v interleaved by key/value head; as a plain language model or in a LLaVA.
+"""InternLM2: a Llama with its own tensor names, and with q, k and v interleaved by key/value head.
 
-Matched: modeling_internlm2.py of internlm/internlm2-chat-7b.
+Reads plain language models and LLaVAs. Matches modeling_internlm2.py of internlm/internlm2-chat-7b.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ RULES = (
 
 
 class InternLM2(Format):
-    """Read only: `--to llama` writes the same model for other readers."""
+    """Read only. `--to llama` writes the language model for other readers, `--to llava` a whole LLaVA."""
 
     name = "internlm2"
 
@@ -71,7 +71,7 @@ class InternLM2(Format):
 
 @dataclass(frozen=True)
 class Ungrouped(Derived):
-    """All heads of q, then of k, then of v; stored as groups of a few heads of q with the k and v that they share."""
+    """All heads of q, then k, then v. Stored as groups: a few heads of q, then the k and v heads that they share."""
 
     base: LazyTensor
     n_heads: int
@@ -86,7 +86,7 @@ class Ungrouped(Derived):
         return torch.cat(heads)[start - offset : stop - offset] if heads else self.base.rows(0, 0)
 
     def _stored_head(self, head: int) -> int:
-        """The position of a head of ours in the stored matrix."""
+        """Maps the index of a head in our order to its index in the stored matrix."""
         per_group = self.n_heads // self.n_kv_heads
         if head < self.n_heads:
             group, within = divmod(head, per_group)

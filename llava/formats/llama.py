@@ -1,4 +1,4 @@
-"""A plain Llama as Hugging Face stores it: key table, config in, config out."""
+"""A plain Llama in Hugging Face's format: key table, and conversion from and to config.json."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,7 +41,7 @@ RULES = (*prefixed("model.", LAYERS), Rule("lm_head.weight", "decoder.head.weigh
 
 
 class Llama(Format):
-    """Any Llama loader opens it."""
+    """A plain Llama that any Llama loader can open."""
 
     name = "llama"
     writes = True
@@ -76,9 +76,9 @@ class Llama(Format):
 
 
 def decoder_config(config: Mapping[str, Any], shapes: Shapes, where: object) -> DecoderConfig:
-    """From config.json; defaults are those of LlamaConfig in transformers 4.37.2. Raises ConfigError.
+    """Reads config.json, with the defaults of LlamaConfig in transformers 4.37.2. Raises ConfigError.
 
-    The number of vocabulary rows is taken from the embedding table.
+    The number of vocabulary rows is taken from the embedding table if there is one.
     """
     dim = config.get("hidden_size", 4096)
     n_heads = config.get("num_attention_heads", 32)
@@ -107,7 +107,7 @@ def decoder_config(config: Mapping[str, Any], shapes: Shapes, where: object) -> 
 
 
 def is_mistral(decoder: DecoderConfig) -> bool:
-    """Whether a Llama has the sizes that only Mistral has among the published models; Yi has another theta."""
+    """Whether the sizes are Mistral's, which are unique among published models: Yi has a different rope_theta."""
     return decoder.kind == "llama" and decoder.n_kv_heads == 8 and decoder.rope_theta == 1e6
 
 
@@ -125,7 +125,7 @@ def _read_rope_scaling(values: Mapping[str, Any], max_seq: int, where: object) -
 
 
 def llama_config(config: LlavaConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """A LlamaConfig with every size stated; without a tokenizer, BOS and EOS have Llama's own ids."""
+    """Returns a LlamaConfig with every size stated. Without a tokenizer, BOS and EOS get Llama's default ids."""
     sizes = config.decoder
     scaling = sizes.rope_scaling
     extended = scaling is not None and scaling.kind in ("linear", "dynamic")

@@ -1,4 +1,4 @@
-"""The format of the published LLaVA checkpoints (liuhaotian/llava-v1.5-7b and the like): Hugging Face's language model
+"""The format of the published LLaVA checkpoints (liuhaotian/llava-v1.5-7b and the like): a Hugging Face language model
 with LLaVA's tensors and config keys added.
 """
 
@@ -50,7 +50,7 @@ WRITERS: dict[FileType, FileWriter] = {"safetensors": write_safetensors, "bin": 
 
 
 class Llava(Format):
-    """A LLaVA on a Llama, Mistral or Yi; also writes LLaVAs on an MPT."""
+    """A LLaVA based on Llama, Mistral or Yi. MPT-based ones can be written too; the `mpt` format reads them."""
 
     name = "llava"
     writes = True
@@ -75,7 +75,7 @@ class Llava(Format):
         return without_added_rows(checkpoint)
 
     def outputs(self, checkpoint: Checkpoint) -> list[OutputTensor]:
-        """The tower is written only if the checkpoint holds it; otherwise config.json names it."""
+        """The tower is written only if the checkpoint contains it; otherwise config.json names it."""
         kept = {name: tensor for name, tensor in checkpoint.tensors.items() if not name.startswith("vision.")}
         if checkpoint.tower_inside:
             kept = checkpoint.tensors | checkpoint.unused_tower
@@ -92,7 +92,7 @@ class Llava(Format):
 
 
 def rules_for(config: LlavaConfig, *, linear: bool | None = None) -> tuple[Rule, ...]:
-    """The key table for this model. A `linear` projector (default: as in `config`) has no number in its name."""
+    """Returns the key table. `linear` (None: as in `config`): the projector has one layer, whose name has no number."""
     rules = mpt.RULES if config.decoder.kind == "mpt" else RULES
     if linear is None:
         linear = config.projector is not None and config.projector.depth == 1
@@ -100,7 +100,7 @@ def rules_for(config: LlavaConfig, *, linear: bool | None = None) -> tuple[Rule,
 
 
 def from_memory(tensors: Mapping[str, Tensor], config: LlavaConfig) -> list[OutputTensor]:
-    """Tensors in memory under this format's names, in their own types; a tied head is left out."""
+    """Returns in-memory tensors under this format's names, with their types unchanged. A tied head is left out."""
     lazy: dict[str, LazyTensor] = {name: InMemory(tensor=tensor, origin=name) for name, tensor in tensors.items()}
     if config.decoder.tied:
         lazy.pop("decoder.head.weight", None)
@@ -108,9 +108,9 @@ def from_memory(tensors: Mapping[str, Tensor], config: LlavaConfig) -> list[Outp
 
 
 def llava_config(config: LlavaConfig, tokenizer: Tokenizer | None, vision_tower: str | None) -> dict[str, Any]:
-    """config.json with every key that the original code and ours read. Raises ConfigError.
+    """Returns config.json with every key that the original code or ours reads. Raises ConfigError.
 
-    Our key `llava_template`, which other readers ignore, records the template: the original guesses it from the
+    Our key `llava_template`, which other readers ignore, records the template; the original code guesses it from the
     folder's name.
     """
     is_mpt = config.decoder.kind == "mpt"
@@ -131,10 +131,11 @@ def llava_config(config: LlavaConfig, tokenizer: Tokenizer | None, vision_tower:
 
 
 def tower_name(checkpoint: Checkpoint, target: Path, *, separate: bool = False) -> str | None:
-    """`mm_vision_tower` for a checkpoint written to `target`: the tower it names, or the one `write_own_tower` writes.
+    """Returns `mm_vision_tower` for a checkpoint written to `target`, or None for a model without vision.
 
-    A tower inside the shards needs only its config elsewhere, which a published CLIP of the same sizes provides.
-    separate: the shards are not written, so the tower's weights are needed as well.
+    If the checkpoint does not contain its tower, the recorded name is kept. If it does, readers need only the tower's
+    config: from a published CLIP of the same sizes, else from the folder that `write_own_tower` writes.
+    separate: the shards are not written, so that folder has to provide the weights too.
     """
     if checkpoint.config.vision is None:
         return None
@@ -145,7 +146,7 @@ def tower_name(checkpoint: Checkpoint, target: Path, *, separate: bool = False) 
 
 
 def write_own_tower(checkpoint: Checkpoint, folder: Path, *, separate: bool = False) -> None:
-    """Writes the tower's folder inside `folder` if `tower_name` refers to it."""
+    """Writes the tower to a subfolder of `folder` if `tower_name` refers to that subfolder."""
     vision = checkpoint.config.vision
     if vision and checkpoint.tower_inside and (separate or published_id(clip_config(vision)) is None):
         every = checkpoint.tensors | checkpoint.unused_tower
@@ -169,18 +170,18 @@ def write_llava(
     recorded: Mapping[str, Any] | None = None,
     progress: Progress = no_progress,
 ) -> None:
-    """Writes a model in memory in this format, in the type that `config` names; a plain Llama or MPT without a tower.
+    """Writes an in-memory model in this format, as `config.dtype`. Without vision, the result is a plain Llama or MPT.
 
-    tensors: by our names, on any device. tokenizer_from: a folder with the tokenizer's files. vision_tower: CLIP's
-    folder or hub id, which config.json will name. tower_inside: put `vision.*` into the shards, for a trained tower.
-    recorded: additional keys of config.json. Raises ConfigError, CheckpointError; nothing is left behind on failure.
+    tensors: keyed by our names, on any device. tokenizer_from: a folder with the tokenizer files. vision_tower: a CLIP
+    folder or hub id to record in config.json. tower_inside: store `vision.*` in the shards, for a trained tower.
+    recorded: additional keys for config.json. Raises ConfigError, CheckpointError; nothing is left behind on failure.
     """
     settings = llava_config(config, load_tokenizer(tokenizer_from), vision_tower)
     settings |= {"unfreeze_mm_vision_tower": True} if tower_inside else {}
     names = [name for name in shapes(config) if tower_inside or not name.startswith("vision.")]
     if missing := [name for name in names if name not in tensors]:
         raise CheckpointError(f"{folder}: cannot be written: {missing[0]} is not among the tensors given")
-    # Blocks after the selected layer may be given too: CLIP's own loaders expect them.
+    # Blocks after the selected layer are written too if given: CLIP's own loaders expect them.
     names += [name for name in tensors if tower_inside and name.startswith("vision.") and name not in names]
     dtype = getattr(torch, config.dtype)
     outputs = [replace(out, dtype=dtype) for out in from_memory({name: tensors[name] for name in names}, config)]
@@ -192,7 +193,7 @@ def write_llava(
 
 
 def _generation_config(config: LlavaConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """generation_config.json: the ids that end an answer in addition to the tokenizer's own."""
+    """Returns generation_config.json, with the ids that end a reply in addition to the tokenizer's own."""
     bos = {key: settings[key] for key in ("bos_token_id",) if settings.get(key) is not None}
     ids = list(config.eos_ids)
     eos = {"eos_token_id": ids if len(ids) > 1 else ids[0]} if ids else {}

@@ -1,7 +1,6 @@
-"""llava-hf, for transformers: a config.json in three parts, other tensor names, rows for <image> and <pad>.
+"""The llava-hf format of transformers: nested configs, its own tensor names, and vocabulary rows for <image> and <pad>.
 
-Both layouts are read, that of transformers up to 4.51 and that since 4.52. The older one is written, which all versions
-open.
+Reads both layouts: up to transformers 4.51, and from 4.52 on. Writes the older one, which all versions can open.
 """
 
 from collections.abc import Mapping
@@ -62,7 +61,7 @@ _MULTIPLE = 64  # vocabulary rows are padded to a multiple of this, as in transf
 
 
 class LlavaHf(Format):
-    """LlavaForConditionalGeneration and LlavaNextForConditionalGeneration."""
+    """Checkpoints of LlavaForConditionalGeneration and LlavaNextForConditionalGeneration."""
 
     name = "llava-hf"
     writes = True
@@ -94,14 +93,14 @@ class LlavaHf(Format):
     # ------------------------------------------------------------------------------------------------- writing
 
     def outputs(self, checkpoint: Checkpoint) -> list[OutputTensor]:
-        """The vocabulary is lengthened, and the tower has every block that is available."""
+        """Adds rows to the vocabulary tables, and includes every available block of the tower."""
         vision = _parts(checkpoint)[0]
         tensors: dict[str, LazyTensor] = checkpoint.tensors | checkpoint.unused_tower
         rows = _n_rows(checkpoint)
         for name in VOCAB_TABLES:
             if name in tensors:
                 tensors[name] = with_added_rows(name, tensors[name], rows, checkpoint.path)
-        # transformers builds the norm after the last block, which LLaVA does not use.
+        # transformers expects the norm after the last block, which LLaVA does not use; the checkpoint may lack it.
         like = tensors["vision.pre_norm.weight"].dtype
         for param, value in (("weight", 1.0), ("bias", 0.0)):
             filled = InMemory(tensor=torch.full((vision.dim,), value, dtype=like), origin="an unused norm")
@@ -109,7 +108,7 @@ class LlavaHf(Format):
         return to_disk(tensors, checkpoint.config, RULES)
 
     def write_config(self, checkpoint: Checkpoint, target: Path) -> dict[str, Any]:
-        """Raises CheckpointError for a model that this format cannot express."""
+        """Returns config.json. Raises CheckpointError for a model that this format cannot express."""
         vision, _, image = _parts(checkpoint)
         tokenizer, anyres = checkpoint.tokenizer, image.aspect == "anyres"
         rows = _n_rows(checkpoint)
@@ -144,7 +143,7 @@ class LlavaHf(Format):
         }
 
     def write_extra(self, source: Checkpoint, folder: Path) -> None:
-        """Tokenizer, image processor, processor and chat template."""
+        """Writes the tokenizer, the configs of the image processor and the processor, and the chat template."""
         vision, _, image = _parts(source)
         anyres = image.aspect == "anyres"
         _write_tokenizer(source, folder)
@@ -171,22 +170,22 @@ class LlavaHf(Format):
 
 
 def _flattened(config: Mapping[str, Any], processor: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """config.json with the original's keys; the tower's config stays under `vision_config`.
+    """Returns config.json with the keys of published LLaVA checkpoints; `vision_config` stays nested.
 
-    Raises ConfigError for a setting that LLaVA does not compute.
+    Raises ConfigError for settings that this implementation does not support.
     """
     text, vision = (section(config, key, where) for key in ("text_config", "vision_config"))
     layer, strategy = config.get("vision_feature_layer", -2), config.get("vision_feature_select_strategy")
     if not isinstance(layer, int):
-        raise ConfigError(f"{where}: vision_feature_layer is {layer!r}; expected the number of one layer")
+        raise ConfigError(f"{where}: vision_feature_layer is {layer!r}; expected the index of a single layer")
     if (act := config.get("projector_hidden_act", "gelu")) != "gelu":
         raise ConfigError(f"{where}: projector_hidden_act is {act!r}; expected gelu")
     features = {"default": "patch", "full": "cls_patch", None: "patch"}
     if strategy not in features:
         raise ConfigError(f"{where}: vision_feature_select_strategy is {strategy!r}; expected default or full")
     grid = config.get("image_grid_pinpoints") or processor.get("image_grid_pinpoints")
-    aspect = "anyres" if grid else "pad"  # in image mode `hf`, pad means a centre crop
-    ours = ("tokenizer_model_max_length", "tokenizer_padding_side", IMAGE_MODE_KEY, TEMPLATE_KEY)  # if we wrote it
+    aspect = "anyres" if grid else "pad"  # in image mode `hf`, `pad` means a centre crop
+    ours = ("tokenizer_model_max_length", "tokenizer_padding_side", IMAGE_MODE_KEY, TEMPLATE_KEY)  # written by us
     return {
         **{key: value for key, value in text.items() if key != "architectures"},
         "torch_dtype": config.get("torch_dtype") or config.get("dtype") or text.get("torch_dtype"),
@@ -205,7 +204,7 @@ def _flattened(config: Mapping[str, Any], processor: Mapping[str, Any], where: P
 
 
 def _image_mode(config: Mapping[str, Any], processor: Mapping[str, Any]) -> ImageMode:
-    """As recorded, else transformers' own mode, except with the processor that pads as LLaVA does."""
+    """Returns the recorded mode; else `original` if the image processor pads as LLaVA does, and `hf` otherwise."""
     if (recorded := config.get(IMAGE_MODE_KEY)) is not None:
         return cast(ImageMode, one_of(recorded, get_args(ImageMode), f"config.json: {IMAGE_MODE_KEY}"))
     pads = processor.get("image_processor_type") == "LlavaImageProcessor" and processor.get("do_pad")
@@ -216,18 +215,18 @@ def _image_mode(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Imag
 
 
 def _parts(checkpoint: Checkpoint) -> tuple[VisionConfig, ProjectorConfig, ImageConfig]:
-    """The vision part's configs. Raises CheckpointError for a model that llava-hf cannot express."""
+    """Returns the configs of the vision part. Raises CheckpointError for a model that llava-hf cannot express."""
     config, where = checkpoint.config, checkpoint.path
     if config.vision is None or config.projector is None or config.image is None:
-        raise CheckpointError(f"{where}: has no vision part; llava-hf holds whole LLaVAs, use --to llama")
+        raise CheckpointError(f"{where}: has no vision part, which llava-hf requires; use --to llama")
     require_llama(checkpoint, "llava-hf")
     if config.projector.depth != 2:
-        raise CheckpointError(f"{where}: its projector has {config.projector.depth} layers; llava-hf supports 2 only")
+        raise CheckpointError(f"{where}: its projector has {config.projector.depth} layers; llava-hf supports only 2")
     if config.start_end:
         raise CheckpointError(f"{where}: puts <im_start> and <im_end> around images, which llava-hf does not support")
     if config.image.aspect == "anyres" and config.image.merge != "spatial_unpad":
         raise CheckpointError(
-            f"{where}: merges tiles with {config.image.merge!r}; llava-hf supports spatial_unpad only"
+            f"{where}: merges tiles with {config.image.merge!r}; llava-hf supports only spatial_unpad"
         )
     return config.vision, config.projector, config.image
 
@@ -242,7 +241,7 @@ def _strategy(vision: VisionConfig) -> str:
 
 
 def _stored_pinpoints(image: ImageConfig) -> list[list[int]]:
-    """Pairs as in the published file, which transformers reads as (h, w) and LLaVA as (w, h)."""
+    """Returns the pairs as stored in published files, which transformers reads as (h, w) and LLaVA as (w, h)."""
     return [[h, w] if image.mode == "hf" else [w, h] for w, h in image.pinpoints]
 
 

@@ -1,6 +1,6 @@
-"""LoRAs in PEFT's format (arXiv:2106.09685), and the weights that LLaVA trains next to them.
+"""LoRAs in PEFT's format (arXiv:2106.09685), and the weights that LLaVA trains in full alongside them.
 
-O rows of a matrix   I its columns   r rank
+O rows of a matrix   I columns of a matrix   r rank
 """
 
 import re
@@ -26,23 +26,23 @@ from llava.tensors.sums import LoraPair, WithLora
 from llava.tensors.torch_zip import write_torch
 from llava.tensors.writer import OutputTensor, byte_counter, no_progress, output, write_json
 
-Scale = Callable[[str, int], float]  # module name, rank -> factor of B @ A
+Scale = Callable[[str, int], float]  # (module name, rank) -> factor applied to B @ A
 _EMBEDDING_TABLES = ("embed_tokens.weight", "wte.weight")
 _CONFIG_FILE = "adapter_config.json"
 
 
 class Lora(PartOfModel):
-    """adapter_config.json and adapter_model.*, and what was trained in full in non_lora_trainables.bin."""
+    """A LoRA: adapter_config.json, adapter_model.*, and weights trained in full in non_lora_trainables.bin."""
 
     name = "lora"
-    exact = False  # sums are computed in float32
+    exact = False  # sums with the base weights are computed in float32
 
     def detect(self, files: CheckpointFiles) -> list[str]:
         found = (files.path / _CONFIG_FILE).is_file()
-        return ["adapter_config.json is there: a LoRA, to be added to a base"] * found
+        return ["adapter_config.json is present: a LoRA, to be added to a base model"] * found
 
     def resolve(self, files: CheckpointFiles, base: Checkpoint | None, tokenizer: Tokenizer) -> Resolved:
-        """The adapter is added to the base's matrices; tensors trained in full replace the base's."""
+        """Adds the adapter to the base model's matrices; tensors trained in full replace those of the base."""
         assert base
         rules, extra = llava_rules(base), files.path / NON_LORA_FILE
         weights = Weights([extra] if extra.is_file() else [])
@@ -75,7 +75,7 @@ class Lora(PartOfModel):
 
 
 def _without_wrappers(names: Weights) -> dict[str, str]:
-    """Names without the prefixes of PEFT's and DeepSpeed's wrappers -> names in the file."""
+    """Maps names without the prefixes of PEFT's and DeepSpeed's wrappers to the names in the file."""
     return {re.sub(_WRAPPERS, "", name): name for name in names}
 
 
@@ -83,7 +83,7 @@ _WRAPPERS = r"^(?:(?:base_model|module|_forward_module)\.|model\.(?=(?:model|mod
 
 
 def _read_adapter(weights: Weights, rules: tuple[Rule, ...]) -> tuple[dict[str, dict[str, LazyTensor]], PartTensors]:
-    """A and B by the name of their matrix, and tensors that PEFT saved in full (modules_to_save)."""
+    """Returns A and B by matrix name, and the tensors that PEFT saved in full (modules_to_save)."""
     factors: dict[str, dict[str, LazyTensor]] = {}
     full: dict[str, str] = {}
     for plain, name in _without_wrappers(weights).items():
@@ -95,15 +95,15 @@ def _read_adapter(weights: Weights, rules: tuple[Rule, ...]) -> tuple[dict[str, 
 
 
 def _read_scale(file: Path) -> Scale:
-    """The factor of B @ A. Raises CheckpointError for variants of LoRA that are not supported."""
+    """Returns a function that gives the factor of B @ A. Raises CheckpointError for unsupported LoRA variants."""
     config = read_json(file)
     for key in ("fan_in_fan_out", "use_dora", "layer_replication", "lora_bias", "use_qalora"):
         if config.get(key):
             raise CheckpointError(f"{file}: {key} is {config[key]!r}, which is not supported; merge it with peft first")
     if str(start := config.get("init_lora_weights")).lower().startswith(_INITS_THAT_CHANGE_THE_BASE):
         raise CheckpointError(
-            f"{file}: init_lora_weights is {start!r}: it needs the base that this initialisation changed; save it with "
-            "peft's path_initial_model_for_weight_conversion, or merge it with peft"
+            f"{file}: init_lora_weights is {start!r}, which changes the base weights, so the LoRA does not fit the "
+            "original base; save it again with peft's path_initial_model_for_weight_conversion, or merge it with peft"
         )
     if (peft_type := config.get("peft_type", "LORA")) != "LORA":
         raise CheckpointError(f"{file}: peft_type is {peft_type!r}; expected LORA")
@@ -130,7 +130,7 @@ _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def _module_pattern(key: str) -> str:
-    """A key of alpha_pattern matches the end of a module's name."""
+    """Returns the regular expression for a key of alpha_pattern, which matches the end of a module name."""
     return rf"(.*\.)?({key})"
 
 
@@ -143,23 +143,23 @@ def _place(
     base: Path,
     file: Path,
 ) -> tuple[str, LoraPair]:
-    """The matrix of ours that one pair of factors belongs to, and its rows there. Raises CheckpointError."""
+    """Finds the matrix that a pair of factors applies to, and the pair's first row in it. Raises CheckpointError."""
     if missing := {"A", "B"} - set(factors):
         raise CheckpointError(f"{file}: has no lora_{missing.pop()} for {name}; fetch the LoRA again")
     target, a, b = target_of(name, rules), factors["A"], factors["B"]
     if target is None or target.ours not in tensors:
-        raise CheckpointError(f"{file}: adapts {name}, which {base} does not have; give the LoRA's own base")
+        raise CheckpointError(f"{file}: adapts {name}, which {base} does not have; pass the base of this LoRA")
     shape = tensors[target.ours].shape
     if not len(shape) == len(a.shape) == len(b.shape) == 2:
-        raise CheckpointError(f"{file}: adapts {name}, which is not a matrix; only matrices can have a LoRA here")
+        raise CheckpointError(f"{file}: adapts {name}, which is not a matrix; only LoRAs of matrices are supported")
     rows, columns = shape
-    # q, k and v are concatenated by rows; k and v have the same height, q is higher if heads share them
+    # q, k and v are concatenated along the rows; k and v have as many rows as q, or fewer (grouped-query attention)
     first = rows - (target.n_parts - target.part) * b.shape[0] if target.part else 0
     n_all = target.n_parts * b.shape[0]
     fits = n_all <= rows if target.part else b.shape[0] <= rows <= n_all
     if a.shape[1] != columns or a.shape[0] != b.shape[1] or not fits:
         raise CheckpointError(
-            f"{file}: adapts {name} with {b.shape[0]} x {a.shape[1]} values, {base} has it as {rows} x {columns}"
+            f"{file}: adapts {name} as a {b.shape[0]} x {a.shape[1]} matrix, but in {base} it is {rows} x {columns}"
             f"{' (q, k and v together)' * (target.n_parts > 1)}: not the base that this LoRA was trained from"
         )
     return target.ours, LoraPair(first, a, b, scale(name, a.shape[0]))
@@ -168,7 +168,7 @@ def _place(
 # ----------------------------------------------------------------------------------------------------------- writing
 
 Factors = tuple[Tensor, Tensor]  # A [r, I], B [O, r]
-_PREFIX = "base_model.model."  # PEFT's, before the names of the model that it wraps
+_PREFIX = "base_model.model."  # added by PEFT to the names of the wrapped model's tensors
 
 
 def write_lora(
@@ -186,11 +186,12 @@ def write_lora(
     file_type: FileType = "safetensors",
     recorded: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes adapter_config.json, adapter_model, non_lora_trainables.bin and config.json, in the tensors' own types.
+    """Writes adapter_config.json, adapter_model, non_lora_trainables.bin and config.json; tensors keep their dtypes.
 
-    lora: by our module and its part: {"decoder.blocks.3.attn.qkv": {"q": (A, B), "v": (A, B)},
-    "decoder.blocks.3.mlp.gate": {"": (A, B)}}. non_lora: by our names. base: recorded as the LoRA's base; it provides
-    the tokenizer if `tokenizer_from` is None. recorded: additional keys of config.json. Raises ConfigError.
+    lora: factors by module and part, under our names: {"decoder.blocks.3.attn.qkv": {"q": (A, B), "v": (A, B)},
+    "decoder.blocks.3.mlp.gate": {"": (A, B)}}. non_lora: tensors under our names. base: recorded as the base model; it
+    also provides the tokenizer if `tokenizer_from` is None. recorded: additional keys for config.json. Raises
+    ConfigError.
     """
     adapter = list(_adapter_outputs(lora, config, r))
     trained = [replace(out, name=_PREFIX + out.name) for out in from_memory(non_lora, config)]
@@ -211,9 +212,9 @@ def _adapter_outputs(lora: Mapping[str, Mapping[str, Factors]], config: LlavaCon
         names = disk_names(f"{module}.weight", rules)
         for part, (a, b) in parts.items():
             if a.shape[0] != r or b.shape[1] != r:
-                raise ConfigError(f"{module}: the LoRA has rank {a.shape[0]}, expected {r}")
+                raise ConfigError(f"{module}: the LoRA has rank {a.shape[0]}; expected {r}")
             if (part == "") != (len(names) == 1):
-                raise ConfigError(f"{module}: the LoRA's part is {part!r}; expected q, k or v for qkv, '' for others")
+                raise ConfigError(f"{module}: the LoRA's part is {part!r}; expected q, k or v for qkv, '' otherwise")
             name = _PREFIX + names["qkv".index(part)].removesuffix(".weight")
             for letter, tensor in (("A", a), ("B", b)):
                 full_name = f"{name}.lora_{letter}.weight"

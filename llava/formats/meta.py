@@ -1,7 +1,7 @@
-"""A language model in Meta's own format: `consolidated.NN.pth`, each with a part of every matrix, and params.json.
+"""A language model in Meta's own format: params.json, and `consolidated.NN.pth` shards with a part of every matrix.
 
-Meta's model-parallel layers split some matrices by rows and others by columns; norms are the same in all shards. q and
-k are rotated in adjacent pairs of rows and are put into the hub's order.
+Meta's model-parallel layers split some matrices by rows and others by columns; norms are the same in all shards. The
+rows of q and k are stored for rotation in adjacent pairs; they are reordered as in Hugging Face checkpoints.
 """
 
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ _EMBED = "tok_embeddings.weight"
 
 
 class Meta(Format):
-    """LLaMA-1, Llama 2 and later as Meta distributes them."""
+    """LLaMA-1, Llama 2 and later models as distributed by Meta."""
 
     name = "meta"
 
@@ -55,9 +55,9 @@ class Meta(Format):
         return [f"{n} shards named consolidated.NN.pth, in Meta's own format"]
 
     def published_config(self, files: CheckpointFiles) -> Mapping[str, Any]:
-        """The keys of a Llama's config.json, from params.json and the tensors.
+        """Returns the keys of a Llama's config.json, derived from params.json and the tensors.
 
-        params.json does not state the context length: see `_context_length`.
+        params.json usually does not state the context length; see `_context_length`.
         """
         file, shards = files.path / "params.json", _shards(files.weights)
         params = read_json(file)
@@ -101,18 +101,18 @@ class Meta(Format):
         return read_model_config(files.path, config, decoder, tensors, options)
 
     def tokenizer_folder(self, files: CheckpointFiles) -> Path:
-        """Next to the weights, or one level up, where Meta puts one file for all sizes."""
+        """The folder of the weights or its parent, where Meta puts one tokenizer file for all model sizes."""
         folder, above = files.path, files.path.parent
         return folder if has_tokenizer(folder) or not has_tokenizer(above) else above
 
 
 class _Shards(NamedTuple):
     files: list[Path]
-    names: dict[str, list[str]]  # plain name -> names in `Weights`, one for each shard
+    names: dict[str, list[str]]  # tensor name -> its names in `Weights`, one per shard
 
 
 def _shards(weights: Weights) -> _Shards:
-    """Raises CheckpointError if the shards do not hold the same tensors in the same sizes."""
+    """Groups the shards of each tensor. Raises CheckpointError if shards differ in tensor names, types or shapes."""
     files = sorted({header.file for header in weights.headers.values()})
     names: dict[str, list[str]] = {}
     for name in weights:
@@ -120,37 +120,39 @@ def _shards(weights: Weights) -> _Shards:
     for name, held in names.items():
         if len(held) != len(files):
             without = next(file for file in files if f"{file.name}/{name}" not in held)
-            raise CheckpointError(f"{without}: has no {name}, other shards do; fetch it again")
+            raise CheckpointError(f"{without}: has no {name}, but other shards do; fetch it again")
         first, *others = (weights.headers[part] for part in held)
         for other in others:
             if other[1:] != first[1:]:
                 raise CheckpointError(
-                    f"{other.file}: has {name} as {other.dtype} {list(other.shape)}, {first.file.name} as "
+                    f"{other.file}: has {name} as {other.dtype} {list(other.shape)}, but {first.file.name} as "
                     f"{first.dtype} {list(first.shape)}: not shards of one model"
                 )
     return _Shards(files, names)
 
 
 def _check_sizes(files: CheckpointFiles, shards: _Shards, dim: int, n_heads: int, n_layers: int) -> None:
-    """params.json and the tensors belong to one model, and no shard is missing. Raises CheckpointError."""
+    """Checks that params.json matches the tensors and that no shard is missing. Raises CheckpointError."""
     file = files.path / "params.json"
     if dim < 1 or n_heads < 1 or dim % n_heads:
-        raise CheckpointError(f"{file}: dim is {dim} and n_heads {n_heads}; expected a multiple")
+        raise CheckpointError(f"{file}: dim is {dim}; expected a positive multiple of n_heads, {n_heads}")
     found = len({name.split(".")[1] for name in shards.names if name.startswith("layers.")})
     if n_layers != found:
-        raise CheckpointError(f"{file}: n_layers is {n_layers}, the shards have {found}: not of one model")
+        raise CheckpointError(
+            f"{file}: n_layers is {n_layers}, but the shards have {found} layers: they belong to a different model"
+        )
     if (rows := _n_rows(files.weights, shards, "layers.0.attention.wq.weight")) != dim:
         raise CheckpointError(
-            f"{files.path}: {len(shards.files)} shards have {rows} rows of wq, dim is {dim}: shards are missing; "
+            f"{files.path}: {len(shards.files)} shards have {rows} rows of wq, but dim is {dim}: shards are missing; "
             "fetch the others"
         )
 
 
 def _context_length(params: Mapping[str, Any], stored: torch.dtype) -> int:
-    """2048 for LLaMA-1, 4096 for Llama 2.
+    """Returns the stated context length in tokens, else 2048 for LLaMA-1 and 4096 for Llama 2.
 
     Signs of Llama 2 are shared key/value heads (70B only), bfloat16 weights (LLaMA-1's are float16) and norm_eps 1e-5
-    instead of 1e-6; but LLaMA-1 65B, of width 8192 without shared heads, also has 1e-5.
+    instead of 1e-6; but LLaMA-1 65B, which has width 8192 and no shared heads, also uses 1e-5.
     """
     if stated := params.get("max_seq_len"):
         return int(stated)
@@ -167,7 +169,7 @@ def _n_rows(weights: Weights, shards: _Shards, name: str) -> int:
 
 
 def _join(weights: Weights, name: str, parts: list[str], dim: int, head_dim: int) -> LazyTensor:
-    """One of Meta's tensors, joined from the shards."""
+    """Joins one of Meta's tensors from its shards, and reorders the rows of q and k."""
     shape = weights.headers[parts[0]].shape
     if len(shape) != 2 or len(parts) == 1:
         whole: LazyTensor = FromFile(weights, parts[0])

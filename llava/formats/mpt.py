@@ -1,4 +1,4 @@
-"""MPT, as a plain language model or in a LLaVA: key table, config in, config out."""
+"""MPT, as a plain language model or in a LLaVA: key table, and conversion from and to config.json."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -30,7 +30,7 @@ RULES = (*LANGUAGE, *prefixed("transformer.", VISION))
 
 
 class Mpt(Format):
-    """An MPT, or a LLaVA on an MPT; `llava` writes it."""
+    """An MPT or an MPT-based LLaVA. Read only; `--to llava` writes these models."""
 
     name = "mpt"
 
@@ -51,9 +51,9 @@ class Mpt(Format):
 
 
 def decoder_config(config: Mapping[str, Any], shapes: Shapes, where: object) -> DecoderConfig:
-    """From config.json; defaults are MPT-7B's, as transformers from 4.37 on may save an empty attn_config.
+    """Reads config.json, with MPT-7B's values as defaults: transformers 4.37 and later may save an empty attn_config.
 
-    Raises ConfigError if the config asks for something that this decoder does not compute.
+    Raises ConfigError if the config requires something that this decoder does not support.
     """
     attention = section(config, "attn_config", where)
     for values, key, supported in (
@@ -67,7 +67,7 @@ def decoder_config(config: Mapping[str, Any], shapes: Shapes, where: object) -> 
         (attention, "attn_type", "multihead_attention"),
     ):
         if (value := values.get(key, supported)) != supported:
-            raise ConfigError(f"{where}: {key} is {value!r}; this decoder supports {supported!r} only")
+            raise ConfigError(f"{where}: {key} is {value!r}; this decoder supports only {supported!r}")
     norms = ("low_precision_layernorm", "layernorm")
     one_of(config.get("norm_type", norms[0]), norms, f"{where}: norm_type")
     dim, n_heads = config["d_model"], config["n_heads"]
@@ -90,7 +90,7 @@ def decoder_config(config: Mapping[str, Any], shapes: Shapes, where: object) -> 
 
 
 def mpt_config(config: LlavaConfig) -> dict[str, Any]:
-    """An MPTConfig with every size stated."""
+    """Returns an MPTConfig with every size stated."""
     sizes = config.decoder
     return {
         "architectures": ["MPTForCausalLM"],

@@ -1,4 +1,4 @@
-"""What LLaVA adds to a language model's checkpoint: tensors and config keys of tower, projector and images."""
+"""What LLaVA adds to a language model's checkpoint: tensors and config keys for tower, projector and images."""
 
 import ast
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ from llava.tensors.files import parsing, read_json_if_present
 from llava.tensors.keymap import Rule, prefixed
 from llava.tensors.lazy import LazyTensor
 
-VISION = (  # next to a language model's layers
+VISION = (  # stored beside the language model's layers
     Rule("mm_projector.*.weight", "projector.*.weight"),  # an MLP
     Rule("mm_projector.*.bias", "projector.*.bias"),
     Rule("mm_projector.weight", "projector.0.weight"),  # linear
@@ -45,9 +45,9 @@ def read_model_config(
     tensors: Mapping[str, LazyTensor],
     options: LoadOptions,
 ) -> ReadConfig:
-    """The config of a LLaVA, or of a plain language model, from a config.json with LLaVA's keys.
+    """Reads the config of a LLaVA or a plain language model from a config.json with LLaVA's keys.
 
-    path: of the checkpoint. Raises CheckpointError, ConfigError.
+    path: the checkpoint's folder or single file. Raises CheckpointError, ConfigError.
     """
     where = path if path.is_file() else path / "config.json"
     language = LlavaConfig(
@@ -103,7 +103,7 @@ def _tower(path: Path, config: Mapping[str, Any], tensors: Mapping[str, LazyTens
 
 
 def _projector_config(config: Mapping[str, Any], vision: VisionConfig, decoder: DecoderConfig) -> ProjectorConfig:
-    """`mm_projector_type` and `mm_hidden_size`; without the former the projector is linear."""
+    """Reads `mm_projector_type` (default: linear) and `mm_hidden_size` (default: the width of the tower)."""
     depth = projector_depth(str(config.get("mm_projector_type") or "linear"))
     return ProjectorConfig(in_dim=config.get("mm_hidden_size") or vision.dim, out_dim=decoder.dim, depth=depth)
 
@@ -116,7 +116,7 @@ def image_config(
     pinpoints: tuple[tuple[int, int], ...] = (),
     merge: str = "flat",
 ) -> ImageConfig:
-    """`processor`: the tower's preprocessor_config.json; {} means CLIP's published values. Raises ConfigError."""
+    """Builds an ImageConfig. `processor`: preprocessor_config.json; {}: CLIP's published values. Raises ConfigError."""
     size = processor.get("crop_size") or processor.get("size") or vision.image_size
     if isinstance(size, Mapping):
         size = size.get("height") or size.get("shortest_edge")
@@ -131,10 +131,10 @@ def image_config(
 
 
 def in_mode(image: ImageConfig, mode: ImageMode) -> ImageConfig:
-    """The same options in the other image mode.
+    """Returns the same options in image mode `mode`.
 
     transformers reads the published list of canvases as (h, w), LLaVA as (w, h). The list contains each canvas with its
-    transpose, so the sizes are the same, but ties are resolved differently.
+    transpose, so both see the same set of canvases, but they break ties differently.
     """
     transposed = tuple((h, w) for w, h in image.pinpoints)
     same = mode == image.mode or set(transposed) != set(image.pinpoints)
@@ -151,7 +151,7 @@ def _triple(processor: Mapping[str, Any], key: str, default: tuple[float, float,
 
 
 def _pinpoints(value: Any) -> tuple[tuple[int, int], ...]:
-    if isinstance(value, str):  # some derivatives store the list as text
+    if isinstance(value, str):  # some derived checkpoints store the list as a string
         try:
             value = ast.literal_eval(value)
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
@@ -160,7 +160,7 @@ def _pinpoints(value: Any) -> tuple[tuple[int, int], ...]:
 
 
 def _stored_dtype(config: Mapping[str, Any], stored: torch.dtype) -> DType:
-    """The type of the stored weights if models can be computed in it, else the type that the config states."""
+    """Returns the type of the stored weights if it is a `DType`, else the type stated in the config, else float16."""
     stated = str(config.get("torch_dtype") or config.get("dtype") or "float16")
     known = get_args(DType)
     names = (str(name).removeprefix("torch.") for name in (stored, stated, "float16"))
@@ -168,7 +168,7 @@ def _stored_dtype(config: Mapping[str, Any], stored: torch.dtype) -> DType:
 
 
 def _eos_ids(file: Path) -> tuple[int, ...]:
-    """eos_token_id of generation_config.json, a number or a list; config.json's is wrong in old checkpoints."""
+    """Reads eos_token_id from generation_config.json; the value in config.json is wrong in old checkpoints."""
     value = read_json_if_present(file).get("eos_token_id")
     ids = value if isinstance(value, list) else [value]
     if not all(id is None or isinstance(id, int) for id in ids):
@@ -177,18 +177,20 @@ def _eos_ids(file: Path) -> tuple[int, ...]:
 
 
 def projector_in(tensors: Mapping[str, LazyTensor], decoder: DecoderConfig) -> ProjectorConfig | None:
-    """The projector that the tensors show, for a checkpoint opened without vision."""
+    """Infers the projector's config from its tensors, if any, for a checkpoint opened without vision."""
     layers = [t for name, t in tensors.items() if name.startswith("projector.") and name.endswith("weight")]
     return ProjectorConfig(in_dim=layers[0].shape[1], out_dim=decoder.dim, depth=len(layers)) if layers else None
 
 
 def vision_keys(config: LlavaConfig, vision_tower: str | None) -> dict[str, Any]:
-    """LLaVA's keys of config.json for a model with a vision part. Raises ConfigError."""
+    """Returns LLaVA's keys in config.json for a model with a vision part. Raises ConfigError."""
     assert config.vision
     assert config.projector
     assert config.image
     if vision_tower is None:
-        raise ConfigError("a LLaVA's config.json names its vision tower: pass vision_tower=, a CLIP folder or hub id")
+        raise ConfigError(
+            "a LLaVA's config.json must name its vision tower: pass vision_tower=, a CLIP folder or hub id"
+        )
     if config.image.mode != "original":
         raise ConfigError(f"image mode {config.image.mode!r} cannot be written: LLaVA's own format has no key for it")
     return {

@@ -1,4 +1,4 @@
-"""What LoRAs, projectors and deltas share: they are parts of a model, read together with their base."""
+"""Shared code for LoRAs, projectors and deltas: parts of a model that are loaded together with a base model."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,14 +16,14 @@ from llava.tensors.lazy import FromFile, LazyTensor
 
 
 class PartOfModel(Format):
-    """A format that needs a base: its `resolve` and `read_config` are always given one."""
+    """A format that needs a base model; `resolve` and `read_config` always receive one."""
 
     needs_base = True
 
     def read_config(
         self, files: CheckpointFiles, tensors: Mapping[str, LazyTensor], base: Checkpoint | None, options: LoadOptions
     ) -> ReadConfig:
-        """From the part's own config.json; a LoRA that only PEFT wrote has none, and the base's describes it."""
+        """Reads the part's own config.json, or that of the base for a LoRA that PEFT saved without one."""
         assert base
         config, path = (files.config, files.path) if files.config else (base.source_config, base.path)
         if VERSION_KEY in config:
@@ -33,12 +33,12 @@ class PartOfModel(Format):
 
 
 def llava_rules(base: Checkpoint) -> tuple[Rule, ...]:
-    """The key table of a LLaVA on this language model."""
+    """Returns the key table of a LLaVA with this language model."""
     return mpt.RULES if base.config.decoder.kind == "mpt" else llava.RULES
 
 
 def base_tensors(base: Checkpoint) -> dict[str, LazyTensor]:
-    """All tensors of a base, also those that it does not need as a language model."""
+    """Returns all tensors of a base model, including those that it does not need as a language model."""
     return {**base.unused, **base.tensors}
 
 
@@ -51,7 +51,7 @@ class PartTensors(NamedTuple):
 
 
 def read_part(weights: Weights, names: Mapping[str, str], rules: tuple[Rule, ...]) -> PartTensors:
-    """Reads tensors by a key table. `names`: the name that the table knows -> the name in the file."""
+    """Looks up a file's tensors in a key table. `names`: names that the table uses -> names in the file."""
     planned = plan(names, rules)
     stored = {ours: tuple(names[name] for name in parts) for ours, parts in planned.tensors.items()}
     for parts in stored.values():
@@ -67,10 +67,10 @@ def read_part(weights: Weights, names: Mapping[str, str], rules: tuple[Rule, ...
 
 
 def non_empty(weights: Weights, name: str) -> LazyTensor:
-    """A tensor that has values: training with ZeRO-3 may leave empty ones. Raises CheckpointError."""
+    """Returns a tensor. Raises CheckpointError if it is empty, as may happen after training with ZeRO-3."""
     header = weights.headers[name]
     if not header.numel:
         raise CheckpointError(
-            f"{header.file}: {name} is empty, as ZeRO-3 leaves tensors that were not gathered; save the training again"
+            f"{header.file}: {name} is empty, as ZeRO-3 leaves ungathered tensors; save the checkpoint again"
         )
     return FromFile(weights, name)

@@ -1,6 +1,6 @@
-"""A projector by itself, as stage 1 leaves it: mm_projector.bin and usually a config.json.
+"""Projector-only checkpoints, as saved by stage 1: mm_projector.bin and usually a config.json.
 
-The oldest projectors were published as a single file without a config; their tensors show what it would say.
+The oldest projectors were published as a single file without a config; it is derived from their tensors.
 """
 
 import logging
@@ -35,20 +35,20 @@ _AROUND_IMAGES = ("<im_start>", "<im_end>")
 RULES = (
     *VISION,
     Rule("embed_tokens.weight", "decoder.embed.weight"),
-    Rule("wte.weight", "decoder.embed.weight"),  # MPT's
+    Rule("wte.weight", "decoder.embed.weight"),  # the name in MPT
 )
 
 
 class Projector(PartOfModel):
-    """mm_projector.bin, and the embeddings of <im_start> and <im_end> if they were trained."""
+    """A projector: mm_projector.bin, with the embeddings of <im_start> and <im_end> if they were trained."""
 
     name = "projector"
 
     def detect(self, files: CheckpointFiles) -> list[str]:
         if files.path.is_file():
-            return ["a single file with mm_projector.*"]
+            return ["a single file with mm_projector.* tensors"]
         found = (files.path / PROJECTOR_FILE).is_file() and not files.weights
-        return ["mm_projector.bin is there, but no weights of a language model"] * found
+        return ["mm_projector.bin is present, but no language model weights"] * found
 
     def resolve(self, files: CheckpointFiles, base: Checkpoint | None, tokenizer: Tokenizer) -> Resolved:
         assert base
@@ -77,16 +77,16 @@ class Projector(PartOfModel):
 
 
 def read_single_file(file: Path) -> CheckpointFiles:
-    """A projector's file in place of a folder; a LLaVA's config.json next to it counts. Raises CheckpointError."""
+    """Reads a single projector file, and config.json next to it if that describes a LLaVA. Raises CheckpointError."""
     weights = Weights([file])
     layers = _layers(weights)
     if not layers:
         raise CheckpointError(
-            f"{file}: has no mm_projector; only projectors load from a single file: give the checkpoint's folder"
+            f"{file}: has no mm_projector; only projectors load from a single file, so pass the checkpoint's folder"
         )
     if odd := [name for name in layers if len(weights.headers[name].shape) != 2]:
         shape = list(weights.headers[odd[0]].shape)
-        raise CheckpointError(f"{file}: {odd[0]} has shape {shape}, expected a matrix; fetch it again")
+        raise CheckpointError(f"{file}: {odd[0]} has shape {shape}, expected a matrix; fetch the file again")
     config = read_json_if_present(file.parent / "config.json")
     return CheckpointFiles(file, config if "mm_vision_tower" in config else {}, weights)
 
@@ -96,11 +96,11 @@ def _layers(weights: Weights) -> list[str]:
 
 
 def _config_from_tensors(files: CheckpointFiles, vision_tower: str | Path | None) -> dict[str, Any]:
-    """LLaVA's config keys; without `vision_tower`, the tower is that of published projectors of the same shape."""
+    """Builds LLaVA's config keys; `vision_tower` defaults to the tower of published projectors with this shape."""
     widths = [files.weights.headers[name].shape[1] for name in sorted(_layers(files.weights))]
     tower = vision_tower or tower_of_projector(widths[0], len(widths))
     if tower and not vision_tower:
-        log.warning("%s: has the shape of projectors for %s; vision_tower= names another tower", files.path, tower)
+        log.warning("%s: has the shape of projectors for %s; vision_tower= selects another tower", files.path, tower)
     return {
         "mm_vision_tower": str(tower) if tower else None,
         "mm_hidden_size": widths[0],
@@ -114,33 +114,35 @@ def _file(files: CheckpointFiles) -> Path:
 
 
 def _without_prefixes(names: Iterable[str]) -> dict[str, str]:
-    """Names from `mm_projector.` (or the like) on -> names in the file, whose prefixes differ from file to file."""
+    """Maps names without their prefix, which differs from file to file, to the names in the file."""
     return {re.sub(r"^.*?(mm_projector\.|embed_tokens\.|wte\.|image_newline)", r"\1", name): name for name in names}
 
 
 def _with_token_rows(rows: LazyTensor, base: Checkpoint, tokenizer: Tokenizer, file: Path) -> dict[str, LazyTensor]:
-    """The base's vocabulary tables, with the last two of `rows` as the embeddings of the two tokens.
+    """Returns the base model's vocabulary tables, with the last two of `rows` as embeddings of <im_start> and <im_end>.
 
-    New rows of the head are the mean of the others.
+    New rows of the head are the mean of its existing rows. Raises CheckpointError.
     """
     start, end = (tokenizer.id_of(text) for text in _AROUND_IMAGES)
     if start is None or end != start + 1:
         raise CheckpointError(
             f"{file}: has embeddings of <im_start> and <im_end>, but they are not the tokenizer's last two tokens; "
-            "put the tokenizer files of that training into the folder"
+            "put the tokenizer files from the training run into the folder"
         )
     embed = base.tensors["decoder.embed.weight"]
     if len(rows.shape) != 2 or rows.shape[0] < len(_AROUND_IMAGES) or rows.shape[1:] != embed.shape[1:]:
         raise CheckpointError(
-            f"{file}: has embeddings of shape {list(rows.shape)}, {base.path} has a table of {list(embed.shape)}: "
+            f"{file}: has embeddings of shape {list(rows.shape)}, but {base.path} has a table of {list(embed.shape)}: "
             "not the base that they were trained with"
         )
     tables: dict[str, LazyTensor] = {}
     for name in VOCAB_TABLES:
         if (table := base.tensors.get(name)) is None:
-            continue  # a tied head
+            continue  # the head is tied
         if table.shape != embed.shape:
-            raise CheckpointError(f"{table.where}: has shape {list(table.shape)}, {embed.where} {list(embed.shape)}")
+            raise CheckpointError(
+                f"{table.where}: has shape {list(table.shape)}, but {embed.where} has {list(embed.shape)}"
+            )
         if (n_new := end + 1 - table.shape[0]) > 0:
             table = WithRows(table, MeanRows(table, n_new), table.shape[0])
         tables[name] = table
@@ -161,14 +163,14 @@ def write_projector(
     recorded: Mapping[str, Any] | None = None,
     write_extra: Callable[[Path], None] | None = None,
 ) -> None:
-    """Writes `projector.*` and `newline` of `tensors`, in their own types, and config.json.
+    """Writes the tensors `projector.*` and `newline`, which keep their dtypes, and config.json.
 
     base: the language model, recorded in config.json. start_end: [2, D], trained embeddings of <im_start> and <im_end>;
-    they need `tokenizer_from`, a folder with a tokenizer that has the two. write_extra: writes further files into the
+    requires `tokenizer_from`, a folder whose tokenizer has both tokens. write_extra: writes further files into the
     folder. Raises ConfigError.
     """
     if start_end is not None and tokenizer_from is None:
-        raise ConfigError("start_end= needs the tokenizer that has <im_start> and <im_end>: pass tokenizer_from=")
+        raise ConfigError("start_end= needs a tokenizer that has <im_start> and <im_end>: pass tokenizer_from=")
     kept = {name: tensor for name, tensor in tensors.items() if name.startswith("projector.") or name == "newline"}
     if start_end is not None:
         kept["decoder.embed.weight"] = start_end

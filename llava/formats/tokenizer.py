@@ -1,5 +1,5 @@
-"""A checkpoint's tokenizer files, read and written: `tokenizer.model` (SentencePiece) or `tokenizer.json`, and their
-side files. They are written so that transformers produces the same ids from them as we do.
+"""Reads and writes a checkpoint's tokenizer files: `tokenizer.model` (SentencePiece) or `tokenizer.json`, and the JSON
+files that accompany them. From the files written here, transformers produces the same token ids as this package.
 """
 
 import shutil
@@ -31,7 +31,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def special_names(folder: Path) -> dict[str, str]:
-    """The special tokens of a folder: "bos_token" and the like -> text."""
+    """Returns the special tokens of a folder: names such as "bos_token" -> text."""
     return _special_names(
         read_json_if_present(folder / "tokenizer_config.json"), read_json_if_present(folder / "special_tokens_map.json")
     )
@@ -40,12 +40,12 @@ def special_names(folder: Path) -> dict[str, str]:
 def load_tokenizer(
     folder: Path, *, legacy_strip: bool = False, fast: bool = False, more: Mapping[str, int] | None = None
 ) -> Tokenizer:
-    """The tokenizer of a checkpoint folder.
+    """Loads the tokenizer of a checkpoint folder.
 
     fast: prefer tokenizer.json, as the processors of transformers do.
-    legacy_strip: tokens of added_tokens.json strip the white space next to them, as in transformers up to 4.31, which
-        LLaVA v0 and v1.1 were trained with.
-    more: special tokens to add to those of the files, with their ids.
+    legacy_strip: tokens in added_tokens.json strip adjacent white space, as in transformers up to 4.31, with which
+        LLaVA v0 and v1.1 were trained.
+    more: additional special tokens and their ids.
 
     Raises CheckpointError if files are missing or broken.
     """
@@ -96,7 +96,7 @@ def _sentencepiece(
 
 
 def _special_names(settings: dict[str, Any], special: dict[str, Any]) -> dict[str, str]:
-    """The names bos_token and the like -> text. Empty strings, as in the v0 files, count as missing."""
+    """Maps names such as bos_token to their text. Empty strings, as in the v0 files, count as missing."""
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     for source in (special, settings):
         for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
@@ -109,11 +109,11 @@ def _special_names(settings: dict[str, Any], special: dict[str, Any]) -> dict[st
 def _added_tokens(
     settings: dict[str, Any], plain: dict[str, int], special: set[str], strip: bool
 ) -> dict[str, AddedToken]:
-    """Added tokens by text, from added_tokens.json (`plain`, ids only) and tokenizer_config.json (with flags)."""
+    """Reads added tokens by text from added_tokens.json (`plain`, ids only) and tokenizer_config.json (with flags)."""
     added = {text: AddedToken(text, _id(id, text), text in special, strip, strip) for text, id in plain.items() if text}
     decoder = settings.get("added_tokens_decoder", {})
     if not isinstance(decoder, dict) or not all(isinstance(token, dict) for token in decoder.values()):
-        raise ValueError("added_tokens_decoder is not an object of tokens")
+        raise ValueError("added_tokens_decoder is not an object that maps ids to tokens")
     for id, token in decoder.items():
         text = _text(token["content"], f"token {id}")
         flags = (True, True) if strip and text in plain else (token.get("lstrip", False), token.get("rstrip", False))
@@ -126,18 +126,18 @@ def _added_tokens(
 
 
 def _text(value: Any, what: str) -> str:
-    """A token's text, checked to be encodable. Raises ValueError, which includes UnicodeEncodeError."""
+    """Returns a token's text. Raises ValueError if it is not a string or cannot be encoded as UTF-8."""
     if not isinstance(value, str):
-        raise ValueError(f"{what} is {value!r:.60}, expected a text")
+        raise ValueError(f"{what} is {value!r:.60}, expected a string")
     value.encode()
     return value
 
 
 def _id(value: Any, text: str) -> int:
-    """A token's id, stored as a number or (as a key) as its digits. Raises ValueError."""
+    """Returns a token's id, stored as a number or, if it is a key, as a string of digits. Raises ValueError."""
     _text(text, "a token")
     if isinstance(value, bool) or not isinstance(value, int | str) or not 0 <= int(value) < _MAX_ID:
-        raise ValueError(f"{text!r:.60} has the id {value!r:.60}")
+        raise ValueError(f"{text!r:.60} has the invalid id {value!r:.60}")
     return int(value)
 
 
@@ -148,9 +148,9 @@ _MAX_ID = 2**31
 
 
 def copy_tokenizer(source: Path, target: Path, new_tokens: Mapping[str, int] | None = None) -> None:
-    """Copies a tokenizer's files, and generation_config.json, which may list further end-of-answer ids.
+    """Copies the tokenizer files and generation_config.json, which may list additional EOS ids.
 
-    new_tokens: special tokens to add to those files, and their ids.
+    new_tokens: special tokens to add to the copied files, and their ids.
     """
     for name in _FILES:
         if (source / name).is_file():
@@ -168,15 +168,15 @@ def copy_tokenizer(source: Path, target: Path, new_tokens: Mapping[str, int] | N
 
 
 def update_json(file: Path, values: Mapping[str, object]) -> None:
-    """Sets keys of a JSON file, which is created if it does not exist."""
+    """Sets keys in a JSON file, which is created if it does not exist."""
     write_json(file, read_json_if_present(file) | dict(values))
 
 
 def complete_tokenizer(folder: Path) -> None:
-    """Adds what transformers (4.34 and later) needs in the files of a SentencePiece tokenizer and we do not.
+    """Completes the files of a SentencePiece tokenizer so that transformers (4.34 and later) reads them correctly.
 
-    Without tokenizer_config.json it adds no BOS; if that file has an `added_tokens_decoder`, even an empty one, it does
-    not read added_tokens.json.
+    Without tokenizer_config.json, transformers adds no BOS token; if that file has an `added_tokens_decoder`, even an
+    empty one, transformers does not read added_tokens.json.
     """
     if not (folder / "tokenizer.model").is_file():
         return

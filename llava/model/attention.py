@@ -1,8 +1,8 @@
 """Attention contexts: which tokens a query attends to, and where their keys and values come from.
 
-The caller builds one context for each forward pass. It holds the positions of the new tokens and, depending on the
-member, a cache, a mask or the boundaries of packed samples. Every block calls `context.attend`, so the blocks are the
-same code in training, prefill and decoding.
+The caller builds one context for each forward pass. It holds the positions of the new tokens and, depending on its
+class, a cache, a mask or the boundaries of packed samples. Every block calls `context.attend`, so training, prefill and
+decoding run the same block code.
 
 | Context          | Used for                                            |
 |------------------|-----------------------------------------------------|
@@ -28,32 +28,32 @@ from llava.model.kv_cache import KVCache
 
 
 class AttentionContext(Protocol):
-    """What the decoder requires of a context."""
+    """The interface that the decoder requires of an attention context."""
 
     @property
     def positions(self) -> Tensor:
-        """Positions of the new tokens in their sequences: int64 [S] where all rows are alike, else [B, S]."""
+        """Positions of the new tokens in their sequences: int64 [S] if all rows have the same, else [B, S]."""
         ...
 
     @property
     def seq_len(self) -> int:
-        """Tokens in the longest sequence, new ones included. Dynamic RoPE scaling depends on it."""
+        """Number of tokens in the longest sequence, including the new ones. Dynamic RoPE scaling depends on it."""
         ...
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [B, S, H, E], k and v [B, S, K, E] of the new tokens -> y [B, S, H, E], one vector for each query."""
+        """q [B, S, H, E], k and v [B, S, K, E] of the new tokens -> y [B, S, H, E], one vector per query."""
         ...
 
     def queries(self, x: Tensor) -> Tensor:
-        """x [B, S, ...] -> the tokens for which `attend` returns a vector: all of x, unless `last_token_only`."""
+        """x [B, S, ...] -> the tokens for which `attend` returns a vector: all, or only the last of each sequence."""
         ...
 
     def last_token_only(self) -> "AttentionContext":
-        """The same attention, computed only for the last token of each sequence. Keys and values cover all tokens."""
+        """Returns a context that computes only the last token of each sequence. Keys and values cover all tokens."""
         ...
 
     def with_alibi(self, slopes: Tensor, dtype: torch.dtype) -> "AttentionContext":
-        """The same attention with linear biases of these slopes [H] (float32) added to the scores."""
+        """Returns a context that adds linear biases of type `dtype` to the scores. slopes: [H] float32."""
         ...
 
 
@@ -64,12 +64,12 @@ class CausalContext:
     positions: Tensor  # int64 [S] or [B, S]
     seq_len: int
     mask: Tensor | None = None  # [B or 1, 1 or H, S, T], bool (True: attends) or a bias. None: causal from position 0
-    last: Tensor | None = None  # int64 [B, L], index of the last token of each of a row's L sequences
+    last: Tensor | None = None  # int64 [B, L], index of the last token of each of the L sequences in a row
     last_only: bool = False  # only the tokens at `last` are queries
 
     @classmethod
     def of(cls, x: Tensor) -> "CausalContext":
-        """The context of x [B, S, D], sequences that start at position 0."""
+        """Returns the context for x [B, S, D], whose rows start at position 0."""
         return CausalContext(positions=torch.arange(x.shape[1], device=x.device), seq_len=x.shape[1])
 
     @property
@@ -86,7 +86,7 @@ class CausalContext:
         keys, values = self.keys_and_values(layer, k, v)
         q = self.queries(q).transpose(1, 2)
         is_causal = False
-        if self.mask is None and q.shape[2] > 1:  # a branch: torch.compile cannot pass the comparison itself on
+        if self.mask is None and q.shape[2] > 1:  # a branch: torch.compile cannot pass the comparison to SDPA
             is_causal = True
         grouped = q.shape[1] != keys.shape[1]
         y = F.scaled_dot_product_attention(
@@ -99,7 +99,7 @@ class CausalContext:
         return x if self.last is None or not self.last_only else _take(x, self.last)
 
     def last_token_only(self) -> "CausalContext":
-        """See `AttentionContext`; needs `last`, and gives [B, L, ...]."""
+        """See `AttentionContext`. Requires `last`; the new context returns [B, L, ...]."""
         assert self.last is not None
         if self.mask is None:
             mask = decode_mask(self.last, self.n_slots)
@@ -116,9 +116,9 @@ class CausalContext:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CacheContext(CausalContext):
-    """Attention over a dense cache: prefill (`mask` None), or one token for each row.
+    """Attention over a dense cache, for prefill (`mask` is None) or a decode step with one token per row.
 
-    A decode step of several rows needs `decode_mask`; a single row whose token sees the whole window needs no mask.
+    A decode step of several rows needs `decode_mask`; a single row that attends to the whole window needs no mask.
     """
 
     cache: KVCache
@@ -139,16 +139,16 @@ class Segments(NamedTuple):
     """Where the samples packed into a row [1, S] begin and end."""
 
     cu_seqlens: Tensor  # int32 [N + 1], cumulative lengths from 0 to S; samples may be empty
-    lengths: tuple[int, ...]  # of the samples, read on devices without the kernel; may be () on the others
-    max_seqlen: int  # upper bound for the length of a sample
+    lengths: tuple[int, ...]  # of the samples; used only without the varlen kernel, may be () otherwise
+    max_seqlen: int  # upper bound on the length of a sample
 
     def last(self) -> Tensor:
-        """Index of each sample's last token, int64 [1, N]. An empty sample repeats the one before it."""
+        """Index of each sample's last token, int64 [1, N]. An empty sample repeats the previous index."""
         return self.cu_seqlens[None, 1:].long() - 1
 
     def mask(self) -> Tensor:
-        """The dense equivalent, bool [1, 1, S, S]: causal within each sample."""
-        sample = torch.repeat_interleave(self.cu_seqlens.diff())  # [S], the sample of each token
+        """Returns the equivalent dense mask, bool [1, 1, S, S]: causal within each sample."""
+        sample = torch.repeat_interleave(self.cu_seqlens.diff())  # [S], the sample index of each token
         index = torch.arange(len(sample), device=sample.device)
         return ((sample[:, None] == sample) & (index[:, None] >= index))[None, None]
 
@@ -187,29 +187,29 @@ class VarlenContext:
         return _take(x, self.segments.last()) if self.last_only else x
 
     def last_token_only(self) -> "VarlenContext":
-        """See `AttentionContext`; gives [1, N, ...]."""
+        """See `AttentionContext`. The new context returns [1, N, ...]."""
         return replace(self, last_only=True)
 
     def with_alibi(self, slopes: Tensor, dtype: torch.dtype) -> CausalContext:
-        """See `AttentionContext`. The kernel takes no biases, so scores and mask become dense."""
+        """See `AttentionContext`. The varlen kernel does not support biases, so the new context uses a dense mask."""
         mask = alibi_bias(self.segments.mask(), slopes, dtype)
         return CausalContext(positions=self.positions, seq_len=self.seq_len, mask=mask, last=self.segments.last())
 
 
 def decode_mask(positions: Tensor, n_slots: int) -> Tensor:
-    """positions [B, S] or [S] -> mask [B or 1, 1, S, T], True for the slots up to the token's own."""
+    """positions [B, S] or [S] -> mask [B or 1, 1, S, T], True for slots up to and including the token's own."""
     return torch.arange(n_slots, device=positions.device) <= torch.atleast_2d(positions)[:, None, :, None]
 
 
 def alibi_bias(mask: Tensor, slopes: Tensor, dtype: torch.dtype) -> Tensor:
-    """Attention with linear biases, arXiv:2108.12409: scores fall with the distance between query and key.
+    """Attention with linear biases, arXiv:2108.12409: scores decrease with the distance between query and key.
 
     mask [B or 1, 1, S, T] (True: attends), slopes [H] float32 -> bias [B or 1, H, S, T], -inf where a query does not
-    attend. The distance is counted from the last token that a query attends to, which is its own, so that the bias of
-    near tokens is exact in 16-bit types.
+    attend. The distance is measured from the last token that a query attends to (its own), so that the biases of
+    nearby tokens are exact in 16-bit types.
     """
     slots = torch.arange(mask.shape[-1], device=mask.device)
-    distance = slots - (slots * mask).amax(-1, keepdim=True)  # [B or 1, 1, S, T], at most 0 where a query attends
+    distance = slots - (slots * mask).amax(-1, keepdim=True)  # [B or 1, 1, S, T], at most 0 where the query attends
     bias = slopes[:, None, None] * distance
     return bias.masked_fill_(~mask, -math.inf).to(dtype)
 
@@ -221,7 +221,7 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
 
 @cache
 def _causal() -> dict[str, Any]:
-    """The option of `varlen_attn` for causal attention, which was renamed after torch 2.10."""
+    """Returns the `varlen_attn` argument for causal attention, which was renamed after torch 2.10."""
     from torch.nn.attention.varlen import varlen_attn
 
     renamed = "is_causal" not in inspect.signature(varlen_attn).parameters

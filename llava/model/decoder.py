@@ -39,7 +39,7 @@ class Decoder(nn.Module):
         return last
 
     def states(self, x: Tensor, context: AttentionContext | None = None) -> Iterator[Tensor]:
-        """As `forward`, but yields the hidden states after each block, then those after the final norm."""
+        """Like `forward`, but yields the hidden states after each block, then those after the final norm."""
         rope, context = self.positions(CausalContext.of(x) if context is None else context, x.dtype)
         for block in self.blocks:
             x = block(x, rope, context)
@@ -49,7 +49,7 @@ class Decoder(nn.Module):
     def last_token_only(self, x: Tensor, context: AttentionContext) -> Tensor:
         """x [B, S, D] -> the hidden state of each sequence's last token after the final norm, [B, D].
 
-        For prefill: the last block skips all other tokens, except for their keys and values.
+        For prefill: the last block drops all other tokens after computing their keys and values.
         """
         rope, context = self.positions(context, x.dtype)
         for block in self.blocks[:-1]:
@@ -62,5 +62,5 @@ class Decoder(nn.Module):
         return self.head(x).float()
 
     def lookup(self, ids: Tensor) -> Tensor:
-        """ids [...] -> embeddings [..., D]. A negative id (an image token) gets an arbitrary one, to be overwritten."""
+        """ids [...] -> embeddings [..., D]. Negative ids (image tokens) get an arbitrary one, to be overwritten."""
         return self.embed(torch.clamp(ids, min=0))

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens processed so far, in one dense tensor each.
+"""Keys and values of the tokens processed so far, each in one dense tensor.
 
 B batch   S new tokens   T slots   K key/value heads   E head_dim
 
@@ -13,7 +13,7 @@ from llava.config import DecoderConfig
 
 
 class KVCache:
-    """A dense cache with `slots` tokens for each of `batch` rows, allocated once."""
+    """A dense cache with `slots` slots for each of `batch` rows, allocated once."""
 
     def __init__(self, config: DecoderConfig, batch: int, slots: int, *, dtype: torch.dtype, device: torch.device):
         shape = (config.n_layers, batch, config.n_kv_heads, slots, config.head_dim)
@@ -22,7 +22,7 @@ class KVCache:
         self.rows = torch.arange(batch, device=device)[:, None]
 
     def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k and v [B, S, K, E] of tokens at positions [S] (the same in all rows) or [B, S].
+        """Stores k and v [B, S, K, E] at positions [S] (the same for all rows) or [B, S].
 
         Returns the layer's whole cache, keys and values [B, K, T, E].
         """

@@ -1,8 +1,9 @@
 """Matrix products that stay fast on CPUs without 16-bit matrix instructions.
 
-On such CPUs a bfloat16 product of many rows runs at a fifth of the float32 speed (measured on two AVX2 cores: 20
-against 104 GFLOP/s). Converting the weight to float32 block by block and multiplying there is exact in the inputs,
-accumulates as the 16-bit kernels do and rounds once at the end. A block fits into the last-level cache.
+On such CPUs, a bfloat16 product with many rows runs at a fifth of the float32 speed (20 vs. 104 GFLOP/s, measured on
+two AVX2 cores). `linear` instead converts the weight to float32 in blocks that fit into the last-level cache, and
+multiplies in float32. The conversion is exact; the product is accumulated in float32, as in the 16-bit kernels, and
+rounded once at the end.
 """
 
 from functools import cache
@@ -12,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _BLOCK_VALUES = 2**22  # float32 values converted at a time: 16 MiB
-_FEW_ROWS = 12  # with fewer rows the 16-bit kernel is faster: its time is that of reading the weight
+_FEW_ROWS = 12  # with fewer rows, the 16-bit kernel is faster because reading the weight dominates
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., I], weight [O, I], bias [O] -> [..., O], as `torch.nn.functional.linear`."""
+    """x [..., I], weight [O, I], bias [O] -> [..., O], like `torch.nn.functional.linear`."""
     if not torch.compiler.is_compiling() and not torch.is_grad_enabled() and _is_slow(x):
         return _in_float32(x, weight, bias)
     return F.linear(x, weight, bias)
@@ -50,10 +51,10 @@ def _in_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` computed with `linear` above."""
+    """`nn.Linear` that calls the `linear` function above."""
 
     def reset_parameters(self) -> None:
-        """Does nothing: weights come from a checkpoint, and initialising on the meta device costs a second."""
+        """Does nothing: weights come from a checkpoint, and initialising on the meta device takes a second."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O]"""

@@ -39,7 +39,7 @@ class Rope(nn.Module):
         self.head_dim, self.theta, self.scaling = config.head_dim, config.rope_theta, config.rope_scaling
 
     def forward(self, context: AttentionContext, dtype: torch.dtype) -> tuple[Rotation, AttentionContext]:
-        """The rotation of the new tokens, in `dtype` (angles are computed in float32), and the context unchanged."""
+        """Returns the rotation of the new tokens in `dtype` (angles computed in float32) and the unchanged context."""
         angles = context.positions[..., None].float() * self.frequencies(context.seq_len, context.positions.device)
         return (angles.cos().to(dtype).unsqueeze(-2), angles.sin().to(dtype).unsqueeze(-2)), context
 
@@ -58,7 +58,7 @@ class Rope(nn.Module):
 
 def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     """Scales low frequencies down, keeps high ones and interpolates in between. Llama 3.1, arXiv:2407.21783."""
-    turns = scaling.original_max_seq * frequencies / (2 * math.pi)  # within the original context
+    turns = scaling.original_max_seq * frequencies / (2 * math.pi)  # full rotations within the original context
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     unscaled = ((turns - low) / (high - low)).clamp(0, 1)
     return frequencies * unscaled + frequencies / scaling.factor * (1 - unscaled)
@@ -94,7 +94,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU."""
+    """Gated feed-forward layer with SiLU activation (SwiGLU)."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -118,6 +118,6 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rope: Rotation, context: AttentionContext) -> Tensor:
-        """x [B, S, D] -> [B, S, D], or only the tokens of `context.queries(x)`."""
+        """x [B, S, D] -> [B, S, D], or only the tokens that `context.queries` selects."""
         x = context.queries(x) + self.attn(self.attn_norm(x), rope, context)
         return x + self.mlp(self.mlp_norm(x))

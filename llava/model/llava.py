@@ -39,7 +39,7 @@ class Llava(nn.Module):
     def embed(self, ids: Tensor, images: Sequence[Tensor] = ()) -> Tensor:
         """ids [S] with IMAGE at every image token -> embeddings [S, D].
 
-        `images` are the results of `encode_images`, in order: one [tokens, D] for each image.
+        images: the results of `encode_images` in order, one [tokens, D] per image.
         """
         return self.insert_images(self.decoder.lookup(ids), (ids == IMAGE).nonzero()[:, 0], images)
 
@@ -53,8 +53,8 @@ class Llava(nn.Module):
     ) -> list[Tensor]:
         """pixels [V, 3, size, size] -> the embeddings of each image, [tokens, D].
 
-        views: number of views of each image; grids: how its tiles are arranged.
-        vision_grad: record gradients through the vision tower, for training it.
+        views: number of views of each image; grids: tile arrangement of each image, None without tiles.
+        vision_grad: enable gradients through the vision tower, to train it.
         """
         assert self.vision is not None
         assert self.projector is not None
@@ -66,7 +66,7 @@ class Llava(nn.Module):
     def pack(self, features: Tensor, grid: TileGrid | None) -> Tensor:
         """Projected features [V, N, D] of one image -> [tokens, D]: the base view, then the rows of the joined tiles.
 
-        Without a grid, the views follow one another.
+        Without a grid, the views are concatenated.
         """
         if grid is None:
             return features.flatten(0, 1)
@@ -90,17 +90,17 @@ class Llava(nn.Module):
 
 
 def meta_model(config: LlavaConfig) -> Llava:
-    """The model on the meta device, without memory for its weights."""
+    """Returns the model on the meta device, where its weights take no memory."""
     with torch.device("meta"):
         return Llava(config)
 
 
 def shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
-    """Our tensor names and the shapes of a model's weights. A head tied to the embedding table is left out."""
+    """Returns the shape of each weight, keyed by its name in `Llava`. A head tied to the embedding table is omitted."""
     return dict(_shapes(config))
 
 
-@lru_cache(maxsize=8)  # loading a checkpoint asks several times
+@lru_cache(maxsize=8)  # called several times while a checkpoint is loaded
 def _shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
     state = meta_model(config).state_dict()
     return {

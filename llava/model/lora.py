@@ -1,4 +1,4 @@
-"""Low-rank adapters next to a frozen matrix, arXiv:2106.09685, for training or for switching without merging.
+"""Low-rank adapters (LoRA, arXiv:2106.09685) for a frozen matrix: for training, or for switching without merging.
 
 r rank   I input features   O output features of a part
 """
@@ -27,10 +27,10 @@ class Adapter(nn.Module):
 
 
 class LoraLinear(nn.Module):
-    """A frozen matrix with adapters for its parts. Parts are stacked along the rows, such as q, k and v."""
+    """A frozen matrix with adapters for its parts, such as q, k and v, which are stacked along the rows."""
 
     def __init__(self, base: nn.Module, parts: Mapping[str, int | Adapter], dropout: float = 0.0):
-        """`parts` in stacking order: an adapter, or the number of rows of a part without one."""
+        """parts: in stacking order, an adapter or, for a part without one, its number of rows."""
         super().__init__()
         self.base, self.dropout = base, dropout
         self.plain_rows = {name: part for name, part in parts.items() if isinstance(part, int)}

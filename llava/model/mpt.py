@@ -1,4 +1,4 @@
-"""The MPT block: LayerNorm, attention with linear biases (ALiBi), GELU; no bias vectors.
+"""The MPT block: LayerNorm, attention with linear biases (ALiBi) and GELU, without bias vectors.
 
 Matches MosaicML's code as shipped with LLaVA v1.0.2 (llava/model/language_model/mpt).
 
@@ -17,7 +17,7 @@ from llava.model.linear import Linear
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm without a bias vector. PyTorch computes 16-bit inputs in float32."""
+    """LayerNorm without a bias vector. PyTorch computes it in float32 for 16-bit inputs."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__(dim, eps, bias=False)
@@ -32,11 +32,11 @@ class Alibi(nn.Module):
         self.n_heads, self.bias_max = config.n_heads, config.alibi_bias_max
 
     def forward(self, context: AttentionContext, dtype: torch.dtype) -> tuple[None, AttentionContext]:
-        """No rotation, and the context with the biases added to its scores."""
+        """Returns no rotation, and a context that adds the biases to the scores."""
         return None, context.with_alibi(self.slopes(context.positions.device), dtype)
 
     def slopes(self, device: torch.device) -> Tensor:
-        """[H] float32: 2^(-max / H) to 2^-max; if H is no power of two, a subset of the next power's slopes."""
+        """[H] float32: 2^(-max / H) to 2^-max; if H is not a power of two, a subset of those for the next power."""
         n = 2 ** math.ceil(math.log2(self.n_heads))
         slopes = 2 ** (torch.arange(1, n + 1, device=device) * (-self.bias_max / n))
         return slopes if n == self.n_heads else torch.cat([slopes[1::2], slopes[::2]])[: self.n_heads]
@@ -75,7 +75,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each with a norm before it and a residual connection. Same call as Llama's block."""
+    """Attention and MLP, each with a norm before it and a residual connection. Called like the Llama block."""
 
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
@@ -85,6 +85,6 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rope: None, context: AttentionContext) -> Tensor:
-        """x [B, S, D] -> [B, S, D], or only the tokens of `context.queries(x)`. MPT has no rotary positions."""
+        """x [B, S, D] -> [B, S, D], or only the tokens that `context.queries` selects. MPT does not use `rope`."""
         x = context.queries(x) + self.attn(self.attn_norm(x), context)
         return x + self.mlp(self.mlp_norm(x))

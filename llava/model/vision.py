@@ -68,7 +68,7 @@ class Block(nn.Module):
 
 
 class Patch(nn.Module):
-    """Patch embedding: one linear layer for each patch, with its weight stored as CLIP's convolution kernel."""
+    """Patch embedding: a linear layer applied to each patch; the weight has the shape of CLIP's convolution kernel."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -76,7 +76,7 @@ class Patch(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.dim, 3, self.size, self.size))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels [V, 3, height, width] -> [V, P, D], row by row.
+        """pixels [V, 3, height, width] -> [V, P, D], patches in row-major order.
 
         Pixels at the right and bottom edges that do not fill a patch are dropped.
         """

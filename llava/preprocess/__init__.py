@@ -1,1 +1,1 @@
-"""Turns images and messages into a `ModelInput`, and ids into text. No modules, no devices."""
+"""Turns images and messages into a `ModelInput`, and token ids into text. Contains no modules and no device code."""

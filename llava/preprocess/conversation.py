@@ -1,4 +1,4 @@
-"""Renders turns to the text of a prompt, in the five styles of the LLaVA code (conversation.py at c121f04).
+"""Renders turns as prompt text, in the five styles of the original LLaVA code (conversation.py at c121f04).
 
 The result is a list of spans, each marked as a training target or not, so labels never have to be recovered from the
 finished string.
@@ -14,13 +14,13 @@ from llava.errors import PromptError
 
 
 class Style(Enum):
-    """How turns are joined to a prompt."""
+    """How turns are joined into a prompt."""
 
-    SINGLE = "single"  # role: text, one separator
-    TWO = "two"  # role: text, one separator after the user, another after the assistant
-    MPT = "mpt"  # ChatML: role, text, separator
+    SINGLE = "single"  # "role: text", with the same separator after every turn
+    TWO = "two"  # "role: text", with one separator after user turns and another after assistant turns
+    MPT = "mpt"  # ChatML: role, text and separator
     LLAMA_2 = "llama_2"  # [INST] text [/INST] answer
-    PLAIN = "plain"  # no roles: captions for stage 1
+    PLAIN = "plain"  # no roles; for the captions of stage 1
 
 
 class Span(NamedTuple):
@@ -31,7 +31,7 @@ class Span(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """One message. An assistant's turn without text is the one to generate."""
+    """One message. An assistant turn without text is the one to generate."""
 
     role: Literal["user", "assistant"]
     text: str | None
@@ -44,12 +44,12 @@ class Template:
     style: Style
     user: str
     assistant: str
-    sep: str  # after the system text and each turn; TWO: after the user's turns; LLAMA_2: before later user turns
-    sep2: str = ""  # after the assistant's turns, where that differs
+    sep: str  # after the system text and each turn (TWO: each user turn); LLAMA_2: before user turns after the first
+    sep2: str = ""  # after assistant turns, if different from `sep`
     system: str = ""  # default system message
-    system_role: str = ""  # put before any system message
-    few_shot: tuple[Turn, ...] = ()  # turns put before the conversation
-    tagged: bool = False  # training encloses images in <Image> and </Image>
+    system_role: str = ""  # prefix of the system message
+    few_shot: tuple[Turn, ...] = ()  # example turns inserted before the conversation
+    tagged: bool = False  # whether training encloses images in <Image> and </Image>
 
     @property
     def stop(self) -> str:
@@ -58,9 +58,9 @@ class Template:
 
 
 def render(template: Template, turns: Sequence[Turn], system: str | None = None) -> list[Span]:
-    """The prompt of a conversation. Raises PromptError if turns do not alternate or do not fit the template.
+    """Renders a conversation as spans. Raises PromptError if turns do not alternate or do not fit the template.
 
-    As in the original, a turn with empty text keeps its role but has no separator.
+    As in the original code, a turn with empty text keeps its role but gets no separator; LLAMA_2 skips it.
     """
     for i, turn in enumerate(turns):
         if turn.role != ("user", "assistant")[i % 2]:
@@ -91,7 +91,7 @@ def _chatml(template: Template, turns: Sequence[Turn], system: str) -> Iterator[
 
 def _llama_2(template: Template, turns: Sequence[Turn], system: str) -> Iterator[Span]:
     if turns and not turns[0].text:
-        raise PromptError("the first message has no text, which this template requires: add some")
+        raise PromptError("the first message has no text, but this template requires it: add some text")
     for i, (role, text) in enumerate(turns):
         if not text:
             continue
@@ -104,9 +104,11 @@ def _llama_2(template: Template, turns: Sequence[Turn], system: str) -> Iterator
 
 
 def _plain(template: Template, turns: Sequence[Turn], system: str) -> Iterator[Span]:
-    """Text to continue or, in stage 1, images followed by their caption; the user's words are dropped then."""
+    """Renders text to continue or, in stage 1, the images followed by their caption, without the user's text."""
     if system or len(turns) > 2:
-        raise PromptError("the plain template takes one exchange and no system message: choose another with template=")
+        raise PromptError(
+            "the plain template takes one exchange and no system message: choose another template with template="
+        )
     user, answer = (*(turn.text for turn in turns), None)[:2]
     if answer:
         yield Span(IMAGE_MARK * (user or "").count(IMAGE_MARK))

@@ -1,4 +1,4 @@
-"""Images to pixel tensors, bit for bit as in the LLaVA code (mm_utils.py at c121f04) and CLIP's image processor.
+"""Converts images to pixel tensors, bit for bit like LLaVA (mm_utils.py at c121f04) and CLIP's image processor.
 
 Sizes are (width, height) in pixels unless stated otherwise.
 """
@@ -24,18 +24,18 @@ class Views(NamedTuple):
     """One image, ready for the vision tower."""
 
     pixels: Tensor  # float32 [views, 3, S, S], normalised
-    grid: TileGrid | None  # how the tiles of an anyres image are arranged; None without tiles
-    size: Size  # of the image as opened
+    grid: TileGrid | None  # arrangement of an anyres image's tiles; None if the views are simply concatenated
+    size: Size  # size of the image as opened
 
 
 def open_picture(source: Picture, *, exif: bool = False) -> Image.Image:
     """Opens an image in any format that Pillow reads, as RGB. Uses the first frame and drops transparency.
 
-    exif: rotate the image as its EXIF orientation says; LLaVA does not. Raises ImageError.
+    exif: rotate the image according to its EXIF orientation, which LLaVA does not do. Raises ImageError.
     """
     name = str(source) if isinstance(source, str | Path) else str(getattr(source, "name", "picture"))
     if not isinstance(source, str | Path | bytes | Image.Image) and not hasattr(source, "read"):
-        raise ImageError(f"found {source!r:.60}; expected an image as a path, bytes or a PIL.Image")
+        raise ImageError(f"found {source!r:.60}; expected a path, bytes, a binary file or a PIL.Image")
     try:
         if isinstance(source, str | Path) and not Path(source).is_file():
             raise ImageError(f"{name:.200}: no such image file")
@@ -49,7 +49,7 @@ def open_picture(source: Picture, *, exif: bool = False) -> Image.Image:
             f"{name}: more than {limit} pixels, refused as a possible decompression bomb; scale it down"
         ) from None
     except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow's readers raise
-        raise ImageError(f"{name:.200}: not an image that Pillow can read, or damaged ({error})") from None
+        raise ImageError(f"{name:.200}: damaged, or not an image that Pillow can read ({error})") from None
 
 
 def _stream(source: str | Path | bytes | BinaryIO) -> str | Path | BinaryIO:
@@ -57,9 +57,9 @@ def _stream(source: str | Path | bytes | BinaryIO) -> str | Path | BinaryIO:
 
 
 def to_views(image: Image.Image, config: ImageConfig, patches: int) -> Views:
-    """The views of an RGB image: one if it is cropped or padded; with anyres, the whole image and its tiles.
+    """Returns the views of an RGB image: one if it is cropped or padded; with anyres, the whole image and its tiles.
 
-    patches: number of the vision tower's patches along one side of a view.
+    patches: number of vision tower patches along one side of a view.
     """
     grid = None
     if config.aspect == "anyres":
@@ -74,7 +74,7 @@ def to_views(image: Image.Image, config: ImageConfig, patches: int) -> Views:
 
 
 def normalise(image: Image.Image, config: ImageConfig) -> Tensor:
-    """[1, 3, S, S] float32: (uint8 / 255 - mean) / std, rounded in the order of CLIP's image processor."""
+    """Returns (uint8 / 255 - mean) / std, float32 [1, 3, S, S], with the same rounding as CLIP's image processor."""
     scaled = (np.asarray(image, dtype=np.uint8) * (1 / 255)).astype(np.float32)
     pixels = (scaled - np.array(config.mean, np.float32)) / np.array(config.std, np.float32)
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).unsqueeze(0)
@@ -82,13 +82,13 @@ def normalise(image: Image.Image, config: ImageConfig) -> Tensor:
 
 def _crop(image: Image.Image, size: int) -> Image.Image:
     """Resizes the shorter edge to `size`, then crops the centre."""
-    axis = 1 if image.width <= image.height else 0  # of the longer edge
+    axis = 1 if image.width <= image.height else 0  # axis of the longer edge; 0: width, 1: height
     short, long = image.size[1 - axis], image.size[axis]
     long_after = int(size * long / short)
     start, stop = (long_after - size) // 2, (long_after - size) // 2 + size
     margin = 0
     if long_after > 64 * size:
-        # A 1 x 4000 image would become 336 x 1,344,000: compute only the square and the margin that its filter reads.
+        # A 1 x 4000 image would become 336 x 1,344,000: compute only the square and the margin that the filter reads.
         margin = math.ceil(3 * long_after / long)
     low, high = (max(start - margin, 0), min(stop + margin, long_after)) if margin else (0, long_after)
     a, b, length = low * long / long_after, high * long / long_after, high - low
@@ -110,7 +110,7 @@ def _pad_to_square(image: Image.Image, config: ImageConfig) -> Image.Image:
 
 
 def choose_canvas(size: Size, config: ImageConfig) -> Size:
-    """The canvas (w, h) that keeps most pixels of the image, then wastes the least area; the first of equal ones."""
+    """Returns the canvas (w, h) that keeps the most image pixels, then wastes the least area; the first of any ties."""
 
     def merit(canvas: Size) -> tuple[int, int]:
         scale = min(canvas[0] / size[0], canvas[1] / size[1])
@@ -121,7 +121,7 @@ def choose_canvas(size: Size, config: ImageConfig) -> Size:
 
 
 def _fitted(size: Size, canvas: Size) -> Size:
-    """The largest size within the canvas that keeps the image's aspect ratio."""
+    """Returns the largest size within the canvas that keeps the image's aspect ratio."""
     scale_w, scale_h = canvas[0] / size[0], canvas[1] / size[1]
     if scale_w < scale_h:
         return canvas[0], min(math.ceil(size[1] * scale_w), canvas[1])
@@ -138,10 +138,10 @@ def _tiles(image: Image.Image, canvas: Size, config: ImageConfig) -> list[Image.
 
 
 def tile_grid(size: Size, canvas: Size, config: ImageConfig, patches: int) -> TileGrid | None:
-    """Which patches of the tiles are kept; None if the views simply follow one another.
+    """Returns which patches of the tiles are kept, or None if the views are simply concatenated.
 
-    patches: number of patches along one side of a tile. As in the original, padding is removed on the grid of patches,
-    rounded such that a row of padding may remain, and that nothing may remain of a very thin image.
+    patches: number of patches along one side of a tile. As in the original code, padding is removed in whole patches,
+    so that a row of padding may remain, and a very thin image may be removed entirely.
     """
     if config.merge == "flat":
         return None

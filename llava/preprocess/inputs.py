@@ -1,6 +1,6 @@
-"""Turns messages or a raw prompt, with their images, into a `ModelInput`, which is all that the model needs.
+"""Turns messages or a raw prompt, with their images, into a `ModelInput`, which contains all that the model needs.
 
-S: sequence length, with every image expanded to one token for each of its feature vectors.
+S: sequence length, with each image expanded to one token per feature vector.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,14 +27,14 @@ class ModelInput:
     """The model's input for one conversation."""
 
     prompt: str  # the rendered text
-    token_ids: list[int]  # as in the original, with IMAGE (-200) once for each image
-    ids: Tensor  # int64 [S]: IMAGE at every image token
-    labels: Tensor  # int64 [S]: the id of a target token, IGNORE elsewhere
+    token_ids: list[int]  # as in the original code, with IMAGE (-200) once per image
+    ids: Tensor  # int64 [S]: token ids, with IMAGE at every image token
+    labels: Tensor  # int64 [S]: token ids at target tokens, IGNORE elsewhere
     pixels: Tensor | None = None  # float32 [views, 3, size, size], in the order of the images
     views: list[int] = field(default_factory=list)  # number of views of each image
-    grids: list[TileGrid | None] = field(default_factory=list)  # how the tiles of each image are arranged
-    image_sizes: list[Size] = field(default_factory=list)  # (w, h) in pixels, as opened
-    stop: str | None = None  # the template's string that ends a reply
+    grids: list[TileGrid | None] = field(default_factory=list)  # arrangement of the tiles of each image; see `Views`
+    image_sizes: list[Size] = field(default_factory=list)  # (w, h) of each image as opened, in pixels
+    stop: str | None = None  # string that ends a reply in this template; None for raw prompts and training
 
 
 class _Turns(NamedTuple):
@@ -44,7 +44,7 @@ class _Turns(NamedTuple):
 
 
 class Preprocessor:
-    """Prepares the input of one model with its tokenizer, template and image settings."""
+    """Prepares inputs for one model, with its tokenizer, template and image settings."""
 
     def __init__(self, config: LlavaConfig, tokenizer: Tokenizer, *, template: str | None = None, exif: bool = False):
         self.config = config
@@ -57,16 +57,16 @@ class Preprocessor:
     def prepare(
         self, messages: Messages, *, images: Sequence[Picture] | None = None, template: str | None = None
     ) -> ModelInput:
-        """The input of a conversation, or of a raw prompt with `images`, one for each mark in the prompt.
+        """Prepares a conversation, or a raw prompt with one image in `images` per mark.
 
-        Raises PromptError (marks, roles, length), ImageError.
+        Raises PromptError (invalid marks, roles or length) or ImageError.
         """
         stop = None
         if isinstance(messages, str):
             spans, pictures = [Span(messages)], list(images or ())
             _count_marks("the prompt", messages, len(pictures))
         elif images is not None:
-            raise PromptError("images= is for raw prompts; put the images of messages into their content")
+            raise PromptError("images= is only for raw prompts; in a conversation, put the images into the messages")
         else:
             chosen = self._chosen(template)
             turns, pictures, system = self._read(messages)
@@ -76,31 +76,33 @@ class Preprocessor:
     def prepare_training(
         self, turns: Sequence[Turn], pictures: Sequence[Picture], *, place: ImagePlace = "front", max_length: int
     ) -> ModelInput:
-        """The input and labels of a training sample, truncated to `max_length` tokens, image tokens included.
+        """Prepares the input and labels of a training sample, truncated to `max_length` tokens, image tokens included.
 
-        Raises PromptError (roles, marks, no target tokens), ImageError.
+        Raises PromptError (invalid roles or marks, no target tokens) or ImageError.
         """
         template = self._chosen(None)
         marks = sum((turn.text or "").count(IMAGE_MARK) for turn in turns)
         if marks != len(pictures):
             raise PromptError(
-                f"the sample has {marks} {IMAGE_MARK} mark(s) and {len(pictures)} image(s); expected as many of each"
+                f"the sample has {marks} {IMAGE_MARK} mark(s) and {len(pictures)} image(s); expected equal numbers"
             )
         tagged = template.tagged and template.style is not Style.PLAIN
         spans = training_spans(template, move_marks(turns, place, start_end=self.config.start_end, tagged=tagged))
         whole = self._assemble(spans, [self._views(picture) for picture in pictures], None, limit=max_length)
         if bool((whole.labels == IGNORE).all()):
-            raise PromptError(f"the first {max_length} tokens of the sample hold no answer to train on")
+            raise PromptError(f"the first {max_length} tokens of the sample contain no answer to train on")
         return whole
 
     def _chosen(self, template: str | None) -> Template:
         name = template or self.template
         if name is None:
-            raise PromptError(f"this checkpoint names no conversation template: pass template=, one of {_names()}")
+            raise PromptError(
+                f"this checkpoint specifies no conversation template: pass template= with one of {_names()}"
+            )
         return find_template(name)
 
     def _read(self, messages: Sequence[Message]) -> _Turns:
-        """Messages to turns with image marks. If the user speaks last, an assistant turn to generate follows."""
+        """Converts messages to turns with image marks. If the user comes last, adds an assistant turn to generate."""
         turns: list[Turn] = []
         pictures: list[Picture] = []
         system = None
@@ -123,10 +125,10 @@ class Preprocessor:
 
     def _marked(self, text: str, n_pictures: int, role: str, where: str) -> str:
         if n_pictures and role != "user":
-            raise PromptError(f"{where} is from the {role} and holds an image; only user messages can")
+            raise PromptError(f"{where} is from the {role} and contains an image; only user messages may")
         if IMAGE_MARK not in text:
             text = f"{IMAGE_MARK}\n" * n_pictures + text
-        _count_marks(where, text, n_pictures)
+        _count_marks(where, text, n_pictures, ", or no marks at all to put the images first")
         return text.replace(IMAGE_MARK, f"<im_start>{IMAGE_MARK}<im_end>") if self.config.start_end else text
 
     def _views(self, picture: Picture) -> Views:
@@ -135,7 +137,7 @@ class Preprocessor:
         return to_views(open_picture(picture, exif=self.exif), self.config.image, self.config.vision.grid)
 
     def n_image_tokens(self, input: ModelInput) -> int:
-        """Number of tokens of an input's images, those cut off by `max_length` included."""
+        """Returns the number of image tokens of an input, including those cut off by `max_length`."""
         return sum(self._n_image_tokens(n, grid) for n, grid in zip(input.views, input.grids, strict=True))
 
     def _n_image_tokens(self, n_views: int, grid: TileGrid | None) -> int:
@@ -146,7 +148,7 @@ class Preprocessor:
     def _assemble(
         self, spans: list[Span], pictures: list[Views], stop: str | None, limit: int | None = None
     ) -> ModelInput:
-        """limit: truncate to this many tokens; None: refuse prompts longer than the model's context."""
+        """limit: truncate to this many tokens; if None, refuse prompts longer than the model's context."""
         prompt = "".join(span.text for span in spans)
         tokens = list(self._tokens(prompt, spans))
         if (n := sum(id == IMAGE for id, _ in tokens)) != len(pictures):
@@ -172,7 +174,7 @@ class Preprocessor:
         )
 
     def _check_ids(self, ids: Sequence[int], context: int | None) -> None:
-        """Raises PromptError if there are no ids, more than `context`, or some without an embedding."""
+        """Raises PromptError if `ids` is empty, longer than `context`, or contains an id without an embedding."""
         if not ids:
             raise PromptError("the prompt is empty: give it some text")
         if (highest := max(ids)) >= self.config.decoder.vocab_size:
@@ -183,24 +185,24 @@ class Preprocessor:
             )
         if context is not None and len(ids) > context:
             raise PromptError(
-                f"the prompt has {len(ids)} tokens, more than the model's context of {context}: shorten it"
+                f"the prompt has {len(ids)} tokens, which exceeds the model's context of {context}: shorten it"
             )
 
     def _tokens(self, prompt: str, spans: list[Span]) -> Iterator[tuple[int, bool]]:
-        """The prompt's ids, each with whether it is a target.
+        """Yields each token id of the prompt, and whether it is a target.
 
-        As in the original, the text is split at the marks and each stretch is encoded on its own. transformers does not
-        split: there the mark is a token of the vocabulary, and the text after it continues the stretch.
+        As in the original code, the text is split at the image marks, and each stretch is encoded separately.
+        transformers does not split: the mark is a token of the vocabulary, and the text after it continues the stretch.
         """
         try:
-            targets = b"".join(bytes([span.target]) * len(span.text.encode()) for span in spans)  # a flag for each byte
+            targets = b"".join(bytes([span.target]) * len(span.text.encode()) for span in spans)  # one flag per byte
         except UnicodeEncodeError:
             raise PromptError("the prompt is not valid UTF-8 text") from None
         if self.tokenizer.bos_id is not None:
             yield self.tokenizer.bos_id, False
         whole = self.config.image is not None and self.config.image.mode == "hf"
         own_mark = self.tokenizer.id_of(IMAGE_MARK) if whole else None
-        offset = 0  # of the stretch, in bytes
+        offset = 0  # start of the stretch, in bytes
         for i, stretch in enumerate(prompt.split(IMAGE_MARK) if own_mark is None else [prompt]):
             if i:
                 yield IMAGE, False
@@ -213,9 +215,9 @@ class Preprocessor:
 
 
 def find_template(name: str) -> Template:
-    """The template with this name. Raises PromptError, which lists all names."""
+    """Returns the template with this name. Raises PromptError, which lists all names, if there is none."""
     if name not in TEMPLATES:
-        raise PromptError(f"no template is named {name!r}; there are {_names()}")
+        raise PromptError(f"no template is named {name!r}; choose one of {_names()}")
     return TEMPLATES[name]
 
 
@@ -224,7 +226,7 @@ def _names() -> str:
 
 
 def _parse(message: Message, where: str) -> tuple[str, str, list[Picture]]:
-    """Role, text and images of one message."""
+    """Returns the role, text and images of one message. Raises PromptError if it is malformed."""
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
         raise PromptError(f"{where}: found {message!r:.60}; expected a dictionary with role and content")
     role, content = message["role"], message["content"]
@@ -237,7 +239,7 @@ def _parse(message: Message, where: str) -> tuple[str, str, list[Picture]]:
     for part in content if isinstance(content, Sequence) else [content]:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind not in ("text", "image") or kind not in part:
-            raise PromptError(f'{where}: content has the part {part!r:.60}; expected {{"type": "text" | "image", …}}')
+            raise PromptError(f'{where}: content contains {part!r:.60}; expected {{"type": "text" | "image", …}}')
         if kind == "text":
             if not isinstance(part["text"], str):
                 raise PromptError(f"{where}: text is {part['text']!r:.60}; expected a string")
@@ -247,9 +249,8 @@ def _parse(message: Message, where: str) -> tuple[str, str, list[Picture]]:
     return role, "\n".join(texts), pictures
 
 
-def _count_marks(where: str, text: str, n_pictures: int) -> None:
+def _count_marks(where: str, text: str, n_pictures: int, advice: str = "") -> None:
     if (marks := text.count(IMAGE_MARK)) != n_pictures:
         raise PromptError(
-            f"{where} has {marks} {IMAGE_MARK} mark(s) and {n_pictures} image(s): "
-            "write one mark for each image, or no marks to put the images first"
+            f"{where} has {marks} {IMAGE_MARK} mark(s) and {n_pictures} image(s): write one mark for each image{advice}"
         )

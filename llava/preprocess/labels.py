@@ -1,4 +1,4 @@
-"""Training samples to spans with their targets marked, as the LLaVA code trains (c121f04; MPT: v1.0.2)."""
+"""Converts training samples to spans with marked targets, as in LLaVA's training code (c121f04; MPT: v1.0.2)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -8,15 +8,16 @@ from llava.config import IMAGE_MARK
 from llava.errors import PromptError
 from llava.preprocess.conversation import Span, Style, Template, Turn, render
 
-ImagePlace = Literal["front", "as_written"]  # where the mark goes in its turn: LLaVA 1.0 and later, or before
-_BEGIN, _END = "###", "\n"  # around each v0 turn
+# Position of the mark in its turn: "front" in LLaVA 1.0 and later, "as_written" in earlier versions.
+ImagePlace = Literal["front", "as_written"]
+_BEGIN, _END = "###", "\n"  # before and after each v0 turn
 
 
 def training_spans(template: Template, turns: Sequence[Turn]) -> list[Span]:
-    """The text of a sample with its targets marked. Raises PromptError if turns do not alternate.
+    """Returns the text of a sample with its targets marked. Raises PromptError if its turns do not fit the template.
 
-    As in the original, a leading assistant turn is dropped, except in v0. In v0 the ### before a user's turn is also a
-    target, which teaches the model to end its reply.
+    As in the original code, a leading assistant turn is dropped, except in v0. In v0, each ### is also a target, which
+    teaches the model to end its reply.
     """
     if template.style is Style.SINGLE:
         return list(_v0(template, turns))
@@ -24,7 +25,9 @@ def training_spans(template: Template, turns: Sequence[Turn]) -> list[Span]:
         turns = turns[1:]
     if template.style is Style.PLAIN:
         if len(turns) != 2:
-            raise PromptError(f"this sample has {len(turns)} turns; the plain template trains on one exchange of two")
+            raise PromptError(
+                f"this sample has {len(turns)} turns; the plain template trains on one exchange of two turns"
+            )
         mark = Turn("user", IMAGE_MARK * (turns[0].text or "").count(IMAGE_MARK))
         return render(template, [mark, turns[1]])
     return render(replace(template, few_shot=()), turns)
@@ -40,9 +43,9 @@ def _v0(template: Template, turns: Sequence[Turn]) -> Iterator[Span]:
 
 
 def move_marks(turns: Sequence[Turn], place: ImagePlace, *, start_end: bool, tagged: bool) -> list[Turn]:
-    """The turns with their image marks where training has them.
+    """Returns the turns with their image marks placed and enclosed as in training.
 
-    place: "front" moves the marks of a turn before its text, each on a line of its own.
+    place: "front" moves the marks of a turn before its text, each on its own line.
     start_end: enclose each mark in <im_start> and <im_end>. tagged: enclose it in <Image> and </Image>.
     """
     around = ("<im_start>", "<im_end>") if start_end else ("", "")

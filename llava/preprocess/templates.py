@@ -1,4 +1,4 @@
-"""The sixteen conversation templates of the LLaVA code (conversation.py at c121f04)."""
+"""The sixteen conversation templates of the original LLaVA code (conversation.py at c121f04)."""
 
 from dataclasses import replace
 

@@ -1,8 +1,8 @@
-"""Text to ids and back: SentencePiece with added tokens, and tokenizers of the `tokenizers` library.
+"""Converts text to ids and back, with SentencePiece and added tokens or with the `tokenizers` library.
 
-Ids match the slow Llama tokenizer of transformers 4.37.2, which LLaVA uses: added tokens are cut out of the text first,
-and SentencePiece encodes each stretch between them on its own. With `legacy` true (also if the flag is missing) every
-stretch gets a dummy space in front, otherwise only the text as a whole.
+SentencePiece ids match the slow Llama tokenizer of transformers 4.37.2, which LLaVA uses: the text is first split at
+added tokens, and SentencePiece encodes each stretch between them separately. If `legacy` is true or not set in
+tokenizer_config.json, a dummy space is put before every stretch; otherwise, only before the whole text.
 """
 
 import re
@@ -13,11 +13,11 @@ from typing import NamedTuple, Protocol
 
 from llava.errors import CheckpointError
 
-SPACE = "▁"  # how SentencePiece writes a space
+SPACE = "▁"  # SentencePiece's symbol for a space
 
 
 class Token(NamedTuple):
-    """An id and its range in the encoded text, in UTF-8 bytes; start = end if it stands for no text."""
+    """A token id and its range in the encoded text, in UTF-8 bytes; start equals end if it represents no text."""
 
     id: int
     start: int
@@ -25,43 +25,43 @@ class Token(NamedTuple):
 
 
 class AddedToken(NamedTuple):
-    """A token that is cut out of the text before the tokenizer's model runs."""
+    """A token that is split off from the text before the tokenizer's model runs."""
 
     text: str
     id: int
     special: bool  # omitted when ids are decoded with `skip_special`
-    strip_left: bool = False  # strips the white space before it
-    strip_right: bool = False
+    strip_left: bool = False  # strips white space before the token
+    strip_right: bool = False  # strips white space after the token
 
 
 class Tokenizer(Protocol):
-    """What the rest of the project requires of a tokenizer."""
+    """The interface that the rest of the project expects of a tokenizer."""
 
-    size: int  # number of ids, added ones included
-    bos_id: int | None  # put before a text; None: this tokenizer adds none
+    size: int  # number of ids, including added tokens
+    bos_id: int | None  # prepended to a text; None if this tokenizer adds no BOS
     eos_id: int | None
-    pad: str | None  # the padding token that the files name; it may have no id
+    pad: str | None  # padding token specified in the tokenizer files; it may have no id
     special: frozenset[int]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a whole text, with BOS if the tokenizer adds it."""
+        """Returns the ids of a whole text, with BOS if the tokenizer adds it."""
         ...
 
     def encode_tokens(self, text: str) -> list[Token]:
-        """The tokens of a stretch of text with their ranges, without BOS."""
+        """Returns the tokens of a stretch of text with their ranges, without BOS."""
         ...
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of ids. Ids unknown to the tokenizer (padded vocabulary rows) are skipped."""
+        """Decodes ids to text. Skips ids unknown to the tokenizer (padded vocabulary rows)."""
         ...
 
     def id_of(self, text: str) -> int | None:
-        """The id of an added token, None if no added token has this text."""
+        """Returns the id of an added token, or None if no added token has this text."""
         ...
 
 
 class SentencePieceTokenizer:
-    """The Llama tokenizer, on top of a `tokenizer.model`."""
+    """The Llama tokenizer, based on a `tokenizer.model` file."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class SentencePieceTokenizer:
         from sentencepiece import SentencePieceProcessor
 
         if not legacy:
-            # `normalizer_spec { add_dummy_prefix: false }` as a protobuf field; the last one in the file applies
+            # `normalizer_spec { add_dummy_prefix: false }` as a protobuf field; its last occurrence takes effect
             model += b"\x1a\x02\x18\x00"
         self._model = SentencePieceProcessor(model_proto=model)
         self._legacy = legacy
@@ -108,11 +108,11 @@ class SentencePieceTokenizer:
         for part, start in self._split(text):
             tokens += self._encode_part(part, start) if isinstance(part, str) else [_located(part, start)]
         if dummy and len(tokens) > 1 and tokens[0].end == 1 and tokens[1].id in self.special:
-            del tokens[0]  # no dummy space on its own before a special token
+            del tokens[0]  # no lone dummy space before a special token
         return [Token(t.id, max(t.start - dummy, 0), max(t.end - dummy, 0)) for t in tokens]
 
     def _split(self, text: str) -> Iterator[tuple[str | AddedToken, int]]:
-        """Alternating stretches of text and added tokens, each with its start in bytes."""
+        """Yields stretches of text and the added tokens between them, each with its start in bytes."""
         parts = self._pattern.split(text)
         offset = 0
         for i, part in enumerate(parts):
@@ -129,7 +129,7 @@ class SentencePieceTokenizer:
                 yield part, start
 
     def _encode_part(self, text: str, start: int) -> Iterator[Token]:
-        offset = start - self._legacy  # a legacy model puts a dummy space in front
+        offset = start - self._legacy  # in legacy mode, the model prepends a dummy space
         for id in self._model.encode(text):
             length = 1 if self._model.is_byte(id) else len(self._model.id_to_piece(id).replace(SPACE, " ").encode())
             yield Token(id, max(offset, start), offset + length)
@@ -143,13 +143,13 @@ class SentencePieceTokenizer:
             if id is not None and (id < self._n_pieces or known) and not (known and not known.special):
                 if id not in self.special or not skip_special:
                     run.append(id)
-            elif id is None or known:  # added tokens that are not special are set off by spaces
+            elif id is None or known:  # non-special added tokens are surrounded by spaces
                 texts += filter(None, [self._decode_run(run), known.text if known else ""])
                 run = []
         return " ".join(texts)
 
     def _decode_run(self, ids: list[int]) -> str:
-        """The text of pieces and special tokens, without the dummy space of the first piece."""
+        """Decodes pieces and special tokens, without the dummy space before the first piece."""
         out, run = "", list[int]()
         after_special = False
         for i, id in enumerate(ids):
@@ -172,10 +172,10 @@ def _located(token: AddedToken, start: int) -> Token:
 
 
 class JsonTokenizer:
-    """Any tokenizer of the `tokenizers` library, from its `tokenizer.json`."""
+    """A tokenizer of the `tokenizers` library, loaded from a `tokenizer.json` file."""
 
     def __init__(self, file: Path, *, eos: str | None, pad: str | None = None, more: Mapping[str, int] | None = None):
-        """more: special tokens to add, with the ids that follow the file's. Raises CheckpointError."""
+        """more: special tokens to add, with ids that directly follow those of the file. Raises CheckpointError."""
         import tokenizers
 
         try:
@@ -184,7 +184,7 @@ class JsonTokenizer:
             raise CheckpointError(f"{file}: not a tokenizer of the tokenizers library ({error})") from None
         self._model.add_special_tokens(sorted(more or {}, key=(more or {}).__getitem__))
         if lost := [text for text, id in (more or {}).items() if self._model.token_to_id(text) != id]:
-            raise CheckpointError(f"{file}: {lost[0]} cannot be added: its id would not be the next free one")
+            raise CheckpointError(f"{file}: {lost[0]} cannot be added, because its id is not the next free one")
         added = self._model.get_added_tokens_decoder()
         self.size = self._model.get_vocab_size(with_added_tokens=True)
         self.special = frozenset(id for id, token in added.items() if token.special)
@@ -203,7 +203,7 @@ class JsonTokenizer:
 
     def encode_tokens(self, text: str) -> list[Token]:
         encoded = self._model.encode(text, add_special_tokens=False)
-        offsets = list(accumulate((len(c.encode()) for c in text), initial=0))  # of each character, in bytes
+        offsets = list(accumulate((len(c.encode()) for c in text), initial=0))  # offset of each character, in bytes
         return [Token(id, offsets[a], offsets[b]) for id, (a, b) in zip(encoded.ids, encoded.offsets, strict=True)]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:

@@ -1,1 +1,1 @@
-"""Replacements for `nn.Linear` that store the weight in fewer bits and are called the same way."""
+"""Drop-in replacements for `nn.Linear` that store the weight in fewer bits."""

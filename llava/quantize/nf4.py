@@ -1,6 +1,6 @@
 """4-bit NormalFloat weights, arXiv:2305.14314, for the frozen matrices under LoRA adapters.
 
-O output features   I input features   blocks of 64 values share a scale
+O output features   I input features   each block of 64 values shares a scale
 """
 
 from typing import Any
@@ -34,7 +34,7 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack(codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The weight [O, I] of packed codes and scales, in `dtype`."""
+    """Returns the weight [O, I] in `dtype`, dequantized from packed codes and scales."""
     levels = torch.tensor(LEVELS, device=codes.device)
     values = levels[torch.stack([codes >> 4, codes & 15], dim=1).flatten().int()]
     return (values.view(-1, BLOCK) * scales[:, None]).to(dtype).view(shape)
@@ -57,7 +57,7 @@ class _Product(torch.autograd.Function):
 
 
 class NF4Linear(nn.Module):
-    """A frozen linear layer without bias, at 4.5 bits per weight. A `QuantizedLinear`."""
+    """A frozen linear layer without bias, at 4.5 bits per weight. Implements `QuantizedLinear`."""
 
     codes: Tensor
     scales: Tensor
@@ -71,7 +71,7 @@ class NF4Linear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> "NF4Linear":
-        """Raises ConfigError if the layer has a bias or its weight does not fill blocks of 64 values."""
+        """Quantizes `linear`. Raises ConfigError if it has a bias or its weight count is not a multiple of 64."""
         n, bias = linear.weight.numel(), "without" if linear.bias is None else "with"
         if linear.bias is not None or n % BLOCK:
             raise ConfigError(f"nf4: found {n} weights {bias} bias; expected no bias and a multiple of {BLOCK} weights")
@@ -80,11 +80,11 @@ class NF4Linear(nn.Module):
         return quantized
 
     def set_weight(self, weight: Tensor) -> None:
-        """Quantizes weight [O, I] and replaces the layer's values."""
+        """Replaces the layer's weight with `weight` [O, I], quantized."""
         self.codes, self.scales = pack(weight)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight that `forward` multiplies by, [O, I]."""
+        """Returns the weight [O, I] that `forward` multiplies by."""
         return unpack(self.codes, self.scales, (self.out_features, self.in_features), dtype)
 
     @property

@@ -1,4 +1,4 @@
-"""The interface of a quantized linear layer. Each method is one module of this package.
+"""The interface of quantized linear layers. Each module of this package implements one quantization method.
 
 O output features   I input features
 """
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 
 class QuantizedLinear(Protocol):
-    """What the rest of the project requires of a quantized layer, which is also an `nn.Module`."""
+    """The interface that quantized layers provide in addition to that of `nn.Module`."""
 
     in_features: int
     out_features: int
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> "QuantizedLinear":
-        """The quantized layer of a linear layer, on the same device. Raises ConfigError if its shape does not fit."""
+        """Quantizes `linear` on its device. Raises ConfigError if the layer is not supported."""
         ...
 
     def forward(self, x: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ class QuantizedLinear(Protocol):
         ...
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight that `forward` multiplies by, [O, I]."""
+        """Returns the weight [O, I] that `forward` multiplies by."""
         ...
 
     @property

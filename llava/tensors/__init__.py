@@ -1,1 +1,1 @@
-"""Bytes and names on disk: headers, memory-mapped tensors, key tables, atomic writes. Knows no model family."""
+"""Tensor files on disk: headers, memory-mapped tensors, key tables, atomic writes. Independent of any model family."""

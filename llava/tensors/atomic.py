@@ -1,4 +1,4 @@
-"""Writes that either finish or leave nothing: everything gets a temporary name and is renamed when it is complete."""
+"""Atomic writes: files and folders are written under a temporary name and renamed once they are complete."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from llava.errors import CheckpointError
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A temporary name next to `target`, which becomes `target` on success and is deleted on failure.
+    """Yields a temporary path next to `target`; the file is renamed to `target` on success and deleted on failure.
 
     Raises OSError.
     """
@@ -26,7 +26,7 @@ def replacing(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_file(target: Path, n_bytes: int) -> Iterator[Path]:
-    """As `replacing`, for a file of about `n_bytes` that a user named. Raises CheckpointError."""
+    """Like `replacing`, for a user-specified file of about `n_bytes`. Raises CheckpointError."""
     target = target.expanduser().absolute()
     if target.is_dir():
         raise CheckpointError(f"{target}: is a folder; name a file to write")
@@ -40,9 +40,9 @@ def new_file(target: Path, n_bytes: int) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(target: Path, n_bytes: int) -> Iterator[Path]:
-    """A temporary folder, which becomes `target` on success and is deleted on failure.
+    """Yields a temporary folder, which is renamed to `target` on success and deleted on failure.
 
-    `target` must be absent or empty. Raises CheckpointError, also if the disk has less than `n_bytes` free.
+    `target` must be absent or empty. Raises CheckpointError, also if the disk has fewer than `n_bytes` free.
     """
     target = free_folder(target)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
@@ -64,7 +64,7 @@ def new_folder(target: Path, n_bytes: int) -> Iterator[Path]:
 
 
 def free_folder(target: Path) -> Path:
-    """The absolute path of a folder that is absent or empty; links are followed. Raises CheckpointError."""
+    """Returns the absolute path of a folder that must be absent or empty. Follows links. Raises CheckpointError."""
     target = target.expanduser().absolute()
     target = target.resolve() if target.is_symlink() else target
     if target.is_file():
@@ -77,10 +77,10 @@ def free_folder(target: Path) -> Path:
 
 
 def check_space(folder: Path, n_bytes: int, target: Path) -> None:
-    """Raises CheckpointError if the disk that holds `folder` has less than `n_bytes` free for `target`."""
+    """Raises CheckpointError if the disk that holds `folder` has fewer than `n_bytes` free for `target`."""
     if (free := shutil.disk_usage(folder).free) < n_bytes:
         raise CheckpointError(
-            f"{target}: needs {n_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; free up space"
+            f"{target}: needs {n_bytes / 1e9:.2f} GB, but the disk has only {free / 1e9:.2f} GB free; free up space"
         )
 
 

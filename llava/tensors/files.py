@@ -1,4 +1,4 @@
-"""The tensors in a folder's files: headers are read at once, values are memory-mapped when asked for."""
+"""The tensors in a folder's files: headers are read up front, values are memory-mapped on access."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-NON_LORA_FILE = "non_lora_trainables.bin"  # the weights that LLaVA trains in full next to a LoRA
+NON_LORA_FILE = "non_lora_trainables.bin"  # weights that LLaVA trains in full alongside a LoRA
 PROJECTOR_FILE = "mm_projector.bin"
 
 _DTYPES = {
@@ -38,7 +38,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}  # as safetensors spells them
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}  # as spelled in safetensors files
 
 
 # ------------------------------------------------------------------------------------------------------ JSON
@@ -58,7 +58,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_json_if_present(file: Path) -> dict[str, Any]:
-    """As `read_json`, but {} if there is no such file."""
+    """Like `read_json`, but returns {} if the file does not exist."""
     return read_json(file) if file.is_file() else {}
 
 
@@ -93,12 +93,12 @@ class TensorHeader(NamedTuple):
 
 
 class Weights(Mapping[str, Tensor]):
-    """The tensors of a set of files by their names on disk; values are memory-mapped on access."""
+    """Maps names on disk to the tensors of a set of files; values are memory-mapped on access."""
 
     def __init__(self, files: Iterable[Path], *, separate: bool = False):
-        """Reads the headers only. `separate`: files hold parts of the same tensors; names become `file/name`.
+        """Reads only the headers. `separate`: the files hold parts of the same tensors; names become `file/name`.
 
-        Raises CheckpointError if a file is damaged or holds something else, or if a name occurs twice.
+        Raises CheckpointError if a file is damaged or holds anything but tensors, or if a name occurs twice.
         """
         self.headers: dict[str, TensorHeader] = {}
         self._readers: dict[Path, Any] = {}
@@ -127,10 +127,10 @@ class Weights(Mapping[str, Tensor]):
 
 
 def open_weights(folder: Path) -> Weights:
-    """The weights of a folder: safetensors before `.bin`, an index before a single file, then Meta's shards.
+    """Opens a folder's weights: safetensors if present, else `.bin`, else Meta's shards; an index before a single file.
 
-    Empty if the folder has none of them. Raises CheckpointError if a shard is missing or damaged, or does not match the
-    index.
+    The result is empty if the folder has none of them. Raises CheckpointError if a shard is missing or damaged, or does
+    not match the index.
     """
     for index, single in zip(INDEX_FILES, SINGLE_FILES, strict=True):
         if (folder / index).is_file():
@@ -141,7 +141,7 @@ def open_weights(folder: Path) -> Weights:
 
 
 def numbered_shards(folder: Path) -> list[Path]:
-    """`consolidated.00.pth` and so on, as Meta names them. Raises CheckpointError if a number is missing."""
+    """Returns Meta's shards, `consolidated.00.pth` and so on. Raises CheckpointError if a number is missing."""
     files = sorted(folder.glob("consolidated.[0-9][0-9].pth"))
     for i, file in enumerate(files):
         if file.name != (name := f"consolidated.{i:02}.pth"):
@@ -150,7 +150,7 @@ def numbered_shards(folder: Path) -> list[Path]:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> shard, as an index file lists them. Raises CheckpointError."""
+    """Reads an index file. Returns tensor name -> shard. Raises CheckpointError."""
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise CheckpointError(f"{index}: has no weight_map; fetch it again")
@@ -199,36 +199,36 @@ def _open_safetensors(file: Path) -> tuple[Any, dict[str, TensorHeader]]:
     return reader, headers
 
 
-# What torch.load raises on damaged files; MemoryError for a length that no memory could hold.
+# What torch.load raises on damaged files. MemoryError comes from a corrupt length that exceeds all memory.
 _DAMAGE = (RuntimeError, EOFError, OSError, ValueError, LookupError, AssertionError, TypeError, BadZipFile,
            struct.error, MemoryError)  # fmt: skip
 
 
 def _open_bin(file: Path) -> tuple[dict[str, Tensor], dict[str, TensorHeader]]:
-    """Unpickles tensors only; a file with code in it is refused and nothing in it runs."""
+    """Unpickles only tensors; a file that contains code is refused, and none of its code runs."""
     try:
         mapped = is_zipfile(file)
         with file.open("rb") as start:
             if not mapped and start.read(4) == b"PK\x03\x04":
                 raise CheckpointError(f"{file}: truncated at {file.stat().st_size} bytes; fetch it again")
         if not mapped and is_tarfile(file):  # torch would unpack it into a folder
-            raise CheckpointError(f"{file}: is empty or a tar, not a file that torch.save wrote; fetch it again")
+            raise CheckpointError(f"{file}: is empty or a tar, not a file written by torch.save; fetch it again")
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         reason = next(
             (line for line in str(error).splitlines() if "Unsupported" in line or "global" in line.lower()), ""
         )
         raise CheckpointError(
-            f"{file}: holds more than tensors, or is damaged; refused, nothing in it was run ({reason.strip()[:120]})"
+            f"{file}: is damaged or contains more than tensors; none of its code was run ({reason.strip()[:120]})"
         ) from None
     except _DAMAGE as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise CheckpointError(f"{file}: damaged or truncated ({reason}); fetch it again") from None
     if not isinstance(tensors, dict) or not all(_is_named_tensor(*item) for item in tensors.items()):
-        raise CheckpointError(f"{file}: expected a dictionary of tensors by name")
+        raise CheckpointError(f"{file}: expected a dictionary of named tensors")
     _check_storage(file, tensors)
     if not mapped:
-        log.warning("%s has torch's format from before 1.6, which cannot be memory-mapped: it was read whole", file)
+        log.warning("%s is in torch's format from before 1.6, which cannot be memory-mapped; it was read whole", file)
     return tensors, {name: TensorHeader(file, t.dtype, tuple(t.shape)) for name, t in tensors.items()}
 
 
@@ -237,7 +237,7 @@ def _is_named_tensor(name: object, value: object) -> bool:
 
 
 def _check_storage(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Requires dense tensors of known types whose bytes are in the file: a short pickle can claim any size."""
+    """Requires dense tensors of known dtypes whose bytes are in the file, since a short pickle can claim any size."""
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided or tensor.device.type != "cpu":
             found = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
@@ -248,7 +248,7 @@ def _check_storage(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_finite(tensor: Tensor, where: str, force: bool = False) -> None:
-    """Raises CheckpointError on NaN and Inf (`force`: warns).
+    """Raises CheckpointError on NaN or Inf (`force`: warns instead).
 
     The minimum and maximum reveal them in one pass without a copy.
     """

@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a local folder or file, or a hub id that huggingface_hub fetches."""
+"""Locates checkpoints: local folders and files, and hub ids, which are fetched with huggingface_hub."""
 
 import os
 from collections.abc import Iterable
@@ -11,9 +11,9 @@ _SMALL_FILES = ("*.json", "tokenizer.model", "*.txt")
 
 
 def locate(source: str | Path, *, revision: str | None = None, weights: bool = True, what: str = "checkpoint") -> Path:
-    """The folder of a checkpoint: a local one as it is, a hub id via huggingface_hub (cache, token, offline mode).
+    """Returns a checkpoint's folder. Hub ids are fetched with huggingface_hub (cache, token, offline mode).
 
-    weights: fetch the weight files too, in one file format only. what: the noun for error messages. Raises
+    weights: also fetch the weights, in only one file format. what: the noun for error messages. Raises
     CheckpointError.
     """
     folder = Path(source).expanduser()
@@ -29,12 +29,12 @@ def locate(source: str | Path, *, revision: str | None = None, weights: bool = T
         raise CheckpointError(f"{folder}: is a file; give the folder that contains the {what}")
     parts = str(source).split("/")
     if len(parts) != 2 or not all(parts) or str(source).startswith((".", "~")):
-        raise CheckpointError(f"{source}: no such folder, and not a hub id of the form owner/name, for the {what}")
+        raise CheckpointError(f"{source}: the {what} is neither an existing folder nor a hub id of the form owner/name")
     return _download(str(source), revision, weights, what)
 
 
 def locate_file(source: str | Path, *, revision: str | None = None) -> Path | None:
-    """A single tensor file, local or `owner/name#file` on the hub; None if `source` does not name one.
+    """Returns a single tensor file, local or `owner/name#file` on the hub; None if `source` does not name one.
 
     Raises CheckpointError if the hub does not have it.
     """
@@ -52,12 +52,12 @@ def locate_file(source: str | Path, *, revision: str | None = None) -> Path | No
 
 
 def absolute_if_local(source: str | Path) -> str:
-    """A folder as an absolute path, which holds from any working directory; a hub id unchanged."""
+    """Returns a folder as an absolute path, valid from any working directory, and a hub id unchanged."""
     return str(Path(source).expanduser().absolute()) if Path(source).expanduser().is_dir() else str(source)
 
 
 def _fetch(repo: str, patterns: Iterable[str], revision: str | None, what: str) -> Path:
-    """The cache folder with those of the files that exist."""
+    """Fetches the files that match `patterns`, if there are any. Returns the cache folder."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -1,4 +1,4 @@
-"""Key tables: tensor names on disk and ours. The code that reads a table does not know one format from another."""
+"""Key tables, which map tensor names on disk to ours. The code that reads them is the same for all formats."""
 
 import re
 from collections.abc import Iterable
@@ -12,33 +12,33 @@ from llava.tensors.lazy import Concat, FromFile, LazyTensor
 
 @dataclass(frozen=True)
 class Rule:
-    """Tensors on disk that make one of ours. `*` is a number, `**` is anything; {q,k,v} are concatenated by rows."""
+    """Maps tensors on disk to one of ours. `*` is a number, `**` is anything; {q,k,v} are concatenated by rows."""
 
     disk: str
     ours: str | None  # None: a known tensor that is not needed
 
     def parts(self) -> list[str]:
-        """The patterns of the tensors that are concatenated, in order; a single one without braces."""
+        """Returns the patterns of the tensors to concatenate, in order; just one if there are no braces."""
         if not (braces := re.search(r"{(.*)}", self.disk)):
             return [self.disk]
         return [self.disk.replace(braces[0], part) for part in braces[1].split(",")]
 
 
 def prefixed(prefix: str, rules: Iterable[Rule]) -> tuple[Rule, ...]:
-    """The same table for tensors with a prefix on disk."""
+    """Returns the same table with `prefix` added to the names on disk."""
     return tuple(replace(rule, disk=prefix + rule.disk) for rule in rules)
 
 
 class Plan(NamedTuple):
-    """How a table sorts the names on disk."""
+    """The names on disk, classified by a key table."""
 
     tensors: dict[str, tuple[str, ...]]  # our name -> names on disk, to be concatenated by rows
-    dropped: tuple[str, ...]  # known and not needed
+    dropped: tuple[str, ...]  # known but not needed
     unknown: tuple[str, ...]  # no rule matches
 
 
 def plan(names: Iterable[str], rules: Iterable[Rule]) -> Plan:
-    """Assigns every name on disk to a rule. Raises CheckpointError if a part of a concatenated tensor is missing."""
+    """Classifies every name on disk. Raises CheckpointError if a part of a concatenated tensor is missing."""
     table = [(re.compile(_pattern(part)), i, rule) for rule in rules for i, part in enumerate(rule.parts())]
     found: dict[str, dict[int, str]] = {}
     dropped, unknown = [], []
@@ -55,21 +55,21 @@ def plan(names: Iterable[str], rules: Iterable[Rule]) -> Plan:
     n_parts = {_normalise(rule.ours): len(rule.parts()) for rule in rules if rule.ours}
     for ours, parts in found.items():
         if len(parts) < n_parts.get(_normalise(ours), 1):
-            raise CheckpointError(f"{ours} needs more than {', '.join(parts.values())}; a tensor is missing")
+            raise CheckpointError(f"{ours}: found only {', '.join(parts.values())}; another part of it is missing")
     tensors = {ours: tuple(parts[i] for i in sorted(parts)) for ours, parts in found.items()}
     return Plan(tensors, tuple(dropped), tuple(unknown))
 
 
 class Target(NamedTuple):
-    """Our tensor that a tensor on disk belongs to."""
+    """The tensor of ours that a tensor on disk belongs to."""
 
     ours: str
-    part: int  # its index among the tensors that are concatenated
+    part: int  # index of the tensor on disk among those that are concatenated
     n_parts: int
 
 
 def target_of(name: str, rules: Iterable[Rule]) -> Target | None:
-    """Where one tensor belongs, whether or not the others it is concatenated with exist; None: no rule wants it."""
+    """Returns where a tensor on disk belongs, even if the other parts are missing; None if no rule uses it."""
     for rule in rules:
         for i, part in enumerate(rule.parts()):
             if rule.ours and (match := re.fullmatch(_pattern(part), name)):
@@ -78,9 +78,9 @@ def target_of(name: str, rules: Iterable[Rule]) -> Target | None:
 
 
 def disk_names(ours: str, rules: Iterable[Rule]) -> list[str]:
-    """Reads the table backwards: the names under which our tensor is saved, in the order of its rows.
+    """Applies the table in reverse: returns the names under which our tensor is saved, in the order of its rows.
 
-    Raises KeyError if no rule has it.
+    Raises KeyError if no rule matches.
     """
     for rule in rules:
         if rule.ours and (match := re.fullmatch(_pattern(rule.ours), ours)):
@@ -89,7 +89,7 @@ def disk_names(ours: str, rules: Iterable[Rule]) -> list[str]:
 
 
 def from_files(weights: Weights, names: tuple[str, ...]) -> LazyTensor:
-    """One of our tensors: a memory-mapped one, or several concatenated by rows."""
+    """Returns one of our tensors: a memory-mapped tensor, or several concatenated by rows."""
     parts = [FromFile(weights, name) for name in names]
     return parts[0] if len(parts) == 1 else Concat(parts)
 

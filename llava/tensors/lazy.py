@@ -1,4 +1,4 @@
-"""Tensors that are described now and read later: from files, from memory, or as rows of other tensors.
+"""Lazy tensors, which are read on demand from files, from memory or from other lazy tensors.
 
 R rows, the first dimension
 """
@@ -14,14 +14,14 @@ from torch import Tensor
 from llava.errors import CheckpointError
 from llava.tensors.files import Weights
 
-_CHUNK_NUMEL = 1 << 24  # reading a tensor of any size allocates a few chunks of this many values besides the result
-CHUNK_BYTES = 64 * 2**20  # for tensors whose rows have to be copied together
+_CHUNK_NUMEL = 1 << 24  # values per chunk; besides the result, reading allocates only a few chunks
+CHUNK_BYTES = 64 * 2**20  # chunk size for tensors whose rows must be assembled by copying
 
 
 class LazyTensor(ABC):
-    """One tensor. `read` may return a wider type than `dtype`, the type to store it in: sums are rounded once."""
+    """A tensor to read on demand. `read` may return a wider type than `dtype`, so that sums are rounded only once."""
 
-    names: tuple[str, ...]  # on disk
+    names: tuple[str, ...]  # names on disk
 
     @property
     @abstractmethod
@@ -42,19 +42,19 @@ class LazyTensor(ABC):
 
     @property
     def row_splits(self) -> list[int]:
-        """Row indices from 0 to R; between two of them, rows are read without joining or copying."""
+        """Row indices from 0 to R. Rows between two neighbouring indices are read without concatenating or copying."""
         return [0, self.shape[0]]
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> Tensor:
-        """Reads rows [start, stop) and does no work for the others."""
+        """Reads rows [start, stop) and nothing else."""
 
     def read(self) -> Tensor:
         """Reads all rows."""
         if torch.Size(self.shape).numel() <= _CHUNK_NUMEL:
             return self.rows(0, self.shape[0])
         whole, done = None, 0
-        for chunk in self.chunks():  # temporaries stay small next to the result
+        for chunk in self.chunks():  # keeps temporaries small compared with the result
             whole = chunk.new_empty(self.shape) if whole is None else whole
             whole[done : done + len(chunk)] = chunk
             done += len(chunk)
@@ -130,7 +130,7 @@ class InMemory(LazyTensor):
 
 @dataclass(frozen=True)
 class Concat(LazyTensor):
-    """Several tensors joined along the rows (dim 0) or, as in model-parallel shards, along the columns (dim 1)."""
+    """Tensors concatenated along the rows (dim 0) or, as in model-parallel shards, along the columns (dim 1)."""
 
     parts: Sequence[LazyTensor]
     dim: int = 0
@@ -182,7 +182,7 @@ class Concat(LazyTensor):
 
 
 class Derived(LazyTensor):
-    """Computed from another tensor, whose shape and type it keeps unless it overrides them."""
+    """A tensor computed from `base`. Subclasses override the shape and dtype if they differ from those of `base`."""
 
     base: LazyTensor
 
@@ -209,16 +209,16 @@ class Derived(LazyTensor):
 
 @dataclass(frozen=True)
 class HalfSplit(Derived):
-    """Rows of q or k stored for rotation in adjacent pairs (Meta, llama.cpp, gpt-fast), in the order of the hub.
+    """Rows of q or k stored for rotation in adjacent pairs (Meta, llama.cpp, gpt-fast), in Hugging Face's order.
 
-    The hub rotates row i of a head's first half with row i of its second half.
+    Hugging Face rotates row i of a head's first half with row i of its second half.
     """
 
     base: LazyTensor
     head_dim: int
 
     def rows(self, start: int, stop: int) -> Tensor:
-        first = start - start % self.head_dim  # whole heads are read
+        first = start - start % self.head_dim  # read whole heads
         last = stop + -stop % self.head_dim
         heads = self.base.rows(first, last)
         split = heads.unflatten(0, (-1, self.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
@@ -232,7 +232,7 @@ def interleave(rows: Tensor, head_dim: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Cast(Derived):
-    """A tensor in another type. Reading raises CheckpointError if a value overflows float16."""
+    """A tensor cast to another dtype. Reading raises CheckpointError if a value overflows float16."""
 
     base: LazyTensor
     to: torch.dtype
@@ -251,7 +251,7 @@ class Cast(Derived):
 
 @dataclass(frozen=True)
 class WithRows(Derived):
-    """A table whose rows from `first` on are replaced, or which is extended, by the rows of `extra`."""
+    """A table with the rows of `extra` written at row `first`, replacing existing rows or extending the table."""
 
     base: LazyTensor
     extra: LazyTensor
@@ -277,7 +277,7 @@ class WithRows(Derived):
 
 @dataclass(frozen=True)
 class MeanRows(Derived):
-    """`n` rows, each the mean of a table's rows: how LLaVA initialises the embeddings of new tokens."""
+    """`n` copies of a table's mean row, which is how LLaVA initialises the embeddings of new tokens."""
 
     base: LazyTensor
     n: int

@@ -1,4 +1,4 @@
-"""Tensors that are sums, computed row by row when read: a base with a LoRA, a base with a delta."""
+"""Sums of tensors, computed for the requested rows when read: a base plus a LoRA, or a base plus a delta."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from llava.tensors.lazy import Derived, LazyTensor
 
 
 class LoraPair(NamedTuple):
-    """A LoRA of the rows from `first` on: scale * B @ A."""
+    """A LoRA, scale * B @ A, for the rows that start at `first`."""
 
     first: int
     a: LazyTensor  # [r, in]
@@ -42,7 +42,7 @@ class WithLora(Derived):
 
 @dataclass(frozen=True)
 class WithLoraRounded(WithLora):
-    """W + scale * B @ A with the rounding of LLaVA's own merge: all in `to`, the product in float32, then rounded.
+    """W + scale * B @ A, rounded as in LLaVA's own merge: operands in `to`, the product in float32 and then rounded.
 
     Matches peft 0.7.1's `merge_and_unload` of a float16 model on a CPU.
     """
@@ -66,7 +66,7 @@ class WithLoraRounded(WithLora):
 
 @dataclass(frozen=True)
 class AddDelta(Derived):
-    """base + sign * other, both cast to one type and the sum rounded to it; rows that `other` lacks are the base's."""
+    """base + sign * other, with operands and sum in `to`. Rows that `other` lacks are taken from `base`."""
 
     base: LazyTensor
     other: LazyTensor

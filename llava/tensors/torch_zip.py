@@ -1,4 +1,4 @@
-"""A dictionary of tensors in torch's zip format, as `torch.save` writes it, but streamed tensor by tensor."""
+"""Writes a dictionary of tensors in the zip format of `torch.save`, streamed tensor by tensor."""
 
 import pickle
 from collections import OrderedDict
@@ -16,11 +16,11 @@ from llava.tensors.writer import OutputTensor, write_bytes
 def write_torch(file: Path, tensors: Sequence[OutputTensor], on_bytes: Callable[[int], None]) -> None:
     """Writes a file that `torch.load` opens with `mmap=True` and `weights_only=True`.
 
-    Raises CheckpointError for a type other than float32, float16 and bfloat16.
+    Raises CheckpointError for dtypes other than float32, float16 and bfloat16.
     """
     for tensor in tensors:
         if tensor.dtype not in _STORAGES:
-            raise CheckpointError(f"{tensor.where}: is {tensor.dtype}; expected float32, float16 or bfloat16")
+            raise CheckpointError(f"{tensor.where}: has dtype {tensor.dtype}; expected float32, float16 or bfloat16")
     with file.open("wb") as raw, ZipFile(raw, "w", ZIP_STORED) as archive:
         with _record(archive, raw, "data.pkl") as out:
             table = OrderedDict((tensor.name, _Tensor(i, tensor)) for i, tensor in enumerate(tensors))
@@ -34,7 +34,7 @@ def write_torch(file: Path, tensors: Sequence[OutputTensor], on_bytes: Callable[
 
 
 class _Storage:
-    """Placeholder for a tensor's bytes in the pickle; the bytes follow in a record of their own."""
+    """Placeholder for a tensor's bytes in the pickle; the bytes follow in a separate record."""
 
     def __init__(self, key: int, tensor: OutputTensor):
         self.id = ("storage", _STORAGES[tensor.dtype], str(key), "cpu", torch.Size(tensor.shape).numel())
@@ -58,12 +58,12 @@ class _Pickler(pickle.Pickler):
         return (torch._utils._rebuild_tensor_v2, obj.arguments) if isinstance(obj, _Tensor) else NotImplemented
 
 
-_ALIGNMENT = 64  # bytes; as torch aligns records, so that memory-mapped tensors are aligned
+_ALIGNMENT = 64  # bytes, as in torch.save; keeps memory-mapped tensors aligned
 _LOCAL_HEADER, _ZIP64_EXTRA, _EXTRA_HEADER = 30, 20, 4  # bytes
 
 
 def _record(archive: ZipFile, raw: BinaryIO, name: str) -> Any:
-    """Opens a file of the archive whose contents start at a multiple of 64 bytes."""
+    """Opens a new file in the archive; its contents start at a multiple of 64 bytes."""
     info = ZipInfo(f"model/{name}")
     start = raw.tell() + _LOCAL_HEADER + len(info.filename) + _ZIP64_EXTRA + _EXTRA_HEADER
     padding = -start % _ALIGNMENT

@@ -16,7 +16,7 @@ from llava.tensors.keymap import Rule, disk_names
 from llava.tensors.lazy import LazyTensor
 
 MAX_SHARD_BYTES = 5_000_000_000
-Progress = Callable[[int, int], None]  # receives the number of bytes done and their total
+Progress = Callable[[int, int], None]  # receives the number of bytes done and the total
 
 
 def no_progress(done: int, total: int) -> None:
@@ -27,13 +27,13 @@ def no_progress(done: int, total: int) -> None:
 class OutputTensor:
     """A tensor to write: its header, and its rows in chunks."""
 
-    name: str  # on disk
+    name: str  # name on disk
     dtype: torch.dtype
     shape: tuple[int, ...]
-    chunks: Callable[[], Iterator[Tensor]]  # read or computed while writing
+    chunks: Callable[[], Iterator[Tensor]]  # rows, read or computed while writing
     where: str  # source file and tensors, for error messages
-    force: bool = False  # write NaN and Inf too
-    ours: str = ""  # our name of the tensor that this is, or is a part of
+    force: bool = False  # write even NaN and Inf
+    ours: str = ""  # our name for this tensor, or for the one that it is a part of
 
     @property
     def n_bytes(self) -> int:
@@ -42,13 +42,13 @@ class OutputTensor:
 
 # Writes one file; the callback receives the number of bytes of each chunk written.
 FileWriter = Callable[[Path, Sequence[OutputTensor], Callable[[int], None]], None]
-SplitRows = Callable[[str, int, int], Sequence[int]]  # our name, rows, number of parts -> rows of each part
+SplitRows = Callable[[str, int, int], Sequence[int]]  # our name, row count, part count -> row count of each part
 
 
 def named_on_disk(
     tensors: Mapping[str, LazyTensor], rules: Iterable[Rule], split_rows: SplitRows
 ) -> list[OutputTensor]:
-    """Tensors under their names on disk, in their own types; what we store as one is split into its parts."""
+    """Returns tensors under their names on disk. Concatenated tensors (such as q, k, v) are split back into parts."""
     table = tuple(rules)
     outputs: list[OutputTensor] = []
     for ours, tensor in tensors.items():
@@ -67,14 +67,14 @@ def named_on_disk(
 
 
 def output(name: str, tensor: LazyTensor, ours: str = "") -> OutputTensor:
-    """A whole tensor to be written under this name."""
+    """Returns the record for writing a whole tensor under `name`."""
     return OutputTensor(
         name=name, dtype=tensor.dtype, shape=tensor.shape, chunks=tensor.chunks, where=tensor.where, ours=ours
     )
 
 
 def write_bytes(out: BinaryIO | Any, tensor: OutputTensor, on_bytes: Callable[[int], None]) -> None:
-    """Writes the values, row-major and little-endian. Raises CheckpointError on NaN and Inf."""
+    """Writes the values, row-major and little-endian. Raises CheckpointError on NaN or Inf unless `tensor.force`."""
     written = 0
     for chunk in tensor.chunks():
         check_finite(chunk, tensor.where, tensor.force)
@@ -110,7 +110,7 @@ def stream_safetensors(out: BinaryIO | Any, tensors: Sequence[OutputTensor], on_
 
 
 def byte_counter(tensors: Sequence[OutputTensor], progress: Progress) -> Callable[[int], None]:
-    """A callback for bytes written that reports their sum, and the total of all tensors, to `progress`."""
+    """Returns a callback that adds up the bytes written and reports their sum and the total to `progress`."""
     total, done = sum(tensor.n_bytes for tensor in tensors), 0
 
     def count(n: int) -> None:
@@ -129,7 +129,7 @@ def write_shards(
     max_bytes: int = MAX_SHARD_BYTES,
     writer: FileWriter = write_safetensors,
 ) -> list[Path]:
-    """Writes one file or several of at most `max_bytes`, and their index. Returns the files, weights first.
+    """Writes one or more files of at most `max_bytes` each, and their index. Returns the paths, weights first.
 
     writer: `write_safetensors`, or `torch_zip.write_torch` for pytorch_model*.bin.
     """
@@ -144,7 +144,7 @@ def write_shards(
 def plan_shards(
     tensors: Sequence[OutputTensor], max_bytes: int, stem: str = "model", suffix: str = "safetensors"
 ) -> dict[str, list[OutputTensor]]:
-    """File names and the tensors that each file holds."""
+    """Returns file names and the tensors to store in each file."""
     shards: list[list[OutputTensor]] = [[]]
     for tensor in tensors:
         if shards[-1] and sum(other.n_bytes for other in shards[-1]) + tensor.n_bytes > max_bytes:
@@ -156,7 +156,7 @@ def plan_shards(
 
 
 def write_index(file: Path, shards: Mapping[str, Sequence[OutputTensor]]) -> Path:
-    """Writes the index that says which file holds which tensor."""
+    """Writes the index that maps each tensor to its file. Returns its path."""
     weight_map = {tensor.name: name for name, shard in shards.items() for tensor in shard}
     total = sum(tensor.n_bytes for shard in shards.values() for tensor in shard)
     write_json(file, {"metadata": {"total_size": total}, "weight_map": weight_map})

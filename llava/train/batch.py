@@ -40,10 +40,10 @@ class Batch:
     n_samples: int
     n_tokens: int  # without padding, image tokens included
     max_seqlen: int  # length of the longest sample
-    skipped: list[str] = field(default_factory=list)  # one message per skipped sample, which names it
+    skipped: list[str] = field(default_factory=list)  # one message per skipped sample, naming the sample
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on another device."""
+        """Returns a copy of the batch on `device`."""
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
@@ -53,7 +53,7 @@ class Batch:
         return replace(self, **moved, segments=segments)
 
     def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory, for asynchronous copies to the GPU."""
+        """Returns a copy of the batch in page-locked memory, for asynchronous copies to the GPU."""
         pinned: dict[str, Any] = {n: value.pin_memory() for n, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **pinned)
 
@@ -61,7 +61,7 @@ class Batch:
 def collate(
     inputs: Sequence[ModelInput], *, packing: bool, pad_to: int, micro_batch_size: int, max_length: int
 ) -> Batch:
-    """Joins samples into a batch. Without samples the batch is one token without a target."""
+    """Collates samples into a batch. Without samples, the batch is a single token with no target."""
     ids = [input.ids for input in inputs] or [torch.zeros(1, dtype=torch.int64)]
     labels = [_shift(input.labels) for input in inputs] or [torch.tensor([IGNORE])]
     lengths = [len(row) for row in ids]
@@ -97,15 +97,15 @@ def collate(
 
 
 def _shift(labels: Tensor) -> Tensor:
-    """The target of each position, which is the label of the next one."""
+    """Shifts labels left by one: the target of each position is the label of the next position."""
     return torch.cat([labels[1:], labels.new_tensor([IGNORE])])
 
 
 def _segments(lengths: Sequence[int], pad_to: int, micro_batch_size: int, max_length: int) -> tuple[Segments, int]:
-    """The boundaries of samples and padding in a packed row, and the amount of padding.
+    """Returns the sample boundaries of a packed row, with padding as the last segment, and the amount of padding.
 
-    There are always `micro_batch_size` + 1 segments, some of them empty, and `longest` is an upper bound. A compiled
-    block and its kernel therefore see the same sizes for all rows of one length.
+    There are always `micro_batch_size` + 1 segments, some of which may be empty, and `max_seqlen` is an upper bound.
+    A compiled block and its kernel therefore see the same sizes for all rows of the same length.
     """
     padding = -sum(lengths) % pad_to
     segment_lengths = [*lengths, *[0] * (micro_batch_size - len(lengths)), padding]
@@ -128,11 +128,11 @@ class BatchDataset(Dataset[Batch]):
     ):
         self.samples, self.preprocessor, self.recipe, self.order = samples, preprocessor, recipe, order
         self.rank, self.world_size = rank, world_size
-        self.per_step = -(-order.n_micro_batches // world_size)  # micro-batches of this rank, empty ones included
+        self.per_step = -(-order.n_micro_batches // world_size)  # micro-batches per rank, including empty ones
 
     @classmethod
     def open(cls, recipe: Recipe, checkpoint: Checkpoint, *, rank: int = 0, world_size: int = 1) -> "BatchDataset":
-        """Opens the data of a recipe for a model. Raises DataError."""
+        """Opens the data of a recipe for the model in `checkpoint`. Raises DataError."""
         samples = Samples([Path(file) for file in recipe.data], Path(recipe.images) if recipe.images else None)
         preprocessor = Preprocessor(checkpoint.config, checkpoint.tokenizer, template=recipe.template)
         order = SampleOrder(recipe, samples.lengths)
@@ -142,7 +142,7 @@ class BatchDataset(Dataset[Batch]):
         return self.order.n_steps * self.per_step
 
     def indices_from(self, first_step: int) -> Iterator[int]:
-        """The indices of all micro-batches from a step on."""
+        """Iterates over the indices of all micro-batches from `first_step` on."""
         return iter(range(first_step * self.per_step, len(self)))
 
     def __getitem__(self, index: int) -> Batch:
@@ -152,7 +152,7 @@ class BatchDataset(Dataset[Batch]):
         return self.build(micro_batches[own].samples if own < len(micro_batches) else ())
 
     def build(self, indices: Sequence[int]) -> Batch:
-        """The micro-batch of these samples. Broken samples are left out and listed in `skipped`."""
+        """Builds the micro-batch of these samples. Broken samples are left out and listed in `skipped`."""
         inputs, skipped = [], []
         for index in indices:
             try:
@@ -170,7 +170,7 @@ class BatchDataset(Dataset[Batch]):
         return replace(batch, skipped=skipped)
 
     def prepare(self, index: int) -> ModelInput:
-        """The ids, labels and pixels of a sample. Raises DataError, ImageError, PromptError."""
+        """Prepares the ids, labels and pixels of a sample. Raises DataError, ImageError or PromptError."""
         sample = self.samples[index]
         pictures: list[Picture] = [self.samples.picture(name) for name in sample.images]
         recipe = self.recipe

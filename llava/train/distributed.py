@@ -14,13 +14,13 @@ from llava.errors import ConfigError, LlavaError
 
 @dataclass(frozen=True)
 class World:
-    """All ranks of a run, seen from this one."""
+    """All ranks of a run, as seen from this rank."""
 
     rank: int
     size: int  # number of ranks
     device: torch.device
     metrics_group: dist.ProcessGroup
-    # a group of its own: checkpoints are written by a second thread, and two threads must not share a group
+    # separate, because a second thread writes checkpoints and two threads must not share a group
     checkpoint_group: dist.ProcessGroup
 
     @property
@@ -45,18 +45,18 @@ class World:
 
 @contextmanager
 def _explain_lost_rank() -> Iterator[None]:
-    """Turns the failure of a collective into a one-line LlavaError."""
+    """Converts a failed collective into a one-line LlavaError."""
     try:
         yield
     except RuntimeError as error:
         raise LlavaError(
-            f"another rank exited or does not respond ({str(error).splitlines()[0]:.120}); see that rank's own error"
+            f"another rank exited or is not responding ({str(error).splitlines()[0]:.120}); see that rank's error"
         ) from None
 
 
 @contextmanager
 def join_world(device: str) -> Iterator[World]:
-    """Joins the other ranks as torchrun's environment variables state; without them, forms a world of size 1.
+    """Joins the process group that torchrun's environment variables describe; without them, forms a world of size 1.
 
     device: auto, cpu or cuda. Raises ConfigError.
     """

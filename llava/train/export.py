@@ -1,4 +1,4 @@
-"""Exports a finished run as a checkpoint in the zoo's format."""
+"""Exports the model of a finished run as a checkpoint in one of the formats of the published LLaVA models."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,18 +18,18 @@ from llava.train.lora import adapter_pairs
 from llava.train.recipe import Recipe
 from llava.train.start import row_ids
 
-Tensors = Mapping[str, Tensor]  # our names
+Tensors = Mapping[str, Tensor]  # our tensor name -> tensor
 
 
 def export_format(recipe: Recipe) -> str:
-    """The format that a recipe exports to: llava, lora or projector."""
+    """Returns the format in which a recipe's model is exported: llava, lora or projector."""
     if recipe.lora_rank:
         return "lora"
     return "llava" if {"decoder", "vision"} & set(recipe.train) else "projector"
 
 
 def export(folder: Path, model: Llava, checkpoint: Checkpoint, recipe: Recipe, *, first: bool) -> None:
-    """Writes the trained model. Every rank calls this, the `first` writes."""
+    """Writes the trained model. Every rank must call this; only the one with `first` set writes files."""
     whole = {n: _whole(p) for n, p in model.named_parameters() if p.requires_grad or export_format(recipe) == "llava"}
     if not first:
         return
@@ -84,14 +84,14 @@ def _lora(
 
 
 def _tower(checkpoint: Checkpoint, recipe: Recipe) -> str:
-    """The vision tower as config.json is to name it."""
+    """Returns the vision tower to record in config.json. Raises ConfigError if neither recipe nor model names one."""
     named = read_files(recipe.projector or recipe.model).config.get("mm_vision_tower")
     if not (tower := recipe.vision_tower or named):
-        raise ConfigError(f"{checkpoint.path}: names no mm_vision_tower; name it in the recipe: vision_tower")
+        raise ConfigError(f"{checkpoint.path}: config.json has no mm_vision_tower; set vision_tower in the recipe")
     return str(tower)
 
 
 def _whole(parameter: nn.Parameter) -> Tensor:
-    """All of a parameter, on the CPU, of which a rank may hold a share."""
+    """Returns the full parameter on the CPU, gathered from all ranks if it is sharded."""
     tensor = parameter.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()

@@ -5,7 +5,7 @@ import torch
 from llava.model.llava import Llava
 from llava.train.recipe import Recipe
 
-_PEAKS = {  # part of the name that torch reports -> dense bfloat16 FLOP/s from the data sheet; first match wins
+_PEAKS = {  # part of torch's device name -> dense bfloat16 FLOP/s from the data sheet; the first match wins
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
@@ -17,10 +17,10 @@ _PEAKS = {  # part of the name that torch reports -> dense bfloat16 FLOP/s from 
 
 
 def flops_per_token(model: Llava, recipe: Recipe) -> float:
-    """FLOPs of the decoder's matrix products per token.
+    """Returns the FLOPs per token of the matrix products with the weights of the decoder's blocks.
 
-    Per weight: 2 for the forward pass, 2 for the gradient of the inputs, 2 for the gradient of the weight if it is
-    trained. Attention, vision tower, projector and recomputed activations are not counted.
+    Per weight: 2 for the forward pass, 2 for the input gradient, and 2 for the weight gradient if the weight is
+    trained. Attention scores, adapters, head, vision tower, projector and recomputed activations are not counted.
     """
     blocks = sum(p.numel() for name, p in model.decoder.blocks.named_parameters() if ".adapters." not in name)
     blocks += sum(b.numel() * 2 for name, b in model.decoder.blocks.named_buffers() if name.endswith("codes"))
@@ -29,7 +29,7 @@ def flops_per_token(model: Llava, recipe: Recipe) -> float:
 
 
 def peak_flops(device: torch.device) -> float:
-    """Peak FLOP/s of one GPU; 0 if unknown."""
+    """Returns the peak FLOP/s of one GPU, or 0 if unknown."""
     if device.type != "cuda":
         return 0.0
     name = torch.cuda.get_device_name(device)

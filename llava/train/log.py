@@ -1,6 +1,6 @@
-"""Metrics of a run, one row per optimizer step: always to JSON lines, and to the trackers that the recipe names.
+"""Logs a run's metrics, one row per optimizer step, to a JSON Lines file and to the trackers named in the recipe.
 
-The keys of a row: step (from 1), epoch, loss, lr, grad_norm, target_tokens, tokens, tokens_per_s, mfu, samples,
+Keys of a row: step (from 1), epoch, loss, lr, grad_norm, target_tokens, tokens, tokens_per_s, mfu, samples,
 skipped, elapsed_s, memory_bytes. RUN/log.jsonl is the authoritative log; the trackers receive the same rows.
 """
 
@@ -34,21 +34,21 @@ class Log(Protocol):
 def open_logs(run: Path, names: Sequence[str], config: Mapping[str, Any], resume_step: int) -> list[Log]:
     """Opens the logs of a run that continues after `resume_step` (0: from the start). Only rank 0 may call this.
 
-    Rows that an earlier process wrote for later steps are removed, so each step is logged once. Trackers display
-    `config`. Returns the JSON lines first. Raises ConfigError for a tracker that is unknown, not installed, or fails
-    to start; LlavaError if `run` cannot be written, which each log's `write` also raises.
+    Removes rows that an earlier process wrote for later steps, so that each step is logged only once. The trackers
+    display `config`. The first log returned is the JSON Lines file. Raises ConfigError if a tracker is unknown, not
+    installed, or fails to start, and LlavaError if `run` cannot be written. `JsonLines.write` also raises LlavaError.
     """
     if unknown := [name for name in names if name not in TRACKERS]:
         raise ConfigError(f"logs: unknown tracker {unknown[0]!r}; expected any of {', '.join(TRACKERS)}")
     with explain_write_errors(run):
         run.mkdir(parents=True, exist_ok=True)
-    # first, so that a failure leaves the file untouched
+    # opened before the JSON Lines file, so that a failing tracker leaves that file untouched
     trackers = [TRACKERS[name](run, config, resume_step) for name in names]
     return [JsonLines(run / FILE, resume_step), *trackers]
 
 
 def import_optional(module: str) -> Any:
-    """Imports a module of an optional package. Raises ConfigError that states what to install."""
+    """Imports a module of an optional package. Raises a ConfigError that says what to install."""
     try:
         return import_module(module)
     except ImportError as error:
@@ -57,20 +57,20 @@ def import_optional(module: str) -> Any:
 
 
 def to_json(row: Row) -> str:
-    """One line of JSON. NaN and infinity, which JSON lacks, become null."""
+    """Returns a row as one line of JSON. NaN and infinity, which JSON lacks, become null."""
     return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()})
 
 
 def read_rows(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a log.jsonl. Skips an incomplete last line, which a killed process may leave.
+    """Reads the rows of a log.jsonl file. Skips an incomplete last line, which a killed process may have left.
 
-    Raises DataError if the file does not exist or any other line is not a row.
+    Raises DataError if the file cannot be read or any other line is not a row.
     """
     try:
         lines = file.read_bytes().splitlines()
     except OSError as error:
         raise DataError(
-            f"{file}: cannot be read ({error.strerror}); expected the folder of a run, which contains {FILE}"
+            f"{file}: cannot be read ({error.strerror}); expected a run folder, which contains {FILE}"
         ) from None
     for number, line in enumerate(lines, 1):
         try:
@@ -85,7 +85,7 @@ def read_rows(file: Path) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def explain_write_errors(path: Path) -> Iterator[None]:
-    """Turns an OSError, such as a full disk or a missing permission, into a LlavaError that names the path."""
+    """Converts an OSError, such as a full disk or missing permissions, into a LlavaError that names the path."""
     try:
         yield
     except OSError as error:
@@ -95,7 +95,7 @@ def explain_write_errors(path: Path) -> Iterator[None]:
 
 
 class JsonLines:
-    """RUN/log.jsonl, one JSON object per step, flushed after each."""
+    """RUN/log.jsonl: one JSON object per step, flushed after every row."""
 
     def __init__(self, file: Path, resume_step: int):
         if file.exists():
@@ -120,7 +120,7 @@ class TensorBoard:
 
     def __init__(self, run: Path, config: Mapping[str, Any], resume_step: int):
         writer = import_optional("torch.utils.tensorboard").SummaryWriter
-        # readers ignore the rows of earlier files from purge_step on
+        # TensorBoard ignores rows from purge_step on in earlier event files
         self.writer = writer(str(run / "tensorboard"), purge_step=resume_step + 1)
         self.writer.add_text("recipe", f"```json\n{json.dumps(dict(config), indent=2, default=str)}\n```", resume_step)
 
@@ -136,7 +136,7 @@ class TensorBoard:
 class Wandb:
     """A Weights & Biases run in RUN/wandb. wandb's environment variables apply, such as WANDB_MODE and WANDB_PROJECT.
 
-    Online, wandb ignores rows of steps it already has. That is harmless, because repeating a step gives the same loss.
+    Online, wandb ignores rows for steps it already has. This is harmless, because a repeated step has the same loss.
     """
 
     def __init__(self, run: Path, config: Mapping[str, Any], resume_step: int):
@@ -149,7 +149,7 @@ class Wandb:
                 resume="allow",
                 dir=str(run),
                 config=dict(config),
-                settings=wandb.Settings(console="off"),  # keep stdout to ourselves
+                settings=wandb.Settings(console="off"),  # do not let wandb capture stdout
             )
         except wandb.Error as error:
             reason = " ".join(str(error).split())
@@ -163,15 +163,15 @@ class Wandb:
 
 
 class Trackio:
-    """A run in trackio's local database, shown by `trackio show`.
+    """A run in trackio's local database, displayed by `trackio show`.
 
-    trackio cannot delete single steps and writes with a delay, so a resumed run is rewritten from the JSON lines.
+    trackio cannot delete individual steps and writes with a delay, so a resumed run is rewritten from log.jsonl.
     """
 
     def __init__(self, run: Path, config: Mapping[str, Any], resume_step: int):
         self.trackio = import_optional("trackio")
         name = f"{run.resolve().name}-{tracker_id(run / 'trackio.id')}"
-        with redirect_stdout(io.StringIO()):  # its messages would mix with the rows of --json
+        with redirect_stdout(io.StringIO()):  # trackio's messages would mix with the rows printed by --json
             self._delete(name)
             self.trackio.init(project=PROJECT, name=name, config=dict(config), embed=False)
         if resume_step and (run / FILE).exists():
@@ -182,7 +182,7 @@ class Trackio:
     def _delete(self, name: str) -> None:
         try:
             runs = list(self.trackio.Api().runs(PROJECT))
-        except ValueError:  # no such project yet
+        except ValueError:  # the project does not exist yet
             return
         for old in runs:
             if old.name == name:
@@ -204,12 +204,12 @@ TRACKERS: dict[str, Callable[[Path, Mapping[str, Any], int], Log]] = {
 
 
 def scalars(row: Row) -> dict[str, float | int]:
-    """The numbers of a row that trackers plot over steps."""
+    """Returns the numeric values of a row, without the step, for trackers to plot."""
     return {name: value for name, value in row.items() if name != "step" and isinstance(value, int | float)}
 
 
 def tracker_id(file: Path) -> str:
-    """The id of this run in a tracker: eight hexadecimal digits, read from `file`, which is created if missing."""
+    """Returns this run's id in a tracker: eight hexadecimal digits, read from `file`, which is created if missing."""
     if not file.is_file():
         with new_file(file, 8) as partial:
             partial.write_text(secrets.token_hex(4), encoding="ascii")

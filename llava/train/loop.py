@@ -1,4 +1,4 @@
-"""The training loop, from a projector on a laptop's CPU to a full model on many GPUs."""
+"""The training loop, for anything from a projector on a laptop's CPU to a full model on many GPUs."""
 
 import logging
 import math
@@ -36,9 +36,9 @@ from llava.train.start import DTYPES, fill, row_ids, start, trainable
 
 log = logging.getLogger(__name__)
 
-MODEL = "model"  # subfolder of a run's folder that the trained model is exported to
-_MAX_NAMED = 32  # samples that an error message names
-_MIN_SEEN = 100  # samples; max_skipped is applied as if at least this many had been seen
+MODEL = "model"  # subfolder of a run's folder to which the trained model is exported
+_MAX_NAMED = 32  # maximum number of samples named in an error message
+_MIN_SEEN = 100  # max_skipped is applied as if at least this many samples had been seen
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Run:
 
 @dataclass(frozen=True)
 class StepCounts:
-    """What one step covers, over all ranks."""
+    """Counts for one step, summed over all ranks."""
 
     target_tokens: int
     samples: int
@@ -87,9 +87,9 @@ class StepCounts:
 
 
 def train(recipe: Recipe, *, device: str = "auto", as_json: bool = False) -> Path:
-    """Trains a recipe, or resumes it if an earlier call was stopped. Returns the folder of the trained model.
+    """Trains a model from a recipe, resuming an earlier run if there is one. Returns the folder of the trained model.
 
-    Under torchrun every process calls this. Raises LlavaError.
+    Under torchrun, every process must call this. Raises LlavaError.
     """
     folder = Path(recipe.output_dir)
     with interrupt_on_sigterm(), explain_failures(), join_world(device) as world:
@@ -107,7 +107,7 @@ def train(recipe: Recipe, *, device: str = "auto", as_json: bool = False) -> Pat
 
 
 def _set_up(recipe: Recipe, checkpoint: Checkpoint, folder: Path, world: World) -> Run:
-    # the data comes first, so that its errors show before the weights are read
+    # open the data first, so that its errors are reported before the weights are read
     dataset = BatchDataset.open(recipe, checkpoint, rank=world.rank, world_size=world.size)
     if world.is_main and (n := dataset.order.n_micro_batches) % world.size:
         log.warning(
@@ -130,7 +130,7 @@ def _set_up(recipe: Recipe, checkpoint: Checkpoint, folder: Path, world: World) 
 
 
 def _build_model(recipe: Recipe, checkpoint: Checkpoint, world: World) -> LlavaWithLoss:
-    """The model with its weights, sharded over the ranks and in training mode."""
+    """Builds the model, shards it across ranks, loads its weights and sets it to training mode."""
     inner = trainable(checkpoint, recipe)
     rows = row_ids(checkpoint, recipe)
     model = LlavaWithLoss(inner, trained_rows=rows, train_vision="vision" in recipe.train)
@@ -144,7 +144,7 @@ def _build_model(recipe: Recipe, checkpoint: Checkpoint, world: World) -> LlavaW
 
 
 def _shard(model: LlavaWithLoss, recipe: Recipe, world: World) -> None:
-    """Shards every block with FSDP2: its weights are spread over the ranks and gathered when it runs."""
+    """Shards the model across ranks with FSDP2. The weights of a block are gathered only when the block runs."""
     policy = MixedPrecisionPolicy(param_dtype=DTYPES[recipe.compute_dtype], reduce_dtype=torch.float32)
     mesh = init_device_mesh(world.device.type, (world.size,))
     vision = model.model.vision
@@ -210,9 +210,10 @@ def _loader(run: Run) -> Iterator[Batch]:
 
 
 def _train_step(run: Run, batches: list[Batch]) -> dict[str, float]:
-    """One optimizer step over this rank's micro-batches. Returns its row for the logs.
+    """Runs one optimizer step over this rank's micro-batches. Returns the row to log.
 
-    The loss is the mean over all target tokens of all ranks. Raises LlavaError if it is not finite.
+    The loss is the mean over all target tokens of all ranks. Raises LlavaError if the loss or the gradient
+    norm is not finite.
     """
     recipe, state, world = run.recipe, run.state, run.world
     counts = _count(batches, world)
@@ -255,7 +256,7 @@ def _count(batches: list[Batch], world: World) -> StepCounts:
 
 
 def _backward(run: Run, batch: Batch) -> Tensor:
-    """Adds the gradients of a micro-batch and returns its summed loss."""
+    """Accumulates the gradients of a micro-batch and returns its summed loss."""
     device = run.world.device
     autocast = run.recipe.compute_dtype == "bfloat16" and not isinstance(run.model, FSDPModule)
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
@@ -265,7 +266,7 @@ def _backward(run: Run, batch: Batch) -> Tensor:
 
 
 def _sum_losses(run: Run, losses: list[float]) -> float:
-    """Sums the losses of all micro-batches on all ranks. Raises LlavaError naming the samples of one not finite."""
+    """Sums all micro-batches' losses over all ranks. Raises LlavaError, naming the samples, if one is not finite."""
     world = run.world
     all_losses = [0.0] * (len(losses) * world.size)
     all_losses[world.rank :: world.size] = losses
@@ -286,7 +287,7 @@ def _not_finite(run: Run, quantity: str, value: float, micro_batches: Iterable[M
 
 
 def _seed(seed: int, step: int, micro_batch: int) -> int:
-    """The random seed of a micro-batch, which does not depend on the rank that runs it."""
+    """Returns the random seed of a micro-batch. It does not depend on the rank that runs the micro-batch."""
     return (seed * 1_000_003 + step) * 1_009 + micro_batch
 
 

@@ -1,7 +1,7 @@
 """LoRA adapters (arXiv:2106.09685) on the decoder's matrices.
 
-Our query, key and value projections share one matrix, but each has its own adapter, as in PEFT's files. MPT also stores
-them as one matrix in those files, so there they share one adapter.
+The query, key and value projections are fused into one matrix, but each has its own adapter, as in PEFT checkpoints. In
+MPT they share one adapter, because the original MPT model fuses them as well.
 
 r rank   I input features   O output features of a part
 """
@@ -17,15 +17,15 @@ from llava.model.linear import Linear
 from llava.model.lora import Adapter, LoraLinear
 from llava.quantize.nf4 import BLOCK, NF4Linear
 
-Pairs = Mapping[str, tuple[Tensor, Tensor]]  # part -> A [r, I], B [O, r]; the part is "" if the matrix has only one
+Pairs = Mapping[str, tuple[Tensor, Tensor]]  # part -> A [r, I], B [O, r]; the part is "" if the matrix has one adapter
 
 
 def add_lora(
     decoder: Decoder, config: DecoderConfig, *, rank: int, alpha: float, dropout: float, nf4: bool = False
 ) -> None:
-    """Adds adapters to every matrix of every block, and with `nf4` replaces the matrices by 4-bit ones.
+    """Adds adapters to every matrix of every block. With `nf4`, replaces the matrices with 4-bit ones.
 
-    The head gets no adapter. Raises ConfigError if a matrix does not fill whole 4-bit blocks.
+    The head gets no adapter. Raises ConfigError if the size of a matrix is not a multiple of the NF4 block size.
     """
     for name, module in list(decoder.blocks.named_modules()):
         if not isinstance(module, Linear):
@@ -40,7 +40,7 @@ def add_lora(
 def _nf4_linear(module: Linear) -> NF4Linear:
     if (n := module.weight.numel()) % BLOCK:
         raise ConfigError(
-            f"quantize_base: a matrix has {n} values, not a multiple of the NF4 blocks of {BLOCK}; set it to none"
+            f"quantize_base: a matrix has {n} values, not a multiple of the NF4 block size of {BLOCK}; set it to none"
         )
     return NF4Linear(module.in_features, module.out_features)
 
@@ -51,14 +51,14 @@ def _qkv_rows(config: DecoderConfig) -> dict[str, int]:
 
 
 def lora_layers(decoder: Decoder) -> Iterator[tuple[str, LoraLinear]]:
-    """The matrices with adapters, by our names, such as decoder.blocks.3.attn.qkv."""
+    """Yields (name, module) for each matrix with adapters, with names such as decoder.blocks.3.attn.qkv."""
     for name, module in decoder.named_modules():
         if isinstance(module, LoraLinear):
             yield f"decoder.{name}", module
 
 
 def adapter_pairs(decoder: Decoder, tensors: Mapping[str, Tensor]) -> dict[str, Pairs]:
-    """The A and B tensors of all adapters, by matrix and part. `tensors` is keyed by parameter name."""
+    """Returns the A and B tensors of all adapters, keyed by matrix and part. `tensors` is keyed by parameter name."""
     found: dict[str, Pairs] = {}
     for name, layer in lora_layers(decoder):
         found[name] = {

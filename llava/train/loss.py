@@ -1,4 +1,4 @@
-"""The module that is trained: a LLaVA that maps a batch to its loss.
+"""The module that is trained: a LLaVA model wrapped to map a batch to its loss.
 
 B rows   S positions   D dim   T target tokens   V vocabulary size
 """
@@ -31,15 +31,15 @@ class LlavaWithLoss(nn.Module):
         self.register_buffer("trained_rows", torch.tensor(list(trained_rows)), persistent=False)
 
     def forward(self, batch: Batch) -> Tensor:
-        """The sum of -log p over all target tokens, float32."""
+        """Returns the sum of -log p over all target tokens, in float32."""
         x = self.model.decoder(self.embed(batch), attention_context(batch))
         predicting = x.flatten(0, 1)[batch.target_positions]  # [T, D]
         loss = cross_entropy(self.model.decoder, predicting, batch.targets, train_head=not len(self.trained_rows))
-        # without any target, the gradients must be zero rather than missing, because the other ranks wait for them
+        # without target tokens, the gradients must be zero rather than missing, because the other ranks wait for them
         return loss + 0 * x[0, 0].float().sum()
 
     def embed(self, batch: Batch) -> Tensor:
-        """Embeddings of a batch [B, S, D], image features included.
+        """Returns the embeddings of a batch [B, S, D], image features included.
 
         Every rank runs the tower and the projector in every micro-batch. If one skipped them, the others would hang.
         """
@@ -54,7 +54,7 @@ class LlavaWithLoss(nn.Module):
         return self.model.insert_images(x, batch.image_positions, images)
 
     def _zero_of_image_weights(self, x: Tensor) -> Tensor:
-        """A zero that depends on tower, projector and newline, so that their gradients are zero and not missing."""
+        """Returns a zero that depends on tower, projector and newline, so that they get zero gradients, not None."""
         assert self.model.config.vision is not None
         size = self.model.config.vision.image_size
         blank = torch.zeros(1, 3, size, size, device=x.device)
@@ -65,18 +65,18 @@ class LlavaWithLoss(nn.Module):
 
 
 def attention_context(batch: Batch) -> AttentionContext:
-    """How a batch attends: within each sample of a packed row, or causally in each padded row."""
+    """Returns the attention context of a batch: causal within each packed sample or each padded row."""
     if batch.segments is None:
         return CausalContext(positions=batch.positions[0], seq_len=batch.max_seqlen)
     return VarlenContext(positions=batch.positions, seq_len=batch.max_seqlen, segments=batch.segments)
 
 
 def cross_entropy(decoder: Decoder, x: Tensor, targets: Tensor, *, train_head: bool = True) -> Tensor:
-    """The sum of -log p: x [T, D] and targets [T] -> scalar, float32.
+    """Returns the sum of -log p: x [T, D] and targets [T] -> scalar, float32.
 
-    The logits [T, V] are computed in chunks and recomputed in the backward pass, so they never exist as a whole.
-    train_head: False if only some rows of the input embedding are trained. With tied weights (MPT) the head is that
-    table, and a gradient through the head would change all of its rows.
+    The logits [T, V] are computed in chunks and recomputed in the backward pass, so they are never held all at once.
+    train_head: False if only some rows of the input embedding are trained. With tied weights (MPT), the head is the
+    same table, and a gradient through the head would change all of its rows.
     """
     chunk = max(1, _CHUNK_VALUES // decoder.embed.num_embeddings)  # rows
     total = x.new_zeros((), dtype=torch.float32)

@@ -11,9 +11,9 @@ from llava.train.recipe import Recipe
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> AdamW:
-    """AdamW over all trainable parameters, grouped by learning rate and weight decay.
+    """Builds AdamW over all trainable parameters, grouped by learning rate and weight decay.
 
-    As in the original, norms and biases have no weight decay. An embedding table of which only some rows are trained
+    As in the original LLaVA code, norms and biases have no weight decay. An embedding table with only some trained rows
     has none either, because its other rows must not change.
     """
     only_rows = "rows" in recipe.train and ("decoder" not in recipe.train or bool(recipe.lora_rank))
@@ -34,16 +34,17 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> AdamW:
 
 
 def peak_lr(name: str, recipe: Recipe) -> float:
-    """The peak learning rate of a parameter."""
+    """Returns the peak learning rate of a parameter."""
     if ".projector." in name or name.endswith(".newline"):
         return recipe.projector_lr or recipe.lr
     return (".vision." in name and recipe.vision_lr) or recipe.lr
 
 
 def lr_factor(step: int, n_steps: int, recipe: Recipe) -> float:
-    """The fraction of the peak learning rate at a step, counted from 0.
+    """Returns the learning rate at a step, counted from 0, as a fraction of the peak.
 
-    A linear warmup, then half a cosine down to 0, as in transformers' get_cosine_schedule_with_warmup.
+    A linear warmup is followed by the peak rate (constant) or by half a cosine down to 0 (cosine), as in transformers'
+    get_cosine_schedule_with_warmup.
     """
     warmup_steps = math.ceil(recipe.warmup_ratio * n_steps)
     if step < warmup_steps:
@@ -54,7 +55,7 @@ def lr_factor(step: int, n_steps: int, recipe: Recipe) -> float:
 
 
 def set_lr(optimizer: AdamW, factor: float) -> None:
-    """Sets every group to its peak learning rate times `factor`."""
+    """Sets the learning rate of each group to its peak times `factor`."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
 
@@ -67,6 +68,6 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
-    """Clips the gradients to `max_norm` (0: no clipping) and returns their norm before that."""
+    """Clips the gradients to `max_norm` (0: no clipping) and returns their norm before clipping."""
     norm = nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -34,7 +34,7 @@ class SampleOrder:
         self._cached_epoch: tuple[int, list[int]] = (-1, [])
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
-        """The micro-batches of a step. In the last step of an epoch some may be empty."""
+        """Returns the micro-batches of a step. In the last step of an epoch, some may be empty."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         if self._cached_epoch[0] != epoch:
             self._cached_epoch = (epoch, self._order_of_epoch(epoch))
@@ -66,10 +66,10 @@ class SampleOrder:
 def by_modality_length(
     lengths: Sequence[int], micro_batch_size: int, world_size: int, generator: torch.Generator
 ) -> list[int]:
-    """Megabatches of one modality and similar length, as in the original's llava_trainer.py at c121f04.
+    """Orders samples in megabatches of a single modality, as in the original llava_trainer.py at c121f04.
 
-    lengths: words per sample, negative without an image. The last megabatches of both modalities are merged, sorted by
-    index, and come at the end.
+    lengths: words per sample, negative for a sample without an image. The last megabatches of the two modalities are
+    merged, sorted by index, and placed at the end.
     """
     modalities = [[i for i, n in enumerate(lengths) if (n > 0) == with_image] for with_image in (True, False)]
     if not all(modalities):
@@ -87,7 +87,7 @@ def by_modality_length(
 
 
 def by_length(lengths: Sequence[int], micro_batch_size: int, world_size: int, generator: torch.Generator) -> list[int]:
-    """Shuffles, cuts into megabatches, and splits each into `world_size` shares of nearly equal total length."""
+    """Shuffles samples, forms megabatches, and splits each into `world_size` shares of nearly equal total length."""
     order = torch.randperm(len(lengths), generator=generator).tolist()
     size = world_size * micro_batch_size
     result: list[int] = []
@@ -98,7 +98,7 @@ def by_length(lengths: Sequence[int], micro_batch_size: int, world_size: int, ge
 
 
 def _equal_shares(longest_first: list[int], lengths: Sequence[int], n: int) -> list[list[int]]:
-    """Splits into n shares of equal count, each sample going to the shortest share that is not full."""
+    """Splits samples into n shares of equal size, adding each sample to the shortest share that is not yet full."""
     if len(longest_first) % n:
         return [longest_first[i::n] for i in range(n)]
     shares: list[list[int]] = [[] for _ in range(n)]

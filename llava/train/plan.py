@@ -1,4 +1,4 @@
-"""What a run would need, for `llava train --plan`. Reads file headers and data, but no weights."""
+"""Estimates what a run would need, for `llava train --plan`. Reads file headers and data, but no weights."""
 
 import random
 from collections.abc import Sequence
@@ -14,33 +14,33 @@ from llava.train.export import export_format
 from llava.train.recipe import Recipe
 from llava.train.start import DTYPES, start, trainable
 
-_SAMPLED = 200  # samples that the token figures are estimated from
+_SAMPLED = 200  # number of samples from which the token counts are estimated
 _LOGIT_BYTES = 3 * 2**28  # one chunk of float32 logits, its softmax and its gradient
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Figures of a run before it starts."""
+    """Key figures of a run, computed before it starts."""
 
     model: str
     format: str  # of the exported model
     trained: dict[str, int]  # number of trained parameters by part of the model
     frozen: dict[str, int]
     ranks: int
-    memory_bytes: dict[str, int]  # per GPU and purpose; activations are an estimate
+    memory_bytes: dict[str, int]  # per GPU, by purpose; activations are estimated
     samples: int
-    samples_looked_at: int  # the samples that the next three figures come from
+    samples_looked_at: int  # number of samples from which the next three figures are computed
     tokens_per_sample: float  # image tokens included
     target_tokens_per_sample: float
     broken: int
     global_batch_size: int
     steps_per_epoch: int
     steps: int
-    tokens: int  # of the whole run, estimated
+    tokens: int  # estimate for the whole run
 
     def text(self) -> str:
         """The plan as text, one line per topic."""
-        lines = [f"model        {self.model}, written in format {self.format}"]
+        lines = [f"model        {self.model}, exported in {self.format} format"]
         for name, parts in (("trained", self.trained), ("frozen", self.frozen)):
             rows = ", ".join(f"{part} {n:,}" for part, n in parts.items()) or "nothing"
             lines.append(f"{name:12} {sum(parts.values()):,} parameters: {rows}")
@@ -91,7 +91,7 @@ def make_plan(recipe: Recipe, *, n_ranks: int = 1) -> Plan:
 
 
 def _count_tokens(dataset: BatchDataset, indices: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The number of tokens and of target tokens in each of these samples, without the broken ones."""
+    """Counts the tokens and target tokens in each of these samples, skipping broken samples."""
     tokens, targets = [], []
     for index in indices:
         try:
@@ -116,9 +116,9 @@ def _parameters_by_part(model: Llava, *, trained: bool) -> dict[str, int]:
 
 
 def _memory(model: Llava, recipe: Recipe, tokens_per_sample: float, n_ranks: int) -> dict[str, int]:
-    """Bytes per GPU by purpose.
+    """Returns the bytes needed per GPU, by purpose.
 
-    Weights, gradients and AdamW's two moments are exact. Activations count only what is kept for the backward pass.
+    Weights, gradients and AdamW's two moments are exact. Activations include only what is kept for the backward pass.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) // n_ranks

@@ -1,4 +1,4 @@
-"""Training curves of one or more runs, drawn from log.jsonl to a PNG. Needs matplotlib, but no display."""
+"""Plots the training curves of one or more runs from log.jsonl to a PNG file. Needs matplotlib, but no display."""
 
 import math
 from collections.abc import Sequence
@@ -10,20 +10,21 @@ from llava.tensors.atomic import new_file
 from llava.train.log import FILE, import_optional, read_rows
 from llava.train.progress import MovingAverage
 
-PANELS = {  # row key -> title; keys that no run has are left out
+PANELS = {  # row key -> title; a key that no run has gets no panel
     "loss": "loss (nats per token)",
     "lr": "learning rate",
     "grad_norm": "gradient norm",
     "tokens_per_s": "tokens/s",
 }
 SMOOTHED = ("loss", "grad_norm", "tokens_per_s")
-WIDTH, HEIGHT, DPI = 6.0, 4.0, 100  # of a panel in inches; pixels per inch
+WIDTH, HEIGHT, DPI = 6.0, 4.0, 100  # width and height of a panel in inches; pixels per inch
 
 
 def plot(runs: Sequence[Path], out: Path | None = None) -> Path:
     """Plots loss, learning rate, gradient norm and tokens/s over the steps, with all runs in the same panels.
 
-    Two panels of 600 x 400 pixels per row. Writes and returns `out`, by default curves.png in the first run's folder.
+    Each row has two panels of 600 x 400 pixels. Writes the PNG to `out`, by default curves.png in the first run's
+    folder, and returns its path.
     Raises DataError for a run without a log or without rows, ConfigError if matplotlib is not installed,
     CheckpointError if the file cannot be written.
     """
@@ -43,7 +44,7 @@ def plot(runs: Sequence[Path], out: Path | None = None) -> Path:
 
 
 def _draw(axes: Any, key: str, logs: dict[Path, list[dict[str, Any]]]) -> None:
-    """Draws one panel. Noisy values are drawn pale, with their moving average on top."""
+    """Draws one panel. Noisy values are drawn faintly, with their moving average on top."""
     for number, (run, rows) in enumerate(logs.items()):
         style = {"color": f"C{number}", "linewidth": 1.5}
         steps = [row["step"] for row in rows if key in row]

@@ -1,4 +1,4 @@
-"""Live progress of a run: a bar on a terminal, JSON rows on stdout on request, and nothing in a pipe."""
+"""Live progress of a run: a progress bar if stderr is a terminal, and JSON rows on stdout on request."""
 
 import logging
 import math
@@ -10,7 +10,7 @@ from llava.train.log import Row, to_json
 
 
 class MovingAverage:
-    """Exponential moving average with bias correction, as for Adam's moments. Ignores NaN and infinity."""
+    """Exponential moving average with bias correction, as in Adam. Ignores NaN and infinity."""
 
     def __init__(self, decay: float = 0.95):
         self.decay = decay
@@ -28,8 +28,8 @@ class MovingAverage:
 class TrainProgress:
     """Context manager that shows each row passed to `update`. Only the main rank shows anything.
 
-    The bar is drawn if stderr is a terminal, and log messages then appear above it. `as_json` writes each row as a
-    line to stdout, whether or not that is a terminal.
+    If stderr is a terminal, a bar is drawn and log messages appear above it. With `as_json`, each row is written to
+    stdout as one line, whether or not stdout is a terminal.
     """
 
     def __init__(self, n_steps: int, resume_step: int = 0, *, as_json: bool = False, is_main: bool = True):
@@ -44,7 +44,7 @@ class TrainProgress:
     def __enter__(self) -> "TrainProgress":
         if self.bar:
             stderr = sys.stderr
-            self.bar.start()  # replaces sys.stderr by a stream that prints above the bar
+            self.bar.start()  # replaces sys.stderr with a stream that prints above the bar
             self.handlers = [one for one in logging.getLogger().handlers if getattr(one, "stream", None) is stderr]
             self._log_to(sys.stderr)
         return self
@@ -70,7 +70,7 @@ class TrainProgress:
 
 
 def summary(row: Row, loss: float) -> str:
-    """A row in one short line, with the smoothed `loss`."""
+    """Formats a row as one short line. `loss` is the smoothed loss."""
     parts = [f"loss {loss:.4f}", f"lr {float(row['lr']):.2e}"]
     if "tokens_per_s" in row:
         parts.append(f"{float(row['tokens_per_s']):,.0f} tokens/s")
@@ -89,5 +89,5 @@ def _bar() -> Any:
     count = MofNCompleteColumn(table_column=Column(no_wrap=True))
     status = TextColumn("{task.fields[status]}", table_column=Column())  # the only column that wraps
     left = TimeRemainingColumn(table_column=Column(no_wrap=True))
-    # stdout is not redirected, because it may carry the rows of --json
+    # stdout is not redirected, because it may carry the rows printed by --json
     return Progress(BarColumn(bar_width=20), count, status, left, console=Console(stderr=True), redirect_stdout=False)

@@ -18,7 +18,7 @@ from llava.errors import ConfigError
 from llava.preprocess.inputs import find_template
 from llava.preprocess.labels import ImagePlace
 
-RECIPES = Path(__file__).parent.parent / "recipes"  # the shipped recipes, each named by its path here without .toml
+RECIPES = Path(__file__).parent.parent / "recipes"  # shipped recipes, each named by its path here, without .toml
 RENAMED = {  # old key -> new key
     "rate": "lr",
     "projector_rate": "projector_lr",
@@ -45,21 +45,21 @@ class Recipe:
     about: str = ""  # which published model this stage reproduces, and which of its settings are unknown
 
     # Starting point
-    model: str  # a language model (Llama, MPT), or a LLaVA to train further
+    model: str  # a language model (Llama, MPT), or a LLaVA model to train further
     base: str | None = None  # the language model that `model` is based on, if `model` is a delta, LoRA or projector
-    vision_tower: str | None = None  # CLIP; None: the tower that the LLaVA names
-    projector: str | None = None  # folder written by stage 1; None: the LLaVA's own projector, or a new one
-    projector_type: str = "mlp2x_gelu"  # of a new projector: linear or mlpNx_gelu
+    vision_tower: str | None = None  # a CLIP model; None: the tower named in the LLaVA checkpoint
+    projector: str | None = None  # folder written by stage 1; None: the projector in `model`, if any, or a new one
+    projector_type: str = "mlp2x_gelu"  # type of a new projector: linear or mlpNx_gelu
     select_layer: int = -2  # the tower layer whose hidden state is used
     aspect: Literal["square", "pad", "anyres"] = "pad"
     pinpoints: tuple[tuple[int, int], ...] = ()  # anyres: canvas sizes, (width, height) in pixels
     start_end: bool = False  # wrap each image in <im_start> and <im_end>, adding both to the vocabulary if needed
     template: str = "vicuna_v1"
-    image_place: ImagePlace = "front"  # of its turn; "as_written": where the data has it, as before LLaVA 1.0
+    image_place: ImagePlace = "front"  # "front": start of its turn; "as_written": as in the data, used before LLaVA 1.0
 
     # Data
     data: tuple[str, ...]  # files in LLaVA's JSON or JSONL format
-    images: str | None = None  # folder, zip or tar
+    images: str | None = None  # folder, .zip or .tar that contains the images
     max_length: int = 2048  # maximum tokens per sample, image tokens included; longer samples are truncated
 
     # Trained parts
@@ -67,11 +67,11 @@ class Recipe:
     lora_rank: int = 0  # above 0: freeze the decoder's matrices and train adapters of this rank
     lora_alpha: float = 16.0  # adapters are scaled by lora_alpha / lora_rank
     lora_dropout: float = 0.05
-    quantize_base: Literal["none", "nf4"] = "none"  # format of the frozen matrices under the adapters
+    quantize_base: Literal["none", "nf4"] = "none"  # format of the frozen matrices that have adapters
 
     # Schedule
     epochs: float = 1.0
-    max_steps: int = 0  # above 0: overrides epochs, and the schedule ends there
+    max_steps: int = 0  # above 0: overrides epochs; the learning rate schedule ends at this step
     global_batch_size: int = 128  # samples per optimizer step, over all ranks
     micro_batch_size: int = 16  # samples per forward pass on one rank
     lr: float = 2e-5  # peak learning rate
@@ -87,14 +87,14 @@ class Recipe:
     order: Literal["shuffled", "by_modality_length"] = "shuffled"
 
     # Runtime
-    packing: bool = True  # concatenate a micro-batch into one row with attention per sample; False: pad on the right
+    packing: bool = True  # join each micro-batch into one row, with attention within samples; False: pad each sample
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the trained weights; frozen ones use compute_dtype
+    param_dtype: Literal["float32", "bfloat16"] = "float32"  # of trained weights; frozen weights use compute_dtype
     gradient_checkpointing: bool = True  # recompute each block's activations in the backward pass
     compile: bool = False
-    pad_to: int = 128  # packed rows are padded to a multiple of this, so that few shapes are compiled
+    pad_to: int = 128  # pad packed rows to a multiple of this, so that few shapes are compiled
     num_workers: int = 4  # data loading processes per rank
-    max_skipped: float = 0.01  # stop the run when a larger fraction of the samples is broken
+    max_skipped: float = 0.01  # stop the run if more than this fraction of the samples is broken
 
     # Output
     output_dir: str = "runs/llava"
@@ -112,7 +112,7 @@ class Recipe:
         if self.quantize_base != "none" and not self.lora_rank:
             raise ConfigError("recipe: quantize_base needs lora_rank above 0, because 4-bit weights cannot be trained")
         if "rows" in self.train and not self.start_end:
-            raise ConfigError('recipe: train includes "rows", but there are none without start_end; set start_end=true')
+            raise ConfigError('recipe: train includes "rows", which exist only with start_end; set start_end=true')
         if self.aspect == "anyres" and not self.pinpoints:
             raise ConfigError("recipe: aspect anyres needs pinpoints, a list of canvas sizes (width, height)")
 
@@ -123,7 +123,7 @@ class Recipe:
             yield field.name, all(map(math.isfinite, numbers)), "finite numbers"
 
     def _range_checks(self) -> Iterable[tuple[str, bool, str]]:
-        """(field, whether its value is valid, what is expected)"""
+        """Returns a tuple (field name, whether its value is valid, what is expected) for each check."""
         size = self.global_batch_size
         return (
             ("data", bool(self.data), "at least one file"),
@@ -155,9 +155,9 @@ class Recipe:
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe: a path to a .toml, or a shipped recipe such as llava-v1.5/finetune-lora.
+    """Returns the file of a recipe.
 
-    Raises ConfigError.
+    name: path to a .toml file, or a shipped recipe such as llava-v1.5/finetune-lora. Raises ConfigError.
     """
     file = Path(name)
     if file.suffix == ".toml":
@@ -169,11 +169,11 @@ def find_recipe(name: str) -> Path:
         return RECIPES / f"{name}.toml"
     near = get_close_matches(name, shipped, n=1, cutoff=0.3)
     hint = f"the nearest is {near[0]}" if near else f"expected one of {', '.join(shipped)}"
-    raise ConfigError(f"no shipped recipe is named {name!r}; {hint}, or a path of your own that ends in .toml")
+    raise ConfigError(f"no shipped recipe is named {name!r}; {hint}, or the path to your own .toml file")
 
 
 def recipe_names() -> list[str]:
-    """The names of the shipped recipes."""
+    """Returns the names of the shipped recipes."""
     return sorted(file.relative_to(RECIPES).with_suffix("").as_posix() for file in RECIPES.glob("*/*.toml"))
 
 
@@ -195,9 +195,9 @@ def read_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
 
 
 def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
-    """Builds a recipe from plain values. `where` names their origin in messages.
+    """Builds a recipe from plain values. `where` states their origin in error messages.
 
-    Raises ConfigError for an unknown key (naming the closest known one), an old or a missing key, or a wrong type.
+    Raises ConfigError for an unknown key (naming the closest known key), a renamed or missing key, or a wrong type.
     """
     types = get_type_hints(Recipe)
     check_renamed(values, where)
@@ -212,23 +212,23 @@ def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
 
 
 def check_renamed(keys: Iterable[str], where: str) -> None:
-    """Raises ConfigError for a key that has a new name, and states that name."""
+    """Raises ConfigError if a key has been renamed, stating its new name."""
     if old := [key for key in keys if key in RENAMED]:
         raise ConfigError(f"{where}: `{old[0]}` is now called `{RENAMED[old[0]]}`")
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """All settings by key."""
+    """Returns all settings as a dict."""
     return {field.name: getattr(recipe, field.name) for field in fields(Recipe)}
 
 
 def to_json(recipe: Recipe) -> str:
-    """All settings as a JSON object, which `changed_keys` reads back."""
+    """Returns all settings as a JSON object, which `changed_keys` reads back."""
     return json.dumps(to_dict(recipe), indent=1)
 
 
 def changed_keys(file: Path, recipe: Recipe) -> set[str]:
-    """The keys whose value differs from the recipe saved in `file` by `to_json`. Raises ConfigError."""
+    """Returns the keys whose values differ from the recipe that `to_json` saved in `file`. Raises ConfigError."""
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

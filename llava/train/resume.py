@@ -1,6 +1,6 @@
-"""Resumable checkpoints: trained weights, optimizer state and step, which determines sample order and random numbers.
+"""Resumable checkpoints: trained weights, optimizer state and step, which determines sample order and random seeds.
 
-All ranks write a checkpoint together while training continues, under a temporary name. Any number of ranks can read it.
+All ranks write a checkpoint together in the background, under a temporary name. Any number of ranks can read it.
 """
 
 import json
@@ -24,7 +24,7 @@ from llava.train.distributed import World
 from llava.train.log import explain_write_errors
 from llava.train.signals import defer_signals
 
-_OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen weights are read from the starting point
+_OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen weights come from the starting checkpoint
 _PROGRESS = "progress.json"
 
 
@@ -33,7 +33,7 @@ class Checkpointer:
 
     def __init__(self, folder: Path, keep_last: int, world: World):
         self.folder, self.keep_last, self.world = folder, keep_last, world
-        self._pending: tuple[Future[Any], Path, Path] | None = None  # future, temporary and final path
+        self._pending: tuple[Future[Any], Path, Path] | None = None  # future, temporary path, final path
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -53,11 +53,11 @@ class Checkpointer:
             shutil.rmtree(partial, ignore_errors=True)
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint."""
+        """Returns the newest complete checkpoint, or None."""
         return max(self._complete(), default=None)
 
     def load(self, checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-        """Loads a checkpoint into model and optimizer. Returns the `progress` given to `save`.
+        """Loads a checkpoint into the model and the optimizer. Returns the `progress` passed to `save`.
 
         Raises CheckpointError.
         """
@@ -95,7 +95,7 @@ class Checkpointer:
         self.world.barrier()
         weights, moments = get_state_dict(model, optimizer, options=_OPTIONS)
         state = {"model": weights, "optimizer": moments}
-        with defer_signals():  # an interrupt before the assignment would leave a writer that nothing waits for
+        with defer_signals():  # if interrupted before the assignment, `finish` would not wait for this write
             future = async_save(state, checkpoint_id=partial, process_group=self.world.checkpoint_group)
             assert isinstance(future, Future)
             self._pending = future, partial, final
@@ -113,7 +113,7 @@ class Checkpointer:
         try:
             future.result()
             if self.world.is_main:
-                if partial.exists():  # it does not if an earlier call was interrupted after the rename
+                if partial.exists():  # False if an earlier call was interrupted after the rename
                     shutil.rmtree(final, ignore_errors=True)
                     partial.rename(final)
                 for old in sorted(self._complete())[: -self.keep_last]:
@@ -135,7 +135,7 @@ class Checkpointer:
 
 
 def _reason(error: BaseException) -> str:
-    """An error in one line. If several ranks failed, that of the first."""
+    """Returns an error as one line. If several ranks failed, uses the error of the first one."""
     if isinstance(error, CheckpointException) and error.failures:
         error, _ = next(iter(error.failures.values()))
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

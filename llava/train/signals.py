@@ -14,16 +14,14 @@ from llava.errors import LlavaError
 
 T = TypeVar("T")
 
-_SIGCHLD: int | None = getattr(signal, "SIGCHLD", None)  # Windows has none
+_SIGCHLD: int | None = getattr(signal, "SIGCHLD", None)  # absent on Windows
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_WORKER_DIED = (
-    "a data loading process was killed, often because memory (or /dev/shm) ran out; if so, set a smaller num_workers"
-)
+_WORKER_DIED = "a data loading process was killed, often because memory (or /dev/shm) ran out; if so, lower num_workers"
 
 
 @contextmanager
 def interrupt_on_sigterm() -> Iterator[None]:
-    """Makes SIGTERM, which schedulers send to end a job, raise KeyboardInterrupt as Ctrl-C does."""
+    """Makes SIGTERM, which schedulers send to end a job, raise KeyboardInterrupt, like Ctrl-C."""
     if not _in_main_thread():
         yield
         return
@@ -42,7 +40,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def defer_signals() -> Iterator[None]:
-    """Holds back SIGINT and SIGTERM inside the block and raises the first of them when it ends."""
+    """Defers SIGINT and SIGTERM inside the block and raises the first one received when the block ends."""
     if not _in_main_thread():
         yield
         return
@@ -56,9 +54,9 @@ def defer_signals() -> Iterator[None]:
 
 
 def init_worker(worker_id: int) -> None:
-    """`worker_init_fn` of the DataLoader: leaves Ctrl-C to the parent, and exits quietly if the parent is gone.
+    """`worker_init_fn` for the DataLoader. Leaves Ctrl-C to the parent and exits quietly if the parent is gone.
 
-    Otherwise the thread that passes tensors to the parent prints a traceback when the parent exits during a transfer.
+    Otherwise, the thread that sends tensors to the parent prints a traceback if the parent exits during a transfer.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.excepthook = _report_unless_parent_exited
@@ -70,9 +68,9 @@ def _report_unless_parent_exited(kind: type[BaseException], error: BaseException
 
 
 def iterate_loader(loader: Iterator[T]) -> Iterator[T]:
-    """Iterates over a DataLoader so that a dead worker raises LlavaError only while a batch is awaited.
+    """Iterates over a DataLoader so that a dead worker raises an error only while waiting for a batch.
 
-    torch raises in its SIGCHLD handler, which can interrupt the run anywhere, even while it is shutting down.
+    torch's SIGCHLD handler raises wherever the main thread happens to be, even while the run is shutting down.
     """
     if not _in_main_thread() or _SIGCHLD is None:
         yield from loader
@@ -95,7 +93,7 @@ def iterate_loader(loader: Iterator[T]) -> Iterator[T]:
 
 @contextmanager
 def explain_failures() -> Iterator[None]:
-    """Turns a CUDA out-of-memory error or a killed worker into a one-line LlavaError."""
+    """Converts a CUDA out-of-memory error or a killed worker into a one-line LlavaError."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -110,7 +108,7 @@ def explain_failures() -> Iterator[None]:
 
 
 def _in_main_thread() -> bool:
-    """Python allows signal handlers only there."""
+    """Returns whether this is the main thread, the only one in which Python can set signal handlers."""
     return threading.current_thread() is threading.main_thread()
 
 

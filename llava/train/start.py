@@ -1,4 +1,4 @@
-"""What a run starts from: a language model joined with a tower, or a LLaVA; which weights are trained; first values."""
+"""The starting point of a run: its checkpoint, which weights are trained, and the initial values of new weights."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -37,10 +37,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @advice()
 def start(recipe: Recipe, tokenizer_folder: Path) -> Checkpoint:
-    """Where each weight comes from; those of a new projector are `missing`. No weights are read.
+    """Returns the checkpoint to start from, with the weights of a new projector listed in `missing`. Reads no weights.
 
-    tokenizer_folder: where a tokenizer with <im_start> and <im_end> is written if the model's has none. Raises
-    LlavaError.
+    tokenizer_folder: where to write a tokenizer with <im_start> and <im_end> if the model's tokenizer lacks them.
+    Raises LlavaError.
     """
     checkpoint = _open(recipe)
     if recipe.start_end and checkpoint.new_tokens:
@@ -63,17 +63,19 @@ def _open(recipe: Recipe) -> Checkpoint:
     if recipe.projector:
         return open_checkpoint(recipe.projector, replace(options, base=recipe.model))
     files = read_files(recipe.model)
-    is_llava = bool({"mm_vision_tower", VERSION_KEY} & set(files.config))
-    if recipe.vision_tower and not is_llava and not recipe.base:
-        return _with_tower(open_checkpoint(files, LoadOptions(vision=False)), recipe)
+    named = {"mm_vision_tower", VERSION_KEY} & set(files.config)
+    if recipe.vision_tower and not named and not recipe.base:
+        language = open_checkpoint(files, LoadOptions(vision=False))
+        if not any(name.startswith("projector.") for name in language.unused):
+            return _with_tower(language, recipe)
     checkpoint = open_checkpoint(files, replace(options, base=recipe.base))
     if checkpoint.config.vision is None:
-        raise ConfigError(f"{recipe.model}: is only a language model; name a tower for it: vision_tower")
+        raise ConfigError(f"{recipe.model}: is a language model without a vision tower; set vision_tower in the recipe")
     return checkpoint
 
 
 def _with_tower(language: Checkpoint, recipe: Recipe) -> Checkpoint:
-    """A LLaVA from a language model and a tower; it has no projector yet."""
+    """Combines a language model and a vision tower into a LLaVA model whose projector has no weights yet."""
     name = absolute_if_local(str(recipe.vision_tower))
     tower = find_tower(name, {})
     where = tower.folder or Path(name)
@@ -110,7 +112,7 @@ def _image(recipe: Recipe, config: LlavaConfig) -> ImageConfig:
 
 
 def _with_tokens(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
-    """Adds the image tokens to the vocabulary; their rows start as the mean of all others."""
+    """Adds the image tokens to the vocabulary. Their embedding and head rows start as the mean of existing rows."""
     first = checkpoint.tokenizer.size
     tensors = dict(checkpoint.tensors)
     for name in ("decoder.embed.weight", "decoder.head.weight"):
@@ -122,19 +124,19 @@ def _with_tokens(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
 
 
 def _with_tokenizer_files(checkpoint: Checkpoint, folder: Path, new_tokens: Mapping[str, int]) -> Checkpoint:
-    """The tokenizer with these tokens, written to `folder` unless it is there."""
+    """Adds these tokens to the tokenizer and writes it to `folder`, unless that already exists."""
     if not folder.is_dir():
         try:
             with new_folder(folder, 0) as partial:
                 copy_tokenizer(checkpoint.tokenizer_folder, partial, new_tokens)
         except CheckpointError:
-            if not folder.is_dir():  # else another rank was faster and wrote the same
+            if not folder.is_dir():  # otherwise, another rank has already written the same tokenizer
                 raise
     return replace(checkpoint, tokenizer=load_tokenizer(folder), tokenizer_folder=folder, new_tokens={})
 
 
 def trainable(checkpoint: Checkpoint, recipe: Recipe) -> Llava:
-    """The model on the meta device, in the right types, with adapters and with `requires_grad` set."""
+    """Returns the model on the meta device, with adapters, dtypes and `requires_grad` as the recipe specifies."""
     model = meta_model(checkpoint.config)
     with torch.device("meta"):
         if recipe.lora_rank:
@@ -174,7 +176,7 @@ def _learning(model: Llava, recipe: Recipe) -> Iterator[Tensor]:
 
 
 def row_ids(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, ...]:
-    """Ids of the only trained rows of the input embedding; () if all of them or none are trained."""
+    """Returns the ids of the only tokens whose input embeddings are trained; () if all or none are trained."""
     if "rows" not in recipe.train or ("decoder" in recipe.train and not recipe.lora_rank):
         return ()
     ids = [checkpoint.tokenizer.id_of(text) for text in ("<im_start>", "<im_end>")]
@@ -182,7 +184,7 @@ def row_ids(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, ...]:
 
 
 def fill(model: Llava, checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -> None:
-    """Allocates the model on the device and loads the checkpoint; what it lacks is initialised randomly."""
+    """Allocates the model on the device, loads the checkpoint, and initialises missing weights and adapters."""
     model.to_empty(device=device)
     if checkpoint.config.decoder.tied:
         model.decoder.head.weight = model.decoder.embed.weight
@@ -201,13 +203,13 @@ def fill(model: Llava, checkpoint: Checkpoint, recipe: Recipe, device: torch.dev
         put(parameter, _initial(name, tuple(parameter.shape), model, generator))
     for module in model.modules():
         if isinstance(module, Adapter):
-            limit = 1 / math.sqrt(module.a.shape[1])  # as in PEFT: A Kaiming-uniform with a = sqrt(5), B zero
+            limit = 1 / math.sqrt(module.a.shape[1])  # as in PEFT: A is Kaiming-uniform with a = sqrt(5), B is zero
             put(module.a, torch.empty(module.a.shape).uniform_(-limit, limit, generator=generator))
             put(module.b, torch.zeros(module.b.shape))
 
 
 def _initial(name: str, shape: tuple[int, ...], model: Llava, generator: torch.Generator) -> Tensor:
-    """A projector's weight or bias as torch initialises a Linear, the newline as LLaVA-1.6 does."""
+    """Initialises a projector's weight or bias as torch.nn.Linear does, and the newline as LLaVA-1.6 does."""
     if name == "newline":
         return torch.randn(shape, generator=generator) / math.sqrt(shape[0])
     layer = model.get_submodule(name.rpartition(".")[0])
@@ -217,11 +219,11 @@ def _initial(name: str, shape: tuple[int, ...], model: Llava, generator: torch.G
 
 
 def put(parameter: Tensor, value: Tensor) -> None:
-    """Copies values into a parameter, whole or sharded over ranks."""
+    """Copies a full tensor into a parameter, which may be sharded across ranks."""
     value = value.to(parameter.device, parameter.dtype)
     with torch.no_grad():
         if isinstance(parameter, DTensor):
-            # every rank has the whole value, so nothing is sent
+            # every rank has the full tensor, so no communication is needed
             value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
             parameter.to_local().copy_(value.to_local())
         else:

@@ -1,1 +1,1 @@
-"""What is published: the catalogue of LLaVA checkpoints, which entry a folder is, and which base it needs."""
+"""The zoo: the catalogue of published LLaVA checkpoints, used to identify a folder and the base model it needs."""

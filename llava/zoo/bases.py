@@ -1,4 +1,4 @@
-"""The base of a LoRA, a projector or a delta according to the catalogue, and errors about bases completed with it."""
+"""Finds the base model of a LoRA, projector or delta in the catalogue, and adds it to errors about base models."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +11,12 @@ from llava.zoo.match import Match, known_bases, match
 
 
 def needed_base(files: CheckpointFiles, detection: Detection) -> NeededBase:
-    """The base that the files name, by its hub id if the catalogue has it; else the base of the entries they match."""
+    """Returns the base recorded in the files, as a hub id if the catalogue has it, or that of the matching entries."""
     for name, where in recorded_names(files, detection.format):
         return NeededBase([known_bases().get(comparable_name(name), name)], f"{where} = {name}")
     try:
         found = match(files, detection)
-    except LlavaError:  # an error about the base must not be replaced by another one
+    except LlavaError:  # a failed match must not hide the error about the base
         return NeededBase([], "its files do not say which")
     entries = found.candidates or [near for near in found.nearest if near.entry["format"] == detection.format]
     names = list(dict.fromkeys(base for near in entries if (base := catalogue.base_id(near.entry))))
@@ -30,7 +30,7 @@ def _ids(matches: list[Match]) -> str:
 
 @contextmanager
 def advice() -> Iterator[None]:
-    """Errors about a missing or wrong base that are raised inside name the base that the catalogue knows."""
+    """Adds the base model from the catalogue to errors about a missing or wrong base that are raised inside."""
     try:
         yield
     except BaseModelError as error:

@@ -1,6 +1,6 @@
-"""The catalogue of published LLaVA checkpoints, `zoo.json`, and what an entry needs: the commands to fetch and run it.
+"""The catalogue of published LLaVA checkpoints, `zoo.json`, and the commands to fetch and run an entry.
 
-An entry has the keys of its row in zoo.json, `id` first. Nothing here reads a checkpoint: see `match.py`.
+An entry has the keys of its object in zoo.json, `id` first. This module reads no checkpoints; see `match.py`.
 """
 
 import difflib
@@ -26,7 +26,7 @@ def _catalogue() -> dict[str, Any]:
 
 
 def entries() -> list[dict[str, Any]]:
-    """All rows of the zoo's tables in order, then the entries that are in none of them."""
+    """Returns the entries in the zoo's tables, in order, then those that are in none of the tables."""
     return [*_catalogue()["entries"], *_catalogue()["extra_entries"]]
 
 
@@ -37,7 +37,7 @@ def select(
     vision_encoder: str | None = None,
     data: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Entries whose cells contain these texts, ignoring case."""
+    """Returns the entries whose cells contain the given texts, ignoring case."""
 
     def fits(entry: Entry) -> bool:
         encoder = entry.get("vision_encoder") or entry.get("vision_tower")
@@ -56,7 +56,7 @@ def _holds(cells: Iterable[str | None], text: str | None) -> bool:
 
 
 def find(name: str) -> dict[str, Any]:
-    """The entry with this id, or with this last component of an id. Raises ConfigError with similar ids."""
+    """Finds an entry by its id or its id's last component. Raises ConfigError, with similar ids in the message."""
     names = {entry["id"]: entry for entry in entries()}
     if name in names:
         return names[name]
@@ -80,7 +80,7 @@ def _short(id: str) -> list[str]:
 
 
 class Table(NamedTuple):
-    """One of the zoo's tables. A line is an id and the cells of its row."""
+    """One of the zoo's tables. Each line is an id followed by the cells of its row."""
 
     title: str
     columns: list[str]
@@ -88,7 +88,7 @@ class Table(NamedTuple):
 
 
 def tables(chosen: Iterable[Entry]) -> Iterator[Table]:
-    """Entries as the zoo shows them, under the newest table that has them; entries without a table come last."""
+    """Groups the chosen entries by the newest table that lists them; entries in no table come last."""
     groups: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
     for entry in chosen:
         rows = entry.get("source_rows")
@@ -101,7 +101,7 @@ def tables(chosen: Iterable[Entry]) -> Iterator[Table]:
 
 
 def _outside(entry: Entry) -> dict[str, Any]:
-    """Cells for an entry that is in no table."""
+    """Returns the cells for an entry that is in no table."""
     return {
         "Format": entry["format"],
         "Size": entry.get("size") or find(entry["reexport_of"])["size"],
@@ -115,19 +115,19 @@ def _text(cell: Any) -> str:
     return "" if cell is None else str(cell)
 
 
-# --------------------------------------------------------------------------------------------------- what it needs
+# ------------------------------------------------------------------------------------------------ using an entry
 
 
 def origin(entry: Entry) -> Entry:
-    """The entry that a re-export was made from; any other entry itself."""
+    """Returns the entry that a re-export was made from; for any other entry, the entry itself."""
     return find(entry["reexport_of"]) if "reexport_of" in entry else entry
 
 
 def base_id(entry: Entry) -> str | None:
-    """The hub id of the base that the entry needs, None if it needs none.
+    """Returns the hub id of the base that the entry needs, or None if it needs none.
 
-    For a base under Meta's licence it is a repository with the base in the hub's format. Vicuna v0 was published as a
-    delta only: its id is that of the delta.
+    For a base under Meta's licence, this is a repository with the base in the hub's format. Vicuna v0 was published
+    only as a delta, so its id is that of the delta.
     """
     named = entry.get("base_llm_repo")
     if not named:
@@ -140,7 +140,7 @@ def base_id(entry: Entry) -> str | None:
 
 
 def base_words(entry: Entry) -> str | None:
-    """The base as text; for a delta, which is easily given the wrong one, with a warning."""
+    """Describes the base; for a delta, where a wrong base is a common mistake, with a warning."""
     id = base_id(entry)
     if entry["format"] == "delta":
         return f"the raw LLaMA-1 {entry['size'].upper()} in the hub's format (e.g. {id}; not Vicuna)"
@@ -148,7 +148,7 @@ def base_words(entry: Entry) -> str | None:
 
 
 def licence(entry: Entry) -> str:
-    """The licence note of the language model."""
+    """Returns the licence note of the entry's language model."""
     start = origin(entry)
     if (note := start.get("license_note")) not in (None, _NO_DETAILS):
         return str(note)
@@ -164,7 +164,7 @@ _NO_DETAILS = "base LLM licence"  # a note without details
 
 
 def _model(entry: Entry) -> str:
-    """The language model's name without its size."""
+    """Returns the language model's name without its size."""
     return (
         re.sub(r"[^a-z0-9.]|\d+b\b", "", str(entry["base_llm"]).lower().replace("-", " "))
         if "base_llm" in entry
@@ -173,13 +173,13 @@ def _model(entry: Entry) -> str:
 
 
 def tower(entry: Entry) -> str | None:
-    """The hub id of the vision tower that the entry needs; None if its own files contain it."""
+    """Returns the hub id of the vision tower that the entry needs, or None if its own files contain the tower."""
     inside = entry["format"] == "hf-reexport" or entry.get("vision_tower_in_checkpoint") is True
     return None if inside else entry["vision_tower"]
 
 
 def commands(entry: Entry) -> list[tuple[str, str]]:
-    """Commands to fetch and use the entry, each with its purpose: fetch, base, merge, ask or convert."""
+    """Returns (purpose, command) pairs to fetch and use the entry; purposes: fetch, base, merge, ask and convert."""
     repo, file = entry.get("repo", entry["id"].split("#")[0]), entry.get("file")
     folder = repo.split("/")[-1]
     given = f"{folder}/{file}" if file else folder
@@ -198,7 +198,7 @@ def commands(entry: Entry) -> list[tuple[str, str]]:
 
 
 def _base_commands(entry: Entry, lines: list[tuple[str, str]]) -> tuple[str | None, list[tuple[str, str]]]:
-    """The folder to pass as base, and the commands that produce it."""
+    """Returns the folder to pass as base, and `lines` extended with the commands that create that folder."""
     id = base_id(entry)
     if id is None:
         return None, lines
@@ -212,7 +212,7 @@ def _base_commands(entry: Entry, lines: list[tuple[str, str]]) -> tuple[str | No
 
 
 def facts(entry: Entry) -> list[tuple[str, str]]:
-    """The entry as lines of text."""
+    """Describes the entry as (label, text) pairs."""
     start = origin(entry)
     base, vision = base_words(entry), tower(entry)
     prompts = start.get("conversation") or {}
@@ -224,12 +224,12 @@ def facts(entry: Entry) -> list[tuple[str, str]]:
         "format": entry["format"],
         "language model": f"{start['base_llm']} ({start['size']})",
         "needs base": base or "none",
-        "vision tower": vision or f"inside; made from {start['vision_tower']}",
+        "vision tower": vision or f"in the checkpoint; made from {start['vision_tower']}",
         "projector": projector.get("type"),
         "pretraining": _joined(start, "pretrain_data", "pretrain_schedule"),
         "finetuning": _joined(start, "finetune_data", "finetune_schedule"),
         "template, trained": prompts.get("train"),
-        "template, served": prompts.get("serve") or "not published; its files lead to llava_v1",
+        "template, served": prompts.get("serve") or "not published; llava_v1 is chosen from its files",
         "image mode": f"{mode}; aspect {start.get('image_aspect_ratio', 'square')}",
         "vocabulary": entry.get("vocab_size"),
         "added tokens": ", ".join(f"{text} {id}" for text, id in entry.get("added_tokens", {}).items()),

@@ -1,4 +1,4 @@
-"""Which entries of the catalogue a checkpoint may be: its fingerprint compared with every entry."""
+"""Finds the catalogue entries that a checkpoint may be, by comparing its fingerprint with every entry."""
 
 import re
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ class _Sizes(NamedTuple):
     kv_heads: int
 
 
-_SIZES = {  # of the published language models, by architecture and size
+_SIZES = {  # sizes of the published language models, by architecture and parameter count
     ("llama", "7b"): _Sizes(4096, 32, 32),
     ("llama", "13b"): _Sizes(5120, 40, 40),
     ("llama", "34b"): _Sizes(7168, 60, 8),  # Yi
@@ -31,7 +31,7 @@ _NUMBERS = {"positions": "max_position_embeddings", "eps": "rms_norm_eps", "voca
 
 @dataclass(frozen=True)
 class Match:
-    """An entry compared with a checkpoint: the evidence that agrees, and descriptions of what differs."""
+    """The result of comparing an entry with a checkpoint: evidence that agrees, and descriptions of differences."""
 
     entry: Entry
     agrees: list[str]
@@ -45,7 +45,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Matches:
-    """A checkpoint's fingerprint and the entries that it may be, the likeliest first; without any, the nearest ones."""
+    """A checkpoint's fingerprint, and the entries it may be, likeliest first; if there are none, the nearest."""
 
     fingerprint: Fingerprint
     candidates: list[Match]
@@ -53,7 +53,7 @@ class Matches:
 
     @property
     def family(self) -> list[Match]:
-        """The candidates, else the nearest entries from which only sizes differ, as for a scaled-down model."""
+        """The candidates, or else those nearest entries that differ only in sizes, as for a scaled-down model."""
         return self.candidates or [near for near in self.nearest if near.same_family]
 
 
@@ -87,10 +87,10 @@ def _compare(found: Fingerprint, entry: Entry) -> Match:
 
 
 def _equal(name: str, value: Any, wanted: Any) -> bool | None:
-    """None if the comparison says nothing, as for the name of a base that no entry has."""
+    """Compares two values; None if that is inconclusive, as for a base recorded as the path of an unknown folder."""
     if name == "base":
         known = comparable_name(str(value))
-        # anything but the path of a local folder
+        # a known base, or a hub id rather than the path of a local folder
         other = known in known_bases() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(value))
         return known == comparable_name(wanted) or (False if other else None)
     if name == "added tokens":
@@ -99,12 +99,12 @@ def _equal(name: str, value: Any, wanted: Any) -> bool | None:
 
 
 def known_bases() -> dict[str, str]:
-    """Hub ids of the language models that entries were trained from, by their comparable names."""
+    """Returns the hub ids of the language models that entries were trained from, by comparable name."""
     return {comparable_name(base): base for entry in catalogue.entries() if (base := trained_from(entry))}
 
 
 def licence_of_base(name: str) -> str | None:
-    """The licence note of a recorded base; None if no entry was trained from it."""
+    """Returns the licence note of a recorded base, or None if no entry was trained from it."""
     entries = (
         entry for entry in catalogue.entries() if comparable_name(trained_from(entry) or "") == comparable_name(name)
     )
@@ -112,13 +112,13 @@ def licence_of_base(name: str) -> str | None:
 
 
 def trained_from(entry: Entry) -> str | None:
-    """The hub id of the language model that the entry was trained from."""
+    """Returns the hub id of the language model that the entry was trained from, if known."""
     named = catalogue.origin(entry).get("trained_from") or entry.get("base_llm_repo")
     return catalogue.base_id({"base_llm_repo": named}) if named else None
 
 
 def entry_fingerprint(entry: Entry) -> dict[str, Any]:
-    """What an entry states, by the names that `fingerprint` uses; facts that it leaves open are absent."""
+    """Returns the facts that an entry states, under the names that `fingerprint` uses; unstated facts are absent."""
     start = catalogue.origin(entry)
     rows: dict[str, Any] = {"format": entry["format"]} | _sizes(start)
     for name, key in _NUMBERS.items():
@@ -147,7 +147,7 @@ def _pixels(entry: Entry) -> int:
 
 
 def _own(entry: Entry) -> dict[str, Any]:
-    """Further facts of entries in the original formats."""
+    """Returns further facts about an entry in one of the original formats."""
     rows: dict[str, Any] = {"image size": _pixels(entry)}
     if "image_aspect_ratio" in entry:
         aspect = entry["image_aspect_ratio"]

@@ -1,4 +1,4 @@
-"""Corrupted checkpoint folders load correctly or fail with one clear error: random ones, and past findings."""
+"""Corrupted checkpoint folders load correctly or fail with one clear error: random corruptions, and past findings."""
 
 import contextlib
 import json
@@ -53,7 +53,7 @@ def test_two_thousand_corrupted_folders_load_correctly_or_fail_with_one_clear_er
 
 
 def test_the_fuzz_detects_code_and_writes(tmp_path: Path) -> None:
-    """The watch records code and writes."""
+    """`Watch` records the creation of files and folders while it is on."""
     code = """
 import os, sys, pickle
 from pathlib import Path
@@ -77,7 +77,7 @@ print(len(watch.seen), "a" in watch.seen[0], "b" in watch.seen[1])
 
 
 def config(word: str, **changes: Any) -> Callable[[Path], str]:
-    """A fault in config.json, and a word that the error must contain."""
+    """A fault in config.json; applying it returns the word that the error must contain."""
 
     def spoil(folder: Path) -> str:
         tiny.edit_json(folder / "config.json", **changes)
@@ -107,7 +107,7 @@ def tower(key: str, value: Any) -> Callable[[Path], str]:
 
 
 def entry(make: Callable[[torch.Tensor], Any], name: str = "model.norm.weight") -> Callable[[Path], str]:
-    """A .bin file with another object in place of one tensor."""
+    """A fault in a .bin file: another object in place of one tensor."""
 
     def spoil(folder: Path) -> str:
         path = folder / "pytorch_model.bin"
@@ -125,7 +125,7 @@ def numbered(folder: Path) -> str:
 
 
 def tar(folder: Path) -> str:
-    """torch.load would unpack it."""
+    """A tar archive in place of a .bin file; torch.load would unpack it."""
     path = folder / "pytorch_model.bin"
     with tarfile.open(path, "w") as archive:
         archive.add(folder / "config.json", "storages")
@@ -143,7 +143,7 @@ def empty_tokenizer(folder: Path) -> str:
 
 
 def a_device(folder: Path) -> str:
-    """A device that never ends when it is read."""
+    """A link to a device that can be read without end."""
     (folder.parent / "clip" / "config.json").unlink()
     (folder.parent / "clip" / "config.json").symlink_to("/dev/zero")
     return "config.json"

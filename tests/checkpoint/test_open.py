@@ -134,7 +134,7 @@ def test_safetensors_come_before_bin_whatever_is_sharded(base: Path, tmp_path: P
     shutil.copy(other / "model.safetensors", both)
     assert_same(tensors_of(opened(both)), tensors_of(opened(other)))
     for file in both.glob("pytorch_model-*.bin"):
-        file.unlink()  # a download of only *.json and *.safetensors has the index of the .bin files too
+        file.unlink()  # a download of only *.json and *.safetensors also contains the index of the .bin files
     assert_same(tensors_of(opened(both)), tensors_of(opened(other)))
 
 

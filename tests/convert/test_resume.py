@@ -1,4 +1,4 @@
-"""Resuming merges that were killed or met a full disk, a used target or a second process."""
+"""Resuming merges that were killed, or that met a full disk, a used target or a second process."""
 
 import errno
 import hashlib
@@ -45,7 +45,7 @@ def test_a_killed_run_is_resumed(raw: Path, delta: Path, tmp_path: Path, how: si
     assert not target.exists()
     left = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.safetensors")}
     assert len(left) >= 2
-    # it does not resume with other inputs or options
+    # a run with other inputs or options does not resume it
     with pytest.raises(CheckpointError, match="beginning of another job"):
         apply_delta(raw, target, delta, MergeOptions(max_shard_bytes=40_000))
     done = apply_delta(raw, target, delta, MergeOptions(max_shard_bytes=30_000, verify=True))
@@ -81,7 +81,7 @@ def test_a_damaged_shard_is_written_again(raw: Path, delta: Path, tmp_path: Path
 
 
 def interrupted(base: Path, target: Path, delta: Path) -> int:
-    """Interrupts a merge half-way and returns the number of shards it leaves."""
+    """Interrupts a merge halfway and returns the number of shards it leaves."""
 
     def stop(done: int, total: int) -> None:
         if done > total // 2:
@@ -114,7 +114,7 @@ def test_a_target_that_appears_during_the_merge_loses_no_work(raw: Path, delta: 
             target.mkdir(exist_ok=True)
             (target / "mine").touch()
 
-    with pytest.raises(CheckpointError, match=r"t\.partial: fix that and run the same command again"):
+    with pytest.raises(CheckpointError, match=r"t\.partial; fix the cause and run the same command again"):
         apply_delta(raw, target, delta, MergeOptions(max_shard_bytes=30_000), progress=take)
     (target / "mine").unlink()
     done = apply_delta(raw, target, delta, MergeOptions(max_shard_bytes=30_000))
@@ -135,7 +135,7 @@ def test_a_disk_without_locks_is_used_with_a_warning(
     raw: Path, delta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def no_locks(handle: int, how: int) -> None:
-        raise OSError(errno.EBADF, os.strerror(errno.EBADF))  # the error of NFS for an exclusive lock on a folder
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))  # what NFS raises for an exclusive lock on a folder
 
     monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", no_locks)
     apply_delta(raw, tmp_path / "t", delta)

@@ -1,4 +1,4 @@
-"""`llava data check`: the report, token figures, the fixed copy, and the command."""
+"""`llava data check`: the report, token figures, the repaired copy, and the command."""
 
 import json
 import re

@@ -138,5 +138,5 @@ def test_a_wrong_location_of_pictures_is_refused(tmp_path: Path) -> None:
         Samples([write_tar(tmp_path / "b.tar", {"a.jpg": b""})], None)
     with pytest.raises(DataError, match=r"a folder without \.tar files"):
         Samples([write_folder(tmp_path / "c", {"a.json": b"[]"})], None)
-    with pytest.raises(DataError, match="no location of the pictures given"):
+    with pytest.raises(DataError, match="no location given for the pictures"):
         Samples([write_json(tmp_path / "d.json", LCS)], None).picture("a.jpg")

@@ -1,4 +1,4 @@
-"""Incremental detokenization: pieces join to the reply, and no part of a stop string is returned."""
+"""Incremental detokenization: the pieces join to form the reply, and no part of a stop string is returned."""
 
 import random
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A small build of llava-tiny, from glyphs to a model that names what it sees, and only guesses without pictures.
+"""A small build of llava-tiny, from glyphs to a model that names what it sees, but only guesses without pictures.
 
 All tests share one run of the command. It needs only the glyphs in tests/examples/glyphs.
 """

@@ -22,7 +22,7 @@ from tests.conftest import PROJECT
 PICTURES = sorted((PROJECT / "examples" / "pictures").glob("*.png"))
 QUESTIONS = ("What is there in the picture?", "What does the text say?", "Is there a crab in the picture?")
 TEXT_QUESTIONS = ("Name three animals.", "What is a penguin?", "Is a carrot a fruit?")
-ROUNDED = 2e-2  # tolerance of logits of about 25 if the weights were rounded to float16 once more
+ROUNDED = 2e-2  # tolerance for logits of about 25 if the weights were rounded to float16 once more
 
 Asked = tuple[Path | None, str]
 SEEING: list[Asked] = [(picture, question) for picture in PICTURES for question in QUESTIONS]
@@ -67,7 +67,7 @@ def asked_of(name: str) -> list[Asked]:
 
 
 def test_the_answers_depend_on_the_pictures_and_are_correct(expected: dict[Asked, str]) -> None:
-    """Otherwise the agreement of all formats would mean little."""
+    """Otherwise, agreement between the formats would mean little."""
     said = {(picture.stem, question): expected[picture, question] for picture, question in SEEING if picture}
     assert len(PICTURES) == 3
     assert "crab" in said["beach", QUESTIONS[0]]

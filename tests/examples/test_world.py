@@ -271,7 +271,7 @@ def test_counts_match_the_scene() -> None:
 
 
 def test_relations_are_unambiguous() -> None:
-    """A thing to the left of another ends before it begins, and is further to the left than above or below."""
+    """A thing to the left of another ends before the other begins, and is further to the left than above or below."""
     names = Names.of_things(BY_NAME)
     seen = 0
     for scene, turn in turns_of(500):

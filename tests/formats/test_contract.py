@@ -1,4 +1,4 @@
-"""What each format states of itself holds: one test for each statement, run for every format that makes it."""
+"""What each format declares about itself is true: one test per declaration, run for every format that makes it."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from llava.convert.convert import convert
 from llava.formats import FORMATS
 from llava.formats.format import Checkpoint
 from llava.tensors.files import open_weights
-from tests import tiny
+from tests import expected, tiny
 from tests.checkpoints import assert_same, opened, tensors_of
 
 WRITTEN = [name for name, format in FORMATS.items() if format.writes]
@@ -78,7 +78,7 @@ def test_formats_of_one_language_model_read_as_equal_tensors(name: str, heads: i
     found = opened(folder)
     assert_same(tensors_of(found), tensors_of(twin))
     assert found.config.decoder == twin.config.decoder
-    for ours, tensor in found.tensors.items():  # a part of the rows is a part of the whole
+    for ours, tensor in found.tensors.items():  # some rows of a tensor, read alone, equal those of the whole
         assert torch.equal(tensor.rows(1, 7), tensor.read()[1:7]), ours
 
 
@@ -91,8 +91,29 @@ def test_a_part_and_its_base_equal_the_whole(name: str, clip: Path, tmp_path: Pa
     convert(part, tmp_path / "whole", LoadOptions(base=base), verify=True)
     whole = opened(tmp_path / "whole")
     assert_same({n: t.read().to(t.dtype) for n, t in found.tensors.items()}, tensors_of(whole))
+    assert_close(tmp_path / "whole", expected_whole(name, part, base))
     changed = {n for n, t in found.tensors.items() if n.startswith("decoder.") and differs(n, t.read(), base)}
     assert bool(changed) == (not FORMATS[name].exact)  # a projector leaves the base as it is
+
+
+def expected_whole(name: str, part: Path, base: Path) -> dict[str, Tensor]:
+    """The model's tensors under their original names, computed without the package."""
+    if name == "delta":
+        return expected.summed(expected.stored(base), expected.stored(part))
+    if name == "lora":
+        return expected.merged(base, part, precise=True)
+    projector = torch.load(part / "mm_projector.bin", weights_only=True)
+    return expected.without_rotary(expected.stored(base)) | projector
+
+
+def assert_close(whole: Path, tensors: dict[str, Tensor]) -> None:
+    """Asserts equality up to one rounding to float16 or bfloat16."""
+    convert(whole, whole.with_name("published"), to="llava")
+    stored = expected.stored(whole.with_name("published"))
+    found = {key: value for key, value in stored.items() if "vision_tower" not in key}
+    assert set(found) == set(tensors)
+    for key, value in tensors.items():
+        torch.testing.assert_close(found[key].float(), value.float(), rtol=2**-7, atol=2**-12, msg=key)
 
 
 def differs(name: str, tensor: Tensor, base: Path) -> bool:
@@ -123,7 +144,7 @@ def test_gpt_fast_has_the_names_shapes_and_row_order_that_its_loader_expects(tmp
 
 
 def test_gguf_rounds_to_float16_and_no_further(clip: Path, tmp_path: Path) -> None:
-    """A format that is not exact stays within half a unit of float16's 11 significant bits."""
+    """A format that is not exact stays within half a unit of the last of float16's 11 significant bits."""
     folder = tiny.write_llama(tmp_path / "llama", torch_dtype="float32")
     tensors = {name: tensor + 1e-5 * torch.randn_like(tensor) for name, tensor in on_disk(folder).items()}
     tiny.save(tensors, folder, "safetensors")

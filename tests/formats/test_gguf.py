@@ -231,8 +231,8 @@ def test_a_changed_byte_is_noticed(checkpoint: Path, written: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("config", "why"),
     [
-        ({"mm_projector_type": "linear"}, "linear layer as projector"),
-        ({"mm_projector_type": "mlp3x_gelu"}, "3 layers as projector"),
+        ({"mm_projector_type": "linear"}, "linear layer as its projector"),
+        ({"mm_projector_type": "mlp3x_gelu"}, "3 layers as its projector"),
         ({"mm_vision_select_feature": "cls_patch"}, "class token among the features"),
         ({"mm_use_im_start_end": True}, "<im_start>"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),

@@ -1,4 +1,4 @@
-"""llava-hf's layout: read like transformers, and written so that transformers opens it."""
+"""llava-hf's layout: read as in transformers, and written so that transformers can open it."""
 
 import json
 import shutil
@@ -89,7 +89,7 @@ FORMS = {"1.5": {}, "1.6": {"tower_seed": 5, "layout": "safetensors-shards", **t
 
 @pytest.fixture(scope="module")
 def made(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Returns a small LLaVA of a version in the original's layout."""
+    """Returns a function that writes a small LLaVA of one version in the original's layout."""
     out = tmp_path_factory.mktemp("original")
 
     def make(form: str) -> Path:
@@ -111,7 +111,7 @@ def test_transformers_opens_the_export_and_computes_the_same(
     )
     assert not any(info.values()), info
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "hf")
-    theirs.save_pretrained(tmp_path / "again")  # with the newer names
+    theirs.save_pretrained(tmp_path / "again")  # with the newer tensor names
     for file in (tmp_path / "hf").glob("*token*"):
         shutil.copy(file, tmp_path / "again")
     shutil.copy(tmp_path / "hf" / "preprocessor_config.json", tmp_path / "again")
@@ -135,7 +135,7 @@ def test_transformers_opens_the_export_and_computes_the_same(
 
 
 def test_an_export_answers_as_the_original_did(made: Callable[[str], Path], tmp_path: Path) -> None:
-    """Read by us: keys of our own record what the layout has no key for."""
+    """When we open it: our own config keys record what the layout has no key for."""
     for form in FORMS:
         convert(made(form), tmp_path / form, to="llava-hf")
         before, after = (llava.load(f, dtype="float32", device="cpu") for f in (made(form), tmp_path / form))
@@ -256,7 +256,7 @@ def test_what_the_layout_cannot_express_is_refused(
 def test_a_wrong_conversion_does_not_pass_the_check(
     made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With another eps in the written config, the tensors are equal but the logits differ."""
+    """With a different eps in the written config, the tensors are equal but the logits differ."""
     write_config = Llava.write_config
 
     def wrong(*arguments: Any) -> dict[str, Any]:

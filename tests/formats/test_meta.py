@@ -146,7 +146,7 @@ def test_an_incomplete_folder_is_refused_in_one_line(tmp_path: Path) -> None:
     assert "params.json: is missing" in said(bare)
     mixed = tiny.write_meta(tmp_path / "c" / "m")
     torch.save({"norm.weight": torch.ones(64)}, mixed / "consolidated.01.pth")
-    assert "has no tok_embeddings.weight, other shards do" in said(mixed)
+    assert "has no tok_embeddings.weight, but other shards do" in said(mixed)
     alone = tiny.write_meta(tmp_path / "d" / "m")
     (alone.parent / "tokenizer.model").unlink()
     assert "no tokenizer.model" in said(alone)

@@ -95,7 +95,7 @@ def test_the_decoder_computes_what_mpt_is(n_heads: int, bias_max: float, limit: 
             2**-8,
             2**-1,
             2**-3,
-        ],  # from 8 heads: every second one, then the others from the first on
+        ],  # the slopes of 8 heads: every second one, then the others, starting with the first
         1: [2**-8],
     }[n_heads]
     x = torch.randn(9, 48)
@@ -310,7 +310,7 @@ def test_pictures_and_text_of_all_lengths_answer_in_a_batch_like_single_requests
 
 
 def test_traced_steps_of_several_rows_in_two_windows_equal_plain_ones(assistant: Assistant) -> None:
-    """Without a compiler backend: what is traced, and when it is traced again."""
+    """Without a compiler backend: checks what is traced, and when it is traced again."""
     model = assistant.model
     prefill, decode = (torch.compile(one, backend="eager") for one in (step.prefill, step.decode_step))
     for n, window in ((4, 8), (11, 16)):

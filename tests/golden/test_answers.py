@@ -82,7 +82,7 @@ def edited_copy(folder: Path, target: Path, **changes: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def load(golden_checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., llava.Assistant]:
-    """load(family, **config changes). Each checkpoint is loaded once, from a folder with a misleading name."""
+    """Returns load(family, **config changes). Each checkpoint is loaded once, from a folder with a misleading name."""
 
     def disguised(folder: Path) -> Path:
         link = tmp_path_factory.mktemp("vicuna") / "mistral-34b-lora-delta-mpt-llama-2-v0"

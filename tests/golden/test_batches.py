@@ -29,7 +29,7 @@ def assistant(golden_checkpoints: Path) -> llava.Assistant:
 def test_each_row_of_the_originals_padded_batch_is_ours_without_padding(
     golden: Path, assistant: llava.Assistant, side: str, length: str
 ) -> None:
-    """Ids, embeddings with image features, logits and loss. The original pads on either side and truncates to 40."""
+    """Ids, embeddings with image features, logits and loss. The original pads either side and cuts to 40 tokens."""
     folder = golden / "a_v1.5" / "golden"
     record, stored = json.loads((folder / "batching.json").read_text()), load_file(folder / "batching.safetensors")
     vocab_ids = json.loads((folder / "prompts.json").read_text())["vocab_ids_of_logits_at_ids"]
@@ -53,7 +53,7 @@ def test_each_row_of_the_originals_padded_batch_is_ours_without_padding(
 
 
 def stops_after(row: dict[str, Any], tokenizer: Any) -> int | None:
-    """Number of tokens after which we stop, None if we do not."""
+    """The number of tokens after which we stop; None if we do not."""
     stop_ids = {tokenizer.id_of(text) for text in row["keywords"]} - {None}
     text = Detokenizer(tokenizer.decode, row["keywords"])
     for i, id in enumerate(row["new_ids"]):
@@ -66,7 +66,7 @@ def stops_after(row: dict[str, Any], tokenizer: Any) -> int | None:
 
 
 def test_a_reply_stops_where_the_originals_stops_or_should_stop(golden: Path, golden_checkpoints: Path) -> None:
-    """The original compares ids and misses "###" when it is two pieces; we compare text."""
+    """The original compares ids and misses "###" when it is split into two pieces; we compare text."""
     rows = json.loads((golden / "stopping" / "stopping.json").read_text())["rows"]
     files = json.loads((golden / "tokenizer" / "tokenization.json").read_text())["tokenizers"]
     tokenizers = {name[:8]: load_tokenizer(golden_checkpoints / entry["files"]) for name, entry in files.items()}

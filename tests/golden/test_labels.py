@@ -14,7 +14,7 @@ from llava.preprocess.conversation import Turn
 from llava.preprocess.inputs import ModelInput, Preprocessor
 from tests.golden.test_answers import FOLDERS, TOWERS
 
-N_RUNS = 11  # of training.json; in the twelfth (MPT) the original masks everything by mistake, so f_mpt is used
+N_RUNS = 11  # runs of training.json; in the twelfth (MPT) the original masks everything by mistake, so f_mpt is used
 TOKENIZERS = {
     "a": "a_v1.5/llava-v1.5-7b",
     "b": "b_llama2/llava-llama-2-13b-chat-lightning-preview",

@@ -114,7 +114,7 @@ def test_an_mpt_in_bfloat16_stays_near_float32(clip: Path, picture: Path, tmp_pa
 
 
 def next_logits(model: Llava, prefill: Callable[..., Tensor], decode: Callable[..., Tensor]) -> Tensor:
-    """[2, V] on the CPU: after a prompt of 4 tokens, then after one more."""
+    """Logits [2, V] on the CPU: after a prompt of 4 tokens, and after one more token."""
     ids, after = (torch.tensor(ids, device=model.device) for ids in ([[1, 40, 50, 60]], [70]))
     at = torch.tensor([[4]], device=model.device)
     cache = KVCache(model.config.decoder, 1, 8, dtype=model.dtype, device=model.device)
@@ -127,7 +127,7 @@ def next_logits(model: Llava, prefill: Callable[..., Tensor], decode: Callable[.
 
 
 def test_adapters_switch_in_eager_and_in_compiled_steps(clip: Path, picture: Path, tmp_path: Path) -> None:
-    """In bfloat16, compared with merged weights in float32. A wrong adapter would differ as much as two adapters do."""
+    """Compares bfloat16 with merged float32 weights. A wrong adapter would be off by as much as two adapters differ."""
     base = tiny.write_llama(tmp_path / "base")
     folders = {
         name: tiny.write_lora(tmp_path / name, clip=clip, seed=seed) for name, seed in (("cats", 3), ("dogs", 5))

@@ -15,7 +15,7 @@ from tests.conftest import Share
 def command(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> Command:
-    """`llava ARGS` in this process. Warnings go to stderr elsewhere; here pytest captures them."""
+    """Runs `llava ARGS` in this process. pytest captures the warnings, which otherwise go to stderr."""
     monkeypatch.setenv("COLUMNS", "400")
 
     def call(*args: object, fails: bool = False) -> Said:

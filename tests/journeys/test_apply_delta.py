@@ -94,7 +94,7 @@ LARGE |= {"num_key_value_heads": 8, "num_hidden_layers": 6, **tiny.LLAMA_1}
 
 @pytest.fixture(scope="module")
 def large(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A base and a delta that are large enough to kill a merge half-way."""
+    """A base and a delta that are large enough to kill a merge halfway."""
     place = tmp_path_factory.mktemp("large")
     base = tiny.write_llama(place / "large", seed=7, **LARGE)
     config = tiny.llava_config(**LARGE, mm_projector_type="linear", mm_vision_tower=str(clip))

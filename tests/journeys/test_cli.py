@@ -281,7 +281,7 @@ def test_a_native_form_of_several_shards_has_an_index(
     from llava.convert import convert as job
     from llava.tensors.writer import write_shards
 
-    monkeypatch.setitem(write_shards.__kwdefaults__, "max_bytes", 200_000)  # 5 GB would take long
+    monkeypatch.setitem(write_shards.__kwdefaults__, "max_bytes", 200_000)  # 5 GB would take too long
     job.convert(checkpoint, tmp_path / "sharded")
     (index,) = (tmp_path / "sharded").glob("*.index.json")
     weight_map = json.loads(index.read_text())["weight_map"]
@@ -479,7 +479,7 @@ def test_the_answer_survives_characters_that_a_terminal_would_read_as_markup(cli
     for key, value in tensors.items():
         if key.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight", "embed_tokens.weight")):
             value.zero_()
-    tensors["model.embed_tokens.weight"][:, 0] = 1  # any other token leads to the first of the cycle
+    tensors["model.embed_tokens.weight"][:, 0] = 1  # any other token is followed by the first of the cycle
     tensors["lm_head.weight"][cycle[0], 0] = 1
     for i, token in enumerate(cycle):
         tensors["model.embed_tokens.weight"][token] = torch.nn.functional.one_hot(torch.tensor(i + 1), dim).half()

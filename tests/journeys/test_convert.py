@@ -57,7 +57,7 @@ def back_and_forth(command: Command, source: Path, folder: Path, by: str, end: s
 
 
 def assert_back(source: Path, back: Path, clip: Path) -> None:
-    """Asserts that every tensor of the source has its bytes; a tower that was added is CLIP's."""
+    """Asserts that every tensor of the source came back unchanged, and that an added tower is CLIP's."""
     found, expected = stored(back), without_rotary(stored(source))
     assert_same({name: value for name, value in found.items() if name in expected}, expected)
     theirs = torch.load(clip / "pytorch_model.bin", weights_only=True)
@@ -185,7 +185,7 @@ def test_llava_hfs_layout_back_and_forth(command: Command, next_: Path, tmp_path
     expected = stored(source)
 
     def plain(tensors: Tensors) -> Tensors:
-        """Removes what differs between the names of both orders."""
+        """Removes the prefixes in which old and new tensor names differ."""
         short = {}
         for name, value in tensors.items():
             key = name.removeprefix("model.").replace("language_model.model.", "language_model.")

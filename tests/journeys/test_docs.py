@@ -41,7 +41,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def commands() -> Iterator[str]:
-    """PATH with python and llava: the command of tests/forkserver.py, because pages run about fifty of them."""
+    """A PATH with python and the fast llava of tests/forkserver.py, because pages run about fifty commands."""
     with fast_llava() as folder:
         yield os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
 

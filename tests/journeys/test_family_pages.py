@@ -53,7 +53,7 @@ def commands(block: str) -> Iterator[list[str]]:
 
 
 def write_vicuna_v0(folder: Path) -> None:
-    """Writes Vicuna v0 as published: the difference of a plain Llama to LLaMA-1, with a row for [PAD]."""
+    """Writes Vicuna v0 as published: a plain Llama minus LLaMA-1, with a row for [PAD]."""
     config = tiny.llama_config(vocab_size=tiny.PIECES + 1, **tiny.LLAMA_1)
     tensors = tiny.llama_tensors(config, 1, inv_freq=True)
     for name, raw in tiny.llama_tensors(tiny.llama_config(**tiny.LLAMA_1), 7, inv_freq=True).items():
@@ -94,7 +94,7 @@ def download(words: list[str]) -> str:
 
 def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """Runs a command, which must succeed, and returns its stdout."""
-    if words[:3] == ["llava", "zoo", "check"]:  # rows differ in their sizes, so this writes full-size headers
+    if words[:3] == ["llava", "zoo", "check"]:  # rows are told apart by size, so this writes full-size headers
         rows.write_headers(Path("full-size", words[3]), ROWS[words[3]])
         words = [*words[:3], f"full-size/{words[3]}"]
     if words[0] == "hf":
@@ -116,7 +116,7 @@ def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def options(words: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The arguments of a command, and its options that take a value."""
+    """The positional arguments of a command, and its options that take a value."""
     alone, named, rest = [], {}, iter(words)
     for word in rest:
         if not word.startswith("--"):
@@ -230,7 +230,7 @@ def test_each_command_on_a_page_does_what_the_page_says(
             claims.check(words, run(words, capsys))
     assert not [
         record for record in caplog.records if LONE not in record.getMessage()
-    ]  # such as the one for a wrong base
+    ]  # no other warning, such as that about a wrong base
 
 
 @pytest.mark.parametrize("id", {entry["family"]: id for id, entry in ROWS.items()}.values())

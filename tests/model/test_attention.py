@@ -1,6 +1,6 @@
-"""The contract of an attention context: every member gives the same result for the same tokens.
+"""The contract of attention contexts: all of them give the same result for the same tokens.
 
-A new member is one function in MEMBERS.
+A new one needs one entry in MEMBERS.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from llava.model.attention import AttentionContext, CacheContext, CausalContext,
 from llava.model.decoder import Decoder
 from llava.model.kv_cache import KVCache
 
-LENGTHS = (3, 7, 1, 5)  # of the sequences that attend side by side
+LENGTHS = (3, 7, 1, 5)  # of the sequences in a batch
 SIZES: dict[str, Any] = {"kind": "llama", "n_layers": 2, "dim": 48, "n_heads": 4, "n_kv_heads": 4, "head_dim": 12}
 SIZES |= {"mlp_dim": 96, "vocab_size": 40, "max_seq": 64, "eps": 1e-5}
 DECODERS: dict[str, dict[str, Any]] = {
@@ -78,7 +78,7 @@ def prefill(config: DecoderConfig, forward: Forward, sequences: Sequences) -> Se
 
 
 def decode_alone(config: DecoderConfig, forward: Forward, sequences: Sequences) -> Sequences:
-    """Token by token, one sequence at a time, without a mask."""
+    """Decodes token by token, one sequence at a time, without a mask."""
     results = []
     for one in sequences:
         cache = KVCache(config, 1, len(one), dtype=one.dtype, device=one.device)
@@ -91,7 +91,7 @@ def decode_alone(config: DecoderConfig, forward: Forward, sequences: Sequences) 
 
 
 def decode_together(config: DecoderConfig, forward: Forward, sequences: Sequences) -> Sequences:
-    """A prefill of all but the last token of each row, which leaves stale padding in the cache; then one step."""
+    """Prefills all but the last token of each row, which leaves padding in the cache, then decodes one step."""
     prompts, newest = [one[:-1] for one in sequences], torch.stack([one[-1:] for one in sequences])
     x = pad_sequence(prompts, batch_first=True)
     n = x.shape[1]

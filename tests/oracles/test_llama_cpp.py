@@ -1,4 +1,4 @@
-"""llama.cpp opens our GGUF files and computes what we compute. Needs `pip install 'llava-native[gguf,oracle-gguf]'`."""
+"""llama.cpp opens our GGUF files with the same results. Needs `pip install 'llava-native[gguf,oracle-gguf]'`."""
 
 import json
 import subprocess

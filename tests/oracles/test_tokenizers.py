@@ -1,4 +1,4 @@
-"""transformers reads the tokenizer files that conversions and merges write, and assigns the same ids as ours."""
+"""transformers reads the tokenizer files that conversions and merges write, and assigns the same ids as we do."""
 
 import json
 from pathlib import Path

@@ -332,7 +332,7 @@ def test_text_survives_the_tokenizer(tokenizer: Tokenizer, text: str) -> None:
 # ------------------------------------------------------------------------------------------------ key tables
 
 
-LAYERS = st.sampled_from((1, 2, 11))  # the last one has layer numbers of two digits
+LAYERS = st.sampled_from((1, 2, 11))  # 11 layers need two-digit layer numbers
 
 
 @st.composite

@@ -1,4 +1,4 @@
-"""The contract of a quantized linear layer. A new method is one line in METHODS."""
+"""The contract of a quantized linear layer. A new method needs one line in METHODS."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +19,8 @@ class Method(NamedTuple):
     """A way to quantize, and what it promises."""
 
     layer: Any  # a class that is a QuantizedLinear and an nn.Module
-    error: float  # bound for the relative error of normally distributed weights
-    bits: float  # stored for each weight
+    error: float  # bound on the relative error of normally distributed weights
+    bits: float  # stored per weight
 
 
 METHODS = {"nf4": Method(NF4Linear, error=0.12, bits=4.5)}

@@ -23,7 +23,7 @@ def assets(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Assets:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """As in background runs, so that sums are computed in the same order."""
+    """Uses one thread, as background runs do, so that sums are computed in the same order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""A LLaVA and a training loop written with transformers, to compare ours with."""
+"""A LLaVA and a training loop written with transformers, to compare with ours."""
 
 import math
 from pathlib import Path
@@ -43,7 +43,7 @@ class Plain(nn.Module):
         )
 
     def forward(self, inputs: list[ModelInput]) -> Tensor:
-        """transformers' own loss of right-padded rows."""
+        """transformers' own loss on right-padded rows."""
         pad = nn.utils.rnn.pad_sequence
         ids = pad([one.ids for one in inputs], batch_first=True)
         labels = pad([one.labels for one in inputs], batch_first=True, padding_value=-100)

@@ -199,7 +199,7 @@ def test_order_by_modality_length_has_steps_of_one_modality_and_similar_length(a
     assert {False} in kinds
     for step in steps[:-2]:
         sums = [sum(abs(lengths[i]) for i in micro_batch.samples) for micro_batch in step]
-        assert max(sums) - min(sums) <= 60  # at most one sample
+        assert max(sums) - min(sums) <= 60  # they differ by at most one sample
 
 
 @pytest.mark.parametrize("kind", ["shuffled", "by_modality_length"])

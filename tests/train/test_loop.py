@@ -74,7 +74,7 @@ def test_twenty_steps_equal_a_plain_transformers_loop(assets: Assets, tmp_path: 
 FAMILIES = {"a": "a_v1.5", "b": "b_llama2", "c merged": "c_delta_v0", "d merged": "d_delta_v1.1", "mpt": "f_mpt"}
 
 
-RUNS = [*range(11), "mpt"]  # of training.json; its twelfth masks everything, so MPT is read from f_mpt
+RUNS = [*range(11), "mpt"]  # runs of training.json; its twelfth masks everything, so MPT is read from f_mpt
 
 
 def golden_run(golden: Path, number: int | str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -30,7 +30,7 @@ LONG = {"max_steps": 12, "save_every": 1, "global_batch_size": 3, "micro_batch_s
 
 
 def until(moment: Any, run: training.Background) -> None:
-    """Waits for a moment and kills the run, which must not have finished."""
+    """Kills the run once `moment()` is true, which must be before it finishes."""
     end = time.monotonic() + training.TIMEOUT_S
     while not moment() and all(process.is_alive() for process in run.processes) and time.monotonic() < end:
         time.sleep(0.001)
@@ -140,7 +140,7 @@ def test_a_checkpoint_holds_the_state_at_the_time_of_save(tmp_path: Path) -> Non
 
 
 def test_a_checkpoint_that_cannot_be_written_is_one_line(assets: Assets, tmp_path: Path) -> None:
-    """ulimit caps files at 100 kB, in place of a full disk."""
+    """ulimit caps files at 100 kB, to simulate a full disk."""
     file = toml(tmp_path / "recipe.toml", recipe(assets, tmp_path / "run"))
     limited = ["bash", "-c", 'ulimit -f 100; exec "$@"', "-", *command.LLAVA]
     done = command.run("train", file, "--device", "cpu", command=limited)

@@ -1,22 +1,16 @@
 """The folder of a run: one recipe, one run at a time."""
 
-import errno
 import json
-import os
 import shutil
-import signal
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
 
 from llava.errors import ConfigError, LlavaError
 from llava.train.loop import train
 from llava.train.recipe import Recipe
-from llava.train.run_folder import _lock
 from tests import command
 from tests.training import Assets, recipe
 
@@ -39,12 +33,12 @@ def test_a_finished_run_is_reported_and_left_unchanged(finished: Recipe, caplog:
 )
 def test_another_recipe_in_the_same_folder_is_refused(finished: Recipe, changes: dict[str, Any], key: str) -> None:
     shutil.rmtree(Path(finished.output_dir) / "model")
-    with pytest.raises(ConfigError, match=f"another {key}; set output_dir="):
+    with pytest.raises(ConfigError, match=f"different {key}; set output_dir="):
         train(replace(finished, **changes), device="cpu")
 
 
 def test_a_finished_run_of_another_recipe_is_refused(finished: Recipe) -> None:
-    with pytest.raises(ConfigError, match="another lr; set output_dir="):
+    with pytest.raises(ConfigError, match="different lr; set output_dir="):
         train(replace(finished, lr=3e-3), device="cpu")
 
 
@@ -80,44 +74,3 @@ def test_partial_files_of_killed_runs_are_removed_at_the_start(finished: Recipe)
     (out / "checkpoints" / ".step-00000003.partial").mkdir()
     train(finished, device="cpu")
     assert not [path for path in out.rglob(".*") if "partial" in path.name]
-
-
-HOLDER = """if True:
-    import os, sys, time
-    from pathlib import Path
-    from llava.train.run_folder import _lock
-    with _lock(Path(sys.argv[1])):
-        if os.fork() == 0:
-            time.sleep(60)
-        print(os.getpid(), flush=True)
-        time.sleep(60)"""
-
-
-def test_a_forked_worker_does_not_keep_the_lock_of_a_killed_run(tmp_path: Path) -> None:
-    argv = [command.sys.executable, "-c", HOLDER, str(tmp_path)]
-    holder = subprocess.Popen(argv, stdout=subprocess.PIPE, cwd=command.PROJECT, start_new_session=True)
-    try:
-        assert holder.stdout is not None
-        assert int(holder.stdout.readline()) == holder.pid
-        with pytest.raises(ConfigError, match="another process is training here"), _lock(tmp_path):
-            pass
-        holder.kill()
-        holder.wait()
-        with _lock(tmp_path):
-            os.killpg(holder.pid, 0)  # the forked process is still alive
-    finally:
-        os.killpg(holder.pid, signal.SIGKILL)
-
-
-@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")])
-def test_a_file_system_without_locks_gives_one_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
-) -> None:
-    def fail(self: FileLock) -> None:
-        raise error
-
-    monkeypatch.setattr(FileLock, "_acquire", fail)
-    with _lock(tmp_path):
-        pass
-    (record,) = caplog.records
-    assert "cannot be locked" in record.message

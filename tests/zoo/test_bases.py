@@ -2,23 +2,35 @@
 
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import llava
 from llava.checkpoint.open import open_checkpoint
 from llava.config import LoadOptions
-from llava.convert.convert import convert
+from llava.convert.convert import convert, write_gpt_fast
+from llava.convert.split import make_delta
+from llava.data.measure import open_measure
+from llava.errors import CheckpointError
 from llava.formats.base_model import comparable_name
+from llava.train.start import start
 from tests import tiny
 from tests.checkpoints import assert_same, opened, refused, tensors_of
 from tests.command import assert_one_line_error, run, run_well
+from tests.training import Assets, build_assets, recipe
 
 
 @pytest.fixture
 def lora(clip: Path, tmp_path: Path) -> Path:
     return tiny.write_lora(tmp_path / "lora", clip=clip)
+
+
+@pytest.fixture
+def assets(clip: Path, checkpoint: Path, tmp_path: Path) -> Assets:
+    return build_assets(tmp_path / "assets", clip, checkpoint)
 
 
 @pytest.fixture
@@ -33,6 +45,23 @@ def test_without_its_base_the_error_names_it_and_the_option(lora: Path, clip: Pa
     assert "lmsys/vicuna-7b-v1.3" in message
     assert "base= (--base)" in message
     assert "base= (--base)" in refused(tiny.write_delta(tmp_path / "delta", clip=clip))
+
+
+@pytest.mark.parametrize("door", ["load", "convert", "gpt-fast", "make_delta", "data check", "train"])
+def test_every_door_names_the_base_that_the_catalogue_knows(door: str, delta: Path, assets: Assets) -> None:
+    """A delta records no base; the catalogue finds it by the sizes of the delta."""
+    out = delta.with_name("out")
+    doors: dict[str, Callable[[], object]] = {
+        "load": lambda: llava.load(delta),
+        "convert": lambda: convert(delta, out),
+        "gpt-fast": lambda: write_gpt_fast(delta, out),
+        "make_delta": lambda: make_delta(delta, assets.llama, out),
+        "data check": lambda: open_measure(None, str(delta), template=None, picture_tokens=None, limit=1000),
+        "train": lambda: start(recipe(assets, out, model=str(delta)), out),
+    }
+    with pytest.raises(CheckpointError, match=r"the nearest in the zoo"):
+        doors[door]()
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
@@ -54,7 +83,7 @@ def test_a_folder_that_is_no_base_is_refused(lora: Path, clip: Path, base: Path,
     assert "not a language model" in refused(lora, base=lora)
     assert "not a language model" in refused(lora, base=clip)
     assert "needs no base" in refused(checkpoint, base=base)
-    assert "for the base" in refused(lora, base="no/such/folder")
+    assert "the base is neither" in refused(lora, base="no/such/folder")
 
 
 def test_the_commands_take_a_base(lora: Path, base: Path, tmp_path: Path) -> None:
@@ -155,6 +184,10 @@ def test_a_base_that_cannot_fit_is_refused(lora: Path, delta: Path, clip: Path, 
     eight = tiny.write_llama(tmp_path / "8", num_attention_heads=8, num_key_value_heads=8)
     assert "architecture mpt" in refused(lora, base=tiny.write_mpt(tmp_path / "mpt"))
     assert "n_heads is 8" in refused(lora, base=eight)
+    mpt = tiny.write_mpt(tmp_path / "mpt-llava", clip=clip)
+    on_meta = refused(tiny.write_mpt_lora(tmp_path / "mpt-lora", base=mpt), base=tiny.write_meta(tmp_path / "meta"))
+    assert "has architecture llama" in on_meta
+    assert "which is mosaicml/mpt-7b-chat" in on_meta
     assert "not the base" in refused(lora, base=tiny.write_llama(tmp_path / "2", num_key_value_heads=2))
     assert "vocabulary of 600" in refused(lora, base=tiny.write_llama(tmp_path / "600", vocab_size=600))
     assert "has format delta" in refused(lora, base=delta)

@@ -1,0 +1,35 @@
+"""An exclusive lock on a folder that only one process at a time may write to."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from llava.errors import LlavaError
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def locked(folder: Path, file: Path, busy: LlavaError) -> Iterator[None]:
+    """Locks `file` while the folder is written. Raises `busy` if another process holds the lock.
+
+    The operating system releases the lock when this process dies, and forked workers close their copies of it. A soft
+    lock (a marker file) would outlive a killed process, so on a file system without locks this only logs a warning.
+    """
+    lock = FileLock(file, timeout=0, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise busy from None
+    except (OSError, NotImplementedError) as error:
+        reason = getattr(error, "strerror", None) or error
+        log.warning("%s: cannot be locked (%s); do not run another command that writes to it", folder, reason)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # before the release: after it, another process may hold the lock
+            file.unlink(missing_ok=True)
+        lock.release()

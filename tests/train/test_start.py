@@ -1,0 +1,33 @@
+"""What training starts from."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from llava.convert.convert import convert
+from llava.train.start import start
+from tests import tiny, training
+from tests.checkpoints import opened
+from tests.training import Assets, recipe
+
+
+@pytest.mark.parametrize("form", ["llava-hf", "no key in config.json", "native"])
+def test_a_llava_keeps_its_projector_if_the_recipe_names_a_tower(form: str, assets: Assets, tmp_path: Path) -> None:
+    """Whether a model has a projector follows from its tensors, not only from the keys of config.json."""
+    if form == "no key in config.json":
+        model = tiny.write_llava(tmp_path / "model", clip=assets.clip)
+        tiny.edit_json(model / "config.json", mm_vision_tower=tiny.ABSENT)
+    else:
+        convert(assets.llava, model := tmp_path / "model", to=form)
+    found = start(recipe(assets, tmp_path / "run", model=str(model), vision_tower=str(assets.clip)), tmp_path / "tok")
+    assert not found.missing
+    whole = opened(model, vision_tower=assets.clip)
+    for name in (name for name in whole.tensors if name.startswith(("projector.", "vision."))):
+        assert torch.equal(found.tensors[name].read(), whole.tensors[name].read()), name
+
+
+def test_a_language_model_with_a_tower_gets_a_new_projector(assets: Assets, tmp_path: Path) -> None:
+    found = start(recipe(assets, tmp_path / "run", **training.from_parts(assets)), tmp_path / "tokenizer")
+    assert found.missing
+    assert all(name.startswith("projector.") for name in found.missing)
