@@ -22,7 +22,7 @@ class Ceiling:
 
 def memory_ceilings(target: Target, size: str) -> list[Ceiling]:
     """Two ways to read 1 GB (4 GB on a GPU): `max()`, and a matrix-vector product, on a CPU also in float32."""
-    n_bytes = (2**32 if target.on_gpu else 2**30) if size == "7b" else 2**24
+    n_bytes = (2**32 if target.on_gpu else 2**30) if size != "tiny" else 2**24
     values = torch.empty(n_bytes // target.dtype.itemsize, dtype=target.dtype, device=target.device)
     Noise(target).fill(values)
 
@@ -37,7 +37,7 @@ def memory_ceilings(target: Target, size: str) -> list[Ceiling]:
 
 def matmul_ceilings(target: Target, size: str) -> list[Ceiling]:
     """Products of square matrices; on a CPU also in float32, which can be faster."""
-    n = (8192 if target.on_gpu else 2048) if size == "7b" else 256
+    n = (8192 if target.on_gpu else 2048) if size != "tiny" else 256
 
     def product(dtype: torch.dtype) -> Ceiling:
         a, b = (torch.randn(n, n, device=target.device).to(dtype) for _ in "ab")

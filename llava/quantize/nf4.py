@@ -57,7 +57,10 @@ class _Product(torch.autograd.Function):
 
 
 class NF4Linear(nn.Module):
-    """A frozen linear layer without bias, at 4.5 bits per weight. Implements `QuantizedLinear`."""
+    """A frozen linear layer without bias, at 4.5 bits per weight. Implements `QuantizedLinear`.
+
+    Raises ConfigError if the number of weights is not a multiple of 64.
+    """
 
     codes: Tensor
     scales: Tensor
@@ -65,16 +68,19 @@ class NF4Linear(nn.Module):
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        n = in_features * out_features
+        if (n := in_features * out_features) % BLOCK:
+            raise ConfigError(
+                f"nf4: a matrix has {n} weights, not a multiple of the block size of {BLOCK}; leave the model "
+                "unquantized (in a recipe: quantize_base = \"none\")"
+            )
         self.register_buffer("codes", torch.empty(n // 2, dtype=torch.uint8))
         self.register_buffer("scales", torch.empty(n // BLOCK, dtype=torch.float32))
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> "NF4Linear":
         """Quantizes `linear`. Raises ConfigError if it has a bias or its weight count is not a multiple of 64."""
-        n, bias = linear.weight.numel(), "without" if linear.bias is None else "with"
-        if linear.bias is not None or n % BLOCK:
-            raise ConfigError(f"nf4: found {n} weights {bias} bias; expected no bias and a multiple of {BLOCK} weights")
+        if linear.bias is not None:
+            raise ConfigError("nf4: the layer has a bias; expected a layer without one")
         quantized = cls(linear.in_features, linear.out_features)
         quantized.set_weight(linear.weight.detach())
         return quantized

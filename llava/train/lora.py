@@ -11,11 +11,10 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from llava.config import DecoderConfig
-from llava.errors import ConfigError
 from llava.model.decoder import Decoder
 from llava.model.linear import Linear
 from llava.model.lora import Adapter, LoraLinear
-from llava.quantize.nf4 import BLOCK, NF4Linear
+from llava.quantize.nf4 import NF4Linear
 
 Pairs = Mapping[str, tuple[Tensor, Tensor]]  # part -> A [r, I], B [O, r]; the part is "" if the matrix has one adapter
 
@@ -31,23 +30,11 @@ def add_lora(
         if not isinstance(module, Linear):
             continue
         parent, _, leaf = name.rpartition(".")
-        base = _nf4_linear(module) if nf4 else module
-        rows = _qkv_rows(config) if leaf == "qkv" and config.kind == "llama" else {"all": module.out_features}
+        base = NF4Linear(module.in_features, module.out_features) if nf4 else module
+        split = leaf == "qkv" and config.kind == "llama"
+        rows = dict(zip("qkv", config.qkv_rows, strict=True)) if split else {"all": module.out_features}
         parts = {part: Adapter(module.in_features, n, rank, alpha / rank) for part, n in rows.items()}
         setattr(decoder.blocks.get_submodule(parent), leaf, LoraLinear(base, parts, dropout))
-
-
-def _nf4_linear(module: Linear) -> NF4Linear:
-    if (n := module.weight.numel()) % BLOCK:
-        raise ConfigError(
-            f"quantize_base: a matrix has {n} values, not a multiple of the NF4 block size of {BLOCK}; set it to none"
-        )
-    return NF4Linear(module.in_features, module.out_features)
-
-
-def _qkv_rows(config: DecoderConfig) -> dict[str, int]:
-    kv = config.n_kv_heads * config.head_dim
-    return {"q": config.n_heads * config.head_dim, "k": kv, "v": kv}
 
 
 def lora_layers(decoder: Decoder) -> Iterator[tuple[str, LoraLinear]]:
