@@ -53,7 +53,7 @@ def test_two_thousand_corrupted_folders_load_correctly_or_fail_with_one_clear_er
 
 
 def test_the_fuzz_detects_code_and_writes(tmp_path: Path) -> None:
-    """`Watch` records the creation of files and folders while it is on."""
+    """`Watch` records new files and folders and new processes while it is on."""
     code = """
 import os, sys, pickle
 from pathlib import Path
@@ -62,15 +62,16 @@ watch = fuzz.Watch()
 watch.on = True
 Path("a").write_text("x")
 os.mkdir("b")
+os.system("true")
 watch.on = False
 Path("c").write_text("x")
-print(len(watch.seen), "a" in watch.seen[0], "b" in watch.seen[1])
+print(len(watch.seen), "a" in watch.seen[0], "b" in watch.seen[1], "os.system" in watch.seen[2])
 """
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment, check=True
     )
-    assert done.stdout.split() == ["2", "True", "True"]
+    assert done.stdout.split() == ["3", "True", "True", "True"]
 
 
 # ---------------------------------------------------------------------------------------- past findings
