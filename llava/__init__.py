@@ -26,7 +26,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `load` and `Assistant` on first use, because they import torch, which takes a second."""
+    """Imports `load` and `Assistant` on first use, because importing torch takes about a second."""
     if name in ("load", "Assistant"):
         from llava import assistant
 

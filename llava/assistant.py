@@ -48,26 +48,27 @@ def load(
     merge: bool = True,
     adapters: Mapping[str, str | Path] | None = None,
 ) -> "Assistant":
-    """Loads a checkpoint from a folder or the Hugging Face hub. Without a path, loads the included llava-tiny.
+    """Loads a checkpoint from a folder or the Hugging Face hub. Without `path`, loads the included llava-tiny.
 
-    base: folder or hub id of the language model that a LoRA, a projector or a delta belongs to. The two are
-        combined while loading.
-    merge: False keeps a LoRA separate from its base, as the adapter "default".
+    base: folder or hub id of the language model that a LoRA, projector or delta belongs to. Both are combined during
+        loading.
+    merge: False keeps a LoRA separate from its base, as the adapter named "default".
     adapters: {name: folder or hub id} of LoRAs or projectors to use with the model at `path`. The first one is active
         after loading; `Assistant.adapter` switches between them by name.
-    vision_tower: folder or hub id of the CLIP model; its weights are read only if the checkpoint has none.
+    vision_tower: folder or hub id of the CLIP model; its weights are read only if the checkpoint contains no
+        tower weights.
     vision: False loads only the language model and opens no vision files.
-    dtype: "auto" | "float32" | "bfloat16" | "float16"; "auto" is the checkpoint's dtype on a GPU, and
-        bfloat16 on a CPU (float32 below 1 B parameters).
+    dtype: "auto" | "float32" | "bfloat16" | "float16"; "auto" selects the checkpoint's dtype on a GPU; on a
+        CPU, float32 for models below 1 B parameters, otherwise bfloat16.
     device: "auto" | "cpu" | "cuda" | "cuda:N".
-    quantize: not supported by this version.
-    template: name of a conversation template that replaces the checkpoint's own.
+    quantize: must be None; this version does not support quantization.
+    template: name of the conversation template to use instead of the checkpoint's own.
     revision: branch, tag or commit on the hub.
-    force: load despite unknown tensors, NaN or Inf, or a base that does not match the delta.
-    image_mode: preprocess images as in the original LLaVA code ("original") or as in transformers ("hf"). By default,
-        follows the checkpoint's format.
-    exif: rotate images according to their EXIF orientation; the original LLaVA code does not.
-    legacy_strip: strip white space next to <im_start> and similar tokens, as in the training of LLaVA v0 and v1.1.
+    force: load despite unknown tensors, NaN or Inf values, or a mismatched base.
+    image_mode: preprocess images as in the original LLaVA code ("original") or as in transformers ("hf"). None: the
+        mode that the checkpoint was made for.
+    exif: rotate images according to their EXIF orientation, which the original LLaVA code ignores.
+    legacy_strip: strip white space around <im_start> and other added tokens, as LLaVA v0 and v1.1 did in training.
 
     Raises LlavaError.
     """
@@ -106,7 +107,7 @@ def load(
 
 
 class Loaded(NamedTuple):
-    """A model and the preprocessor for its input."""
+    """A model and its preprocessor."""
 
     model: Llava
     preprocessor: Preprocessor
@@ -128,7 +129,7 @@ class Assistant:
         compile: bool = False,
         adapters: Mapping[str, Loaded] | None = None,
     ):
-        """adapters: variants of the model by name, which share all unchanged weights with it."""
+        """adapters: variants of the model, by name; they share all unchanged weights with `model`."""
         named: Iterable[tuple[str | None, Loaded]] = (adapters or {}).items()
         self._loaded = dict([*named, (None, Loaded(model, preprocessor))])
         self._engines = {
@@ -138,17 +139,18 @@ class Assistant:
 
     @property
     def adapters(self) -> list[str]:
-        """The names that `adapter` accepts, except None."""
+        """The names of the loaded adapters."""
         return [name for name in self._loaded if name is not None]
 
     def adapter(self, name: str | None) -> None:
-        """Switches to an adapter with its template, tokenizer and projector, or to the base model if `name` is None.
+        """Switches to an adapter, with its template, tokenizer and projector, or to the base model if `name` is None.
 
-        Nothing is loaded or copied, and streams that have already started are not affected. Raises ConfigError.
+        Nothing is loaded or copied, and streams that have already started are not affected. Raises ConfigError if
+        there is no adapter of this name.
         """
         if name not in self._loaded:
             available = ", ".join(self.adapters) or "none; load with adapters= or merge=False"
-            raise ConfigError(f"no adapter is named {name!r}; available: {available}")
+            raise ConfigError(f"unknown adapter {name!r}; available: {available}")
         self.active, self.engine = name, self._engines[name]
         self.model, self.preprocessor = self._loaded[name]
 
@@ -167,11 +169,11 @@ class Assistant:
     def prepare(
         self, messages: Messages, *, images: Sequence[Picture] | None = None, template: str | None = None
     ) -> ModelInput:
-        """Returns the input of the model: prompt, ids and pixels. Raises PromptError, ImageError."""
+        """Returns the model input: prompt, ids and pixels. Raises PromptError, ImageError."""
         return self.preprocessor.prepare(messages, images=images, template=template)
 
     def ask(self, image: Picture | Sequence[Picture] | None, question: str, **options: Any) -> str:
-        """Returns the reply text for a question about any number of images. Options are those of `generate`."""
+        """Answers a question about any number of images and returns the reply text. Options: see `generate`."""
         return self.generate(question_about(image, question), **options).text
 
     def generate(
@@ -189,9 +191,9 @@ class Assistant:
     def generate_batch(
         self, requests: Sequence[Request], *, template: str | None = None, batch_size: int = 32, **options: Any
     ) -> list[Reply]:
-        """Generates replies to many requests, `batch_size` at a time. In float32, each equals the reply of `generate`.
+        """Generates replies to many requests, `batch_size` at a time; in float32, the same replies as `generate`.
 
-        `template` does not apply to raw prompts. Other options are those of `generate`.
+        `template` does not apply to raw prompts. Other options: see `generate`.
         """
         params = SamplingParams.from_options(**options)
         if batch_size < 1:
@@ -210,7 +212,7 @@ class Assistant:
         template: str | None = None,
         **options: Any,
     ) -> Iterator[str]:
-        """Yields pieces of the reply as soon as they are final; joined, they equal `generate(…).text`."""
+        """Yields pieces of the reply as soon as they are final; concatenated, they equal `generate(…).text`."""
         return self.begin(messages, images=images, template=template, **options)
 
     def begin(
@@ -221,14 +223,14 @@ class Assistant:
         template: str | None = None,
         **options: Any,
     ) -> Stream:
-        """Like `stream`, but the iterator has a method `reply()` that returns the reply so far, finished or not."""
+        """Like `stream`, but the returned iterator also has a method `reply()`, which returns the reply so far."""
         input, prepare_s = self._prepare_timed(messages, images, template)
         return Stream(self.engine, input, prepare_s, SamplingParams.from_options(**options))
 
     def _prepare_timed(
         self, messages: Messages, images: Sequence[Picture] | None, template: str | None
     ) -> tuple[ModelInput, float]:
-        """Returns the model's input and the seconds spent preparing it."""
+        """Returns the model input and the time spent preparing it, in seconds."""
         start = time.perf_counter()
         return self.prepare(messages, images=images, template=template), time.perf_counter() - start
 
@@ -261,10 +263,10 @@ class Assistant:
         images: Sequence[Picture] | None = None,
         template: str | None = None,
     ) -> dict[int, Tensor]:
-        """Returns {layer: hidden states [S, D]}, numbered as in transformers: 0 is the embeddings with image features
-        inserted, k is the output of block k, and -1 (the last) is the output of the final norm.
+        """Returns {layer: hidden states [S, D]}, with layers numbered as in transformers: 0 is the input embeddings,
+        image embeddings included; k is the output of block k; the last (-1) is the output of the final norm.
 
-        Raises ConfigError for a layer that does not exist.
+        Raises ConfigError if a layer does not exist.
         """
         n_states = self.config.decoder.n_layers + 1
         for layer in layers:
@@ -280,12 +282,15 @@ class Assistant:
             if i in after_blocks:
                 states[i] = state[0]
             last = state
-        states[n_states - 1] = last[0]  # as in transformers, the normed state, not the last block's output
+        states[n_states - 1] = last[0]  # as in transformers: after the final norm, not directly after the last block
         return {layer: states[layer % n_states] for layer in layers}
 
     @torch.inference_mode()
     def vision_features(self, pixels: Tensor) -> Tensor:
-        """pixels [views, 3, size, size] -> [views, N, D_vision] of the selected layer; class token if configured."""
+        """pixels [views, 3, size, size] -> features [views, N, D_vision] of the selected layer.
+
+        The class token is included if the config selects it.
+        """
         if self.model.vision is None:
             raise PromptError(f"this model has no vision tower {_WITHOUT_VISION}")
         features: Tensor = self.model.vision(pixels.to(self.device, self.dtype))
@@ -303,11 +308,11 @@ class Assistant:
     def image_embeddings(
         self, messages: Messages, *, images: Sequence[Picture] | None = None, template: str | None = None
     ) -> list[Tensor]:
-        """Returns the embeddings of each image as inserted into the sequence, [tokens, D], with tiles packed."""
+        """Returns the embeddings [tokens, D] that each image inserts into the sequence, with its tiles joined."""
         return self.engine.encode([self.prepare(messages, images=images, template=template)])
 
     def _embedded(self, messages: Messages, images: Sequence[Picture] | None, template: str | None) -> Tensor:
-        """Returns the embeddings of the prompt with its images, [1, S, D]."""
+        """Returns the embeddings of the prompt, including its images, [1, S, D]."""
         return self.engine.embed([self.prepare(messages, images=images, template=template)])
 
 
@@ -315,7 +320,7 @@ _WITHOUT_VISION = "(or was loaded with vision=False)"
 
 
 def _messages_and_images(request: Request) -> tuple[Messages, Sequence[Picture] | None]:
-    """Splits a (raw prompt, images) pair; any other request has no separate images."""
+    """Returns (messages, images) of a request; images is None unless the request is a (raw prompt, images) pair."""
     if isinstance(request, tuple) and len(request) == 2 and isinstance(request[0], str):
         return request[0], request[1]
     return cast(Messages, request), None

@@ -1,4 +1,4 @@
-"""A conversation in the terminal."""
+"""The interactive chat in the terminal."""
 
 import json
 import sys
@@ -11,22 +11,22 @@ from llava.preprocess.image import open_picture
 from llava.tensors.atomic import replacing
 
 HELP = """\
-/image PATH adds an image to your next message; /adapter NAME switches to an adapter, /adapter to the base model;
+/image PATH adds an image to your next message; /adapter NAME switches to an adapter, or without NAME to the base;
 /reset starts over; /save FILE saves the messages; /quit exits. Ctrl-C stops a reply."""
 
 
 class Chat:
-    """The messages so far, the images for the next one, and the commands of a chat."""
+    """A chat session: the messages so far, the images for the next message, and the commands."""
 
     def __init__(self, assistant: Assistant, options: dict[str, Any]):
-        """options: those of `Assistant.generate`."""
+        """options: keyword options of `Assistant.generate`."""
         self.assistant = assistant
         self.options = options
         self.messages: list[dict[str, Any]] = []
         self.images: list[str] = []
 
     def run(self) -> None:
-        """Reads lines until /quit or the end of the input."""
+        """Reads and handles lines until /quit or the end of the input."""
         if sys.stdin.isatty():
             import readline  # noqa: F401 (line editing and history for input())
 
@@ -49,7 +49,7 @@ class Chat:
         except UnicodeDecodeError:
             print("llava: this line is not UTF-8", file=sys.stderr)
             return ""
-        except KeyboardInterrupt:  # clears the line, as in a shell
+        except KeyboardInterrupt:  # Ctrl-C clears the line, as in a shell
             print()
             return ""
 
@@ -88,7 +88,7 @@ class Chat:
         except KeyboardInterrupt:
             print(" [stopped]", end="")
         print()
-        if answer.strip():  # a reply stopped before its first word is not part of the conversation
+        if answer.strip():  # omit a reply that was stopped before its first word
             self.messages += [*question, {"role": "assistant", "content": answer.strip()}]
             self.images = []
 

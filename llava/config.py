@@ -1,4 +1,4 @@
-"""Sizes and options of a LLaVA model as frozen dataclasses. No value depends on the name or path of a checkpoint."""
+"""Frozen dataclasses for the sizes and options of a LLaVA model. No value depends on a checkpoint's name or path."""
 
 import re
 from dataclasses import asdict, dataclass, field, fields
@@ -7,15 +7,15 @@ from typing import Any, Literal, get_args, get_origin
 
 from llava.errors import ConfigError
 
-IMAGE = -200  # token id that stands for an image or one image token; not a vocabulary row
+IMAGE = -200  # placeholder id of an image or of each of its image tokens; outside the vocabulary
 IGNORE = -100  # label of a token that is not a training target
 IMAGE_MARK = "<image>"  # marks the position of an image in text
 
 DType = Literal["float32", "bfloat16", "float16"]
-ImageMode = Literal["original", "hf"]  # match the image processing of the LLaVA code or of transformers
+ImageMode = Literal["original", "hf"]  # whose image processing to match: the LLaVA code or transformers
 
 
-# Larger values indicate a broken config. The limits keep products of sizes finite and prevent building such a model.
+# Upper limits, so that a broken config is rejected before a model is built and products of sizes stay finite.
 _MAX_INT, _MAX_FLOAT, _MAX_LAYERS = 2**28, 1e30, 1000
 _MAX_TILES = 256  # per canvas
 
@@ -48,7 +48,7 @@ def _check_layers(n_layers: int, what: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """Sizes of the CLIP image encoder (arXiv:2103.00020), and which of its hidden states LLaVA reads."""
+    """Sizes of the CLIP image encoder (arXiv:2103.00020) and the hidden state that LLaVA uses."""
 
     dim: int
     n_layers: int
@@ -58,15 +58,15 @@ class VisionConfig:
     patch_size: int  # pixels per side
     eps: float = 1e-5
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
-    select_layer: int = -2  # index into transformers' hidden_states: 0 is the first block's input, -1 the last's output
-    select_feature: Literal["patch", "cls_patch"] = "patch"  # without or with the class token
+    select_layer: int = -2  # index into transformers' hidden_states (0: input of block 0; -1: output of the last block)
+    select_feature: Literal["patch", "cls_patch"] = "patch"  # patch features without or with the class token
 
     def __post_init__(self) -> None:
         _check(self, "vision", signed=("select_layer",))
         _check_layers(self.n_layers, "vision")
         if self.grid**2 > _MAX_INT:
             raise ConfigError(
-                f"vision: image_size {self.image_size} gives {self.grid} patches per side; expected at most 16384"
+                f"vision: image_size {self.image_size} results in {self.grid} patches per side; expected at most 16384"
             )
         if self.dim % self.n_heads:
             raise ConfigError(f"vision: dim {self.dim} is not a multiple of n_heads {self.n_heads}")
@@ -75,7 +75,7 @@ class VisionConfig:
 
     @property
     def n_blocks(self) -> int:
-        """Number of blocks to load and run. Those after the selected layer are not needed."""
+        """Number of blocks to load and run; blocks after the selected layer are not needed."""
         return self.select_layer if self.select_layer >= 0 else self.n_layers + 1 + self.select_layer
 
     @property
@@ -85,13 +85,13 @@ class VisionConfig:
 
     @property
     def n_features(self) -> int:
-        """Number of feature vectors that LLaVA reads for one view."""
+        """Number of feature vectors that LLaVA uses per view."""
         return self.grid**2 + (self.select_feature == "cls_patch")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectorConfig:
-    """The projector: `depth` linear layers with exact GELU in between; 0 is the identity."""
+    """The projector: `depth` linear layers with exact GELU between them. Depth 0 is the identity."""
 
     in_dim: int
     out_dim: int
@@ -108,17 +108,17 @@ class ProjectorConfig:
 
     @property
     def type(self) -> str:
-        """The type as spelled in `mm_projector_type`: identity, linear or mlpNx_gelu."""
+        """The value of `mm_projector_type` in config.json: identity, linear or mlpNx_gelu."""
         return projector_type(self.depth)
 
 
 def projector_type(depth: int) -> str:
-    """The `mm_projector_type` of a projector with `depth` linear layers."""
+    """Returns the `mm_projector_type` of a projector with `depth` linear layers."""
     return {0: "identity", 1: "linear"}.get(depth, f"mlp{depth}x_gelu")
 
 
 def projector_depth(type: str) -> int:
-    """The inverse of `projector_type`. Raises ConfigError for an unknown type."""
+    """Returns the number of linear layers for an `mm_projector_type`. Raises ConfigError for an unknown type."""
     if match := re.fullmatch(r"mlp(\d+)x_gelu", type):
         return int(match[1])
     if type not in ("identity", "linear"):
@@ -128,11 +128,11 @@ def projector_depth(type: str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """Scaling of rotary positions beyond the trained context, named as in Hugging Face configs."""
+    """Scaling of rotary positions beyond the trained context length. Kinds are named as in Hugging Face configs."""
 
     kind: Literal["linear", "dynamic", "llama3"]
     factor: float
-    original_max_seq: int  # tokens, before scaling
+    original_max_seq: int  # context length in tokens before scaling
     low_freq_factor: float = 1.0  # llama3 only
     high_freq_factor: float = 4.0  # llama3 only
 
@@ -154,11 +154,11 @@ class DecoderConfig:
     vocab_size: int  # rows of the embedding table, which may differ from the tokenizer's length
     max_seq: int  # context length in tokens, image tokens included
     eps: float
-    rope_theta: float | None = 10000.0  # llama; None: no rotary positions
-    rope_scaling: RopeScaling | None = None  # llama
-    alibi_bias_max: float | None = None  # mpt: the smallest ALiBi slope is 2^-alibi_bias_max
-    clip_qkv: float | None = None  # mpt: clamp queries, keys and values to [-clip_qkv, clip_qkv]; None: do not
-    tied: bool = False  # the head shares the weight of the embedding table
+    rope_theta: float | None = 10000.0  # required for llama; None for mpt, which uses ALiBi
+    rope_scaling: RopeScaling | None = None  # llama only
+    alibi_bias_max: float | None = None  # required for mpt: the smallest ALiBi slope is 2^-alibi_bias_max
+    clip_qkv: float | None = None  # mpt only: clamp q, k and v to [-clip_qkv, clip_qkv]; None: no clamping
+    tied: bool = False  # the head and the embedding table share one weight
 
     def __post_init__(self) -> None:
         _check(self, "decoder")
@@ -169,34 +169,37 @@ class DecoderConfig:
             raise ConfigError(f"decoder: n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         for kind, names in _POSITIONS.items():
             if (getattr(self, names[0]) is not None) != (kind == self.kind):
-                raise ConfigError(f"decoder: {self.kind} {'has no' if kind != self.kind else 'needs'} {names[0]}")
+                raise ConfigError(
+                    f"decoder: {self.kind} {'does not use' if kind != self.kind else 'requires'} {names[0]}"
+                )
             if kind != self.kind and getattr(self, names[1]) is not None:
-                raise ConfigError(f"decoder: {self.kind} has no {names[1]}")
+                raise ConfigError(f"decoder: {self.kind} does not use {names[1]}")
         if self.kind == "llama" and self.head_dim % 2:
-            raise ConfigError(f"decoder: head_dim is {self.head_dim}; rotary positions need an even number")
+            raise ConfigError(f"decoder: head_dim is {self.head_dim}; rotary positions require an even number")
         if self.kind == "mpt" and self.n_kv_heads != self.n_heads:
             raise ConfigError(
-                f"decoder: n_kv_heads is {self.n_kv_heads}; mpt requires as many as n_heads, {self.n_heads}"
+                f"decoder: n_kv_heads is {self.n_kv_heads}; mpt requires it to equal n_heads ({self.n_heads})"
             )
 
     @property
     def qkv_rows(self) -> tuple[int, int, int]:
-        """Rows of q, k and v in the concatenated matrix `attn.qkv`."""
+        """Number of rows of q, k and v in the concatenated matrix `attn.qkv`."""
         kv = self.n_kv_heads * self.head_dim
         return self.n_heads * self.head_dim, kv, kv
 
 
-_POSITIONS = {"llama": ("rope_theta", "rope_scaling"), "mpt": ("alibi_bias_max", "clip_qkv")}  # required, optional
+# kind -> required field, optional field
+_POSITIONS = {"llama": ("rope_theta", "rope_scaling"), "mpt": ("alibi_bias_max", "clip_qkv")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig:
-    """How an image is turned into views of `size` x `size` pixels."""
+    """Settings for turning an image into views of `size` x `size` pixels."""
 
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    aspect: Literal["square", "pad", "anyres"]  # centre crop, pad to a square, or a base view and tiles
+    aspect: Literal["square", "pad", "anyres"]  # square: centre crop; pad: pad to a square; anyres: base view and tiles
     mode: ImageMode = "original"
     pinpoints: tuple[tuple[int, int], ...] = ()  # anyres: available canvas sizes, (w, h) in pixels
     merge: Literal["flat", "spatial", "spatial_unpad"] = "flat"  # anyres: how the tiles are joined
@@ -208,22 +211,22 @@ class ImageConfig:
         if len(self.std) != 3 or not all(0 < value <= _MAX_FLOAT for value in self.std):
             raise ConfigError(f"image: std is {self.std!r:.60}; expected three numbers above 0")
         if self.aspect == "anyres" and not self.pinpoints:
-            raise ConfigError("image: anyres requires image_grid_pinpoints, the list of canvas sizes; found none")
+            raise ConfigError("image: image_grid_pinpoints is empty; anyres requires at least one canvas size")
         for w, h in self.pinpoints if self.aspect == "anyres" else ():
             whole = w > 0 and h > 0 and w % self.size == 0 == h % self.size
             if not whole or w * h > _MAX_TILES * self.size**2:
-                expected = f"1 to {_MAX_TILES} tiles of {self.size} pixels"
-                raise ConfigError(f"image: image_grid_pinpoints has {w!r} x {h!r}; expected {expected}")
+                expected = f"a canvas of 1 to {_MAX_TILES} whole tiles with sides of {self.size} pixels"
+                raise ConfigError(f"image: image_grid_pinpoints contains {w!r} x {h!r}; expected {expected}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TileGrid:
-    """The tile grid of an anyres image, and the range of patch rows and columns left after padding is removed."""
+    """The tile grid of an anyres image and the range of patch rows and columns that remain after padding is removed."""
 
     rows: int  # tiles from top to bottom
     cols: int  # tiles from left to right
     top: int  # first patch row to keep
-    bottom: int  # patch row after the last one to keep
+    bottom: int  # end of the patch rows to keep (exclusive)
     left: int
     right: int
     newline: bool  # append a learned vector to each row of patches
@@ -236,56 +239,57 @@ class TileGrid:
 
 @dataclass(frozen=True, kw_only=True)
 class LlavaConfig:
-    """Everything needed to build the model and to prepare its input."""
+    """All settings needed to build the model and prepare its inputs."""
 
     decoder: DecoderConfig
     vision: VisionConfig | None = None  # None: language model only
     projector: ProjectorConfig | None = None
     image: ImageConfig | None = None
     start_end: bool = False  # enclose each image in <im_start> and <im_end>
-    template: str | None = None  # conversation template; None: the caller must name one
-    eos_ids: tuple[int, ...] = field(default=())  # ids that end a reply, in addition to the tokenizer's eos id
+    template: str | None = None  # conversation template; None: the caller must choose one
+    eos_ids: tuple[int, ...] = field(default=())  # token ids that end a reply, in addition to the tokenizer's eos id
     dtype: DType = "float16"  # dtype of the stored weights
-    padding_side: Literal["left", "right"] = "right"  # of training batches; recorded, but has no effect on replies
-    trained_seq: int | None = None  # longest training input in tokens; the original truncates prompts to it; we do not
+    padding_side: Literal["left", "right"] = "right"  # padding side of training batches; recorded, but not used
+    trained_seq: int | None = None  # longest training input in tokens; only the original code truncates prompts to it
 
     def __post_init__(self) -> None:
         _check(self, "config")
         if not all(isinstance(id, int) for id in self.eos_ids) or not isinstance(self.template, str | None):
             raise ConfigError(
                 f"config: eos_ids is {self.eos_ids!r:.60}, template is {self.template!r:.60}; "
-                "expected whole numbers and a name"
+                "expected whole numbers and a template name"
             )
         if (self.vision is None) != (self.projector is None) or (self.vision is None) != (self.image is None):
-            raise ConfigError("config: found only some of vision, projector and image; expected all of them or none")
+            raise ConfigError("config: only some of vision, projector and image are set; expected all three or none")
         if self.image and self.vision and self.image.size != self.vision.image_size:
             raise ConfigError(
-                f"image: images are cropped to {self.image.size} pixels; the tower expects {self.vision.image_size}"
+                f"image: size is {self.image.size} pixels; expected the size of the vision tower, "
+                f"{self.vision.image_size} pixels"
             )
         if self.image and self.vision and self.image.aspect == "anyres" and self.vision.select_feature != "patch":
             raise ConfigError("image: mm_vision_select_feature is cls_patch; anyres requires patch")
         if self.projector and self.vision and self.projector.in_dim != self.vision.dim:
             raise ConfigError(
                 f"projector: expects features of width {self.projector.in_dim}, but the vision tower has width "
-                f"{self.vision.dim}; name the tower it was trained with: vision_tower= (--vision-tower)"
+                f"{self.vision.dim}; set vision_tower= (--vision-tower) to the tower used to train the projector"
             )
         if self.projector and self.projector.out_dim != self.decoder.dim:
             raise ConfigError(
-                f"projector: output width is {self.projector.out_dim}; expected the decoder's width, {self.decoder.dim}"
+                f"projector: output width is {self.projector.out_dim}; expected the decoder width, {self.decoder.dim}"
             )
 
     @property
     def newline(self) -> bool:
-        """Whether a learned vector is appended to each row of an anyres image."""
+        """Whether a learned vector is appended to each row of patches of an anyres image."""
         return self.image is not None and self.image.aspect == "anyres" and self.image.merge == "spatial_unpad"
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain values that can be stored as JSON."""
+        """Returns the config as a dict that can be stored as JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "LlavaConfig":
-        """The inverse of `to_dict`. Raises ConfigError on unknown or missing keys."""
+        """Returns the config for a dict from `to_dict`. Raises ConfigError on unknown or missing keys."""
         decoder = dict(values["decoder"])
         decoder["rope_scaling"] = _optional(RopeScaling, "rope_scaling", decoder.get("rope_scaling") or None)
         image = values.get("image")
@@ -305,7 +309,7 @@ class LlavaConfig:
 def _build(cls: Any, what: str, values: dict[str, Any]) -> Any:
     known = {f.name for f in fields(cls)}
     if unknown := sorted(set(values) - known):
-        raise ConfigError(f"{what}: unknown keys {', '.join(unknown)}; this version knows {', '.join(sorted(known))}")
+        raise ConfigError(f"{what}: unknown keys {', '.join(unknown)}; expected keys: {', '.join(sorted(known))}")
     try:
         return cls(**values)
     except TypeError as error:
@@ -318,13 +322,13 @@ def _optional(cls: Any, what: str, values: dict[str, Any] | None) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """Options for opening a checkpoint. `llava.load` documents those that it passes on."""
+    """Options for opening a checkpoint. Those that `llava.load` also accepts are documented there."""
 
-    base: str | Path | None = None  # the language model that a LoRA, projector or delta belongs to
-    vision_tower: str | Path | None = None  # replaces the tower named in config.json
-    vision: bool = True  # False: the language model only
+    base: str | Path | None = None  # base language model of a LoRA, projector or delta
+    vision_tower: str | Path | None = None  # overrides the vision tower specified in config.json
+    vision: bool = True  # False: open only the language model
     revision: str | None = None  # branch, tag or commit of the checkpoint on the hub
-    image_mode: ImageMode | None = None  # None: the mode that the checkpoint was made for
-    legacy_strip: bool = False  # added tokens strip white space around them, as in the training of v0 and v1.1
+    image_mode: ImageMode | None = None  # None: the image mode of the checkpoint
+    legacy_strip: bool = False  # added tokens strip adjacent white space, as in the training of LLaVA v0 and v1.1
     force: bool = False  # ignore unknown tensors, and only warn about NaN, Inf or a mismatched base
-    fetch_tower: bool = True  # False, for inspection: do not fetch a published tower, whose sizes are known
+    fetch_tower: bool = True  # False: do not download published towers; their sizes are known

@@ -18,11 +18,11 @@ _MAX_LENGTH = 1200  # characters
 
 
 class ConfigError(LlavaError):
-    """A size or an option is missing, unknown or inconsistent with others."""
+    """A size or an option is missing, unknown, invalid or inconsistent with others."""
 
 
 class CheckpointError(LlavaError):
-    """A file of a checkpoint is missing, broken or has unexpected tensors."""
+    """A checkpoint file is missing, broken or contains unexpected tensors."""
 
 
 class ImageError(LlavaError):
@@ -30,8 +30,8 @@ class ImageError(LlavaError):
 
 
 class PromptError(LlavaError):
-    """The messages, image marks or length of a prompt do not fit the model."""
+    """A prompt has messages, image marks or a length that the model does not accept."""
 
 
 class DataError(LlavaError):
-    """A training sample or its image is broken, or a data file is in an unknown format."""
+    """A training sample or its image is broken, or a data file is unreadable or in an unknown format."""

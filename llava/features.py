@@ -1,4 +1,4 @@
-"""Uses the language model as a feature extractor: writes hidden states of many texts to one safetensors file.
+"""Uses the language model as a feature extractor: writes the hidden states of many texts to one safetensors file.
 
 S sequence length   D dim
 """
@@ -18,20 +18,20 @@ from llava.tensors.atomic import new_file
 from llava.tensors.files import DTYPE_NAMES
 from llava.tensors.writer import Progress, no_progress
 
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+MAX_HEADER_BYTES = 100_000_000  # maximum header size of the safetensors format
 
 
 class Row(NamedTuple):
-    """One line of the input."""
+    """One input text, optionally with an image."""
 
     text: str
     image: str | None
 
 
 def read_rows(file: Path) -> list[Row]:
-    """Reads a .jsonl file of {"text": …, "image": path?}, or a text file with one text per line.
+    """Reads a .jsonl file with one {"text": …, "image": path?} per line, or a text file with one text per line.
 
-    Image paths are relative to the file. Raises PromptError, naming the line.
+    Image paths are relative to the file's folder. Raises PromptError, with the line number if a line is invalid.
     """
     try:
         lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
@@ -42,7 +42,7 @@ def read_rows(file: Path) -> list[Row]:
     else:
         rows = [_row(line, f"{file}:{i}", file.parent) for i, line in enumerate(lines, start=1) if line.strip()]
     if not rows:
-        raise PromptError(f"{file}: found no rows; expected at least one")
+        raise PromptError(f"{file}: contains no rows; expected at least one")
     return rows
 
 
@@ -50,7 +50,7 @@ def _row(line: str, where: str, folder: Path) -> Row:
     try:
         values = json.loads(line)
     except ValueError as error:
-        raise PromptError(f"{where}: not JSON ({error})") from None
+        raise PromptError(f"{where}: not valid JSON ({error}); expected one JSON object per line") from None
     fits = isinstance(values, dict) and isinstance(values.get("text"), str) and not set(values) - {"text", "image"}
     if not fits or not isinstance(values.get("image"), str | None):
         raise PromptError(f'{where}: found {line[:60]}; expected {{"text": …, "image": path?}}')
@@ -66,17 +66,18 @@ def extract(
     template: str | None = None,
     progress: Progress = no_progress,
 ) -> None:
-    """Writes an entry "{row}.{layer}" [S, D] for every row and layer, in the model's dtype.
+    """Writes a tensor "{row}.{layer}" [S, D] for every row and layer, in the model's dtype.
 
-    Each text is a raw prompt, or a user message if `template` is given. If a text has no image mark, the image comes
-    first. The file starts with space reserved for the header, which is written last.
+    Each text is a raw prompt, or a user message if `template` is given. If a text contains no image mark, the image
+    is placed before the text. The file starts with space reserved for the header, which is written last.
 
-    Raises PromptError or ImageError, naming the row, or ConfigError, without writing a file.
+    Raises PromptError or ImageError with the row number, ConfigError for a layer that does not exist, or
+    CheckpointError if the file cannot be written. No file is left behind after an error.
     """
     room = 64 + len(rows) * len(layers) * _entry_bytes(len(rows))
     if room > MAX_HEADER_BYTES:
         raise PromptError(
-            f"{len(rows)} rows x {len(layers)} layers are more entries than a safetensors file can hold: "
+            f"{len(rows)} rows x {len(layers)} layers are too many tensors for one safetensors file; "
             f"split the input into parts of at most {len(rows) * MAX_HEADER_BYTES // room} rows"
         )
     with new_file(out, room) as partial, partial.open("wb") as file:
@@ -98,7 +99,7 @@ def extract(
 
 
 def _entry_bytes(n_rows: int) -> int:
-    """Number of bytes to reserve for a header entry: up to 19 digits for an offset, 10 for a dimension."""
+    """Returns the number of bytes to reserve per header entry: offsets need up to 19 digits, dimensions up to 10."""
     return len('"":{"dtype":"BF16","shape":[,],"data_offsets":[,]},') + len(str(n_rows)) + 12 + 2 * 10 + 2 * 19
 
 

@@ -1,4 +1,4 @@
-"""Opens a base and the adapters trained on it side by side: one checkpoint per adapter and one for the base."""
+"""Opens a base model and its adapters without merging them: one checkpoint per adapter and one for the base."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,27 +9,29 @@ from llava.config import LoadOptions
 from llava.errors import ConfigError
 from llava.formats.format import Checkpoint
 
-DEFAULT = "default"  # name of an adapter that is kept separate but was not given a name
-_ADAPTERS = ("lora", "projector")  # not delta, which would be a second whole model
+DEFAULT = "default"  # name of the adapter that `load(merge=False)` keeps separate
+_ADAPTERS = ("lora", "projector")  # a delta would need a second full-size model in memory
 
 
 def open_separately(
     source: str | Path, adapters: Mapping[str, str | Path], options: LoadOptions, *, merge: bool
 ) -> dict[str | None, Checkpoint]:
-    """Returns the adapters by name, in order, then the base without an adapter under the key None.
+    """Returns the adapters by name, in the given order, followed by the plain base under the key None.
 
-    `source` is the base if `merge`, else the first adapter, whose base is `options.base`. `options.revision` applies
-    to `source`. Raises CheckpointError, ConfigError.
+    If `merge` is true, `source` is the base; otherwise, it is the first adapter, and `options.base` is the base.
+    `options.revision` applies only to `source`. Raises CheckpointError, ConfigError.
     """
     opened: dict[str | None, Checkpoint] = {}
     if not merge:
-        # raises if the checkpoint needs no base or none was given
+        # raises if the checkpoint needs no base, or if options.base is None
         opened[DEFAULT] = _open_adapter(DEFAULT, source, options)
         assert options.base is not None
         source, options = options.base, replace(options, base=None, revision=None)
     for name, folder in adapters.items():
         if not name or name in opened:
-            raise ConfigError(f"adapters: {name!r} cannot be the name of {folder}; each adapter needs a distinct name")
+            raise ConfigError(
+                f"adapters: {name!r} cannot be used as the name of {folder}; names must be unique and not empty"
+            )
         opened[name] = _open_adapter(name, folder, replace(options, base=source, revision=None))
     return {**opened, None: open_checkpoint(source, options)}
 
@@ -38,7 +40,7 @@ def _open_adapter(name: str, folder: str | Path, options: LoadOptions) -> Checkp
     checkpoint = open_checkpoint(folder, options)
     if checkpoint.format not in _ADAPTERS:
         raise ConfigError(
-            f"{folder}: {checkpoint.format} ({checkpoint.evidence[0]}): cannot be the adapter {name!r}; "
-            f"expected {' or '.join(_ADAPTERS)}"
+            f"{folder}: has format {checkpoint.format} ({checkpoint.evidence[0]}), which cannot be used as adapter "
+            f"{name!r}; expected {' or '.join(_ADAPTERS)}"
         )
     return checkpoint

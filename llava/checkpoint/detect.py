@@ -1,6 +1,6 @@
 """Detects a checkpoint's format and conversation template from its files, tensors and config, never from its name.
 
-Each answer comes with the evidence that decided it.
+Each result includes the evidence for it.
 """
 
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ from llava.config import DecoderConfig, ProjectorConfig
 from llava.errors import CheckpointError
 from llava.formats import FORMATS
 from llava.formats.format import TEMPLATE_KEY, CheckpointFiles, Detection, TemplateChoice
+from llava.formats.gpt_fast import MODEL_FILE
 from llava.formats.llama import is_mistral
 from llava.formats.native import VERSION_KEY
 from llava.formats.projector import read_single_file
@@ -19,10 +20,11 @@ from llava.tensors.files import PROJECTOR_FILE, numbered_shards, open_weights, p
 from llava.tensors.hub import locate, locate_file
 
 UNKNOWN = "unknown"
+_EXPORTS = {"*.gguf": "llama.cpp", MODEL_FILE: "gpt-fast"}  # files in write-only formats -> the program that reads them
 
 
 def read_files(source: str | Path, revision: str | None = None) -> CheckpointFiles:
-    """Reads config and headers of a folder, hub id or projector file in any format. Raises CheckpointError."""
+    """Reads the config and tensor headers of a folder, hub id or projector file. Raises CheckpointError."""
     if file := locate_file(source, revision=revision):
         return read_single_file(file)
     folder = locate(source, revision=revision)
@@ -30,12 +32,18 @@ def read_files(source: str | Path, revision: str | None = None) -> CheckpointFil
         raise CheckpointError(f"{folder}: is empty; expected config.json, weights and tokenizer files")
     known = ("config.json", "adapter_config.json", PROJECTOR_FILE)
     if not any((folder / name).is_file() for name in known) and not numbered_shards(folder):
+        for pattern, reader in _EXPORTS.items():
+            if file := next(folder.glob(pattern), None):
+                raise CheckpointError(
+                    f"{file}: is an export for {reader}, which llava cannot load; use the checkpoint that it was "
+                    "converted from"
+                )
         raise CheckpointError(f"{folder / 'config.json'}: is missing; the checkpoint is incomplete")
     return CheckpointFiles(folder, read_json_if_present(folder / "config.json"), open_weights(folder))
 
 
 def detect(files: CheckpointFiles) -> Detection:
-    """Returns the first format in `FORMATS` that recognizes the files. Raises CheckpointError on a malformed config."""
+    """Returns the first format in `FORMATS` that matches the files. Raises CheckpointError on a malformed config."""
     with parsing(files.config_file):
         for name, format in FORMATS.items():
             if evidence := format.detect(files):
@@ -50,9 +58,10 @@ def choose_template(
     projector: ProjectorConfig | None,
     tokenizer: Tokenizer | None,
 ) -> TemplateChoice:
-    """Applies the first rule that matches. `config` has the keys of published LLaVA checkpoints (native: our keys).
+    """Chooses the conversation template by the first rule that matches.
 
-    Repository ids inside files are used to break ties; the folder's own name is not.
+    config: config.json, with the keys of published LLaVA checkpoints (native format: our keys). Repository ids recorded
+    in files are used only to break ties; the folder name is not used.
     """
     if VERSION_KEY in config:
         return TemplateChoice(config.get("template"), "recorded in config.json")
@@ -61,19 +70,21 @@ def choose_template(
     if config.get("model_type") == "llava_mpt":
         return TemplateChoice("mpt", "model_type is llava_mpt")
     if decoder and decoder.kind == "mpt" and config.get("mm_vision_tower"):
-        return TemplateChoice("mpt", "an MPT decoder with LLaVA's keys")
+        return TemplateChoice("mpt", "an MPT decoder, and LLaVA's keys in config.json")
     if decoder and is_mistral(decoder):
         return TemplateChoice("mistral_instruct", "8 key/value heads and rope theta 1e6: a Mistral decoder")
     if tokenizer and tokenizer.eos_id is not None and tokenizer.id_of("<|im_end|>") == tokenizer.eos_id:
         return TemplateChoice("chatml_direct", "the tokenizer's eos is <|im_end|>")
     if format == "projector":
-        return TemplateChoice("plain", "only a projector: trained on captions")
+        return TemplateChoice("plain", "the checkpoint is only a projector, which was trained on captions")
     if not config.get("mm_vision_tower"):
-        return TemplateChoice(None, "no mm_vision_tower, so this is a plain language model; name a template yourself")
+        return TemplateChoice(
+            None, "no mm_vision_tower, so this is a plain language model; select a template when loading it"
+        )
     if tokenizer and (tokenizer.pad == "[PAD]" or tokenizer.id_of("[PAD]") in tokenizer.special):
         return TemplateChoice("llava_v0", "[PAD] is among the tokenizer's special tokens")
     if "LlamaForCausalLM" in (config.get("architectures") or []):
-        return TemplateChoice("llava_v0", "architectures is LlamaForCausalLM with LLaVA's keys")
+        return TemplateChoice("llava_v0", "architectures is LlamaForCausalLM, but config.json has LLaVA's keys")
     if decoder and projector and projector.depth == 1 and decoder.max_seq == 4096:
         return TemplateChoice("llava_llama_2", "a linear projector and 4096 positions")
     if (base := config.get("_name_or_path")) and _is_llama_2_chat(str(base)):
@@ -82,6 +93,6 @@ def choose_template(
 
 
 def _is_llama_2_chat(repository: str) -> bool:
-    """Whether a repository id inside a file names Meta's Llama-2-chat. Weak evidence, used only to break ties."""
+    """Whether a repository id recorded in a file is Meta's Llama-2-chat. Weak evidence, used only to break ties."""
     name = repository.lower().rsplit("/", 1)[-1]
     return name.startswith("llama-2-") and "-chat" in name

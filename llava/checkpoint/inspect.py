@@ -1,4 +1,4 @@
-"""Describes a checkpoint from its headers alone, and scans its values for NaN, Inf and all-zero tensors."""
+"""Describes a checkpoint without reading its weights, and scans weights for NaN, Inf and all-zero tensors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -14,7 +14,7 @@ from llava.config import LlavaConfig, LoadOptions
 from llava.errors import LlavaError
 from llava.formats import FORMATS
 from llava.formats.base_model import recorded_names
-from llava.formats.format import Checkpoint, CheckpointFiles, Detection, Shapes, shapes_of
+from llava.formats.format import TEMPLATE_KEY, Checkpoint, CheckpointFiles, Detection, Shapes, shapes_of
 from llava.formats.tokenizer import has_tokenizer, load_tokenizer
 from llava.model.llava import shapes
 from llava.tensors.files import ADAPTER_FILES, NON_LORA_FILE, PROJECTOR_FILE, Weights, open_weights
@@ -23,7 +23,7 @@ from llava.zoo import catalogue
 from llava.zoo.bases import advice, needed_base
 from llava.zoo.match import licence_of_base, match
 
-_INT4_GROUP = 128  # weights that share a scale
+_INT4_GROUP = 128  # number of weights that share a scale and a zero point
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +32,15 @@ class Description:
 
     kind: str  # the format
     evidence: list[str]
-    base: str | None  # the language model that this checkpoint needs
-    licences: list[str] = field(default_factory=list)  # of the language model, from matching zoo entries
+    base: str | None  # the base model that this checkpoint needs
+    licences: list[str] = field(default_factory=list)  # licence notes for the language model
     sizes: dict[str, Any] = field(default_factory=dict)
     template: str | None = None
     template_because: str = ""
     image_mode: str | None = None
-    missing: list[str] = field(default_factory=list)  # our names of expected tensors that are absent
-    unused: list[str] = field(default_factory=list)  # names on disk of tensors that are not needed
-    memory_bytes: dict[str, int] = field(default_factory=dict)  # size of the weights in bf16, int8 and int4
+    missing: list[str] = field(default_factory=list)  # expected tensors that are absent, under our names
+    unused: list[str] = field(default_factory=list)  # tensors that are not needed, under their names on disk
+    memory_bytes: dict[str, int] = field(default_factory=dict)  # size of the weights by precision: bf16, int8, int4
     context: int | None = None  # context length in tokens
 
 
@@ -59,7 +59,7 @@ def describe(source: str | Path, options: LoadOptions | None = None) -> Descript
         options = replace(options, base=None)
     checkpoint, remarks = _open_leniently(files, replace(options, fetch_tower=False, force=True))
     config = checkpoint.config
-    # the vision tensors that the checkpoint itself holds, if its vision part could not be resolved
+    # the vision tensors in the checkpoint itself, if the vision part could not be resolved
     rest = {} if config.vision else shapes_of(checkpoint.unused)
     sizes = {**shapes(config), **rest}
     counted = {name for ours in rest for name in checkpoint.unused[ours].names}
@@ -80,8 +80,8 @@ def describe(source: str | Path, options: LoadOptions | None = None) -> Descript
 
 
 def licences(files: CheckpointFiles, detection: Detection) -> list[str]:
-    """Returns licence notes for the language model: from zoo entries that match, else from the base recorded in the
-    files, else from zoo entries that differ only in sizes.
+    """Returns licence notes for the language model: from matching zoo entries, else from the base recorded in
+    the files, else from zoo entries that differ only in sizes.
     """
     try:
         found = match(files, detection)
@@ -94,7 +94,7 @@ def licences(files: CheckpointFiles, detection: Detection) -> list[str]:
         if note := licence_of_base(name):
             return [f"{note} ({where} = {name})"]
     if not found.candidates and FORMATS[detection.format].needs_base and recorded:
-        return [f"same as its base {recorded[0][0]}, which is not in the zoo"]
+        return [f"same as the base {recorded[0][0]}, which is not in the zoo"]
     notes: dict[str, list[str]] = {}
     for entry in found.family:
         notes.setdefault(catalogue.licence(entry.entry), []).append(entry.entry["id"])
@@ -109,7 +109,8 @@ def _describe_headers(files: CheckpointFiles, detection: Detection) -> Descripti
     config, name = files.config, detection.format
     context = config.get("max_position_embeddings") or config.get("max_sequence_length") or config.get("max_seq_len")
     tokenizer = load_tokenizer(files.path) if name == "delta" and has_tokenizer(files.path) else None
-    choice = None if name in ("clip", "lora") else choose_template(name, config, None, None, tokenizer)
+    undecided = name == "clip" or (name == "lora" and TEMPLATE_KEY not in config)
+    choice = None if undecided else choose_template(name, config, None, None, tokenizer)
     return Description(
         kind=name,
         evidence=detection.evidence,
@@ -117,7 +118,7 @@ def _describe_headers(files: CheckpointFiles, detection: Detection) -> Descripti
         licences=licences(files, detection),
         sizes=_counts(sizes),
         template=choice.template if choice else None,
-        template_because=f"{choice.because}, judging by config.json alone" if choice else "",
+        template_because=f"{choice.because}; based only on config.json" if choice else "",
         image_mode="original",
         memory_bytes=memory_bytes(sizes),
         context=context,
@@ -142,12 +143,12 @@ def _open_leniently(files: CheckpointFiles, options: LoadOptions) -> tuple[Check
 
 
 def _is_in_tower_folder(name: str, checkpoint: Checkpoint) -> bool:
-    """Whether a missing tensor belongs in the tower's own folder, which was not read."""
+    """Whether a missing tensor is expected in the vision tower's own folder, which was not read."""
     return name.startswith("vision.") and "vision.cls" not in checkpoint.tensors
 
 
 def _counts(sizes: Shapes) -> dict[str, Any]:
-    """Returns the number of parameters, in total and by the first part of their names."""
+    """Returns the number of parameters, in total and by the first component of the tensor names."""
     parts: dict[str, int] = {}
     for name, shape in sizes.items():
         part = name.split(".")[0]
@@ -164,10 +165,10 @@ def _parts(config: LlavaConfig, sizes: Shapes) -> dict[str, Any]:
 
 
 def memory_bytes(sizes: Shapes) -> dict[str, int]:
-    """Size of the weights in memory: all in bfloat16, or the decoder's matrices in 8 or 4 bits with 16-bit scales.
+    """Returns the size of the weights in memory, for bfloat16 and for decoder matrices in 8 or 4 bits.
 
-    int8 has one scale per row, int4 a scale and a zero point per 128 weights. Embeddings, norms, projector and tower
-    stay in bfloat16.
+    int8 uses one 16-bit scale per row; int4 uses a 16-bit scale and zero point per 128 weights. Embeddings, norms,
+    projector and tower stay in bfloat16.
     """
     sums = {"bf16": 0, "int8": 0, "int4": 0}
     for name, shape in sizes.items():

@@ -17,14 +17,14 @@ from llava.tensors.lazy import Concat, FromFile, LazyTensor
 from llava.tensors.sums import WithLora
 
 _PoolKey = tuple[tuple[Path, str], ...]
-Pool = dict[_PoolKey, Tensor]  # tensors already read, by file and name, that several models share
+Pool = dict[_PoolKey, Tensor]  # tensors already read, by file and name; shared by several models
 Store = Callable[[nn.Module, str, LazyTensor], None]  # stores a tensor as the named parameter of a module
 
 
 def load_weights(model: Llava, tensors: Mapping[str, LazyTensor], store: Store) -> None:
-    """Stores every tensor in its module; for a matrix with a LoRA, that is the frozen base layer.
+    """Stores every tensor in its module. For a matrix with a LoRA, that module is the frozen base layer.
 
-    Inference and training load through this function and differ in `store`.
+    Inference and training both use this function, with different `store` callbacks.
     """
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
@@ -33,7 +33,7 @@ def load_weights(model: Llava, tensors: Mapping[str, LazyTensor], store: Store) 
 
 
 def read_finite(tensor: LazyTensor, force: bool = False) -> Tensor:
-    """Reads a tensor. Raises CheckpointError on NaN or Inf (`force`: warns instead)."""
+    """Reads a tensor. Raises CheckpointError if it contains NaN or Inf, or with `force` logs a warning."""
     value = tensor.read()
     check_finite(value, tensor.where, force)
     return value
@@ -50,8 +50,8 @@ def build(
     """Builds the model for inference. Weights that already have the right dtype and device stay memory-mapped.
 
     pool: if given, LoRAs are kept separate from their matrices, and tensors are shared with other models built with
-    the same pool. Raises CheckpointError if a tensor is missing, has the wrong shape, or contains NaN or Inf (`force`:
-    warns about NaN and Inf instead).
+    the same pool. Raises CheckpointError if a tensor is missing, has the wrong shape, or contains NaN or Inf; with
+    `force`, NaN and Inf only cause a warning.
     """
     check_headers(checkpoint)
     model = meta_model(checkpoint.config)
@@ -100,7 +100,7 @@ def _separate_loras(model: Llava, tensors: Mapping[str, LazyTensor]) -> dict[str
 
 
 def _parts(tensor: WithLora) -> dict[str, Adapter | int]:
-    """Splits a matrix by rows: first row of a part -> its adapter, or its number of rows if it has none."""
+    """Splits a matrix by rows. Returns {first row of a part: its adapter, or its row count if it has no adapter}."""
     parts: dict[str, Adapter | int] = {}
     end, (rows, columns) = 0, tensor.shape
     for first, a, b, scale in sorted(tensor.pairs, key=lambda pair: pair.first):
@@ -113,7 +113,7 @@ def _parts(tensor: WithLora) -> dict[str, Adapter | int]:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """Returns the device. `auto` is the first GPU if there is one, else the CPU. Raises ConfigError."""
+    """Returns the device. `auto` selects the first GPU if there is one, else the CPU. Raises ConfigError."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -126,7 +126,9 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """`auto` is the stored dtype on a GPU; on a CPU, bfloat16, or float32 below 1 B parameters. Raises ConfigError."""
+    """Returns the dtype. `auto` selects the checkpoint's dtype on a GPU; on a CPU, float32 below 1 B parameters and
+    bfloat16 otherwise. Raises ConfigError.
+    """
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if isinstance(dtype, torch.dtype):
         if dtype not in known.values():
@@ -137,7 +139,7 @@ def resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint, device: torc
             return known[checkpoint.config.dtype]
         return torch.float32 if n_parameters(checkpoint.config) < 1e9 else torch.bfloat16
     if dtype not in known:
-        raise ConfigError(f"dtype is {dtype!r}; expected auto, {', '.join(known)}")
+        raise ConfigError(f"dtype is {dtype!r}; expected one of auto, {', '.join(known)}")
     return known[dtype]
 
 

@@ -1,6 +1,6 @@
 """Resolves a checkpoint in stages: detect → resolve_base → read_tokenizer → resolve_tensors → read_config → check.
 
-Config, headers and tokenizer are read; weights are not.
+Reads config, headers and tokenizer, but no weights.
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ from llava.tensors.lazy import LazyTensor
 
 
 def open_checkpoint(source: str | Path | CheckpointFiles, options: LoadOptions | None = None) -> Checkpoint:
-    """Resolves a folder, a hub id or files already read. Raises CheckpointError, ConfigError."""
+    """Resolves a checkpoint: a folder, a hub id, or files already read. Raises CheckpointError, ConfigError."""
     options = _with_absolute_tower(options or LoadOptions())
     files = source if isinstance(source, CheckpointFiles) else read_files(source, options.revision)
     detection = detect(files)
@@ -49,17 +49,17 @@ def open_checkpoint(source: str | Path | CheckpointFiles, options: LoadOptions |
 
 
 def _with_absolute_tower(options: LoadOptions) -> LoadOptions:
-    """Makes the tower's folder absolute: written checkpoints record it, so it must be valid from any directory."""
+    """Makes the path of the tower absolute: written checkpoints record it, so it must be valid from any directory."""
     tower = options.vision_tower
     return replace(options, vision_tower=absolute_if_local(tower)) if tower else options
 
 
 def _unsupported(files: CheckpointFiles, detection: Detection) -> CheckpointError:
-    why = f"{files.path}: {detection.format} ({detection.evidence[0]})"
+    why = f"{files.path}: has format {detection.format} ({detection.evidence[0]}), which"
     if detection.format == "clip":
-        return CheckpointError(f"{why}: only a vision tower; load a LLaVA model and pass this as vision_tower=")
+        return CheckpointError(f"{why} is only a vision tower; load a LLaVA model and set vision_tower= to this folder")
     readable = ", ".join(name for name, format in FORMATS.items() if format.reads)
-    return CheckpointError(f"{why}: this version cannot load that format; expected one of {readable}")
+    return CheckpointError(f"{why} this version cannot load; expected one of {readable}")
 
 
 # ------------------------------------------------------------------------------------------------------------ stages
@@ -70,11 +70,14 @@ def resolve_base(
 ) -> Checkpoint | None:
     """Opens the language model that a LoRA, projector or delta belongs to. Returns None for a whole model.
 
-    Raises ConfigError if a base is given for a whole model, BaseModelError if a base is missing or cannot match.
+    Raises ConfigError if `options.base` is set for a whole model, BaseModelError if the base is missing or unsuitable.
     """
     if not format.needs_base:
         if options.base is not None:
-            raise ConfigError(f"{files.path}: {detection.format} ({detection.evidence[0]}): needs no base; omit base=")
+            raise ConfigError(
+                f"{files.path}: has format {detection.format} ({detection.evidence[0]}), which needs no base; "
+                "omit base="
+            )
         return None
     if options.base is None:
         raise missing_base(files, detection)
@@ -88,7 +91,7 @@ def resolve_base(
 
 @dataclass(frozen=True)
 class ReadTokenizer:
-    """A tokenizer, the folder with its files, and its tokens that are not in those files."""
+    """A tokenizer, the folder that contains its files, and the tokens that are missing from those files."""
 
     tokenizer: Tokenizer
     folder: Path
@@ -98,7 +101,7 @@ class ReadTokenizer:
 def read_tokenizer(
     files: CheckpointFiles, format: Format, base: Checkpoint | None, options: LoadOptions
 ) -> ReadTokenizer:
-    """Loads the tokenizer of the checkpoint or its base, adding tokens whose embeddings the checkpoint contains."""
+    """Loads the tokenizer of the checkpoint or its base, and adds tokens whose embeddings the checkpoint contains."""
     own = base is None or has_tokenizer(files.path)
     folder = format.tokenizer_folder(files) if own or base is None else base.tokenizer_folder
     tokenizer = load_tokenizer(folder, legacy_strip=options.legacy_strip, fast=format.fast_tokenizer)
@@ -110,7 +113,10 @@ def read_tokenizer(
 def resolve_tensors(
     files: CheckpointFiles, format: Format, base: Checkpoint | None, tokenizer: Tokenizer, options: LoadOptions
 ) -> Resolved:
-    """Determines where each of our tensors comes from. Raises CheckpointError on unknown tensors, unless `force`."""
+    """Finds the source of each of our tensors.
+
+    Raises CheckpointError if there are no weights, or if there are unknown tensors and `options.force` is false.
+    """
     if not format.needs_base and not files.weights:
         raise CheckpointError(f"{files.path}: has no weights; expected model*.safetensors or pytorch_model*.bin")
     resolved = format.resolve(files, base, tokenizer)
@@ -122,7 +128,7 @@ def resolve_tensors(
 def read_config(
     files: CheckpointFiles, format: Format, base: Checkpoint | None, resolved: Resolved, options: LoadOptions
 ) -> ReadConfig:
-    """Reads the model's config and completes it from the tensors and the base."""
+    """Reads the model's config, completed with values from the tensors and the base."""
     with parsing(files.config_file if files.config or not base else base.path / "config.json"):
         read = format.read_config(files, resolved.tensors, base, options)
     config = read.config
@@ -191,11 +197,12 @@ def _check_consistent(checkpoint: Checkpoint, n_found: int) -> None:
     config, where = checkpoint.config, checkpoint.path / "config.json"
     if config.vision and config.start_end and checkpoint.tokenizer.id_of("<im_start>") is None:
         raise CheckpointError(
-            f"{checkpoint.path}: mm_use_im_start_end is true, but the tokenizer has no <im_start>; add its files"
+            f"{checkpoint.path}: mm_use_im_start_end is true, but the tokenizer has no <im_start>; put "
+            "the tokenizer files from the training run into this folder"
         )
     if config.decoder.n_layers > n_found > 0:
         raise CheckpointError(
-            f"{where}: states {config.decoder.n_layers} layers, but the files have only {n_found} tensors: "
+            f"{where}: specifies {config.decoder.n_layers} layers, but the files contain only {n_found} tensors; "
             "config.json and the weights belong to different models"
         )
 
@@ -207,7 +214,7 @@ def _check_base(
     found: Mapping[str, LazyTensor],
     force: bool,
 ) -> None:
-    """Checks that the base has the sizes stated in the config of the LoRA, projector or delta."""
+    """Checks that the base has the sizes that the LoRA, projector or delta requires."""
     detection = Detection(checkpoint.format, checkpoint.evidence)
     expected, wrong = shapes(checkpoint.config), f"not the base of this {checkpoint.format}"
     for ours in sorted({*found, *expected}):
@@ -228,29 +235,29 @@ def _sizes(shape: tuple[int, ...] | None) -> str:
 
 
 def _check_depth(checkpoint: Checkpoint, force: bool) -> None:
-    """Checks that no decoder tensor is left unused, except the head of a tied decoder."""
+    """Checks that all decoder tensors are used, except the head of a tied decoder."""
     decoder = checkpoint.config.decoder
     for ours, tensor in checkpoint.unused.items():
         tied_head = decoder.tied and ours == "decoder.head.weight"
         if ours.startswith("decoder.") and not force and not tied_head:
             raise CheckpointError(
-                f"{tensor.where}: does not belong to a decoder with {decoder.n_layers} layers: "
+                f"{tensor.where}: does not belong to a decoder with {decoder.n_layers} layers; "
                 "config.json and the weights belong to different models"
             )
 
 
 def check_headers(checkpoint: Checkpoint) -> None:
-    """Checks that every tensor exists and has the shape that the config states. Raises CheckpointError."""
+    """Checks that every tensor exists and has the shape that the config requires. Raises CheckpointError."""
     if checkpoint.missing:
         n, first = len(checkpoint.missing), checkpoint.missing[0]
         names = disk_names(first, (*FORMATS[checkpoint.format].rules(checkpoint.config), *clip.RULES))
         raise CheckpointError(
-            f"{checkpoint.path}: {n} tensors are missing (the first is {names[0]}); fetch the checkpoint again"
+            f"{checkpoint.path}: {n} tensors are missing (the first is {names[0]}); download the checkpoint again"
         )
     expected = shapes(checkpoint.config)
     for name, tensor in checkpoint.tensors.items():
         if tensor.shape != expected[name]:
             raise CheckpointError(
-                f"{tensor.where}: has shape {list(tensor.shape)}, but the config states {list(expected[name])}: "
+                f"{tensor.where}: has shape {list(tensor.shape)}, but the config requires {list(expected[name])}; "
                 "config.json and the weights belong to different models"
             )

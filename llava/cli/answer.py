@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 @app.command()
 @grouped
 def ask(
-    words: Annotated[list[str], typer.Argument(metavar='[IMAGE]... "QUESTION"', help="- reads an image from stdin")],
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar='[IMAGE]... "QUESTION"', help="image files (-: read from stdin), then the question"),
+    ],
     *,
     model: Model = None,
     base: Base = None,
@@ -75,9 +78,15 @@ def features(
     checkpoint: Checkpoint,
     *,
     input: Annotated[
-        Path, typer.Option("--input", help='one text per line, or .jsonl rows {"text": …, "image": path?}')
+        Path,
+        typer.Option("--input", help='one text per line, or .jsonl rows {"text": …} with an optional "image": path'),
     ],
-    layers: Annotated[str, typer.Option("--layers", help="such as 8,16,-1; 0: embeddings, -1: after the final norm")],
+    layers: Annotated[
+        str,
+        typer.Option(
+            "--layers", help="comma-separated layer numbers, e.g. 8,16,-1 (0: embeddings; -1: after the final norm)"
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", help=".safetensors file to write")],
     base: Base = None,
     loading: ModelOptions,
@@ -86,7 +95,7 @@ def features(
     try:
         numbers = [int(layer) for layer in layers.split(",")]
     except ValueError:
-        raise ConfigError(f"--layers is {layers!r}; expected numbers such as 8,16,-1") from None
+        raise ConfigError(f"--layers is {layers!r}; expected comma-separated layer numbers, e.g. 8,16,-1") from None
     from llava import features as job
 
     rows = job.read_rows(input)
@@ -108,8 +117,8 @@ def _load(
 
     if path is None:
         print(
-            "llava: no --model given, using llava-tiny, which recognises only drawn objects; "
-            "--model FOLDER_OR_HUB_ID loads a real LLaVA",
+            "llava: no --model given; using llava-tiny, which recognises only drawn objects. "
+            "To load another LLaVA, pass --model FOLDER_OR_HUB_ID.",
             file=sys.stderr,
         )
     named = dict(map(_name_and_folder, adapters or ()))

@@ -1,4 +1,4 @@
-"""The Typer application, one-line errors, and the progress bar."""
+"""The Typer application, one-line error reports, and the progress bar."""
 
 import logging
 import sys

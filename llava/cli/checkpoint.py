@@ -24,11 +24,11 @@ def inspect(
     vision_tower: VisionTower = None,
     revision: Revision = None,
     scan: Annotated[
-        bool, typer.Option("--scan", help="read all weights; report NaN, Inf and all-zero tensors")
+        bool, typer.Option("--scan", help="read all weights and report NaN, Inf and all-zero tensors")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a checkpoint is and what it needs, from headers only."""
+    """Show a checkpoint's format, sizes, template and requirements. Reads only headers, except with --scan."""
     from llava.checkpoint import inspect as job
     from llava.config import LoadOptions
 
@@ -46,11 +46,15 @@ def inspect(
 @app.command()
 def convert(
     checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write; must be empty if it exists")],
-    to: Annotated[str, typer.Option("--to", help="native, llava, llava-hf, llama, gguf or gpt-fast")] = "native",
-    vision: Annotated[bool, typer.Option("--vision/--no-vision", help="keep vision tower and projector")] = True,
-    verify: Annotated[bool, typer.Option("--verify", help="read the output back and compare it bit by bit")] = False,
-    check: Annotated[bool, typer.Option("--check/--no-check", help="compare the logits before and after")] = True,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="output folder; must be empty if it exists")],
+    to: Annotated[
+        str, typer.Option("--to", help="output format: native, llava, llava-hf, llama, gguf or gpt-fast")
+    ] = "native",
+    vision: Annotated[bool, typer.Option("--vision/--no-vision", help="keep the vision tower and projector")] = True,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="read the output back and compare it with the source bit by bit")
+    ] = False,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="compare the logits of source and output")] = True,
     base: Base = None,
     vision_tower: VisionTower = None,
     revision: Revision = None,
@@ -71,8 +75,8 @@ def convert(
 
 
 def left_out(names: tuple[str, ...]) -> str:
-    """Returns one line that counts the tensors omitted by a conversion, grouped by part of the model."""
-    parts = ("mm_projector", "vision_tower", "vision_model", "text_model", "inv_freq")
+    """Returns a one-line count of the tensors that a conversion left out, grouped by part of the model."""
+    parts = ("projector", "text_model", "inv_freq", "vision")
     counts = Counter(next((part for part in parts if part in name), name) for name in names)
     return "left out: " + ", ".join(f"{part} ({n} tensors)" if n > 1 else part for part, n in counts.items())
 
@@ -100,7 +104,8 @@ def _show(found: "Description", values: "Scan | None") -> None:
         row(name, f"{part:,}" if isinstance(part, int) else text)
     if found.context:
         row("context", f"{found.context} tokens")
-        row("template", f"{found.template or 'none'} ({found.template_because})")
+        because = found.template_because
+        row("template", f"{found.template or 'none'} ({because})" if because else "depends on the base")
         row("image mode", found.image_mode or "no images")
         row("memory", ", ".join(f"{kind} {_bytes(n)}" for kind, n in found.memory_bytes.items()))
         row("missing", _some(found.missing))

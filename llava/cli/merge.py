@@ -19,22 +19,24 @@ BaseModel = Annotated[
 Target = Annotated[
     Path,
     typer.Option(
-        "--target", "--target-model-path", "--save-model-path", help="folder to write; must be empty if it exists"
+        "--target", "--target-model-path", "--save-model-path", help="output folder; must be empty if it exists"
     ),
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergingOptions:
-    """Options of the commands that merge; see `llava.convert.merge.MergeOptions`."""
+    """Options of the merge commands; see `llava.convert.merge.MergeOptions`."""
 
     precise: Annotated[
         bool, typer.Option("--precise", help="sum in float32 and round once, unlike the original tools")
     ] = False
-    verify: Annotated[bool, typer.Option("--verify", help="recompute everything and compare it bit by bit")] = False
+    verify: Annotated[
+        bool, typer.Option("--verify", help="recompute every tensor and compare it with the output bit by bit")
+    ] = False
     shard_gb: Annotated[
         float,
-        typer.Option("--shard-gb", min=1e-6, max=1e6, help="maximum file size in GB; a rerun keeps complete files"),
+        typer.Option("--shard-gb", min=1e-6, max=1e6, help="maximum shard size in GB; a rerun keeps complete shards"),
     ] = 5.0
     revision: Revision = None
     force: Force = False
@@ -89,7 +91,7 @@ def merge_lora(
 def make_delta(
     base: BaseModel,
     target: Annotated[str, typer.Option("--target", "--target-model-path", help="folder or hub id of the full model")],
-    delta: Annotated[Path, typer.Option("--delta", "--delta-path", help="folder to write; must be empty if it exists")],
+    delta: Annotated[Path, typer.Option("--delta", "--delta-path", help="output folder; must be empty if it exists")],
 ) -> None:
     """Subtract the base weights from a full model to obtain a delta that can be published."""
     from llava.convert import split as job
@@ -102,7 +104,7 @@ def make_delta(
 @app.command("extract-projector")
 def extract_projector(
     checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write; must be empty if it exists")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="output folder; must be empty if it exists")],
     base: Base = None,
     vision_tower: VisionTower = None,
     revision: Revision = None,

@@ -13,22 +13,24 @@ Model = Annotated[
     typer.Option("--model", "-m", help="folder or hub id of a checkpoint; default: the included llava-tiny"),
 ]
 Checkpoint = Annotated[str, typer.Argument(metavar="M", help="folder or hub id of a checkpoint")]
-Base = Annotated[str | None, typer.Option("--base", help="language model that a delta, LoRA or projector belongs to")]
+Base = Annotated[
+    str | None, typer.Option("--base", help="folder or hub id of the base model of a delta, LoRA or projector")
+]
 Adapters = Annotated[
     list[str] | None,
     typer.Option("--adapter", metavar="NAME=M", help="LoRA or projector to use with --model; repeatable"),
 ]
-VisionTower = Annotated[str | None, typer.Option("--vision-tower", help="folder or hub id of a CLIP model")]
+VisionTower = Annotated[str | None, typer.Option("--vision-tower", help="folder or hub id of the CLIP vision tower")]
 Template = Annotated[str | None, typer.Option("--template", help="name of a conversation template")]
 DType = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N")]
-Quantize = Annotated[str | None, typer.Option("--quantize", help="quantization of the weights")]
+Quantize = Annotated[str | None, typer.Option("--quantize", help="not supported by this version")]
 Revision = Annotated[str | None, typer.Option("--revision", help="branch, tag or commit on the hub")]
 Force = Annotated[bool, typer.Option("--force", help="continue despite unknown tensors, NaN, Inf or a mismatched base")]
 ImageMode = Annotated[str | None, typer.Option("--image-mode", help="image preprocessing: original or hf")]
 Exif = Annotated[bool, typer.Option("--exif", help="rotate images according to their EXIF orientation")]
 LegacyStrip = Annotated[
-    bool, typer.Option("--legacy-strip", help="strip white space as in the training of v0 and v1.1")
+    bool, typer.Option("--legacy-strip", help="strip white space around added tokens, as v0 and v1.1 did in training")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
 
@@ -37,10 +39,12 @@ Temperature = Annotated[
     float, typer.Option("--temperature", help="sampling temperature; 0 always selects the most likely token")
 ]
 TopP = Annotated[
-    float | None, typer.Option("--top-p", help="sample from the most likely tokens up to this total probability")
+    float | None, typer.Option("--top-p", help="sample from the most likely tokens whose probabilities add up to this")
 ]
 TopK = Annotated[int | None, typer.Option("--top-k", help="number of most likely tokens to sample from")]
-MinP = Annotated[float | None, typer.Option("--min-p", help="minimum probability, relative to the most likely token")]
+MinP = Annotated[
+    float | None, typer.Option("--min-p", help="minimum probability, as a fraction of the highest probability")
+]
 RepetitionPenalty = Annotated[float, typer.Option("--repetition-penalty", help="values above 1 reduce repetition")]
 Seed = Annotated[int | None, typer.Option("--seed", help="random seed, for reproducible replies")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="string that ends the reply; repeatable")]
@@ -48,7 +52,7 @@ Stop = Annotated[list[str] | None, typer.Option("--stop", help="string that ends
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Options of all commands that load a model, named like the parameters of `llava.load`."""
+    """Options of all commands that load a model, with the same names as the parameters of `llava.load`."""
 
     vision_tower: VisionTower = None
     template: Template = None
@@ -64,7 +68,7 @@ class ModelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """Options of all commands that generate text, named like the options of `Assistant.generate`."""
+    """Options of all commands that generate text, with the same names as the options of `Assistant.generate`."""
 
     max_new_tokens: MaxNewTokens = 512
     temperature: Temperature = 0.0

@@ -1,4 +1,4 @@
-"""The training commands: train, data check."""
+"""Commands for training: train, data check."""
 
 import json
 import os
@@ -17,20 +17,22 @@ from llava.errors import ConfigError
 @app.command()
 def train(
     recipe: Annotated[
-        str | None, typer.Argument(metavar="RECIPE", help="name of a shipped recipe, or a .toml file")
+        str | None, typer.Argument(metavar="RECIPE", help="name of a shipped recipe, or path of a .toml file")
     ] = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a recipe key; repeatable")
     ] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="show what the run would need and exit")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="print the estimated requirements of the run and exit")] = False,
     ranks: Annotated[
         int, typer.Option("--ranks", min=1, envvar="WORLD_SIZE", help="number of GPUs that --plan assumes")
     ] = 1,
     plot: Annotated[
         list[Path] | None,
-        typer.Option("--plot", metavar="RUN", help="plot the curves of a run folder instead of training; repeatable"),
+        typer.Option(
+            "--plot", metavar="RUN", help="plot the training curves of a run folder instead of training; repeatable"
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="file that --plot writes; default: RUN/curves.png")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="output file of --plot; default: RUN/curves.png")] = None,
     listed: Annotated[bool, typer.Option("--list", help="list the shipped recipes")] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda")] = "auto",
     as_json: AsJson = False,
@@ -66,29 +68,32 @@ app.add_typer(data, name="data")
 @data.command("check")
 def data_check(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="data in LLaVA's .json or .jsonl format, a .tar, or a folder of tars")
+        Path, typer.Argument(metavar="FILE", help="LLaVA .json or .jsonl file, .tar file, or folder of .tar files")
     ],
     images: Annotated[
-        Path | None, typer.Option("--images", help="location of the images: folder, .zip, .tar or folder of tars")
+        Path | None,
+        typer.Option("--images", help="location of the images: folder, .zip file, .tar file or folder of .tar files"),
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option("--tokenizer", help="folder with a tokenizer, to count tokens")
+        Path | None, typer.Option("--tokenizer", help="folder of the tokenizer used to count tokens")
     ] = None,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="count tokens for this model")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="folder or hub id of the model to count tokens for")
+    ] = None,
     template: Template = None,
-    max_length: Annotated[int, typer.Option("--max-length", min=2, help="maximum tokens per sample")] = 2048,
+    max_length: Annotated[int, typer.Option("--max-length", min=2, help="maximum number of tokens per sample")] = 2048,
     image_tokens: Annotated[
-        int | None, typer.Option("--image-tokens", min=1, help="tokens per image; default: the model's count, or 576")
+        int | None, typer.Option("--image-tokens", min=1, help="tokens per image; default: set by --model, or 576")
     ] = None,
     fix: Annotated[
-        Path | None, typer.Option("--fix", metavar="OUT", help="write a copy with the problems fixed")
+        Path | None, typer.Option("--fix", metavar="OUT", help="write a copy of the data with the problems fixed")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option("--workers", min=0, help="number of processes; default: one per CPU")
+        int | None, typer.Option("--workers", min=0, help="number of worker processes; default: one per CPU")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check every sample and image. Exits with code 1 if there are problems and no fixed copy was written."""
+    """Check every sample and image. The exit code is 1 if there are problems and no fixed copy was written."""
     from llava.data import check as job
     from llava.data.findings import render
     from llava.data.measure import open_measure

@@ -8,7 +8,7 @@ import typer
 
 from llava.cli.app import app
 from llava.cli.options import AsJson, Revision
-from llava.zoo import catalogue  # data only: does not import torch
+from llava.zoo import catalogue  # does not import torch
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,13 +23,20 @@ app.add_typer(zoo, name="zoo")
 def tables(
     context: typer.Context,
     base_llm: Annotated[
-        str | None, typer.Option("--base-llm", help="entries whose base LLM contains this text")
+        str | None, typer.Option("--base-llm", help="show only entries whose base LLM contains this text")
     ] = None,
     format: Annotated[
-        str | None, typer.Option("--format", help="merged, delta, lora, projector or hf-reexport, or part of a name")
+        str | None,
+        typer.Option(
+            "--format", help="format to filter by: merged, delta, lora, projector or hf-reexport, or part of the name"
+        ),
     ] = None,
-    vision_encoder: Annotated[str | None, typer.Option("--vision-encoder", help="such as CLIP-L-336px")] = None,
-    data: Annotated[str | None, typer.Option("--data", help="pretraining or finetuning data, such as 558K")] = None,
+    vision_encoder: Annotated[
+        str | None, typer.Option("--vision-encoder", help="vision encoder to filter by, e.g. CLIP-L-336px")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="pretraining or finetuning data to filter by, e.g. 558K")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print a JSON list of entries instead of tables")] = False,
 ) -> None:
     """Browse the catalogue of published checkpoints, or identify a checkpoint folder."""
@@ -46,9 +53,10 @@ def tables(
 
 @zoo.command()
 def show(
-    id: Annotated[str, typer.Argument(metavar="ID", help="id of an entry, or its last part")], as_json: AsJson = False
+    id: Annotated[str, typer.Argument(metavar="ID", help="id of an entry, or its last component")],
+    as_json: AsJson = False,
 ) -> None:
-    """Show an entry: its requirements, scores, template, and the commands to fetch, merge and run it."""
+    """Show an entry: requirements, scores, template, and the commands to fetch, merge and run the checkpoint."""
     entry = catalogue.find(id)
     commands = [{"for": purpose, "command": line} for purpose, line in catalogue.commands(entry)]
     if as_json:
@@ -63,7 +71,9 @@ def show(
 
 @zoo.command()
 def check(
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="folder or hub id; its name is not used")],
+    folder: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="folder or hub id of the checkpoint; its name is ignored")
+    ],
     revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:

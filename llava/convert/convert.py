@@ -31,10 +31,10 @@ def convert(
 ) -> Checkpoint:
     """Converts `source` to the format `to` and streams it into the folder `target`, which must be absent or empty.
 
-    verify: read everything back and compare it bit by bit. check: compare the logits of both, block by block. With
-    `options.force`, unknown tensors, NaN and Inf are tolerated and logits are not compared. conversion.md in the target
-    records what was done. Returns the source checkpoint, whose `unused_names` are the tensors left out. Raises
-    LlavaError; a failed conversion leaves nothing behind.
+    verify: read all tensors back and compare them bit by bit. check: compare the logits of source and result, computed
+    block by block. With `options.force`, unknown tensors, NaN and Inf are tolerated and logits are not compared. A
+    report is written to conversion.md in `target`. Returns the source checkpoint, with the tensors left out in
+    `unused_names`. Raises LlavaError; a failed conversion leaves no files.
     """
     options, format = options or LoadOptions(), _writable(to)
     vision = options.vision and format.holds_vision
@@ -63,7 +63,7 @@ def _writable(to: str) -> Format:
 
 def _read_back(format: Format, folder: Path, checkpoint: Checkpoint) -> Checkpoint:
     if (written := format.read_back(folder, checkpoint)) is None:
-        # use the source's tower, since the one named in config.json may be unreachable
+        # use the source's tower, since the tower specified in config.json may be unavailable
         tower = None if own_tower(folder) else checkpoint.tower_folder
         has_vision = checkpoint.config.vision is not None
         written = open_checkpoint(folder, LoadOptions(vision=has_vision, vision_tower=tower))
@@ -74,7 +74,7 @@ def _read_back(format: Format, folder: Path, checkpoint: Checkpoint) -> Checkpoi
 def _compare(
     checkpoint: Checkpoint, written: Checkpoint, verify: bool, check: bool, progress: Progress
 ) -> Iterator[str]:
-    """Yields lines for the report. Raises CheckpointError if the two checkpoints differ."""
+    """Compares as requested and yields lines for the report. Raises CheckpointError if the checkpoints differ."""
     if verify:
         check_equal(checkpoint, written, progress)
         yield "Read back: every tensor has the same bits."
@@ -86,8 +86,9 @@ def _compare(
 def write_gpt_fast(
     folder: Path, output: Path | None = None, *, progress: Progress = no_progress
 ) -> tuple[Path, Checkpoint]:
-    """Writes gpt-fast's model.pth into the checkpoint's own folder, as gpt-fast's conversion script does, or to
-    `output`. Returns the file and the source checkpoint. Raises LlavaError.
+    """Writes model.pth for gpt-fast to `output`; by default into the checkpoint folder, like gpt-fast's own script.
+
+    Returns the path of the file and the source checkpoint. Raises LlavaError.
     """
     format = FORMATS["gpt-fast"]
     opened = open_checkpoint(folder, LoadOptions(vision=False, force=True))

@@ -1,4 +1,4 @@
-"""Merges a delta or LoRA with its base into a folder in the llava format, streamed, with the original's arithmetic."""
+"""Merges a delta or LoRA with its base into a llava-format folder: streamed, with the original code's arithmetic."""
 
 import time
 from collections.abc import Mapping
@@ -34,8 +34,8 @@ INDEX = "model.safetensors.index.json"
 class MergeOptions:
     """Options for merging a delta or LoRA."""
 
-    precise: bool = False  # sum in float32 and round once, instead of using the original's arithmetic
-    verify: bool = False  # recompute every tensor and compare it with the files
+    precise: bool = False  # sum in float32 and round once, unlike the original code
+    verify: bool = False  # recompute every tensor and compare it with the written one
     force: bool = False  # tolerate unknown tensors, NaN, Inf or a mismatched base
     revision: str | None = None  # branch, tag or commit of the delta or LoRA on the hub
     max_shard_bytes: int = MAX_SHARD_BYTES
@@ -47,11 +47,11 @@ class Merged:
 
     folder: str
     base: str
-    evidence: list[str]  # why the format of the delta or LoRA was detected
+    evidence: list[str]  # why the input was detected as a delta or LoRA
     n_tensors: int
     n_bytes: int
     seconds: float
-    taken_over: int  # number of shards completed by an earlier run that was interrupted
+    taken_over: int  # number of shards reused from an earlier, interrupted run
     verified: bool
     sha256: dict[str, str]  # shard name -> checksum
 
@@ -64,8 +64,8 @@ def apply_delta(
     *,
     progress: Progress = no_progress,
 ) -> Merged:
-    """Writes base + delta, like the original tool of this name: sums in float16, names unchanged, config and
-    tokenizer from the delta. Raises CheckpointError.
+    """Writes base + delta, like the original `apply_delta.py`: computes sums in float16, keeps the tensor names, and
+    takes the config and tokenizer from the delta. Raises CheckpointError.
     """
     return merge("delta", base, target, delta, options or MergeOptions(), progress)
 
@@ -78,8 +78,8 @@ def merge_lora(
     *,
     progress: Progress = no_progress,
 ) -> Merged:
-    """Writes base + scale * B @ A and the weights trained alongside, like the original `merge_lora_weights.py` on a
-    CPU: factors in float16, their product in float32 and rounded, then the sum. Raises CheckpointError.
+    """Writes base + scale * B @ A and the weights trained in full, like the original `merge_lora_weights.py` on a CPU:
+    multiplies float16 factors in float32, rounds the product to float16, then adds it. Raises CheckpointError.
     """
     return merge("lora", base, target, lora, options or MergeOptions(), progress)
 
@@ -90,8 +90,8 @@ def merge(
 ) -> Merged:
     """Merges a checkpoint of `format` with its base into `target` (absent or empty) as float16 shards with an index.
 
-    Files are written to `target.partial`, where the same call resumes after a kill. Memory use is a few chunks,
-    regardless of model size. Raises CheckpointError.
+    Files are written to `target.partial`, from which the same call resumes after an interruption. Only a few chunks are
+    in memory at a time, regardless of model size. Raises CheckpointError.
     """
     started = time.perf_counter()
     free_folder(target)
@@ -109,7 +109,7 @@ def merge(
         "base": _file_stats(base_folder),
         format: _file_stats(files.path),
         "precise": options.precise,
-        "force": options.force,  # shards written with `force` may contain NaN
+        "force": options.force,  # shards written with `force` may contain NaN; a run without it must not reuse them
         "max_shard_bytes": options.max_shard_bytes,
     }
     n_bytes = sum(out.n_bytes for out in outputs)
@@ -136,7 +136,7 @@ def merge(
 
 
 def _check_projector(whole: Checkpoint, files: CheckpointFiles) -> None:
-    """Checks that the projector is complete if config.json names a tower. Raises CheckpointError."""
+    """Checks that the projector is complete if config.json specifies a vision tower. Raises CheckpointError."""
     if not files.config.get("mm_vision_tower"):
         return
     with parsing(files.config_file):
@@ -146,8 +146,8 @@ def _check_projector(whole: Checkpoint, files: CheckpointFiles) -> None:
         for param in ("weight", "bias"):
             if (name := f"projector.{2 * i}.{param}") not in whole.unused:
                 raise CheckpointError(
-                    f"{files.path}: config.json names a vision tower and a projector of type {type}, but the files "
-                    f"have no {name}; fetch the {whole.format} again, with non_lora_trainables.bin if it is a LoRA"
+                    f"{files.path}: config.json specifies a vision tower and a projector of type {type}, but "
+                    f"{name} is missing; fetch the {whole.format} again, with non_lora_trainables.bin for a LoRA"
                 )
 
 
@@ -155,13 +155,13 @@ def _wrong_format(files: CheckpointFiles, detection: Detection, format: str) -> 
     command = {"delta": "llava apply-delta", "lora": "llava merge-lora"}.get(detection.format)
     known = FORMATS.get(detection.format)
     whole = known is not None and known.reads and not known.needs_base
-    advice = "it is a whole model and loads as it is" if whole else f"give the folder of a {format}"
+    advice = "it is a whole model and loads as it is" if whole else f"pass a {format} folder"
     hint = f"use {command}" if command else advice
     return f"{files.path}: is not a {format} but {detection.format} ({detection.evidence[0]}); {hint}"
 
 
 def _outputs(whole: Checkpoint, precise: bool) -> list[OutputTensor]:
-    """Returns every tensor in float16 under its original name, including those that a language model does not need."""
+    """Returns all tensors in float16 under their original names, including those outside the language model."""
     tensors = {name: _in_float16(tensor, precise) for name, tensor in (whole.tensors | whole.unused).items()}
     linear = "projector.0.weight" in tensors and "projector.2.weight" not in tensors
     return to_disk(tensors, whole.config, rules_for(whole.config, linear=linear))
@@ -176,12 +176,12 @@ def _in_float16(tensor: LazyTensor, precise: bool) -> LazyTensor:
 
 
 def _config(whole: Checkpoint, files: CheckpointFiles, base: Path) -> dict[str, Any]:
-    """Returns the config.json of the delta or LoRA; the base's if PEFT alone saved the LoRA. Raises CheckpointError."""
+    """Returns the config.json to write: that of the delta or LoRA or, if absent, the base. Raises CheckpointError."""
     config: Mapping[str, Any] = files.config or whole.source_config
     if VERSION_KEY in config:  # our own config format, which other tools cannot read
         if config.get("vision") or whole.config.decoder.kind != "llama":
             raise CheckpointError(
-                f"{files.path}: has no config.json, and {base} has the native format; convert the base first: "
+                f"{files.path}: has no config.json, and {base} is in native format; convert the base first: "
                 f"llava convert {base} OUT --to llava"
             )
         config = llama_config(whole.config, whole.tokenizer)
@@ -200,11 +200,11 @@ def _check_reopens(folder: Path, whole: Checkpoint) -> None:
     if FORMATS[again.format].needs_base or again.config.template != whole.config.template:
         raise CheckpointError(
             f"{folder}: the result has format {again.format} and template {again.config.template}; expected a whole "
-            f"model with template {whole.config.template}: this is not the base that the {whole.format} was made for"
+            f"model with template {whole.config.template}; pass the base that the {whole.format} was made for"
         )
 
 
 def _file_stats(folder: Path) -> dict[str, list[int]]:
-    """Returns the size and modification time of each file, to tell whether a later run has the same inputs."""
+    """Returns the size and modification time of each file, so that a later run can detect changed inputs."""
     stats = {file.name: file.stat() for file in sorted(folder.iterdir()) if file.is_file()}
     return {str(folder.resolve()): [], **{name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}}

@@ -12,7 +12,7 @@ from llava.tensors.writer import OutputTensor
 def report(
     source: Checkpoint, outputs: Sequence[OutputTensor], to: str, checks: Sequence[str], remarks: Sequence[str] = ()
 ) -> str:
-    """Returns Markdown that states what was renamed, added and left out, and why, and what readers should know."""
+    """Returns a Markdown report of renamed, added and omitted tensors, with reasons, checks and notes for users."""
     lines = [f"# Conversion to {to}", "", f"From a {source.format} checkpoint: {'; '.join(source.evidence)}."]
     if source.template.template:
         lines.append(f"Template: {source.template.template} ({source.template.because}).")
@@ -30,7 +30,7 @@ def _names(outputs: Sequence[OutputTensor]) -> list[str]:
 
 
 def _rows(source: Checkpoint, outputs: Sequence[OutputTensor]) -> list[str]:
-    """States the number of rows of the embedding table and head, if it changed."""
+    """Reports the number of rows of the embedding table and head if it changed."""
     before, now = source.config.decoder.vocab_size, {out.shape[0] for out in outputs if out.ours in VOCAB_TABLES}
     if not now or now == {before}:
         return []
@@ -50,7 +50,7 @@ def _left_out(source: Checkpoint, outputs: Sequence[OutputTensor]) -> list[str]:
 
 
 def left_out(source: Checkpoint, outputs: Sequence[OutputTensor]) -> tuple[str, ...]:
-    """Returns the names on disk of tensors that were not written. Some unused tensors are written nevertheless."""
+    """Returns the names on disk of the unused tensors that were not written."""
     kept = {name for out in outputs if out.ours in source.unused for name in source.unused[out.ours].names}
     return tuple(name for name in source.unused_names if name not in kept)
 
@@ -59,7 +59,7 @@ def _why(name: str) -> str:
     return next((why for part, why in _REASONS.items() if part in name), "not needed to compute this model")
 
 
-_REASONS = {  # part of a name on disk -> why it is not written
+_REASONS = {  # substring of a tensor name on disk -> why the tensor is not written
     "inv_freq": "recomputed by every reader",
     "position_ids": "0, 1, 2 and so on: recomputed by every reader",
     "text_model": "CLIP's text encoder",

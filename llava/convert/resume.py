@@ -1,4 +1,4 @@
-"""A resumable sharded writer: after a kill, the same command continues in the temporary folder."""
+"""A resumable sharded writer: after an interruption, the same command resumes from the temporary folder."""
 
 import hashlib
 import logging
@@ -21,8 +21,8 @@ from llava.tensors.writer import OutputTensor, Progress, plan_shards, stream_saf
 
 log = logging.getLogger(__name__)
 
-_STATE = "merge.json"  # file with the inputs and the checksums of complete shards
-SUMS = "SHA256SUMS"  # in the format of sha256sum --check
+_STATE = "merge.json"  # state file: inputs of the run and checksums of complete shards
+SUMS = "SHA256SUMS"  # readable by sha256sum --check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +30,13 @@ class PartialFolder:
     """An output folder that is still being written."""
 
     folder: Path
-    inputs: Mapping[str, Any]  # a later run with equal inputs may resume in this folder
-    sha256: dict[str, str] = field(default_factory=dict)  # checksums of complete shards
+    inputs: Mapping[str, Any]  # only a run with equal inputs may resume from this folder
+    sha256: dict[str, str] = field(default_factory=dict)  # name of each complete shard -> checksum
 
     def write_shards(
         self, outputs: Sequence[OutputTensor], progress: Progress, max_bytes: int
     ) -> dict[str, list[OutputTensor]]:
-        """Writes shards of at most `max_bytes`, skipping complete ones. Returns file names and the tensors in each."""
+        """Writes shards of at most `max_bytes`, skipping complete shards. Returns file name -> tensors in the shard."""
         shards = plan_shards(outputs, max_bytes)
         total, done = sum(out.n_bytes for out in outputs), 0
 
@@ -54,12 +54,12 @@ class PartialFolder:
         return shards
 
     def verify(self, shards: Mapping[str, Sequence[OutputTensor]], progress: Progress) -> None:
-        """Checks the files against their checksums and against recomputed tensors. Raises CheckpointError."""
+        """Checks the shards against their checksums and against recomputed tensors. Raises CheckpointError."""
         total, done = sum(out.n_bytes for shard in shards.values() for out in shard), 0
         for name, shard in shards.items():
             file = self.folder / name
             if _sha256(file) != self.sha256[name]:
-                raise CheckpointError(f"{file}: was changed by a disk error or another process after it was written")
+                raise CheckpointError(f"{file}: was changed after it was written, by a disk error or another process")
             weights = Weights([file])
             for out in shard:
                 _compare(out, weights, file)
@@ -74,26 +74,26 @@ class PartialFolder:
 def _compare(out: OutputTensor, weights: Weights, file: Path) -> None:
     stored = weights[out.name].split([len(chunk) for chunk in out.chunks()])
     for computed, written in zip(out.chunks(), stored, strict=True):
-        computed = computed.to(out.dtype).contiguous()  # tensors in a .bin may be transposed views
+        computed = computed.to(out.dtype).contiguous()  # tensors in .bin files may be transposed views
         if not torch.equal(computed.view(torch.uint8), written.view(torch.uint8)):
-            raise CheckpointError(f"{file}: {out.name} does not match the recomputed sum; merge again")
+            raise CheckpointError(f"{file}: {out.name} does not match the recomputed tensor; merge again")
 
 
 @contextmanager
 def resumable_folder(target: Path, inputs: Mapping[str, Any], n_bytes: int) -> Iterator[PartialFolder]:
     """Yields a `PartialFolder` at `target.partial`, which is renamed to `target` (absent or empty) on success.
 
-    Complete shards left there by a killed run with the same `inputs` are kept. The folder is removed if the input is
-    invalid, but not on a full disk or Ctrl-C. Raises CheckpointError.
+    Complete shards of an interrupted run with the same `inputs` are kept. A LlavaError in the with block, e.g. for
+    invalid input, removes the partial folder; a full disk or Ctrl-C does not. Raises CheckpointError.
     """
     target = free_folder(target)
     folder = target.with_name(f"{target.name}.partial")
     try:
-        if target.exists():  # fail now, rather than after the work, if the target cannot be replaced
+        if target.exists():  # fail before the work starts if the target cannot be replaced
             target.rmdir()
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"{target}: cannot be written ({error.strerror}); name another folder") from None
+        raise CheckpointError(f"{target}: cannot be written ({error.strerror}); choose another folder") from None
     busy = CheckpointError(f"{folder}: another process is writing to it; wait for that process or stop it")
     with locked(folder, folder.with_name(f".{folder.name}.lock"), busy):
         partial = PartialFolder(folder=folder, inputs=inputs, sha256=_complete_shards(folder, inputs))
@@ -112,12 +112,12 @@ def resumable_folder(target: Path, inputs: Mapping[str, Any], n_bytes: int) -> I
             if target.exists():
                 target.rmdir()
             folder.rename(target)
-            (target / _STATE).unlink()  # only now: after a kill before the rename, the next run needs it
+            (target / _STATE).unlink()  # removed last: if killed before the rename, the next run needs it
 
 
 @contextmanager
 def _keeping_progress(folder: Path, target: Path) -> Iterator[None]:
-    """Removes `folder` if the input is invalid, but keeps it for a later run on OSError and Ctrl-C."""
+    """Removes `folder` on LlavaError, such as invalid input; keeps it for a later run on OSError and Ctrl-C."""
     try:
         yield
     except LlavaError:
@@ -134,7 +134,7 @@ def _keeping_progress(folder: Path, target: Path) -> Iterator[None]:
 
 
 def _complete_shards(folder: Path, inputs: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the intact shards of an earlier run with their checksums, and removes its unfinished files.
+    """Returns the names and checksums of intact shards from an earlier run, and removes unfinished files.
 
     Raises CheckpointError if that run had different inputs.
     """
@@ -143,8 +143,8 @@ def _complete_shards(folder: Path, inputs: Mapping[str, Any]) -> dict[str, str]:
     state = read_json_if_present(folder / _STATE)
     if state.get("inputs") != inputs:
         raise CheckpointError(
-            f"{folder}: holds the beginning of another job, or its inputs have changed since; remove it, or name "
-            "another target"
+            f"{folder}: contains partial output of another job, or the inputs have changed; remove the folder "
+            "or choose another target"
         )
     for unfinished in folder.glob(".*.partial-*"):
         unfinished.unlink()
@@ -160,7 +160,7 @@ def _write_shard(file: Path, outputs: Sequence[OutputTensor], on_bytes: Callable
 
 
 class _HashingWriter:
-    """Writes and hashes one chunk in two threads while the next one is computed."""
+    """Writes and hashes each chunk in two threads while the caller computes the next one."""
 
     def __init__(self, raw: BinaryIO):
         self.sha256 = hashlib.sha256()
@@ -179,7 +179,7 @@ class _HashingWriter:
             self._wait()
 
     def write(self, data: Any) -> None:
-        """Starts writing `data`, which must not change afterwards. Raises OSError if the previous write failed."""
+        """Starts writing `data`, which must not be modified afterwards. Raises OSError if the previous write failed."""
         self._wait()
         self._last = [self._pool.submit(self._raw.write, data), self._pool.submit(self.sha256.update, data)]
 

@@ -1,4 +1,4 @@
-"""The inverse of merging: extracts a model's delta to a base, or its projector."""
+"""Extracts the delta between a model and its base, or the projector of a model."""
 
 import logging
 from dataclasses import replace
@@ -25,7 +25,7 @@ def make_delta(
     file_type: FileType = "safetensors",
     progress: Progress = no_progress,
 ) -> None:
-    """Writes `model` as a delta to `base`; see `formats.delta.write_delta`. Raises CheckpointError."""
+    """Writes `model` - `base` as a delta; see `formats.delta.write_delta`. Raises CheckpointError."""
     options = LoadOptions(vision=False)
     write_delta(
         folder,
@@ -38,10 +38,10 @@ def make_delta(
 
 @advice()
 def extract_projector(source: str | Path, folder: Path, options: LoadOptions | None = None) -> int:
-    """Writes the projector of any LLaVA model and records the model as its base. Returns the number of tensors.
+    """Writes the projector of any LLaVA model and records that model as the base. Returns the number of tensors.
 
-    The embeddings of <im_start> and <im_end> are included if the model uses them, and so is a vision tower stored in
-    the checkpoint, which may be fine-tuned. Raises CheckpointError, ConfigError.
+    The embeddings of <im_start> and <im_end> are included if the model uses them. A vision tower stored in the
+    checkpoint is also written, since it may be fine-tuned. Raises CheckpointError, ConfigError.
     """
     options = replace(options or LoadOptions(), image_mode="original", fetch_tower=False)
     found = open_checkpoint(source, options)
@@ -50,15 +50,15 @@ def extract_projector(source: str | Path, folder: Path, options: LoadOptions | N
         name: tensor for name, tensor in found.tensors.items() if name.startswith("projector.") or name == "newline"
     }
     if config.vision is None or not projector:
-        raise CheckpointError(f"{found.path}: has format {found.format} ({found.evidence[0]}) and no projector")
+        raise CheckpointError(f"{found.path}: has format {found.format} ({found.evidence[0]}) but no projector")
     check_headers(replace(found, missing=tuple(name for name in found.missing if not name.startswith("vision."))))
     rows = None
     if config.start_end:
         start = found.tokenizer.id_of("<im_start>")
         if found.new_tokens or start is None:
             raise CheckpointError(
-                f"{found.path}: its tokenizer files lack <im_start>; convert it with its base, then extract the "
-                f"projector of the result: llava convert {found.path} OUT --to llava --base BASE"
+                f"{found.path}: the tokenizer files do not contain <im_start>; convert the checkpoint with its base, "
+                f"then extract the projector from the result: llava convert {found.path} OUT --to llava --base BASE"
             )
         rows = found.tensors["decoder.embed.weight"].rows(start, start + 2)
     write_projector(
@@ -72,5 +72,5 @@ def extract_projector(source: str | Path, folder: Path, options: LoadOptions | N
         write_extra=lambda partial: write_own_tower(found, partial, separate=True),
     )
     if found.format in ("lora", "delta"):
-        log.warning("%s: fits the merged language model of %s, not the base alone; merge it first", folder, source)
+        log.warning("%s: requires the merged language model of %s as its base; merge that model first", folder, source)
     return len(projector) + (rows is not None)

@@ -1,4 +1,4 @@
-"""Checks that two checkpoints hold the same model, bit by bit or by logits, without loading either one whole.
+"""Checks that two checkpoints contain the same model, bit by bit or by logits, without loading all weights at once.
 
 S tokens   V vocabulary rows   D width
 """
@@ -14,19 +14,21 @@ from llava.formats.format import Checkpoint
 from llava.model.llava import Llava, meta_model
 from llava.tensors.writer import Progress, no_progress
 
-TOLERANCE = 1e-4  # for float32 logits of the same weights
-_ROUNDING = 2e-6  # relative; a few float32 rounding errors, as in sums of thousands of terms
+TOLERANCE = 1e-4  # absolute, for float32 logits of the same weights
+_ROUNDING = 2e-6  # relative; a few float32 rounding errors, typical of sums of thousands of terms
 _TEXT_TOKENS = 24
-_IMAGE_TOKENS = 8  # the first few of the image; each depends on the whole image
+_IMAGE_TOKENS = 8  # use only the first few image tokens; each depends on the whole image
 
 
 def check_equal(one: Checkpoint, other: Checkpoint, progress: Progress = no_progress) -> None:
-    """Compares all tensors bit by bit. Raises CheckpointError naming the first one that differs.
+    """Compares all tensors bit by bit. Raises CheckpointError on the first tensor that differs.
 
     If `other` has more vocabulary rows, only the rows that both have are compared.
     """
     if differing := sorted(set(one.tensors) ^ set(other.tensors)):
-        raise CheckpointError(f"{other.path}: has different tensors from {one.path}: only one has {differing[0]}")
+        raise CheckpointError(
+            f"{other.path}: tensor names differ from those in {one.path}; only one contains {differing[0]}"
+        )
     total = sum(tensor.n_bytes for tensor in one.tensors.values())
     done = 0
     for name, value in one.read_tensors():
@@ -44,10 +46,10 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def check_logits(one: Checkpoint, other: Checkpoint) -> float:
-    """Returns the largest difference between the logits, over the vocabulary rows that both have.
+    """Returns the largest difference between the logits, over the vocabulary rows that both checkpoints have.
 
-    Raises CheckpointError above `TOLERANCE`, unless rounding alone explains it: the order of summation may differ
-    between two runs, and a deep model can amplify that a thousandfold.
+    Raises CheckpointError if it exceeds `TOLERANCE`, unless rounding alone explains it: the order of summation may
+    differ between two runs, and a deep model can amplify the resulting error a thousandfold.
     """
     n = min(one.config.decoder.vocab_size, other.config.decoder.vocab_size)
     expected = logits(one, n)[:, :n]
@@ -57,7 +59,7 @@ def check_logits(one: Checkpoint, other: Checkpoint) -> float:
         if difference <= rounding:
             return difference
         raise CheckpointError(
-            f"{other.path}: its logits differ by {difference:.1e} from those of {one.path}; the result was discarded"
+            f"{other.path}: logits differ by {difference:.1e} from those of {one.path}; the result was discarded"
         )
     return difference
 
@@ -77,13 +79,13 @@ def logits(checkpoint: Checkpoint, n_ids: int, nudge: float = 0.0) -> Tensor:
         x = torch.cat([picture[:_IMAGE_TOKENS], x])
     x[:, ::2] *= 1 + nudge
     hidden = model.decoder(x[None])[0]
-    # compute in chunks: the head of a wide model with a large vocabulary takes 2 GB
+    # apply the head in chunks: it takes 2 GB in a wide model with a large vocabulary
     head = checkpoint.tensors["decoder.embed.weight" if checkpoint.config.decoder.tied else "decoder.head.weight"]
     return torch.cat([hidden @ chunk.to(head.dtype).float().T for chunk in head.chunks()], dim=-1)
 
 
 def _streaming_model(checkpoint: Checkpoint) -> Llava:
-    """Returns the model in float32; each module holds its weights only while it runs."""
+    """Returns the model in float32; the weights of each module are in memory only while the module runs."""
     model = meta_model(checkpoint.config)
     for name, module in model.named_modules():
         own = {key: f"{name}.{key}".lstrip(".") for key, _ in module.named_parameters(recurse=False)}
@@ -94,7 +96,7 @@ def _streaming_model(checkpoint: Checkpoint) -> Llava:
 
 
 class _Fill:
-    """Forward pre-hook: reads the module's own parameters from their files."""
+    """Forward pre-hook that reads a module's own parameters from disk."""
 
     def __init__(self, checkpoint: Checkpoint, own: dict[str, str]):
         self.checkpoint, self.own = checkpoint, own
@@ -102,8 +104,8 @@ class _Fill:
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         for key, name in self.own.items():
             tensor = self.checkpoint.tensors[name]
-            value = tensor.read().to(tensor.dtype)  # sums are rounded to their storage dtype
-            if not isinstance(module, nn.Embedding):  # tables stay memory-mapped, as only a few rows are read
+            value = tensor.read().to(tensor.dtype)  # sums of base and LoRA or delta are rounded to their storage dtype
+            if not isinstance(module, nn.Embedding):  # embedding tables stay memory-mapped: only a few rows are read
                 value = value.float()
             module.register_parameter(key, nn.Parameter(value, requires_grad=False))
 

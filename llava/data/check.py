@@ -1,4 +1,4 @@
-"""Checks all samples of a data file in worker processes, reports the problems, and can write a fixed copy."""
+"""Checks all samples of a data file in worker processes, reports the problems, and optionally writes a fixed copy."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]  # samples done, total samples
 
 @dataclass
 class _Tally:
-    """Accumulates the results of all samples, in order."""
+    """Accumulates the results of all samples, which are added in order."""
 
     findings: list[Finding] = field(default_factory=list)
     problems: Counter[str] = field(default_factory=Counter)
@@ -100,8 +100,8 @@ def check(
     """Checks every sample of a data file and, if `fix` is a path, writes a fixed copy there.
 
     images: location of the pictures; if None, pictures are read only from tars. measure: counts tokens for the report.
-    workers: number of processes; 0: run in this process, None: one per CPU. Raises DataError if the file cannot be read
-    or the copy cannot be written.
+    workers: number of processes (0: run in this process; None: one per CPU). Raises DataError if the file cannot be
+    read or the copy cannot be written.
     """
     started = time.perf_counter()
     if fix is not None:
@@ -110,7 +110,7 @@ def check(
     examiner = Examiner(samples, samples.has_pictures, measure)
     if measure and measure.needs_sizes and not samples.has_pictures:
         raise DataError(
-            "for this model, the token count of a picture depends on its size; give the pictures with --images"
+            "for this model, token counts depend on picture sizes; specify the location of the pictures with --images"
         )
     tally = _Tally()
     for i, found in enumerate(_examine_all(examiner, workers, progress)):
@@ -135,14 +135,14 @@ def check(
 
 
 def _source(sample: Sample) -> str:
-    """Returns the top-level folder of the first picture. All numbered folders count as one."""
+    """Returns the top-level folder of the first picture. All folders with numeric names count as one source."""
     if not sample.images:
         return "text only"
     top, slash, _ = sample.images[0].removeprefix("./").partition("/")
     return "no folder" if not slash else "<number>/" if top.isdecimal() else f"{top}/"
 
 
-_examiner: Examiner | None = None  # set once per worker process, so that tasks do not have to send the samples
+_examiner: Examiner | None = None  # set once per worker process, so that samples are not sent with every task
 
 
 def _start_worker(examiner: Examiner) -> None:
@@ -198,15 +198,15 @@ def _check_target(file: Path, out: Path) -> None:
     if out.exists():
         raise DataError(f"{out}: already exists; choose another path for --fix")
     if not out.parent.is_dir():
-        raise DataError(f"{out}: its folder does not exist; create it first")
+        raise DataError(f"{out}: the parent folder does not exist; create it first")
 
 
 def _write(samples: Samples, changes: dict[int, str | None], out: Path, *, array: bool) -> Fixed:
-    """Writes the fixed copy in the format of the original. The file appears only when it is complete."""
+    """Writes the fixed copy in the format of the original file. `out` appears only once it is complete."""
     texts = (changes[i] if i in changes else samples.text(i) for i in range(len(samples)))
     dropped = sum(text is None for text in changes.values())
     if dropped == len(samples):
-        raise DataError(f"{out}: not written, because no sample would be left; run without --fix to see the problems")
+        raise DataError(f"{out}: not written, because no samples would remain; run without --fix to see the problems")
     first, between, last = ("[\n", ",\n", "\n]\n") if array else ("", "\n", "\n")
     try:
         with replacing(out) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:

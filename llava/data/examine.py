@@ -17,18 +17,18 @@ _BUFFER = re.compile(r" <_io\.BytesIO object at \w+>")  # how Pillow refers to i
 
 @dataclass
 class Examined:
-    """The result for one sample."""
+    """The result of examining one sample."""
 
     digest: int  # hash of the JSON text
     faults: list[Fault]
     sample: Sample | None = None  # as in the file; None if malformed
     text: str | None = None  # JSON text for the fixed copy; None if dropped
-    tokens: Tokens | None = None  # of the repaired sample, before it is shortened; None if not measured
+    tokens: Tokens | None = None  # counts for the repaired sample before shortening; None if not measured
 
 
 @dataclass
 class Examiner:
-    """Examines samples; can be sent to worker processes."""
+    """Examines samples. Instances can be sent to worker processes."""
 
     samples: Samples
     read_pictures: bool
@@ -66,7 +66,7 @@ class Examiner:
     def _measure(
         self, sample: Sample, sizes: list[Size], measure: Measure, found: list[Fault]
     ) -> tuple[Sample | None, Tokens | None]:
-        """Returns the sample shortened to the limit (None if it is unusable), and its token counts before that."""
+        """Returns the sample, shortened to the limit (None if unusable), and its token counts before shortening."""
         try:
             tokens = measure(sample, sizes)
         except PromptError as error:

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
-_EXAMPLES = 3  # examples shown per kind of problem
-_SOURCES = 12  # sources listed by name
+_EXAMPLES = 3  # maximum number of examples per kind of problem
+_SOURCES = 12  # maximum number of sources listed by name
 
 
 class Finding(NamedTuple):
@@ -19,13 +19,13 @@ class Finding(NamedTuple):
 
     kind: str  # a key of RULES
     sample: int  # zero-based index in the data
-    id: str  # empty for a malformed sample, which `text` identifies instead
+    id: str  # empty for a malformed sample, in which case `text` identifies it
     text: str
 
 
 @dataclass(frozen=True)
 class TokenFigures:
-    """Token counts over all usable samples, image tokens included."""
+    """Token counts over all measured samples, including image tokens."""
 
     limit: int
     samples: int  # number of samples counted
@@ -38,7 +38,7 @@ class TokenFigures:
 
 @dataclass(frozen=True)
 class Fixed:
-    """The contents of the fixed copy."""
+    """Summary of the fixed copy."""
 
     out: str
     kept: int  # samples in the copy
@@ -56,10 +56,10 @@ class Report:
     text_only: int
     pictures: int  # number of picture names in all samples
     pictures_read: bool  # whether the pictures were decoded
-    sources: Mapping[str, int]  # number of samples per top-level folder of the first picture
-    turns: Mapping[int, int]  # number of samples per number of turns
-    problems: Mapping[str, int]  # number of samples per kind of problem
-    repeated_ids: int  # samples that reuse an earlier id; common in published data, and not a problem
+    sources: Mapping[str, int]  # top-level folder of the first picture -> number of samples
+    turns: Mapping[int, int]  # number of turns -> number of samples
+    problems: Mapping[str, int]  # kind of problem -> number of samples
+    repeated_ids: int  # samples that reuse an earlier id; common in published data and not a problem
     findings: list[Finding]
     tokens: TokenFigures | None
     fixed: Fixed | None
@@ -96,7 +96,7 @@ def _facts(report: Report) -> "Table":
 def _rows(report: Report) -> Iterator[tuple[str, str]]:
     yield "file", report.file
     yield "samples", f"{report.samples:,}: {report.with_pictures:,} with pictures, {report.text_only:,} text-only"
-    read = "" if report.pictures_read else ", not checked; give --images"
+    read = "" if report.pictures_read else ", not checked; specify --images"
     yield "pictures", f"{report.pictures:,}{read if report.pictures else ''}"
     yield "sources", _most(report.sources)
     yield "turns", _most({f"{n} turns": count for n, count in report.turns.items()})
@@ -109,7 +109,7 @@ def _rows(report: Report) -> Iterator[tuple[str, str]]:
 
 
 def _most(counts: Mapping[str, int]) -> str:
-    """Lists the largest counts with their names, then the sum of the others."""
+    """Returns the largest counts with their names, followed by the sum of the others."""
     ordered = sorted(counts.items(), key=lambda item: -item[1])
     rest = sum(count for _, count in ordered[_SOURCES:])
     text = ", ".join(f"{name} {count:,}" for name, count in ordered[:_SOURCES])

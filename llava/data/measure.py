@@ -1,4 +1,4 @@
-"""Counts the tokens and target tokens of a sample with the preprocessing that training uses, but without pixels."""
+"""Counts the tokens and target tokens of a sample with the same preprocessing as in training, but without pixels."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,7 +28,7 @@ from llava.preprocess.tokenizer import Tokenizer
 from llava.zoo.bases import advice
 
 _UNLIMITED = 1 << 28  # the largest max_seq that a config accepts, in tokens
-# A tower with a single patch, and one-pixel pictures, so that preprocessing inserts one token per picture.
+# With a one-patch vision tower and one-pixel pictures, preprocessing inserts exactly one token per picture.
 _ONE_PIXEL = VisionConfig(dim=1, n_layers=2, n_heads=1, mlp_dim=1, image_size=1, patch_size=1)
 _ONE_PIXEL_IMAGE = ImageConfig(size=1, mean=(0, 0, 0), std=(1, 1, 1), aspect="square")
 
@@ -37,16 +37,16 @@ class Tokens(NamedTuple):
     """The token counts of one sample."""
 
     total: int  # image tokens included
-    targets: int  # target tokens within the limit
+    targets: int  # target tokens among the first `limit` tokens
 
 
 class Measure:
-    """Counts tokens for one tokenizer, template and image mode."""
+    """Counts the tokens of samples for a given tokenizer, template and model config."""
 
     def __init__(
         self, tokenizer: Tokenizer, config: LlavaConfig | None, *, template: str, limit: int, picture_tokens: int
     ):
-        """config: of the model to train; if None or without a tower, each picture counts as `picture_tokens` tokens."""
+        """config: the model's config; if it is None or has no tower, each picture counts as `picture_tokens` tokens."""
         self.limit = limit
         self.picture_tokens = picture_tokens
         self.config = config
@@ -65,7 +65,7 @@ class Measure:
         return self.config is not None and self.config.image is not None and self.config.image.aspect == "anyres"
 
     def __call__(self, sample: Sample, sizes: Sequence[Size]) -> Tokens:
-        """sizes: (width, height) of each picture in pixels; ignored unless `needs_sizes`. Raises PromptError."""
+        """Counts tokens. sizes: (w, h) of each picture in pixels, used only if `needs_sizes`. Raises PromptError."""
         input = self._preprocessor.prepare_training(
             sample.turns, [self._picture] * len(sample.images), max_length=_UNLIMITED
         )
@@ -99,7 +99,7 @@ def open_measure(
     Raises LlavaError.
     """
     if tokenizer and model:
-        raise ConfigError("--tokenizer and --model are mutually exclusive; give only one of them")
+        raise ConfigError("--tokenizer and --model are mutually exclusive; specify only one of them")
     if not tokenizer and not model:
         return None
     options = {"limit": limit, "picture_tokens": picture_tokens or 576}

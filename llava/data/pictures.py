@@ -1,8 +1,8 @@
 """Reads the pictures of a data set by name, from a folder, a zip archive or tar archives.
 
 The index of an archive is read once, into one bytes buffer and one array, both shared by forked workers. Each read
-opens the archive and seeks to the picture. No file handle stays open, so stores can be forked, pickled and used from
-threads.
+opens the archive and seeks to the picture. No file handles are kept open, so a store can be pickled, and shared
+by forked processes and threads.
 """
 
 import hashlib
@@ -22,34 +22,34 @@ import numpy as np
 from llava.errors import DataError
 
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
-PLAIN = -1  # tar member: unlike in a zip, no local header precedes the data at the offset
+PLAIN = -1  # tar member: its offset points to the data; the offset of a zip member points to a local header
 _ROW = np.dtype(
     [
         ("hash", "<u8"),
         ("name", "<i8"),  # offset of the name in the name buffer
         ("name_size", "<i4"),
-        ("archive", "<i4"),  # index of the archive
+        ("archive", "<i4"),  # index into `Archives.files`
         ("offset", "<i8"),
         ("size", "<i8"),  # compressed size in bytes
         ("method", "<i2"),
     ]
 )
-_LOCAL_HEADER = struct.Struct("<4s22xHH")  # zip local header: signature, sizes of the name and the extra field
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # zip local header: signature, name length, extra field length
 _COCO = re.compile(r"(?:.*/)?(\d{12}\.jpg)")
 
 
 class Pictures(Protocol):
-    """A store of pictures."""
+    """A store of pictures, looked up by name."""
 
     def read(self, name: str) -> bytes:
-        """Returns the bytes of a picture. Raises DataError if it is missing, unreadable or outside the store."""
+        """Returns the bytes of a picture. Raises DataError for an invalid name or a missing or unreadable picture."""
         ...
 
 
 def open_pictures(path: Path) -> Pictures:
-    """Opens a folder of pictures, a .zip, a .tar, or a folder of .tar files without subfolders. Raises DataError."""
+    """Opens a folder of pictures, a .zip, a .tar, or a folder with .tar files and no subfolders. Raises DataError."""
     if not path.exists():
-        raise DataError(f"{path}: no such folder or archive of pictures")
+        raise DataError(f"{path}: does not exist; expected a folder of pictures, a .zip or a .tar")
     if not path.is_dir():
         return Archives([path])
     shards = tars_in(path)
@@ -57,7 +57,7 @@ def open_pictures(path: Path) -> Pictures:
 
 
 def tars_in(folder: Path) -> list[Path]:
-    """Returns the .tar files directly in a folder, sorted by name."""
+    """Returns the .tar files at the top level of a folder, sorted by name."""
     return sorted(path for path in folder.glob("*.tar") if path.is_file())
 
 
@@ -76,7 +76,7 @@ class Folder:
             hint = _hint(name, first, "the folder contains entries such as")
             raise DataError(f"{name}: no such picture in {self.root}; {hint}") from None
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); expected a picture") from None
+            raise DataError(f"{path}: cannot be read ({error.strerror}); expected a picture file") from None
 
 
 class _Member(NamedTuple):
@@ -90,7 +90,7 @@ class Archives:
     """Pictures in a zip archive, or in one or more tar archives, looked up by member name."""
 
     def __init__(self, files: Sequence[Path]):
-        """Reads the index. Raises DataError if a file is not an archive, or if a name occurs in two archives."""
+        """Indexes all archives. Raises DataError if one is unreadable, or if a name occurs in two of them."""
         self.files = list(files)
         names = bytearray()
 
@@ -122,7 +122,9 @@ class Archives:
         try:
             return self._unpack(file, int(row["offset"]), int(row["size"]), int(row["method"]))
         except (OSError, ValueError, struct.error, zlib.error) as error:
-            raise DataError(f"{name}: cannot be read from {file} ({error}); the archive is damaged") from None
+            raise DataError(
+                f"{name}: cannot be read from {file} ({error}); download the archive again or unpack it"
+            ) from None
 
     def _unpack(self, path: Path, offset: int, size: int, method: int) -> bytes:
         with path.open("rb", buffering=0) as file:
@@ -130,7 +132,7 @@ class Archives:
             if method != PLAIN:
                 signature, n_name, n_extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
                 if signature != b"PK\x03\x04":
-                    raise ValueError("no member at the offset given in the central directory")
+                    raise ValueError("no member at the offset listed in the central directory")
                 file.seek(n_name + n_extra, os.SEEK_CUR)
             data = file.read(size)
         if len(data) != size:
@@ -138,11 +140,11 @@ class Archives:
         if method in (PLAIN, STORED):
             return data
         if method != DEFLATED:
-            raise ValueError(f"compression method {method}, expected stored or deflated")
+            raise ValueError(f"found compression method {method}, expected stored or deflated")
         return zlib.decompress(data, wbits=-zlib.MAX_WBITS)
 
     def _find(self, name: str) -> Any:
-        """Returns the index row of a name, or None. If a name occurs more than once, the last one counts, as in tar."""
+        """Returns the index row of a name, or None. If a name is duplicated, the last entry is used, as in tar."""
         encoded = name.encode(errors="surrogateescape")
         key = np.uint64(_hash(encoded))
         low, high = np.searchsorted(self._hashes, key, "left"), np.searchsorted(self._hashes, key, "right")
@@ -157,7 +159,9 @@ class Archives:
             if self._name(one) == self._name(two) and one["archive"] != two["archive"]:
                 files = f"{self.files[one['archive']]} and in {self.files[two['archive']]}"
                 name = self._name(one).decode(errors="replace")
-                raise DataError(f"{name} is in {files}; names must be unique across archives, so rename one")
+                raise DataError(
+                    f"{name} is in {files}; names must be unique across archives; rename one of the members"
+                )
 
 
 def _members(file: Path) -> Iterator[_Member]:
@@ -165,7 +169,7 @@ def _members(file: Path) -> Iterator[_Member]:
     try:
         yield from _zip_members(file) if zipfile.is_zipfile(file) else _tar_members(file)
     except (OSError, zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
-        expected = "expected a zip or an uncompressed tar; unpack it or download it again"
+        expected = "expected a zip or an uncompressed tar; unpack the file or download it again"
         raise DataError(f"{file}: not a readable archive ({error}); {expected}") from None
 
 
@@ -173,7 +177,7 @@ def _zip_members(file: Path) -> Iterator[_Member]:
     with zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
             if info.flag_bits & 1:
-                raise DataError(f"{file}: {info.filename} is encrypted; unpack the archive into a folder")
+                raise DataError(f"{file}: {info.filename} is encrypted; unpack the archive and use the folder instead")
             if not info.is_dir():
                 yield _Member(_strip_dot(info.filename), info.header_offset, info.compress_size, info.compress_type)
 
@@ -195,21 +199,23 @@ def _strip_dot(name: str) -> str:
 
 
 def _safe_name(name: str) -> str:
-    """Returns the name without a leading "./". Raises DataError if it is invalid or leads outside the root."""
+    """Returns the name without a leading "./". Raises DataError if the name is invalid or points outside the root."""
     plain = _strip_dot(name)
     path = PurePosixPath(plain)
     if not plain or path.is_absolute() or ".." in path.parts or "\\" in plain or "\0" in plain:
-        raise DataError(f"{name!r:.200}: not a valid picture name; expected a relative path with / and without ..")
+        raise DataError(
+            f'{name!r:.200}: not a valid picture name; expected a relative path with "/" separators and no ".."'
+        )
     return plain
 
 
 def _hint(name: str, first: list[str], intro: str) -> str:
-    """Returns advice for a name that does not exist."""
+    """Returns a hint for the error message about a missing name."""
     hint = (
         f"{intro} {', '.join(first)}; choose the location that contains {name.split('/')[0]}"
         if first
-        else "it is empty"
+        else "this location is empty"
     )
     if match := _COCO.fullmatch(name):
-        hint += f" (in COCO's train2014, it is named COCO_train2014_{match[1]})"
+        hint += f" (in COCO's train2014, this picture is named COCO_train2014_{match[1]})"
     return hint

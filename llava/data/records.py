@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, TextIO
 from llava.data.pictures import Archives, Pictures
 from llava.errors import DataError
 
-BLOCK = 1 << 24  # characters of a JSON array to read at a time
-BROKEN = object()  # the value of a record that is not valid JSON
+BLOCK = 1 << 24  # number of characters of a JSON array to read at a time
+BROKEN = object()  # sentinel: value of a record that is not valid JSON
 _PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
@@ -42,7 +42,7 @@ def _open_text(file: Path) -> Iterator[TextIO]:
 
 
 def records(file: Path, pictures: Pictures | None) -> Iterator[Record]:
-    """Iterates over the samples of a file. pictures: for a .tar, the archives that include it. Raises DataError."""
+    """Iterates over the samples of a file. pictures: for a .tar, an `Archives` that includes it. Raises DataError."""
     if file.suffix == ".tar":
         assert isinstance(pictures, Archives)
         return _read_tar(file, pictures)
@@ -52,8 +52,8 @@ def records(file: Path, pictures: Pictures | None) -> Iterator[Record]:
 class _ArrayScanner:
     """Reads the elements of a JSON array block by block, so that a large file needs little memory.
 
-    Unlike an event parser such as ijson, it returns the exact text of each element, the form in which samples
-    are stored, and accepts the NaN that Python's json module writes.
+    Unlike an event parser such as ijson, it returns the exact text of each element, which `Samples` stores,
+    and accepts NaN, which Python's json module writes.
     """
 
     def __init__(self, file: TextIO):
@@ -85,7 +85,7 @@ class _ArrayScanner:
         return char
 
     def value(self) -> Record:
-        """Consumes the next JSON value. Raises ValueError, RecursionError."""
+        """Consumes the next JSON value. Raises ValueError or RecursionError."""
         self.peek()
         while True:
             try:
@@ -117,7 +117,7 @@ def _read_array(file: Path) -> Iterator[Record]:
                 n += 1
                 mark = scanner.take(",]")
             if scanner.peek():
-                raise ValueError("more text after the end of the array")
+                raise ValueError("unexpected text after the end of the array")
         except UnicodeDecodeError:
             raise
         except (ValueError, RecursionError) as error:
@@ -138,14 +138,14 @@ def _read_lines(file: Path) -> Iterator[Record]:
             except (ValueError, RecursionError) as error:
                 if first:
                     raise DataError(
-                        f"{file}: neither a JSON array nor JSON lines ({error}); expected samples in either format"
+                        f"{file}: neither a JSON array nor JSON lines ({error}); expected one of these formats"
                     ) from None
                 yield Record(text, BROKEN)
             first = False
 
 
 def _read_tar(file: Path, archives: Archives) -> Iterator[Record]:
-    """Yields a sample for each KEY.json. Pictures with the same key, such as KEY.jpg, belong to it, in tar order."""
+    """Yields a sample for each KEY.json, with the pictures that share its key, such as KEY.jpg, in tar order."""
     names = archives.names(file)
     pictures: dict[str, list[str]] = {}
     for name in names:

@@ -1,4 +1,4 @@
-"""Faults in the turns and <image> marks of a sample, and how each kind is repaired."""
+"""Finds and repairs faults in the turns and <image> marks of a sample."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -26,7 +26,7 @@ RULES = {  # kind of fault -> what `--fix` does
     "too_long": "exchanges dropped from the end; sample dropped if even the first is too long",
     "refused": "sample dropped",
 }
-_NAMES = {role: name for name, role in ROLES.items()}  # role -> name in the file
+_NAMES = {role: name for name, role in ROLES.items()}  # role -> its name in data files
 
 
 class Fault(NamedTuple):
@@ -37,7 +37,7 @@ class Fault(NamedTuple):
 
 
 def find_faults(sample: Sample) -> list[Fault]:
-    """Returns the faults in role order, turn text and image marks, each kind at most once."""
+    """Checks the order of roles, the turn texts and the image marks. Returns at most one fault of each kind."""
     return [*_order_faults(sample.turns), *_empty_turns(sample.turns), *_mark_faults(sample.turns, len(sample.images))]
 
 
@@ -55,7 +55,7 @@ def drop_last_exchange(sample: Sample) -> Sample | None:
 
 
 def to_conversations(turns: Sequence[Turn]) -> list[dict[str, str]]:
-    """Returns the turns in the format of the data file."""
+    """Returns the turns as the `conversations` list of a data file."""
     return [{"from": _NAMES[role], "value": text or ""} for role, text in turns]
 
 
@@ -97,7 +97,7 @@ def _mark_faults(turns: Sequence[Turn], n_pictures: int) -> Iterator[Fault]:
 
 
 def _alternate(turns: Sequence[Turn]) -> list[Turn]:
-    """Makes the roles alternate, with human first and gpt last."""
+    """Joins and drops turns so that the roles alternate, starting with human and ending with gpt."""
     runs = [(role, [turn.text or "" for turn in run]) for role, run in groupby(turns, lambda turn: turn.role)]
     alternating = [
         Turn(role, "\n".join(filter(str.strip, texts)) if len(texts) > 1 else texts[0]) for role, texts in runs
@@ -107,7 +107,7 @@ def _alternate(turns: Sequence[Turn]) -> list[Turn]:
 
 
 def _rewrite_marks(turns: Sequence[Turn], n_pictures: int) -> tuple[Turn, ...]:
-    """If marks are faulty, puts one per picture at the start of the first turn. Turns of only marks become empty."""
+    """Replaces faulty marks with one mark per picture at the start of the first turn. Turns may become empty."""
     if not any(_mark_faults(turns, n_pictures)):
         return tuple(turns)
     unmarked = [(turn.text or "").replace(IMAGE_MARK, "").strip() for turn in turns]

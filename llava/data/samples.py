@@ -1,6 +1,6 @@
 """Training samples in LLaVA's JSON format, from JSON arrays, JSONL and webdataset-style tars.
 
-As Python objects, 665,000 samples would take several GB in every worker. Instead, they are kept as JSON text in one
+As Python objects, 665,000 samples would take up several GB in every worker. Instead, they are kept as JSON text in one
 buffer with an array of offsets, which forked workers share. A sample is parsed when it is accessed.
 """
 
@@ -19,7 +19,7 @@ from llava.errors import DataError
 from llava.preprocess.conversation import Turn
 
 # Start method of worker processes. Forked workers share the samples with the parent. They use one thread and no GPU, so
-# forking is safe even from a parent with several threads, although Python 3.12 gives a DeprecationWarning.
+# forking is safe even from a parent with several threads, although Python 3.12 issues a DeprecationWarning.
 WORKERS_START = "fork" if sys.platform == "linux" else "spawn"
 ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -29,7 +29,7 @@ class Sample:
     """One conversation, exactly as in the file."""
 
     id: str
-    turns: tuple[Turn, ...]  # in file order, with their <image> marks
+    turns: tuple[Turn, ...]  # in file order, <image> marks included
     images: tuple[str, ...]  # picture names; () for a text-only sample
 
 
@@ -37,18 +37,18 @@ class Samples(Sequence[Sample]):
     """The samples of one or more data files, in order.
 
     files: .json (an array), .jsonl, .tar (with a `KEY.json` for each sample and pictures such as `KEY.jpg`), or folders
-    of such tars. images: location of the pictures of .json and .jsonl files, see `open_pictures`; None for tars, which
-    contain their own, or if pictures are not needed. Raises DataError if a file is unusable; a malformed sample raises
-    only when it is accessed.
+    of such tars. images: location of the pictures of .json and .jsonl files (see `open_pictures`); None if pictures are
+    not needed, and for tars, which contain their own pictures. Raises DataError if a file is unusable; a malformed
+    sample raises DataError only when it is accessed.
     """
 
     def __init__(self, files: Sequence[Path], images: Path | None):
         self.files = [shard for file in files for shard in _shards(file)]
         if not self.files:
-            raise DataError("no data file given; expected at least one")
+            raise DataError("no data files given; expected at least one")
         tars = [file for file in self.files if file.suffix == ".tar"]
         if tars and images is not None:
-            raise DataError(f"{tars[0]}: a tar contains its own pictures; do not give a separate location for them")
+            raise DataError(f"{tars[0]}: a tar contains its own pictures; do not specify a separate location for them")
         self._pictures: Pictures | None = Archives(tars) if tars else open_pictures(images) if images else None
         self._text = bytearray()
         ends, lengths, firsts = [0], list[int](), list[int]()
@@ -59,7 +59,7 @@ class Samples(Sequence[Sample]):
                 ends.append(len(self._text))
                 lengths.append(_signed_words(record.value))
             if len(lengths) == firsts[-1]:
-                raise DataError(f"{file}: contains no samples; expected a JSON array, or one sample per line")
+                raise DataError(f"{file}: contains no samples; expected at least one")
         self._ends = np.array(ends, np.int64)
         self._lengths = np.array(lengths, np.int64)
         self._firsts = np.array(firsts, np.int64)  # index of the first sample of each file
@@ -68,7 +68,7 @@ class Samples(Sequence[Sample]):
         return len(self._lengths)
 
     def __getitem__(self, i: int) -> Sample:  # type: ignore[override]  # slices are not supported
-        """Raises DataError, naming the file, index and id, if the sample is malformed, and IndexError past the end."""
+        """Parses a sample. Raises IndexError, or a DataError that identifies the sample if it is malformed."""
         return parse(self.value(i), self.where(i), str(i))
 
     @property
@@ -84,7 +84,7 @@ class Samples(Sequence[Sample]):
     def picture(self, name: str) -> bytes:
         """Returns the bytes of a picture file. Raises DataError."""
         if self._pictures is None:
-            raise DataError(f"{name}: no location given for the pictures; give their folder, .zip or .tar")
+            raise DataError(f"{name}: no location given for the pictures; specify a folder, a .zip or a .tar")
         return self._pictures.read(name)
 
     def text(self, i: int) -> str:
@@ -102,23 +102,23 @@ class Samples(Sequence[Sample]):
             ) from None
 
     def where(self, i: int) -> str:
-        """Returns the file of a sample and its index in that file, for messages."""
+        """Returns the file of a sample and its index in that file, for error messages."""
         i = range(len(self))[i]
         file = int(np.searchsorted(self._firsts, i, "right")) - 1
         return f"{self.files[file]}, sample {i - int(self._firsts[file])}"
 
 
 def parse(value: Any, where: str, fallback_id: str) -> Sample:
-    """Creates a sample from parsed JSON. Does not check the order of roles or the marks. Raises DataError."""
+    """Creates a sample from parsed JSON. Does not check the order of roles or the <image> marks. Raises DataError."""
     if not isinstance(value, dict):
-        raise DataError(f"{where}: found {value!r:.60}; expected an object with conversations")
+        raise DataError(f"{where}: found {value!r:.60}; expected an object with a conversations list")
     id = value.get("id", fallback_id)
     if isinstance(id, bool) or not isinstance(id, str | int):
         raise DataError(f"{where}: the id is {id!r:.60}; expected a string or an integer")
     where += f" (id {id!s:.60})"
     turns = value.get("conversations")
     if not isinstance(turns, list) or not turns:
-        raise DataError(f"{where}: conversations is {turns!r:.60}; expected a list of turns")
+        raise DataError(f"{where}: conversations is {turns!r:.60}; expected a non-empty list of turns")
     return Sample(str(id), tuple(_turn(turn, where, i) for i, turn in enumerate(turns)), _names(value, where))
 
 
@@ -141,12 +141,12 @@ def _names(value: dict[str, Any], where: str) -> tuple[str, ...]:
     image = value.get("image")
     names = image if isinstance(image, list) else [] if image is None else [image]
     if not all(isinstance(name, str) and name for name in names):
-        raise DataError(f"{where}: image is {image!r:.60}; expected a name, a list of names, or none")
+        raise DataError(f"{where}: image is {image!r:.60}; expected a picture name, a list of picture names, or null")
     return tuple(names)
 
 
 def _signed_words(value: Any) -> int:
-    """Implements `Samples.lengths`. Malformed samples also get a length, as they are refused only when accessed."""
+    """Returns a sample's entry in `Samples.lengths`. Malformed samples have one too; only access rejects them."""
     if not isinstance(value, dict):
         return -1
     turns = value.get("conversations")
@@ -160,4 +160,6 @@ def _shards(file: Path) -> list[Path]:
         return [file]
     if shards := tars_in(file):
         return shards
-    raise DataError(f"{file}: a folder without .tar files; expected a .json, .jsonl or .tar file, or a folder of tars")
+    raise DataError(
+        f"{file}: folder contains no .tar files; expected a .json, .jsonl or .tar file, or a folder of tars"
+    )

@@ -2,22 +2,22 @@
 
 from collections.abc import Callable, Sequence
 
-INCOMPLETE = "\ufffd"  # decoded in place of a character until all of its bytes have arrived
+INCOMPLETE = "\ufffd"  # placeholder for a character whose remaining bytes have not arrived yet
 _STRIDE = 32  # minimum number of tokens between anchors; text before the anchor is not decoded again
 
 
 class Detokenizer:
     """Turns ids into text, holds back text that may still change, and searches for stop strings.
 
-    The pieces returned by `append` and `finish` concatenate to the reply without leading and trailing white space. Stop
-    strings are matched against the decoded text, so they may be split across tokens. They are never returned.
+    The concatenated pieces returned by `append` and `finish` form the reply without leading and trailing white space.
+    Stop strings are matched against the decoded text, so they may be split across tokens. They are never returned.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()):
         self._decode = decode
         self._stops = stops
         self._settled = ""  # text of the ids up to and including the anchor
-        self._anchor = -1  # index of the id after which decoding restarts; -1: start of the reply
+        self._anchor = -1  # index of the last id in `_settled`; -1: none yet
         self.ids: list[int] = []
         self.text = ""  # the part of the reply that can no longer change
         self.stopped = False  # a stop string was found; no more ids are accepted
@@ -38,14 +38,14 @@ class Detokenizer:
         return "" if self.stopped else self._send(self._decode(self.ids))
 
     def _decoded(self, n: int) -> str:
-        """Returns the text of the first n ids. Ids after the anchor are decoded with it, to get the spaces right."""
+        """Returns the text of the first n ids. Decoding starts with the anchor id to keep the space that follows it."""
         if self._anchor < 0 or n <= self._anchor:
             return self._decode(self.ids[:n])
         tail = self._decode(self.ids[self._anchor : n])
         return self._settled + tail[len(self._decode([self.ids[self._anchor]])) :]
 
     def _move_anchor(self, text: str) -> None:
-        """Moves the anchor to the newest id if that id has text of its own and completes a character."""
+        """Moves the anchor to the newest id if this id decodes to text by itself and ends a complete character."""
         last = len(self.ids) - 1
         if last - self._anchor >= _STRIDE and not text.endswith(INCOMPLETE):
             newest = self._decode(self.ids[last:])
@@ -59,14 +59,14 @@ class Detokenizer:
         return piece
 
     def _truncate(self, text: str, end: int) -> str:
-        """Cuts the text at `end`, where a stop string starts, and drops overlapping ids. Returns the last piece."""
+        """Truncates the text at `end`, where a stop string starts, and drops ids past it. Returns the last piece."""
         piece = self._send(text[:end])
         while self.ids and len(self._decoded(len(self.ids))) > end:
             self.ids.pop()
         return piece
 
     def _n_held(self, text: str) -> int:
-        """Returns how many trailing characters to hold back: an incomplete character and the start of a stop string."""
+        """Returns how many trailing characters to hold back: incomplete ones and a possible start of a stop string."""
         complete = text.rstrip(INCOMPLETE)
         longest = 0
         for stop in self._stops:

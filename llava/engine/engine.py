@@ -21,7 +21,7 @@ from llava.model.llava import Llava
 from llava.preprocess.inputs import ModelInput
 from llava.preprocess.tokenizer import Tokenizer
 
-_WINDOW = 256  # slots; compiled steps read a multiple of this from the cache, to limit the number of shapes
+_WINDOW = 256  # cache slots; compiled steps read a multiple of this, to limit the number of distinct shapes
 
 
 class Engine:
@@ -35,13 +35,13 @@ class Engine:
         self._decode: Callable[..., Tensor] = torch.compile(step.decode_step) if compile else step.decode_step
 
     def start(self, input: ModelInput, params: SamplingParams) -> Sequence:
-        """Creates the sequence for a request. Raises PromptError if the context has no room for a reply."""
+        """Creates the sequence for a request. Raises PromptError if the prompt leaves no room for a reply."""
         context = self.model.config.decoder.max_seq
         n_prompt = len(input.ids)
         if n_prompt >= context and params.max_new_tokens:
             raise PromptError(
-                f"the prompt has {n_prompt} tokens and fills the model's context of {context}: "
-                "shorten it to leave room for a reply"
+                f"the prompt has {n_prompt} tokens, which leaves no room for a reply in the model's context of "
+                f"{context} tokens; shorten the prompt"
             )
         stops = [*params.stop, *([input.stop] if input.stop else [])]
         ids = {self.tokenizer.eos_id, *self.model.config.eos_ids, *map(self.tokenizer.id_of, stops)}
@@ -62,7 +62,7 @@ class Engine:
     def run(self, sequences: list[Sequence], params: SamplingParams) -> Iterator[tuple[Sequence, str]]:
         """Generates all replies together and yields each piece of text with the sequence it belongs to."""
         scaling = self.model.config.decoder.rope_scaling
-        if len(sequences) > 1 and scaling and scaling.kind == "dynamic":  # RoPE scaling depends on each row's length
+        if len(sequences) > 1 and scaling and scaling.kind == "dynamic":  # RoPE depends on row length: no batching
             for sequence in sequences:
                 yield from self.run([sequence], params)
             return
@@ -88,7 +88,7 @@ class Engine:
             logits = self._run_step(ids, rows, cache)
 
     def embed(self, inputs: list[ModelInput]) -> Tensor:
-        """Returns embeddings [B, S, D] of prompts with images, padded on the right. Encodes all images together."""
+        """Returns the embeddings [B, S, D] of prompts with images, right-padded. Encodes all images in one batch."""
         images = iter(self.encode(inputs))
         model = self.model
         rows = [model.embed(input.ids.to(model.device), [next(images) for _ in input.views]) for input in inputs]
@@ -129,7 +129,7 @@ class Engine:
             positions = torch.tensor([[row.position] for row in rows], device=device)
             seq_len = max(row.position for row in rows) + 1
             window = _round_up(seq_len) if self.compiled else seq_len
-            single = len(rows) == 1 and not self.compiled  # its token attends to the whole window
+            single = len(rows) == 1 and not self.compiled  # no mask: the token attends to the whole window
             context = CacheContext(
                 positions=positions[0] if single else positions,
                 seq_len=seq_len,
@@ -156,7 +156,7 @@ def _round_up(slots: int) -> int:
 
 
 def _record_logprobs(logits: Tensor, chosen: Tensor, rows: list[Sequence], n: int) -> None:
-    """Records log-probabilities of the chosen and the n most likely tokens, before temperature and filters."""
+    """Records log-probabilities of the chosen token and the n most likely tokens, before temperature and filters."""
     logprobs = logits.log_softmax(-1)
     values, ids = logprobs.topk(min(n, logprobs.shape[-1]))
     of_chosen = logprobs.gather(1, chosen[:, None])[:, 0].tolist()

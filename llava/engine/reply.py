@@ -24,8 +24,8 @@ class Timings:
     """Seconds spent on a request, or on the whole batch that contains it."""
 
     prepare_s: float  # opening and resizing images, encoding text
-    first_token_s: float  # from then until the first token: vision tower and prefill
-    decode_s: float  # from the first token to the last
+    first_token_s: float  # from the end of preparation to the first token: vision tower and prefill
+    decode_s: float  # from the first to the last token
 
     tokens_per_s: float | None  # decoding speed; None for replies of at most one token
 
@@ -35,7 +35,7 @@ class Reply:
     """A finished reply."""
 
     text: str
-    token_ids: list[int]  # without the end token and the tokens of a stop string
+    token_ids: list[int]  # without the end token or the tokens of a stop string
     finish_reason: Literal["stop", "length"]
     usage: Usage
     timings: Timings
@@ -44,7 +44,7 @@ class Reply:
 
     @classmethod
     def of(cls, sequence: Sequence, prepare_s: float, params: SamplingParams) -> "Reply":
-        """Returns the reply of a sequence, finished or not. prepare_s: seconds spent before the engine received it."""
+        """Builds the reply of a sequence, which may be unfinished. prepare_s: seconds spent preparing the request."""
         decode_s = sequence.ended - sequence.first_token
         steps = sequence.n_generated - 1
         n_text = len(sequence.input.token_ids) - len(sequence.input.views)
@@ -66,7 +66,7 @@ class Reply:
 
 
 class Stream(Iterator[str]):
-    """A reply that is being generated, as an iterator over its pieces of text."""
+    """Iterates over the pieces of text of a reply while it is being generated."""
 
     def __init__(self, engine: Engine, input: ModelInput, prepare_s: float, params: SamplingParams):
         self._prepare_s, self._params = prepare_s, params
@@ -77,5 +77,5 @@ class Stream(Iterator[str]):
         return next(self._pieces)
 
     def reply(self) -> Reply:
-        """Returns the reply so far. If it is unfinished, finish_reason is "stop"."""
+        """Returns the reply so far. If the reply is unfinished, its finish_reason is "stop"."""
         return Reply.of(self._sequence, self._prepare_s, self._params)

@@ -1,4 +1,4 @@
-"""Selects the next token. Filters run in the same order as in transformers: penalty, temperature, top-k, top-p, min-p.
+"""Samples the next token. The order of operations matches transformers: penalty, temperature, top-k, top-p, min-p.
 
 B rows   V vocabulary rows
 """
@@ -21,11 +21,11 @@ class SamplingParams:
     temperature: float = 0.0
     top_p: float | None = None  # keep the most likely tokens whose probabilities add up to this
     top_k: int | None = None  # keep this many of the most likely tokens
-    min_p: float | None = None  # keep tokens with at least this fraction of the highest probability
-    repetition_penalty: float = 1.0  # above 1: tokens of the prompt and the reply become less likely
-    seed: int | None = None  # None: a different result each time
-    stop: tuple[str, ...] = ()  # strings that end the reply and are not part of it
-    logprobs: int = 0  # n > 0: return log-probabilities of the generated tokens and of the n most likely ones
+    min_p: float | None = None  # keep tokens whose probability is at least this fraction of the highest one
+    repetition_penalty: float = 1.0  # above 1: makes tokens in the prompt or the reply less likely
+    seed: int | None = None  # None: results differ from run to run
+    stop: tuple[str, ...] = ()  # strings that end the reply and are excluded from it
+    logprobs: int = 0  # n > 0: return the log-probabilities of each generated token and of the n most likely tokens
 
     @classmethod
     def from_options(cls, *, stop: str | Sequence[str] | None = None, **options: Any) -> "SamplingParams":
@@ -43,7 +43,7 @@ class SamplingParams:
             if not isinstance(getattr(self, name), int | float | None):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected a number")
         if not all(isinstance(stop, str) for stop in self.stop):
-            raise ConfigError(f"stop is {self.stop!r}; expected strings")
+            raise ConfigError(f"stop is {self.stop!r}; expected one or more strings")
         for name, valid, expected in (
             ("max_new_tokens", self.max_new_tokens >= 0, "0 or more"),
             ("temperature", self.temperature >= 0, "0 or more"),
@@ -59,15 +59,15 @@ class SamplingParams:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {expected}")
 
 
-_GREEDY_BELOW = 1e-5  # lower temperatures overflow the logits, and would select the most likely token anyway
+_GREEDY_BELOW = 1e-5  # below this, sampling is effectively greedy, and dividing the logits could overflow
 
 
 def sample(
     logits: Tensor, params: SamplingParams, seen: Sequence[Tensor], generators: Sequence[torch.Generator | None]
 ) -> Tensor:
-    """logits [B, V] float32 -> ids [B].
+    """Samples one id per row: logits [B, V] float32 -> ids [B].
 
-    seen: ids of each row's prompt and reply so far; generators: one for each row, None for greedy sampling.
+    seen: ids in each row's prompt and reply so far; generators: one per row; None: greedy sampling.
     """
     if params.repetition_penalty != 1:
         logits = torch.stack([_penalised(row, ids, params) for row, ids in zip(logits, seen, strict=True)])
@@ -93,7 +93,7 @@ def _filtered(logits: Tensor, params: SamplingParams) -> Tensor:
     if params.top_p is not None and params.top_p < 1:
         ordered, order = logits.sort(descending=True)
         probs = ordered.softmax(-1)
-        excluded = probs.cumsum(-1) - probs >= params.top_p  # more likely tokens already add up to top_p
+        excluded = probs.cumsum(-1) - probs >= params.top_p  # the more likely tokens already add up to top_p
         excluded[:, 0] = False
         logits = logits.masked_fill(excluded.scatter(1, order, excluded), -torch.inf)
     if params.min_p:

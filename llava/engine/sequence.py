@@ -19,22 +19,22 @@ class Sequence:
     detokenizer: Detokenizer
     stop_ids: frozenset[int]
     max_new_tokens: int
-    generator: torch.Generator | None  # None: greedy
+    generator: torch.Generator | None  # None: greedy sampling
     n_prompt: int
-    seen: Tensor  # ids of prompt and reply, for the repetition penalty
+    seen: Tensor  # ids in the prompt and the reply, for the repetition penalty
     n_generated: int = 0
     finish_reason: Literal["stop", "length"] | None = None
     logprobs: list[float] = field(default_factory=list)  # one per generated token
-    top_logprobs: list[dict[int, float]] = field(default_factory=list)  # of the most likely ids, one dict per token
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)  # per token: {likely id: log-probability}
 
-    # readings of `time.perf_counter` in seconds; 0: not yet reached
+    # `time.perf_counter` timestamps in seconds; 0: not reached yet
     started: float = field(default_factory=time.perf_counter)
     first_token: float = 0.0
     ended: float = 0.0
 
     @property
     def position(self) -> int:
-        """Position of the newest token, the input of the next step."""
+        """Position of the newest token, which is the input to the next step."""
         return self.n_prompt + self.n_generated - 1
 
     def append(self, id: int) -> str:

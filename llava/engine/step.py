@@ -10,7 +10,7 @@ from llava.model.llava import Llava
 
 
 def prefill(model: Llava, x: Tensor, context: AttentionContext) -> Tensor:
-    """Prompts x [B, S, D], padded on the right -> logits [B, V] float32 after the last token of each prompt.
+    """Runs right-padded prompts: x [B, S, D] -> logits [B, V] float32 for the token after each prompt.
 
     Padding needs no mask: attention is causal, so no token of a prompt attends to the padding after it.
     """
@@ -18,6 +18,6 @@ def prefill(model: Llava, x: Tensor, context: AttentionContext) -> Tensor:
 
 
 def decode_step(model: Llava, ids: Tensor, context: AttentionContext) -> Tensor:
-    """ids [B], the newest token of each row -> logits [B, V] float32 for the next token."""
+    """Runs one step: ids [B], the newest token of each row -> logits [B, V] float32 for the next token."""
     x = model.decoder.lookup(ids)[:, None]
     return model.decoder.logits(model.decoder(x, context)[:, -1])

@@ -1,4 +1,4 @@
-"""On-disk formats, one module each for reading and writing. `FORMATS` lists them in the order of detection."""
+"""On-disk formats. Each module reads and writes one format. `FORMATS` lists the formats in detection order."""
 
 from llava.formats.clip import Clip
 from llava.formats.delta import Delta

@@ -1,6 +1,6 @@
-"""The vocabulary rows that llava-hf adds to a LLaVA: <image>, <pad> and padding to a multiple of 64.
+"""The vocabulary rows that llava-hf adds to a LLaVA model: <image>, <pad> and padding to a multiple of 64.
 
-They are untrained and never looked up. Other formats leave them out; the llava format keeps them in a separate file, so
+The rows are untrained and never looked up. Other formats omit them; the llava format keeps them in a separate file, so
 that converting back reproduces the original file.
 """
 
@@ -14,15 +14,15 @@ from llava.tensors.files import Weights, read_json
 from llava.tensors.lazy import FromFile, LazyTensor, MeanRows, Slice, WithRows
 from llava.tensors.writer import no_progress, output, write_json, write_safetensors
 
-VOCAB_TABLES = ("decoder.embed.weight", "decoder.head.weight")  # tables that grow with new tokens
+VOCAB_TABLES = ("decoder.embed.weight", "decoder.head.weight")  # tables with one row per token
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
-VOCAB_KEY = "llava_vocab_size"  # our key in config.json: the number of rows before these were added
+VOCAB_KEY = "llava_vocab_size"  # our own config.json key: number of rows without the added ones
 _FILE = "llava_hf_rows.safetensors"
-_FORMATS = ("llava-hf", "native")  # formats that may have these rows
+_FORMATS = ("llava-hf", "native")  # formats that may contain the added rows
 
 
 def without_added_rows(checkpoint: Checkpoint) -> Checkpoint:
-    """Returns the same model without the added rows."""
+    """Returns the checkpoint without the added rows."""
     if checkpoint.format not in _FORMATS:
         return checkpoint
     recorded = read_json(checkpoint.path / "config.json").get(VOCAB_KEY)
@@ -35,7 +35,7 @@ def without_added_rows(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def write_added_rows(source: Checkpoint, folder: Path) -> None:
-    """Writes the rows that `without_added_rows` removes."""
+    """Writes the rows removed by `without_added_rows` to a separate file in `folder`."""
     rows = without_added_rows(source).config.decoder.vocab_size
     tables = {name: source.tensors[name] for name in VOCAB_TABLES if name in source.tensors}
     added = [
@@ -46,7 +46,7 @@ def write_added_rows(source: Checkpoint, folder: Path) -> None:
 
 
 def with_added_rows(name: str, table: LazyTensor, n_rows: int, folder: Path) -> LazyTensor:
-    """Extends a vocabulary table to `n_rows`, with the rows kept in `folder` or else with the mean of its rows."""
+    """Extends a table to `n_rows`, using the added rows saved in `folder` if they fit, else the table's mean row."""
     first = table.shape[0]
     if (n_new := n_rows - first) <= 0:
         return table
@@ -58,7 +58,7 @@ def with_added_rows(name: str, table: LazyTensor, n_rows: int, folder: Path) -> 
 
 
 def copy_plain_tokenizer(source: Checkpoint, folder: Path) -> None:
-    """Copies the tokenizer files, without <image> and <pad> if they were added to a SentencePiece model."""
+    """Copies the tokenizer files, omitting <image> and <pad> if these were added to a SentencePiece model."""
     copy_tokenizer(source.tokenizer_folder, folder, source.new_tokens)
     has_rows = source.format in _FORMATS and source.tokenizer.id_of(IMAGE_TOKEN) is not None
     if not has_rows or not (folder / "tokenizer.model").is_file():
@@ -78,6 +78,6 @@ def copy_plain_tokenizer(source: Checkpoint, folder: Path) -> None:
 
 
 def _names_token(value: Any, texts: set[str]) -> bool:
-    """Whether the value of a setting is one of the tokens `texts`, given as a string or as an object with flags."""
+    """Whether a tokenizer setting specifies one of the tokens in `texts`, as a string or as an object with flags."""
     text = value.get("content") if isinstance(value, dict) else value
     return isinstance(text, str) and text in texts

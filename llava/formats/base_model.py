@@ -1,6 +1,6 @@
-"""The base model of a LoRA, projector or delta: the names recorded in files, and checks of the base that was given.
+"""Finds the recorded base model of a LoRA, projector or delta, and checks the base passed by the user.
 
-Names recorded inside files count as evidence; folder names, and hub ids passed by the user, do not.
+Only names recorded inside files count as evidence; folder names and hub ids passed by the user do not.
 """
 
 import logging
@@ -22,7 +22,7 @@ RAW_LLAMA = "the raw LLaMA-1 that the delta was computed against (not Vicuna, no
 
 
 class NeededBase(NamedTuple):
-    """The base model that a checkpoint needs: its name (several if the size is unknown), and the evidence for it."""
+    """The base model that a checkpoint needs: its name (several names if the size is unknown) and the evidence."""
 
     names: list[str]
     evidence: str
@@ -31,7 +31,7 @@ class NeededBase(NamedTuple):
         return " or ".join(self.names) or "the language model that it was trained from"
 
     def describe(self, format: str) -> str:
-        """Describes the base in error messages about a checkpoint of this format."""
+        """Describes the base for an error message about a checkpoint of this format."""
         if format == "delta":
             return f"{RAW_LLAMA}, such as {self if self.names else 'huggyllama/llama-7b'}"
         return str(self)
@@ -40,8 +40,8 @@ class NeededBase(NamedTuple):
 class BaseModelError(CheckpointError):
     """A base model is missing or does not fit the checkpoint.
 
-    `render` turns a `NeededBase` into the message; `needed` defaults to the base recorded in the files.
-    `zoo.bases.advice` raises the error again with the base from the catalogue.
+    `render` builds the message from a `NeededBase`; `needed` defaults to the base recorded in the files.
+    `zoo.bases.advice` re-raises the error with the base from the catalogue.
     """
 
     def __init__(
@@ -56,13 +56,13 @@ class BaseModelError(CheckpointError):
 
 
 def recorded_names(files: CheckpointFiles, format: str) -> Iterator[tuple[str, str]]:
-    """Yields the names of the base recorded in the files, most reliable first, each with its file and key.
+    """Yields the base names recorded in the files, most reliable first, each with the file and key that contain it.
 
-    A delta or a whole model records its own name as `_name_or_path`, so that key is not read for those.
+    In a delta or a whole model, `_name_or_path` is the model's own name, so it is not read.
     """
     try:
         adapter = read_json_if_present(files.path / "adapter_config.json") if format == "lora" else {}
-    except CheckpointError:  # reported when the LoRA is opened
+    except CheckpointError:  # reported later, when the LoRA is opened
         adapter = {}
     if named := adapter.get("base_model_name_or_path"):
         yield str(named), "adapter_config.json: base_model_name_or_path"
@@ -78,9 +78,10 @@ def recorded_base(files: CheckpointFiles, format: str) -> NeededBase:
 
 
 def comparable_name(name: str) -> str:
-    """Reduces a recorded name to its last component (in a hub cache, the repository's name), for comparison.
+    """Normalizes a recorded name for comparison.
 
-    The result is in lower case, has `-` for each run of `-`, `.` and `_`, and no suffix `-hf`.
+    Takes the last path component (in a hub cache path, the repository name), converts it to lower case, replaces each
+    run of `-`, `.` and `_` with `-`, and removes the suffix `-hf`.
     """
     parts = [part for part in re.split(r"[/\\]", name.lower()) if part not in ("", ".")]
     for part in parts:
@@ -95,7 +96,7 @@ def comparable_name(name: str) -> str:
 
 
 def missing_base(files: CheckpointFiles, detection: Detection) -> BaseModelError:
-    """Returns the error to raise when a required base was not given."""
+    """Returns the error to raise when the user did not pass the required base."""
 
     def render(needed: NeededBase) -> str:
         example, first = needed.names[0] if needed.names else "FOLDER_OR_HUB_ID", ""
@@ -103,13 +104,13 @@ def missing_base(files: CheckpointFiles, detection: Detection) -> BaseModelError
             whole = example.split("/")[-1].replace("-delta", "")
             raw = f"huggyllama/llama-{'13b' if '13b' in whole else '7b'}"
             first = (
-                f"; it was published only as a delta, so first run: llava apply-delta --base {raw} --target {whole} "
+                f"; this base is published only as a delta; first run: llava apply-delta --base {raw} --target {whole} "
                 f"--delta {example}"
             )
             example = whole
         return (
-            f"{files.path}: {detection.format} ({detection.evidence[0]}): needs its base, "
-            f"{needed.describe(detection.format)} ({needed.evidence}); pass its folder or hub id as base= (--base): "
+            f"{files.path}: detected format {detection.format} ({detection.evidence[0]}), which needs its base, "
+            f"{needed.describe(detection.format)} ({needed.evidence}); pass the folder or hub id as base= (--base): "
             f"llava ask IMAGE QUESTION --model {shlex.quote(str(files.path))} --base {example}{first}"
         )
 
@@ -119,7 +120,7 @@ def missing_base(files: CheckpointFiles, detection: Detection) -> BaseModelError
 def check_base_format(
     base: CheckpointFiles, format: str, known: Format | None, files: CheckpointFiles, detection: Detection
 ) -> None:
-    """Checks that the base, of `known` format, is a language model of the same architecture. Raises BaseModelError."""
+    """Raises BaseModelError unless the base, in format `known`, is a language model of the same architecture."""
     if known is None or not known.reads or known.needs_base or format == "llava-hf":
         why = "not a language model by itself"
         if format == "llava-hf":
@@ -131,27 +132,27 @@ def check_base_format(
             files,
             detection,
             lambda needed: (
-                f"{base.path}: has format {format}, which cannot be the base of a {detection.format} ({why}); "
-                f"base= must be {needed.describe(detection.format)}"
+                f"{base.path}: has format {format}, which cannot be used as the base of a {detection.format} ({why}); "
+                f"set base= to {needed.describe(detection.format)}"
             ),
         )
     has, asked = _architecture(base.config or known.published_config(base)), _architecture(files.config)
     if has and asked and has != asked:
-        raise wrong_base(base.path, f"has architecture {has}, but {files.path} is for {asked}", files, detection)
+        raise wrong_base(base.path, f"has architecture {has}, but {files.path} requires {asked}", files, detection)
 
 
 def wrong_base(base: Path, mismatch: str, files: CheckpointFiles, detection: Detection) -> BaseModelError:
-    """Returns the error to raise when the given base does not fit the checkpoint."""
+    """Returns the error to raise when the base passed by the user does not match the checkpoint."""
 
     def render(needed: NeededBase) -> str:
         format = detection.format
-        return f"{base}: {mismatch}: not the base of this {format}, which is {needed.describe(format)}"
+        return f"{base}: {mismatch}, so it is not the base of this {format}; pass {needed.describe(format)}"
 
     return BaseModelError(files, detection, render)
 
 
 def _architecture(config: Mapping[str, Any]) -> str | None:
-    """Returns "llama" or "mpt", or None if the config does not show the architecture."""
+    """Returns "llama" or "mpt", or None if the config does not determine the architecture."""
     if VERSION_KEY in config:
         return (config.get("decoder") or {}).get("kind")
     keys = {"d_model": "mpt", "hidden_size": "llama", "num_hidden_layers": "llama"}
@@ -159,27 +160,27 @@ def _architecture(config: Mapping[str, Any]) -> str | None:
 
 
 def check_heads(has: DecoderConfig, asked: DecoderConfig, base: Path, who: str, wrong: str) -> None:
-    """Compares the sizes that tensor shapes do not determine. Raises CheckpointError if they differ."""
+    """Compares head counts and head_dim, which shapes do not determine. Raises CheckpointError if they differ."""
     for name in ("n_heads", "n_kv_heads", "head_dim"):
         one, other = getattr(has, name), getattr(asked, name)
         if one != other:
-            raise CheckpointError(f"{base}: {name} is {one}, but {who} {other}: {wrong}")
+            raise CheckpointError(f"{base}: {name} is {one}, but {who} {other}, so it is {wrong}")
 
 
 def check_vocabulary(rows: int, result: int, files: CheckpointFiles, wrong: str, force: bool) -> None:
-    """Checks that config.json states the vocabulary size of the base (`rows`) or of the whole model (`result`).
+    """Checks that `vocab_size` in config.json matches the base (`rows`) or the combined model (`result`).
 
-    Raises CheckpointError, or with `force` logs a warning.
+    If not, raises CheckpointError, or logs a warning if `force` is true.
     """
     stated = files.config.get("vocab_size")
     if isinstance(stated, int) and stated not in (rows, result):
-        refuse_or_warn(f"{wrong}: it has a vocabulary of {rows}, but {files.path} states {stated}", force)
+        refuse_or_warn(f"{wrong}: it has {rows} vocabulary rows, but {files.path} specifies {stated}", force)
 
 
 def check_raw(base: Checkpoint, asked: DecoderConfig, force: bool) -> None:
-    """Checks that the base of a delta is the raw LLaMA-1: on a fine-tuned model, a delta gives garbage.
+    """Checks that the base of a delta is the raw LLaMA-1. Applying a delta to a fine-tuned model produces garbage.
 
-    asked: the delta's sizes. Raises CheckpointError, or with `force` logs a warning.
+    asked: the delta's config. If the check fails, raises CheckpointError, or logs a warning if `force` is true.
     """
     if evidence := [*_signs_of_training(base), *_signs_of_llama_2(base.config.decoder, asked)]:
         refuse_or_warn(
@@ -190,7 +191,7 @@ def check_raw(base: Checkpoint, asked: DecoderConfig, force: bool) -> None:
 
 
 def _signs_of_training(base: Checkpoint) -> Iterator[str]:
-    """Yields evidence that the base is a Vicuna, a Llama 2 or a LLaVA."""
+    """Yields evidence that the base is a Vicuna, Llama 2 or LLaVA model."""
     config = base.source_config
     name = str(config.get("_name_or_path") or "")
     if any(word in comparable_name(name) for word in ("vicuna", "llama-2", "llama2", "llava")):
@@ -200,7 +201,7 @@ def _signs_of_training(base: Checkpoint) -> Iterator[str]:
 
 
 def _signs_of_llama_2(sizes: DecoderConfig, asked: DecoderConfig) -> Iterator[str]:
-    """Yields config values of Llama 2 that differ from those of the delta, which are those of its base."""
+    """Yields config values that match Llama 2 but not the delta. A delta has the config values of its base."""
     if 4096 <= sizes.max_seq != asked.max_seq:
         yield f"config.json: {sizes.max_seq} positions (the delta has {asked.max_seq}, like LLaMA-1)"
     if sizes.eps == 1e-5 != asked.eps:
@@ -215,11 +216,11 @@ def refuse_or_warn(text: str, force: bool) -> None:
 
 
 def warn_if_recorded_otherwise(files: CheckpointFiles, format: str, base: CheckpointFiles) -> None:
-    """Warns if the base recorded in a LoRA or projector differs from the name that the base records for itself."""
+    """Warns if the base name recorded in a LoRA or projector differs from the name in the base's own config.json."""
     own = str(base.config.get("_name_or_path") or "")
     name, where = next(recorded_names(files, format), ("", ""))
     if name and own and comparable_name(own) != comparable_name(name):
         log.warning(
             f"{files.path}: {where} = {name}, but config.json of the base {base.path} has _name_or_path = "
-            f"{own}; with a different base, answers are worse"
+            f"{own}; answers are worse with a different base"
         )

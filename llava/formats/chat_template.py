@@ -5,7 +5,7 @@ import json
 from llava.config import IMAGE_MARK
 from llava.preprocess.conversation import Style, Template
 
-# Renders the content of a message. For a list of parts, image marks come first, then the texts, as in our own prompts
+# Renders the content of one message. If it is a list of parts, all image marks precede the texts, as in our prompts.
 _CONTENT = (
     "{%- macro content(message) -%}{%- if message.content is string -%}{{- message.content -}}{%- else -%}"
     "{%- for part in message.content if part.type == 'image' -%}{{- MARK -}}{%- endfor -%}"
@@ -38,7 +38,7 @@ _BODIES = {Style.SINGLE: _COLON, Style.TWO: _COLON, Style.MPT: _CHATML, Style.LL
 
 
 def chat_template(template: Template) -> str | None:
-    """Returns the template as Jinja source, or None if it is not a chat template.
+    """Returns the template as Jinja source, or None for a non-chat style or a template with few-shot turns.
 
     Unlike `render`, the Jinja template also adds a separator after an empty turn.
     """

@@ -1,4 +1,4 @@
-"""CLIP: key table, published configs, finding a LLaVA's vision tower, and writing a tower as a folder."""
+"""CLIP: key table, published configs, and functions that find, read and write the vision tower of a LLaVA."""
 
 import logging
 import re
@@ -26,7 +26,7 @@ TOWER = (
     Rule("embeddings.patch_embedding.weight", "vision.patch.weight"),
     Rule("embeddings.position_embedding.weight", "vision.pos"),
     Rule("embeddings.position_ids", None),  # 0, 1, 2, …
-    Rule("pre_layrnorm.weight", "vision.pre_norm.weight"),  # CLIP's own spelling
+    Rule("pre_layrnorm.weight", "vision.pre_norm.weight"),  # spelled this way in CLIP checkpoints
     Rule("pre_layrnorm.bias", "vision.pre_norm.bias"),
     *(
         Rule(f"encoder.layers.*.{disk}.{param}", f"vision.blocks.*.{ours}.{param}")
@@ -40,7 +40,7 @@ TOWER = (
         )
         for param in ("weight", "bias")
     ),
-    Rule("post_layernorm.weight", "vision.post_norm.weight"),  # after the layers that LLaVA uses
+    Rule("post_layernorm.weight", "vision.post_norm.weight"),  # applied after the layers that LLaVA uses
     Rule("post_layernorm.bias", "vision.post_norm.bias"),
 )
 RULES = (
@@ -61,11 +61,11 @@ _CLIP_L = {
     "layer_norm_eps": 1e-5,
     "hidden_act": "quick_gelu",
 }
-PUBLISHED: dict[str, dict[str, Any]] = {  # vision_config by hub id
+PUBLISHED: dict[str, dict[str, Any]] = {  # hub id -> vision_config
     "openai/clip-vit-large-patch14": _CLIP_L | {"image_size": 224},
     "openai/clip-vit-large-patch14-336": _CLIP_L | {"image_size": 336},
 }
-DEFAULTS: dict[str, Any] = {  # of transformers' CLIPVisionConfig, for keys missing from config.json
+DEFAULTS: dict[str, Any] = {  # CLIPVisionConfig's defaults in transformers, for keys missing from config.json
     "hidden_size": 768,
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
@@ -75,13 +75,13 @@ DEFAULTS: dict[str, Any] = {  # of transformers' CLIPVisionConfig, for keys miss
     "layer_norm_eps": 1e-5,
     "hidden_act": "quick_gelu",
 }
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # from preprocessor_config.json in both repositories
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # same values in preprocessor_config.json of both repositories
 STD = (0.26862954, 0.26130258, 0.27577711)
-OWN_TOWER = "vision_tower"  # subfolder for a checkpoint's own tower
+OWN_TOWER = "vision_tower"  # subfolder in which a checkpoint stores its own tower
 
 
 class Clip(Format):
-    """A CLIP repository: detected, but not loaded as a model, since it serves only as a LLaVA's vision tower."""
+    """A CLIP repository. It is detected but not loaded as a model, because it is used only as a vision tower."""
 
     name = "clip"
     reads = False
@@ -94,29 +94,29 @@ class Clip(Format):
         return [f"config.json: model_type = {model_type}"] if model_type.startswith("clip") else []
 
 
-# ---------------------------------------------------------------------------------------------- the tower of a LLaVA
+# --------------------------------------------------------------------------------------------------- finding a tower
 
 
 @dataclass(frozen=True)
 class Tower:
-    """A vision tower's own config files."""
+    """The config files of a vision tower."""
 
-    folder: Path | None  # None: the config is a published one or from the checkpoint's config.json
+    folder: Path | None  # None: `config` is a published one or comes from the checkpoint's config.json
     config: Mapping[str, Any]  # config.json or its vision_config
     processor: Mapping[str, Any]  # preprocessor_config.json; {}: CLIP's published values
 
 
 def own_tower(folder: Path) -> Path | None:
-    """Returns the tower folder inside a checkpoint, if any. Unlike a recorded path, it remains valid after a move."""
+    """Returns the tower folder in a checkpoint, or None. Unlike a recorded path, it stays valid if the folder moves."""
     return folder / OWN_TOWER if (folder / OWN_TOWER / "config.json").is_file() else None
 
 
 def find_tower(name: str, shapes: Shapes, *, fetch: bool = True) -> Tower:
-    """Finds the tower `name`, a folder or hub id, for a checkpoint with tensors of these shapes.
+    """Finds the tower `name` (a folder or hub id) of a checkpoint whose tensors have these shapes.
 
-    Weights are fetched only if the checkpoint has no tower of its own. With `fetch=False`, the hub is not asked for a
-    published tower, whose sizes are known. If the tower's config is unreachable but the checkpoint contains a tower
-    with CLIP-L's width and depth, CLIP-L's config is used. Raises CheckpointError naming the option to set.
+    Weights are fetched only if the checkpoint does not contain the tower. With `fetch=False`, published towers are not
+    fetched from the hub, because their sizes are known. If the tower's config is unreachable, CLIP-L's config is used
+    for a tower in the checkpoint with CLIP-L's width and depth; otherwise raises CheckpointError.
     """
     inside = "vision.cls" in shapes
     if not fetch and not inside and not Path(name).is_dir() and name in PUBLISHED:
@@ -127,21 +127,21 @@ def find_tower(name: str, shapes: Shapes, *, fetch: bool = True) -> Tower:
         if inside and (sizes := _config_from_shapes(shapes)):
             log.warning("%s; the checkpoint's own tower has CLIP-L's sizes, so CLIP-L's config is used", error)
             return Tower(None, sizes, {})
-        heads = "; the checkpoint contains the tower, but only that config states its number of heads" if inside else ""
-        raise CheckpointError(f"{error}{heads}: name a CLIP folder with vision_tower= (--vision-tower)") from None
+        heads = "; the checkpoint contains the tower's weights, but not its number of heads" if inside else ""
+        raise CheckpointError(f"{error}{heads}; set vision_tower= (--vision-tower) to a CLIP folder") from None
     return Tower(folder, read_json(folder / "config.json"), processor_config(folder))
 
 
 def processor_config(folder: Path) -> dict[str, Any]:
-    """Reads preprocessor_config.json. Returns {}, meaning CLIP's published values, if there is none."""
+    """Returns preprocessor_config.json, or {} (meaning CLIP's published values) if there is none."""
     return read_json_if_present(folder / "preprocessor_config.json")
 
 
 def read_tower(folder: Path, *, needed: bool = True) -> dict[str, LazyTensor]:
-    """Returns the tensors of a CLIP folder. Raises CheckpointError if `needed` but absent, or if any is unknown."""
+    """Returns a CLIP folder's tensors. Raises CheckpointError if any is unknown, or if `needed` and there are none."""
     weights = open_weights(folder)
     if not weights and needed:
-        raise CheckpointError(f"{folder}: the vision tower's folder has no weights; name another with vision_tower=")
+        raise CheckpointError(f"{folder}: contains no vision tower weights; set vision_tower= to a folder with weights")
     resolved = resolved_by(plan(weights, RULES), weights)
     if resolved.unknown:
         raise unknown_tensors(resolved.unknown)
@@ -153,8 +153,8 @@ def unknown_tensors(files: Mapping[str, Path]) -> CheckpointError:
     names = list(files)
     rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return CheckpointError(
-        f"{files[names[0]]}: contains tensors that no LLaVA in this format has: {', '.join(names[:3])}{rest}; "
-        "pass force=True (--force) to leave them out"
+        f"{files[names[0]]}: contains tensors that are not part of this format: {', '.join(names[:3])}{rest}; "
+        "pass force=True (--force) to ignore them"
     )
 
 
@@ -164,7 +164,7 @@ def unknown_tensors(files: Mapping[str, Path]) -> CheckpointError:
 def vision_config(
     tower: Mapping[str, Any], where: object, *, select_layer: int = -1, select_feature: str = "patch"
 ) -> VisionConfig:
-    """Combines CLIP's config.json (or its vision_config) with LLaVA's choice of features. Raises ConfigError."""
+    """Combines CLIP's config.json (or its vision_config) with LLaVA's feature selection. Raises ConfigError."""
     sizes = section(tower, "vision_config", where) or tower
     try:
         return VisionConfig(
@@ -181,12 +181,12 @@ def vision_config(
         )
     except KeyError as key:
         raise ConfigError(
-            f"{where}: is not a CLIP config: it has no {key}; name a CLIP folder with vision_tower="
+            f"{where}: is not a CLIP config ({key} is missing); set vision_tower= to a CLIP folder"
         ) from None
 
 
 def published_id(sizes: Mapping[str, Any]) -> str | None:
-    """Returns the hub id of the published CLIP with these sizes, if any."""
+    """Returns the hub id of the published CLIP with these sizes, or None."""
     for name, known in PUBLISHED.items():
         if all(sizes.get(key, DEFAULTS[key]) == value for key, value in known.items()):
             return name
@@ -194,16 +194,17 @@ def published_id(sizes: Mapping[str, Any]) -> str | None:
 
 
 def tower_of_projector(in_dim: int, depth: int) -> str | None:
-    """Returns the tower of published projectors with this input width: at 224 pixels for linear ones, 336 for MLPs."""
+    """Returns the tower of published projectors with this input width: 224 pixels if linear, 336 if an MLP."""
     if in_dim != _CLIP_L["hidden_size"]:
         return None
     return "openai/clip-vit-large-patch14" if depth == 1 else "openai/clip-vit-large-patch14-336"
 
 
 def _config_from_shapes(shapes: Shapes) -> dict[str, Any] | None:
-    """Returns CLIP-L's vision_config for a tower with its width and depth, else None: shapes do not show n_heads.
+    """Returns CLIP-L's vision_config if the tower has CLIP-L's width and depth, else None.
 
-    The last layer may be missing: LLaVA does not use it, and the towers that we write after training lack it.
+    n_heads cannot be read from shapes, so other towers are not supported. The last layer may be missing: LLaVA does
+    not use it, and towers saved after training do not contain it.
     """
     patch, positions = shapes.get("vision.patch.weight"), shapes.get("vision.pos")
     if not patch or not positions:
@@ -220,12 +221,12 @@ def _config_from_shapes(shapes: Shapes) -> dict[str, Any] | None:
 
 
 def write_tower(folder: Path, config: LlavaConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a model's vision tower (`vision.*` of `tensors`) as a CLIP folder, for `mm_vision_tower`.
+    """Writes a model's vision tower (`vision.*` of `tensors`) to a CLIP folder that `mm_vision_tower` can refer to.
 
-    The config states all layers, even if `tensors` lacks the last ones. Raises ConfigError, CheckpointError.
+    `num_hidden_layers` includes the last layers even if `tensors` lacks them. Raises ConfigError, CheckpointError.
     """
     if config.vision is None or config.image is None:
-        raise ConfigError(f"{folder}: cannot be written: this model has no vision tower")
+        raise ConfigError(f"{folder}: cannot write a vision tower, because the model has none")
     tower = {n: InMemory(tensor=t, origin=n) for n, t in tensors.items() if n.startswith("vision.")}
     outputs = to_disk(tower, config, prefixed("vision_model.", TOWER))
     with new_folder(folder, sum(tensor.n_bytes for tensor in outputs)) as partial:
@@ -235,7 +236,7 @@ def write_tower(folder: Path, config: LlavaConfig, tensors: Mapping[str, Tensor]
 
 
 def clip_config(sizes: VisionConfig) -> dict[str, Any]:
-    """Returns a CLIPVisionConfig with every size stated."""
+    """Returns a CLIPVisionConfig with all sizes set explicitly."""
     return {
         "architectures": ["CLIPVisionModel"],
         "model_type": "clip_vision_model",
@@ -251,7 +252,7 @@ def clip_config(sizes: VisionConfig) -> dict[str, Any]:
 
 
 def clip_processor(image: ImageConfig) -> dict[str, Any]:
-    """Returns CLIP's preprocessor_config.json: resize the shortest edge, then crop the centre."""
+    """Returns CLIP's preprocessor_config.json, which resizes the shortest edge and then crops the center."""
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,

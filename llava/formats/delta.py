@@ -1,4 +1,4 @@
-"""Deltas: models stored as the difference from a base model, so that they can be published without it."""
+"""Deltas: models stored as the difference from a base model, so that they can be published without the base."""
 
 import shutil
 from dataclasses import replace
@@ -23,10 +23,10 @@ _DIFFERENCE = 0.1  # a checkpoint is a delta if |mean| of the final norm's weigh
 
 
 class Delta(PartOfModel):
-    """The llava format, except that every tensor that the base also has is stored as the difference from it."""
+    """The llava format, but tensors that the base also contains are stored as the difference from the base."""
 
     name = "delta"
-    exact = False  # the difference is rounded when it is stored
+    exact = False  # differences are rounded when stored
 
     def detect(self, files: CheckpointFiles) -> list[str]:
         if "model.norm.weight" not in files.weights:
@@ -35,7 +35,7 @@ class Delta(PartOfModel):
         return [f"model.norm.weight has mean {mean:.4f}: a difference from a base model"] * (abs(mean) < _DIFFERENCE)
 
     def resolve(self, files: CheckpointFiles, base: Checkpoint | None, tokenizer: Tokenizer) -> Resolved:
-        """Adds the differences in the delta's dtype; tensors and rows that the base lacks are taken as they are."""
+        """Adds the delta to the base, in the delta's dtype; tensors and rows absent from the base stay unchanged."""
         assert base
         part = read_part(files.weights, {name: name for name in files.weights}, llava_rules(base))
         own = base_tensors(base)
@@ -45,15 +45,15 @@ class Delta(PartOfModel):
             if delta is None or under is None or not extends(ours, delta, under):
                 asked, found = (list(tensor.shape) if tensor else "none" for tensor in (delta, under))
                 raise CheckpointError(
-                    f"{base.path}: has {ours} with shape {found}, but the delta has it with shape {asked}: "
-                    "not the base that the delta was computed against"
+                    f"{base.path}: {ours} has shape {found} in the base, but {asked} in the delta; "
+                    "pass the base that the delta was computed against"
                 )
             tensors[ours] = AddDelta(delta, under, delta.dtype)
         return Resolved(tensors, part.dropped, part.unknown)
 
 
 def extends(ours: str, longer: LazyTensor, base: LazyTensor) -> bool:
-    """Whether the shapes are equal, or differ only in rows that new tokens add to a vocabulary table."""
+    """Whether `longer` has the shape of `base`, except for rows that new tokens add to a vocabulary table."""
     rows, own = longer.shape[:1], base.shape[:1]  # empty for a scalar
     same_rows = rows == own or (ours in VOCAB_TABLES and rows > own)
     return same_rows and longer.shape[1:] == base.shape[1:]
@@ -67,14 +67,14 @@ def write_delta(
     file_type: FileType = "bin",
     progress: Progress = no_progress,
 ) -> None:
-    """Writes model - base in float16, streamed; tensors and rows that the base lacks are written as they are.
+    """Streams model - base to disk in float16; tensors and rows absent from the base are written in full.
 
-    Both checkpoints must be opened without vision. `model` must have the llava format; its config and tokenizer are
-    copied. Adding the base back restores the model up to one rounding of the difference. Raises CheckpointError.
+    Both checkpoints must be opened without vision. `model` must be in the llava format; its config and tokenizer are
+    copied. Applying the delta restores the model up to the rounding of the differences. Raises CheckpointError.
     """
     if model.format != "llava":
-        raise CheckpointError(f"{model.path}: has format {model.format}; deltas can only be made from the llava format")
-    check_raw(base, model.config.decoder, force=True)  # loading the delta on an unsuitable base is refused, so warn now
+        raise CheckpointError(f"{model.path}: has format {model.format}; a delta requires the llava format")
+    check_raw(base, model.config.decoder, force=True)  # warn now: the delta cannot be loaded with an unsuitable base
     tensors = {name: _difference(name, tensor, base) for name, tensor in (model.tensors | model.unused).items()}
     rules = rules_for(model.config, linear="projector.2.weight" not in tensors)
     outputs = [replace(out, dtype=torch.float16) for out in to_disk(tensors, model.config, rules)]

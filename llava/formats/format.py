@@ -1,7 +1,7 @@
-"""The interface that every on-disk format implements, and the records that its methods take and return.
+"""The interface that every on-disk format implements, and the records that its methods accept and return.
 
 To add a format, write one module with a subclass of `Format` and add one line to `formats/__init__.py`. Class
-attributes declare what the format can do; the contract test in tests/formats/test_contract.py checks each one.
+attributes declare the capabilities of the format; tests/formats/test_contract.py verifies each of them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,19 +21,19 @@ from llava.tensors.lazy import LazyTensor
 from llava.tensors.writer import OutputTensor, Progress, named_on_disk, write_json, write_shards
 
 Shapes = Mapping[str, tuple[int, ...]]  # our tensor names -> shapes
-TEMPLATE_KEY, IMAGE_MODE_KEY = "llava_template", "llava_image_mode"  # keys that we add to config.json in other formats
+TEMPLATE_KEY, IMAGE_MODE_KEY = "llava_template", "llava_image_mode"  # our additional keys in config.json
 
 
 class CheckpointFiles(NamedTuple):
     """The parts of a checkpoint that are available before any weights are read."""
 
-    path: Path  # a folder, or the file of a single-file projector
+    path: Path  # a checkpoint folder, or a projector stored as a single file
     config: Mapping[str, Any]  # config.json; {} if there is none
     weights: Weights
 
     @property
     def config_file(self) -> Path:
-        """The path to name in error messages about `config`."""
+        """The path to show in error messages about `config`."""
         return self.path if self.path.is_file() else self.path / "config.json"
 
 
@@ -45,7 +45,7 @@ class Detection(NamedTuple):
 
 
 class TemplateChoice(NamedTuple):
-    """The conversation template of a checkpoint, or None if it has none, and the reason for the choice."""
+    """The name of a checkpoint's conversation template (None if it has none) and the reason for the choice."""
 
     template: str | None
     because: str
@@ -55,8 +55,8 @@ class Resolved(NamedTuple):
     """The tensors of a checkpoint under our names."""
 
     tensors: dict[str, LazyTensor]
-    dropped: tuple[str, ...] = ()  # names on disk that are known but not needed
-    unknown: Mapping[str, Path] = {}  # names on disk that no rule matches, and their files
+    dropped: tuple[str, ...] = ()  # names on disk that the format defines but LLaVA does not need
+    unknown: Mapping[str, Path] = {}  # names on disk that no rule matches -> their files
     start_end: bool = False  # the tensors include trained embeddings of <im_start> and <im_end>
 
 
@@ -65,8 +65,8 @@ class ReadConfig(NamedTuple):
 
     config: LlavaConfig
     source_config: Mapping[str, Any]  # config.json with the keys of published LLaVA checkpoints (native: our keys)
-    source: Path  # the checkpoint that `source_config` belongs to
-    tower_folder: Path | None = None  # source of the tower's config; None: no tower, or no folder was used
+    source: Path  # path of the checkpoint that `source_config` comes from
+    tower_folder: Path | None = None  # folder with the tower's config; None if there is no tower or no such folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,15 +78,15 @@ class Checkpoint:
     evidence: list[str]
     template: TemplateChoice
     config: LlavaConfig
-    source_config: Mapping[str, Any]  # the keys that `config` was read from; see `ReadConfig`
+    source_config: Mapping[str, Any]  # config.json that `config` was read from; see `ReadConfig`
     tensors: dict[str, LazyTensor]
     missing: tuple[str, ...]  # expected tensors that no file contains, under our names
     unused: dict[str, LazyTensor]  # known tensors that this model does not need, under our names
     unused_names: tuple[str, ...]  # names on disk that this model does not need, including those of `unused`
     tokenizer: Tokenizer
-    tokenizer_folder: Path  # folder with the tokenizer files; the base model's if the checkpoint has none
-    new_tokens: Mapping[str, int]  # tokens of the tokenizer that are not in those files, and their ids
-    vision_tower: str | None  # as named in config.json or by the caller
+    tokenizer_folder: Path  # folder with the tokenizer files; the base's folder if the checkpoint has none
+    new_tokens: Mapping[str, int]  # tokens that the tokenizer files do not contain -> ids
+    vision_tower: str | None  # folder or hub id, from config.json or the caller
     tower_folder: Path | None  # folder with the tower's config and, unless `tower_inside`, its weights
     tower_inside: bool  # whether the checkpoint itself contains the tower's weights
 
@@ -96,7 +96,7 @@ class Checkpoint:
         return {n: t for n, t in self.unused.items() if n.startswith("vision.") and self.config.vision}
 
     def read_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields our names and tensors one at a time. Tensors are memory-mapped unless they have to be computed."""
+        """Yields (our name, tensor) pairs one at a time. Tensors are memory-mapped unless they have to be computed."""
         for name, tensor in self.tensors.items():
             yield name, tensor.read()
 
@@ -116,22 +116,22 @@ class Format:
     """Base class of the on-disk formats, for both reading and writing."""
 
     name: ClassVar[str]
-    reads: ClassVar[bool] = True  # `llava.load` opens it
-    writes: ClassVar[bool] = False  # `llava convert --to NAME` writes it
-    needs_base: ClassVar[bool] = False  # holds only part of a model: LoRA, projector, delta
-    exact: ClassVar[bool] = True  # tensors keep their types and values when written and read back
-    holds_vision: ClassVar[bool] = True  # False: the language model only
-    image_mode: ClassVar[ImageMode | None] = None  # the only image mode that the format can express; None: either one
+    reads: ClassVar[bool] = True  # `llava.load` can open it
+    writes: ClassVar[bool] = False  # `llava convert --to NAME` can write it
+    needs_base: ClassVar[bool] = False  # contains only part of a model: LoRA, projector, delta
+    exact: ClassVar[bool] = True  # tensors keep their dtypes and values when written and read back
+    holds_vision: ClassVar[bool] = True  # False: language model only
+    image_mode: ClassVar[ImageMode | None] = None  # the only image mode that the format can represent; None: both
     fast_tokenizer: ClassVar[bool] = False  # prefers tokenizer.json to tokenizer.model
 
     # ------------------------------------------------------------------------------------------------- reading
 
     def rules(self, config: LlavaConfig | None = None) -> tuple[Rule, ...]:
-        """Returns the key table. `config`: the model to write, for formats whose tensor names depend on the model."""
+        """Returns the key table. `config`: the model to write, if tensor names depend on it; None for reading."""
         raise NotImplementedError
 
     def detect(self, files: CheckpointFiles) -> list[str]:
-        """Returns evidence that `files` have this format, the decisive item first; [] if they do not."""
+        """Returns the evidence that `files` have this format, strongest first; [] if there is none."""
         return []
 
     def published_config(self, files: CheckpointFiles) -> Mapping[str, Any]:
@@ -139,7 +139,7 @@ class Format:
         return files.config
 
     def resolve(self, files: CheckpointFiles, base: Checkpoint | None, tokenizer: Tokenizer) -> Resolved:
-        """Finds the source of each of our tensors. `tokenizer`: the model's tokenizer. Raises CheckpointError."""
+        """Maps our tensor names to their sources. `tokenizer`: the model's tokenizer. Raises CheckpointError."""
         return resolved_by(plan(files.weights, self.rules()), files.weights)
 
     def read_config(
@@ -152,17 +152,17 @@ class Format:
         return files.path
 
     def new_tokens(self, files: CheckpointFiles, first_id: int) -> dict[str, int]:
-        """Returns the tokens whose embeddings the checkpoint adds to those of its base, with ids from `first_id` on."""
+        """Returns the ids, starting at `first_id`, of tokens whose embeddings the checkpoint adds to its base."""
         return {}
 
     # ------------------------------------------------------------------------------------------------- writing
 
     def prepare(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Adapts the model's types and vocabulary rows to this format. Raises CheckpointError if that is impossible."""
+        """Converts dtypes and vocabulary rows for this format. Raises CheckpointError if that is impossible."""
         return checkpoint
 
     def outputs(self, checkpoint: Checkpoint) -> list[OutputTensor]:
-        """Returns the tensors to write. Raises CheckpointError if the format cannot express the model."""
+        """Returns the tensors to write. Raises CheckpointError if the format cannot represent the model."""
         return to_disk(checkpoint.tensors, checkpoint.config, self.rules(checkpoint.config))
 
     def write_config(self, checkpoint: Checkpoint, target: Path) -> dict[str, Any]:
@@ -170,7 +170,7 @@ class Format:
         raise NotImplementedError
 
     def write_extra(self, source: Checkpoint, folder: Path) -> None:
-        """Writes all files except weights and config. `source`: the checkpoint as opened, before `prepare`."""
+        """Writes all files except the weights and config.json. `source`: the checkpoint as opened, before `prepare`."""
         copy_tokenizer(source.tokenizer_folder, folder, source.new_tokens)
 
     def write(self, job: WriteJob) -> None:
@@ -180,22 +180,22 @@ class Format:
         self.write_extra(job.source, job.folder)
 
     def read_back(self, folder: Path, checkpoint: Checkpoint) -> Checkpoint | None:
-        """Reopens the written `checkpoint` in a format that `open_checkpoint` cannot read; otherwise returns None."""
+        """Reopens the written `checkpoint` if `open_checkpoint` cannot read this format; otherwise returns None."""
         return None
 
     def remarks(self, source: Checkpoint) -> list[str]:
-        """Returns notes for conversion.md that users of the written files should know."""
+        """Returns notes for conversion.md, addressed to users of the written files."""
         return []
 
 
 def resolved_by(planned: Plan, weights: Weights) -> Resolved:
-    """Returns the tensors of a plan, to be read from `weights`."""
+    """Returns the tensors of a plan as lazy tensors that read from `weights`."""
     tensors = {ours: from_files(weights, names) for ours, names in planned.tensors.items()}
     return Resolved(tensors, planned.dropped, {name: weights.headers[name].file for name in planned.unknown})
 
 
 def to_disk(tensors: Mapping[str, LazyTensor], config: LlavaConfig, rules: Sequence[Rule]) -> list[OutputTensor]:
-    """Returns the tensors to write, named by a key table. Concatenated q, k and v are split again."""
+    """Returns the tensors to write, under the names of a key table. Concatenated q, k and v are split."""
 
     def split_rows(ours: str, n_rows: int, n_parts: int) -> Sequence[int]:
         return config.decoder.qkv_rows if ours.startswith("decoder.") else [n_rows // n_parts] * n_parts
@@ -225,4 +225,4 @@ def one_of(value: Any, known: Sequence[str], what: str) -> Any:
 def require_llama(checkpoint: Checkpoint, format: str) -> None:
     """Raises CheckpointError if the language model is not a Llama."""
     if (kind := checkpoint.config.decoder.kind) != "llama":
-        raise CheckpointError(f"{checkpoint.path}: its language model is of kind {kind}; {format} supports only Llama")
+        raise CheckpointError(f"{checkpoint.path}: has a language model of kind {kind}; {format} supports only Llama")

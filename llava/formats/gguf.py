@@ -1,8 +1,8 @@
-"""GGUF, llama.cpp's format: one file with the language model and, for a LLaVA, one with tower and projector (mmproj).
+"""GGUF, llama.cpp's format: a language model file and, for a LLaVA, an mmproj file with the tower and projector.
 
-Names, keys and the order of rows are those that llama.cpp expects (the release in llama-cpp-python 0.3.36). It rotates
-adjacent pairs of rows, so the rows of q and k are reordered. Matrices are bfloat16 if they already were, else float16;
-all other tensors are float32, because llama.cpp's kernels accept no narrower type for them.
+Names, keys and row order are those that llama.cpp expects (the release in llama-cpp-python 0.3.36). llama.cpp rotates
+adjacent pairs of rows, so the rows of q and k are reordered. bfloat16 matrices keep their dtype, other matrices are
+float16; all other tensors are float32, because llama.cpp's kernels do not accept a narrower type for them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +35,7 @@ _BLOCKS = (
     Rule("output_norm.weight", "decoder.norm.weight"),
     Rule("output.weight", "decoder.head.weight"),
 )
-LANGUAGE = {  # by the decoder's kind
+LANGUAGE = {  # decoder kind -> key table
     "llama": (*_BLOCKS, Rule("blk.*.attn_{q,k,v}.weight", "decoder.blocks.*.attn.qkv.weight")),
     "mpt": (*_BLOCKS, Rule("blk.*.attn_qkv.weight", "decoder.blocks.*.attn.qkv.weight")),
 }
@@ -59,7 +59,7 @@ MMPROJ = (
         for param in ("weight", "bias")
     ),
 )
-MODEL_FILE, MMPROJ_FILE = "model-{}.gguf", "mmproj-{}.gguf"  # {}: the type of the matrices, f16 or bf16
+MODEL_FILE, MMPROJ_FILE = "model-{}.gguf", "mmproj-{}.gguf"  # {}: dtype of the matrices, f16 or bf16
 
 
 class Gguf(Format):
@@ -74,14 +74,14 @@ class Gguf(Format):
         return (*LANGUAGE[config.decoder.kind if config else "llama"], *MMPROJ)
 
     def prepare(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Casts every tensor to its dtype in the file. Raises CheckpointError for a model that cannot be written."""
+        """Casts every tensor to its dtype in the file. Raises CheckpointError if GGUF cannot represent the model."""
         package()
         _refuse_unsupported(checkpoint)
-        gguf_vocab.read_vocab(checkpoint)  # raises CheckpointError
+        gguf_vocab.read_vocab(checkpoint)  # raises CheckpointError if llama.cpp does not support the tokenizer
         return replace(checkpoint, tensors={n: Cast(t, _dtype(n, t)) for n, t in checkpoint.tensors.items()})
 
     def outputs(self, checkpoint: Checkpoint) -> list[OutputTensor]:
-        """Returns the tensors to write, those of the language model first."""
+        """Returns the tensors to write, language model first."""
         config, rules, outputs = checkpoint.config, self.rules(checkpoint.config), list[OutputTensor]()
         for ours, tensor in checkpoint.tensors.items():
             names, n_rows = disk_names(ours, rules), tensor.shape[0]
@@ -103,7 +103,7 @@ class Gguf(Format):
         return sorted(outputs, key=_is_mmproj)
 
     def write(self, job: WriteJob) -> None:
-        """Writes both files, one tensor at a time."""
+        """Writes the model file and, with vision, the mmproj file, one tensor at a time."""
         count = byte_counter(job.outputs, job.progress)
         kind = job.checkpoint.config.decoder.kind
         files = ((MODEL_FILE, _describe_model, kind), (MMPROJ_FILE, _describe_mmproj, "clip"))
@@ -138,11 +138,11 @@ _ABOUT_IMAGES = (
 
 
 def package() -> ModuleType:
-    """Imports the optional package gguf. Raises ConfigError if it is not installed."""
+    """Imports the optional gguf package. Raises ConfigError if it is not installed."""
     try:
         import gguf
     except ImportError:
-        raise ConfigError("GGUF files need the package gguf: pip install 'llava-native[gguf]'") from None
+        raise ConfigError("GGUF requires the gguf package; install it with: pip install 'llava-native[gguf]'") from None
     return gguf
 
 
@@ -152,7 +152,7 @@ def _dtype(ours: str, tensor: LazyTensor) -> torch.dtype:
 
 
 def _refuse_unsupported(checkpoint: Checkpoint) -> None:
-    config, advice = checkpoint.config, "; --no-vision writes the language model only"
+    config, advice = checkpoint.config, "; use --no-vision to write only the language model"
     scaling, vision, projector = config.decoder.rope_scaling, config.vision, config.projector
     why = ""
     if scaling and scaling.kind != "linear":
@@ -161,15 +161,15 @@ def _refuse_unsupported(checkpoint: Checkpoint) -> None:
         return
     elif projector.depth != 2:
         found = {0: "an identity", 1: "a linear layer"}.get(projector.depth, f"{projector.depth} layers")
-        why = f"{found} as its projector, but llama.cpp's `mlp` is two layers with GELU in between{advice}"
+        why = f"{found} as its projector, but llama.cpp's `mlp` projector has two layers with GELU in between{advice}"
     elif config.start_end:
-        why = f"<im_start> and <im_end> around images, which llama.cpp leaves out{advice}"
+        why = f"<im_start> and <im_end> around images, which llama.cpp omits{advice}"
     elif vision.select_feature != "patch":
-        why = f"the class token among the features, which llama.cpp leaves out{advice}"
+        why = f"a class token in its image features, which llama.cpp omits{advice}"
     elif vision.mlp_dim == vision.dim:
-        why = f"a tower whose MLP is only as wide as the tower, which llama.cpp reads transposed{advice}"
+        why = f"a vision tower whose MLP width equals its model width, which makes llama.cpp transpose the MLP{advice}"
     if why:
-        raise CheckpointError(f"{checkpoint.path}: cannot be written as GGUF: it has {why}")
+        raise CheckpointError(f"{checkpoint.path}: cannot be written as GGUF: the model has {why}")
 
 
 def _is_rotated(name: str) -> bool:
@@ -181,7 +181,7 @@ def _is_mmproj(out: OutputTensor) -> bool:
 
 
 def _chunks(tensor: LazyTensor, start: int, stop: int, head_dim: int) -> Iterator[Tensor]:
-    """Yields rows [start, stop) in chunks of whole heads, reordered for llama.cpp; head_dim 1 keeps their order."""
+    """Yields rows [start, stop) in chunks of whole heads, reordered for llama.cpp; head_dim 1 keeps the order."""
     row_bytes = torch.Size(tensor.shape[1:]).numel() * tensor.dtype.itemsize
     step = max(CHUNK_BYTES // (row_bytes * head_dim), 1) * head_dim
     for first in range(start, stop, step):
@@ -253,13 +253,13 @@ def _describe_model(writer: Any, checkpoint: Checkpoint) -> None:
 
 
 def _describe_mmproj(writer: Any, checkpoint: Checkpoint) -> None:
-    """`block_count` is the number of stored blocks; `feature_layer` makes llama.cpp run all, including the last."""
+    """`block_count` is the number of stored blocks; `feature_layer` makes llama.cpp run all of them."""
     vision, image = checkpoint.config.vision, checkpoint.config.image
     assert vision is not None
     assert image is not None
     writer.add_type("mmproj")
     writer.add_clip_has_vision_encoder(True)
-    writer.add_bool("clip.has_llava_projector", True)  # for releases before May 2025
+    writer.add_bool("clip.has_llava_projector", True)  # required by llama.cpp before May 2025
     writer.add_clip_projector_type("mlp")
     writer.add_vision_projection_dim(checkpoint.config.decoder.dim)
     writer.add_vision_image_size(vision.image_size)
@@ -272,7 +272,7 @@ def _describe_mmproj(writer: Any, checkpoint: Checkpoint) -> None:
     writer.add_vision_attention_layernorm_eps(vision.eps)
     writer.add_vision_image_mean(image.mean)
     writer.add_vision_image_std(image.std)
-    writer.add_vision_use_gelu(vision.activation == "gelu")  # false: CLIP's quick GELU
+    writer.add_vision_use_gelu(vision.activation == "gelu")  # False: CLIP's quick GELU
     if image.aspect == "anyres":
         writer.add_array("clip.vision.image_grid_pinpoints", [side for size in image.pinpoints for side in size])
         writer.add_string("clip.vision.mm_patch_merge_type", image.merge)

@@ -17,7 +17,7 @@ from llava.tensors.lazy import Concat, HalfSplit, InMemory, LazyTensor
 
 
 def read_gguf(folder: Path, like: Checkpoint) -> Checkpoint:
-    """Reads the model in a folder; `like` provides what the files do not state (template, tokenizer).
+    """Reads the model from a folder; takes what GGUF does not store (template, tokenizer) from `like`.
 
     Raises CheckpointError on an unknown tensor.
     """
@@ -48,7 +48,7 @@ class _File:
 
 
 def _tensor(stored: Any) -> Tensor:
-    """Converts a tensor to torch. GGUF lists the innermost dimension first; its reader returns bfloat16 as bytes."""
+    """Converts a tensor to torch. GGUF lists the innermost dimension first; GGUFReader returns bfloat16 as bytes."""
     values = torch.from_numpy(stored.data)
     shape = [int(size) for size in reversed(stored.shape)]
     return (values.view(torch.bfloat16) if stored.tensor_type.name == "BF16" else values).view(shape)
@@ -57,7 +57,7 @@ def _tensor(stored: Any) -> Tensor:
 def _tensors(file: _File, rules: tuple[Rule, ...], head_dim: int | None) -> dict[str, LazyTensor]:
     planned = plan(file.tensors, rules)
     if planned.unknown:
-        raise CheckpointError(f"{file.file}: has {planned.unknown[0]}, which gguf.py does not write; convert again")
+        raise CheckpointError(f"{file.file}: contains the unknown tensor {planned.unknown[0]}; convert the model again")
     tensors: dict[str, LazyTensor] = {}
     for ours, names in planned.tensors.items():
         parts: list[LazyTensor] = [

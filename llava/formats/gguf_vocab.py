@@ -15,7 +15,7 @@ _UNUSED_SCORE, _ADDED_SCORE = -10000.0, -1000.0
 
 
 class Vocab(NamedTuple):
-    """llama.cpp's vocabulary, with one entry for each vocabulary row of the model."""
+    """A vocabulary for llama.cpp, with one entry for each vocabulary row of the model."""
 
     model: str  # `llama`: SentencePiece; `gpt2`: byte-level BPE
     pre: str  # llama.cpp's name for the pre-tokenizer
@@ -45,7 +45,7 @@ def _sentencepiece(file: Path, rows: int) -> Vocab:
         try:
             tokens[id], scores[id] = model.id_to_piece(id), model.get_score(id)
         except UnicodeDecodeError:
-            raise CheckpointError(f"{file}: piece {id} is not UTF-8; fetch it again") from None
+            raise CheckpointError(f"{file}: piece {id} is not UTF-8; download the file again") from None
         tests = ((model.is_unknown, UNKNOWN), (model.is_control, CONTROL), (model.is_unused, UNUSED))
         types[id] = next((type for test, type in (*tests, (model.is_byte, BYTE)) if test(id)), NORMAL)
     for token in tokenizer.added:
@@ -63,8 +63,8 @@ def _byte_level(file: Path, rows: int) -> Vocab:
         model, before = values["model"], values["pre_tokenizer"] or {}
         if model["type"] != "BPE" or before.get("type") != "ByteLevel" or not before.get("use_regex", True):
             raise CheckpointError(
-                f"{file}: is not a SentencePiece model, and llama.cpp may not know its pre-tokenizer; "
-                "add the base model's tokenizer.model"
+                f"{file}: llama.cpp may not support this tokenizer's pre-tokenizer; "
+                "put the base model's tokenizer.model into the folder"
             )
         tokens, types = _unused(rows), [UNUSED] * rows
         for text, id in model["vocab"].items():
@@ -81,7 +81,7 @@ def _byte_level(file: Path, rows: int) -> Vocab:
 
 
 def _unused(rows: int) -> list[str]:
-    """Returns placeholder names for rows without a token; the names must be distinct."""
+    """Returns a distinct placeholder for each row; rows without a token keep it."""
     return [f"[PAD{id}]" for id in range(rows)]
 
 

@@ -1,6 +1,6 @@
-"""gpt-fast's `model.pth`: the language model in one file in torch's zip format, with gpt-fast's names.
+"""gpt-fast's `model.pth`: the language model as a single file in torch's zip format, with gpt-fast's tensor names.
 
-gpt-fast rotates adjacent pairs of rows, whereas hub checkpoints pair the two halves of a head, so the rows of q and k
+gpt-fast rotates adjacent pairs of rows, but hub checkpoints pair the two halves of a head, so the rows of q and k
 are reordered. q, k and v are concatenated. Names and row order follow gpt-fast's model.py (commit 03e10bc).
 """
 
@@ -26,7 +26,7 @@ RULES = tuple(replace(rule, disk=rule.disk.replace("w{q,k,v}", "wqkv")) for rule
 
 
 class GptFast(Format):
-    """model.pth and the tokenizer files."""
+    """A folder with model.pth and the tokenizer files."""
 
     name = "gpt-fast"
     reads = False
@@ -40,7 +40,7 @@ class GptFast(Format):
         return without_added_rows(checkpoint)
 
     def outputs(self, checkpoint: Checkpoint) -> list[OutputTensor]:
-        """Returns the language model's tensors; a tied head is written in full, as gpt-fast has no tied weights."""
+        """Returns the language model's tensors; a tied head is written in full, as gpt-fast does not tie weights."""
         require_llama(checkpoint, "gpt-fast")
         tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith("decoder.")}
         if checkpoint.config.decoder.tied:

@@ -1,4 +1,4 @@
-"""InternLM2: a Llama with its own tensor names, and with q, k and v interleaved by key/value head.
+"""InternLM2: a Llama with different tensor names, and with q, k and v interleaved per key/value head.
 
 Reads plain language models and LLaVAs. Matches modeling_internlm2.py of internlm/internlm2-chat-7b.
 """
@@ -35,7 +35,7 @@ RULES = (
 
 
 class InternLM2(Format):
-    """Read only. `--to llama` writes the language model for other readers, `--to llava` a whole LLaVA."""
+    """Read-only. `llava convert` can write the language model with `--to llama`, or a whole LLaVA with `--to llava`."""
 
     name = "internlm2"
 
@@ -71,7 +71,7 @@ class InternLM2(Format):
 
 @dataclass(frozen=True)
 class Ungrouped(Derived):
-    """All heads of q, then k, then v. Stored as groups: a few heads of q, then the k and v heads that they share."""
+    """Rows ordered q, k, v. On disk, each group of q heads is followed by the k and v heads that the group shares."""
 
     base: LazyTensor
     n_heads: int
@@ -79,7 +79,7 @@ class Ungrouped(Derived):
     head_dim: int
 
     def rows(self, start: int, stop: int) -> Tensor:
-        first, last = start // self.head_dim, -(-stop // self.head_dim)  # whole heads are read
+        first, last = start // self.head_dim, -(-stop // self.head_dim)  # reads whole heads
         stored = [self._stored_head(head) * self.head_dim for head in range(first, last)]
         heads = [self.base.rows(row, row + self.head_dim) for row in stored]
         offset = first * self.head_dim

@@ -30,7 +30,7 @@ LAYERS = (
     Rule("layers.*.input_layernorm.weight", "decoder.blocks.*.attn_norm.weight"),
     Rule("layers.*.self_attn.{q,k,v}_proj.weight", "decoder.blocks.*.attn.qkv.weight"),
     Rule("layers.*.self_attn.o_proj.weight", "decoder.blocks.*.attn.out.weight"),
-    Rule("layers.*.self_attn.rotary_emb.inv_freq", None),  # recomputed; some files have it rounded or zeroed
+    Rule("layers.*.self_attn.rotary_emb.inv_freq", None),  # recomputed, because some files store it rounded or zeroed
     Rule("layers.*.post_attention_layernorm.weight", "decoder.blocks.*.mlp_norm.weight"),
     Rule("layers.*.mlp.gate_proj.weight", "decoder.blocks.*.mlp.gate.weight"),
     Rule("layers.*.mlp.up_proj.weight", "decoder.blocks.*.mlp.up.weight"),
@@ -83,10 +83,10 @@ def decoder_config(config: Mapping[str, Any], shapes: Shapes, where: object) -> 
     dim = config.get("hidden_size", 4096)
     n_heads = config.get("num_attention_heads", 32)
     if config.get("attention_bias") or config.get("mlp_bias"):
-        raise ConfigError(f"{where}: attention_bias or mlp_bias is true; this decoder has no biases")
+        raise ConfigError(f"{where}: attention_bias or mlp_bias is true; biases are not supported")
     one_of(config.get("hidden_act", "silu"), ("silu",), f"{where}: hidden_act")
     max_seq = config.get("max_position_embeddings") or config.get("max_sequence_length") or 2048
-    rope = section(config, "rope_parameters", where)  # transformers 5 stores theta and scaling together
+    rope = section(config, "rope_parameters", where)  # transformers 5 stores rope_theta and the scaling together
     scaling = _read_rope_scaling(section(config, "rope_scaling", where) or rope, max_seq, where)
     extended = scaling is not None and scaling.kind in ("linear", "dynamic")
     return DecoderConfig(
@@ -107,7 +107,7 @@ def decoder_config(config: Mapping[str, Any], shapes: Shapes, where: object) -> 
 
 
 def is_mistral(decoder: DecoderConfig) -> bool:
-    """Whether the sizes are Mistral's, which are unique among published models: Yi has a different rope_theta."""
+    """Whether the decoder has Mistral's n_kv_heads and rope_theta; Yi has a different rope_theta."""
     return decoder.kind == "llama" and decoder.n_kv_heads == 8 and decoder.rope_theta == 1e6
 
 
@@ -125,7 +125,7 @@ def _read_rope_scaling(values: Mapping[str, Any], max_seq: int, where: object) -
 
 
 def llama_config(config: LlavaConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Returns a LlamaConfig with every size stated. Without a tokenizer, BOS and EOS get Llama's default ids."""
+    """Returns a LlamaConfig with all sizes set explicitly. Without a tokenizer, BOS and EOS use Llama's defaults."""
     sizes = config.decoder
     scaling = sizes.rope_scaling
     extended = scaling is not None and scaling.kind in ("linear", "dynamic")

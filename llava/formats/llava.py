@@ -1,5 +1,6 @@
-"""The format of the published LLaVA checkpoints (liuhaotian/llava-v1.5-7b and the like): a Hugging Face language model
-with LLaVA's tensors and config keys added.
+"""The format of published LLaVA checkpoints, such as liuhaotian/llava-v1.5-7b.
+
+It is the format of a Hugging Face language model with LLaVA's tensors and config keys added.
 """
 
 from collections.abc import Mapping
@@ -50,7 +51,7 @@ WRITERS: dict[FileType, FileWriter] = {"safetensors": write_safetensors, "bin": 
 
 
 class Llava(Format):
-    """A LLaVA based on Llama, Mistral or Yi. MPT-based ones can be written too; the `mpt` format reads them."""
+    """A LLaVA based on Llama, Mistral or Yi. Also writes MPT-based LLaVAs, which the `mpt` format reads."""
 
     name = "llava"
     writes = True
@@ -75,7 +76,7 @@ class Llava(Format):
         return without_added_rows(checkpoint)
 
     def outputs(self, checkpoint: Checkpoint) -> list[OutputTensor]:
-        """The tower is written only if the checkpoint contains it; otherwise config.json names it."""
+        """Returns the tensors to write. A tower outside the checkpoint is not written; config.json refers to it."""
         kept = {name: tensor for name, tensor in checkpoint.tensors.items() if not name.startswith("vision.")}
         if checkpoint.tower_inside:
             kept = checkpoint.tensors | checkpoint.unused_tower
@@ -92,7 +93,7 @@ class Llava(Format):
 
 
 def rules_for(config: LlavaConfig, *, linear: bool | None = None) -> tuple[Rule, ...]:
-    """Returns the key table. `linear` (None: as in `config`): the projector has one layer, whose name has no number."""
+    """Returns the key table. `linear` (default: from `config`): the projector is one layer, unnumbered in the file."""
     rules = mpt.RULES if config.decoder.kind == "mpt" else RULES
     if linear is None:
         linear = config.projector is not None and config.projector.depth == 1
@@ -100,7 +101,7 @@ def rules_for(config: LlavaConfig, *, linear: bool | None = None) -> tuple[Rule,
 
 
 def from_memory(tensors: Mapping[str, Tensor], config: LlavaConfig) -> list[OutputTensor]:
-    """Returns in-memory tensors under this format's names, with their types unchanged. A tied head is left out."""
+    """Returns in-memory tensors under this format's names, with their dtypes unchanged. A tied head is omitted."""
     lazy: dict[str, LazyTensor] = {name: InMemory(tensor=tensor, origin=name) for name, tensor in tensors.items()}
     if config.decoder.tied:
         lazy.pop("decoder.head.weight", None)
@@ -108,10 +109,10 @@ def from_memory(tensors: Mapping[str, Tensor], config: LlavaConfig) -> list[Outp
 
 
 def llava_config(config: LlavaConfig, tokenizer: Tokenizer | None, vision_tower: str | None) -> dict[str, Any]:
-    """Returns config.json with every key that the original code or ours reads. Raises ConfigError.
+    """Returns config.json with all keys that the original code or ours reads. Raises ConfigError.
 
-    Our key `llava_template`, which other readers ignore, records the template; the original code guesses it from the
-    folder's name.
+    The template is recorded as `llava_template`, a key that other readers ignore. The original code guesses the
+    template from the folder name.
     """
     is_mpt = config.decoder.kind == "mpt"
     language = mpt.mpt_config(config) if is_mpt else llama.llama_config(config, tokenizer)
@@ -134,8 +135,8 @@ def tower_name(checkpoint: Checkpoint, target: Path, *, separate: bool = False) 
     """Returns `mm_vision_tower` for a checkpoint written to `target`, or None for a model without vision.
 
     If the checkpoint does not contain its tower, the recorded name is kept. If it does, readers need only the tower's
-    config: from a published CLIP of the same sizes, else from the folder that `write_own_tower` writes.
-    separate: the shards are not written, so that folder has to provide the weights too.
+    config, so the value is a published CLIP of the same sizes or, if there is none, the folder of `write_own_tower`.
+    separate: the shards are not written, so always use that folder, which also contains the weights.
     """
     if checkpoint.config.vision is None:
         return None
@@ -170,18 +171,18 @@ def write_llava(
     recorded: Mapping[str, Any] | None = None,
     progress: Progress = no_progress,
 ) -> None:
-    """Writes an in-memory model in this format, as `config.dtype`. Without vision, the result is a plain Llama or MPT.
+    """Writes an in-memory model in this format, in `config.dtype`. Without vision, the result is a plain Llama or MPT.
 
     tensors: keyed by our names, on any device. tokenizer_from: a folder with the tokenizer files. vision_tower: a CLIP
     folder or hub id to record in config.json. tower_inside: store `vision.*` in the shards, for a trained tower.
-    recorded: additional keys for config.json. Raises ConfigError, CheckpointError; nothing is left behind on failure.
+    recorded: additional keys for config.json. Raises ConfigError, CheckpointError; a failed write leaves no files.
     """
     settings = llava_config(config, load_tokenizer(tokenizer_from), vision_tower)
     settings |= {"unfreeze_mm_vision_tower": True} if tower_inside else {}
     names = [name for name in shapes(config) if tower_inside or not name.startswith("vision.")]
     if missing := [name for name in names if name not in tensors]:
-        raise CheckpointError(f"{folder}: cannot be written: {missing[0]} is not among the tensors given")
-    # Blocks after the selected layer are written too if given: CLIP's own loaders expect them.
+        raise CheckpointError(f"{folder}: cannot write the model, because {missing[0]} is missing from `tensors`")
+    # Also write the blocks after the selected layer if `tensors` contains them, because CLIP loaders expect them.
     names += [name for name in tensors if tower_inside and name.startswith("vision.") and name not in names]
     dtype = getattr(torch, config.dtype)
     outputs = [replace(out, dtype=dtype) for out in from_memory({name: tensors[name] for name in names}, config)]
@@ -193,7 +194,7 @@ def write_llava(
 
 
 def _generation_config(config: LlavaConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns generation_config.json, with the ids that end a reply in addition to the tokenizer's own."""
+    """Returns generation_config.json, with `config.eos_ids` as its eos_token_id."""
     bos = {key: settings[key] for key in ("bos_token_id",) if settings.get(key) is not None}
     ids = list(config.eos_ids)
     eos = {"eos_token_id": ids if len(ids) > 1 else ids[0]} if ids else {}

@@ -57,7 +57,7 @@ RULES = (
     *prefixed("model.", _PROJECTOR),
     Rule("model.image_newline", "newline"),
 )
-_MULTIPLE = 64  # vocabulary rows are padded to a multiple of this, as in transformers' own conversion
+_MULTIPLE = 64  # vocabulary rows are padded to a multiple of this, as in transformers' conversion script
 
 
 class LlavaHf(Format):
@@ -93,14 +93,14 @@ class LlavaHf(Format):
     # ------------------------------------------------------------------------------------------------- writing
 
     def outputs(self, checkpoint: Checkpoint) -> list[OutputTensor]:
-        """Adds rows to the vocabulary tables, and includes every available block of the tower."""
+        """Returns the tensors to write, with added vocabulary rows and every available block of the tower."""
         vision = _parts(checkpoint)[0]
         tensors: dict[str, LazyTensor] = checkpoint.tensors | checkpoint.unused_tower
         rows = _n_rows(checkpoint)
         for name in VOCAB_TABLES:
             if name in tensors:
                 tensors[name] = with_added_rows(name, tensors[name], rows, checkpoint.path)
-        # transformers expects the norm after the last block, which LLaVA does not use; the checkpoint may lack it.
+        # transformers expects a norm after the last block. LLaVA does not use it, so the checkpoint may lack it.
         like = tensors["vision.pre_norm.weight"].dtype
         for param, value in (("weight", 1.0), ("bias", 0.0)):
             filled = InMemory(tensor=torch.full((vision.dim,), value, dtype=like), origin="an unused norm")
@@ -108,7 +108,7 @@ class LlavaHf(Format):
         return to_disk(tensors, checkpoint.config, RULES)
 
     def write_config(self, checkpoint: Checkpoint, target: Path) -> dict[str, Any]:
-        """Returns config.json. Raises CheckpointError for a model that this format cannot express."""
+        """Returns config.json. Raises CheckpointError for a model that this format cannot represent."""
         vision, _, image = _parts(checkpoint)
         tokenizer, anyres = checkpoint.tokenizer, image.aspect == "anyres"
         rows = _n_rows(checkpoint)
@@ -143,7 +143,7 @@ class LlavaHf(Format):
         }
 
     def write_extra(self, source: Checkpoint, folder: Path) -> None:
-        """Writes the tokenizer, the configs of the image processor and the processor, and the chat template."""
+        """Writes the tokenizer files, the configs of the image processor and processor, and the chat template."""
         vision, _, image = _parts(source)
         anyres = image.aspect == "anyres"
         _write_tokenizer(source, folder)
@@ -177,15 +177,15 @@ def _flattened(config: Mapping[str, Any], processor: Mapping[str, Any], where: P
     text, vision = (section(config, key, where) for key in ("text_config", "vision_config"))
     layer, strategy = config.get("vision_feature_layer", -2), config.get("vision_feature_select_strategy")
     if not isinstance(layer, int):
-        raise ConfigError(f"{where}: vision_feature_layer is {layer!r}; expected the index of a single layer")
+        raise ConfigError(f"{where}: vision_feature_layer is {layer!r}; expected a single layer index")
     if (act := config.get("projector_hidden_act", "gelu")) != "gelu":
         raise ConfigError(f"{where}: projector_hidden_act is {act!r}; expected gelu")
     features = {"default": "patch", "full": "cls_patch", None: "patch"}
     if strategy not in features:
         raise ConfigError(f"{where}: vision_feature_select_strategy is {strategy!r}; expected default or full")
     grid = config.get("image_grid_pinpoints") or processor.get("image_grid_pinpoints")
-    aspect = "anyres" if grid else "pad"  # in image mode `hf`, `pad` means a centre crop
-    ours = ("tokenizer_model_max_length", "tokenizer_padding_side", IMAGE_MODE_KEY, TEMPLATE_KEY)  # written by us
+    aspect = "anyres" if grid else "pad"  # in image mode `hf`, `pad` means a center crop
+    ours = ("tokenizer_model_max_length", "tokenizer_padding_side", IMAGE_MODE_KEY, TEMPLATE_KEY)  # our additional keys
     return {
         **{key: value for key, value in text.items() if key != "architectures"},
         "torch_dtype": config.get("torch_dtype") or config.get("dtype") or text.get("torch_dtype"),
@@ -204,7 +204,7 @@ def _flattened(config: Mapping[str, Any], processor: Mapping[str, Any], where: P
 
 
 def _image_mode(config: Mapping[str, Any], processor: Mapping[str, Any]) -> ImageMode:
-    """Returns the recorded mode; else `original` if the image processor pads as LLaVA does, and `hf` otherwise."""
+    """Returns the recorded image mode. If there is none: `original` if the processor pads like LLaVA, else `hf`."""
     if (recorded := config.get(IMAGE_MODE_KEY)) is not None:
         return cast(ImageMode, one_of(recorded, get_args(ImageMode), f"config.json: {IMAGE_MODE_KEY}"))
     pads = processor.get("image_processor_type") == "LlavaImageProcessor" and processor.get("do_pad")
@@ -215,13 +215,13 @@ def _image_mode(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Imag
 
 
 def _parts(checkpoint: Checkpoint) -> tuple[VisionConfig, ProjectorConfig, ImageConfig]:
-    """Returns the configs of the vision part. Raises CheckpointError for a model that llava-hf cannot express."""
+    """Returns vision, projector and image configs. Raises CheckpointError if llava-hf cannot represent the model."""
     config, where = checkpoint.config, checkpoint.path
     if config.vision is None or config.projector is None or config.image is None:
-        raise CheckpointError(f"{where}: has no vision part, which llava-hf requires; use --to llama")
+        raise CheckpointError(f"{where}: has no vision tower, which llava-hf requires; use --to llama")
     require_llama(checkpoint, "llava-hf")
     if config.projector.depth != 2:
-        raise CheckpointError(f"{where}: its projector has {config.projector.depth} layers; llava-hf supports only 2")
+        raise CheckpointError(f"{where}: projector depth is {config.projector.depth}; llava-hf supports only 2")
     if config.start_end:
         raise CheckpointError(f"{where}: puts <im_start> and <im_end> around images, which llava-hf does not support")
     if config.image.aspect == "anyres" and config.image.merge != "spatial_unpad":
@@ -241,12 +241,12 @@ def _strategy(vision: VisionConfig) -> str:
 
 
 def _stored_pinpoints(image: ImageConfig) -> list[list[int]]:
-    """Returns the pairs as stored in published files, which transformers reads as (h, w) and LLaVA as (w, h)."""
+    """Returns the pinpoints as stored in published files: transformers reads each pair as (h, w), LLaVA as (w, h)."""
     return [[h, w] if image.mode == "hf" else [w, h] for w, h in image.pinpoints]
 
 
 def _token_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Ids of <image> and <pad>: the tokenizer's own, else the next free ones."""
+    """Returns the ids of <image> and <pad>, which are the next free ids if the tokenizer does not contain them."""
     ids: dict[str, int] = {}
     for text in (IMAGE_TOKEN, PAD_TOKEN):
         known = tokenizer.id_of(text)

@@ -1,4 +1,4 @@
-"""LoRAs in PEFT's format (arXiv:2106.09685), and the weights that LLaVA trains in full alongside them.
+"""LoRAs in the PEFT format (arXiv:2106.09685), and the weights that LLaVA trains in full alongside them.
 
 O rows of a matrix   I columns of a matrix   r rank
 """
@@ -26,23 +26,23 @@ from llava.tensors.sums import LoraPair, WithLora
 from llava.tensors.torch_zip import write_torch
 from llava.tensors.writer import OutputTensor, byte_counter, no_progress, output, write_json
 
-Scale = Callable[[str, int], float]  # (module name, rank) -> factor applied to B @ A
+Scale = Callable[[str, int], float]  # (module name, rank) -> scaling factor of B @ A
 _EMBEDDING_TABLES = ("embed_tokens.weight", "wte.weight")
 _CONFIG_FILE = "adapter_config.json"
 
 
 class Lora(PartOfModel):
-    """A LoRA: adapter_config.json, adapter_model.*, and weights trained in full in non_lora_trainables.bin."""
+    """A LoRA: adapter_config.json, adapter_model.*, and non_lora_trainables.bin with the weights trained in full."""
 
     name = "lora"
-    exact = False  # sums with the base weights are computed in float32
+    exact = False  # tensors become W + scale * B @ A in float32
 
     def detect(self, files: CheckpointFiles) -> list[str]:
         found = (files.path / _CONFIG_FILE).is_file()
         return ["adapter_config.json is present: a LoRA, to be added to a base model"] * found
 
     def resolve(self, files: CheckpointFiles, base: Checkpoint | None, tokenizer: Tokenizer) -> Resolved:
-        """Adds the adapter to the base model's matrices; tensors trained in full replace those of the base."""
+        """Adds the LoRA to the base model's matrices; tensors trained in full replace the base model's tensors."""
         assert base
         rules, extra = llava_rules(base), files.path / NON_LORA_FILE
         weights = Weights([extra] if extra.is_file() else [])
@@ -75,7 +75,7 @@ class Lora(PartOfModel):
 
 
 def _without_wrappers(names: Weights) -> dict[str, str]:
-    """Maps names without the prefixes of PEFT's and DeepSpeed's wrappers to the names in the file."""
+    """Maps names without PEFT and DeepSpeed wrapper prefixes to the names in the file."""
     return {re.sub(_WRAPPERS, "", name): name for name in names}
 
 
@@ -83,7 +83,7 @@ _WRAPPERS = r"^(?:(?:base_model|module|_forward_module)\.|model\.(?=(?:model|mod
 
 
 def _read_adapter(weights: Weights, rules: tuple[Rule, ...]) -> tuple[dict[str, dict[str, LazyTensor]], PartTensors]:
-    """Returns A and B by matrix name, and the tensors that PEFT saved in full (modules_to_save)."""
+    """Returns the factors A and B, keyed by matrix name, and the tensors that PEFT saved in full (modules_to_save)."""
     factors: dict[str, dict[str, LazyTensor]] = {}
     full: dict[str, str] = {}
     for plain, name in _without_wrappers(weights).items():
@@ -95,15 +95,17 @@ def _read_adapter(weights: Weights, rules: tuple[Rule, ...]) -> tuple[dict[str, 
 
 
 def _read_scale(file: Path) -> Scale:
-    """Returns a function that gives the factor of B @ A. Raises CheckpointError for unsupported LoRA variants."""
+    """Returns a function that computes the scaling factor of B @ A. Raises CheckpointError for unsupported variants."""
     config = read_json(file)
     for key in ("fan_in_fan_out", "use_dora", "layer_replication", "lora_bias", "use_qalora"):
         if config.get(key):
-            raise CheckpointError(f"{file}: {key} is {config[key]!r}, which is not supported; merge it with peft first")
+            raise CheckpointError(
+                f"{file}: {key} is {config[key]!r}, which is not supported; merge the LoRA into its base with peft"
+            )
     if str(start := config.get("init_lora_weights")).lower().startswith(_INITS_THAT_CHANGE_THE_BASE):
         raise CheckpointError(
             f"{file}: init_lora_weights is {start!r}, which changes the base weights, so the LoRA does not fit the "
-            "original base; save it again with peft's path_initial_model_for_weight_conversion, or merge it with peft"
+            "original base; save the LoRA with peft's path_initial_model_for_weight_conversion, or merge it with peft"
         )
     if (peft_type := config.get("peft_type", "LORA")) != "LORA":
         raise CheckpointError(f"{file}: peft_type is {peft_type!r}; expected LORA")
@@ -115,7 +117,7 @@ def _read_scale(file: Path) -> Scale:
             re.compile(_module_pattern(key))
         except re.error as error:
             raise CheckpointError(
-                f"{file}: alpha_pattern: {key!r} is not a regular expression ({error}); fetch it again"
+                f"{file}: alpha_pattern key {key!r} is not a valid regular expression ({error}); fetch the LoRA again"
             ) from None
 
     def scale(name: str, r: int) -> float:
@@ -130,7 +132,7 @@ _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def _module_pattern(key: str) -> str:
-    """Returns the regular expression for a key of alpha_pattern, which matches the end of a module name."""
+    """Returns a regular expression for module names; the alpha_pattern `key` must match their last components."""
     return rf"(.*\.)?({key})"
 
 
@@ -143,12 +145,12 @@ def _place(
     base: Path,
     file: Path,
 ) -> tuple[str, LoraPair]:
-    """Finds the matrix that a pair of factors applies to, and the pair's first row in it. Raises CheckpointError."""
+    """Returns the name of the matrix to which factors A and B apply, and the `LoraPair`. Raises CheckpointError."""
     if missing := {"A", "B"} - set(factors):
         raise CheckpointError(f"{file}: has no lora_{missing.pop()} for {name}; fetch the LoRA again")
     target, a, b = target_of(name, rules), factors["A"], factors["B"]
     if target is None or target.ours not in tensors:
-        raise CheckpointError(f"{file}: adapts {name}, which {base} does not have; pass the base of this LoRA")
+        raise CheckpointError(f"{file}: adapts {name}, which {base} lacks; pass the base model of this LoRA")
     shape = tensors[target.ours].shape
     if not len(shape) == len(a.shape) == len(b.shape) == 2:
         raise CheckpointError(f"{file}: adapts {name}, which is not a matrix; only LoRAs of matrices are supported")
@@ -160,7 +162,7 @@ def _place(
     if a.shape[1] != columns or a.shape[0] != b.shape[1] or not fits:
         raise CheckpointError(
             f"{file}: adapts {name} as a {b.shape[0]} x {a.shape[1]} matrix, but in {base} it is {rows} x {columns}"
-            f"{' (q, k and v together)' * (target.n_parts > 1)}: not the base that this LoRA was trained from"
+            f"{' (q, k and v together)' * (target.n_parts > 1)}; pass the base model of this LoRA"
         )
     return target.ours, LoraPair(first, a, b, scale(name, a.shape[0]))
 
@@ -168,7 +170,7 @@ def _place(
 # ----------------------------------------------------------------------------------------------------------- writing
 
 Factors = tuple[Tensor, Tensor]  # A [r, I], B [O, r]
-_PREFIX = "base_model.model."  # added by PEFT to the names of the wrapped model's tensors
+_PREFIX = "base_model.model."  # PEFT adds this prefix to the tensor names of the wrapped model
 
 
 def write_lora(
@@ -188,9 +190,9 @@ def write_lora(
 ) -> None:
     """Writes adapter_config.json, adapter_model, non_lora_trainables.bin and config.json; tensors keep their dtypes.
 
-    lora: factors by module and part, under our names: {"decoder.blocks.3.attn.qkv": {"q": (A, B), "v": (A, B)},
-    "decoder.blocks.3.mlp.gate": {"": (A, B)}}. non_lora: tensors under our names. base: recorded as the base model; it
-    also provides the tokenizer if `tokenizer_from` is None. recorded: additional keys for config.json. Raises
+    lora: factors keyed by our module name and part, e.g. {"decoder.blocks.3.attn.qkv": {"q": (A, B), "v": (A, B)},
+    "decoder.blocks.3.mlp.gate": {"": (A, B)}}. non_lora: tensors keyed by our names. base: recorded as the base model,
+    whose tokenizer is used on loading if `tokenizer_from` is None. recorded: additional keys for config.json. Raises
     ConfigError.
     """
     adapter = list(_adapter_outputs(lora, config, r))
@@ -214,7 +216,7 @@ def _adapter_outputs(lora: Mapping[str, Mapping[str, Factors]], config: LlavaCon
             if a.shape[0] != r or b.shape[1] != r:
                 raise ConfigError(f"{module}: the LoRA has rank {a.shape[0]}; expected {r}")
             if (part == "") != (len(names) == 1):
-                raise ConfigError(f"{module}: the LoRA's part is {part!r}; expected q, k or v for qkv, '' otherwise")
+                raise ConfigError(f"{module}: the part is {part!r}; expected q, k or v for attn.qkv and '' otherwise")
             name = _PREFIX + names["qkv".index(part)].removesuffix(".weight")
             for letter, tensor in (("A", a), ("B", b)):
                 full_name = f"{name}.lora_{letter}.weight"

@@ -1,7 +1,8 @@
-"""A language model in Meta's own format: params.json, and `consolidated.NN.pth` shards with a part of every matrix.
+"""A language model in Meta's own format: params.json, and `consolidated.NN.pth` shards with a part of each matrix.
 
 Meta's model-parallel layers split some matrices by rows and others by columns; norms are the same in all shards. The
-rows of q and k are stored for rotation in adjacent pairs; they are reordered as in Hugging Face checkpoints.
+rows of q and k are ordered for rotary embeddings that rotate adjacent pairs; loading reorders them as in Hugging Face
+checkpoints.
 """
 
 from collections.abc import Mapping
@@ -55,9 +56,9 @@ class Meta(Format):
         return [f"{n} shards named consolidated.NN.pth, in Meta's own format"]
 
     def published_config(self, files: CheckpointFiles) -> Mapping[str, Any]:
-        """Returns the keys of a Llama's config.json, derived from params.json and the tensors.
+        """Returns the config.json keys of a Llama model, derived from params.json and the tensors.
 
-        params.json usually does not state the context length; see `_context_length`.
+        params.json usually does not contain the context length; see `_context_length`.
         """
         file, shards = files.path / "params.json", _shards(files.weights)
         params = read_json(file)
@@ -101,7 +102,7 @@ class Meta(Format):
         return read_model_config(files.path, config, decoder, tensors, options)
 
     def tokenizer_folder(self, files: CheckpointFiles) -> Path:
-        """The folder of the weights or its parent, where Meta puts one tokenizer file for all model sizes."""
+        """Returns the weights folder or its parent, where Meta stores one tokenizer file for all model sizes."""
         folder, above = files.path, files.path.parent
         return folder if has_tokenizer(folder) or not has_tokenizer(above) else above
 
@@ -112,7 +113,7 @@ class _Shards(NamedTuple):
 
 
 def _shards(weights: Weights) -> _Shards:
-    """Groups the shards of each tensor. Raises CheckpointError if shards differ in tensor names, types or shapes."""
+    """Groups the shards of each tensor. Raises CheckpointError if shards differ in tensor names, dtypes or shapes."""
     files = sorted({header.file for header in weights.headers.values()})
     names: dict[str, list[str]] = {}
     for name in weights:
@@ -120,13 +121,13 @@ def _shards(weights: Weights) -> _Shards:
     for name, held in names.items():
         if len(held) != len(files):
             without = next(file for file in files if f"{file.name}/{name}" not in held)
-            raise CheckpointError(f"{without}: has no {name}, but other shards do; fetch it again")
+            raise CheckpointError(f"{without}: has no {name}, but other shards do; fetch this shard again")
         first, *others = (weights.headers[part] for part in held)
         for other in others:
             if other[1:] != first[1:]:
                 raise CheckpointError(
-                    f"{other.file}: has {name} as {other.dtype} {list(other.shape)}, but {first.file.name} as "
-                    f"{first.dtype} {list(first.shape)}: not shards of one model"
+                    f"{other.file}: {name} is {other.dtype} {list(other.shape)}, but in {first.file.name} it is "
+                    f"{first.dtype} {list(first.shape)}; these are not shards of one model"
                 )
     return _Shards(files, names)
 
@@ -135,24 +136,24 @@ def _check_sizes(files: CheckpointFiles, shards: _Shards, dim: int, n_heads: int
     """Checks that params.json matches the tensors and that no shard is missing. Raises CheckpointError."""
     file = files.path / "params.json"
     if dim < 1 or n_heads < 1 or dim % n_heads:
-        raise CheckpointError(f"{file}: dim is {dim}; expected a positive multiple of n_heads, {n_heads}")
+        raise CheckpointError(f"{file}: dim is {dim}; expected a positive multiple of n_heads ({n_heads})")
     found = len({name.split(".")[1] for name in shards.names if name.startswith("layers.")})
     if n_layers != found:
         raise CheckpointError(
-            f"{file}: n_layers is {n_layers}, but the shards have {found} layers: they belong to a different model"
+            f"{file}: n_layers is {n_layers}, but the shards contain {found} layers; use files of one model"
         )
     if (rows := _n_rows(files.weights, shards, "layers.0.attention.wq.weight")) != dim:
         raise CheckpointError(
-            f"{files.path}: {len(shards.files)} shards have {rows} rows of wq, but dim is {dim}: shards are missing; "
-            "fetch the others"
+            f"{files.path}: {len(shards.files)} shards contain {rows} rows of wq, but dim is {dim}, so "
+            "shards are missing; fetch them"
         )
 
 
 def _context_length(params: Mapping[str, Any], stored: torch.dtype) -> int:
-    """Returns the stated context length in tokens, else 2048 for LLaMA-1 and 4096 for Llama 2.
+    """Returns `max_seq_len` (in tokens) if params.json contains it, else 2048 for LLaMA-1 and 4096 for Llama 2.
 
-    Signs of Llama 2 are shared key/value heads (70B only), bfloat16 weights (LLaMA-1's are float16) and norm_eps 1e-5
-    instead of 1e-6; but LLaMA-1 65B, which has width 8192 and no shared heads, also uses 1e-5.
+    Llama 2 is recognized by shared key/value heads (70B only), bfloat16 weights (LLaMA-1 uses float16) or norm_eps 1e-5
+    instead of 1e-6. norm_eps is ignored at dim 8192 because LLaMA-1 65B also uses 1e-5.
     """
     if stated := params.get("max_seq_len"):
         return int(stated)
@@ -164,12 +165,12 @@ def _context_length(params: Mapping[str, Any], stored: torch.dtype) -> int:
 
 def _n_rows(weights: Weights, shards: _Shards, name: str) -> int:
     if name not in shards.names:
-        raise CheckpointError(f"{shards.files[0]}: has no {name}; fetch it again")
+        raise CheckpointError(f"{shards.files[0]}: has no {name}; fetch this shard again")
     return sum(weights.headers[part].shape[0] for part in shards.names[name])
 
 
 def _join(weights: Weights, name: str, parts: list[str], dim: int, head_dim: int) -> LazyTensor:
-    """Joins one of Meta's tensors from its shards, and reorders the rows of q and k."""
+    """Joins the shards of one tensor; for q and k, also reorders the rows."""
     shape = weights.headers[parts[0]].shape
     if len(shape) != 2 or len(parts) == 1:
         whole: LazyTensor = FromFile(weights, parts[0])

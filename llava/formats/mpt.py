@@ -24,13 +24,13 @@ LANGUAGE = (
             Rule("norm_f.weight", "decoder.norm.weight"),
         ),
     ),
-    Rule("lm_head.weight", "decoder.head.weight"),  # re-saved copies repeat the embedding table here
+    Rule("lm_head.weight", "decoder.head.weight"),  # only in re-saved checkpoints; repeats the embedding table
 )
 RULES = (*LANGUAGE, *prefixed("transformer.", VISION))
 
 
 class Mpt(Format):
-    """An MPT or an MPT-based LLaVA. Read only; `--to llava` writes these models."""
+    """An MPT or an MPT-based LLaVA. Read-only; to write these models, use `--to llava`."""
 
     name = "mpt"
 
@@ -51,9 +51,9 @@ class Mpt(Format):
 
 
 def decoder_config(config: Mapping[str, Any], shapes: Shapes, where: object) -> DecoderConfig:
-    """Reads config.json, with MPT-7B's values as defaults: transformers 4.37 and later may save an empty attn_config.
+    """Reads config.json. Raises ConfigError if the config requires a feature that this decoder does not support.
 
-    Raises ConfigError if the config requires something that this decoder does not support.
+    Missing keys default to MPT-7B's values, because transformers 4.37 and later may save an empty attn_config.
     """
     attention = section(config, "attn_config", where)
     for values, key, supported in (
@@ -90,7 +90,7 @@ def decoder_config(config: Mapping[str, Any], shapes: Shapes, where: object) -> 
 
 
 def mpt_config(config: LlavaConfig) -> dict[str, Any]:
-    """Returns an MPTConfig with every size stated."""
+    """Returns the config.json of an MPT, with all sizes set explicitly."""
     sizes = config.decoder
     return {
         "architectures": ["MPTForCausalLM"],

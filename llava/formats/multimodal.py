@@ -1,4 +1,4 @@
-"""What LLaVA adds to a language model's checkpoint: tensors and config keys for tower, projector and images."""
+"""Tensors and config keys that LLaVA adds to a language model checkpoint: vision tower, projector and images."""
 
 import ast
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ from llava.tensors.files import parsing, read_json_if_present
 from llava.tensors.keymap import Rule, prefixed
 from llava.tensors.lazy import LazyTensor
 
-VISION = (  # stored beside the language model's layers
+VISION = (  # stored under the same prefix as the language model's layers
     Rule("mm_projector.*.weight", "projector.*.weight"),  # an MLP
     Rule("mm_projector.*.bias", "projector.*.bias"),
     Rule("mm_projector.weight", "projector.0.weight"),  # linear
@@ -47,7 +47,7 @@ def read_model_config(
 ) -> ReadConfig:
     """Reads the config of a LLaVA or a plain language model from a config.json with LLaVA's keys.
 
-    path: the checkpoint's folder or single file. Raises CheckpointError, ConfigError.
+    path: checkpoint folder or single file. Raises CheckpointError, ConfigError.
     """
     where = path if path.is_file() else path / "config.json"
     language = LlavaConfig(
@@ -94,7 +94,8 @@ def _tower(path: Path, config: Mapping[str, Any], tensors: Mapping[str, LazyTens
     where, named = path if path.is_file() else path / "config.json", config.get("mm_vision_tower")
     if not (options.vision_tower or named):
         raise CheckpointError(
-            f"{where}: names no mm_vision_tower; pass vision_tower= (--vision-tower), or vision=False"
+            f"{where}: mm_vision_tower is not set; set vision_tower= (--vision-tower) to a CLIP folder or hub id, "
+            "or vision=False to load only the language model"
         )
     if inline := section(config, "vision_config", where):
         return Tower(None, inline, processor_config(path))
@@ -103,7 +104,7 @@ def _tower(path: Path, config: Mapping[str, Any], tensors: Mapping[str, LazyTens
 
 
 def _projector_config(config: Mapping[str, Any], vision: VisionConfig, decoder: DecoderConfig) -> ProjectorConfig:
-    """Reads `mm_projector_type` (default: linear) and `mm_hidden_size` (default: the width of the tower)."""
+    """Reads `mm_projector_type` (default: linear) and `mm_hidden_size` (default: the tower's width)."""
     depth = projector_depth(str(config.get("mm_projector_type") or "linear"))
     return ProjectorConfig(in_dim=config.get("mm_hidden_size") or vision.dim, out_dim=decoder.dim, depth=depth)
 
@@ -116,7 +117,7 @@ def image_config(
     pinpoints: tuple[tuple[int, int], ...] = (),
     merge: str = "flat",
 ) -> ImageConfig:
-    """Builds an ImageConfig. `processor`: preprocessor_config.json; {}: CLIP's published values. Raises ConfigError."""
+    """Builds an ImageConfig. `processor`: preprocessor_config.json, or {} for CLIP's values. Raises ConfigError."""
     size = processor.get("crop_size") or processor.get("size") or vision.image_size
     if isinstance(size, Mapping):
         size = size.get("height") or size.get("shortest_edge")
@@ -131,10 +132,10 @@ def image_config(
 
 
 def in_mode(image: ImageConfig, mode: ImageMode) -> ImageConfig:
-    """Returns the same options in image mode `mode`.
+    """Returns a copy of `image` with image mode `mode`.
 
-    transformers reads the published list of canvases as (h, w), LLaVA as (w, h). The list contains each canvas with its
-    transpose, so both see the same set of canvases, but they break ties differently.
+    transformers reads the published list of canvases as (h, w), LLaVA as (w, h). The list also contains the transpose
+    of each canvas, so both use the same set of canvases, but in a different order, which changes how ties are broken.
     """
     transposed = tuple((h, w) for w, h in image.pinpoints)
     same = mode == image.mode or set(transposed) != set(image.pinpoints)
@@ -160,7 +161,7 @@ def _pinpoints(value: Any) -> tuple[tuple[int, int], ...]:
 
 
 def _stored_dtype(config: Mapping[str, Any], stored: torch.dtype) -> DType:
-    """Returns the type of the stored weights if it is a `DType`, else the type stated in the config, else float16."""
+    """Returns the dtype of the stored weights if `DType` includes it, else the config's torch_dtype, else float16."""
     stated = str(config.get("torch_dtype") or config.get("dtype") or "float16")
     known = get_args(DType)
     names = (str(name).removeprefix("torch.") for name in (stored, stated, "float16"))
@@ -172,27 +173,29 @@ def _eos_ids(file: Path) -> tuple[int, ...]:
     value = read_json_if_present(file).get("eos_token_id")
     ids = value if isinstance(value, list) else [value]
     if not all(id is None or isinstance(id, int) for id in ids):
-        raise CheckpointError(f"{file}: eos_token_id is {value!r}; expected a number or a list")
+        raise CheckpointError(f"{file}: eos_token_id is {value!r}; expected an integer or a list of integers")
     return tuple(id for id in ids if id is not None)
 
 
 def projector_in(tensors: Mapping[str, LazyTensor], decoder: DecoderConfig) -> ProjectorConfig | None:
-    """Infers the projector's config from its tensors, if any, for a checkpoint opened without vision."""
+    """Infers the projector config of a checkpoint opened without vision. Returns None if it has no projector."""
     layers = [t for name, t in tensors.items() if name.startswith("projector.") and name.endswith("weight")]
     return ProjectorConfig(in_dim=layers[0].shape[1], out_dim=decoder.dim, depth=len(layers)) if layers else None
 
 
 def vision_keys(config: LlavaConfig, vision_tower: str | None) -> dict[str, Any]:
-    """Returns LLaVA's keys in config.json for a model with a vision part. Raises ConfigError."""
+    """Returns the config.json keys that describe the vision part of a LLaVA. Raises ConfigError."""
     assert config.vision
     assert config.projector
     assert config.image
     if vision_tower is None:
         raise ConfigError(
-            "a LLaVA's config.json must name its vision tower: pass vision_tower=, a CLIP folder or hub id"
+            "the config.json of a LLaVA requires a vision tower; set vision_tower= to a CLIP folder or hub id"
         )
     if config.image.mode != "original":
-        raise ConfigError(f"image mode {config.image.mode!r} cannot be written: LLaVA's own format has no key for it")
+        raise ConfigError(
+            f"image mode {config.image.mode!r} cannot be saved: LLaVA's config.json has no key for the mode"
+        )
     return {
         "use_mm_proj": True,
         "mm_vision_tower": vision_tower,

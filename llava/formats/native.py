@@ -1,4 +1,4 @@
-"""Our own format: safetensors with our tensor names, config.json, tower and tokenizer in one folder."""
+"""Our own format: one folder with safetensors files (our tensor names), config.json, tower and tokenizer."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,7 +20,7 @@ RULES = tuple(Rule(name, name) for name in ("decoder.**", "vision.**", "projecto
 
 
 class Native(Format):
-    """The default format of `llava convert`. Every setting is stated, so readers need not guess."""
+    """The default format of `llava convert`. config.json contains every setting explicitly."""
 
     name = "native"
     writes = True
@@ -53,7 +53,7 @@ class Native(Format):
         return ReadConfig(native_config(files.config, options, files.config_file), files.config, files.path)
 
     def outputs(self, checkpoint: Checkpoint) -> list[OutputTensor]:
-        """A tower inside the checkpoint is written in full, including the layers that LLaVA does not use."""
+        """Returns all tensors. If the checkpoint contains a tower, they include layers that LLaVA does not use."""
         tensors = checkpoint.tensors | (checkpoint.unused_tower if checkpoint.tower_inside else {})
         return [output(name, tensor, name) for name, tensor in tensors.items()]
 
@@ -61,7 +61,7 @@ class Native(Format):
         return {VERSION_KEY: VERSION, **checkpoint.config.to_dict()}
 
     def write_extra(self, source: Checkpoint, folder: Path) -> None:
-        """Leaves out tokenizer.model if tokenizer.json is in use: readers would prefer tokenizer.model."""
+        """Copies the tokenizer. Omits tokenizer.model, which readers would prefer, if tokenizer.json is in use."""
         copy_tokenizer(source.tokenizer_folder, folder, source.new_tokens)
         if isinstance(source.tokenizer, JsonTokenizer):
             (folder / "tokenizer.model").unlink(missing_ok=True)
@@ -70,7 +70,9 @@ class Native(Format):
 def native_config(values: Mapping[str, Any], options: LoadOptions, where: Path) -> LlavaConfig:
     """Reads our config.json. Raises CheckpointError for an unknown version, ConfigError for invalid keys or values."""
     if (found := values[VERSION_KEY]) != VERSION:
-        raise CheckpointError(f"{where}: {VERSION_KEY} is {found!r}, but this version reads {VERSION!r}; upgrade llava")
+        raise CheckpointError(
+            f"{where}: {VERSION_KEY} is {found!r}, but this llava reads only {VERSION!r}; upgrade llava"
+        )
     config = LlavaConfig.from_dict({key: value for key, value in values.items() if key != VERSION_KEY})
     if not options.vision:
         return replace(config, vision=None, projector=None, image=None)

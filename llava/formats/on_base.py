@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from llava.config import LoadOptions
+from llava.config import LlavaConfig, LoadOptions
 from llava.errors import CheckpointError
 from llava.formats import llama, llava, mpt
 from llava.formats.format import Checkpoint, CheckpointFiles, Format, ReadConfig, resolved_by, shapes_of
@@ -20,10 +20,14 @@ class PartOfModel(Format):
 
     needs_base = True
 
+    def rules(self, config: LlavaConfig | None = None) -> tuple[Rule, ...]:
+        """Returns the key table of the whole model."""
+        return llava.RULES if config is None else llava.rules_for(config)
+
     def read_config(
         self, files: CheckpointFiles, tensors: Mapping[str, LazyTensor], base: Checkpoint | None, options: LoadOptions
     ) -> ReadConfig:
-        """Reads the part's own config.json, or that of the base for a LoRA that PEFT saved without one."""
+        """Reads the config.json of the part or, for a LoRA that PEFT saved without one, of the base model."""
         assert base
         config, path = (files.config, files.path) if files.config else (base.source_config, base.path)
         if VERSION_KEY in config:
@@ -33,25 +37,25 @@ class PartOfModel(Format):
 
 
 def llava_rules(base: Checkpoint) -> tuple[Rule, ...]:
-    """Returns the key table of a LLaVA with this language model."""
+    """Returns the key table of a LLaVA based on this language model."""
     return mpt.RULES if base.config.decoder.kind == "mpt" else llava.RULES
 
 
 def base_tensors(base: Checkpoint) -> dict[str, LazyTensor]:
-    """Returns all tensors of a base model, including those that it does not need as a language model."""
+    """Returns all tensors of a base model, including any that its language model does not use."""
     return {**base.unused, **base.tensors}
 
 
 class PartTensors(NamedTuple):
-    """The tensors of one file under our names."""
+    """The tensors of one file, keyed by our names."""
 
     tensors: dict[str, LazyTensor]
-    dropped: tuple[str, ...]  # names in the file that are known and not needed
+    dropped: tuple[str, ...]  # known tensors that are not needed, by their names in the file
     unknown: dict[str, Path]
 
 
 def read_part(weights: Weights, names: Mapping[str, str], rules: tuple[Rule, ...]) -> PartTensors:
-    """Looks up a file's tensors in a key table. `names`: names that the table uses -> names in the file."""
+    """Looks up a file's tensors in a key table. `names`: name as in the table -> name in the file."""
     planned = plan(names, rules)
     stored = {ours: tuple(names[name] for name in parts) for ours, parts in planned.tensors.items()}
     for parts in stored.values():
@@ -67,10 +71,10 @@ def read_part(weights: Weights, names: Mapping[str, str], rules: tuple[Rule, ...
 
 
 def non_empty(weights: Weights, name: str) -> LazyTensor:
-    """Returns a tensor. Raises CheckpointError if it is empty, as may happen after training with ZeRO-3."""
+    """Returns the tensor `name`. Raises CheckpointError if it is empty, as can happen after training with ZeRO-3."""
     header = weights.headers[name]
     if not header.numel:
         raise CheckpointError(
-            f"{header.file}: {name} is empty, as ZeRO-3 leaves ungathered tensors; save the checkpoint again"
+            f"{header.file}: {name} is empty; gather all ZeRO-3 parameters and save the checkpoint again"
         )
     return FromFile(weights, name)

@@ -1,6 +1,6 @@
 """Projector-only checkpoints, as saved by stage 1: mm_projector.bin and usually a config.json.
 
-The oldest projectors were published as a single file without a config; it is derived from their tensors.
+The oldest projectors were published as a single file without a config.json; their config is derived from the tensors.
 """
 
 import logging
@@ -35,7 +35,7 @@ _AROUND_IMAGES = ("<im_start>", "<im_end>")
 RULES = (
     *VISION,
     Rule("embed_tokens.weight", "decoder.embed.weight"),
-    Rule("wte.weight", "decoder.embed.weight"),  # the name in MPT
+    Rule("wte.weight", "decoder.embed.weight"),  # name in MPT
 )
 
 
@@ -77,16 +77,16 @@ class Projector(PartOfModel):
 
 
 def read_single_file(file: Path) -> CheckpointFiles:
-    """Reads a single projector file, and config.json next to it if that describes a LLaVA. Raises CheckpointError."""
+    """Reads a projector file, and the LLaVA config.json next to it, if any. Raises CheckpointError."""
     weights = Weights([file])
     layers = _layers(weights)
     if not layers:
         raise CheckpointError(
-            f"{file}: has no mm_projector; only projectors load from a single file, so pass the checkpoint's folder"
+            f"{file}: has no mm_projector tensors, and only projectors load from a single file; pass the folder"
         )
     if odd := [name for name in layers if len(weights.headers[name].shape) != 2]:
         shape = list(weights.headers[odd[0]].shape)
-        raise CheckpointError(f"{file}: {odd[0]} has shape {shape}, expected a matrix; fetch the file again")
+        raise CheckpointError(f"{file}: {odd[0]} must be a matrix, but has shape {shape}; fetch the file again")
     config = read_json_if_present(file.parent / "config.json")
     return CheckpointFiles(file, config if "mm_vision_tower" in config else {}, weights)
 
@@ -96,7 +96,7 @@ def _layers(weights: Weights) -> list[str]:
 
 
 def _config_from_tensors(files: CheckpointFiles, vision_tower: str | Path | None) -> dict[str, Any]:
-    """Builds LLaVA's config keys; `vision_tower` defaults to the tower of published projectors with this shape."""
+    """Builds LLaVA's config keys; `vision_tower` defaults to the tower of published projectors of this shape."""
     widths = [files.weights.headers[name].shape[1] for name in sorted(_layers(files.weights))]
     tower = vision_tower or tower_of_projector(widths[0], len(widths))
     if tower and not vision_tower:
@@ -114,26 +114,26 @@ def _file(files: CheckpointFiles) -> Path:
 
 
 def _without_prefixes(names: Iterable[str]) -> dict[str, str]:
-    """Maps names without their prefix, which differs from file to file, to the names in the file."""
+    """Maps names without prefixes, which differ between files, to the names in the file."""
     return {re.sub(r"^.*?(mm_projector\.|embed_tokens\.|wte\.|image_newline)", r"\1", name): name for name in names}
 
 
 def _with_token_rows(rows: LazyTensor, base: Checkpoint, tokenizer: Tokenizer, file: Path) -> dict[str, LazyTensor]:
     """Returns the base model's vocabulary tables, with the last two of `rows` as embeddings of <im_start> and <im_end>.
 
-    New rows of the head are the mean of its existing rows. Raises CheckpointError.
+    All other new rows are the mean of the existing rows of their table. Raises CheckpointError.
     """
     start, end = (tokenizer.id_of(text) for text in _AROUND_IMAGES)
     if start is None or end != start + 1:
         raise CheckpointError(
-            f"{file}: has embeddings of <im_start> and <im_end>, but they are not the tokenizer's last two tokens; "
-            "put the tokenizer files from the training run into the folder"
+            f"{file}: has embeddings of <im_start> and <im_end>, but the tokenizer does not have both with consecutive "
+            "ids; put the tokenizer files from the training run into the folder"
         )
     embed = base.tensors["decoder.embed.weight"]
     if len(rows.shape) != 2 or rows.shape[0] < len(_AROUND_IMAGES) or rows.shape[1:] != embed.shape[1:]:
         raise CheckpointError(
-            f"{file}: has embeddings of shape {list(rows.shape)}, but {base.path} has a table of {list(embed.shape)}: "
-            "not the base that they were trained with"
+            f"{file}: has embeddings of shape {list(rows.shape)}, but {base.path} has a table of {list(embed.shape)}; "
+            "pass the base model that they were trained with"
         )
     tables: dict[str, LazyTensor] = {}
     for name in VOCAB_TABLES:
@@ -163,14 +163,16 @@ def write_projector(
     recorded: Mapping[str, Any] | None = None,
     write_extra: Callable[[Path], None] | None = None,
 ) -> None:
-    """Writes the tensors `projector.*` and `newline`, which keep their dtypes, and config.json.
+    """Writes config.json and the tensors `projector.*` and `newline`, which keep their dtypes.
 
     base: the language model, recorded in config.json. start_end: [2, D], trained embeddings of <im_start> and <im_end>;
-    requires `tokenizer_from`, a folder whose tokenizer has both tokens. write_extra: writes further files into the
-    folder. Raises ConfigError.
+    requires `tokenizer_from`, a folder whose tokenizer has both tokens. write_extra: called with the folder to write
+    additional files. Raises ConfigError.
     """
     if start_end is not None and tokenizer_from is None:
-        raise ConfigError("start_end= needs a tokenizer that has <im_start> and <im_end>: pass tokenizer_from=")
+        raise ConfigError(
+            "start_end= requires a tokenizer with <im_start> and <im_end>; set tokenizer_from= to its folder"
+        )
     kept = {name: tensor for name, tensor in tensors.items() if name.startswith("projector.") or name == "newline"}
     if start_end is not None:
         kept["decoder.embed.weight"] = start_end

@@ -1,5 +1,7 @@
-"""Reads and writes a checkpoint's tokenizer files: `tokenizer.model` (SentencePiece) or `tokenizer.json`, and the JSON
-files that accompany them. From the files written here, transformers produces the same token ids as this package.
+"""Reads and writes the tokenizer files of a checkpoint.
+
+These are `tokenizer.model` (SentencePiece) or `tokenizer.json`, and the accompanying JSON files. With the files written
+here, transformers produces the same token ids as this package.
 """
 
 import shutil
@@ -26,12 +28,12 @@ _FILES = (
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a checkpoint folder contains a tokenizer."""
+    """Returns whether a checkpoint folder contains a tokenizer."""
     return any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
 
 
 def special_names(folder: Path) -> dict[str, str]:
-    """Returns the special tokens of a folder: names such as "bos_token" -> text."""
+    """Returns the special tokens of a checkpoint folder as a map from names such as "bos_token" to text."""
     return _special_names(
         read_json_if_present(folder / "tokenizer_config.json"), read_json_if_present(folder / "special_tokens_map.json")
     )
@@ -42,12 +44,12 @@ def load_tokenizer(
 ) -> Tokenizer:
     """Loads the tokenizer of a checkpoint folder.
 
-    fast: prefer tokenizer.json, as the processors of transformers do.
+    fast: prefer tokenizer.json to tokenizer.model, as transformers processors do.
     legacy_strip: tokens in added_tokens.json strip adjacent white space, as in transformers up to 4.31, with which
         LLaVA v0 and v1.1 were trained.
     more: additional special tokens and their ids.
 
-    Raises CheckpointError if files are missing or broken.
+    Raises CheckpointError if files are missing or malformed.
     """
     model, whole = folder / "tokenizer.model", folder / "tokenizer.json"
     settings = read_json_if_present(folder / "tokenizer_config.json")
@@ -62,7 +64,7 @@ def load_tokenizer(
     if whole.is_file() and (fast or not model.is_file()):
         return JsonTokenizer(whole, eos=names["eos_token"], pad=names.get("pad_token"), more=more or {})
     if not model.is_file():
-        raise CheckpointError(f"{folder}: no tokenizer.model and no tokenizer.json; add the base model's tokenizer")
+        raise CheckpointError(f"{folder}: has no tokenizer.model or tokenizer.json; add the base model's tokenizer")
     added |= {text: AddedToken(text, id, True, legacy_strip, legacy_strip) for text, id in (more or {}).items()}
     try:
         return _sentencepiece(model.read_bytes(), added, names, settings)
@@ -79,7 +81,7 @@ def _sentencepiece(
         raise ValueError("the file is empty")
     pieces = SentencePieceProcessor(model_proto=model)
     if not pieces.get_piece_size():
-        raise ValueError("it has no pieces")
+        raise ValueError("the vocabulary is empty")
     for text in names.values():
         id = pieces.piece_to_id(text)
         if text not in added and pieces.id_to_piece(id) == text:
@@ -96,7 +98,7 @@ def _sentencepiece(
 
 
 def _special_names(settings: dict[str, Any], special: dict[str, Any]) -> dict[str, str]:
-    """Maps names such as bos_token to their text. Empty strings, as in the v0 files, count as missing."""
+    """Maps names such as bos_token to their text. Empty strings, as in the v0 files, are treated as missing."""
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     for source in (special, settings):
         for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
@@ -109,7 +111,7 @@ def _special_names(settings: dict[str, Any], special: dict[str, Any]) -> dict[st
 def _added_tokens(
     settings: dict[str, Any], plain: dict[str, int], special: set[str], strip: bool
 ) -> dict[str, AddedToken]:
-    """Reads added tokens by text from added_tokens.json (`plain`, ids only) and tokenizer_config.json (with flags)."""
+    """Returns tokens keyed by text, from added_tokens.json (`plain`: ids) and tokenizer_config.json (ids and flags)."""
     added = {text: AddedToken(text, _id(id, text), text in special, strip, strip) for text, id in plain.items() if text}
     decoder = settings.get("added_tokens_decoder", {})
     if not isinstance(decoder, dict) or not all(isinstance(token, dict) for token in decoder.values()):
@@ -128,16 +130,16 @@ def _added_tokens(
 def _text(value: Any, what: str) -> str:
     """Returns a token's text. Raises ValueError if it is not a string or cannot be encoded as UTF-8."""
     if not isinstance(value, str):
-        raise ValueError(f"{what} is {value!r:.60}, expected a string")
+        raise ValueError(f"{what} is {value!r:.60}; expected a string")
     value.encode()
     return value
 
 
 def _id(value: Any, text: str) -> int:
-    """Returns a token's id, stored as a number or, if it is a key, as a string of digits. Raises ValueError."""
+    """Parses a token id: a number, or a string of digits if the id is a JSON key. Raises ValueError."""
     _text(text, "a token")
     if isinstance(value, bool) or not isinstance(value, int | str) or not 0 <= int(value) < _MAX_ID:
-        raise ValueError(f"{text!r:.60} has the invalid id {value!r:.60}")
+        raise ValueError(f"token {text!r:.60} has an invalid id: {value!r:.60}")
     return int(value)
 
 

@@ -1,4 +1,4 @@
-"""Entry point for the documented command `python3 -m llava.model.apply_delta`; see llava/convert/merge.py."""
+"""Entry point for LLaVA's documented command `python3 -m llava.model.apply_delta`; see llava/convert/merge.py."""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""Attention contexts: which tokens a query attends to, and where their keys and values come from.
+"""Attention contexts: which tokens a query attends to, and where keys and values come from.
 
-The caller builds one context for each forward pass. It holds the positions of the new tokens and, depending on its
+The caller builds one context per forward pass. It contains the positions of the new tokens and, depending on its
 class, a cache, a mask or the boundaries of packed samples. Every block calls `context.attend`, so training, prefill and
 decoding run the same block code.
 
@@ -28,11 +28,11 @@ from llava.model.kv_cache import KVCache
 
 
 class AttentionContext(Protocol):
-    """The interface that the decoder requires of an attention context."""
+    """Interface of the attention contexts that the decoder accepts."""
 
     @property
     def positions(self) -> Tensor:
-        """Positions of the new tokens in their sequences: int64 [S] if all rows have the same, else [B, S]."""
+        """Positions of the new tokens in their sequences: int64 [S] if they are the same in all rows, else [B, S]."""
         ...
 
     @property
@@ -49,7 +49,7 @@ class AttentionContext(Protocol):
         ...
 
     def last_token_only(self) -> "AttentionContext":
-        """Returns a context that computes only the last token of each sequence. Keys and values cover all tokens."""
+        """Returns a context in which only each sequence's last token is a query; keys and values cover all tokens."""
         ...
 
     def with_alibi(self, slopes: Tensor, dtype: torch.dtype) -> "AttentionContext":
@@ -63,8 +63,8 @@ class CausalContext:
 
     positions: Tensor  # int64 [S] or [B, S]
     seq_len: int
-    mask: Tensor | None = None  # [B or 1, 1 or H, S, T], bool (True: attends) or a bias. None: causal from position 0
-    last: Tensor | None = None  # int64 [B, L], index of the last token of each of the L sequences in a row
+    mask: Tensor | None = None  # [B or 1, 1 or H, S, T], bool (True: attend) or a bias; None: causal from position 0
+    last: Tensor | None = None  # int64 [B, L], indices of the last tokens of the L sequences in each row
     last_only: bool = False  # only the tokens at `last` are queries
 
     @classmethod
@@ -74,7 +74,7 @@ class CausalContext:
 
     @property
     def n_slots(self) -> int:
-        """T, the tokens that a query can attend to."""
+        """T, the number of tokens that a query can attend to."""
         return self.positions.shape[-1]
 
     def keys_and_values(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,8 @@ class CausalContext:
         keys, values = self.keys_and_values(layer, k, v)
         q = self.queries(q).transpose(1, 2)
         is_causal = False
-        if self.mask is None and q.shape[2] > 1:  # a branch: torch.compile cannot pass the comparison to SDPA
+        # An `if` statement, because torch.compile cannot pass the result of the comparison to SDPA.
+        if self.mask is None and q.shape[2] > 1:
             is_causal = True
         grouped = q.shape[1] != keys.shape[1]
         y = F.scaled_dot_product_attention(
@@ -99,7 +100,7 @@ class CausalContext:
         return x if self.last is None or not self.last_only else _take(x, self.last)
 
     def last_token_only(self) -> "CausalContext":
-        """See `AttentionContext`. Requires `last`; the new context returns [B, L, ...]."""
+        """See `AttentionContext`. Requires `last`. With the new context, `attend` returns [B, L, H, E]."""
         assert self.last is not None
         if self.mask is None:
             mask = decode_mask(self.last, self.n_slots)
@@ -118,15 +119,15 @@ class CausalContext:
 class CacheContext(CausalContext):
     """Attention over a dense cache, for prefill (`mask` is None) or a decode step with one token per row.
 
-    A decode step of several rows needs `decode_mask`; a single row that attends to the whole window needs no mask.
+    A decode step for several rows requires `decode_mask`; a single row that attends to the whole window needs no mask.
     """
 
     cache: KVCache
-    window: int  # only slots before this one are read
+    window: int  # number of slots read, starting at slot 0
 
     @property
     def n_slots(self) -> int:
-        """T, the tokens that a query can attend to."""
+        """T, the number of tokens that a query can attend to."""
         return self.window
 
     def keys_and_values(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,14 +137,14 @@ class CacheContext(CausalContext):
 
 
 class Segments(NamedTuple):
-    """Where the samples packed into a row [1, S] begin and end."""
+    """Boundaries of the samples packed into a row [1, S]."""
 
     cu_seqlens: Tensor  # int32 [N + 1], cumulative lengths from 0 to S; samples may be empty
-    lengths: tuple[int, ...]  # of the samples; used only without the varlen kernel, may be () otherwise
+    lengths: tuple[int, ...]  # sample lengths; may be () where the varlen kernel is used
     max_seqlen: int  # upper bound on the length of a sample
 
     def last(self) -> Tensor:
-        """Index of each sample's last token, int64 [1, N]. An empty sample repeats the previous index."""
+        """Index of each sample's last token, int64 [1, N]. For an empty sample, the index of the token before it."""
         return self.cu_seqlens[None, 1:].long() - 1
 
     def mask(self) -> Tensor:
@@ -157,7 +158,7 @@ class Segments(NamedTuple):
 class VarlenContext:
     """Causal attention within each sample of a packed row (B = 1), without a cache."""
 
-    positions: Tensor  # int64 [1, S], counted from 0 in each sample
+    positions: Tensor  # int64 [1, S], starting from 0 in each sample
     seq_len: int
     segments: Segments
     last_only: bool = False  # only the last token of each sample is a query
@@ -187,7 +188,7 @@ class VarlenContext:
         return _take(x, self.segments.last()) if self.last_only else x
 
     def last_token_only(self) -> "VarlenContext":
-        """See `AttentionContext`. The new context returns [1, N, ...]."""
+        """See `AttentionContext`. With the new context, `attend` returns [1, N, H, E]."""
         return replace(self, last_only=True)
 
     def with_alibi(self, slopes: Tensor, dtype: torch.dtype) -> CausalContext:
@@ -197,19 +198,19 @@ class VarlenContext:
 
 
 def decode_mask(positions: Tensor, n_slots: int) -> Tensor:
-    """positions [B, S] or [S] -> mask [B or 1, 1, S, T], True for slots up to and including the token's own."""
+    """positions [B, S] or [S] -> mask [B or 1, 1, S, T], True for slots up to and including the token's position."""
     return torch.arange(n_slots, device=positions.device) <= torch.atleast_2d(positions)[:, None, :, None]
 
 
 def alibi_bias(mask: Tensor, slopes: Tensor, dtype: torch.dtype) -> Tensor:
     """Attention with linear biases, arXiv:2108.12409: scores decrease with the distance between query and key.
 
-    mask [B or 1, 1, S, T] (True: attends), slopes [H] float32 -> bias [B or 1, H, S, T], -inf where a query does not
-    attend. The distance is measured from the last token that a query attends to (its own), so that the biases of
-    nearby tokens are exact in 16-bit types.
+    mask [B or 1, 1, S, T] (True: attend), slopes [H] float32 -> bias [B or 1, H, S, T], -inf where the mask is False.
+    Distances are measured from the last token that a query attends to, which is the query's own token, so that the
+    biases of nearby tokens are exact in 16-bit types.
     """
     slots = torch.arange(mask.shape[-1], device=mask.device)
-    distance = slots - (slots * mask).amax(-1, keepdim=True)  # [B or 1, 1, S, T], at most 0 where the query attends
+    distance = slots - (slots * mask).amax(-1, keepdim=True)  # [B or 1, 1, S, T], <= 0 where the mask is True
     bias = slopes[:, None, None] * distance
     return bias.masked_fill_(~mask, -math.inf).to(dtype)
 
@@ -221,7 +222,7 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
 
 @cache
 def _causal() -> dict[str, Any]:
-    """Returns the `varlen_attn` argument for causal attention, which was renamed after torch 2.10."""
+    """Returns the `varlen_attn` keyword argument for causal attention; its name changed after torch 2.10."""
     from torch.nn.attention.varlen import varlen_attn
 
     renamed = "is_causal" not in inspect.signature(varlen_attn).parameters

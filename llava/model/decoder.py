@@ -39,7 +39,7 @@ class Decoder(nn.Module):
         return last
 
     def states(self, x: Tensor, context: AttentionContext | None = None) -> Iterator[Tensor]:
-        """Like `forward`, but yields the hidden states after each block, then those after the final norm."""
+        """Like `forward`, but yields the hidden states after each block and, as the last item, after the final norm."""
         rope, context = self.positions(CausalContext.of(x) if context is None else context, x.dtype)
         for block in self.blocks:
             x = block(x, rope, context)
@@ -47,9 +47,9 @@ class Decoder(nn.Module):
         yield self.norm(x)
 
     def last_token_only(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """x [B, S, D] -> the hidden state of each sequence's last token after the final norm, [B, D].
+        """x [B, S, D] -> [sequences, D], the last token's hidden state in each sequence, after the final norm.
 
-        For prefill: the last block drops all other tokens after computing their keys and values.
+        For prefill: the last block computes keys and values for all tokens, but outputs only for the last ones.
         """
         rope, context = self.positions(context, x.dtype)
         for block in self.blocks[:-1]:
@@ -58,9 +58,9 @@ class Decoder(nn.Module):
         return self.norm(x).flatten(0, 1)
 
     def logits(self, x: Tensor) -> Tensor:
-        """x [..., D] after the final norm -> [..., V] float32"""
+        """x [..., D] after the final norm -> logits [..., V] float32"""
         return self.head(x).float()
 
     def lookup(self, ids: Tensor) -> Tensor:
-        """ids [...] -> embeddings [..., D]. Negative ids (image tokens) get an arbitrary one, to be overwritten."""
+        """ids [...] -> embeddings [..., D]. Negative ids (image tokens) get a placeholder, which callers overwrite."""
         return self.embed(torch.clamp(ids, min=0))

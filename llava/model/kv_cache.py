@@ -1,9 +1,9 @@
-"""Keys and values of the tokens processed so far, each in one dense tensor.
+"""Cache of the keys and values of processed tokens, in two dense tensors.
 
 B batch   S new tokens   T slots   K key/value heads   E head_dim
 
-The token at position p of a row is stored in slot p, so rows of different lengths need no padding on the left. Padding
-on the right leaves stale entries after a row's last token; each is overwritten before a query attends to its slot.
+The token at position p of a row is stored in slot p, so rows of different lengths need no left padding. Right
+padding leaves stale entries after a row's last token; each entry is overwritten before a query attends to its slot.
 """
 
 import torch
@@ -24,7 +24,7 @@ class KVCache:
     def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores k and v [B, S, K, E] at positions [S] (the same for all rows) or [B, S].
 
-        Returns the layer's whole cache, keys and values [B, K, T, E].
+        Returns all keys and values of the layer, each [B, K, T, E].
         """
         keys, values = self.k[layer], self.v[layer]
         if positions.dim() == 1:
@@ -36,6 +36,6 @@ class KVCache:
         return keys, values
 
     def select(self, rows: Tensor) -> None:
-        """Keeps only these rows [B'], in this order."""
+        """Keeps only the rows with the indices `rows` [B'], in this order."""
         self.k, self.v = self.k[:, rows], self.v[:, rows]
         self.rows = self.rows[: len(rows)]

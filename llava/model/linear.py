@@ -2,7 +2,7 @@
 
 On such CPUs, a bfloat16 product with many rows runs at a fifth of the float32 speed (20 vs. 104 GFLOP/s, measured on
 two AVX2 cores). `linear` instead converts the weight to float32 in blocks that fit into the last-level cache, and
-multiplies in float32. The conversion is exact; the product is accumulated in float32, as in the 16-bit kernels, and
+multiplies in float32. The conversion is exact; as in the 16-bit kernels, the product is accumulated in float32 and
 rounded once at the end.
 """
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _BLOCK_VALUES = 2**22  # float32 values converted at a time: 16 MiB
-_FEW_ROWS = 12  # with fewer rows, the 16-bit kernel is faster because reading the weight dominates
+_FEW_ROWS = 12  # with fewer rows of x, reading the weight takes longest, so the 16-bit kernel is faster
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -31,7 +31,7 @@ def _is_slow(x: Tensor) -> bool:
 
 @cache
 def _has_instructions(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies 16-bit matrices natively on this CPU; False in builds without oneDNN."""
+    """Returns whether oneDNN multiplies 16-bit matrices natively on this CPU; False in builds without oneDNN."""
     if not torch.backends.mkldnn.is_available():
         return False
     mkldnn = torch.ops.mkldnn
@@ -51,10 +51,10 @@ def _in_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` that calls the `linear` function above."""
+    """`nn.Linear` whose forward pass calls the `linear` function above."""
 
     def reset_parameters(self) -> None:
-        """Does nothing: weights come from a checkpoint, and initialising on the meta device takes a second."""
+        """Does nothing: weights come from a checkpoint, and initialising takes a second even on the meta device."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O]"""

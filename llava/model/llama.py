@@ -13,11 +13,11 @@ from llava.config import DecoderConfig, RopeScaling
 from llava.model.attention import AttentionContext
 from llava.model.linear import Linear
 
-Rotation = tuple[Tensor, Tensor]  # cosines and sines of the rotary angles, each [.., S, 1, E/2]
+Rotation = tuple[Tensor, Tensor]  # cosines and sines of the rotary angles, each [..., S, 1, E/2]
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in float32 and rounded before the weight is applied, as in transformers."""
+    """Root-mean-square norm. As in transformers, normalizes in float32 and rounds before applying the weight."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -44,7 +44,7 @@ class Rope(nn.Module):
         return (angles.cos().to(dtype).unsqueeze(-2), angles.sin().to(dtype).unsqueeze(-2)), context
 
     def frequencies(self, seq_len: int, device: torch.device) -> Tensor:
-        """Radians per token, [E/2] float32, for sequences of `seq_len` tokens."""
+        """Returns the frequencies in radians per token, [E/2] float32, for sequences of `seq_len` tokens."""
         theta, scaling = self.theta, self.scaling
         if scaling and scaling.kind == "dynamic" and seq_len > scaling.original_max_seq:
             stretch = scaling.factor * seq_len / scaling.original_max_seq - (scaling.factor - 1)
@@ -57,7 +57,7 @@ class Rope(nn.Module):
 
 
 def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Scales low frequencies down, keeps high ones and interpolates in between. Llama 3.1, arXiv:2407.21783."""
+    """Divides low frequencies by a factor, keeps high ones and interpolates in between. Llama 3.1, arXiv:2407.21783."""
     turns = scaling.original_max_seq * frequencies / (2 * math.pi)  # full rotations within the original context
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     unscaled = ((turns - low) / (high - low)).clamp(0, 1)
@@ -65,8 +65,8 @@ def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def rotate(x: Tensor, rope: Rotation) -> Tensor:
-    """x [B, S, H, E] -> [B, S, H, E]: each pair (i, i + E/2) is rotated by its angle."""
-    cos, sin = rope  # in mixed-precision training these are float32 while x is 16-bit, hence the cast
+    """x [B, S, H, E] -> [B, S, H, E]: rotates each pair of components (i, i + E/2) by its angle."""
+    cos, sin = rope  # float32 in mixed-precision training even if x is 16-bit, hence the cast below
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
@@ -83,9 +83,9 @@ class Attention(nn.Module):
         self.out = Linear(config.n_heads * config.head_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, rope: Rotation, context: AttentionContext) -> Tensor:
-        """x [B, S, D] -> [B, S, D]. `context` holds positions and cache, and decides which tokens a query attends to.
+        """x [B, S, D] -> [B, S, D], or only the tokens that `context.queries` selects.
 
-        If the context computes only the last token of each sequence, the result is [B, 1, D].
+        `context` contains the positions and any cache, and determines which tokens a query attends to.
         """
         qk, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.rotated, dim=-2)  # [B, S, H + K | K, E]
         q, k = rotate(qk, rope).split(self.heads, dim=-2)  # [B, S, H | K, E]
@@ -108,7 +108,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each with a norm before it and a residual connection."""
+    """Attention and MLP, each preceded by a norm and wrapped in a residual connection."""
 
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The whole model: vision tower, projector and decoder, and how image features enter the token sequence.
+"""The whole model: vision tower, projector and decoder, with image features inserted into the token sequence.
 
 V views   N features per view   D dim   S sequence length   p patches along one side of a view
 """
@@ -16,7 +16,7 @@ from llava.model.vision import Vision
 
 
 class Llava(nn.Module):
-    """LLaVA, arXiv:2304.08485; without a vision config, only the language model."""
+    """LLaVA, arXiv:2304.08485. Without a vision config: only the language model."""
 
     def __init__(self, config: LlavaConfig):
         super().__init__()
@@ -28,18 +28,18 @@ class Llava(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
+        """Device of the weights."""
         return self.decoder.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of weights and activations."""
+        """Dtype of weights and activations."""
         return self.decoder.norm.weight.dtype
 
     def embed(self, ids: Tensor, images: Sequence[Tensor] = ()) -> Tensor:
         """ids [S] with IMAGE at every image token -> embeddings [S, D].
 
-        images: the results of `encode_images` in order, one [tokens, D] per image.
+        images: the result of `encode_images`, in order: one tensor [tokens, D] per image.
         """
         return self.insert_images(self.decoder.lookup(ids), (ids == IMAGE).nonzero()[:, 0], images)
 
@@ -51,10 +51,10 @@ class Llava(nn.Module):
         *,
         vision_grad: bool = False,
     ) -> list[Tensor]:
-        """pixels [V, 3, size, size] -> the embeddings of each image, [tokens, D].
+        """pixels [V, 3, size, size] -> embeddings [tokens, D] of each image.
 
-        views: number of views of each image; grids: tile arrangement of each image, None without tiles.
-        vision_grad: enable gradients through the vision tower, to train it.
+        views: number of views of each image. grids: tile arrangement of each image, or None if it has no tiles.
+        vision_grad: whether to compute gradients through the vision tower, for training it.
         """
         assert self.vision is not None
         assert self.projector is not None
@@ -64,7 +64,7 @@ class Llava(nn.Module):
         return [self.pack(image, grid) for image, grid in zip(images, grids, strict=True)]
 
     def pack(self, features: Tensor, grid: TileGrid | None) -> Tensor:
-        """Projected features [V, N, D] of one image -> [tokens, D]: the base view, then the rows of the joined tiles.
+        """Projected features [V, N, D] of one image -> [tokens, D]: the base view, then the joined tiles row by row.
 
         Without a grid, the views are concatenated.
         """
@@ -80,7 +80,7 @@ class Llava(nn.Module):
         return torch.cat([features[0], cropped.flatten(0, 1)])
 
     def insert_images(self, x: Tensor, positions: Tensor, images: Sequence[Tensor]) -> Tensor:
-        """Copies x [..., S, D] and overwrites the vectors at `positions` with those of `images`, in order.
+        """Returns x [..., S, D] with the vectors at `positions` replaced with those of `images`, in order.
 
         positions: int64 [image tokens], indices into x flattened to [-1, D].
         """
@@ -90,7 +90,7 @@ class Llava(nn.Module):
 
 
 def meta_model(config: LlavaConfig) -> Llava:
-    """Returns the model on the meta device, where its weights take no memory."""
+    """Returns the model on the meta device, where weights take up no memory."""
     with torch.device("meta"):
         return Llava(config)
 
@@ -100,7 +100,7 @@ def shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
     return dict(_shapes(config))
 
 
-@lru_cache(maxsize=8)  # called several times while a checkpoint is loaded
+@lru_cache(maxsize=8)  # loading a checkpoint calls this several times
 def _shapes(config: LlavaConfig) -> dict[str, tuple[int, ...]]:
     state = meta_model(config).state_dict()
     return {

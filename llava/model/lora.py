@@ -1,6 +1,6 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685) for a frozen matrix: for training, or for switching without merging.
+"""Low-rank adapters (LoRA, arXiv:2106.09685) on a frozen matrix, for training or for switching without merging.
 
-r rank   I input features   O output features of a part
+r rank   I input features   O output features
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from llava.model.linear import linear
 
 
 class Adapter(nn.Module):
-    """scale * B A, the low-rank update of one part."""
+    """The low-rank update of one part of a matrix: x -> scale * B A x."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, scale: float):
         super().__init__()
@@ -27,10 +27,10 @@ class Adapter(nn.Module):
 
 
 class LoraLinear(nn.Module):
-    """A frozen matrix with adapters for its parts, such as q, k and v, which are stacked along the rows."""
+    """A frozen matrix whose rows are stacked parts, such as q, k and v, each with or without an adapter."""
 
     def __init__(self, base: nn.Module, parts: Mapping[str, int | Adapter], dropout: float = 0.0):
-        """parts: in stacking order, an adapter or, for a part without one, its number of rows."""
+        """parts: name -> adapter, or number of rows for a part without an adapter; in stacking order."""
         super().__init__()
         self.base, self.dropout = base, dropout
         self.plain_rows = {name: part for name, part in parts.items() if isinstance(part, int)}

@@ -1,4 +1,4 @@
-"""The MPT block: LayerNorm, attention with linear biases (ALiBi) and GELU, without bias vectors.
+"""The MPT block: LayerNorm, attention with linear biases (ALiBi) and a GELU MLP, all without bias vectors.
 
 Matches MosaicML's code as shipped with LLaVA v1.0.2 (llava/model/language_model/mpt).
 
@@ -24,7 +24,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Alibi(nn.Module):
-    """Attention with linear biases, arXiv:2108.12409, instead of position embeddings."""
+    """Attention with linear biases (ALiBi, arXiv:2108.12409), used instead of position embeddings."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -32,11 +32,14 @@ class Alibi(nn.Module):
         self.n_heads, self.bias_max = config.n_heads, config.alibi_bias_max
 
     def forward(self, context: AttentionContext, dtype: torch.dtype) -> tuple[None, AttentionContext]:
-        """Returns no rotation, and a context that adds the biases to the scores."""
+        """Returns None in place of a rotation, and a context that adds the biases to the attention scores."""
         return None, context.with_alibi(self.slopes(context.positions.device), dtype)
 
     def slopes(self, device: torch.device) -> Tensor:
-        """[H] float32: 2^(-max / H) to 2^-max; if H is not a power of two, a subset of those for the next power."""
+        """Returns the slopes [H], float32: 2^(-bias_max * i / H) for i = 1, …, H.
+
+        If H is not a power of two, H of the slopes for the next power of two are used.
+        """
         n = 2 ** math.ceil(math.log2(self.n_heads))
         slopes = 2 ** (torch.arange(1, n + 1, device=device) * (-self.bias_max / n))
         return slopes if n == self.n_heads else torch.cat([slopes[1::2], slopes[::2]])[: self.n_heads]
@@ -53,7 +56,7 @@ class Attention(nn.Module):
         self.out = Linear(config.n_heads * config.head_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """x [B, S, D] -> [B, S, D], or [B, 1, D] if the context computes only the last token of each sequence."""
+        """x [B, S, D] -> [B, S, D], or only the tokens that `context.queries` selects."""
         qkv = self.qkv(x)
         if self.limit < math.inf:
             qkv = qkv.clamp(-self.limit, self.limit)
@@ -75,7 +78,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each with a norm before it and a residual connection. Called like the Llama block."""
+    """Attention and MLP, each with a norm before it and a residual connection. Same interface as the Llama block."""
 
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""CLIP's image encoder, up to the layer that LLaVA reads. arXiv:2103.00020.
+"""CLIP's image encoder, up to the layer whose features LLaVA uses. arXiv:2103.00020.
 
 V views   N tokens (class token first)   P patches   D dim   H heads   E head_dim
 """
@@ -78,7 +78,7 @@ class Patch(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels [V, 3, height, width] -> [V, P, D], patches in row-major order.
 
-        Pixels at the right and bottom edges that do not fill a patch are dropped.
+        Incomplete patches at the right and bottom edges are dropped.
         """
         p = self.size
         rows, cols = pixels.shape[2] // p, pixels.shape[3] // p

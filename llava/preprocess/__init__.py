@@ -1,1 +1,1 @@
-"""Turns images and messages into a `ModelInput`, and token ids into text. Contains no modules and no device code."""
+"""Converts images and messages to a `ModelInput`, and token ids to text. Contains no modules or device code."""

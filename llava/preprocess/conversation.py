@@ -1,7 +1,7 @@
 """Renders turns as prompt text, in the five styles of the original LLaVA code (conversation.py at c121f04).
 
 The result is a list of spans, each marked as a training target or not, so labels never have to be recovered from the
-finished string.
+rendered text.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ class Style(Enum):
     TWO = "two"  # "role: text", with one separator after user turns and another after assistant turns
     MPT = "mpt"  # ChatML: role, text and separator
     LLAMA_2 = "llama_2"  # [INST] text [/INST] answer
-    PLAIN = "plain"  # no roles; for the captions of stage 1
+    PLAIN = "plain"  # no roles; used for stage 1 captions
 
 
 class Span(NamedTuple):
@@ -31,7 +31,7 @@ class Span(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """One message. An assistant turn without text is the one to generate."""
+    """One message. An assistant turn without text is the reply to be generated."""
 
     role: Literal["user", "assistant"]
     text: str | None
@@ -44,7 +44,7 @@ class Template:
     style: Style
     user: str
     assistant: str
-    sep: str  # after the system text and each turn (TWO: each user turn); LLAMA_2: before user turns after the first
+    sep: str  # after the system text and each turn (TWO: each user turn); LLAMA_2: before user turns except the first
     sep2: str = ""  # after assistant turns, if different from `sep`
     system: str = ""  # default system message
     system_role: str = ""  # prefix of the system message
@@ -60,7 +60,7 @@ class Template:
 def render(template: Template, turns: Sequence[Turn], system: str | None = None) -> list[Span]:
     """Renders a conversation as spans. Raises PromptError if turns do not alternate or do not fit the template.
 
-    As in the original code, a turn with empty text keeps its role but gets no separator; LLAMA_2 skips it.
+    As in the original code, only the role is rendered for a turn with empty text; LLAMA_2 skips such turns.
     """
     for i, turn in enumerate(turns):
         if turn.role != ("user", "assistant")[i % 2]:
@@ -91,7 +91,7 @@ def _chatml(template: Template, turns: Sequence[Turn], system: str) -> Iterator[
 
 def _llama_2(template: Template, turns: Sequence[Turn], system: str) -> Iterator[Span]:
     if turns and not turns[0].text:
-        raise PromptError("the first message has no text, but this template requires it: add some text")
+        raise PromptError("the first message has no text, which this template does not support: add some text")
     for i, (role, text) in enumerate(turns):
         if not text:
             continue
@@ -104,10 +104,10 @@ def _llama_2(template: Template, turns: Sequence[Turn], system: str) -> Iterator
 
 
 def _plain(template: Template, turns: Sequence[Turn], system: str) -> Iterator[Span]:
-    """Renders text to continue or, in stage 1, the images followed by their caption, without the user's text."""
+    """Renders the text to continue. If there is an answer (stage 1), renders the image marks and the answer instead."""
     if system or len(turns) > 2:
         raise PromptError(
-            "the plain template takes one exchange and no system message: choose another template with template="
+            "the plain template supports one exchange and no system message: choose another template with template="
         )
     user, answer = (*(turn.text for turn in turns), None)[:2]
     if answer:

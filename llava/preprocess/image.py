@@ -1,6 +1,6 @@
-"""Converts images to pixel tensors, bit for bit like LLaVA (mm_utils.py at c121f04) and CLIP's image processor.
+"""Converts images to pixel tensors, bit-identical to LLaVA (mm_utils.py at c121f04) and CLIP's image processor.
 
-Sizes are (width, height) in pixels unless stated otherwise.
+Sizes are (width, height) in pixels unless stated otherwise. S: side of a view
 """
 
 import io
@@ -24,18 +24,18 @@ class Views(NamedTuple):
     """One image, ready for the vision tower."""
 
     pixels: Tensor  # float32 [views, 3, S, S], normalised
-    grid: TileGrid | None  # arrangement of an anyres image's tiles; None if the views are simply concatenated
-    size: Size  # size of the image as opened
+    grid: TileGrid | None  # anyres: arrangement of the tiles; None if the views are simply concatenated
+    size: Size  # image size before cropping, padding or resizing
 
 
 def open_picture(source: Picture, *, exif: bool = False) -> Image.Image:
-    """Opens an image in any format that Pillow reads, as RGB. Uses the first frame and drops transparency.
+    """Opens an image in any format that Pillow can read; converts the first frame to RGB and drops transparency.
 
     exif: rotate the image according to its EXIF orientation, which LLaVA does not do. Raises ImageError.
     """
     name = str(source) if isinstance(source, str | Path) else str(getattr(source, "name", "picture"))
     if not isinstance(source, str | Path | bytes | Image.Image) and not hasattr(source, "read"):
-        raise ImageError(f"found {source!r:.60}; expected a path, bytes, a binary file or a PIL.Image")
+        raise ImageError(f"found {source!r:.60}; expected a path, bytes, a binary file or a PIL image")
     try:
         if isinstance(source, str | Path) and not Path(source).is_file():
             raise ImageError(f"{name:.200}: no such image file")
@@ -46,10 +46,10 @@ def open_picture(source: Picture, *, exif: bool = False) -> Image.Image:
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise ImageError(
-            f"{name}: more than {limit} pixels, refused as a possible decompression bomb; scale it down"
+            f"{name}: has more than {limit} pixels, which may be a decompression bomb; scale the image down"
         ) from None
-    except (OSError, ValueError, SyntaxError, EOFError) as error:  # what Pillow's readers raise
-        raise ImageError(f"{name:.200}: damaged, or not an image that Pillow can read ({error})") from None
+    except (OSError, ValueError, SyntaxError, EOFError) as error:  # raised by Pillow's decoders
+        raise ImageError(f"{name:.200}: is damaged, or is not an image that Pillow can read ({error})") from None
 
 
 def _stream(source: str | Path | bytes | BinaryIO) -> str | Path | BinaryIO:
@@ -57,7 +57,7 @@ def _stream(source: str | Path | bytes | BinaryIO) -> str | Path | BinaryIO:
 
 
 def to_views(image: Image.Image, config: ImageConfig, patches: int) -> Views:
-    """Returns the views of an RGB image: one if it is cropped or padded; with anyres, the whole image and its tiles.
+    """Returns the views of an RGB image: the cropped or padded image or, with anyres, the whole image and its tiles.
 
     patches: number of vision tower patches along one side of a view.
     """
@@ -88,7 +88,7 @@ def _crop(image: Image.Image, size: int) -> Image.Image:
     start, stop = (long_after - size) // 2, (long_after - size) // 2 + size
     margin = 0
     if long_after > 64 * size:
-        # A 1 x 4000 image would become 336 x 1,344,000: compute only the square and the margin that the filter reads.
+        # A 1 x 4000 image would become 336 x 1,344,000: compute only the crop and the margin that the filter reads.
         margin = math.ceil(3 * long_after / long)
     low, high = (max(start - margin, 0), min(stop + margin, long_after)) if margin else (0, long_after)
     a, b, length = low * long / long_after, high * long / long_after, high - low
@@ -110,7 +110,10 @@ def _pad_to_square(image: Image.Image, config: ImageConfig) -> Image.Image:
 
 
 def choose_canvas(size: Size, config: ImageConfig) -> Size:
-    """Returns the canvas (w, h) that keeps the most image pixels, then wastes the least area; the first of any ties."""
+    """Returns the canvas (w, h) that preserves the most image pixels.
+
+    Ties are resolved by the smallest unused area, then by the order in `config.pinpoints`.
+    """
 
     def merit(canvas: Size) -> tuple[int, int]:
         scale = min(canvas[0] / size[0], canvas[1] / size[1])
@@ -138,10 +141,10 @@ def _tiles(image: Image.Image, canvas: Size, config: ImageConfig) -> list[Image.
 
 
 def tile_grid(size: Size, canvas: Size, config: ImageConfig, patches: int) -> TileGrid | None:
-    """Returns which patches of the tiles are kept, or None if the views are simply concatenated.
+    """Returns the tile grid and its range of patches to keep, or None if the views are simply concatenated.
 
     patches: number of patches along one side of a tile. As in the original code, padding is removed in whole patches,
-    so that a row of padding may remain, and a very thin image may be removed entirely.
+    so some padding may remain, and a very thin image may be removed entirely.
     """
     if config.merge == "flat":
         return None

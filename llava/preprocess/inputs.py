@@ -1,4 +1,4 @@
-"""Turns messages or a raw prompt, with their images, into a `ModelInput`, which contains all that the model needs.
+"""Converts messages or a raw prompt, with their images, to a `ModelInput`, which contains everything the model needs.
 
 S: sequence length, with each image expanded to one token per feature vector.
 """
@@ -27,13 +27,13 @@ class ModelInput:
     """The model's input for one conversation."""
 
     prompt: str  # the rendered text
-    token_ids: list[int]  # as in the original code, with IMAGE (-200) once per image
-    ids: Tensor  # int64 [S]: token ids, with IMAGE at every image token
-    labels: Tensor  # int64 [S]: token ids at target tokens, IGNORE elsewhere
+    token_ids: list[int]  # as in the original code, with one IMAGE (-200) per image
+    ids: Tensor  # int64 [S]: token ids, with IMAGE for each image token
+    labels: Tensor  # int64 [S]: token ids of target tokens, IGNORE elsewhere
     pixels: Tensor | None = None  # float32 [views, 3, size, size], in the order of the images
     views: list[int] = field(default_factory=list)  # number of views of each image
-    grids: list[TileGrid | None] = field(default_factory=list)  # arrangement of the tiles of each image; see `Views`
-    image_sizes: list[Size] = field(default_factory=list)  # (w, h) of each image as opened, in pixels
+    grids: list[TileGrid | None] = field(default_factory=list)  # tile arrangement of each image; see `Views`
+    image_sizes: list[Size] = field(default_factory=list)  # (w, h) of each image in pixels; see `Views`
     stop: str | None = None  # string that ends a reply in this template; None for raw prompts and training
 
 
@@ -57,9 +57,9 @@ class Preprocessor:
     def prepare(
         self, messages: Messages, *, images: Sequence[Picture] | None = None, template: str | None = None
     ) -> ModelInput:
-        """Prepares a conversation, or a raw prompt with one image in `images` per mark.
+        """Prepares a conversation, or a raw prompt with one entry of `images` for each image mark.
 
-        Raises PromptError (invalid marks, roles or length) or ImageError.
+        Raises PromptError if messages, marks, template or length are invalid, ImageError if an image is invalid.
         """
         stop = None
         if isinstance(messages, str):
@@ -76,15 +76,15 @@ class Preprocessor:
     def prepare_training(
         self, turns: Sequence[Turn], pictures: Sequence[Picture], *, place: ImagePlace = "front", max_length: int
     ) -> ModelInput:
-        """Prepares the input and labels of a training sample, truncated to `max_length` tokens, image tokens included.
+        """Prepares the input and labels of a training sample, truncated to `max_length` tokens, including image tokens.
 
-        Raises PromptError (invalid roles or marks, no target tokens) or ImageError.
+        Raises PromptError if roles or marks are invalid or no target tokens remain, ImageError if an image is invalid.
         """
         template = self._chosen(None)
         marks = sum((turn.text or "").count(IMAGE_MARK) for turn in turns)
         if marks != len(pictures):
             raise PromptError(
-                f"the sample has {marks} {IMAGE_MARK} mark(s) and {len(pictures)} image(s); expected equal numbers"
+                f"the sample has {marks} {IMAGE_MARK} mark(s) and {len(pictures)} image(s); expected one mark per image"
             )
         tagged = template.tagged and template.style is not Style.PLAIN
         spans = training_spans(template, move_marks(turns, place, start_end=self.config.start_end, tagged=tagged))
@@ -97,12 +97,12 @@ class Preprocessor:
         name = template or self.template
         if name is None:
             raise PromptError(
-                f"this checkpoint specifies no conversation template: pass template= with one of {_names()}"
+                f"this checkpoint does not specify a conversation template: set template= to one of {_names()}"
             )
         return find_template(name)
 
     def _read(self, messages: Sequence[Message]) -> _Turns:
-        """Converts messages to turns with image marks. If the user comes last, adds an assistant turn to generate."""
+        """Converts messages to turns with image marks. After a final user turn, adds an empty assistant turn."""
         turns: list[Turn] = []
         pictures: list[Picture] = []
         system = None
@@ -112,20 +112,22 @@ class Preprocessor:
             marked = self._marked(text, len(own), role, where)
             if role == "system":
                 if i:
-                    raise PromptError(f"{where} is a system message; only the first message can be one")
+                    raise PromptError(f"{where} is a system message; only the first message can be a system message")
                 system = marked
                 continue
             turns.append(Turn("user" if role == "user" else "assistant", marked))
             pictures += own
         if not turns:
-            raise PromptError("there is no user message: give at least one")
+            raise PromptError("the conversation has no user message: add at least one")
         if turns[-1].role == "user":
             turns.append(Turn("assistant", None))
         return _Turns(turns, pictures, system)
 
     def _marked(self, text: str, n_pictures: int, role: str, where: str) -> str:
         if n_pictures and role != "user":
-            raise PromptError(f"{where} is from the {role} and contains an image; only user messages may")
+            raise PromptError(
+                f"{where} is from the {role} and contains an image; only user messages can contain images"
+            )
         if IMAGE_MARK not in text:
             text = f"{IMAGE_MARK}\n" * n_pictures + text
         _count_marks(where, text, n_pictures, ", or no marks at all to put the images first")
@@ -148,11 +150,14 @@ class Preprocessor:
     def _assemble(
         self, spans: list[Span], pictures: list[Views], stop: str | None, limit: int | None = None
     ) -> ModelInput:
-        """limit: truncate to this many tokens; if None, refuse prompts longer than the model's context."""
+        """limit: truncate to this many tokens. None: raise PromptError if the prompt exceeds the model's context."""
         prompt = "".join(span.text for span in spans)
         tokens = list(self._tokens(prompt, spans))
         if (n := sum(id == IMAGE for id, _ in tokens)) != len(pictures):
-            raise PromptError(f"the tokenizer finds {n} {IMAGE_MARK} mark(s) in a prompt with {len(pictures)} image(s)")
+            raise PromptError(
+                f"the tokenizer found {n} {IMAGE_MARK} mark(s) in a prompt with {len(pictures)} image(s); "
+                "expected one mark per image"
+            )
         image_tokens = iter([self._n_image_tokens(len(views.pixels), views.grid) for views in pictures])
         ids: list[int] = []
         labels: list[int] = []
@@ -174,25 +179,25 @@ class Preprocessor:
         )
 
     def _check_ids(self, ids: Sequence[int], context: int | None) -> None:
-        """Raises PromptError if `ids` is empty, longer than `context`, or contains an id without an embedding."""
+        """Raises PromptError if `ids` is empty, is longer than `context`, or contains an id without an embedding."""
         if not ids:
-            raise PromptError("the prompt is empty: give it some text")
+            raise PromptError("the prompt is empty: add some text")
         if (highest := max(ids)) >= self.config.decoder.vocab_size:
             text = self.tokenizer.decode([highest], skip_special=False)
             raise PromptError(
-                f"{text!r} in the prompt is token {highest}, but the model has embeddings for only "
-                f"{self.config.decoder.vocab_size} tokens: remove it"
+                f"the prompt contains {text!r} (token id {highest}), but the model has only "
+                f"{self.config.decoder.vocab_size} embeddings: remove this text"
             )
         if context is not None and len(ids) > context:
             raise PromptError(
-                f"the prompt has {len(ids)} tokens, which exceeds the model's context of {context}: shorten it"
+                f"the prompt has {len(ids)} tokens, which exceeds the model's context of {context}: shorten the prompt"
             )
 
     def _tokens(self, prompt: str, spans: list[Span]) -> Iterator[tuple[int, bool]]:
         """Yields each token id of the prompt, and whether it is a target.
 
         As in the original code, the text is split at the image marks, and each stretch is encoded separately.
-        transformers does not split: the mark is a token of the vocabulary, and the text after it continues the stretch.
+        In "hf" mode, if the tokenizer has a token for the mark, the prompt is encoded as a whole, as in transformers.
         """
         try:
             targets = b"".join(bytes([span.target]) * len(span.text.encode()) for span in spans)  # one flag per byte
@@ -215,9 +220,9 @@ class Preprocessor:
 
 
 def find_template(name: str) -> Template:
-    """Returns the template with this name. Raises PromptError, which lists all names, if there is none."""
+    """Returns the template called `name`. If it does not exist, raises PromptError with a list of all names."""
     if name not in TEMPLATES:
-        raise PromptError(f"no template is named {name!r}; choose one of {_names()}")
+        raise PromptError(f"unknown template {name!r}; choose one of {_names()}")
     return TEMPLATES[name]
 
 
@@ -226,7 +231,7 @@ def _names() -> str:
 
 
 def _parse(message: Message, where: str) -> tuple[str, str, list[Picture]]:
-    """Returns the role, text and images of one message. Raises PromptError if it is malformed."""
+    """Returns the role, text and images of one message. Raises PromptError if the message is malformed."""
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
         raise PromptError(f"{where}: found {message!r:.60}; expected a dictionary with role and content")
     role, content = message["role"], message["content"]

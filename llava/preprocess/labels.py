@@ -8,13 +8,13 @@ from llava.config import IMAGE_MARK
 from llava.errors import PromptError
 from llava.preprocess.conversation import Span, Style, Template, Turn, render
 
-# Position of the mark in its turn: "front" in LLaVA 1.0 and later, "as_written" in earlier versions.
+# Position of image marks in a turn: "front" in LLaVA 1.0 and later, "as_written" in earlier versions.
 ImagePlace = Literal["front", "as_written"]
 _BEGIN, _END = "###", "\n"  # before and after each v0 turn
 
 
 def training_spans(template: Template, turns: Sequence[Turn]) -> list[Span]:
-    """Returns the text of a sample with its targets marked. Raises PromptError if its turns do not fit the template.
+    """Returns the text of a sample, with targets marked. Raises PromptError if the turns do not fit the template.
 
     As in the original code, a leading assistant turn is dropped, except in v0. In v0, each ### is also a target, which
     teaches the model to end its reply.
@@ -26,7 +26,8 @@ def training_spans(template: Template, turns: Sequence[Turn]) -> list[Span]:
     if template.style is Style.PLAIN:
         if len(turns) != 2:
             raise PromptError(
-                f"this sample has {len(turns)} turns; the plain template trains on one exchange of two turns"
+                f"this sample has {len(turns)} turns; the plain template requires two, "
+                "one from the user and one from the assistant"
             )
         mark = Turn("user", IMAGE_MARK * (turns[0].text or "").count(IMAGE_MARK))
         return render(template, [mark, turns[1]])
@@ -45,8 +46,8 @@ def _v0(template: Template, turns: Sequence[Turn]) -> Iterator[Span]:
 def move_marks(turns: Sequence[Turn], place: ImagePlace, *, start_end: bool, tagged: bool) -> list[Turn]:
     """Returns the turns with their image marks placed and enclosed as in training.
 
-    place: "front" moves the marks of a turn before its text, each on its own line.
-    start_end: enclose each mark in <im_start> and <im_end>. tagged: enclose it in <Image> and </Image>.
+    place: "front" moves all marks of a turn to the start of the turn, each on its own line.
+    start_end: enclose each mark in <im_start> and <im_end>. tagged: enclose each mark in <Image> and </Image>.
     """
     around = ("<im_start>", "<im_end>") if start_end else ("", "")
     if tagged:

@@ -2,7 +2,7 @@
 
 SentencePiece ids match the slow Llama tokenizer of transformers 4.37.2, which LLaVA uses: the text is first split at
 added tokens, and SentencePiece encodes each stretch between them separately. If `legacy` is true or not set in
-tokenizer_config.json, a dummy space is put before every stretch; otherwise, only before the whole text.
+tokenizer_config.json, a dummy space is prepended to every stretch; otherwise, only to the whole text.
 """
 
 import re
@@ -17,7 +17,7 @@ SPACE = "▁"  # SentencePiece's symbol for a space
 
 
 class Token(NamedTuple):
-    """A token id and its range in the encoded text, in UTF-8 bytes; start equals end if it represents no text."""
+    """A token id and its range in the encoded text, in UTF-8 bytes; start equals end for a token without text."""
 
     id: int
     start: int
@@ -29,22 +29,22 @@ class AddedToken(NamedTuple):
 
     text: str
     id: int
-    special: bool  # omitted when ids are decoded with `skip_special`
+    special: bool  # omitted from the decoded text if `skip_special` is set
     strip_left: bool = False  # strips white space before the token
     strip_right: bool = False  # strips white space after the token
 
 
 class Tokenizer(Protocol):
-    """The interface that the rest of the project expects of a tokenizer."""
+    """The tokenizer interface that the rest of the project uses."""
 
     size: int  # number of ids, including added tokens
-    bos_id: int | None  # prepended to a text; None if this tokenizer adds no BOS
+    bos_id: int | None  # prepended by `encode`; None if this tokenizer does not add BOS
     eos_id: int | None
-    pad: str | None  # padding token specified in the tokenizer files; it may have no id
+    pad: str | None  # padding token specified in the tokenizer files; may be missing from the vocabulary
     special: frozenset[int]
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of a whole text, with BOS if the tokenizer adds it."""
+        """Returns the token ids of a complete text, preceded by BOS if `bos_id` is set."""
         ...
 
     def encode_tokens(self, text: str) -> list[Token]:
@@ -52,16 +52,16 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Decodes ids to text. Skips ids unknown to the tokenizer (padded vocabulary rows)."""
+        """Decodes ids to text. Skips unknown ids, such as those of padding rows in the embedding table."""
         ...
 
     def id_of(self, text: str) -> int | None:
-        """Returns the id of an added token, or None if no added token has this text."""
+        """Returns the id of the added token `text`, or None if `text` is not an added token."""
         ...
 
 
 class SentencePieceTokenizer:
-    """The Llama tokenizer, based on a `tokenizer.model` file."""
+    """The Llama tokenizer, loaded from a `tokenizer.model` file."""
 
     def __init__(
         self,
@@ -73,11 +73,11 @@ class SentencePieceTokenizer:
         eos_id: int | None,
         pad: str | None = None,
     ):
-        """Raises RuntimeError if `model` is not a SentencePiece model."""
+        """model: contents of `tokenizer.model`. Raises RuntimeError if they are not a SentencePiece model."""
         from sentencepiece import SentencePieceProcessor
 
         if not legacy:
-            # `normalizer_spec { add_dummy_prefix: false }` as a protobuf field; its last occurrence takes effect
+            # Append the protobuf field `normalizer_spec { add_dummy_prefix: false }`: its last occurrence takes effect.
             model += b"\x1a\x02\x18\x00"
         self._model = SentencePieceProcessor(model_proto=model)
         self._legacy = legacy
@@ -108,11 +108,11 @@ class SentencePieceTokenizer:
         for part, start in self._split(text):
             tokens += self._encode_part(part, start) if isinstance(part, str) else [_located(part, start)]
         if dummy and len(tokens) > 1 and tokens[0].end == 1 and tokens[1].id in self.special:
-            del tokens[0]  # no lone dummy space before a special token
+            del tokens[0]  # drop a lone dummy space before a special token
         return [Token(t.id, max(t.start - dummy, 0), max(t.end - dummy, 0)) for t in tokens]
 
     def _split(self, text: str) -> Iterator[tuple[str | AddedToken, int]]:
-        """Yields stretches of text and the added tokens between them, each with its start in bytes."""
+        """Yields stretches of text and the added tokens between them, each with its start offset in bytes."""
         parts = self._pattern.split(text)
         offset = 0
         for i, part in enumerate(parts):
@@ -149,7 +149,7 @@ class SentencePieceTokenizer:
         return " ".join(texts)
 
     def _decode_run(self, ids: list[int]) -> str:
-        """Decodes pieces and special tokens, without the dummy space before the first piece."""
+        """Decodes pieces and special tokens. Omits the dummy space before the first piece."""
         out, run = "", list[int]()
         after_special = False
         for i, id in enumerate(ids):
@@ -172,19 +172,19 @@ def _located(token: AddedToken, start: int) -> Token:
 
 
 class JsonTokenizer:
-    """A tokenizer of the `tokenizers` library, loaded from a `tokenizer.json` file."""
+    """A tokenizer based on the `tokenizers` library, loaded from a `tokenizer.json` file."""
 
     def __init__(self, file: Path, *, eos: str | None, pad: str | None = None, more: Mapping[str, int] | None = None):
-        """more: special tokens to add, with ids that directly follow those of the file. Raises CheckpointError."""
+        """more: additional special tokens; their ids must directly follow those in `file`. Raises CheckpointError."""
         import tokenizers
 
         try:
             self._model = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{file}: not a tokenizer of the tokenizers library ({error})") from None
+        except Exception as error:  # the library raises Exception itself
+            raise CheckpointError(f"{file}: cannot be loaded by the tokenizers library ({error})") from None
         self._model.add_special_tokens(sorted(more or {}, key=(more or {}).__getitem__))
         if lost := [text for text, id in (more or {}).items() if self._model.token_to_id(text) != id]:
-            raise CheckpointError(f"{file}: {lost[0]} cannot be added, because its id is not the next free one")
+            raise CheckpointError(f"{file}: token {lost[0]} cannot be added, because its id is not the next free id")
         added = self._model.get_added_tokens_decoder()
         self.size = self._model.get_vocab_size(with_added_tokens=True)
         self.special = frozenset(id for id, token in added.items() if token.special)

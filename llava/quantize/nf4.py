@@ -1,6 +1,7 @@
-"""4-bit NormalFloat weights, arXiv:2305.14314, for the frozen matrices under LoRA adapters.
+"""4-bit NormalFloat weights, arXiv:2305.14314, for frozen matrices with LoRA adapters.
 
-O output features   I input features   each block of 64 values shares a scale
+O output features   I input features
+Each block of 64 values shares a scale.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from llava.errors import ConfigError
 
-BLOCK = 64  # values that share a scale
+BLOCK = 64  # number of values that share a scale
 LEVELS = (  # quantiles of a normal distribution, scaled to [-1, 1], including 0; appendix E of the paper
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
@@ -21,9 +22,9 @@ LEVELS = (  # quantiles of a normal distribution, scaled to [-1, 1], including 0
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [O, I] -> codes uint8 [O I / 2], two per byte, and scales float32 [O I / 64].
+    """weight [O, I] -> codes uint8 [O * I / 2], two per byte, and scales float32 [O * I / 64].
 
-    O I must be a multiple of 64.
+    O * I must be a multiple of 64.
     """
     blocks = weight.float().reshape(-1, BLOCK)
     scales = blocks.abs().amax(1)
@@ -41,7 +42,7 @@ def unpack(codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.d
 
 
 class _Product(torch.autograd.Function):
-    """x W^T. The backward pass dequantizes the weight again instead of keeping it in memory."""
+    """Computes x W^T. The backward pass dequantizes the weight again instead of keeping it in memory."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -70,8 +71,8 @@ class NF4Linear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         if (n := in_features * out_features) % BLOCK:
             raise ConfigError(
-                f"nf4: a matrix has {n} weights, not a multiple of the block size of {BLOCK}; leave the model "
-                "unquantized (in a recipe: quantize_base = \"none\")"
+                f"nf4: a matrix has {n} weights, which is not a multiple of the block size {BLOCK}; leave the model "
+                'unquantized (in a recipe: quantize_base = "none")'
             )
         self.register_buffer("codes", torch.empty(n // 2, dtype=torch.uint8))
         self.register_buffer("scales", torch.empty(n // BLOCK, dtype=torch.float32))
@@ -80,27 +81,27 @@ class NF4Linear(nn.Module):
     def from_linear(cls, linear: nn.Linear) -> "NF4Linear":
         """Quantizes `linear`. Raises ConfigError if it has a bias or its weight count is not a multiple of 64."""
         if linear.bias is not None:
-            raise ConfigError("nf4: the layer has a bias; expected a layer without one")
+            raise ConfigError("nf4: the layer has a bias; expected a layer without a bias")
         quantized = cls(linear.in_features, linear.out_features)
         quantized.set_weight(linear.weight.detach())
         return quantized
 
     def set_weight(self, weight: Tensor) -> None:
-        """Replaces the layer's weight with `weight` [O, I], quantized."""
+        """Quantizes `weight` [O, I] and stores it as the layer's weight."""
         self.codes, self.scales = pack(weight)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Returns the weight [O, I] that `forward` multiplies by."""
+        """Returns the weight [O, I] in `dtype`, as used by `forward`."""
         return unpack(self.codes, self.scales, (self.out_features, self.in_features), dtype)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the layer occupies in memory."""
+        """Memory that the layer occupies, in bytes."""
         return sum(tensor.nbytes for tensor in self.state.values())
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """The tensors to save; `load_state_dict` of a layer with the same sizes restores them."""
+        """The tensors to save. To restore them, call `load_state_dict` on a layer of the same size."""
         return {"codes": self.codes, "scales": self.scales}
 
     def forward(self, x: Tensor) -> Tensor:

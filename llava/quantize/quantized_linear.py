@@ -1,4 +1,4 @@
-"""The interface of quantized linear layers. Each module of this package implements one quantization method.
+"""The interface of quantized linear layers. Each module in this package implements one quantization method.
 
 O output features   I input features
 """
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class QuantizedLinear(Protocol):
-    """The interface that quantized layers provide in addition to that of `nn.Module`."""
+    """The interface of quantized layers, in addition to that of `nn.Module`."""
 
     in_features: int
     out_features: int
@@ -25,15 +25,15 @@ class QuantizedLinear(Protocol):
         ...
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Returns the weight [O, I] that `forward` multiplies by."""
+        """Returns the weight [O, I] in `dtype`, as used by `forward`."""
         ...
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the layer occupies in memory."""
+        """Memory that the layer occupies, in bytes."""
         ...
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """The tensors to save; `load_state_dict` of a layer with the same sizes restores them."""
+        """The tensors to save. To restore them, call `load_state_dict` on a layer of the same size."""
         ...

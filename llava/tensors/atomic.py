@@ -13,7 +13,7 @@ from llava.errors import CheckpointError
 def replacing(target: Path) -> Iterator[Path]:
     """Yields a temporary path next to `target`; the file is renamed to `target` on success and deleted on failure.
 
-    Raises OSError.
+    Raises OSError if the file cannot be renamed.
     """
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
@@ -26,10 +26,10 @@ def replacing(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_file(target: Path, n_bytes: int) -> Iterator[Path]:
-    """Like `replacing`, for a user-specified file of about `n_bytes`. Raises CheckpointError."""
+    """Like `replacing`, for a user-specified file of about `n_bytes`. Raises CheckpointError if writing fails."""
     target = target.expanduser().absolute()
     if target.is_dir():
-        raise CheckpointError(f"{target}: is a folder; name a file to write")
+        raise CheckpointError(f"{target}: is a folder; specify the path of a file")
     try:
         with replacing(target) as partial:
             check_space(target.parent, n_bytes, target)
@@ -42,7 +42,7 @@ def new_file(target: Path, n_bytes: int) -> Iterator[Path]:
 def new_folder(target: Path, n_bytes: int) -> Iterator[Path]:
     """Yields a temporary folder, which is renamed to `target` on success and deleted on failure.
 
-    `target` must be absent or empty. Raises CheckpointError, also if the disk has fewer than `n_bytes` free.
+    Raises CheckpointError if `free_folder` rejects `target`, less than `n_bytes` is free, or a write fails.
     """
     target = free_folder(target)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
@@ -64,20 +64,23 @@ def new_folder(target: Path, n_bytes: int) -> Iterator[Path]:
 
 
 def free_folder(target: Path) -> Path:
-    """Returns the absolute path of a folder that must be absent or empty. Follows links. Raises CheckpointError."""
+    """Returns the absolute path of a folder to be written. Follows a symbolic link.
+
+    Raises CheckpointError if `target` exists and is not an empty folder, or is a mount point.
+    """
     target = target.expanduser().absolute()
     target = target.resolve() if target.is_symlink() else target
     if target.is_file():
-        raise CheckpointError(f"{target}: is a file; name a folder to write")
+        raise CheckpointError(f"{target}: is a file; specify the path of a folder")
     if target.is_mount():  # a mount point cannot be replaced by the finished folder
-        raise CheckpointError(f"{target}: is a mount point; name a folder inside it")
+        raise CheckpointError(f"{target}: is a mount point; specify a folder inside it")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{target}: already exists and is not empty; name another folder or remove it")
+        raise CheckpointError(f"{target}: already exists and is not empty; remove it or specify another folder")
     return target
 
 
 def check_space(folder: Path, n_bytes: int, target: Path) -> None:
-    """Raises CheckpointError if the disk that holds `folder` has fewer than `n_bytes` free for `target`."""
+    """Raises CheckpointError if the disk that contains `folder` has less than `n_bytes` of free space for `target`."""
     if (free := shutil.disk_usage(folder).free) < n_bytes:
         raise CheckpointError(
             f"{target}: needs {n_bytes / 1e9:.2f} GB, but the disk has only {free / 1e9:.2f} GB free; free up space"

@@ -1,4 +1,4 @@
-"""The tensors in a folder's files: headers are read up front, values are memory-mapped on access."""
+"""Reads JSON and tensor files: tensor headers are read up front, values are memory-mapped on access."""
 
 import json
 import logging
@@ -51,7 +51,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: cannot be read as JSON ({error}); fetch it again") from None
+        raise CheckpointError(f"{file}: cannot be read as JSON ({error}); fetch the file again") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{file}: expected a JSON object, found {type(values).__name__}")
     return values
@@ -64,20 +64,20 @@ def read_json_if_present(file: Path) -> dict[str, Any]:
 
 @contextmanager
 def parsing(file: Path) -> Iterator[None]:
-    """Turns a missing key or a value of the wrong type in `file` into a CheckpointError."""
+    """Converts exceptions caused by missing keys or values of the wrong type in `file` to CheckpointError."""
     try:
         yield
     except KeyError as key:
-        raise CheckpointError(f"{file}: has no {key}; fetch it again") from None
+        raise CheckpointError(f"{file}: the key {key} is missing; fetch the file again") from None
     except (TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
-        raise CheckpointError(f"{file}: a value has the wrong type ({error}); fetch it again") from None
+        raise CheckpointError(f"{file}: a value has the wrong type ({error}); fetch the file again") from None
 
 
 # --------------------------------------------------------------------------------------------------- weights
 
 
 class TensorHeader(NamedTuple):
-    """Where a tensor is stored, and its type and shape."""
+    """File, type and shape of a stored tensor."""
 
     file: Path
     dtype: torch.dtype
@@ -93,12 +93,12 @@ class TensorHeader(NamedTuple):
 
 
 class Weights(Mapping[str, Tensor]):
-    """Maps names on disk to the tensors of a set of files; values are memory-mapped on access."""
+    """Maps tensor names, as stored on disk, to the tensors in a set of files; values are memory-mapped on access."""
 
     def __init__(self, files: Iterable[Path], *, separate: bool = False):
-        """Reads only the headers. `separate`: the files hold parts of the same tensors; names become `file/name`.
+        """Reads only the headers. separate: the files contain parts of the same tensors; names become `file/name`.
 
-        Raises CheckpointError if a file is damaged or holds anything but tensors, or if a name occurs twice.
+        Raises CheckpointError if a file is damaged or contains anything other than tensors, or if a name occurs twice.
         """
         self.headers: dict[str, TensorHeader] = {}
         self._readers: dict[Path, Any] = {}
@@ -108,7 +108,7 @@ class Weights(Mapping[str, Tensor]):
                 headers = {f"{file.name}/{name}": header for name, header in headers.items()}
             if twice := sorted(set(headers) & set(self.headers)):
                 raise CheckpointError(
-                    f"{file}: {twice[0]} is also in {self.headers[twice[0]].file.name}; remove one of the files"
+                    f"{file}: tensor {twice[0]} is also in {self.headers[twice[0]].file.name}; remove one of the files"
                 )
             self._readers[file] = reader
             self.headers.update(headers)
@@ -127,10 +127,10 @@ class Weights(Mapping[str, Tensor]):
 
 
 def open_weights(folder: Path) -> Weights:
-    """Opens a folder's weights: safetensors if present, else `.bin`, else Meta's shards; an index before a single file.
+    """Opens the weights in a folder: safetensors if present, else `.bin`, else Meta's shards.
 
-    The result is empty if the folder has none of them. Raises CheckpointError if a shard is missing or damaged, or does
-    not match the index.
+    An index takes precedence over a single file. Returns an empty mapping if the folder contains no weights. Raises
+    CheckpointError if a shard is missing or damaged, or does not match the index.
     """
     for index, single in zip(INDEX_FILES, SINGLE_FILES, strict=True):
         if (folder / index).is_file():
@@ -141,23 +141,23 @@ def open_weights(folder: Path) -> Weights:
 
 
 def numbered_shards(folder: Path) -> list[Path]:
-    """Returns Meta's shards, `consolidated.00.pth` and so on. Raises CheckpointError if a number is missing."""
+    """Returns Meta's shards, `consolidated.00.pth` and following. Raises CheckpointError if the numbering has a gap."""
     files = sorted(folder.glob("consolidated.[0-9][0-9].pth"))
     for i, file in enumerate(files):
         if file.name != (name := f"consolidated.{i:02}.pth"):
-            raise CheckpointError(f"{folder / name}: is missing, but {file.name} is present; fetch it")
+            raise CheckpointError(f"{folder / name}: is missing, but {file.name} is present; fetch the missing file")
     return files
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Reads an index file. Returns tensor name -> shard. Raises CheckpointError."""
+    """Reads an index file and returns its map from tensor name to shard name. Raises CheckpointError."""
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not table:
-        raise CheckpointError(f"{index}: has no weight_map; fetch it again")
+        raise CheckpointError(f"{index}: weight_map is missing or invalid; fetch the file again")
     for tensor, name in table.items():
         if not isinstance(name, str) or not name.endswith((".safetensors", ".bin")) or Path(name).name != name:
             raise CheckpointError(
-                f"{index}: {tensor} is listed in {name!r}; expected the name of a shard in the same folder"
+                f"{index}: {tensor} is mapped to {name!r}; expected a .safetensors or .bin file in the same folder"
             )
     return table
 
@@ -168,14 +168,14 @@ def _open_shards(folder: Path, index: Path) -> Weights:
     for name, file in files.items():
         if not file.is_file():
             n = sum(value == name for value in table.values())
-            raise CheckpointError(f"{file}: is missing; {index.name} lists {n} tensors in it: fetch the shard again")
+            raise CheckpointError(f"{file}: is missing; {index.name} maps {n} tensors to this shard: fetch it")
     weights = Weights(files.values())
     for tensor, name in table.items():
         header = weights.headers.get(tensor)
         if header is None or header.file != files[name]:
-            where = f"it is in {header.file.name}" if header else "no shard holds it"
+            where = f"the tensor is in {header.file.name}" if header else "no shard contains this tensor"
             raise CheckpointError(
-                f"{index}: lists {tensor} in {name}, but {where}; index and shards do not match: fetch both again"
+                f"{index}: maps {tensor} to {name}, but {where}; index and shards do not match: fetch all of them again"
             )
     return weights
 
@@ -190,45 +190,49 @@ def _open_safetensors(file: Path) -> tuple[Any, dict[str, TensorHeader]]:
         slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, struct.error) as error:
         size = file.stat().st_size if file.exists() else 0
-        raise CheckpointError(f"{file}: damaged or truncated at {size} bytes ({error}); fetch it again") from None
+        raise CheckpointError(f"{file}: is damaged or truncated at {size} bytes ({error}); fetch it again") from None
     headers = {}
     for name, part in slices.items():
         if (dtype := _DTYPES.get(part.get_dtype())) is None:
-            raise CheckpointError(f"{file}: {name} has dtype {part.get_dtype()}, which is not supported")
+            raise CheckpointError(f"{file}: tensor {name} has dtype {part.get_dtype()}, which is not supported")
         headers[name] = TensorHeader(file, dtype, tuple(part.get_shape()))
     return reader, headers
 
 
-# What torch.load raises on damaged files. MemoryError comes from a corrupt length that exceeds all memory.
+# Exceptions that torch.load raises for damaged files; MemoryError: a corrupt length exceeds the available memory.
 _DAMAGE = (RuntimeError, EOFError, OSError, ValueError, LookupError, AssertionError, TypeError, BadZipFile,
            struct.error, MemoryError)  # fmt: skip
 
 
 def _open_bin(file: Path) -> tuple[dict[str, Tensor], dict[str, TensorHeader]]:
-    """Unpickles only tensors; a file that contains code is refused, and none of its code runs."""
+    """Unpickles only tensors. Rejects a file that contains code, without running any of the code."""
     try:
         mapped = is_zipfile(file)
         with file.open("rb") as start:
             if not mapped and start.read(4) == b"PK\x03\x04":
-                raise CheckpointError(f"{file}: truncated at {file.stat().st_size} bytes; fetch it again")
-        if not mapped and is_tarfile(file):  # torch would unpack it into a folder
-            raise CheckpointError(f"{file}: is empty or a tar, not a file written by torch.save; fetch it again")
+                raise CheckpointError(f"{file}: is truncated at {file.stat().st_size} bytes; fetch it again")
+        if not mapped and is_tarfile(file):  # torch.load would unpack the tar into a folder
+            raise CheckpointError(
+                f"{file}: is empty or a tar archive; expected a file written by torch.save; fetch it again"
+            )
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         reason = next(
             (line for line in str(error).splitlines() if "Unsupported" in line or "global" in line.lower()), ""
         )
         raise CheckpointError(
-            f"{file}: is damaged or contains more than tensors; none of its code was run ({reason.strip()[:120]})"
+            f"{file}: is damaged or contains objects that are not tensors; no code was run ({reason.strip()[:120]})"
         ) from None
     except _DAMAGE as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise CheckpointError(f"{file}: damaged or truncated ({reason}); fetch it again") from None
+        raise CheckpointError(f"{file}: is damaged or truncated ({reason}); fetch it again") from None
     if not isinstance(tensors, dict) or not all(_is_named_tensor(*item) for item in tensors.items()):
-        raise CheckpointError(f"{file}: expected a dictionary of named tensors")
+        raise CheckpointError(f"{file}: contents are not supported; expected a dictionary of named tensors")
     _check_storage(file, tensors)
     if not mapped:
-        log.warning("%s is in torch's format from before 1.6, which cannot be memory-mapped; it was read whole", file)
+        log.warning(
+            "%s uses the file format of torch before 1.6, which cannot be memory-mapped; it was read into memory", file
+        )
     return tensors, {name: TensorHeader(file, t.dtype, tuple(t.shape)) for name, t in tensors.items()}
 
 
@@ -237,20 +241,25 @@ def _is_named_tensor(name: object, value: object) -> bool:
 
 
 def _check_storage(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Requires dense tensors of known dtypes whose bytes are in the file, since a short pickle can claim any size."""
+    """Raises CheckpointError unless all tensors are dense CPU tensors of supported dtypes and fit the file size.
+
+    A short pickle can declare tensors of any size.
+    """
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided or tensor.device.type != "cpu":
             found = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
-            raise CheckpointError(f"{file}: {name} is {found}, which is not supported")
+            raise CheckpointError(f"{file}: tensor {name} is not supported ({found})")
     claimed, size = sum(tensor.nbytes for tensor in tensors.values()), file.stat().st_size
     if claimed > 2 * size:  # a tied head may share the embedding table's bytes
-        raise CheckpointError(f"{file}: claims {claimed} bytes of tensors but has {size} bytes; fetch it again")
+        raise CheckpointError(
+            f"{file}: declares {claimed} bytes of tensors, but is only {size} bytes long; fetch it again"
+        )
 
 
 def check_finite(tensor: Tensor, where: str, force: bool = False) -> None:
-    """Raises CheckpointError on NaN or Inf (`force`: warns instead).
+    """Raises CheckpointError if `tensor` contains NaN or Inf; with `force`, logs a warning instead.
 
-    The minimum and maximum reveal them in one pass without a copy.
+    Checking only the minimum and maximum takes one pass and no copy.
     """
     if not tensor.numel() or not tensor.is_floating_point():
         return
@@ -260,6 +269,6 @@ def check_finite(tensor: Tensor, where: str, force: bool = False) -> None:
     bad = int((~tensor.isfinite()).sum())
     if not force:
         raise CheckpointError(
-            f"{where}: {bad} of {tensor.numel()} values are NaN or Inf; fetch it again, or pass force=True"
+            f"{where}: {bad} of {tensor.numel()} values are NaN or Inf; fetch the file again, or pass force=True"
         )
     log.warning("%s: %d values are NaN or Inf", where, bad)

@@ -1,4 +1,4 @@
-"""Locates checkpoints: local folders and files, and hub ids, which are fetched with huggingface_hub."""
+"""Locates local checkpoints, and fetches those on the Hugging Face hub with huggingface_hub."""
 
 import os
 from collections.abc import Iterable
@@ -11,22 +11,22 @@ _SMALL_FILES = ("*.json", "tokenizer.model", "*.txt")
 
 
 def locate(source: str | Path, *, revision: str | None = None, weights: bool = True, what: str = "checkpoint") -> Path:
-    """Returns a checkpoint's folder. Hub ids are fetched with huggingface_hub (cache, token, offline mode).
+    """Returns the folder of a checkpoint. Checkpoints on the hub are fetched into huggingface_hub's cache.
 
-    weights: also fetch the weights, in only one file format. what: the noun for error messages. Raises
-    CheckpointError.
+    weights: also fetch the weight files, in one file format only. what: what error messages call the checkpoint.
+    Raises CheckpointError.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
         try:
             os.fsencode(folder).decode()
         except UnicodeDecodeError:
-            raise CheckpointError(f"{folder!r}: the folder's name is not UTF-8; rename it") from None
+            raise CheckpointError(f"{folder!r}: the path is not valid UTF-8; rename the folder") from None
         return folder
     if folder.suffix == ".gguf" and folder.is_file():
-        raise CheckpointError(f"{folder}: GGUF can be written but not read; give the {what} it was made from")
+        raise CheckpointError(f"{folder}: GGUF can be written but not read; use the {what} that it was converted from")
     if folder.is_file():
-        raise CheckpointError(f"{folder}: is a file; give the folder that contains the {what}")
+        raise CheckpointError(f"{folder}: is a file; expected the folder that contains the {what}")
     parts = str(source).split("/")
     if len(parts) != 2 or not all(parts) or str(source).startswith((".", "~")):
         raise CheckpointError(f"{source}: the {what} is neither an existing folder nor a hub id of the form owner/name")
@@ -34,9 +34,9 @@ def locate(source: str | Path, *, revision: str | None = None, weights: bool = T
 
 
 def locate_file(source: str | Path, *, revision: str | None = None) -> Path | None:
-    """Returns a single tensor file, local or `owner/name#file` on the hub; None if `source` does not name one.
+    """Returns the path of a single tensor file, which is either local or `owner/name#file` on the hub.
 
-    Raises CheckpointError if the hub does not have it.
+    Returns None if `source` does not have either form. Raises CheckpointError if the file cannot be fetched.
     """
     if not str(source).endswith((".bin", ".safetensors")):
         return None
@@ -47,17 +47,17 @@ def locate_file(source: str | Path, *, revision: str | None = None) -> Path | No
         return None
     folder = _fetch(repo, [name], revision, "checkpoint")
     if not (folder / name).is_file():
-        raise CheckpointError(f"{repo}: has no file {name} on the hub, and none is in the local cache")
+        raise CheckpointError(f"{repo}: has no file {name} on the hub or in the local cache")
     return folder / name
 
 
 def absolute_if_local(source: str | Path) -> str:
-    """Returns a folder as an absolute path, valid from any working directory, and a hub id unchanged."""
+    """Makes the path of a local folder absolute, so that it is valid in any working directory. Keeps hub ids."""
     return str(Path(source).expanduser().absolute()) if Path(source).expanduser().is_dir() else str(source)
 
 
 def _fetch(repo: str, patterns: Iterable[str], revision: str | None, what: str) -> Path:
-    """Fetches the files that match `patterns`, if there are any. Returns the cache folder."""
+    """Fetches all files that match `patterns` and returns the cache folder. Raises CheckpointError."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -1,4 +1,4 @@
-"""Key tables, which map tensor names on disk to ours. The code that reads them is the same for all formats."""
+"""Key tables, which map tensor names on disk to our tensor names. All formats share the code that reads them."""
 
 import re
 from collections.abc import Iterable
@@ -12,33 +12,36 @@ from llava.tensors.lazy import Concat, FromFile, LazyTensor
 
 @dataclass(frozen=True)
 class Rule:
-    """Maps tensors on disk to one of ours. `*` is a number, `**` is anything; {q,k,v} are concatenated by rows."""
+    """Maps one or more tensors on disk to one of our tensors.
+
+    `*` matches a number, `**` any text. Tensors listed in braces, such as {q,k,v}, are concatenated along the rows.
+    """
 
     disk: str
-    ours: str | None  # None: a known tensor that is not needed
+    ours: str | None  # None: the tensor is known but not needed
 
     def parts(self) -> list[str]:
-        """Returns the patterns of the tensors to concatenate, in order; just one if there are no braces."""
+        """Returns the name pattern of each tensor to concatenate, in order; a single pattern if there are no braces."""
         if not (braces := re.search(r"{(.*)}", self.disk)):
             return [self.disk]
         return [self.disk.replace(braces[0], part) for part in braces[1].split(",")]
 
 
 def prefixed(prefix: str, rules: Iterable[Rule]) -> tuple[Rule, ...]:
-    """Returns the same table with `prefix` added to the names on disk."""
+    """Returns a copy of the rules with `prefix` prepended to the names on disk."""
     return tuple(replace(rule, disk=prefix + rule.disk) for rule in rules)
 
 
 class Plan(NamedTuple):
     """The names on disk, classified by a key table."""
 
-    tensors: dict[str, tuple[str, ...]]  # our name -> names on disk, to be concatenated by rows
+    tensors: dict[str, tuple[str, ...]]  # our name -> names on disk of the tensors to concatenate along the rows
     dropped: tuple[str, ...]  # known but not needed
-    unknown: tuple[str, ...]  # no rule matches
+    unknown: tuple[str, ...]  # not matched by any rule
 
 
 def plan(names: Iterable[str], rules: Iterable[Rule]) -> Plan:
-    """Classifies every name on disk. Raises CheckpointError if a part of a concatenated tensor is missing."""
+    """Classifies every name on disk. Raises CheckpointError if a tensor to concatenate is missing."""
     table = [(re.compile(_pattern(part)), i, rule) for rule in rules for i, part in enumerate(rule.parts())]
     found: dict[str, dict[int, str]] = {}
     dropped, unknown = [], []
@@ -55,21 +58,23 @@ def plan(names: Iterable[str], rules: Iterable[Rule]) -> Plan:
     n_parts = {_normalise(rule.ours): len(rule.parts()) for rule in rules if rule.ours}
     for ours, parts in found.items():
         if len(parts) < n_parts.get(_normalise(ours), 1):
-            raise CheckpointError(f"{ours}: found only {', '.join(parts.values())}; another part of it is missing")
+            raise CheckpointError(
+                f"{ours}: found only {', '.join(parts.values())}; the other parts of this tensor are missing"
+            )
     tensors = {ours: tuple(parts[i] for i in sorted(parts)) for ours, parts in found.items()}
     return Plan(tensors, tuple(dropped), tuple(unknown))
 
 
 class Target(NamedTuple):
-    """The tensor of ours that a tensor on disk belongs to."""
+    """The destination of a tensor on disk: one of our tensors, or one part of it."""
 
     ours: str
-    part: int  # index of the tensor on disk among those that are concatenated
+    part: int  # index among the n_parts tensors that are concatenated
     n_parts: int
 
 
 def target_of(name: str, rules: Iterable[Rule]) -> Target | None:
-    """Returns where a tensor on disk belongs, even if the other parts are missing; None if no rule uses it."""
+    """Returns the destination of a tensor on disk; None if it is unknown or not needed. Other parts may be missing."""
     for rule in rules:
         for i, part in enumerate(rule.parts()):
             if rule.ours and (match := re.fullmatch(_pattern(part), name)):
@@ -78,7 +83,7 @@ def target_of(name: str, rules: Iterable[Rule]) -> Target | None:
 
 
 def disk_names(ours: str, rules: Iterable[Rule]) -> list[str]:
-    """Applies the table in reverse: returns the names under which our tensor is saved, in the order of its rows.
+    """Applies the table in reverse: returns the names on disk of one of our tensors, in row order.
 
     Raises KeyError if no rule matches.
     """
@@ -89,7 +94,7 @@ def disk_names(ours: str, rules: Iterable[Rule]) -> list[str]:
 
 
 def from_files(weights: Weights, names: tuple[str, ...]) -> LazyTensor:
-    """Returns one of our tensors: a memory-mapped tensor, or several concatenated by rows."""
+    """Returns the tensor with the given name on disk; several tensors are concatenated along the rows."""
     parts = [FromFile(weights, name) for name in names]
     return parts[0] if len(parts) == 1 else Concat(parts)
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from llava.errors import CheckpointError
 from llava.tensors.files import Weights
 
-_CHUNK_NUMEL = 1 << 24  # values per chunk; besides the result, reading allocates only a few chunks
+_CHUNK_NUMEL = 1 << 24  # values per chunk; apart from the result, reading allocates only a few chunks
 CHUNK_BYTES = 64 * 2**20  # chunk size for tensors whose rows must be assembled by copying
 
 
 class LazyTensor(ABC):
-    """A tensor to read on demand. `read` may return a wider type than `dtype`, so that sums are rounded only once."""
+    """A tensor read on demand. `read` may return a wider type than `dtype`, so that sums are rounded only once."""
 
     names: tuple[str, ...]  # names on disk
 
@@ -42,12 +42,12 @@ class LazyTensor(ABC):
 
     @property
     def row_splits(self) -> list[int]:
-        """Row indices from 0 to R. Rows between two neighbouring indices are read without concatenating or copying."""
+        """Row indices, from 0 to R, at which `chunks` always splits. This avoids or limits copying."""
         return [0, self.shape[0]]
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> Tensor:
-        """Reads rows [start, stop) and nothing else."""
+        """Reads only rows [start, stop)."""
 
     def read(self) -> Tensor:
         """Reads all rows."""
@@ -62,7 +62,7 @@ class LazyTensor(ABC):
         return whole
 
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
-        """Reads rows [start, stop) in chunks of bounded size."""
+        """Yields rows [start, stop) in chunks of bounded size."""
         end = self.shape[0] if stop is None else stop
         step = max(1, _CHUNK_NUMEL // max(1, torch.Size(self.shape[1:]).numel()))
         for low, high in pairwise(self.row_splits):
@@ -144,13 +144,13 @@ class Concat(LazyTensor):
         shapes = [part.shape for part in self.parts]
         others = {shape[: self.dim] + shape[self.dim + 1 :] for shape in shapes}
         if len(others) > 1 or any(len(shape) <= self.dim for shape in shapes):
-            raise CheckpointError(f"{self.where}: shapes {shapes} cannot be concatenated along dimension {self.dim}")
+            raise CheckpointError(f"{self.where}: cannot concatenate shapes {shapes} along dimension {self.dim}")
         total = sum(shape[self.dim] for shape in shapes)
         return (*shapes[0][: self.dim], total, *shapes[0][self.dim + 1 :])
 
     @property
     def dtype(self) -> torch.dtype:
-        """The common type; float32 in the rare case that parts differ."""
+        """The dtype of the parts, or float32 in the rare case that their dtypes differ."""
         dtypes = {part.dtype for part in self.parts}
         return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
@@ -209,9 +209,9 @@ class Derived(LazyTensor):
 
 @dataclass(frozen=True)
 class HalfSplit(Derived):
-    """Rows of q or k stored for rotation in adjacent pairs (Meta, llama.cpp, gpt-fast), in Hugging Face's order.
+    """The rows of q or k, reordered from adjacent rotary pairs (Meta, llama.cpp, gpt-fast) to Hugging Face's order.
 
-    Hugging Face rotates row i of a head's first half with row i of its second half.
+    In Hugging Face's order, row i of a head's first half is paired with row i of its second half.
     """
 
     base: LazyTensor
@@ -226,7 +226,7 @@ class HalfSplit(Derived):
 
 
 def interleave(rows: Tensor, head_dim: int) -> Tensor:
-    """The inverse of `HalfSplit` on whole heads: [heads x head_dim, D] -> the same rows in adjacent pairs."""
+    """The inverse of `HalfSplit` for whole heads: reorders rows [heads x head_dim, D] into adjacent rotary pairs."""
     return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
@@ -245,7 +245,7 @@ class Cast(Derived):
         values = self.base.rows(start, stop)
         cast = values.to(self.to)
         if self.to == torch.float16 != values.dtype and bool((cast.isinf() & values.isfinite()).any()):
-            raise CheckpointError(f"{self.where}: has values above 65504, the largest that float16 can hold")
+            raise CheckpointError(f"{self.where}: has values outside the float16 range of -65504 to 65504")
         return cast
 
 
@@ -277,7 +277,7 @@ class WithRows(Derived):
 
 @dataclass(frozen=True)
 class MeanRows(Derived):
-    """`n` copies of a table's mean row, which is how LLaVA initialises the embeddings of new tokens."""
+    """`n` copies of a table's mean row. LLaVA initialises the embeddings of new tokens in this way."""
 
     base: LazyTensor
     n: int

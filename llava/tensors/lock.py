@@ -17,7 +17,8 @@ def locked(folder: Path, file: Path, busy: LlavaError) -> Iterator[None]:
     """Locks `file` while the folder is written. Raises `busy` if another process holds the lock.
 
     The operating system releases the lock when this process dies, and forked workers close their copies of it. A soft
-    lock (a marker file) would outlive a killed process, so on a file system without locks this only logs a warning.
+    lock (a marker file) would outlive a killed process. If the file system does not support locks, this function
+    therefore logs a warning instead.
     """
     lock = FileLock(file, timeout=0, fallback_to_soft=False)
     try:
@@ -26,10 +27,10 @@ def locked(folder: Path, file: Path, busy: LlavaError) -> Iterator[None]:
         raise busy from None
     except (OSError, NotImplementedError) as error:
         reason = getattr(error, "strerror", None) or error
-        log.warning("%s: cannot be locked (%s); do not run another command that writes to it", folder, reason)
+        log.warning("%s: cannot be locked (%s); do not run another command that writes to this folder", folder, reason)
     try:
         yield
     finally:
-        with suppress(OSError):  # before the release: after it, another process may hold the lock
+        with suppress(OSError):  # before the release, because afterwards another process may hold the lock
             file.unlink(missing_ok=True)
         lock.release()

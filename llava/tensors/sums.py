@@ -1,4 +1,4 @@
-"""Sums of tensors, computed for the requested rows when read: a base plus a LoRA, or a base plus a delta."""
+"""Lazy sums of tensors, base plus LoRA or base plus delta. Only the requested rows are computed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from llava.tensors.lazy import Derived, LazyTensor
 
 
 class LoraPair(NamedTuple):
-    """A LoRA, scale * B @ A, for the rows that start at `first`."""
+    """A LoRA update, scale * B @ A, which is added to the rows from `first` on."""
 
     first: int
     a: LazyTensor  # [r, in]
@@ -42,9 +42,9 @@ class WithLora(Derived):
 
 @dataclass(frozen=True)
 class WithLoraRounded(WithLora):
-    """W + scale * B @ A, rounded as in LLaVA's own merge: operands in `to`, the product in float32 and then rounded.
+    """W + scale * B @ A, rounded as in LLaVA's own merge: the operands to `to`, then the float32 product, then the sum.
 
-    Matches peft 0.7.1's `merge_and_unload` of a float16 model on a CPU.
+    Matches `merge_and_unload` of peft 0.7.1 for a float16 model on a CPU.
     """
 
     to: torch.dtype
@@ -66,7 +66,7 @@ class WithLoraRounded(WithLora):
 
 @dataclass(frozen=True)
 class AddDelta(Derived):
-    """base + sign * other, with operands and sum in `to`. Rows that `other` lacks are taken from `base`."""
+    """base + sign * other, computed in dtype `to`. If `other` has fewer rows, the remaining rows of `base` are kept."""
 
     base: LazyTensor
     other: LazyTensor

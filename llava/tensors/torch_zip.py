@@ -1,4 +1,4 @@
-"""Writes a dictionary of tensors in the zip format of `torch.save`, streamed tensor by tensor."""
+"""Streams a dictionary of tensors, one tensor at a time, to a file in the zip format of `torch.save`."""
 
 import pickle
 from collections import OrderedDict
@@ -14,7 +14,7 @@ from llava.tensors.writer import OutputTensor, write_bytes
 
 
 def write_torch(file: Path, tensors: Sequence[OutputTensor], on_bytes: Callable[[int], None]) -> None:
-    """Writes a file that `torch.load` opens with `mmap=True` and `weights_only=True`.
+    """Writes a file that `torch.load` can open with `mmap=True` and `weights_only=True`.
 
     Raises CheckpointError for dtypes other than float32, float16 and bfloat16.
     """
@@ -34,7 +34,7 @@ def write_torch(file: Path, tensors: Sequence[OutputTensor], on_bytes: Callable[
 
 
 class _Storage:
-    """Placeholder for a tensor's bytes in the pickle; the bytes follow in a separate record."""
+    """Placeholder in the pickle for a tensor's bytes, which follow in a separate record."""
 
     def __init__(self, key: int, tensor: OutputTensor):
         self.id = ("storage", _STORAGES[tensor.dtype], str(key), "cpu", torch.Size(tensor.shape).numel())
@@ -63,7 +63,7 @@ _LOCAL_HEADER, _ZIP64_EXTRA, _EXTRA_HEADER = 30, 20, 4  # bytes
 
 
 def _record(archive: ZipFile, raw: BinaryIO, name: str) -> Any:
-    """Opens a new file in the archive; its contents start at a multiple of 64 bytes."""
+    """Opens a new file in the archive. Its contents start at an offset that is a multiple of 64 bytes."""
     info = ZipInfo(f"model/{name}")
     start = raw.tell() + _LOCAL_HEADER + len(info.filename) + _ZIP64_EXTRA + _EXTRA_HEADER
     padding = -start % _ALIGNMENT

@@ -16,7 +16,7 @@ from llava.tensors.keymap import Rule, disk_names
 from llava.tensors.lazy import LazyTensor
 
 MAX_SHARD_BYTES = 5_000_000_000
-Progress = Callable[[int, int], None]  # receives the number of bytes done and the total
+Progress = Callable[[int, int], None]  # receives the bytes processed so far and the total bytes
 
 
 def no_progress(done: int, total: int) -> None:
@@ -25,15 +25,15 @@ def no_progress(done: int, total: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputTensor:
-    """A tensor to write: its header, and its rows in chunks."""
+    """A tensor to write: the fields of its header, and a function that yields its rows in chunks."""
 
     name: str  # name on disk
     dtype: torch.dtype
     shape: tuple[int, ...]
-    chunks: Callable[[], Iterator[Tensor]]  # rows, read or computed while writing
+    chunks: Callable[[], Iterator[Tensor]]  # yields the rows, which are read or computed on demand
     where: str  # source file and tensors, for error messages
-    force: bool = False  # write even NaN and Inf
-    ours: str = ""  # our name for this tensor, or for the one that it is a part of
+    force: bool = False  # write the tensor even if it contains NaN or Inf
+    ours: str = ""  # our name for this tensor, or for the concatenated tensor that contains it
 
     @property
     def n_bytes(self) -> int:
@@ -48,7 +48,7 @@ SplitRows = Callable[[str, int, int], Sequence[int]]  # our name, row count, par
 def named_on_disk(
     tensors: Mapping[str, LazyTensor], rules: Iterable[Rule], split_rows: SplitRows
 ) -> list[OutputTensor]:
-    """Returns tensors under their names on disk. Concatenated tensors (such as q, k, v) are split back into parts."""
+    """Returns the tensors to write, under their names on disk. Splits concatenated tensors (such as qkv) into parts."""
     table = tuple(rules)
     outputs: list[OutputTensor] = []
     for ours, tensor in tensors.items():
@@ -67,14 +67,14 @@ def named_on_disk(
 
 
 def output(name: str, tensor: LazyTensor, ours: str = "") -> OutputTensor:
-    """Returns the record for writing a whole tensor under `name`."""
+    """Returns an OutputTensor that writes a whole tensor under `name`."""
     return OutputTensor(
         name=name, dtype=tensor.dtype, shape=tensor.shape, chunks=tensor.chunks, where=tensor.where, ours=ours
     )
 
 
 def write_bytes(out: BinaryIO | Any, tensor: OutputTensor, on_bytes: Callable[[int], None]) -> None:
-    """Writes the values, row-major and little-endian. Raises CheckpointError on NaN or Inf unless `tensor.force`."""
+    """Writes the values, row-major and little-endian. Raises CheckpointError on NaN or Inf unless `force` is set."""
     written = 0
     for chunk in tensor.chunks():
         check_finite(chunk, tensor.where, tensor.force)
@@ -92,7 +92,7 @@ def write_safetensors(file: Path, tensors: Sequence[OutputTensor], on_bytes: Cal
 
 
 def stream_safetensors(out: BinaryIO | Any, tensors: Sequence[OutputTensor], on_bytes: Callable[[int], None]) -> None:
-    """Writes the header's length, the header and the values to an open file."""
+    """Writes the header length, the header and the values to an open file."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
@@ -103,14 +103,14 @@ def stream_safetensors(out: BinaryIO | Any, tensors: Sequence[OutputTensor], on_
         }
         offset += tensor.n_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # aligns the values to 8 bytes
+    text += b" " * (-len(text) % 8)  # pads the header, so that the values are aligned to 8 bytes
     out.write(len(text).to_bytes(8, "little") + text)
     for tensor in tensors:
         write_bytes(out, tensor, on_bytes)
 
 
 def byte_counter(tensors: Sequence[OutputTensor], progress: Progress) -> Callable[[int], None]:
-    """Returns a callback that adds up the bytes written and reports their sum and the total to `progress`."""
+    """Returns a callback that counts the bytes written and reports the count and the final total to `progress`."""
     total, done = sum(tensor.n_bytes for tensor in tensors), 0
 
     def count(n: int) -> None:
@@ -129,7 +129,7 @@ def write_shards(
     max_bytes: int = MAX_SHARD_BYTES,
     writer: FileWriter = write_safetensors,
 ) -> list[Path]:
-    """Writes one or more files of at most `max_bytes` each, and their index. Returns the paths, weights first.
+    """Writes weight files of at most `max_bytes` or one tensor each, and their index. Returns the paths, index last.
 
     writer: `write_safetensors`, or `torch_zip.write_torch` for pytorch_model*.bin.
     """
@@ -144,7 +144,7 @@ def write_shards(
 def plan_shards(
     tensors: Sequence[OutputTensor], max_bytes: int, stem: str = "model", suffix: str = "safetensors"
 ) -> dict[str, list[OutputTensor]]:
-    """Returns file names and the tensors to store in each file."""
+    """Assigns tensors to files of at most `max_bytes` or one tensor each. Returns file name -> tensors."""
     shards: list[list[OutputTensor]] = [[]]
     for tensor in tensors:
         if shards[-1] and sum(other.n_bytes for other in shards[-1]) + tensor.n_bytes > max_bytes:
@@ -164,5 +164,5 @@ def write_index(file: Path, shards: Mapping[str, Sequence[OutputTensor]]) -> Pat
 
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
-    """Writes indented JSON that ends in a newline."""
+    """Writes indented JSON with a trailing newline."""
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

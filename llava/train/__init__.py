@@ -1,1 +1,1 @@
-"""Training, from a recipe and data files to a trained model: sample order, batches, the loop, checkpoints, export."""
+"""Trains a model from a recipe and data files: sample order, batches, training loop, checkpoints and export."""

@@ -1,4 +1,4 @@
-"""Micro-batches: the tensors that one forward pass trains on.
+"""Micro-batches: the inputs and targets of one forward and backward pass.
 
 B rows   S positions   N samples   V image views   T target tokens
 """
@@ -31,16 +31,16 @@ class Batch:
     ids: Tensor  # int64 [B, S], IMAGE at the positions of image features
     positions: Tensor  # int64 [B, S], counted from 0 in each sample
     segments: Segments | None  # sample boundaries of a packed row
-    target_positions: Tensor  # int64 [T], indices into the flattened [B * S] positions that predict a target
+    target_positions: Tensor  # int64 [T], positions that predict a target, as indices into the flattened [B * S]
     targets: Tensor  # int64 [T], token ids
-    image_positions: Tensor  # int64, indices into the flattened [B * S] positions of image features, in order
+    image_positions: Tensor  # int64, positions of image features, in order, as indices into the flattened [B * S]
     pixels: Tensor | None  # float32 [V, 3, size, size]
     views: list[int]  # number of views of each image
-    grids: list[TileGrid | None]  # one per image
+    grids: list[TileGrid | None]  # tile arrangement of each image; None: its views are concatenated
     n_samples: int
-    n_tokens: int  # without padding, image tokens included
+    n_tokens: int  # image tokens included, padding excluded
     max_seqlen: int  # length of the longest sample
-    skipped: list[str] = field(default_factory=list)  # one message per skipped sample, naming the sample
+    skipped: list[str] = field(default_factory=list)  # one message per skipped sample, which includes its index
 
     def to(self, device: torch.device) -> "Batch":
         """Returns a copy of the batch on `device`."""
@@ -61,7 +61,7 @@ class Batch:
 def collate(
     inputs: Sequence[ModelInput], *, packing: bool, pad_to: int, micro_batch_size: int, max_length: int
 ) -> Batch:
-    """Collates samples into a batch. Without samples, the batch is a single token with no target."""
+    """Collates samples into a batch. Without samples, the batch consists of a single token and no targets."""
     ids = [input.ids for input in inputs] or [torch.zeros(1, dtype=torch.int64)]
     labels = [_shift(input.labels) for input in inputs] or [torch.tensor([IGNORE])]
     lengths = [len(row) for row in ids]
@@ -102,7 +102,7 @@ def _shift(labels: Tensor) -> Tensor:
 
 
 def _segments(lengths: Sequence[int], pad_to: int, micro_batch_size: int, max_length: int) -> tuple[Segments, int]:
-    """Returns the sample boundaries of a packed row, with padding as the last segment, and the amount of padding.
+    """Returns the sample boundaries of a packed row, with padding as the last segment, and the padding length.
 
     There are always `micro_batch_size` + 1 segments, some of which may be empty, and `max_seqlen` is an upper bound.
     A compiled block and its kernel therefore see the same sizes for all rows of the same length.
@@ -128,11 +128,11 @@ class BatchDataset(Dataset[Batch]):
     ):
         self.samples, self.preprocessor, self.recipe, self.order = samples, preprocessor, recipe, order
         self.rank, self.world_size = rank, world_size
-        self.per_step = -(-order.n_micro_batches // world_size)  # micro-batches per rank, including empty ones
+        self.per_step = -(-order.n_micro_batches // world_size)  # micro-batches per step, empty ones included
 
     @classmethod
     def open(cls, recipe: Recipe, checkpoint: Checkpoint, *, rank: int = 0, world_size: int = 1) -> "BatchDataset":
-        """Opens the data of a recipe for the model in `checkpoint`. Raises DataError."""
+        """Opens a recipe's data files for training the model in `checkpoint`. Raises DataError."""
         samples = Samples([Path(file) for file in recipe.data], Path(recipe.images) if recipe.images else None)
         preprocessor = Preprocessor(checkpoint.config, checkpoint.tokenizer, template=recipe.template)
         order = SampleOrder(recipe, samples.lengths)
@@ -152,7 +152,7 @@ class BatchDataset(Dataset[Batch]):
         return self.build(micro_batches[own].samples if own < len(micro_batches) else ())
 
     def build(self, indices: Sequence[int]) -> Batch:
-        """Builds the micro-batch of these samples. Broken samples are left out and listed in `skipped`."""
+        """Builds a micro-batch from samples given by index. Broken samples are left out and listed in `skipped`."""
         inputs, skipped = [], []
         for index in indices:
             try:
@@ -170,7 +170,7 @@ class BatchDataset(Dataset[Batch]):
         return replace(batch, skipped=skipped)
 
     def prepare(self, index: int) -> ModelInput:
-        """Prepares the ids, labels and pixels of a sample. Raises DataError, ImageError or PromptError."""
+        """Prepares the ids, labels and pixels of one sample. Raises DataError, ImageError or PromptError."""
         sample = self.samples[index]
         pictures: list[Picture] = [self.samples.picture(name) for name in sample.images]
         recipe = self.recipe
@@ -179,6 +179,6 @@ class BatchDataset(Dataset[Batch]):
         )
         if int((input.ids == IMAGE).sum()) != self.preprocessor.n_image_tokens(input):
             raise PromptError(
-                f"an image of {sample.id} does not fit into {recipe.max_length} tokens; increase max_length"
+                f"an image of {sample.id} exceeds the limit of {recipe.max_length} tokens; increase max_length"
             )
         return input

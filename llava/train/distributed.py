@@ -1,4 +1,4 @@
-"""The processes of a run, one per GPU: this process's rank and device, and collectives over all ranks."""
+"""The processes of a run, one per GPU: the rank and device of this process, and collectives over all ranks."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ class World:
     size: int  # number of ranks
     device: torch.device
     metrics_group: dist.ProcessGroup
-    # separate, because a second thread writes checkpoints and two threads must not share a group
+    # a separate group, because another thread writes checkpoints, and two threads must not share a group
     checkpoint_group: dist.ProcessGroup
 
     @property
@@ -29,7 +29,7 @@ class World:
         return self.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Sums each value over all ranks. Raises LlavaError."""
+        """Sums each value over all ranks. Raises LlavaError if another rank exits or does not respond."""
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
@@ -38,7 +38,7 @@ class World:
         return total.tolist()
 
     def barrier(self) -> None:
-        """Waits until all ranks reach this call. Raises LlavaError."""
+        """Waits until all ranks reach this call. Raises LlavaError if another rank exits or does not respond."""
         with _explain_lost_rank():
             dist.barrier(group=self.metrics_group)
 
@@ -56,7 +56,7 @@ def _explain_lost_rank() -> Iterator[None]:
 
 @contextmanager
 def join_world(device: str) -> Iterator[World]:
-    """Joins the process group that torchrun's environment variables describe; without them, forms a world of size 1.
+    """Joins the process group defined by torchrun's environment variables; without them, creates a group of size 1.
 
     device: auto, cpu or cuda. Raises ConfigError.
     """
@@ -82,7 +82,8 @@ def _choose_device(device: str, local_rank: int) -> torch.device:
     if local_rank >= torch.cuda.device_count():
         n = torch.cuda.device_count()
         raise ConfigError(
-            f"no GPU for local rank {local_rank}: this machine has {n}; start at most {n} processes on it, or use cpu"
+            f"no GPU for local rank {local_rank} (number of GPUs on this machine: {n}); "
+            "start at most one process per GPU, or set the device to cpu"
         )
     chosen = torch.device("cuda", local_rank)
     torch.cuda.set_device(chosen)

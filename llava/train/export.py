@@ -1,4 +1,4 @@
-"""Exports the model of a finished run as a checkpoint in one of the formats of the published LLaVA models."""
+"""Exports the trained model as a checkpoint, in one of the formats that published LLaVA models use."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,14 +22,14 @@ Tensors = Mapping[str, Tensor]  # our tensor name -> tensor
 
 
 def export_format(recipe: Recipe) -> str:
-    """Returns the format in which a recipe's model is exported: llava, lora or projector."""
+    """Returns the export format for a recipe: llava, lora or projector."""
     if recipe.lora_rank:
         return "lora"
     return "llava" if {"decoder", "vision"} & set(recipe.train) else "projector"
 
 
 def export(folder: Path, model: Llava, checkpoint: Checkpoint, recipe: Recipe, *, first: bool) -> None:
-    """Writes the trained model. Every rank must call this; only the one with `first` set writes files."""
+    """Writes the trained model. Every rank must call this, but only the rank with `first` set writes files."""
     whole = {n: _whole(p) for n, p in model.named_parameters() if p.requires_grad or export_format(recipe) == "llava"}
     if not first:
         return
@@ -84,7 +84,7 @@ def _lora(
 
 
 def _tower(checkpoint: Checkpoint, recipe: Recipe) -> str:
-    """Returns the vision tower to record in config.json. Raises ConfigError if neither recipe nor model names one."""
+    """Returns the vision tower to record in config.json. Raises ConfigError if neither recipe nor model sets one."""
     named = read_files(recipe.projector or recipe.model).config.get("mm_vision_tower")
     if not (tower := recipe.vision_tower or named):
         raise ConfigError(f"{checkpoint.path}: config.json has no mm_vision_tower; set vision_tower in the recipe")

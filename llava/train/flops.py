@@ -5,7 +5,7 @@ import torch
 from llava.model.llava import Llava
 from llava.train.recipe import Recipe
 
-_PEAKS = {  # part of torch's device name -> dense bfloat16 FLOP/s from the data sheet; the first match wins
+_PEAKS = {  # substring of the torch device name -> dense bfloat16 FLOP/s (data sheet); the first match is used
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
@@ -17,10 +17,11 @@ _PEAKS = {  # part of torch's device name -> dense bfloat16 FLOP/s from the data
 
 
 def flops_per_token(model: Llava, recipe: Recipe) -> float:
-    """Returns the FLOPs per token of the matrix products with the weights of the decoder's blocks.
+    """Returns the FLOPs per token of the matrix products with the decoder block weights.
 
     Per weight: 2 for the forward pass, 2 for the input gradient, and 2 for the weight gradient if the weight is
-    trained. Attention scores, adapters, head, vision tower, projector and recomputed activations are not counted.
+    trained. Attention scores, adapters, the head, the vision tower, the projector and recomputed activations are not
+    counted.
     """
     blocks = sum(p.numel() for name, p in model.decoder.blocks.named_parameters() if ".adapters." not in name)
     blocks += sum(b.numel() * 2 for name, b in model.decoder.blocks.named_buffers() if name.endswith("codes"))

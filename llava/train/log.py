@@ -1,7 +1,8 @@
-"""Logs a run's metrics, one row per optimizer step, to a JSON Lines file and to the trackers named in the recipe.
+"""Logs a run's metrics, one row per optimizer step, to a JSON Lines file and to the trackers listed in the recipe.
 
 Keys of a row: step (from 1), epoch, loss, lr, grad_norm, target_tokens, tokens, tokens_per_s, mfu, samples,
-skipped, elapsed_s, memory_bytes. RUN/log.jsonl is the authoritative log; the trackers receive the same rows.
+skipped, elapsed_s, memory_bytes. log.jsonl in the run folder (RUN) is authoritative; the trackers receive the same
+rows.
 """
 
 import io
@@ -24,7 +25,7 @@ PROJECT = "llava"  # project name in the trackers
 
 
 class Log(Protocol):
-    """A destination for rows."""
+    """A destination for metric rows."""
 
     def write(self, row: Row) -> None: ...
 
@@ -32,17 +33,17 @@ class Log(Protocol):
 
 
 def open_logs(run: Path, names: Sequence[str], config: Mapping[str, Any], resume_step: int) -> list[Log]:
-    """Opens the logs of a run that continues after `resume_step` (0: from the start). Only rank 0 may call this.
+    """Opens the logs of a run that continues after `resume_step` (0: a new run). Only rank 0 may call this.
 
     Removes rows that an earlier process wrote for later steps, so that each step is logged only once. The trackers
     display `config`. The first log returned is the JSON Lines file. Raises ConfigError if a tracker is unknown, not
-    installed, or fails to start, and LlavaError if `run` cannot be written. `JsonLines.write` also raises LlavaError.
+    installed, or fails to start, and LlavaError if the folder cannot be written. `JsonLines.write` also raises it.
     """
     if unknown := [name for name in names if name not in TRACKERS]:
         raise ConfigError(f"logs: unknown tracker {unknown[0]!r}; expected any of {', '.join(TRACKERS)}")
     with explain_write_errors(run):
         run.mkdir(parents=True, exist_ok=True)
-    # opened before the JSON Lines file, so that a failing tracker leaves that file untouched
+    # open the trackers first, so that the JSON Lines file stays untouched if one of them fails
     trackers = [TRACKERS[name](run, config, resume_step) for name in names]
     return [JsonLines(run / FILE, resume_step), *trackers]
 
@@ -57,20 +58,20 @@ def import_optional(module: str) -> Any:
 
 
 def to_json(row: Row) -> str:
-    """Returns a row as one line of JSON. NaN and infinity, which JSON lacks, become null."""
+    """Returns a row as one line of JSON. NaN and infinity, which JSON cannot represent, become null."""
     return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()})
 
 
 def read_rows(file: Path) -> Iterator[dict[str, Any]]:
     """Reads the rows of a log.jsonl file. Skips an incomplete last line, which a killed process may have left.
 
-    Raises DataError if the file cannot be read or any other line is not a row.
+    Raises DataError if the file cannot be read or if any other line is not a valid row.
     """
     try:
         lines = file.read_bytes().splitlines()
     except OSError as error:
         raise DataError(
-            f"{file}: cannot be read ({error.strerror}); expected a run folder, which contains {FILE}"
+            f"{file}: cannot be read ({error.strerror}); expected a run folder that contains {FILE}"
         ) from None
     for number, line in enumerate(lines, 1):
         try:
@@ -80,12 +81,12 @@ def read_rows(file: Path) -> Iterator[dict[str, Any]]:
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             yield row
         elif number < len(lines):
-            raise DataError(f"{file}: line {number} is not a JSON object with a step; fix or remove that line")
+            raise DataError(f"{file}: line {number} is not a JSON object with an integer step; fix or remove that line")
 
 
 @contextmanager
 def explain_write_errors(path: Path) -> Iterator[None]:
-    """Converts an OSError, such as a full disk or missing permissions, into a LlavaError that names the path."""
+    """Converts an OSError (such as a full disk or missing permissions) into a LlavaError that includes the path."""
     try:
         yield
     except OSError as error:
@@ -109,7 +110,7 @@ class JsonLines:
     def write(self, row: Row) -> None:
         with explain_write_errors(self.file):
             self.stream.write(to_json(row) + "\n")
-            self.stream.flush()  # to the kernel, so the row survives if this process is killed
+            self.stream.flush()  # hands the row to the kernel, so that it survives if this process is killed
 
     def close(self) -> None:
         self.stream.close()
@@ -120,7 +121,7 @@ class TensorBoard:
 
     def __init__(self, run: Path, config: Mapping[str, Any], resume_step: int):
         writer = import_optional("torch.utils.tensorboard").SummaryWriter
-        # TensorBoard ignores rows from purge_step on in earlier event files
+        # TensorBoard ignores rows of earlier event files from purge_step on
         self.writer = writer(str(run / "tensorboard"), purge_step=resume_step + 1)
         self.writer.add_text("recipe", f"```json\n{json.dumps(dict(config), indent=2, default=str)}\n```", resume_step)
 
@@ -134,9 +135,10 @@ class TensorBoard:
 
 
 class Wandb:
-    """A Weights & Biases run in RUN/wandb. wandb's environment variables apply, such as WANDB_MODE and WANDB_PROJECT.
+    """A Weights & Biases run in RUN/wandb. Environment variables such as WANDB_MODE and WANDB_PROJECT apply.
 
-    Online, wandb ignores rows for steps it already has. This is harmless, because a repeated step has the same loss.
+    In online mode, wandb ignores rows for steps that are already logged. This is harmless, because a repeated step has
+    the same loss.
     """
 
     def __init__(self, run: Path, config: Mapping[str, Any], resume_step: int):
@@ -171,7 +173,7 @@ class Trackio:
     def __init__(self, run: Path, config: Mapping[str, Any], resume_step: int):
         self.trackio = import_optional("trackio")
         name = f"{run.resolve().name}-{tracker_id(run / 'trackio.id')}"
-        with redirect_stdout(io.StringIO()):  # trackio's messages would mix with the rows printed by --json
+        with redirect_stdout(io.StringIO()):  # keeps trackio's messages out of the rows printed by --json
             self._delete(name)
             self.trackio.init(project=PROJECT, name=name, config=dict(config), embed=False)
         if resume_step and (run / FILE).exists():
@@ -204,12 +206,12 @@ TRACKERS: dict[str, Callable[[Path, Mapping[str, Any], int], Log]] = {
 
 
 def scalars(row: Row) -> dict[str, float | int]:
-    """Returns the numeric values of a row, without the step, for trackers to plot."""
+    """Returns the numeric values of a row, except the step, for trackers to plot."""
     return {name: value for name, value in row.items() if name != "step" and isinstance(value, int | float)}
 
 
 def tracker_id(file: Path) -> str:
-    """Returns this run's id in a tracker: eight hexadecimal digits, read from `file`, which is created if missing."""
+    """Returns this run's id in a tracker: eight hexadecimal digits, read from `file`. Creates the file if needed."""
     if not file.is_file():
         with new_file(file, 8) as partial:
             partial.write_text(secrets.token_hex(4), encoding="ascii")

@@ -36,8 +36,8 @@ from llava.train.start import DTYPES, fill, row_ids, start, trainable
 
 log = logging.getLogger(__name__)
 
-MODEL = "model"  # subfolder of a run's folder to which the trained model is exported
-_MAX_NAMED = 32  # maximum number of samples named in an error message
+MODEL = "model"  # subfolder of the run folder for the exported model
+_MAX_NAMED = 32  # maximum number of samples listed in an error message
 _MIN_SEEN = 100  # max_skipped is applied as if at least this many samples had been seen
 
 
@@ -55,7 +55,7 @@ class TrainState:
 
 @dataclass
 class Run:
-    """Everything a training step needs."""
+    """Everything that a training step needs."""
 
     recipe: Recipe
     folder: Path
@@ -87,9 +87,10 @@ class StepCounts:
 
 
 def train(recipe: Recipe, *, device: str = "auto", as_json: bool = False) -> Path:
-    """Trains a model from a recipe, resuming an earlier run if there is one. Returns the folder of the trained model.
+    """Trains a model from a recipe and returns the folder of the trained model.
 
-    Under torchrun, every process must call this. Raises LlavaError.
+    If `recipe.output_dir` contains an unfinished run, resumes it. Under torchrun, every process must call this. Raises
+    LlavaError.
     """
     folder = Path(recipe.output_dir)
     with interrupt_on_sigterm(), explain_failures(), join_world(device) as world:
@@ -107,7 +108,7 @@ def train(recipe: Recipe, *, device: str = "auto", as_json: bool = False) -> Pat
 
 
 def _set_up(recipe: Recipe, checkpoint: Checkpoint, folder: Path, world: World) -> Run:
-    # open the data first, so that its errors are reported before the weights are read
+    # open the data first, so that errors in it are reported before the weights are read
     dataset = BatchDataset.open(recipe, checkpoint, rank=world.rank, world_size=world.size)
     if world.is_main and (n := dataset.order.n_micro_batches) % world.size:
         log.warning(
@@ -123,8 +124,8 @@ def _set_up(recipe: Recipe, checkpoint: Checkpoint, folder: Path, world: World) 
         run.state = TrainState(**checkpointer.load(latest, model, run.optimizer))
         if run.state.n_data != n:
             raise ConfigError(
-                f"{folder}: this run started on {run.state.n_data} samples, but its data now contains {n}; "
-                "restore the data, or set output_dir=… to a new folder"
+                f"{folder}: this run started with {run.state.n_data} samples, but its data files now contain {n}; "
+                "restore the data files, or set output_dir=… to a new folder"
             )
     return run
 
@@ -144,7 +145,7 @@ def _build_model(recipe: Recipe, checkpoint: Checkpoint, world: World) -> LlavaW
 
 
 def _shard(model: LlavaWithLoss, recipe: Recipe, world: World) -> None:
-    """Shards the model across ranks with FSDP2. The weights of a block are gathered only when the block runs."""
+    """Shards the model across ranks with FSDP2. The weights of a block are gathered only while it runs."""
     policy = MixedPrecisionPolicy(param_dtype=DTYPES[recipe.compute_dtype], reduce_dtype=torch.float32)
     mesh = init_device_mesh(world.device.type, (world.size,))
     vision = model.model.vision
@@ -226,7 +227,7 @@ def _train_step(run: Run, batches: list[Batch]) -> dict[str, float]:
         losses.append(_backward(run, batch))
     total_loss = _sum_losses(run, torch.stack(losses).tolist())
     n_targets = max(counts.target_tokens, 1)
-    optim.scale_gradients(run.parameters, world.size / n_targets)  # times world.size, because FSDP averages over ranks
+    optim.scale_gradients(run.parameters, world.size / n_targets)  # world.size cancels FSDP's averaging over ranks
     grad_norm = optim.clip_gradients(run.parameters, recipe.max_grad_norm).item()
     if not math.isfinite(grad_norm):
         raise _not_finite(run, "gradient norm", grad_norm, run.order.micro_batches(state.step))
@@ -266,7 +267,7 @@ def _backward(run: Run, batch: Batch) -> Tensor:
 
 
 def _sum_losses(run: Run, losses: list[float]) -> float:
-    """Sums all micro-batches' losses over all ranks. Raises LlavaError, naming the samples, if one is not finite."""
+    """Sums the losses of all micro-batches on all ranks. Raises LlavaError with the samples if one is not finite."""
     world = run.world
     all_losses = [0.0] * (len(losses) * world.size)
     all_losses[world.rank :: world.size] = losses
@@ -292,7 +293,7 @@ def _seed(seed: int, step: int, micro_batch: int) -> int:
 
 
 def _report_skipped(run: Run, batches: list[Batch], counts: StepCounts) -> None:
-    """Warns about each skipped sample of this rank. Raises DataError if too many are broken."""
+    """Warns about each skipped sample of this rank. Raises DataError if too many samples on all ranks are broken."""
     for batch in batches:
         for message in batch.skipped:
             log.warning("skipped: %s", message)

@@ -1,7 +1,7 @@
-"""LoRA adapters (arXiv:2106.09685) on the decoder's matrices.
+"""LoRA adapters (arXiv:2106.09685) for the decoder's matrices.
 
 The query, key and value projections are fused into one matrix, but each has its own adapter, as in PEFT checkpoints. In
-MPT they share one adapter, because the original MPT model fuses them as well.
+MPT, the three projections share one adapter, because the original MPT model fuses them as well.
 
 r rank   I input features   O output features of a part
 """
@@ -22,9 +22,9 @@ Pairs = Mapping[str, tuple[Tensor, Tensor]]  # part -> A [r, I], B [O, r]; the p
 def add_lora(
     decoder: Decoder, config: DecoderConfig, *, rank: int, alpha: float, dropout: float, nf4: bool = False
 ) -> None:
-    """Adds adapters to every matrix of every block. With `nf4`, replaces the matrices with 4-bit ones.
+    """Adds adapters to every matrix of every block. With `nf4`, makes these matrices 4-bit.
 
-    The head gets no adapter. Raises ConfigError if the size of a matrix is not a multiple of the NF4 block size.
+    The head is left unchanged. Raises ConfigError if the size of a matrix is not a multiple of the NF4 block size.
     """
     for name, module in list(decoder.blocks.named_modules()):
         if not isinstance(module, Linear):
@@ -45,7 +45,7 @@ def lora_layers(decoder: Decoder) -> Iterator[tuple[str, LoraLinear]]:
 
 
 def adapter_pairs(decoder: Decoder, tensors: Mapping[str, Tensor]) -> dict[str, Pairs]:
-    """Returns the A and B tensors of all adapters, keyed by matrix and part. `tensors` is keyed by parameter name."""
+    """Returns the A and B tensors of all adapters by matrix name and part. `tensors` is keyed by parameter name."""
     found: dict[str, Pairs] = {}
     for name, layer in lora_layers(decoder):
         found[name] = {

@@ -1,4 +1,4 @@
-"""The module that is trained: a LLaVA model wrapped to map a batch to its loss.
+"""The module to train, which wraps a LLaVA model and maps a batch to its loss.
 
 B rows   S positions   D dim   T target tokens   V vocabulary size
 """
@@ -24,7 +24,7 @@ class LlavaWithLoss(nn.Module):
     trained_rows: Tensor
 
     def __init__(self, model: Llava, *, trained_rows: Sequence[int] = (), train_vision: bool = False):
-        """trained_rows: the token ids whose input embeddings are trained; () for no restriction."""
+        """trained_rows: ids of the only tokens whose input embeddings are trained; () for no restriction."""
         super().__init__()
         self.model = model
         self.train_vision = train_vision
@@ -39,9 +39,9 @@ class LlavaWithLoss(nn.Module):
         return loss + 0 * x[0, 0].float().sum()
 
     def embed(self, batch: Batch) -> Tensor:
-        """Returns the embeddings of a batch [B, S, D], image features included.
+        """Returns the input embeddings of a batch, image features included: [B, S, D].
 
-        Every rank runs the tower and the projector in every micro-batch. If one skipped them, the others would hang.
+        Every rank runs the tower and the projector in every micro-batch; otherwise, the other ranks would hang.
         """
         x = self.model.decoder.lookup(batch.ids)
         if len(self.trained_rows):
@@ -54,7 +54,7 @@ class LlavaWithLoss(nn.Module):
         return self.model.insert_images(x, batch.image_positions, images)
 
     def _zero_of_image_weights(self, x: Tensor) -> Tensor:
-        """Returns a zero that depends on tower, projector and newline, so that they get zero gradients, not None."""
+        """Returns a zero that depends on tower, projector and newline, so that their gradients are zero, not None."""
         assert self.model.config.vision is not None
         size = self.model.config.vision.image_size
         blank = torch.zeros(1, 3, size, size, device=x.device)
@@ -74,7 +74,7 @@ def attention_context(batch: Batch) -> AttentionContext:
 def cross_entropy(decoder: Decoder, x: Tensor, targets: Tensor, *, train_head: bool = True) -> Tensor:
     """Returns the sum of -log p: x [T, D] and targets [T] -> scalar, float32.
 
-    The logits [T, V] are computed in chunks and recomputed in the backward pass, so they are never held all at once.
+    The logits [T, V] are computed in chunks and recomputed in the backward pass, which keeps memory use low.
     train_head: False if only some rows of the input embedding are trained. With tied weights (MPT), the head is the
     same table, and a gradient through the head would change all of its rows.
     """

@@ -1,4 +1,4 @@
-"""The optimizer of a run and its learning rate schedule."""
+"""The optimizer and the learning rate schedule of a run."""
 
 import math
 from collections.abc import Iterable
@@ -13,8 +13,8 @@ from llava.train.recipe import Recipe
 def build_optimizer(model: nn.Module, recipe: Recipe) -> AdamW:
     """Builds AdamW over all trainable parameters, grouped by learning rate and weight decay.
 
-    As in the original LLaVA code, norms and biases have no weight decay. An embedding table with only some trained rows
-    has none either, because its other rows must not change.
+    As in the original LLaVA code, weight decay is not applied to norms and biases. If only some rows of the embedding
+    table are trained, it is not applied to the table either, because the other rows must not change.
     """
     only_rows = "rows" in recipe.train and ("decoder" not in recipe.train or bool(recipe.lora_rank))
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}

@@ -1,4 +1,4 @@
-"""Which samples each optimizer step trains on.
+"""Determines which samples each optimizer step trains on.
 
 A step's samples depend only on the recipe and the step number, not on the number of ranks. A run can therefore resume
 at any step and on any number of ranks.
@@ -18,23 +18,23 @@ class MicroBatch:
     """One micro-batch of a run."""
 
     step: int
-    index: int  # within the step, over all ranks
+    index: int  # within the step, counted across all ranks
     samples: tuple[int, ...]
 
 
 class SampleOrder:
-    """The micro-batches of every step."""
+    """Divides the samples of each step into micro-batches."""
 
     def __init__(self, recipe: Recipe, lengths: Sequence[int]):
-        """lengths: number of words in each sample, negative for a sample without an image."""
+        """lengths: number of words per sample, negated for samples without an image."""
         self.recipe, self.lengths = recipe, lengths
-        self.n_micro_batches = recipe.global_batch_size // recipe.micro_batch_size  # per step, over all ranks
+        self.n_micro_batches = recipe.global_batch_size // recipe.micro_batch_size  # per step, across all ranks
         self.steps_per_epoch = math.ceil(len(lengths) / recipe.global_batch_size)
         self.n_steps = recipe.max_steps or math.ceil(recipe.epochs * self.steps_per_epoch)
         self._cached_epoch: tuple[int, list[int]] = (-1, [])
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
-        """Returns the micro-batches of a step. In the last step of an epoch, some may be empty."""
+        """Returns the micro-batches of a step. In the last step of an epoch, some of them may be empty."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         if self._cached_epoch[0] != epoch:
             self._cached_epoch = (epoch, self._order_of_epoch(epoch))
@@ -54,7 +54,7 @@ class SampleOrder:
         return [indices[i * size : (i + 1) * size] for i in range(self.n_micro_batches)]
 
     def _balanced(self, indices: list[int]) -> list[list[int]]:
-        """Deals the samples out in a zigzag, longest first, so that ranks finish at nearly the same time."""
+        """Deals samples to micro-batches in zigzag order, longest first, so that ranks finish at a similar time."""
         longest_first = sorted(indices, key=lambda i: -abs(self.lengths[i]))
         parts: list[list[int]] = [[] for _ in range(self.n_micro_batches)]
         for i, index in enumerate(longest_first):
@@ -66,10 +66,10 @@ class SampleOrder:
 def by_modality_length(
     lengths: Sequence[int], micro_batch_size: int, world_size: int, generator: torch.Generator
 ) -> list[int]:
-    """Orders samples in megabatches of a single modality, as in the original llava_trainer.py at c121f04.
+    """Groups samples into megabatches of a single modality, as the original llava_trainer.py does (commit c121f04).
 
-    lengths: words per sample, negative for a sample without an image. The last megabatches of the two modalities are
-    merged, sorted by index, and placed at the end.
+    lengths: number of words per sample, negated for samples without an image. The last megabatches of the two
+    modalities are merged, sorted by index, and placed at the end.
     """
     modalities = [[i for i, n in enumerate(lengths) if (n > 0) == with_image] for with_image in (True, False)]
     if not all(modalities):
@@ -98,7 +98,7 @@ def by_length(lengths: Sequence[int], micro_batch_size: int, world_size: int, ge
 
 
 def _equal_shares(longest_first: list[int], lengths: Sequence[int], n: int) -> list[list[int]]:
-    """Splits samples into n shares of equal size, adding each sample to the shortest share that is not yet full."""
+    """Splits samples into n shares of equal size, adding each to the non-full share with the smallest total length."""
     if len(longest_first) % n:
         return [longest_first[i::n] for i in range(n)]
     shares: list[list[int]] = [[] for _ in range(n)]

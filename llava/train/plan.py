@@ -1,4 +1,4 @@
-"""Estimates what a run would need, for `llava train --plan`. Reads file headers and data, but no weights."""
+"""Estimates the memory, tokens and steps of a run for `llava train --plan`. Reads headers and data, but no weights."""
 
 import random
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ from llava.train.export import export_format
 from llava.train.recipe import Recipe
 from llava.train.start import DTYPES, start, trainable
 
-_SAMPLED = 200  # number of samples from which the token counts are estimated
-_LOGIT_BYTES = 3 * 2**28  # one chunk of float32 logits, its softmax and its gradient
+_SAMPLED = 200  # number of samples used to estimate token counts
+_LOGIT_BYTES = 3 * 2**28  # one chunk of float32 logits plus its softmax and gradient
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class Plan:
     """Key figures of a run, computed before it starts."""
 
     model: str
-    format: str  # of the exported model
-    trained: dict[str, int]  # number of trained parameters by part of the model
+    format: str  # format of the exported model
+    trained: dict[str, int]  # part of the model -> number of trained parameters
     frozen: dict[str, int]
     ranks: int
     memory_bytes: dict[str, int]  # per GPU, by purpose; activations are estimated
     samples: int
-    samples_looked_at: int  # number of samples from which the next three figures are computed
-    tokens_per_sample: float  # image tokens included
+    samples_looked_at: int  # number of samples used to compute the next three fields
+    tokens_per_sample: float  # including image tokens
     target_tokens_per_sample: float
     broken: int
     global_batch_size: int
@@ -39,7 +39,7 @@ class Plan:
     tokens: int  # estimate for the whole run
 
     def text(self) -> str:
-        """The plan as text, one line per topic."""
+        """Returns the plan as text, one line per topic."""
         lines = [f"model        {self.model}, exported in {self.format} format"]
         for name, parts in (("trained", self.trained), ("frozen", self.frozen)):
             rows = ", ".join(f"{part} {n:,}" for part, n in parts.items()) or "nothing"
@@ -61,7 +61,7 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, *, n_ranks: int = 1) -> Plan:
-    """Plans a run on `n_ranks` GPUs. Raises LlavaError."""
+    """Computes the plan of a run on `n_ranks` GPUs. Raises LlavaError."""
     with TemporaryDirectory() as folder:
         checkpoint = start(recipe, Path(folder) / "tokenizer")
         model = trainable(checkpoint, recipe)
@@ -91,7 +91,7 @@ def make_plan(recipe: Recipe, *, n_ranks: int = 1) -> Plan:
 
 
 def _count_tokens(dataset: BatchDataset, indices: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Counts the tokens and target tokens in each of these samples, skipping broken samples."""
+    """Returns the token count and target token count of each selected sample, skipping broken samples."""
     tokens, targets = [], []
     for index in indices:
         try:
@@ -118,7 +118,8 @@ def _parameters_by_part(model: Llava, *, trained: bool) -> dict[str, int]:
 def _memory(model: Llava, recipe: Recipe, tokens_per_sample: float, n_ranks: int) -> dict[str, int]:
     """Returns the bytes needed per GPU, by purpose.
 
-    Weights, gradients and AdamW's two moments are exact. Activations include only what is kept for the backward pass.
+    The sizes of weights, gradients and AdamW's two moments are exact. Activations include only tensors saved for the
+    backward pass.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) // n_ranks

@@ -1,4 +1,4 @@
-"""Plots the training curves of one or more runs from log.jsonl to a PNG file. Needs matplotlib, but no display."""
+"""Plots training curves of one or more runs from log.jsonl to a PNG file. Requires matplotlib but no display."""
 
 import math
 from collections.abc import Sequence
@@ -10,22 +10,22 @@ from llava.tensors.atomic import new_file
 from llava.train.log import FILE, import_optional, read_rows
 from llava.train.progress import MovingAverage
 
-PANELS = {  # row key -> title; a key that no run has gets no panel
+PANELS = {  # row key -> panel title; keys missing from all runs are not plotted
     "loss": "loss (nats per token)",
     "lr": "learning rate",
     "grad_norm": "gradient norm",
     "tokens_per_s": "tokens/s",
 }
 SMOOTHED = ("loss", "grad_norm", "tokens_per_s")
-WIDTH, HEIGHT, DPI = 6.0, 4.0, 100  # width and height of a panel in inches; pixels per inch
+WIDTH, HEIGHT, DPI = 6.0, 4.0, 100  # panel width and height in inches; pixels per inch
 
 
 def plot(runs: Sequence[Path], out: Path | None = None) -> Path:
-    """Plots loss, learning rate, gradient norm and tokens/s over the steps, with all runs in the same panels.
+    """Plots loss, learning rate, gradient norm and tokens/s against the step, one panel each, with all runs overlaid.
 
     Each row has two panels of 600 x 400 pixels. Writes the PNG to `out`, by default curves.png in the first run's
     folder, and returns its path.
-    Raises DataError for a run without a log or without rows, ConfigError if matplotlib is not installed,
+    Raises DataError if a run has no log or its log has no rows, ConfigError if matplotlib is not installed, and
     CheckpointError if the file cannot be written.
     """
     figures = import_optional("matplotlib.figure")

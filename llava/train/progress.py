@@ -18,7 +18,7 @@ class MovingAverage:
         self.weight = 0.0
 
     def add(self, value: float) -> float:
-        """Adds a value and returns the average so far; NaN until a finite value is added."""
+        """Adds a value and returns the current average, which is NaN until a finite value has been added."""
         if math.isfinite(value):
             self.total = self.decay * self.total + (1 - self.decay) * value
             self.weight = self.decay * self.weight + (1 - self.decay)
@@ -26,10 +26,10 @@ class MovingAverage:
 
 
 class TrainProgress:
-    """Context manager that shows each row passed to `update`. Only the main rank shows anything.
+    """Context manager that displays each row passed to `update`. Only the main rank displays anything.
 
     If stderr is a terminal, a bar is drawn and log messages appear above it. With `as_json`, each row is written to
-    stdout as one line, whether or not stdout is a terminal.
+    stdout as one line of JSON, whether or not stdout is a terminal.
     """
 
     def __init__(self, n_steps: int, resume_step: int = 0, *, as_json: bool = False, is_main: bool = True):
@@ -61,7 +61,7 @@ class TrainProgress:
             handler.setStream(stream)
 
     def update(self, row: Row) -> None:
-        """Shows the row of one step."""
+        """Displays the row of one step."""
         if self.as_json:
             sys.stdout.write(to_json(row) + "\n")
             sys.stdout.flush()
@@ -89,5 +89,5 @@ def _bar() -> Any:
     count = MofNCompleteColumn(table_column=Column(no_wrap=True))
     status = TextColumn("{task.fields[status]}", table_column=Column())  # the only column that wraps
     left = TimeRemainingColumn(table_column=Column(no_wrap=True))
-    # stdout is not redirected, because it may carry the rows printed by --json
+    # stdout must not be redirected, because --json writes rows to it
     return Progress(BarColumn(bar_width=20), count, status, left, console=Console(stderr=True), redirect_stdout=False)

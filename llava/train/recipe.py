@@ -18,7 +18,7 @@ from llava.errors import ConfigError
 from llava.preprocess.inputs import find_template
 from llava.preprocess.labels import ImagePlace
 
-RECIPES = Path(__file__).parent.parent / "recipes"  # shipped recipes, each named by its path here, without .toml
+RECIPES = Path(__file__).parent.parent / "recipes"  # shipped recipes, named by relative path without .toml
 RENAMED = {  # old key -> new key
     "rate": "lr",
     "projector_rate": "projector_lr",
@@ -40,39 +40,39 @@ Part = Literal["projector", "decoder", "vision", "rows"]  # rows: only the input
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The settings of one run. Paths name a folder or file; models can also be Hub ids."""
+    """The settings of one run. Paths refer to local folders or files; models can also be given as hub ids."""
 
     about: str = ""  # which published model this stage reproduces, and which of its settings are unknown
 
     # Starting point
     model: str  # a language model (Llama, MPT), or a LLaVA model to train further
-    base: str | None = None  # the language model that `model` is based on, if `model` is a delta, LoRA or projector
-    vision_tower: str | None = None  # a CLIP model; None: the tower named in the LLaVA checkpoint
-    projector: str | None = None  # folder written by stage 1; None: the projector in `model`, if any, or a new one
+    base: str | None = None  # base language model of `model`, if `model` is a delta, LoRA or projector
+    vision_tower: str | None = None  # a CLIP model; None: the tower specified in the LLaVA checkpoint
+    projector: str | None = None  # output folder of stage 1; None: use the projector in `model`, or a new one
     projector_type: str = "mlp2x_gelu"  # type of a new projector: linear or mlpNx_gelu
-    select_layer: int = -2  # the tower layer whose hidden state is used
+    select_layer: int = -2  # vision tower layer whose hidden state is passed to the projector
     aspect: Literal["square", "pad", "anyres"] = "pad"
-    pinpoints: tuple[tuple[int, int], ...] = ()  # anyres: canvas sizes, (width, height) in pixels
+    pinpoints: tuple[tuple[int, int], ...] = ()  # canvas sizes for anyres, (width, height) in pixels
     start_end: bool = False  # wrap each image in <im_start> and <im_end>, adding both to the vocabulary if needed
     template: str = "vicuna_v1"
-    image_place: ImagePlace = "front"  # "front": start of its turn; "as_written": as in the data, used before LLaVA 1.0
+    image_place: ImagePlace = "front"  # image mark: "front" of the turn, or "as_written" in the data (before LLaVA 1.0)
 
     # Data
     data: tuple[str, ...]  # files in LLaVA's JSON or JSONL format
     images: str | None = None  # folder, .zip or .tar that contains the images
-    max_length: int = 2048  # maximum tokens per sample, image tokens included; longer samples are truncated
+    max_length: int = 2048  # maximum number of tokens per sample, including image tokens; longer samples are truncated
 
     # Trained parts
     train: tuple[Part, ...] = ("projector", "decoder")
-    lora_rank: int = 0  # above 0: freeze the decoder's matrices and train adapters of this rank
-    lora_alpha: float = 16.0  # adapters are scaled by lora_alpha / lora_rank
+    lora_rank: int = 0  # above 0: freeze the decoder's weight matrices and train LoRA adapters of this rank
+    lora_alpha: float = 16.0  # adapter outputs are scaled by lora_alpha / lora_rank
     lora_dropout: float = 0.05
-    quantize_base: Literal["none", "nf4"] = "none"  # format of the frozen matrices that have adapters
+    quantize_base: Literal["none", "nf4"] = "none"  # quantization of the frozen matrices with adapters
 
     # Schedule
     epochs: float = 1.0
     max_steps: int = 0  # above 0: overrides epochs; the learning rate schedule ends at this step
-    global_batch_size: int = 128  # samples per optimizer step, over all ranks
+    global_batch_size: int = 128  # samples per optimizer step, across all ranks
     micro_batch_size: int = 16  # samples per forward pass on one rank
     lr: float = 2e-5  # peak learning rate
     projector_lr: float = 0.0  # 0: same as lr
@@ -87,19 +87,19 @@ class Recipe:
     order: Literal["shuffled", "by_modality_length"] = "shuffled"
 
     # Runtime
-    packing: bool = True  # join each micro-batch into one row, with attention within samples; False: pad each sample
+    packing: bool = True  # pack each micro-batch into one row without cross-sample attention; False: pad each sample
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    param_dtype: Literal["float32", "bfloat16"] = "float32"  # of trained weights; frozen weights use compute_dtype
+    param_dtype: Literal["float32", "bfloat16"] = "float32"  # for trained weights; frozen weights use compute_dtype
     gradient_checkpointing: bool = True  # recompute each block's activations in the backward pass
     compile: bool = False
-    pad_to: int = 128  # pad packed rows to a multiple of this, so that few shapes are compiled
+    pad_to: int = 128  # pad packed rows to a multiple of this to limit the number of compiled shapes
     num_workers: int = 4  # data loading processes per rank
-    max_skipped: float = 0.01  # stop the run if more than this fraction of the samples is broken
+    max_skipped: float = 0.01  # stop the run if more than this fraction of samples is broken
 
     # Output
     output_dir: str = "runs/llava"
-    save_every: int = 500  # steps; 0: only at the end
-    keep_last: int = 2  # number of newest checkpoints to keep
+    save_every: int = 500  # in steps; 0: save only at the end
+    keep_last: int = 2  # number of most recent checkpoints to keep
     logs: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
     def __post_init__(self) -> None:
@@ -108,13 +108,17 @@ class Recipe:
                 raise ConfigError(f"recipe: {name} is {getattr(self, name)!r}; expected {expected}")
         find_template(self.template)
         if self.lora_rank and "decoder" not in self.train:
-            raise ConfigError('recipe: lora_rank is set, but train lacks "decoder"; add it, or set lora_rank=0')
+            raise ConfigError(
+                'recipe: lora_rank is set, but train does not include "decoder"; add "decoder", or set lora_rank=0'
+            )
         if self.quantize_base != "none" and not self.lora_rank:
-            raise ConfigError("recipe: quantize_base needs lora_rank above 0, because 4-bit weights cannot be trained")
+            raise ConfigError("recipe: quantize_base requires lora_rank > 0, because 4-bit weights cannot be trained")
         if "rows" in self.train and not self.start_end:
-            raise ConfigError('recipe: train includes "rows", which exist only with start_end; set start_end=true')
+            raise ConfigError('recipe: train includes "rows", which requires start_end; set start_end=true')
         if self.aspect == "anyres" and not self.pinpoints:
-            raise ConfigError("recipe: aspect anyres needs pinpoints, a list of canvas sizes (width, height)")
+            raise ConfigError(
+                "recipe: aspect anyres requires pinpoints; set pinpoints to a list of [width, height] canvas sizes"
+            )
 
     def _finite_checks(self) -> Iterable[tuple[str, bool, str]]:
         for field in fields(self):
@@ -123,7 +127,7 @@ class Recipe:
             yield field.name, all(map(math.isfinite, numbers)), "finite numbers"
 
     def _range_checks(self) -> Iterable[tuple[str, bool, str]]:
-        """Returns a tuple (field name, whether its value is valid, what is expected) for each check."""
+        """Returns one tuple (field name, whether its value is valid, expected value) per check."""
         size = self.global_batch_size
         return (
             ("data", bool(self.data), "at least one file"),
@@ -155,9 +159,10 @@ class Recipe:
 
 
 def find_recipe(name: str) -> Path:
-    """Returns the file of a recipe.
+    """Returns the path of a recipe file.
 
-    name: path to a .toml file, or a shipped recipe such as llava-v1.5/finetune-lora. Raises ConfigError.
+    name: path to a .toml file, or name of a shipped recipe such as llava-v1.5/finetune-lora.
+    Raises ConfigError if the recipe does not exist.
     """
     file = Path(name)
     if file.suffix == ".toml":
@@ -168,8 +173,10 @@ def find_recipe(name: str) -> Path:
     if name in shipped:
         return RECIPES / f"{name}.toml"
     near = get_close_matches(name, shipped, n=1, cutoff=0.3)
-    hint = f"the nearest is {near[0]}" if near else f"expected one of {', '.join(shipped)}"
-    raise ConfigError(f"no shipped recipe is named {name!r}; {hint}, or the path to your own .toml file")
+    hint = f"the closest name is {near[0]}" if near else f"expected one of {', '.join(shipped)}"
+    raise ConfigError(
+        f"no shipped recipe is named {name!r}; {hint}. For your own recipe, pass the path to a .toml file"
+    )
 
 
 def recipe_names() -> list[str]:
@@ -178,7 +185,7 @@ def recipe_names() -> list[str]:
 
 
 def read_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe and applies `key=value` changes. Values are TOML; a bare word is a string. Raises ConfigError."""
+    """Reads a recipe and applies `key=value` changes. Values are TOML or bare strings. Raises ConfigError."""
     file = find_recipe(name)
     try:
         text = file.read_text(encoding="utf-8")
@@ -195,16 +202,17 @@ def read_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
 
 
 def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
-    """Builds a recipe from plain values. `where` states their origin in error messages.
+    """Builds a recipe from a mapping of values. `where` identifies their source in error messages.
 
-    Raises ConfigError for an unknown key (naming the closest known key), a renamed or missing key, or a wrong type.
+    Raises ConfigError for an unknown, renamed or missing key, or a value of the wrong type. For an unknown key, the
+    message suggests the closest known key.
     """
     types = get_type_hints(Recipe)
     check_renamed(values, where)
     for key in values:
         if key not in types:
             near = get_close_matches(key, types, n=1, cutoff=0.0)
-            raise ConfigError(f"{where}: unknown recipe key {key!r}; the nearest is {near[0]!r}")
+            raise ConfigError(f"{where}: unknown recipe key {key!r}; the closest key is {near[0]!r}")
     for field in fields(Recipe):
         if field.default is MISSING and field.name not in values:
             raise ConfigError(f"{where}: {field.name} is missing; set it in the file or with --set {field.name}=…")
@@ -212,7 +220,7 @@ def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
 
 
 def check_renamed(keys: Iterable[str], where: str) -> None:
-    """Raises ConfigError if a key has been renamed, stating its new name."""
+    """Raises ConfigError with the new name if a key has been renamed."""
     if old := [key for key in keys if key in RENAMED]:
         raise ConfigError(f"{where}: `{old[0]}` is now called `{RENAMED[old[0]]}`")
 
@@ -223,16 +231,16 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def to_json(recipe: Recipe) -> str:
-    """Returns all settings as a JSON object, which `changed_keys` reads back."""
+    """Returns all settings as a JSON object, the format that `changed_keys` reads."""
     return json.dumps(to_dict(recipe), indent=1)
 
 
 def changed_keys(file: Path, recipe: Recipe) -> set[str]:
-    """Returns the keys whose values differ from the recipe that `to_json` saved in `file`. Raises ConfigError."""
+    """Returns the keys whose values differ between `recipe` and the recipe saved in `file`. Raises ConfigError."""
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: cannot be read ({error}); remove the run's folder to start over") from None
+        raise ConfigError(f"{file}: cannot be read ({error}); remove the run folder to start over") from None
     try:
         check_renamed(saved, str(file))
     except ConfigError as error:
@@ -256,7 +264,7 @@ def _parse_value(text: str) -> Any:
 
 
 def _convert(value: Any, expected: Any, where: str) -> Any:
-    """Checks a value against a field's type. Lists become tuples, and ints are accepted as floats."""
+    """Checks a value against a field's type. Converts lists to tuples, and ints to floats for float fields."""
     if get_origin(expected) is Literal:
         if value not in get_args(expected):
             raise ConfigError(f"{where} is {value!r}; expected one of {', '.join(map(repr, get_args(expected)))}")

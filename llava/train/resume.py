@@ -1,6 +1,7 @@
-"""Resumable checkpoints: trained weights, optimizer state and step, which determines sample order and random seeds.
+"""Resumable checkpoints of trained weights, optimizer state and step.
 
-All ranks write a checkpoint together in the background, under a temporary name. Any number of ranks can read it.
+The step determines the sample order and random seeds. All ranks write a checkpoint together, in the background and
+under a temporary name. A checkpoint can be loaded on any number of ranks.
 """
 
 import json
@@ -24,7 +25,7 @@ from llava.train.distributed import World
 from llava.train.log import explain_write_errors
 from llava.train.signals import defer_signals
 
-_OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen weights come from the starting checkpoint
+_OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen weights come from the initial checkpoint
 _PROGRESS = "progress.json"
 
 
@@ -44,11 +45,11 @@ class Checkpointer:
         if error is None:
             self.finish()
         else:
-            with suppress(CheckpointError):  # the error of the run itself takes precedence
+            with suppress(CheckpointError):  # the error raised by the run takes precedence
                 self.finish()
 
     def remove_partial(self) -> None:
-        """Deletes the partial checkpoints of a killed run. Only rank 0 may call this, before the first `save`."""
+        """Deletes partial checkpoints left by a killed run. Call on rank 0 only, before the first `save`."""
         for partial in self.folder.glob(".step-*.partial"):
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -59,7 +60,7 @@ class Checkpointer:
     def load(self, checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         """Loads a checkpoint into the model and the optimizer. Returns the `progress` passed to `save`.
 
-        Raises CheckpointError.
+        Raises CheckpointError if the checkpoint cannot be read.
         """
         try:
             progress = json.loads((checkpoint / _PROGRESS).read_text(encoding="utf-8"))
@@ -68,7 +69,8 @@ class Checkpointer:
             load(state, checkpoint_id=checkpoint, process_group=self.world.checkpoint_group)
         except (OSError, ValueError, KeyError, RuntimeError, CheckpointException) as error:
             raise CheckpointError(
-                f"{checkpoint}: cannot be read ({_reason(error)}); remove it to resume from the previous checkpoint"
+                f"{checkpoint}: cannot be read ({_reason(error)}); remove this checkpoint to resume from the "
+                "previous one"
             ) from None
         set_state_dict(
             model,
@@ -80,7 +82,7 @@ class Checkpointer:
         return progress
 
     def save(self, step: int, model: nn.Module, optimizer: Optimizer, progress: dict[str, Any]) -> None:
-        """Copies the state after `step` completed steps and starts writing it in the background.
+        """Copies the training state after `step` steps and starts writing the copy in the background.
 
         Raises CheckpointError if the previous checkpoint could not be written.
         """
@@ -95,18 +97,18 @@ class Checkpointer:
         self.world.barrier()
         weights, moments = get_state_dict(model, optimizer, options=_OPTIONS)
         state = {"model": weights, "optimizer": moments}
-        with defer_signals():  # if interrupted before the assignment, `finish` would not wait for this write
+        with defer_signals():  # after an interrupt before the assignment, `finish` would not wait for this write
             future = async_save(state, checkpoint_id=partial, process_group=self.world.checkpoint_group)
             assert isinstance(future, Future)
             self._pending = future, partial, final
 
     def poll(self) -> None:
-        """Renames a checkpoint to its final name if its background write is done. Raises CheckpointError."""
+        """Calls `finish` if the background write has completed. Raises CheckpointError if the write failed."""
         if self._pending and self._pending[0].done():
             self.finish()
 
     def finish(self) -> None:
-        """Waits for the background write, then renames the checkpoint. Raises CheckpointError if the write failed."""
+        """Waits for the background write, renames the checkpoint, and deletes old ones. Raises CheckpointError."""
         if not self._pending:
             return
         future, partial, final = self._pending
@@ -135,7 +137,7 @@ class Checkpointer:
 
 
 def _reason(error: BaseException) -> str:
-    """Returns an error as one line. If several ranks failed, uses the error of the first one."""
+    """Formats an error as one line. If several ranks failed, formats the error of the first failed rank."""
     if isinstance(error, CheckpointException) and error.failures:
         error, _ = next(iter(error.failures.values()))
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

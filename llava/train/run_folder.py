@@ -1,4 +1,4 @@
-"""The folder of a run. It belongs to one recipe, and only one run at a time may write to it."""
+"""The run folder. It belongs to one recipe, and only one run may write to it at a time."""
 
 import shutil
 from collections.abc import Iterator
@@ -12,31 +12,41 @@ from llava.train.distributed import World
 from llava.train.log import explain_write_errors
 from llava.train.recipe import Recipe, changed_keys, to_json
 
-_MAY_CHANGE = frozenset(  # keys that do not affect the trained model
+_MAY_CHANGE = frozenset(  # recipe keys that do not affect the trained model
     {"num_workers", "logs", "compile", "gradient_checkpointing", "save_every", "keep_last", "max_skipped", "about"}
 )
 
 
 def check_folder(folder: Path, recipe: Recipe) -> None:
-    """Raises ConfigError if the folder contains a run of a different recipe, or files that do not belong to a run."""
+    """Raises ConfigError if the folder contains a run with a different recipe, or contains files but no run."""
     file = folder / "recipe.json"
     if file.is_file():
-        if keys := changed_keys(file, recipe) - _MAY_CHANGE:
+        keys = changed_keys(file, recipe) - _MAY_CHANGE
+        if keys and _has_started(folder):
             raise ConfigError(
-                f"{folder}: contains a run with a different {', '.join(sorted(keys))}; "
-                "set output_dir=… to a new folder, or remove this one"
+                f"{folder}: contains a run whose recipe differs in {', '.join(sorted(keys))}; "
+                "set output_dir=… to a new folder, or remove this folder"
             )
         return
     with explain_write_errors(folder):
-        empty = folder.is_dir() and all(entry.name.startswith(".") for entry in folder.iterdir())
+        empty = folder.is_dir() and not _visible(folder)
         occupied = folder.exists() and not empty
     if occupied:
-        raise ConfigError(f"{folder}: exists but is not the folder of a run; set output_dir=… to a new folder")
+        raise ConfigError(f"{folder}: exists but is not a run folder; set output_dir=… to a new folder")
+
+
+def _has_started(folder: Path) -> bool:
+    """Returns whether a run got past reading its model. Before that, a different recipe may use the folder."""
+    return any(entry.name not in ("recipe.json", "tokenizer") for entry in _visible(folder))
+
+
+def _visible(folder: Path) -> list[Path]:
+    return [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
 
 
 @contextmanager
 def locked_folder(folder: Path, recipe: Recipe, world: World) -> Iterator[None]:
-    """Creates and locks the folder, deletes partial files of a killed run, and saves the recipe. Raises LlavaError."""
+    """Creates and locks the folder, deletes a killed run's partial files, and saves the recipe. Raises LlavaError."""
     world.barrier()  # no rank may create the folder before all ranks have checked it
     if not world.is_main:
         world.barrier()
@@ -48,6 +58,8 @@ def locked_folder(folder: Path, recipe: Recipe, world: World) -> Iterator[None]:
     with locked(folder, folder / ".lock", busy):
         for partial in folder.glob(".*.partial*"):
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        if not _has_started(folder):  # the tokenizer of an earlier attempt may belong to a different model
+            shutil.rmtree(folder / "tokenizer", ignore_errors=True)
         with new_file(folder / "recipe.json", 0) as file:
             file.write_text(to_json(recipe) + "\n", encoding="utf-8")
         world.barrier()

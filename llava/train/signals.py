@@ -1,4 +1,4 @@
-"""How a run stops early: on a signal, when a worker process dies, or when GPU memory runs out."""
+"""Handles early exits of a run: on a signal, when a worker process dies, or when GPU memory runs out."""
 
 import signal
 import sys
@@ -21,7 +21,7 @@ _WORKER_DIED = "a data loading process was killed, often because memory (or /dev
 
 @contextmanager
 def interrupt_on_sigterm() -> Iterator[None]:
-    """Makes SIGTERM, which schedulers send to end a job, raise KeyboardInterrupt, like Ctrl-C."""
+    """Makes SIGTERM, which schedulers send to stop a job, raise KeyboardInterrupt, as Ctrl-C does."""
     if not _in_main_thread():
         yield
         return
@@ -32,7 +32,7 @@ def interrupt_on_sigterm() -> Iterator[None]:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    # the workers receive the signal too and exit; torch's SIGCHLD handler must not raise on top of the interrupt
+    # workers also receive the signal and exit; torch's SIGCHLD handler must not raise an additional error
     for child_signal in _child_signals():
         signal.signal(child_signal, _ignore)
     raise KeyboardInterrupt
@@ -40,7 +40,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def defer_signals() -> Iterator[None]:
-    """Defers SIGINT and SIGTERM inside the block and raises the first one received when the block ends."""
+    """Defers SIGINT and SIGTERM until the block ends, then raises the first signal received."""
     if not _in_main_thread():
         yield
         return
@@ -54,9 +54,9 @@ def defer_signals() -> Iterator[None]:
 
 
 def init_worker(worker_id: int) -> None:
-    """`worker_init_fn` for the DataLoader. Leaves Ctrl-C to the parent and exits quietly if the parent is gone.
+    """`worker_init_fn` for the DataLoader. Ignores Ctrl-C and suppresses tracebacks after the parent has exited.
 
-    Otherwise, the thread that sends tensors to the parent prints a traceback if the parent exits during a transfer.
+    By default, the thread that sends tensors to the parent prints a traceback if the parent exits during a transfer.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.excepthook = _report_unless_parent_exited
@@ -68,9 +68,9 @@ def _report_unless_parent_exited(kind: type[BaseException], error: BaseException
 
 
 def iterate_loader(loader: Iterator[T]) -> Iterator[T]:
-    """Iterates over a DataLoader so that a dead worker raises an error only while waiting for a batch.
+    """Iterates over a DataLoader. A worker's death raises an error only while the next batch is being fetched.
 
-    torch's SIGCHLD handler raises wherever the main thread happens to be, even while the run is shutting down.
+    By default, torch's SIGCHLD handler can raise anywhere in the main thread, even while the run is shutting down.
     """
     if not _in_main_thread() or _SIGCHLD is None:
         yield from loader
@@ -93,13 +93,13 @@ def iterate_loader(loader: Iterator[T]) -> Iterator[T]:
 
 @contextmanager
 def explain_failures() -> Iterator[None]:
-    """Converts a CUDA out-of-memory error or a killed worker into a one-line LlavaError."""
+    """Converts CUDA out-of-memory errors and errors about dead workers into one-line LlavaErrors."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise LlavaError(
             f"out of GPU memory ({str(error).split('. ')[0]:.100}); lower micro_batch_size or max_length, "
-            "or set gradient_checkpointing=true; llava train --plan shows what uses memory"
+            "or set gradient_checkpointing=true; run llava train --plan for a breakdown of memory use"
         ) from None
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
@@ -108,7 +108,7 @@ def explain_failures() -> Iterator[None]:
 
 
 def _in_main_thread() -> bool:
-    """Returns whether this is the main thread, the only one in which Python can set signal handlers."""
+    """Returns whether the caller runs in the main thread, the only thread that can set signal handlers in Python."""
     return threading.current_thread() is threading.main_thread()
 
 

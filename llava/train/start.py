@@ -1,4 +1,4 @@
-"""The starting point of a run: its checkpoint, which weights are trained, and the initial values of new weights."""
+"""Prepares the model for a run: opens the checkpoint, selects the trained weights, and initialises new weights."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -37,9 +37,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @advice()
 def start(recipe: Recipe, tokenizer_folder: Path) -> Checkpoint:
-    """Returns the checkpoint to start from, with the weights of a new projector listed in `missing`. Reads no weights.
+    """Returns the checkpoint to start from, with any new projector weights listed in `missing`. Reads no weights.
 
-    tokenizer_folder: where to write a tokenizer with <im_start> and <im_end> if the model's tokenizer lacks them.
+    tokenizer_folder: output folder for a tokenizer with <im_start> and <im_end>, written if the recipe uses them and
+    the model's tokenizer lacks them.
     Raises LlavaError.
     """
     checkpoint = _open(recipe)
@@ -53,7 +54,9 @@ def start(recipe: Recipe, tokenizer_folder: Path) -> Checkpoint:
     missing = tuple(name for name in shapes(config) if name not in checkpoint.tensors)
     checkpoint = replace(checkpoint, config=config, missing=missing)
     if lost := [name for name in missing if not name.startswith("projector.") and name != "newline"]:
-        raise CheckpointError(f"{checkpoint.path}: has no {lost[0]}; only a projector can be newly initialised")
+        raise CheckpointError(
+            f"{checkpoint.path}: {lost[0]} is missing; only projector weights can be newly initialised"
+        )
     check_headers(replace(checkpoint, missing=()))
     return checkpoint
 
@@ -112,7 +115,7 @@ def _image(recipe: Recipe, config: LlavaConfig) -> ImageConfig:
 
 
 def _with_tokens(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
-    """Adds the image tokens to the vocabulary. Their embedding and head rows start as the mean of existing rows."""
+    """Adds image tokens to the vocabulary, with embedding and head rows initialised to the mean of existing rows."""
     first = checkpoint.tokenizer.size
     tensors = dict(checkpoint.tensors)
     for name in ("decoder.embed.weight", "decoder.head.weight"):
@@ -124,7 +127,7 @@ def _with_tokens(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
 
 
 def _with_tokenizer_files(checkpoint: Checkpoint, folder: Path, new_tokens: Mapping[str, int]) -> Checkpoint:
-    """Adds these tokens to the tokenizer and writes it to `folder`, unless that already exists."""
+    """Adds `new_tokens` to the tokenizer and writes it to `folder`. An existing folder is used as is."""
     if not folder.is_dir():
         try:
             with new_folder(folder, 0) as partial:
@@ -176,7 +179,7 @@ def _learning(model: Llava, recipe: Recipe) -> Iterator[Tensor]:
 
 
 def row_ids(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, ...]:
-    """Returns the ids of the only tokens whose input embeddings are trained; () if all or none are trained."""
+    """If only some input embeddings are trained, returns the ids of their tokens; otherwise returns ()."""
     if "rows" not in recipe.train or ("decoder" in recipe.train and not recipe.lora_rank):
         return ()
     ids = [checkpoint.tokenizer.id_of(text) for text in ("<im_start>", "<im_end>")]
@@ -209,7 +212,7 @@ def fill(model: Llava, checkpoint: Checkpoint, recipe: Recipe, device: torch.dev
 
 
 def _initial(name: str, shape: tuple[int, ...], model: Llava, generator: torch.Generator) -> Tensor:
-    """Initialises a projector's weight or bias as torch.nn.Linear does, and the newline as LLaVA-1.6 does."""
+    """Returns initial values: as in torch.nn.Linear for a projector weight or bias, as in LLaVA-1.6 for the newline."""
     if name == "newline":
         return torch.randn(shape, generator=generator) / math.sqrt(shape[0])
     layer = model.get_submodule(name.rpartition(".")[0])

@@ -1,1 +1,1 @@
-"""The zoo: the catalogue of published LLaVA checkpoints, used to identify a folder and the base model it needs."""
+"""The zoo: a catalogue of published LLaVA checkpoints, used to identify a checkpoint and the base model it needs."""

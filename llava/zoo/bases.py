@@ -1,4 +1,4 @@
-"""Finds the base model of a LoRA, projector or delta in the catalogue, and adds it to errors about base models."""
+"""Looks up the base model of a LoRA, projector or delta in the catalogue, and adds it to base model errors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,10 @@ from llava.zoo.match import Match, known_bases, match
 
 
 def needed_base(files: CheckpointFiles, detection: Detection) -> NeededBase:
-    """Returns the base recorded in the files, as a hub id if the catalogue has it, or that of the matching entries."""
+    """Returns the base recorded in the files, as a hub id if the catalogue contains it.
+
+    If the files record no base, returns the bases of the matching catalogue entries.
+    """
     for name, where in recorded_names(files, detection.format):
         return NeededBase([known_bases().get(comparable_name(name), name)], f"{where} = {name}")
     try:
@@ -20,7 +23,7 @@ def needed_base(files: CheckpointFiles, detection: Detection) -> NeededBase:
         return NeededBase([], "its files do not say which")
     entries = found.candidates or [near for near in found.nearest if near.entry["format"] == detection.format]
     names = list(dict.fromkeys(base for near in entries if (base := catalogue.base_id(near.entry))))
-    return NeededBase(names, f"as for {_ids(entries)}" if names else "its files do not say which")
+    return NeededBase(names, f"inferred from {_ids(entries)}" if names else "its files do not say which")
 
 
 def _ids(matches: list[Match]) -> str:
@@ -30,7 +33,7 @@ def _ids(matches: list[Match]) -> str:
 
 @contextmanager
 def advice() -> Iterator[None]:
-    """Adds the base model from the catalogue to errors about a missing or wrong base that are raised inside."""
+    """Adds the base model from the catalogue to any BaseModelError raised in the block."""
     try:
         yield
     except BaseModelError as error:

@@ -1,6 +1,6 @@
-"""The catalogue of published LLaVA checkpoints, `zoo.json`, and the commands to fetch and run an entry.
+"""The catalogue of published LLaVA checkpoints, `zoo.json`, and the commands to download and use an entry.
 
-An entry has the keys of its object in zoo.json, `id` first. This module reads no checkpoints; see `match.py`.
+An entry is a JSON object from zoo.json. This module does not read checkpoints; `match.py` compares them with entries.
 """
 
 import difflib
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from llava.errors import ConfigError
 
 Entry = Mapping[str, Any]
-OTHERS = "Not in the zoo's tables"  # heading for entries that are in no table
+OTHERS = "Not in the zoo's tables"  # heading for entries not listed in any table
 _DATA = ("pretrain_data", "finetune_data")
 
 
@@ -26,7 +26,7 @@ def _catalogue() -> dict[str, Any]:
 
 
 def entries() -> list[dict[str, Any]]:
-    """Returns the entries in the zoo's tables, in order, then those that are in none of the tables."""
+    """Returns all entries: first those in the zoo's tables, in table order, then those not listed in any table."""
     return [*_catalogue()["entries"], *_catalogue()["extra_entries"]]
 
 
@@ -37,7 +37,7 @@ def select(
     vision_encoder: str | None = None,
     data: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Returns the entries whose cells contain the given texts, ignoring case."""
+    """Returns the entries whose fields contain the given strings, ignoring case. None matches every entry."""
 
     def fits(entry: Entry) -> bool:
         encoder = entry.get("vision_encoder") or entry.get("vision_tower")
@@ -56,7 +56,7 @@ def _holds(cells: Iterable[str | None], text: str | None) -> bool:
 
 
 def find(name: str) -> dict[str, Any]:
-    """Finds an entry by its id or its id's last component. Raises ConfigError, with similar ids in the message."""
+    """Finds an entry by its id or the last component of its id. Raises ConfigError unless exactly one entry matches."""
     names = {entry["id"]: entry for entry in entries()}
     if name in names:
         return names[name]
@@ -65,22 +65,22 @@ def find(name: str) -> dict[str, Any]:
     if len(found) == 1:
         return found[0]
     if found:
-        raise ConfigError(f"{name}: several entries have this name: {', '.join(entry['id'] for entry in found)}")
+        raise ConfigError(f"{name}: ambiguous; specify one of {', '.join(entry['id'] for entry in found)}")
     near = [id for id in names if wanted and wanted in id.lower()][:5]
     shorts = {short: id for id in names for short in (id.lower(), *_short(id.lower()))}
     near = near or list(dict.fromkeys(shorts[hit] for hit in difflib.get_close_matches(wanted, shorts, 4, 0.5)))
-    hint = f"similar: {', '.join(near)}" if near else "llava zoo lists all of them"
+    hint = f"similar ids: {', '.join(near)}" if near else "run llava zoo to list all entries"
     raise ConfigError(f"{name}: no such entry in the zoo; {hint}")
 
 
 def _short(id: str) -> list[str]:
-    """The last component of an id; for a file in a repository, with and without its suffix."""
+    """Returns the last component of an id, with and without the suffix .bin."""
     last = re.split("[/#]", id)[-1]
     return [last, last.removesuffix(".bin")]
 
 
 class Table(NamedTuple):
-    """One of the zoo's tables. Each line is an id followed by the cells of its row."""
+    """One of the zoo's tables. Each line consists of an entry's id and the cells of its row."""
 
     title: str
     columns: list[str]
@@ -88,7 +88,7 @@ class Table(NamedTuple):
 
 
 def tables(chosen: Iterable[Entry]) -> Iterator[Table]:
-    """Groups the chosen entries by the newest table that lists them; entries in no table come last."""
+    """Groups the chosen entries by the newest table that lists them; unlisted entries come last."""
     groups: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
     for entry in chosen:
         rows = entry.get("source_rows")
@@ -101,7 +101,7 @@ def tables(chosen: Iterable[Entry]) -> Iterator[Table]:
 
 
 def _outside(entry: Entry) -> dict[str, Any]:
-    """Returns the cells for an entry that is in no table."""
+    """Returns the cells for an entry that is not listed in any table."""
     return {
         "Format": entry["format"],
         "Size": entry.get("size") or find(entry["reexport_of"])["size"],
@@ -119,15 +119,15 @@ def _text(cell: Any) -> str:
 
 
 def origin(entry: Entry) -> Entry:
-    """Returns the entry that a re-export was made from; for any other entry, the entry itself."""
+    """Returns the original of a re-exported entry. Any other entry is returned unchanged."""
     return find(entry["reexport_of"]) if "reexport_of" in entry else entry
 
 
 def base_id(entry: Entry) -> str | None:
-    """Returns the hub id of the base that the entry needs, or None if it needs none.
+    """Returns the hub id of the base model that the entry needs, or None if no base is needed.
 
-    For a base under Meta's licence, this is a repository with the base in the hub's format. Vicuna v0 was published
-    only as a delta, so its id is that of the delta.
+    For a base under Meta's licence, the id refers to a repository with the base in Hugging Face format. Vicuna v0 was
+    published only as a delta, so the id of the delta is returned.
     """
     named = entry.get("base_llm_repo")
     if not named:
@@ -140,10 +140,10 @@ def base_id(entry: Entry) -> str | None:
 
 
 def base_words(entry: Entry) -> str | None:
-    """Describes the base; for a delta, where a wrong base is a common mistake, with a warning."""
+    """Describes the base model that the entry needs, or returns None. For a delta, the text warns against Vicuna."""
     id = base_id(entry)
     if entry["format"] == "delta":
-        return f"the raw LLaMA-1 {entry['size'].upper()} in the hub's format (e.g. {id}; not Vicuna)"
+        return f"the raw LLaMA-1 {entry['size'].upper()} in Hugging Face format (e.g. {id}; not Vicuna)"
     return id
 
 
@@ -160,11 +160,11 @@ def licence(entry: Entry) -> str:
     return ": ".join([f"{_NO_DETAILS}, {start['base_llm']}", *list(notes)[:1]])
 
 
-_NO_DETAILS = "base LLM licence"  # a note without details
+_NO_DETAILS = "base LLM licence"  # placeholder note without details
 
 
 def _model(entry: Entry) -> str:
-    """Returns the language model's name without its size."""
+    """Returns the normalised name of the language model, without its size."""
     return (
         re.sub(r"[^a-z0-9.]|\d+b\b", "", str(entry["base_llm"]).lower().replace("-", " "))
         if "base_llm" in entry
@@ -173,13 +173,13 @@ def _model(entry: Entry) -> str:
 
 
 def tower(entry: Entry) -> str | None:
-    """Returns the hub id of the vision tower that the entry needs, or None if its own files contain the tower."""
+    """Returns the hub id of the vision tower that the entry needs, or None if the entry includes the tower."""
     inside = entry["format"] == "hf-reexport" or entry.get("vision_tower_in_checkpoint") is True
     return None if inside else entry["vision_tower"]
 
 
 def commands(entry: Entry) -> list[tuple[str, str]]:
-    """Returns (purpose, command) pairs to fetch and use the entry; purposes: fetch, base, merge, ask and convert."""
+    """Returns (purpose, command) pairs to fetch and use the entry. Purposes: fetch, base, merge, ask, convert."""
     repo, file = entry.get("repo", entry["id"].split("#")[0]), entry.get("file")
     folder = repo.split("/")[-1]
     given = f"{folder}/{file}" if file else folder
@@ -198,7 +198,7 @@ def commands(entry: Entry) -> list[tuple[str, str]]:
 
 
 def _base_commands(entry: Entry, lines: list[tuple[str, str]]) -> tuple[str | None, list[tuple[str, str]]]:
-    """Returns the folder to pass as base, and `lines` extended with the commands that create that folder."""
+    """Returns the folder to pass as --base, and `lines` extended by the commands that create this folder."""
     id = base_id(entry)
     if id is None:
         return None, lines

@@ -1,6 +1,6 @@
-"""The facts that distinguish published checkpoints: sizes from tensors, the rest from config and tokenizer.
+"""Facts that distinguish published checkpoints: sizes come from tensors, other facts from config and tokenizer.
 
-Names recorded inside files count as evidence; the folder's own name is never used.
+Names recorded inside files count as evidence; the name of the folder is never used.
 """
 
 import re
@@ -18,20 +18,20 @@ from llava.tensors.keymap import Rule, plan
 
 
 class Fact(NamedTuple):
-    """One fact about a checkpoint, and the evidence for it."""
+    """One fact about a checkpoint and the evidence for it."""
 
     value: Any
     evidence: str
 
 
 Fingerprint = dict[str, Fact]  # name of the fact -> fact
-# Our names of formats -> the catalogue's, where they differ
+# Our format name -> the catalogue's format name, where they differ
 ZOO_FORMATS = {"llava": "merged", "mpt": "merged", "llava-hf": "hf-reexport"}
 SIZES = ("layers", "width", "key/value heads", "vocabulary", "image size", "rank")
 
 
 def fingerprint(files: CheckpointFiles, detection: Detection) -> Fingerprint:
-    """Collects all facts that the files show."""
+    """Collects all facts that can be determined from the files."""
     format = FORMATS.get(detection.format)
     config = format.published_config(files) if format else files.config
     shapes = _shapes(files, detection.format)
@@ -43,7 +43,7 @@ def fingerprint(files: CheckpointFiles, detection: Detection) -> Fingerprint:
 
 
 def _shapes(files: CheckpointFiles, format: str) -> Shapes:
-    """Returns shapes under our names, from all weight files of the checkpoint."""
+    """Returns tensor shapes keyed by our names, from all weight files of the checkpoint."""
     reader = FORMATS.get(format)
     rules = reader.rules() if reader and reader.reads and not reader.needs_base else llava.RULES
     found = _planned(files.weights, {name: name for name in files.weights}, rules)
@@ -56,7 +56,7 @@ def _shapes(files: CheckpointFiles, format: str) -> Shapes:
 
 
 def _without_prefixes(names: Iterable[str]) -> dict[str, str]:
-    """Maps names in the llava key table to names in the file of a projector or LoRA."""
+    """Maps names in the llava key table to names in a projector or LoRA file."""
     known = ((name, re.search(r"mm_projector\..+|embed_tokens\.weight", name)) for name in names)
     return {f"model.{match[0]}": name for name, match in known if match}
 
@@ -70,7 +70,7 @@ def _planned(weights: Weights, names: Mapping[str, str], rules: Iterable[Rule]) 
 
 
 def _decoder(config: Mapping[str, Any], shapes: Shapes, format: str) -> Fingerprint:
-    """Returns the sizes of the language model, from tensor shapes if possible, else from config."""
+    """Returns the facts about the language model; sizes come from tensor shapes if possible, else from config.json."""
     found: Fingerprint = {}
     layers = {int(match[1]) for name in shapes if (match := re.match(r"decoder\.blocks\.(\d+)\.", name))}
     _add(found, "layers", max(layers) + 1 if layers else None, "tensors", config, "num_hidden_layers", "n_layers")
@@ -89,7 +89,7 @@ def _decoder(config: Mapping[str, Any], shapes: Shapes, format: str) -> Fingerpr
         key = "model_type" if "model_type" in config else "n_layers"
         found["architecture"] = Fact("mpt" if mpt else "llama", f"config.json: {key} = {config[key]}")
     table = shapes.get("decoder.embed.weight")
-    rows = table[0] if table and format != "projector" else None  # a projector has only the rows of new tokens
+    rows = table[0] if table and format != "projector" else None  # a projector contains only rows of new tokens
     _add(found, "vocabulary", rows, "tensors", config, "vocab_size")
     if format == "projector":
         text = f"{'' if table else 'no '}embeddings of <im_start>, <im_end> in the projector file"
@@ -98,7 +98,7 @@ def _decoder(config: Mapping[str, Any], shapes: Shapes, format: str) -> Fingerpr
 
 
 def _add(found: Fingerprint, name: str, shown: Any, where: str, config: Mapping[str, Any], *keys: str) -> None:
-    """Adds a fact: `shown` if it is not None, else the value of the first of `keys` that config.json has."""
+    """Adds a fact: `shown` if it is not None, else the value of the first of `keys` that is set in config.json."""
     if shown is not None:
         found[name] = Fact(shown, f"{where}: {name} {shown}")
         return
@@ -109,7 +109,7 @@ def _add(found: Fingerprint, name: str, shown: Any, where: str, config: Mapping[
 
 
 def _vision(config: Mapping[str, Any], shapes: Shapes) -> Fingerprint:
-    """Returns the facts about projector, vision tower and image options."""
+    """Returns the facts about the projector, vision tower and image options."""
     found: Fingerprint = {}
     layers = [name for name in shapes if name.startswith("projector.") and name.endswith(".weight")]
     if layers:
@@ -129,7 +129,7 @@ def _vision(config: Mapping[str, Any], shapes: Shapes) -> Fingerprint:
 
 
 def _image_size(config: Mapping[str, Any], shapes: Shapes) -> Fact | None:
-    """Returns the tower's image size in pixels, from its own tensors, else from its name in config.json."""
+    """Returns the tower's image size in pixels, from its tensors if possible, else from its name in config.json."""
     patch, positions = shapes.get("vision.patch.weight"), shapes.get("vision.pos")
     if patch and positions:
         pixels = round((positions[0] - 1) ** 0.5) * patch[-1]
@@ -164,7 +164,7 @@ def _lora(folder: Path) -> Fingerprint:
 
 
 def _tokens(folder: Path) -> Fingerprint:
-    """Returns the tokens added to the vocabulary, if the checkpoint has a tokenizer."""
+    """Returns the tokens added to the vocabulary, if the checkpoint contains a tokenizer."""
     if not any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         return {}
     decoder = _json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
@@ -178,14 +178,14 @@ def _tokens(folder: Path) -> Fingerprint:
 
 
 def _recorded(files: CheckpointFiles, format: str) -> Fingerprint:
-    """Returns the name of the base recorded in the checkpoint, if any."""
+    """Returns the base model name recorded in the checkpoint, if any."""
     for name, where in recorded_names(files, format):
         return {"base": Fact(name, f"{where} = {name}")}
     return {}
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """Reads a JSON object; {} if the file is missing or broken, which is reported elsewhere."""
+    """Reads a JSON object. Returns {} if the file is missing or broken; such errors are reported elsewhere."""
     try:
         return read_json(file)
     except CheckpointError:

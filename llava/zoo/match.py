@@ -1,4 +1,4 @@
-"""Finds the catalogue entries that a checkpoint may be, by comparing its fingerprint with every entry."""
+"""Finds the catalogue entries that match a checkpoint by comparing its fingerprint with every entry."""
 
 import re
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ _NUMBERS = {"positions": "max_position_embeddings", "eps": "rms_norm_eps", "voca
 
 @dataclass(frozen=True)
 class Match:
-    """The result of comparing an entry with a checkpoint: evidence that agrees, and descriptions of differences."""
+    """Result of comparing an entry with a checkpoint: evidence of agreement, and a description of each difference."""
 
     entry: Entry
     agrees: list[str]
@@ -39,13 +39,13 @@ class Match:
 
     @property
     def same_family(self) -> bool:
-        """Whether only sizes differ."""
+        """Whether the checkpoint differs from the entry only in sizes."""
         return set(self.differs) <= set(SIZES)
 
 
 @dataclass(frozen=True)
 class Matches:
-    """A checkpoint's fingerprint, and the entries it may be, likeliest first; if there are none, the nearest."""
+    """A checkpoint's fingerprint and the matching entries, most likely first; without matches, the nearest entries."""
 
     fingerprint: Fingerprint
     candidates: list[Match]
@@ -53,7 +53,7 @@ class Matches:
 
     @property
     def family(self) -> list[Match]:
-        """The candidates, or else those nearest entries that differ only in sizes, as for a scaled-down model."""
+        """The candidates; without any, the nearest entries that differ only in sizes, e.g. for a scaled-down model."""
         return self.candidates or [near for near in self.nearest if near.same_family]
 
 
@@ -87,10 +87,10 @@ def _compare(found: Fingerprint, entry: Entry) -> Match:
 
 
 def _equal(name: str, value: Any, wanted: Any) -> bool | None:
-    """Compares two values; None if that is inconclusive, as for a base recorded as the path of an unknown folder."""
+    """Compares two values. Returns None if inconclusive, e.g. for a base recorded as the path of an unknown folder."""
     if name == "base":
         known = comparable_name(str(value))
-        # a known base, or a hub id rather than the path of a local folder
+        # a mismatch is conclusive only for a known base or a hub id, not for a local path
         other = known in known_bases() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(value))
         return known == comparable_name(wanted) or (False if other else None)
     if name == "added tokens":
@@ -99,12 +99,12 @@ def _equal(name: str, value: Any, wanted: Any) -> bool | None:
 
 
 def known_bases() -> dict[str, str]:
-    """Returns the hub ids of the language models that entries were trained from, by comparable name."""
+    """Returns comparable name -> hub id for all language models that entries were trained from."""
     return {comparable_name(base): base for entry in catalogue.entries() if (base := trained_from(entry))}
 
 
 def licence_of_base(name: str) -> str | None:
-    """Returns the licence note of a recorded base, or None if no entry was trained from it."""
+    """Returns the licence note of the base model called `name`, or None if no entry was trained from it."""
     entries = (
         entry for entry in catalogue.entries() if comparable_name(trained_from(entry) or "") == comparable_name(name)
     )
@@ -118,7 +118,7 @@ def trained_from(entry: Entry) -> str | None:
 
 
 def entry_fingerprint(entry: Entry) -> dict[str, Any]:
-    """Returns the facts that an entry states, under the names that `fingerprint` uses; unstated facts are absent."""
+    """Returns the facts recorded in an entry, keyed as in `fingerprint`. Facts that are not recorded are omitted."""
     start = catalogue.origin(entry)
     rows: dict[str, Any] = {"format": entry["format"]} | _sizes(start)
     for name, key in _NUMBERS.items():
@@ -147,7 +147,7 @@ def _pixels(entry: Entry) -> int:
 
 
 def _own(entry: Entry) -> dict[str, Any]:
-    """Returns further facts about an entry in one of the original formats."""
+    """Returns additional facts about an entry in one of the original formats."""
     rows: dict[str, Any] = {"image size": _pixels(entry)}
     if "image_aspect_ratio" in entry:
         aspect = entry["image_aspect_ratio"]

@@ -207,5 +207,5 @@ def test_the_commands_take_adapters(folders: dict[str, Path]) -> None:
     said = talk.stdout.split("\n")
     assert (asked[0], asked[1]) == (said[0] + "\n", said[3] + "\n")
     assert "available: cats, dogs" in talk.stdout
-    assert "no adapter is named 'birds'; available: cats, dogs" in talk.stderr
+    assert "unknown adapter 'birds'; available: cats, dogs" in talk.stderr
     assert_one_line_error(run("ask", *options, "--adapter", "cats", "Hello"), "NAME=FOLDER")

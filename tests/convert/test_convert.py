@@ -43,5 +43,5 @@ def test_a_target_may_be_a_link(dangling: bool, clip: Path, base: Path, tmp_path
 
 def test_a_target_that_is_a_file_has_its_own_error(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "out").touch()
-    with pytest.raises(llava.LlavaError, match="is a file; name a folder"):
+    with pytest.raises(llava.LlavaError, match="is a file; specify the path of a folder"):
         convert(checkpoint, tmp_path / "out")

@@ -42,7 +42,7 @@ def test_a_tower_of_unpublished_sizes_is_copied(raw: Path, clip: Path, tmp_path:
 
 
 def test_a_model_without_vision_has_no_projector_to_extract(raw: Path, tmp_path: Path) -> None:
-    assert_one_line_error(run("extract-projector", raw, tmp_path / "p"), "and no projector")
+    assert_one_line_error(run("extract-projector", raw, tmp_path / "p"), "but no projector")
     assert not (tmp_path / "p").exists()
 
 

@@ -199,7 +199,7 @@ def test_a_value_beyond_float16_is_refused_and_not_written_as_inf(raw: Path, cli
     tensors = {name: tensor.float() for name, tensor in stored(whole).items()}
     tensors["model.mm_projector.0.bias"][0] = 1e6
     torch.save(tensors, whole / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"mm_projector\.0\.bias: has values above 65504"):
+    with pytest.raises(CheckpointError, match=r"mm_projector\.0\.bias: has values outside the float16 range"):
         make_delta(whole, raw, tmp_path / "delta", file_type="bin")
     assert not (tmp_path / "delta").exists()
 
@@ -274,14 +274,14 @@ def test_nan_in_a_delta_leaves_no_files(raw: Path, clip: Path, tmp_path: Path) -
 def test_an_incomplete_projector_is_refused(raw: Path, lora: Path, clip: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(lora, tmp_path / "lora")
     (broken / "non_lora_trainables.bin").unlink()
-    with pytest.raises(CheckpointError, match=r"have no projector\.0\.weight"):
+    with pytest.raises(CheckpointError, match=r"projector\.0\.weight is missing"):
         merge_lora(tiny.write_llama(tmp_path / "vicuna"), tmp_path / "t", broken)
     delta = tiny.write_delta(tmp_path / "delta", clip=clip, **tiny.LLAMA_1)
     tensors = {name: value for name, value in stored(delta).items() if "mm_projector.2.bias" not in name}
     for file in delta.glob("pytorch_model*"):
         file.unlink()
     torch.save(tensors, delta / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"have no projector\.2\.bias"):
+    with pytest.raises(CheckpointError, match=r"projector\.2\.bias is missing"):
         apply_delta(raw, tmp_path / "t", delta)
     assert not (tmp_path / "t").exists()
 

@@ -46,7 +46,7 @@ def test_a_killed_run_is_resumed(raw: Path, delta: Path, tmp_path: Path, how: si
     left = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.safetensors")}
     assert len(left) >= 2
     # a run with other inputs or options does not resume it
-    with pytest.raises(CheckpointError, match="beginning of another job"):
+    with pytest.raises(CheckpointError, match="partial output of another job"):
         apply_delta(raw, target, delta, MergeOptions(max_shard_bytes=40_000))
     done = apply_delta(raw, target, delta, MergeOptions(max_shard_bytes=30_000, verify=True))
     assert done.taken_over >= 2
@@ -157,7 +157,7 @@ def test_shards_of_a_forced_run_are_not_taken_over_without_force(raw: Path, clip
 
     with pytest.raises(KeyboardInterrupt):
         apply_delta(raw, tmp_path / "t", delta, MergeOptions(force=True, max_shard_bytes=30_000), progress=stop)
-    with pytest.raises(CheckpointError, match="beginning of another job"):
+    with pytest.raises(CheckpointError, match="partial output of another job"):
         apply_delta(raw, tmp_path / "t", delta, MergeOptions(max_shard_bytes=30_000))
 
 

@@ -193,7 +193,7 @@ def test_anyres_tiles_are_counted_by_picture_size(clip: Path, tmp_path: Path) ->
     )
     assert report.tokens is not None
     assert report.tokens.total == len(whole.ids)
-    with pytest.raises(DataError, match="give the pictures"):
+    with pytest.raises(DataError, match="specify the location of the pictures"):
         check(file, measure=measure, workers=0)
 
 
@@ -228,9 +228,9 @@ def test_a_copy_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "a.tar", webdataset(LCS))
     for data, out, message in (
         (file, file, "already exists"),
-        (file, tmp_path / "absent" / "out.json", "its folder does not exist"),
+        (file, tmp_path / "absent" / "out.json", "the parent folder does not exist"),
         (tar, tmp_path / "out.json", "--fix cannot write tars"),
-        (write_lines(tmp_path / "bad.jsonl", ["x"]), tmp_path / "out.json", "no sample would be left"),
+        (write_lines(tmp_path / "bad.jsonl", ["x"]), tmp_path / "out.json", "no samples would remain"),
     ):
         with pytest.raises(DataError, match=message):
             check(data, fix=out, workers=0)

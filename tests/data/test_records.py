@@ -38,7 +38,7 @@ BAD_FILES: dict[str, tuple[str | bytes, str]] = {
     "cut-off": (json.dumps(MIX)[:-40], r"truncated after 7 samples, at character \d+"),
     "cut-between": ("[" + json.dumps(LCS[0]) + ",", "truncated after 1 samples"),
     "no-comma": (f"[{json.dumps(LCS[0])} {json.dumps(LCS[1])}]", r"after 1 samples.*found '\{', expected , or \]"),
-    "trailing-text": (json.dumps(LCS) + "x", "more text after the end of the array"),
+    "trailing-text": (json.dumps(LCS) + "x", "unexpected text after the end of the array"),
     "empty-list": ("[]", "contains no samples"),
     "empty": ("", "contains no samples"),
     "a-dictionary": (json.dumps({"images": [], "annotations": {}}, indent=1), "neither a JSON array nor JSON lines"),

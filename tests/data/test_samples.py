@@ -95,12 +95,15 @@ BAD_SAMPLES: dict[str, tuple[Any, str]] = {
     "a list": ([], "expected an object"),
     "a number": (float("nan"), "found nan; expected an object"),
     "no conversations": ({"id": "x"}, r"\(id x\): conversations is None"),
-    "empty conversations": ({"id": "x", "conversations": []}, r"conversations is \[\]; expected a list of turns"),
+    "empty conversations": (
+        {"id": "x", "conversations": []},
+        r"conversations is \[\]; expected a non-empty list of turns",
+    ),
     "conversations as text": ({"id": "x", "conversations": "q"}, "conversations is 'q'"),
     "id": ({"id": ["x"], "conversations": GOOD}, r"the id is \['x'\]"),
     "id NaN": ({"id": float("nan"), "conversations": GOOD}, "the id is nan"),
-    "image NaN": ({"id": "x", "image": float("nan"), "conversations": GOOD}, "image is nan; expected a name"),
-    "image empty": ({"id": "x", "image": "", "conversations": GOOD}, "image is ''; expected a name"),
+    "image NaN": ({"id": "x", "image": float("nan"), "conversations": GOOD}, "image is nan; expected a picture name"),
+    "image empty": ({"id": "x", "image": "", "conversations": GOOD}, "image is ''; expected a picture name"),
     "images": ({"id": "x", "image": ["a.jpg", 3], "conversations": GOOD}, r"image is \['a\.jpg', 3\]"),
     "role": ({"id": "x", "conversations": [{"from": "bot", "value": "q"}]}, "turn 1 is .*expected"),
     "roles of another format": (
@@ -136,7 +139,7 @@ def test_a_wrong_location_of_pictures_is_refused(tmp_path: Path) -> None:
         Samples([tar], tmp_path)
     with pytest.raises(DataError, match="contains no samples"):
         Samples([write_tar(tmp_path / "b.tar", {"a.jpg": b""})], None)
-    with pytest.raises(DataError, match=r"a folder without \.tar files"):
+    with pytest.raises(DataError, match=r"folder contains no \.tar files"):
         Samples([write_folder(tmp_path / "c", {"a.json": b"[]"})], None)
     with pytest.raises(DataError, match="no location given for the pictures"):
         Samples([write_json(tmp_path / "d.json", LCS)], None).picture("a.jpg")

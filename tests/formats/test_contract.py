@@ -43,6 +43,7 @@ def test_every_format_is_readable_or_writable_and_has_a_small_checkpoint() -> No
         assert name == format.name
         assert format.reads or format.writes or name == "clip"
         assert not (format.writes and format.needs_base)
+        assert format.rules()
     assert set(tiny.WHOLE) | set(WRITTEN) >= set(WHOLE)
     assert set(tiny.PARTS) == set(PARTS)
 
@@ -141,6 +142,13 @@ def test_gpt_fast_has_the_names_shapes_and_row_order_that_its_loader_expects(tmp
     assert torch.equal(found["layers.1.attention.wqkv.weight"], expected)
     assert torch.equal(found["layers.0.feed_forward.w2.weight"], hub["model.layers.0.mlp.down_proj.weight"])
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
+
+
+@pytest.mark.parametrize(("name", "reader"), [("gguf", "llama.cpp"), ("gpt-fast", "gpt-fast")])
+def test_a_folder_in_a_format_that_is_only_written_says_who_reads_it(name: str, reader: str, tmp_path: Path) -> None:
+    convert(tiny.write_llama(tmp_path / "llama"), tmp_path / "out", to=name)
+    with pytest.raises(llava.CheckpointError, match=f"is an export for {reader}, which llava cannot load"):
+        opened(tmp_path / "out")
 
 
 def test_gguf_rounds_to_float16_and_no_further(clip: Path, tmp_path: Path) -> None:

@@ -233,7 +233,7 @@ def test_a_changed_byte_is_noticed(checkpoint: Path, written: Path, tmp_path: Pa
     [
         ({"mm_projector_type": "linear"}, "linear layer as its projector"),
         ({"mm_projector_type": "mlp3x_gelu"}, "3 layers as its projector"),
-        ({"mm_vision_select_feature": "cls_patch"}, "class token among the features"),
+        ({"mm_vision_select_feature": "cls_patch"}, "class token in its image features"),
         ({"mm_use_im_start_end": True}, "<im_start>"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
     ],
@@ -257,7 +257,7 @@ def test_a_tokenizer_that_may_be_read_in_another_way_is_refused(tmp_path: Path) 
     (model / "tokenizer.model").unlink()
     tiny.write_neox_tokenizer(model)
     tiny.edit_json(model / "tokenizer.json", pre_tokenizer={"type": "Whitespace"})
-    with pytest.raises(CheckpointError, match="add the base model's tokenizer"):
+    with pytest.raises(CheckpointError, match="put the base model's tokenizer"):
         convert(model, tmp_path / "out", to="gguf")
 
 
@@ -328,5 +328,5 @@ def test_a_tokenizer_whose_pieces_are_no_utf8_is_refused_in_one_line(tmp_path: P
 
 
 def test_a_gguf_is_no_input_and_the_line_says_so(written: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"written but not read; give the checkpoint it was made from"):
+    with pytest.raises(CheckpointError, match=r"written but not read; use the checkpoint that it was converted from"):
         convert(written / MODEL, tmp_path / "out")

@@ -240,7 +240,7 @@ def test_the_report_lists_renamed_padded_and_omitted_tensors(
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"mm_projector_type": "linear"}, "its projector has 1 layers"),
+        ({"mm_projector_type": "linear"}, "projector depth is 1"),
         ({"mm_use_im_start_end": True, "added": ("<im_start>", "<im_end>")}, "puts <im_start> and <im_end>"),
     ],
 )

@@ -131,6 +131,14 @@ def test_a_lora_whose_start_changed_its_base_is_refused(start: str, lora: Path, 
     assert opened(lora, base=base).format == "lora"
 
 
+def test_inspect_reads_what_it_can_of_a_lora_without_its_base(lora: Path) -> None:
+    assert describe(lora).template is None
+    tiny.edit_json(lora / "config.json", llava_template="vicuna_v1")
+    assert describe(lora).template == "vicuna_v1"
+    (lora / "adapter_config.json").write_text("{")
+    assert describe(lora).kind == "lora"
+
+
 def test_inspect_describes_what_a_lora_needs_and_with_its_base_the_resulting_model(lora: Path, base: Path) -> None:
     alone, whole = describe(lora), describe(lora, LoadOptions(base=str(base)))
     assert alone.base == "lmsys/vicuna-13b-v1.3"
@@ -293,6 +301,12 @@ def test_without_an_extra_file_the_projector_is_the_llavas_below(lora: Path, che
             assert torch.equal(found.tensors[name].read(), source.read()), name
 
 
+def test_a_lora_on_a_language_model_without_its_projector_is_refused(lora: Path, base: Path) -> None:
+    (lora / "non_lora_trainables.bin").unlink()
+    with pytest.raises(llava.CheckpointError, match=r"4 tensors are missing \(the first is model.mm_proj"):
+        llava.load(lora, base=base)
+
+
 def test_types_may_differ_and_the_sum_is_of_the_bases(lora: Path, base: Path) -> None:
     found = opened(lora, base=base)
     assert found.config.dtype == "float16"
@@ -339,4 +353,4 @@ def test_peft_reads_ranks_factors_and_saved_modules_alike(base: Path, tmp_path: 
 def test_an_alpha_pattern_that_is_no_pattern_is_refused(lora: Path, base: Path) -> None:
     for key in ("(", "(?i)up_proj"):
         tiny.edit_json(lora / "adapter_config.json", alpha_pattern={key: 4})
-        assert f"alpha_pattern: {key!r}" in refused(lora, base=base)
+        assert f"alpha_pattern key {key!r}" in refused(lora, base=base)

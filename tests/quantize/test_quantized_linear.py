@@ -78,7 +78,7 @@ def test_saving_and_loading_keeps_every_bit(method: Method, linear: nn.Linear, t
 
 
 def test_a_layer_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(ConfigError, match="99 weights, not a multiple of the block size of 64"):
+    with pytest.raises(ConfigError, match="99 weights, which is not a multiple of the block size 64"):
         NF4Linear.from_linear(nn.Linear(9, 11, bias=False))
     with pytest.raises(ConfigError, match="has a bias"):
         NF4Linear.from_linear(nn.Linear(8, 8))

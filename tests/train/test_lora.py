@@ -311,5 +311,5 @@ def test_a_matrix_that_does_not_fill_whole_blocks_is_refused(assets: Assets, tmp
         num_key_value_heads=2,
         intermediate_size=10,
     )
-    with pytest.raises(ConfigError, match="block size of 64"):
+    with pytest.raises(ConfigError, match="block size 64"):
         train(recipe(assets, tmp_path / "run", **LORA, model=str(model), quantize_base="nf4"), device="cpu")

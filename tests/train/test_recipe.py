@@ -433,7 +433,7 @@ def test_the_shipped_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> N
     [
         (["llava-v1.5/finetune_lora"], ["llava-v1.5/finetune-lora", "finetune_lora"]),
         (["mine.toml"], ["mine.toml"]),
-        (["llava-v1.5/finetune", "--set", "learning_rate=1"], ["'learning_rate'", "nearest"]),
+        (["llava-v1.5/finetune", "--set", "learning_rate=1"], ["'learning_rate'", "closest"]),
         (["llava-v1.5/finetune", "--set", "epoch=3"], ["'epoch'", "'epochs'"]),
         (["llava-v1.5/finetune", "--set", "epochs"], ["epochs", "key=value"]),
     ],
@@ -450,8 +450,8 @@ def test_the_command_refuses_in_one_line(
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ("global_batch_siz=3", "nearest is 'global_batch_size'"),
-        ("vision_tour=x", "nearest is 'vision_tower'"),
+        ("global_batch_siz=3", "closest key is 'global_batch_size'"),
+        ("vision_tour=x", "closest key is 'vision_tower'"),
         ("global_batch_size=many", "global_batch_size is 'many'; expected int"),
         ("global_batch_size=1.5", "global_batch_size is 1.5; expected int"),
         ("global_batch_size=true", "global_batch_size is True; expected int"),
@@ -513,5 +513,5 @@ def test_a_toml_file_is_a_recipe(tmp_path: Path) -> None:
     file.write_text("model = a")
     with pytest.raises(ConfigError, match="not valid TOML"):
         read_recipe(str(file))
-    with pytest.raises(ConfigError, match="nearest is 'projector_lr'"):
+    with pytest.raises(ConfigError, match="closest key is 'projector_lr'"):
         recipe_from({"model": "a", "data": "b", "projector_lrr": 1}, "here")

@@ -107,7 +107,7 @@ def test_a_damaged_checkpoint_is_named(finished: Recipe) -> None:
     last = max((out / "checkpoints").glob("step-*"))
     file = next(last.glob("*.distcp"))
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(CheckpointError, match=f"{last.name}.*remove it") as raised:
+    with pytest.raises(CheckpointError, match=f"{last.name}.*remove this checkpoint") as raised:
         train(finished, device="cpu")
     assert "\n" not in str(raised.value)
 

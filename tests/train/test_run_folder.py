@@ -33,13 +33,23 @@ def test_a_finished_run_is_reported_and_left_unchanged(finished: Recipe, caplog:
 )
 def test_another_recipe_in_the_same_folder_is_refused(finished: Recipe, changes: dict[str, Any], key: str) -> None:
     shutil.rmtree(Path(finished.output_dir) / "model")
-    with pytest.raises(ConfigError, match=f"different {key}; set output_dir="):
+    with pytest.raises(ConfigError, match=f"differs in {key}; set output_dir="):
         train(replace(finished, **changes), device="cpu")
 
 
 def test_a_finished_run_of_another_recipe_is_refused(finished: Recipe) -> None:
-    with pytest.raises(ConfigError, match="different lr; set output_dir="):
+    with pytest.raises(ConfigError, match="differs in lr; set output_dir="):
         train(replace(finished, lr=3e-3), device="cpu")
+
+
+def test_a_start_that_failed_does_not_claim_the_folder(assets: Assets, tmp_path: Path) -> None:
+    mistaken = recipe(assets, tmp_path / "run", model="no/such/model", lr=5e-3)
+    with pytest.raises(LlavaError, match="no/such/model"):
+        train(mistaken, device="cpu")
+    (tmp_path / "run" / "tokenizer").mkdir()  # as a start with new tokens leaves it
+    train(recipe(assets, tmp_path / "run", max_steps=1), device="cpu")
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["model"] == str(assets.llava)
+    assert not (tmp_path / "run" / "tokenizer").exists()
 
 
 def test_changed_data_at_the_same_path_is_refused(assets: Assets, tmp_path: Path) -> None:
@@ -50,7 +60,7 @@ def test_changed_data_at_the_same_path_is_refused(assets: Assets, tmp_path: Path
     shutil.rmtree(tmp_path / "run" / "model")
     (tmp_path / "data.json").write_text(json.dumps(samples[:-1]))
     with pytest.raises(
-        ConfigError, match=f"started on {len(samples)} samples, but its data now contains {len(samples) - 1}"
+        ConfigError, match=f"started with {len(samples)} samples, but its data files now contain {len(samples) - 1}"
     ):
         train(asked, device="cpu")
 
@@ -59,9 +69,9 @@ def test_a_folder_with_other_files_is_refused_and_not_touched(assets: Assets, tm
     thesis = tmp_path / "run" / "model" / "thesis.txt"
     thesis.parent.mkdir(parents=True)
     thesis.write_text("mine")
-    with pytest.raises(ConfigError, match=r"not the folder of a run; set output_dir="):
+    with pytest.raises(ConfigError, match=r"not a run folder; set output_dir="):
         train(recipe(assets, tmp_path / "run"), device="cpu")
-    with pytest.raises(ConfigError, match=r"not the folder of a run; set output_dir="):
+    with pytest.raises(ConfigError, match=r"not a run folder; set output_dir="):
         train(recipe(assets, thesis), device="cpu")
     with pytest.raises(LlavaError, match="cannot be written"):
         train(recipe(assets, Path("/proc/run")), device="cpu")
