@@ -71,7 +71,7 @@ def choose_template(
         return TemplateChoice("mpt", "model_type is llava_mpt")
     if decoder and decoder.kind == "mpt" and config.get("mm_vision_tower"):
         return TemplateChoice("mpt", "an MPT decoder, and LLaVA's keys in config.json")
-    if decoder and is_mistral(decoder):
+    if decoder and format != "internlm2" and is_mistral(decoder):
         return TemplateChoice("mistral_instruct", "8 key/value heads and rope theta 1e6: a Mistral decoder")
     if tokenizer and tokenizer.eos_id is not None and tokenizer.id_of("<|im_end|>") == tokenizer.eos_id:
         return TemplateChoice("chatml_direct", "the tokenizer's eos is <|im_end|>")

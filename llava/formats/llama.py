@@ -107,7 +107,7 @@ def decoder_config(config: Mapping[str, Any], shapes: Shapes, where: object) -> 
 
 
 def is_mistral(decoder: DecoderConfig) -> bool:
-    """Whether the decoder has Mistral's n_kv_heads and rope_theta; Yi has a different rope_theta."""
+    """Whether the decoder has Mistral's n_kv_heads and rope_theta. So has InternLM2, which its tensor names show; Yi has not."""
     return decoder.kind == "llama" and decoder.n_kv_heads == 8 and decoder.rope_theta == 1e6
 
 

@@ -190,7 +190,7 @@ def test_a_base_that_cannot_fit_is_refused(lora: Path, delta: Path, clip: Path, 
     assert "pass mosaicml/mpt-7b-chat" in on_meta
     shared_heads = tiny.write_llama(tmp_path / "2", num_key_value_heads=2)
     assert "pass the base model of this LoRA" in refused(lora, base=shared_heads)
-    assert "vocabulary of 600" in refused(lora, base=tiny.write_llama(tmp_path / "600", vocab_size=600))
+    assert "600 vocabulary" in refused(lora, base=tiny.write_llama(tmp_path / "600", vocab_size=600))
     assert "has format delta" in refused(lora, base=delta)
     assert "has format lora" in refused(delta, base=lora)
 
