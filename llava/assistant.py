@@ -25,7 +25,7 @@ from llava.preprocess.image import Picture
 from llava.preprocess.inputs import Messages, ModelInput, Preprocessor
 from llava.zoo.bases import advice
 
-LLAVA_TINY = Path(__file__).parent / "weights" / "llava-tiny"  # a small LLaVA that recognises drawn objects
+LLAVA_TINY = Path(__file__).parent / "weights" / "llava-tiny"  # a small LLaVA model that recognises drawn objects
 
 Request = Messages | tuple[str, Sequence[Picture]]  # a conversation, a raw prompt, or a raw prompt with its images
 
@@ -50,23 +50,23 @@ def load(
 ) -> "Assistant":
     """Loads a checkpoint from a folder or the Hugging Face hub. Without `path`, loads the included llava-tiny.
 
-    base: folder or hub id of the language model that a LoRA, projector or delta belongs to. Both are combined during
-        loading.
+    base: folder or hub id of the language model that a LoRA, projector or delta belongs to; the two are combined
+        during loading.
     merge: False keeps a LoRA separate from its base, as the adapter named "default".
     adapters: {name: folder or hub id} of LoRAs or projectors to use with the model at `path`. The first one is active
         after loading; `Assistant.adapter` switches between them by name.
     vision_tower: folder or hub id of the CLIP model; its weights are read only if the checkpoint contains no
         tower weights.
     vision: False loads only the language model and opens no vision files.
-    dtype: "auto" | "float32" | "bfloat16" | "float16"; "auto" selects the checkpoint's dtype on a GPU; on a
-        CPU, float32 for models below 1 B parameters, otherwise bfloat16.
+    dtype: "auto" | "float32" | "bfloat16" | "float16"; "auto" selects the checkpoint's dtype on a GPU. On a
+        CPU, it selects float32 for models with fewer than 1 B parameters and bfloat16 for larger models.
     device: "auto" | "cpu" | "cuda" | "cuda:N".
     quantize: must be None; this version does not support quantization.
     template: name of the conversation template to use instead of the checkpoint's own.
     revision: branch, tag or commit on the hub.
     force: load despite unknown tensors, NaN or Inf values, or a mismatched base.
-    image_mode: preprocess images as in the original LLaVA code ("original") or as in transformers ("hf"). None: the
-        mode that the checkpoint was made for.
+    image_mode: preprocess images as in the original LLaVA code ("original") or as in transformers ("hf"). None
+        selects the mode that the checkpoint was made for.
     exif: rotate images according to their EXIF orientation, which the original LLaVA code ignores.
     legacy_strip: strip white space around <im_start> and other added tokens, as LLaVA v0 and v1.1 did in training.
 
@@ -143,10 +143,10 @@ class Assistant:
         return [name for name in self._loaded if name is not None]
 
     def adapter(self, name: str | None) -> None:
-        """Switches to an adapter, with its template, tokenizer and projector, or to the base model if `name` is None.
+        """Switches to an adapter and its template, tokenizer and projector, or to the base model if `name` is None.
 
         Nothing is loaded or copied, and streams that have already started are not affected. Raises ConfigError if
-        there is no adapter of this name.
+        there is no adapter with this name.
         """
         if name not in self._loaded:
             available = ", ".join(self.adapters) or "none; load with adapters= or merge=False"
@@ -191,7 +191,7 @@ class Assistant:
     def generate_batch(
         self, requests: Sequence[Request], *, template: str | None = None, batch_size: int = 32, **options: Any
     ) -> list[Reply]:
-        """Generates replies to many requests, `batch_size` at a time; in float32, the same replies as `generate`.
+        """Generates replies to many requests, `batch_size` at a time. In float32, they match the replies of `generate`.
 
         `template` does not apply to raw prompts. Other options: see `generate`.
         """
@@ -223,7 +223,7 @@ class Assistant:
         template: str | None = None,
         **options: Any,
     ) -> Stream:
-        """Like `stream`, but the returned iterator also has a method `reply()`, which returns the reply so far."""
+        """Like `stream`, but the returned iterator also has a `reply()` method that returns the reply so far."""
         input, prepare_s = self._prepare_timed(messages, images, template)
         return Stream(self.engine, input, prepare_s, SamplingParams.from_options(**options))
 
@@ -264,7 +264,7 @@ class Assistant:
         template: str | None = None,
     ) -> dict[int, Tensor]:
         """Returns {layer: hidden states [S, D]}, with layers numbered as in transformers: 0 is the input embeddings,
-        image embeddings included; k is the output of block k; the last (-1) is the output of the final norm.
+        including image embeddings; k is the output of block k; the last (-1) is the output of the final norm.
 
         Raises ConfigError if a layer does not exist.
         """
@@ -308,7 +308,7 @@ class Assistant:
     def image_embeddings(
         self, messages: Messages, *, images: Sequence[Picture] | None = None, template: str | None = None
     ) -> list[Tensor]:
-        """Returns the embeddings [tokens, D] that each image inserts into the sequence, with its tiles joined."""
+        """Returns each image's embeddings [tokens, D] as inserted into the sequence, with its tiles joined."""
         return self.engine.encode([self.prepare(messages, images=images, template=template)])
 
     def _embedded(self, messages: Messages, images: Sequence[Picture] | None, template: str | None) -> Tensor:
@@ -320,7 +320,7 @@ _WITHOUT_VISION = "(or was loaded with vision=False)"
 
 
 def _messages_and_images(request: Request) -> tuple[Messages, Sequence[Picture] | None]:
-    """Returns (messages, images) of a request; images is None unless the request is a (raw prompt, images) pair."""
+    """Splits a request into (messages, images); images is None unless the request is a (raw prompt, images) pair."""
     if isinstance(request, tuple) and len(request) == 2 and isinstance(request[0], str):
         return request[0], request[1]
     return cast(Messages, request), None

@@ -19,7 +19,7 @@ class Chat:
     """A chat session: the messages so far, the images for the next message, and the commands."""
 
     def __init__(self, assistant: Assistant, options: dict[str, Any]):
-        """options: keyword options of `Assistant.generate`."""
+        """options: keyword options for `Assistant.generate`."""
         self.assistant = assistant
         self.options = options
         self.messages: list[dict[str, Any]] = []
@@ -88,7 +88,7 @@ class Chat:
         except KeyboardInterrupt:
             print(" [stopped]", end="")
         print()
-        if answer.strip():  # omit a reply that was stopped before its first word
+        if answer.strip():  # discard a reply that was stopped before its first word
             self.messages += [*question, {"role": "assistant", "content": answer.strip()}]
             self.images = []
 

@@ -7,12 +7,12 @@ from typing import Any, Literal, get_args, get_origin
 
 from llava.errors import ConfigError
 
-IMAGE = -200  # placeholder id of an image or of each of its image tokens; outside the vocabulary
+IMAGE = -200  # placeholder id for an image or for each of its image tokens; outside the vocabulary
 IGNORE = -100  # label of a token that is not a training target
-IMAGE_MARK = "<image>"  # marks the position of an image in text
+IMAGE_PLACEHOLDER = "<image>"  # marks the position of an image in text
 
 DType = Literal["float32", "bfloat16", "float16"]
-ImageMode = Literal["original", "hf"]  # whose image processing to match: the LLaVA code or transformers
+ImageMode = Literal["original", "hf"]  # match the image processing of the original LLaVA code or of transformers
 
 
 # Upper limits, so that a broken config is rejected before a model is built and products of sizes stay finite.
@@ -48,7 +48,7 @@ def _check_layers(n_layers: int, what: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """Sizes of the CLIP image encoder (arXiv:2103.00020) and the hidden state that LLaVA uses."""
+    """Sizes of the CLIP image encoder (arXiv:2103.00020), and which of its hidden states LLaVA uses."""
 
     dim: int
     n_layers: int
@@ -59,7 +59,7 @@ class VisionConfig:
     eps: float = 1e-5
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     select_layer: int = -2  # index into transformers' hidden_states (0: input of block 0; -1: output of the last block)
-    select_feature: Literal["patch", "cls_patch"] = "patch"  # patch features without or with the class token
+    select_feature: Literal["patch", "cls_patch"] = "patch"  # patch: patch features; cls_patch: also the class token
 
     def __post_init__(self) -> None:
         _check(self, "vision", signed=("select_layer",))
@@ -142,7 +142,7 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Sizes of the language model. Llama 2: arXiv:2307.09288; MPT: the model's own config.json."""
+    """Sizes of the language model. For Llama 2, see arXiv:2307.09288; for MPT, see the model's config.json."""
 
     kind: Literal["llama", "mpt"]
     n_layers: int
@@ -152,7 +152,7 @@ class DecoderConfig:
     head_dim: int
     mlp_dim: int
     vocab_size: int  # rows of the embedding table, which may differ from the tokenizer's length
-    max_seq: int  # context length in tokens, image tokens included
+    max_seq: int  # context length in tokens, including image tokens
     eps: float
     rope_theta: float | None = 10000.0  # required for llama; None for mpt, which uses ALiBi
     rope_scaling: RopeScaling | None = None  # llama only
@@ -289,7 +289,7 @@ class LlavaConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "LlavaConfig":
-        """Returns the config for a dict from `to_dict`. Raises ConfigError on unknown or missing keys."""
+        """Creates a config from the output of `to_dict`. Raises ConfigError on unknown or missing keys."""
         decoder = dict(values["decoder"])
         decoder["rope_scaling"] = _optional(RopeScaling, "rope_scaling", decoder.get("rope_scaling") or None)
         image = values.get("image")
@@ -331,4 +331,4 @@ class LoadOptions:
     image_mode: ImageMode | None = None  # None: the image mode of the checkpoint
     legacy_strip: bool = False  # added tokens strip adjacent white space, as in the training of LLaVA v0 and v1.1
     force: bool = False  # ignore unknown tensors, and only warn about NaN, Inf or a mismatched base
-    fetch_tower: bool = True  # False: do not download published towers; their sizes are known
+    fetch_tower: bool = True  # False: do not download published towers; use their known sizes

@@ -22,7 +22,7 @@ class ConfigError(LlavaError):
 
 
 class CheckpointError(LlavaError):
-    """A checkpoint file is missing, broken or contains unexpected tensors."""
+    """A checkpoint file is missing or broken, or contains unexpected tensors."""
 
 
 class ImageError(LlavaError):
@@ -30,7 +30,7 @@ class ImageError(LlavaError):
 
 
 class PromptError(LlavaError):
-    """A prompt has messages, image marks or a length that the model does not accept."""
+    """A prompt has messages, image placeholders or a length that the model does not accept."""
 
 
 class DataError(LlavaError):

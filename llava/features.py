@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llava.assistant import Assistant, question_about
-from llava.config import IMAGE_MARK
+from llava.config import IMAGE_PLACEHOLDER
 from llava.errors import ImageError, PromptError
 from llava.tensors.atomic import new_file
 from llava.tensors.files import DTYPE_NAMES
@@ -68,10 +68,10 @@ def extract(
 ) -> None:
     """Writes a tensor "{row}.{layer}" [S, D] for every row and layer, in the model's dtype.
 
-    Each text is a raw prompt, or a user message if `template` is given. If a text contains no image mark, the image
-    is placed before the text. The file starts with space reserved for the header, which is written last.
+    Each text is a raw prompt, or a user message if `template` is given. If a text contains no image placeholder, the
+    image is placed before the text. The file starts with space reserved for the header, which is written last.
 
-    Raises PromptError or ImageError with the row number, ConfigError for a layer that does not exist, or
+    Raises PromptError or ImageError with the row number, ConfigError if a layer does not exist, or
     CheckpointError if the file cannot be written. No file is left behind after an error.
     """
     room = 64 + len(rows) * len(layers) * _entry_bytes(len(rows))
@@ -111,7 +111,7 @@ def _states(
             return assistant.hidden_states(question_about(row.image, row.text), layers, template=template)
         if row.image is None:
             return assistant.hidden_states(row.text, layers, images=[])
-        text = row.text if IMAGE_MARK in row.text else f"{IMAGE_MARK}\n{row.text}"
+        text = row.text if IMAGE_PLACEHOLDER in row.text else f"{IMAGE_PLACEHOLDER}\n{row.text}"
         return assistant.hidden_states(text, layers, images=[row.image])
     except (PromptError, ImageError) as error:
         raise type(error)(f"row {number}: {error}") from None

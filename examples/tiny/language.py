@@ -38,7 +38,7 @@ from examples.tiny.pretrain import (
     save,
 )
 from llava.checkpoint.load import resolve_device
-from llava.config import IMAGE_MARK, DecoderConfig
+from llava.config import IMAGE_PLACEHOLDER, DecoderConfig
 from llava.errors import ConfigError, LlavaError
 from llava.formats.llama import RULES as HF_LLAMA
 from llava.model.decoder import Decoder
@@ -95,7 +95,7 @@ def read_texts(files: Sequence[Path]) -> list[str]:
 
 
 def _dialogue(said: Sequence[dict[str, str]]) -> str:
-    texts = [turn["value"].replace(IMAGE_MARK, "").strip() for turn in said]
+    texts = [turn["value"].replace(IMAGE_PLACEHOLDER, "").strip() for turn in said]
     turns = [Turn("assistant" if i % 2 else "user", text) for i, text in enumerate(texts)]
     return "".join(span.text for span in render(TEMPLATE, turns))
 

@@ -1,1 +1,1 @@
-"""Turns a folder or hub id into a model: detects the format, resolves the checkpoint, loads its weights."""
+"""Turns a folder or hub id into a model: detects the format, resolves the checkpoint and loads its weights."""

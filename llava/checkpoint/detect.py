@@ -35,8 +35,8 @@ def read_files(source: str | Path, revision: str | None = None) -> CheckpointFil
         for pattern, reader in _EXPORTS.items():
             if file := next(folder.glob(pattern), None):
                 raise CheckpointError(
-                    f"{file}: is an export for {reader}, which llava cannot load; use the checkpoint that it was "
-                    "converted from"
+                    f"{file}: is an export for {reader} and cannot be loaded by llava; use the checkpoint that it "
+                    "was converted from"
                 )
         raise CheckpointError(f"{folder / 'config.json'}: is missing; the checkpoint is incomplete")
     return CheckpointFiles(folder, read_json_if_present(folder / "config.json"), open_weights(folder))
@@ -60,8 +60,8 @@ def choose_template(
 ) -> TemplateChoice:
     """Chooses the conversation template by the first rule that matches.
 
-    config: config.json, with the keys of published LLaVA checkpoints (native format: our keys). Repository ids recorded
-    in files are used only to break ties; the folder name is not used.
+    config: contents of config.json, with the keys of published LLaVA checkpoints (in the native format, our own keys).
+    Repository ids recorded in files are used only to break ties; the folder name is not used.
     """
     if VERSION_KEY in config:
         return TemplateChoice(config.get("template"), "recorded in config.json")
@@ -93,6 +93,6 @@ def choose_template(
 
 
 def _is_llama_2_chat(repository: str) -> bool:
-    """Whether a repository id recorded in a file is Meta's Llama-2-chat. Weak evidence, used only to break ties."""
+    """Whether a repository id recorded in a file refers to Meta's Llama-2-chat. Weak evidence: only breaks ties."""
     name = repository.lower().rsplit("/", 1)[-1]
     return name.startswith("llama-2-") and "-chat" in name

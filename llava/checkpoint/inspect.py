@@ -38,8 +38,8 @@ class Description:
     template: str | None = None
     template_because: str = ""
     image_mode: str | None = None
-    missing: list[str] = field(default_factory=list)  # expected tensors that are absent, under our names
-    unused: list[str] = field(default_factory=list)  # tensors that are not needed, under their names on disk
+    missing: list[str] = field(default_factory=list)  # our names of expected tensors that are absent
+    unused: list[str] = field(default_factory=list)  # on-disk names of tensors that are not needed
     memory_bytes: dict[str, int] = field(default_factory=dict)  # size of the weights by precision: bf16, int8, int4
     context: int | None = None  # context length in tokens
 
@@ -165,10 +165,10 @@ def _parts(config: LlavaConfig, sizes: Shapes) -> dict[str, Any]:
 
 
 def memory_bytes(sizes: Shapes) -> dict[str, int]:
-    """Returns the size of the weights in memory, for bfloat16 and for decoder matrices in 8 or 4 bits.
+    """Returns the memory size of the weights in bfloat16, and with the decoder matrices in 8 or 4 bits.
 
-    int8 uses one 16-bit scale per row; int4 uses a 16-bit scale and zero point per 128 weights. Embeddings, norms,
-    projector and tower stay in bfloat16.
+    int8 uses one 16-bit scale per row; int4 uses a 16-bit scale and zero point per 128 weights. The embeddings,
+    norms, projector and tower stay in bfloat16.
     """
     sums = {"bf16": 0, "int8": 0, "int4": 0}
     for name, shape in sizes.items():
@@ -185,7 +185,7 @@ _KEPT_IN_16_BITS = ("vision", "projector", "embed", "wte")
 
 @dataclass
 class Scan:
-    """Suspicious values, by tensor name on disk."""
+    """Suspicious values, by on-disk tensor name."""
 
     nan: dict[str, int] = field(default_factory=dict)  # number of NaN values per tensor
     inf: dict[str, int] = field(default_factory=dict)

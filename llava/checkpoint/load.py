@@ -1,4 +1,4 @@
-"""Builds a model from a resolved checkpoint, with weights in one dtype and on one device."""
+"""Builds a model from a resolved checkpoint, with all weights in one dtype on one device."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,7 +33,7 @@ def load_weights(model: Llava, tensors: Mapping[str, LazyTensor], store: Store) 
 
 
 def read_finite(tensor: LazyTensor, force: bool = False) -> Tensor:
-    """Reads a tensor. Raises CheckpointError if it contains NaN or Inf, or with `force` logs a warning."""
+    """Reads a tensor. If it contains NaN or Inf, raises CheckpointError, or logs a warning if `force` is true."""
     value = tensor.read()
     check_finite(value, tensor.where, force)
     return value
@@ -126,8 +126,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """Returns the dtype. `auto` selects the checkpoint's dtype on a GPU; on a CPU, float32 below 1 B parameters and
-    bfloat16 otherwise. Raises ConfigError.
+    """Returns the dtype. `auto` selects the checkpoint's dtype on a GPU. On a CPU, it selects float32 for models with
+    fewer than 1 B parameters and bfloat16 for larger models. Raises ConfigError if the dtype is not supported.
     """
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if isinstance(dtype, torch.dtype):

@@ -32,7 +32,7 @@ from llava.tensors.lazy import LazyTensor
 
 
 def open_checkpoint(source: str | Path | CheckpointFiles, options: LoadOptions | None = None) -> Checkpoint:
-    """Resolves a checkpoint: a folder, a hub id, or files already read. Raises CheckpointError, ConfigError."""
+    """Resolves a checkpoint given as a folder, a hub id, or files already read. Raises CheckpointError, ConfigError."""
     options = _with_absolute_tower(options or LoadOptions())
     files = source if isinstance(source, CheckpointFiles) else read_files(source, options.revision)
     detection = detect(files)
@@ -49,7 +49,7 @@ def open_checkpoint(source: str | Path | CheckpointFiles, options: LoadOptions |
 
 
 def _with_absolute_tower(options: LoadOptions) -> LoadOptions:
-    """Makes the path of the tower absolute: written checkpoints record it, so it must be valid from any directory."""
+    """Makes the tower path absolute: written checkpoints record it, so it must be valid from any directory."""
     tower = options.vision_tower
     return replace(options, vision_tower=absolute_if_local(tower)) if tower else options
 
@@ -70,7 +70,8 @@ def resolve_base(
 ) -> Checkpoint | None:
     """Opens the language model that a LoRA, projector or delta belongs to. Returns None for a whole model.
 
-    Raises ConfigError if `options.base` is set for a whole model, BaseModelError if the base is missing or unsuitable.
+    Raises ConfigError if `options.base` is set for a whole model, and BaseModelError if the base is missing or
+    unsuitable.
     """
     if not format.needs_base:
         if options.base is not None:
@@ -113,7 +114,7 @@ def read_tokenizer(
 def resolve_tensors(
     files: CheckpointFiles, format: Format, base: Checkpoint | None, tokenizer: Tokenizer, options: LoadOptions
 ) -> Resolved:
-    """Finds the source of each of our tensors.
+    """Maps our tensor names to their sources in the checkpoint and its base.
 
     Raises CheckpointError if there are no weights, or if there are unknown tensors and `options.force` is false.
     """
@@ -186,7 +187,7 @@ def _assemble(
 def check(
     checkpoint: Checkpoint, base: Checkpoint | None, files: CheckpointFiles, resolved: Resolved, options: LoadOptions
 ) -> None:
-    """Checks that config, tensors, tokenizer and base belong to one model. Raises CheckpointError."""
+    """Checks that the config, tensors, tokenizer and base belong to the same model. Raises CheckpointError."""
     _check_consistent(checkpoint, len(resolved.tensors))
     if base:
         _check_base(checkpoint, base, files, resolved.tensors, options.force)

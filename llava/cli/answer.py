@@ -79,7 +79,7 @@ def features(
     *,
     input: Annotated[
         Path,
-        typer.Option("--input", help='one text per line, or .jsonl rows {"text": …} with an optional "image": path'),
+        typer.Option("--input", help='one text per line, or .jsonl rows {"text": …} with an optional "image" path'),
     ],
     layers: Annotated[
         str,
@@ -118,7 +118,7 @@ def _load(
     if path is None:
         print(
             "llava: no --model given; using llava-tiny, which recognises only drawn objects. "
-            "To load another LLaVA, pass --model FOLDER_OR_HUB_ID.",
+            "To load another model, pass --model FOLDER_OR_HUB_ID.",
             file=sys.stderr,
         )
     named = dict(map(_name_and_folder, adapters or ()))

@@ -28,7 +28,7 @@ def inspect(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show a checkpoint's format, sizes, template and requirements. Reads only headers, except with --scan."""
+    """Show a checkpoint's format, sizes, template and requirements. Only headers are read, unless --scan is given."""
     from llava.checkpoint import inspect as job
     from llava.config import LoadOptions
 

@@ -26,7 +26,7 @@ Target = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class MergingOptions:
-    """Options of the merge commands; see `llava.convert.merge.MergeOptions`."""
+    """Options for the merge commands; see `llava.convert.merge.MergeOptions`."""
 
     precise: Annotated[
         bool, typer.Option("--precise", help="sum in float32 and round once, unlike the original tools")

@@ -39,7 +39,8 @@ Temperature = Annotated[
     float, typer.Option("--temperature", help="sampling temperature; 0 always selects the most likely token")
 ]
 TopP = Annotated[
-    float | None, typer.Option("--top-p", help="sample from the most likely tokens whose probabilities add up to this")
+    float | None,
+    typer.Option("--top-p", help="sample from the most likely tokens whose probabilities sum to this value"),
 ]
 TopK = Annotated[int | None, typer.Option("--top-k", help="number of most likely tokens to sample from")]
 MinP = Annotated[
@@ -52,7 +53,7 @@ Stop = Annotated[list[str] | None, typer.Option("--stop", help="string that ends
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Options of all commands that load a model, with the same names as the parameters of `llava.load`."""
+    """Options for all commands that load a model, with the same names as the parameters of `llava.load`."""
 
     vision_tower: VisionTower = None
     template: Template = None
@@ -68,7 +69,7 @@ class ModelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """Options of all commands that generate text, with the same names as the options of `Assistant.generate`."""
+    """Options for all commands that generate text, with the same names as the options of `Assistant.generate`."""
 
     max_new_tokens: MaxNewTokens = 512
     temperature: Temperature = 0.0

@@ -32,7 +32,7 @@ def train(
             "--plot", metavar="RUN", help="plot the training curves of a run folder instead of training; repeatable"
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="output file of --plot; default: RUN/curves.png")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="output file for --plot; default: RUN/curves.png")] = None,
     listed: Annotated[bool, typer.Option("--list", help="list the shipped recipes")] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda")] = "auto",
     as_json: AsJson = False,

@@ -28,7 +28,7 @@ def tables(
     format: Annotated[
         str | None,
         typer.Option(
-            "--format", help="format to filter by: merged, delta, lora, projector or hf-reexport, or part of the name"
+            "--format", help="format to filter by, or part of its name: merged, delta, lora, projector or hf-reexport"
         ),
     ] = None,
     vision_encoder: Annotated[

@@ -31,10 +31,10 @@ def convert(
 ) -> Checkpoint:
     """Converts `source` to the format `to` and streams it into the folder `target`, which must be absent or empty.
 
-    verify: read all tensors back and compare them bit by bit. check: compare the logits of source and result, computed
-    block by block. With `options.force`, unknown tensors, NaN and Inf are tolerated and logits are not compared. A
-    report is written to conversion.md in `target`. Returns the source checkpoint, with the tensors left out in
-    `unused_names`. Raises LlavaError; a failed conversion leaves no files.
+    verify: read all tensors back and compare them bit by bit. check: compare the logits of the source and the
+    result, computed block by block. With `options.force`, unknown tensors, NaN and Inf are tolerated and logits are not
+    compared. A report is written to conversion.md in `target`. Returns the source checkpoint, with the names of
+    omitted tensors in `unused_names`. Raises LlavaError; a failed conversion leaves no files.
     """
     options, format = options or LoadOptions(), _writable(to)
     vision = options.vision and format.holds_vision
@@ -74,7 +74,7 @@ def _read_back(format: Format, folder: Path, checkpoint: Checkpoint) -> Checkpoi
 def _compare(
     checkpoint: Checkpoint, written: Checkpoint, verify: bool, check: bool, progress: Progress
 ) -> Iterator[str]:
-    """Compares as requested and yields lines for the report. Raises CheckpointError if the checkpoints differ."""
+    """Runs the requested comparisons and yields report lines. Raises CheckpointError if the checkpoints differ."""
     if verify:
         check_equal(checkpoint, written, progress)
         yield "Read back: every tensor has the same bits."
@@ -86,9 +86,9 @@ def _compare(
 def write_gpt_fast(
     folder: Path, output: Path | None = None, *, progress: Progress = no_progress
 ) -> tuple[Path, Checkpoint]:
-    """Writes model.pth for gpt-fast to `output`; by default into the checkpoint folder, like gpt-fast's own script.
+    """Writes model.pth for gpt-fast to `output`, by default in the checkpoint folder, like gpt-fast's own script.
 
-    Returns the path of the file and the source checkpoint. Raises LlavaError.
+    Returns the path of the written file and the source checkpoint. Raises LlavaError.
     """
     format = FORMATS["gpt-fast"]
     opened = open_checkpoint(folder, LoadOptions(vision=False, force=True))

@@ -1,4 +1,4 @@
-"""Merges a delta or LoRA with its base into a llava-format folder: streamed, with the original code's arithmetic."""
+"""Merges a delta or LoRA with its base, using the original code's arithmetic, and streams out a llava-format folder."""
 
 import time
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ class MergeOptions:
     """Options for merging a delta or LoRA."""
 
     precise: bool = False  # sum in float32 and round once, unlike the original code
-    verify: bool = False  # recompute every tensor and compare it with the written one
+    verify: bool = False  # recompute all tensors and compare them with the written files
     force: bool = False  # tolerate unknown tensors, NaN, Inf or a mismatched base
     revision: str | None = None  # branch, tag or commit of the delta or LoRA on the hub
     max_shard_bytes: int = MAX_SHARD_BYTES
@@ -78,7 +78,7 @@ def merge_lora(
     *,
     progress: Progress = no_progress,
 ) -> Merged:
-    """Writes base + scale * B @ A and the weights trained in full, like the original `merge_lora_weights.py` on a CPU:
+    """Writes base + scale * B @ A and the fully fine-tuned weights, like the original `merge_lora_weights.py` on a CPU:
     multiplies float16 factors in float32, rounds the product to float16, then adds it. Raises CheckpointError.
     """
     return merge("lora", base, target, lora, options or MergeOptions(), progress)
@@ -147,7 +147,7 @@ def _check_projector(whole: Checkpoint, files: CheckpointFiles) -> None:
             if (name := f"projector.{2 * i}.{param}") not in whole.unused:
                 raise CheckpointError(
                     f"{files.path}: config.json specifies a vision tower and a projector of type {type}, but "
-                    f"{name} is missing; fetch the {whole.format} again, with non_lora_trainables.bin for a LoRA"
+                    f"{name} is missing; fetch the {whole.format} again; a LoRA also requires non_lora_trainables.bin"
                 )
 
 
@@ -155,9 +155,9 @@ def _wrong_format(files: CheckpointFiles, detection: Detection, format: str) -> 
     command = {"delta": "llava apply-delta", "lora": "llava merge-lora"}.get(detection.format)
     known = FORMATS.get(detection.format)
     whole = known is not None and known.reads and not known.needs_base
-    advice = "it is a whole model and loads as it is" if whole else f"pass a {format} folder"
+    advice = "it is a whole model and does not need merging" if whole else f"pass a {format} folder"
     hint = f"use {command}" if command else advice
-    return f"{files.path}: is not a {format} but {detection.format} ({detection.evidence[0]}); {hint}"
+    return f"{files.path}: has format {detection.format} ({detection.evidence[0]}), not {format}; {hint}"
 
 
 def _outputs(whole: Checkpoint, precise: bool) -> list[OutputTensor]:
@@ -176,7 +176,7 @@ def _in_float16(tensor: LazyTensor, precise: bool) -> LazyTensor:
 
 
 def _config(whole: Checkpoint, files: CheckpointFiles, base: Path) -> dict[str, Any]:
-    """Returns the config.json to write: that of the delta or LoRA or, if absent, the base. Raises CheckpointError."""
+    """Returns the output config.json, from the delta or LoRA if present, else from the base. Raises CheckpointError."""
     config: Mapping[str, Any] = files.config or whole.source_config
     if VERSION_KEY in config:  # our own config format, which other tools cannot read
         if config.get("vision") or whole.config.decoder.kind != "llama":

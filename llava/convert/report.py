@@ -30,7 +30,7 @@ def _names(outputs: Sequence[OutputTensor]) -> list[str]:
 
 
 def _rows(source: Checkpoint, outputs: Sequence[OutputTensor]) -> list[str]:
-    """Reports the number of rows of the embedding table and head if it changed."""
+    """Reports a change in the number of rows of the embedding table and head."""
     before, now = source.config.decoder.vocab_size, {out.shape[0] for out in outputs if out.ours in VOCAB_TABLES}
     if not now or now == {before}:
         return []
@@ -50,7 +50,7 @@ def _left_out(source: Checkpoint, outputs: Sequence[OutputTensor]) -> list[str]:
 
 
 def left_out(source: Checkpoint, outputs: Sequence[OutputTensor]) -> tuple[str, ...]:
-    """Returns the names on disk of the unused tensors that were not written."""
+    """Returns the on-disk names of unused tensors that were not written."""
     kept = {name for out in outputs if out.ours in source.unused for name in source.unused[out.ours].names}
     return tuple(name for name in source.unused_names if name not in kept)
 
@@ -59,7 +59,7 @@ def _why(name: str) -> str:
     return next((why for part, why in _REASONS.items() if part in name), "not needed to compute this model")
 
 
-_REASONS = {  # substring of a tensor name on disk -> why the tensor is not written
+_REASONS = {  # substring of an on-disk tensor name -> why the tensor is not written
     "inv_freq": "recomputed by every reader",
     "position_ids": "0, 1, 2 and so on: recomputed by every reader",
     "text_model": "CLIP's text encoder",

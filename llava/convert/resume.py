@@ -1,4 +1,4 @@
-"""A resumable sharded writer: after an interruption, the same command resumes from the temporary folder."""
+"""A resumable sharded writer: after an interruption, rerunning the command continues from the temporary folder."""
 
 import hashlib
 import logging
@@ -30,7 +30,7 @@ class PartialFolder:
     """An output folder that is still being written."""
 
     folder: Path
-    inputs: Mapping[str, Any]  # only a run with equal inputs may resume from this folder
+    inputs: Mapping[str, Any]  # only a run with the same inputs may resume from this folder
     sha256: dict[str, str] = field(default_factory=dict)  # name of each complete shard -> checksum
 
     def write_shards(
@@ -59,7 +59,7 @@ class PartialFolder:
         for name, shard in shards.items():
             file = self.folder / name
             if _sha256(file) != self.sha256[name]:
-                raise CheckpointError(f"{file}: was changed after it was written, by a disk error or another process")
+                raise CheckpointError(f"{file}: was changed by a disk error or another process after it was written")
             weights = Weights([file])
             for out in shard:
                 _compare(out, weights, file)
@@ -83,7 +83,7 @@ def _compare(out: OutputTensor, weights: Weights, file: Path) -> None:
 def resumable_folder(target: Path, inputs: Mapping[str, Any], n_bytes: int) -> Iterator[PartialFolder]:
     """Yields a `PartialFolder` at `target.partial`, which is renamed to `target` (absent or empty) on success.
 
-    Complete shards of an interrupted run with the same `inputs` are kept. A LlavaError in the with block, e.g. for
+    Complete shards from an interrupted run with the same `inputs` are kept. A LlavaError in the with block, e.g. for
     invalid input, removes the partial folder; a full disk or Ctrl-C does not. Raises CheckpointError.
     """
     target = free_folder(target)
@@ -112,7 +112,7 @@ def resumable_folder(target: Path, inputs: Mapping[str, Any], n_bytes: int) -> I
             if target.exists():
                 target.rmdir()
             folder.rename(target)
-            (target / _STATE).unlink()  # removed last: if killed before the rename, the next run needs it
+            (target / _STATE).unlink()  # removed last: the next run needs it if this run is killed before the rename
 
 
 @contextmanager
@@ -160,7 +160,7 @@ def _write_shard(file: Path, outputs: Sequence[OutputTensor], on_bytes: Callable
 
 
 class _HashingWriter:
-    """Writes and hashes each chunk in two threads while the caller computes the next one."""
+    """Writes and hashes each chunk in two threads while the caller computes the next chunk."""
 
     def __init__(self, raw: BinaryIO):
         self.sha256 = hashlib.sha256()

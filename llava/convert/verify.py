@@ -27,7 +27,7 @@ def check_equal(one: Checkpoint, other: Checkpoint, progress: Progress = no_prog
     """
     if differing := sorted(set(one.tensors) ^ set(other.tensors)):
         raise CheckpointError(
-            f"{other.path}: tensor names differ from those in {one.path}; only one contains {differing[0]}"
+            f"{other.path}: tensor names differ from those in {one.path}; only one of the two contains {differing[0]}"
         )
     total = sum(tensor.n_bytes for tensor in one.tensors.values())
     done = 0
@@ -59,7 +59,7 @@ def check_logits(one: Checkpoint, other: Checkpoint) -> float:
         if difference <= rounding:
             return difference
         raise CheckpointError(
-            f"{other.path}: logits differ by {difference:.1e} from those of {one.path}; the result was discarded"
+            f"{other.path}: logits differ from {one.path} by {difference:.1e}; the result was discarded"
         )
     return difference
 
@@ -104,7 +104,7 @@ class _Fill:
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         for key, name in self.own.items():
             tensor = self.checkpoint.tensors[name]
-            value = tensor.read().to(tensor.dtype)  # sums of base and LoRA or delta are rounded to their storage dtype
+            value = tensor.read().to(tensor.dtype)  # sums with a LoRA or delta are rounded to the storage dtype
             if not isinstance(module, nn.Embedding):  # embedding tables stay memory-mapped: only a few rows are read
                 value = value.float()
             module.register_parameter(key, nn.Parameter(value, requires_grad=False))

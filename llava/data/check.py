@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]  # samples done, total samples
 
 @dataclass
 class _Tally:
-    """Accumulates the results of all samples, which are added in order."""
+    """Accumulates the results for all samples, added in sample order."""
 
     findings: list[Finding] = field(default_factory=list)
     problems: Counter[str] = field(default_factory=Counter)

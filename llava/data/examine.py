@@ -21,7 +21,7 @@ class Examined:
 
     digest: int  # hash of the JSON text
     faults: list[Fault]
-    sample: Sample | None = None  # as in the file; None if malformed
+    sample: Sample | None = None  # as read from the file; None if malformed
     text: str | None = None  # JSON text for the fixed copy; None if dropped
     tokens: Tokens | None = None  # counts for the repaired sample before shortening; None if not measured
 

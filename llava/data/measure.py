@@ -1,4 +1,4 @@
-"""Counts the tokens and target tokens of a sample with the same preprocessing as in training, but without pixels."""
+"""Counts a sample's tokens and target tokens with the training preprocessing, without loading its pictures."""
 
 from collections.abc import Sequence
 from dataclasses import replace

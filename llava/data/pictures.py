@@ -1,8 +1,8 @@
 """Reads the pictures of a data set by name, from a folder, a zip archive or tar archives.
 
-The index of an archive is read once, into one bytes buffer and one array, both shared by forked workers. Each read
-opens the archive and seeks to the picture. No file handles are kept open, so a store can be pickled, and shared
-by forked processes and threads.
+Archive indexes are read once into a bytes buffer and an array, which forked workers share. Each read opens the archive
+and seeks to the picture. File handles are not kept open, so a store can be pickled, and it can be shared by threads and
+forked processes.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ import numpy as np
 from llava.errors import DataError
 
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
-PLAIN = -1  # tar member: its offset points to the data; the offset of a zip member points to a local header
+PLAIN = -1  # tar member: its offset points to the data (for a zip member, to the local header)
 _ROW = np.dtype(
     [
         ("hash", "<u8"),
@@ -42,12 +42,12 @@ class Pictures(Protocol):
     """A store of pictures, looked up by name."""
 
     def read(self, name: str) -> bytes:
-        """Returns the bytes of a picture. Raises DataError for an invalid name or a missing or unreadable picture."""
+        """Returns a picture's bytes. Raises DataError if its name is invalid or it is missing or unreadable."""
         ...
 
 
 def open_pictures(path: Path) -> Pictures:
-    """Opens a folder of pictures, a .zip, a .tar, or a folder with .tar files and no subfolders. Raises DataError."""
+    """Opens a folder of pictures, a .zip, a .tar, or a folder with .tar files but no subfolders. Raises DataError."""
     if not path.exists():
         raise DataError(f"{path}: does not exist; expected a folder of pictures, a .zip or a .tar")
     if not path.is_dir():
@@ -90,7 +90,7 @@ class Archives:
     """Pictures in a zip archive, or in one or more tar archives, looked up by member name."""
 
     def __init__(self, files: Sequence[Path]):
-        """Indexes all archives. Raises DataError if one is unreadable, or if a name occurs in two of them."""
+        """Indexes all archives. Raises DataError if an archive is unreadable or two archives contain the same name."""
         self.files = list(files)
         names = bytearray()
 
@@ -144,7 +144,7 @@ class Archives:
         return zlib.decompress(data, wbits=-zlib.MAX_WBITS)
 
     def _find(self, name: str) -> Any:
-        """Returns the index row of a name, or None. If a name is duplicated, the last entry is used, as in tar."""
+        """Returns the index row for a name, or None. If there are duplicates, the last entry is used, as in tar."""
         encoded = name.encode(errors="surrogateescape")
         key = np.uint64(_hash(encoded))
         low, high = np.searchsorted(self._hashes, key, "left"), np.searchsorted(self._hashes, key, "right")
@@ -185,7 +185,7 @@ def _zip_members(file: Path) -> Iterator[_Member]:
 def _tar_members(file: Path) -> Iterator[_Member]:
     with tarfile.open(file, "r:") as archive:
         while (info := archive.next()) is not None:
-            vars(archive)["members"].clear()  # otherwise the TarFile keeps an object for every member
+            vars(archive)["members"].clear()  # otherwise TarFile keeps an object for every member
             if info.isreg() and not info.issparse():
                 yield _Member(_strip_dot(info.name), info.offset_data, info.size, PLAIN)
 

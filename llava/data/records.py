@@ -1,4 +1,4 @@
-"""Splits data files into samples: JSON arrays (read in blocks), JSON lines, and webdataset-style tars."""
+"""Reads samples from JSON arrays (block by block), JSON lines and webdataset-style tars."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TextIO
 from llava.data.pictures import Archives, Pictures
 from llava.errors import DataError
 
-BLOCK = 1 << 24  # number of characters of a JSON array to read at a time
+BLOCK = 1 << 24  # number of characters to read from a JSON array at a time
 BROKEN = object()  # sentinel: value of a record that is not valid JSON
 _PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -42,7 +42,7 @@ def _open_text(file: Path) -> Iterator[TextIO]:
 
 
 def records(file: Path, pictures: Pictures | None) -> Iterator[Record]:
-    """Iterates over the samples of a file. pictures: for a .tar, an `Archives` that includes it. Raises DataError."""
+    """Iterates over the samples in a file. pictures: for a .tar, the `Archives` that includes it. Raises DataError."""
     if file.suffix == ".tar":
         assert isinstance(pictures, Archives)
         return _read_tar(file, pictures)
@@ -167,6 +167,6 @@ def _read_tar(file: Path, archives: Archives) -> Iterator[Record]:
 
 
 def _key(name: str) -> str:
-    """Returns the part of a name that all files of a sample share: the path up to the first dot of the file name."""
+    """Returns the part of a name that all files of a sample share: the path up to the first dot in the file name."""
     folder, slash, base = name.rpartition("/")
     return folder + slash + base.partition(".")[0]

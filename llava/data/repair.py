@@ -1,15 +1,15 @@
-"""Finds and repairs faults in the turns and <image> marks of a sample."""
+"""Finds and repairs faults in the turns and <image> placeholders of a sample."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import NamedTuple
 
-from llava.config import IMAGE_MARK
+from llava.config import IMAGE_PLACEHOLDER
 from llava.data.samples import ROLES, Sample
 from llava.preprocess.conversation import Turn
 
-_MARKS = "marks rewritten: one per picture, at the start of the first turn"
+_PLACEHOLDERS = "placeholders rewritten: one per picture, at the start of the first turn"
 RULES = {  # kind of fault -> what `--fix` does
     "malformed": "sample dropped",
     "repeated": "later copies dropped",
@@ -19,9 +19,9 @@ RULES = {  # kind of fault -> what `--fix` does
     "trailing_question": "turn dropped",
     "same_side_twice": "turns joined with a line break",
     "empty_turn": "exchange dropped",
-    "missing_mark": _MARKS,
-    "surplus_mark": _MARKS,
-    "late_mark": _MARKS,
+    "missing_placeholder": _PLACEHOLDERS,
+    "surplus_placeholder": _PLACEHOLDERS,
+    "late_placeholder": _PLACEHOLDERS,
     "nothing_to_learn": "sample dropped",
     "too_long": "exchanges dropped from the end; sample dropped if even the first is too long",
     "refused": "sample dropped",
@@ -37,7 +37,7 @@ class Fault(NamedTuple):
 
 
 def find_faults(sample: Sample) -> list[Fault]:
-    """Checks the order of roles, the turn texts and the image marks. Returns at most one fault of each kind."""
+    """Checks the order of roles, the turn texts and the image placeholders. Returns at most one fault of each kind."""
     return [*_order_faults(sample.turns), *_empty_turns(sample.turns), *_mark_faults(sample.turns, len(sample.images))]
 
 
@@ -50,7 +50,7 @@ def repair(sample: Sample) -> Sample | None:
 
 
 def drop_last_exchange(sample: Sample) -> Sample | None:
-    """Returns the sample without its last exchange and with its marks repaired, or None if no exchange remains."""
+    """Drops the last exchange and repairs the remaining sample. Returns None if no exchange remains."""
     return repair(replace(sample, turns=sample.turns[:-2]))
 
 
@@ -83,17 +83,17 @@ def _empty_turns(turns: Sequence[Turn]) -> Iterator[Fault]:
 
 
 def _mark_faults(turns: Sequence[Turn], n_pictures: int) -> Iterator[Fault]:
-    counts = [(turn.text or "").count(IMAGE_MARK) for turn in turns]
-    found = f"{sum(counts)} {IMAGE_MARK} mark(s) for {n_pictures} picture(s)"
+    counts = [(turn.text or "").count(IMAGE_PLACEHOLDER) for turn in turns]
+    found = f"{sum(counts)} {IMAGE_PLACEHOLDER} placeholder(s) for {n_pictures} picture(s)"
     if sum(counts) < n_pictures:
-        yield Fault("missing_mark", found)
+        yield Fault("missing_placeholder", found)
     elif sum(counts) > n_pictures:
-        yield Fault("surplus_mark", found)
+        yield Fault("surplus_placeholder", found)
     first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
     late = [i for i, turn in enumerate(turns) if counts[i] and i != first]
     in_answer = any(turns[i].role == "assistant" for i in late)
-    if late and (n_pictures < 2 or in_answer):  # with several pictures, marks may also be in later human turns
-        yield Fault("late_mark", f"{IMAGE_MARK} in turn {late[0] + 1} ({_NAMES[turns[late[0]].role]})")
+    if late and (n_pictures < 2 or in_answer):  # several pictures may also be placed in later human turns
+        yield Fault("late_placeholder", f"{IMAGE_PLACEHOLDER} in turn {late[0] + 1} ({_NAMES[turns[late[0]].role]})")
 
 
 def _alternate(turns: Sequence[Turn]) -> list[Turn]:
@@ -107,11 +107,11 @@ def _alternate(turns: Sequence[Turn]) -> list[Turn]:
 
 
 def _rewrite_marks(turns: Sequence[Turn], n_pictures: int) -> tuple[Turn, ...]:
-    """Replaces faulty marks with one mark per picture at the start of the first turn. Turns may become empty."""
+    """Replaces faulty placeholders with one per picture at the start of the first turn. Turns may become empty."""
     if not any(_mark_faults(turns, n_pictures)):
         return tuple(turns)
-    unmarked = [(turn.text or "").replace(IMAGE_MARK, "").strip() for turn in turns]
-    unmarked[:1] = [f"{IMAGE_MARK}\n" * n_pictures + text for text in unmarked[:1]]
+    unmarked = [(turn.text or "").replace(IMAGE_PLACEHOLDER, "").strip() for turn in turns]
+    unmarked[:1] = [f"{IMAGE_PLACEHOLDER}\n" * n_pictures + text for text in unmarked[:1]]
     return tuple(Turn(turn.role, text) for turn, text in zip(turns, unmarked, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Training samples in LLaVA's JSON format, from JSON arrays, JSONL and webdataset-style tars.
+"""Training samples in LLaVA's JSON format, read from JSON arrays, JSONL files and webdataset-style tars.
 
 As Python objects, 665,000 samples would take up several GB in every worker. Instead, they are kept as JSON text in one
 buffer with an array of offsets, which forked workers share. A sample is parsed when it is accessed.
@@ -18,8 +18,8 @@ from llava.data.records import records
 from llava.errors import DataError
 from llava.preprocess.conversation import Turn
 
-# Start method of worker processes. Forked workers share the samples with the parent. They use one thread and no GPU, so
-# forking is safe even from a parent with several threads, although Python 3.12 issues a DeprecationWarning.
+# Start method of worker processes. Forked workers share the samples with the parent. Each uses one thread and no GPU,
+# so forking is safe even from a parent with several threads, although Python 3.12 issues a DeprecationWarning.
 WORKERS_START = "fork" if sys.platform == "linux" else "spawn"
 ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -29,7 +29,7 @@ class Sample:
     """One conversation, exactly as in the file."""
 
     id: str
-    turns: tuple[Turn, ...]  # in file order, <image> marks included
+    turns: tuple[Turn, ...]  # in file order, including <image> placeholders
     images: tuple[str, ...]  # picture names; () for a text-only sample
 
 
@@ -37,9 +37,9 @@ class Samples(Sequence[Sample]):
     """The samples of one or more data files, in order.
 
     files: .json (an array), .jsonl, .tar (with a `KEY.json` for each sample and pictures such as `KEY.jpg`), or folders
-    of such tars. images: location of the pictures of .json and .jsonl files (see `open_pictures`); None if pictures are
-    not needed, and for tars, which contain their own pictures. Raises DataError if a file is unusable; a malformed
-    sample raises DataError only when it is accessed.
+    of such tars. images: location of the pictures for .json and .jsonl files (see `open_pictures`), or None if pictures
+    are not needed; must be None for tars, which contain their own pictures. Raises DataError if a file is unusable; a
+    malformed sample raises DataError only when it is accessed.
     """
 
     def __init__(self, files: Sequence[Path], images: Path | None):
@@ -109,7 +109,7 @@ class Samples(Sequence[Sample]):
 
 
 def parse(value: Any, where: str, fallback_id: str) -> Sample:
-    """Creates a sample from parsed JSON. Does not check the order of roles or the <image> marks. Raises DataError."""
+    """Creates a sample from parsed JSON. Does not check the role order or <image> placeholders. Raises DataError."""
     if not isinstance(value, dict):
         raise DataError(f"{where}: found {value!r:.60}; expected an object with a conversations list")
     id = value.get("id", fallback_id)
@@ -146,7 +146,7 @@ def _names(value: dict[str, Any], where: str) -> tuple[str, ...]:
 
 
 def _signed_words(value: Any) -> int:
-    """Returns a sample's entry in `Samples.lengths`. Malformed samples have one too; only access rejects them."""
+    """Returns a sample's entry in `Samples.lengths`. Accepts malformed samples; accessing them raises DataError."""
     if not isinstance(value, dict):
         return -1
     turns = value.get("conversations")

@@ -9,7 +9,7 @@ _STRIDE = 32  # minimum number of tokens between anchors; text before the anchor
 class Detokenizer:
     """Turns ids into text, holds back text that may still change, and searches for stop strings.
 
-    The concatenated pieces returned by `append` and `finish` form the reply without leading and trailing white space.
+    The concatenated pieces returned by `append` and `finish` form the reply without leading or trailing white space.
     Stop strings are matched against the decoded text, so they may be split across tokens. They are never returned.
     """
 
@@ -23,7 +23,7 @@ class Detokenizer:
         self.stopped = False  # a stop string was found; no more ids are accepted
 
     def append(self, id: int) -> str:
-        """Adds the next id and returns the text that became final, which may be ""."""
+        """Adds the next id and returns the newly finalized text, which may be ""."""
         self.ids.append(id)
         text = self._decoded(len(self.ids))
         found = [index for stop in self._stops if (index := text.find(stop)) >= 0]
@@ -38,14 +38,14 @@ class Detokenizer:
         return "" if self.stopped else self._send(self._decode(self.ids))
 
     def _decoded(self, n: int) -> str:
-        """Returns the text of the first n ids. Decoding starts with the anchor id to keep the space that follows it."""
+        """Returns the text of the first n ids. Decoding starts at the anchor id to preserve the space after it."""
         if self._anchor < 0 or n <= self._anchor:
             return self._decode(self.ids[:n])
         tail = self._decode(self.ids[self._anchor : n])
         return self._settled + tail[len(self._decode([self.ids[self._anchor]])) :]
 
     def _move_anchor(self, text: str) -> None:
-        """Moves the anchor to the newest id if this id decodes to text by itself and ends a complete character."""
+        """Moves the anchor to the newest id if that id decodes to text on its own and completes a character."""
         last = len(self.ids) - 1
         if last - self._anchor >= _STRIDE and not text.endswith(INCOMPLETE):
             newest = self._decode(self.ids[last:])
@@ -66,7 +66,7 @@ class Detokenizer:
         return piece
 
     def _n_held(self, text: str) -> int:
-        """Returns how many trailing characters to hold back: incomplete ones and a possible start of a stop string."""
+        """Returns how many trailing characters to hold back: incomplete ones and a possible stop-string prefix."""
         complete = text.rstrip(INCOMPLETE)
         longest = 0
         for stop in self._stops:

@@ -156,7 +156,7 @@ def _round_up(slots: int) -> int:
 
 
 def _record_logprobs(logits: Tensor, chosen: Tensor, rows: list[Sequence], n: int) -> None:
-    """Records log-probabilities of the chosen token and the n most likely tokens, before temperature and filters."""
+    """Records log-probabilities of the chosen token and the n most likely tokens, before temperature and filtering."""
     logprobs = logits.log_softmax(-1)
     values, ids = logprobs.topk(min(n, logprobs.shape[-1]))
     of_chosen = logprobs.gather(1, chosen[:, None])[:, 0].tolist()

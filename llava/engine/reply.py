@@ -44,7 +44,7 @@ class Reply:
 
     @classmethod
     def of(cls, sequence: Sequence, prepare_s: float, params: SamplingParams) -> "Reply":
-        """Builds the reply of a sequence, which may be unfinished. prepare_s: seconds spent preparing the request."""
+        """Builds a reply from a sequence, which may be unfinished. prepare_s: seconds spent preparing the request."""
         decode_s = sequence.ended - sequence.first_token
         steps = sequence.n_generated - 1
         n_text = len(sequence.input.token_ids) - len(sequence.input.views)
@@ -66,7 +66,7 @@ class Reply:
 
 
 class Stream(Iterator[str]):
-    """Iterates over the pieces of text of a reply while it is being generated."""
+    """Yields the text of a reply piece by piece as it is generated."""
 
     def __init__(self, engine: Engine, input: ModelInput, prepare_s: float, params: SamplingParams):
         self._prepare_s, self._params = prepare_s, params

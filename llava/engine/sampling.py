@@ -19,7 +19,7 @@ class SamplingParams:
 
     max_new_tokens: int = 512
     temperature: float = 0.0
-    top_p: float | None = None  # keep the most likely tokens whose probabilities add up to this
+    top_p: float | None = None  # keep the smallest set of most likely tokens whose total probability reaches this
     top_k: int | None = None  # keep this many of the most likely tokens
     min_p: float | None = None  # keep tokens whose probability is at least this fraction of the highest one
     repetition_penalty: float = 1.0  # above 1: makes tokens in the prompt or the reply less likely
@@ -67,7 +67,7 @@ def sample(
 ) -> Tensor:
     """Samples one id per row: logits [B, V] float32 -> ids [B].
 
-    seen: ids in each row's prompt and reply so far; generators: one per row; None: greedy sampling.
+    seen: ids in each row's prompt and reply so far; generators: one per row, or None for greedy sampling.
     """
     if params.repetition_penalty != 1:
         logits = torch.stack([_penalised(row, ids, params) for row, ids in zip(logits, seen, strict=True)])

@@ -38,7 +38,7 @@ class Sequence:
         return self.n_prompt + self.n_generated - 1
 
     def append(self, id: int) -> str:
-        """Adds a generated token and returns the text that became final. Sets `finish_reason` after the last token."""
+        """Adds a generated token and returns the newly finalized text. Sets `finish_reason` after the last token."""
         now = time.perf_counter()
         self.first_token = self.first_token or now
         self.n_generated += 1

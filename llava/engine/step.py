@@ -12,7 +12,7 @@ from llava.model.llava import Llava
 def prefill(model: Llava, x: Tensor, context: AttentionContext) -> Tensor:
     """Runs right-padded prompts: x [B, S, D] -> logits [B, V] float32 for the token after each prompt.
 
-    Padding needs no mask: attention is causal, so no token of a prompt attends to the padding after it.
+    Padding needs no mask: attention is causal, so no prompt token attends to the padding after it.
     """
     return model.decoder.logits(model.decoder.last_token_only(x, context))
 

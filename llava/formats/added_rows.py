@@ -16,7 +16,7 @@ from llava.tensors.writer import no_progress, output, write_json, write_safetens
 
 VOCAB_TABLES = ("decoder.embed.weight", "decoder.head.weight")  # tables with one row per token
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
-VOCAB_KEY = "llava_vocab_size"  # our own config.json key: number of rows without the added ones
+VOCAB_KEY = "llava_vocab_size"  # our own config.json key: number of vocabulary rows, excluding the added rows
 _FILE = "llava_hf_rows.safetensors"
 _FORMATS = ("llava-hf", "native")  # formats that may contain the added rows
 
@@ -46,7 +46,7 @@ def write_added_rows(source: Checkpoint, folder: Path) -> None:
 
 
 def with_added_rows(name: str, table: LazyTensor, n_rows: int, folder: Path) -> LazyTensor:
-    """Extends a table to `n_rows`, using the added rows saved in `folder` if they fit, else the table's mean row."""
+    """Extends a table to `n_rows` with the added rows saved in `folder` if they fit, else with the table's mean row."""
     first = table.shape[0]
     if (n_new := n_rows - first) <= 0:
         return table

@@ -132,8 +132,8 @@ def check_base_format(
             files,
             detection,
             lambda needed: (
-                f"{base.path}: has format {format}, which cannot be used as the base of a {detection.format} ({why}); "
-                f"set base= to {needed.describe(detection.format)}"
+                f"{base.path}: has format {format}, which cannot be the base of a {detection.format} checkpoint "
+                f"({why}); set base= to {needed.describe(detection.format)}"
             ),
         )
     has, asked = _architecture(base.config or known.published_config(base)), _architecture(files.config)
@@ -178,7 +178,7 @@ def check_vocabulary(rows: int, result: int, files: CheckpointFiles, wrong: str,
 
 
 def check_raw(base: Checkpoint, asked: DecoderConfig, force: bool) -> None:
-    """Checks that the base of a delta is the raw LLaMA-1. Applying a delta to a fine-tuned model produces garbage.
+    """Checks that the base of a delta is a raw LLaMA-1 model. With a fine-tuned base, the result would be garbage.
 
     asked: the delta's config. If the check fails, raises CheckpointError, or logs a warning if `force` is true.
     """
@@ -197,11 +197,11 @@ def _signs_of_training(base: Checkpoint) -> Iterator[str]:
     if any(word in comparable_name(name) for word in ("vicuna", "llama-2", "llama2", "llava")):
         yield f"config.json: _name_or_path = {name}"
     if base.format == "llava" or config.get("mm_vision_tower") or config.get("vision"):
-        yield "config.json describes a LLaVA"
+        yield "config.json describes a LLaVA model"
 
 
 def _signs_of_llama_2(sizes: DecoderConfig, asked: DecoderConfig) -> Iterator[str]:
-    """Yields config values that match Llama 2 but not the delta. A delta has the config values of its base."""
+    """Yields config values that match Llama 2 but not the delta, which has the same config values as its base."""
     if 4096 <= sizes.max_seq != asked.max_seq:
         yield f"config.json: {sizes.max_seq} positions (the delta has {asked.max_seq}, like LLaMA-1)"
     if sizes.eps == 1e-5 != asked.eps:

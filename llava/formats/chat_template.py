@@ -2,10 +2,10 @@
 
 import json
 
-from llava.config import IMAGE_MARK
+from llava.config import IMAGE_PLACEHOLDER
 from llava.preprocess.conversation import Style, Template
 
-# Renders the content of one message. If it is a list of parts, all image marks precede the texts, as in our prompts.
+# Renders the content of one message. In a list of parts, image placeholders precede the text, as in our prompts.
 _CONTENT = (
     "{%- macro content(message) -%}{%- if message.content is string -%}{{- message.content -}}{%- else -%}"
     "{%- for part in message.content if part.type == 'image' -%}{{- MARK -}}{%- endfor -%}"
@@ -51,7 +51,7 @@ def chat_template(template: Template) -> str | None:
         "ASSISTANT": template.assistant,
         "SEP": template.sep,
         "SEP2": template.sep2,
-        "MARK": f"{IMAGE_MARK}\n",
+        "MARK": f"{IMAGE_PLACEHOLDER}\n",
         "NEWLINE": "\n",
         "SYS_OPEN": "<<SYS>>\n",
         "SYS_CLOSE": "\n<</SYS>>\n\n",

@@ -1,4 +1,4 @@
-"""CLIP: key table, published configs, and functions that find, read and write the vision tower of a LLaVA."""
+"""CLIP: key table, published configs, and functions that find, read and write a LLaVA model's vision tower."""
 
 import logging
 import re
@@ -101,13 +101,13 @@ class Clip(Format):
 class Tower:
     """The config files of a vision tower."""
 
-    folder: Path | None  # None: `config` is a published one or comes from the checkpoint's config.json
+    folder: Path | None  # None: `config` is a published config or comes from the checkpoint's config.json
     config: Mapping[str, Any]  # config.json or its vision_config
     processor: Mapping[str, Any]  # preprocessor_config.json; {}: CLIP's published values
 
 
 def own_tower(folder: Path) -> Path | None:
-    """Returns the tower folder in a checkpoint, or None. Unlike a recorded path, it stays valid if the folder moves."""
+    """Returns a checkpoint's tower folder, or None. Unlike a recorded path, it survives moving the checkpoint."""
     return folder / OWN_TOWER if (folder / OWN_TOWER / "config.json").is_file() else None
 
 
@@ -186,7 +186,7 @@ def vision_config(
 
 
 def published_id(sizes: Mapping[str, Any]) -> str | None:
-    """Returns the hub id of the published CLIP with these sizes, or None."""
+    """Returns the hub id of the published CLIP model with these sizes, or None."""
     for name, known in PUBLISHED.items():
         if all(sizes.get(key, DEFAULTS[key]) == value for key, value in known.items()):
             return name
@@ -194,7 +194,7 @@ def published_id(sizes: Mapping[str, Any]) -> str | None:
 
 
 def tower_of_projector(in_dim: int, depth: int) -> str | None:
-    """Returns the tower of published projectors with this input width: 224 pixels if linear, 336 if an MLP."""
+    """Returns the tower that published projectors of this input width use: 224 pixels if linear, 336 if an MLP."""
     if in_dim != _CLIP_L["hidden_size"]:
         return None
     return "openai/clip-vit-large-patch14" if depth == 1 else "openai/clip-vit-large-patch14-336"
@@ -223,7 +223,7 @@ def _config_from_shapes(shapes: Shapes) -> dict[str, Any] | None:
 def write_tower(folder: Path, config: LlavaConfig, tensors: Mapping[str, Tensor]) -> None:
     """Writes a model's vision tower (`vision.*` of `tensors`) to a CLIP folder that `mm_vision_tower` can refer to.
 
-    `num_hidden_layers` includes the last layers even if `tensors` lacks them. Raises ConfigError, CheckpointError.
+    `num_hidden_layers` includes the last layers even if `tensors` lacks them. Raises ConfigError or CheckpointError.
     """
     if config.vision is None or config.image is None:
         raise ConfigError(f"{folder}: cannot write a vision tower, because the model has none")

@@ -53,7 +53,7 @@ class Delta(PartOfModel):
 
 
 def extends(ours: str, longer: LazyTensor, base: LazyTensor) -> bool:
-    """Whether `longer` has the shape of `base`, except for rows that new tokens add to a vocabulary table."""
+    """Whether `longer` has the same shape as `base`, apart from rows that new tokens add to a vocabulary table."""
     rows, own = longer.shape[:1], base.shape[:1]  # empty for a scalar
     same_rows = rows == own or (ours in VOCAB_TABLES and rows > own)
     return same_rows and longer.shape[1:] == base.shape[1:]
@@ -70,7 +70,7 @@ def write_delta(
     """Streams model - base to disk in float16; tensors and rows absent from the base are written in full.
 
     Both checkpoints must be opened without vision. `model` must be in the llava format; its config and tokenizer are
-    copied. Applying the delta restores the model up to the rounding of the differences. Raises CheckpointError.
+    copied. Applying the delta restores the model, except for rounding of the differences. Raises CheckpointError.
     """
     if model.format != "llava":
         raise CheckpointError(f"{model.path}: has format {model.format}; a delta requires the llava format")

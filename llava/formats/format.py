@@ -55,8 +55,8 @@ class Resolved(NamedTuple):
     """The tensors of a checkpoint under our names."""
 
     tensors: dict[str, LazyTensor]
-    dropped: tuple[str, ...] = ()  # names on disk that the format defines but LLaVA does not need
-    unknown: Mapping[str, Path] = {}  # names on disk that no rule matches -> their files
+    dropped: tuple[str, ...] = ()  # on-disk names of tensors that the format defines but LLaVA does not need
+    unknown: Mapping[str, Path] = {}  # on-disk names that no rule matches -> their files
     start_end: bool = False  # the tensors include trained embeddings of <im_start> and <im_end>
 
 
@@ -82,7 +82,7 @@ class Checkpoint:
     tensors: dict[str, LazyTensor]
     missing: tuple[str, ...]  # expected tensors that no file contains, under our names
     unused: dict[str, LazyTensor]  # known tensors that this model does not need, under our names
-    unused_names: tuple[str, ...]  # names on disk that this model does not need, including those of `unused`
+    unused_names: tuple[str, ...]  # on-disk names of tensors that this model does not need, including `unused`
     tokenizer: Tokenizer
     tokenizer_folder: Path  # folder with the tokenizer files; the base's folder if the checkpoint has none
     new_tokens: Mapping[str, int]  # tokens that the tokenizer files do not contain -> ids
@@ -105,7 +105,7 @@ class WriteJob(NamedTuple):
     """Everything needed to write a checkpoint into a folder."""
 
     checkpoint: Checkpoint  # as returned by `Format.prepare`
-    source: Checkpoint  # as opened, before `Format.prepare`
+    source: Checkpoint  # the checkpoint before `Format.prepare`
     outputs: Sequence[OutputTensor]
     folder: Path  # temporary folder to write into
     target: Path  # final path of the folder
@@ -135,7 +135,7 @@ class Format:
         return []
 
     def published_config(self, files: CheckpointFiles) -> Mapping[str, Any]:
-        """Returns config.json with the keys of published LLaVA checkpoints. Raises CheckpointError, ConfigError."""
+        """Returns config.json with the keys of published LLaVA checkpoints. Raises CheckpointError or ConfigError."""
         return files.config
 
     def resolve(self, files: CheckpointFiles, base: Checkpoint | None, tokenizer: Tokenizer) -> Resolved:
@@ -145,7 +145,7 @@ class Format:
     def read_config(
         self, files: CheckpointFiles, tensors: Mapping[str, LazyTensor], base: Checkpoint | None, options: LoadOptions
     ) -> ReadConfig:
-        """Reads the model's config. `tensors`: as returned by `resolve`. Raises CheckpointError, ConfigError."""
+        """Reads the model's config. `tensors`: as returned by `resolve`. Raises CheckpointError or ConfigError."""
         raise NotImplementedError
 
     def tokenizer_folder(self, files: CheckpointFiles) -> Path:
@@ -170,7 +170,7 @@ class Format:
         raise NotImplementedError
 
     def write_extra(self, source: Checkpoint, folder: Path) -> None:
-        """Writes all files except the weights and config.json. `source`: the checkpoint as opened, before `prepare`."""
+        """Writes all files except the weights and config.json. `source`: the checkpoint before `prepare`."""
         copy_tokenizer(source.tokenizer_folder, folder, source.new_tokens)
 
     def write(self, job: WriteJob) -> None:
@@ -223,6 +223,6 @@ def one_of(value: Any, known: Sequence[str], what: str) -> Any:
 
 
 def require_llama(checkpoint: Checkpoint, format: str) -> None:
-    """Raises CheckpointError if the language model is not a Llama."""
+    """Raises CheckpointError if the language model is not a Llama model."""
     if (kind := checkpoint.config.decoder.kind) != "llama":
         raise CheckpointError(f"{checkpoint.path}: has a language model of kind {kind}; {format} supports only Llama")

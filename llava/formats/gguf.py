@@ -1,8 +1,8 @@
-"""GGUF, llama.cpp's format: a language model file and, for a LLaVA, an mmproj file with the tower and projector.
+"""GGUF, llama.cpp's format: a language model file and, for a LLaVA model, an mmproj file with the tower and projector.
 
-Names, keys and row order are those that llama.cpp expects (the release in llama-cpp-python 0.3.36). llama.cpp rotates
-adjacent pairs of rows, so the rows of q and k are reordered. bfloat16 matrices keep their dtype, other matrices are
-float16; all other tensors are float32, because llama.cpp's kernels do not accept a narrower type for them.
+Names, keys and row order follow llama.cpp (the release in llama-cpp-python 0.3.36). llama.cpp rotates adjacent pairs
+of rows, so the rows of q and k are reordered. bfloat16 matrices keep their dtype, and other matrices are stored as
+float16. All other tensors are float32, because llama.cpp's kernels do not accept a narrower type for them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -181,7 +181,7 @@ def _is_mmproj(out: OutputTensor) -> bool:
 
 
 def _chunks(tensor: LazyTensor, start: int, stop: int, head_dim: int) -> Iterator[Tensor]:
-    """Yields rows [start, stop) in chunks of whole heads, reordered for llama.cpp; head_dim 1 keeps the order."""
+    """Yields rows [start, stop) in chunks of whole heads, reordered for llama.cpp (not reordered if head_dim is 1)."""
     row_bytes = torch.Size(tensor.shape[1:]).numel() * tensor.dtype.itemsize
     step = max(CHUNK_BYTES // (row_bytes * head_dim), 1) * head_dim
     for first in range(start, stop, step):

@@ -81,7 +81,7 @@ def _byte_level(file: Path, rows: int) -> Vocab:
 
 
 def _unused(rows: int) -> list[str]:
-    """Returns a distinct placeholder for each row; rows without a token keep it."""
+    """Returns a distinct placeholder for each row. Callers overwrite the rows that have a token."""
     return [f"[PAD{id}]" for id in range(rows)]
 
 

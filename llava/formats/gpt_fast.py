@@ -40,7 +40,7 @@ class GptFast(Format):
         return without_added_rows(checkpoint)
 
     def outputs(self, checkpoint: Checkpoint) -> list[OutputTensor]:
-        """Returns the language model's tensors; a tied head is written in full, as gpt-fast does not tie weights."""
+        """Returns the language model's tensors; a tied head is duplicated, because gpt-fast does not tie weights."""
         require_llama(checkpoint, "gpt-fast")
         tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith("decoder.")}
         if checkpoint.config.decoder.tied:

@@ -1,6 +1,6 @@
-"""InternLM2: a Llama with different tensor names, and with q, k and v interleaved per key/value head.
+"""InternLM2: a Llama model with different tensor names, in which q, k and v are interleaved per key/value head.
 
-Reads plain language models and LLaVAs. Matches modeling_internlm2.py of internlm/internlm2-chat-7b.
+Reads plain language models and LLaVA models. Matches modeling_internlm2.py of internlm/internlm2-chat-7b.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ RULES = (
 
 
 class InternLM2(Format):
-    """Read-only. `llava convert` can write the language model with `--to llama`, or a whole LLaVA with `--to llava`."""
+    """Read-only. `llava convert` writes the language model (`--to llama`) or the whole LLaVA model (`--to llava`)."""
 
     name = "internlm2"
 

@@ -1,4 +1,4 @@
-"""A plain Llama in Hugging Face's format: key table, and conversion from and to config.json."""
+"""Plain Llama models in Hugging Face's format: key table, and conversion from and to config.json."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,7 +41,7 @@ RULES = (*prefixed("model.", LAYERS), Rule("lm_head.weight", "decoder.head.weigh
 
 
 class Llama(Format):
-    """A plain Llama that any Llama loader can open."""
+    """A plain Llama checkpoint that any Llama loader can open."""
 
     name = "llama"
     writes = True
@@ -107,7 +107,7 @@ def decoder_config(config: Mapping[str, Any], shapes: Shapes, where: object) -> 
 
 
 def is_mistral(decoder: DecoderConfig) -> bool:
-    """Whether the decoder has Mistral's n_kv_heads and rope_theta. So has InternLM2, which its tensor names show; Yi has not."""
+    """Whether n_kv_heads and rope_theta match Mistral. Also true for InternLM2 (detected by tensor names), not Yi."""
     return decoder.kind == "llama" and decoder.n_kv_heads == 8 and decoder.rope_theta == 1e6
 
 

@@ -1,6 +1,6 @@
 """The format of published LLaVA checkpoints, such as liuhaotian/llava-v1.5-7b.
 
-It is the format of a Hugging Face language model with LLaVA's tensors and config keys added.
+It extends the Hugging Face format of the language model with LLaVA's tensors and config keys.
 """
 
 from collections.abc import Mapping
@@ -51,7 +51,7 @@ WRITERS: dict[FileType, FileWriter] = {"safetensors": write_safetensors, "bin": 
 
 
 class Llava(Format):
-    """A LLaVA based on Llama, Mistral or Yi. Also writes MPT-based LLaVAs, which the `mpt` format reads."""
+    """A LLaVA model based on Llama, Mistral or Yi. Also writes MPT-based models, which the `mpt` format reads."""
 
     name = "llava"
     writes = True
@@ -93,7 +93,7 @@ class Llava(Format):
 
 
 def rules_for(config: LlavaConfig, *, linear: bool | None = None) -> tuple[Rule, ...]:
-    """Returns the key table. `linear` (default: from `config`): the projector is one layer, unnumbered in the file."""
+    """Returns the key table. `linear` (default: from `config`): the projector is one layer, named without an index."""
     rules = mpt.RULES if config.decoder.kind == "mpt" else RULES
     if linear is None:
         linear = config.projector is not None and config.projector.depth == 1
@@ -109,7 +109,7 @@ def from_memory(tensors: Mapping[str, Tensor], config: LlavaConfig) -> list[Outp
 
 
 def llava_config(config: LlavaConfig, tokenizer: Tokenizer | None, vision_tower: str | None) -> dict[str, Any]:
-    """Returns config.json with all keys that the original code or ours reads. Raises ConfigError.
+    """Returns config.json with all keys that the original code or this package reads. Raises ConfigError.
 
     The template is recorded as `llava_template`, a key that other readers ignore. The original code guesses the
     template from the folder name.
@@ -135,7 +135,7 @@ def tower_name(checkpoint: Checkpoint, target: Path, *, separate: bool = False) 
     """Returns `mm_vision_tower` for a checkpoint written to `target`, or None for a model without vision.
 
     If the checkpoint does not contain its tower, the recorded name is kept. If it does, readers need only the tower's
-    config, so the value is a published CLIP of the same sizes or, if there is none, the folder of `write_own_tower`.
+    config, so the value is a published CLIP model of the same size or, failing that, the folder of `write_own_tower`.
     separate: the shards are not written, so always use that folder, which also contains the weights.
     """
     if checkpoint.config.vision is None:
@@ -171,11 +171,11 @@ def write_llava(
     recorded: Mapping[str, Any] | None = None,
     progress: Progress = no_progress,
 ) -> None:
-    """Writes an in-memory model in this format, in `config.dtype`. Without vision, the result is a plain Llama or MPT.
+    """Writes an in-memory model in this format, in `config.dtype`. Without vision, writes a plain Llama or MPT model.
 
     tensors: keyed by our names, on any device. tokenizer_from: a folder with the tokenizer files. vision_tower: a CLIP
     folder or hub id to record in config.json. tower_inside: store `vision.*` in the shards, for a trained tower.
-    recorded: additional keys for config.json. Raises ConfigError, CheckpointError; a failed write leaves no files.
+    recorded: additional keys for config.json. Raises ConfigError or CheckpointError; a failed write leaves no files.
     """
     settings = llava_config(config, load_tokenizer(tokenizer_from), vision_tower)
     settings |= {"unfreeze_mm_vision_tower": True} if tower_inside else {}

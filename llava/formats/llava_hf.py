@@ -1,6 +1,6 @@
 """The llava-hf format of transformers: nested configs, its own tensor names, and vocabulary rows for <image> and <pad>.
 
-Reads both layouts: up to transformers 4.51, and from 4.52 on. Writes the older one, which all versions can open.
+Reads the layout of transformers up to 4.51 and the layout since 4.52. Writes the former, which all versions can open.
 """
 
 from collections.abc import Mapping

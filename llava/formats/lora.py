@@ -1,4 +1,4 @@
-"""LoRAs in the PEFT format (arXiv:2106.09685), and the weights that LLaVA trains in full alongside them.
+"""LoRAs in the PEFT format (arXiv:2106.09685), and the fully fine-tuned weights that LLaVA saves alongside them.
 
 O rows of a matrix   I columns of a matrix   r rank
 """
@@ -32,17 +32,17 @@ _CONFIG_FILE = "adapter_config.json"
 
 
 class Lora(PartOfModel):
-    """A LoRA: adapter_config.json, adapter_model.*, and non_lora_trainables.bin with the weights trained in full."""
+    """A LoRA: adapter_config.json, adapter_model.*, and non_lora_trainables.bin with fully fine-tuned weights."""
 
     name = "lora"
-    exact = False  # tensors become W + scale * B @ A in float32
+    exact = False  # adapted tensors are computed as W + scale * B @ A in float32
 
     def detect(self, files: CheckpointFiles) -> list[str]:
         found = (files.path / _CONFIG_FILE).is_file()
         return ["adapter_config.json is present: a LoRA, to be added to a base model"] * found
 
     def resolve(self, files: CheckpointFiles, base: Checkpoint | None, tokenizer: Tokenizer) -> Resolved:
-        """Adds the LoRA to the base model's matrices; tensors trained in full replace the base model's tensors."""
+        """Adds the LoRA to the base model's matrices; fully fine-tuned tensors replace the base model's tensors."""
         assert base
         rules, extra = llava_rules(base), files.path / NON_LORA_FILE
         weights = Weights([extra] if extra.is_file() else [])
@@ -75,7 +75,7 @@ class Lora(PartOfModel):
 
 
 def _without_wrappers(names: Weights) -> dict[str, str]:
-    """Maps names without PEFT and DeepSpeed wrapper prefixes to the names in the file."""
+    """Maps each tensor name, stripped of PEFT and DeepSpeed wrapper prefixes, to its name in the file."""
     return {re.sub(_WRAPPERS, "", name): name for name in names}
 
 
@@ -132,7 +132,7 @@ _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def _module_pattern(key: str) -> str:
-    """Returns a regular expression for module names; the alpha_pattern `key` must match their last components."""
+    """Returns a regex that matches module names whose last components match `key`, a key of alpha_pattern."""
     return rf"(.*\.)?({key})"
 
 
@@ -145,7 +145,7 @@ def _place(
     base: Path,
     file: Path,
 ) -> tuple[str, LoraPair]:
-    """Returns the name of the matrix to which factors A and B apply, and the `LoraPair`. Raises CheckpointError."""
+    """Returns our name of the matrix that factors A and B adapt, and their `LoraPair`. Raises CheckpointError."""
     if missing := {"A", "B"} - set(factors):
         raise CheckpointError(f"{file}: has no lora_{missing.pop()} for {name}; fetch the LoRA again")
     target, a, b = target_of(name, rules), factors["A"], factors["B"]
@@ -155,7 +155,7 @@ def _place(
     if not len(shape) == len(a.shape) == len(b.shape) == 2:
         raise CheckpointError(f"{file}: adapts {name}, which is not a matrix; only LoRAs of matrices are supported")
     rows, columns = shape
-    # q, k and v are concatenated along the rows; k and v have as many rows as q, or fewer (grouped-query attention)
+    # q, k and v are concatenated along dimension 0; k and v may have fewer rows than q (grouped-query attention)
     first = rows - (target.n_parts - target.part) * b.shape[0] if target.part else 0
     n_all = target.n_parts * b.shape[0]
     fits = n_all <= rows if target.part else b.shape[0] <= rows <= n_all
@@ -191,9 +191,9 @@ def write_lora(
     """Writes adapter_config.json, adapter_model, non_lora_trainables.bin and config.json; tensors keep their dtypes.
 
     lora: factors keyed by our module name and part, e.g. {"decoder.blocks.3.attn.qkv": {"q": (A, B), "v": (A, B)},
-    "decoder.blocks.3.mlp.gate": {"": (A, B)}}. non_lora: tensors keyed by our names. base: recorded as the base model,
-    whose tokenizer is used on loading if `tokenizer_from` is None. recorded: additional keys for config.json. Raises
-    ConfigError.
+    "decoder.blocks.3.mlp.gate": {"": (A, B)}}. non_lora: tensors keyed by our names. base: the base model,
+    recorded in the configs; its tokenizer is used on loading if `tokenizer_from` is None. recorded: additional keys
+    for config.json. Raises ConfigError.
     """
     adapter = list(_adapter_outputs(lora, config, r))
     trained = [replace(out, name=_PREFIX + out.name) for out in from_memory(non_lora, config)]

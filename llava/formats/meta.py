@@ -1,8 +1,8 @@
-"""A language model in Meta's own format: params.json, and `consolidated.NN.pth` shards with a part of each matrix.
+"""A language model in Meta's own format: params.json, and `consolidated.NN.pth` shards with parts of the matrices.
 
-Meta's model-parallel layers split some matrices by rows and others by columns; norms are the same in all shards. The
-rows of q and k are ordered for rotary embeddings that rotate adjacent pairs; loading reorders them as in Hugging Face
-checkpoints.
+Meta's model-parallel layers split some matrices by rows and others by columns; all shards contain the same norms. The
+rows of q and k are ordered for rotary embeddings that rotate adjacent pairs; loading reorders them to match Hugging
+Face checkpoints.
 """
 
 from collections.abc import Mapping

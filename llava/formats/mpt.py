@@ -1,4 +1,4 @@
-"""MPT, as a plain language model or in a LLaVA: key table, and conversion from and to config.json."""
+"""MPT, as a plain language model or within a LLaVA model: key table, and conversion to and from config.json."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,13 +24,13 @@ LANGUAGE = (
             Rule("norm_f.weight", "decoder.norm.weight"),
         ),
     ),
-    Rule("lm_head.weight", "decoder.head.weight"),  # only in re-saved checkpoints; repeats the embedding table
+    Rule("lm_head.weight", "decoder.head.weight"),  # only in re-saved checkpoints; duplicates the embedding table
 )
 RULES = (*LANGUAGE, *prefixed("transformer.", VISION))
 
 
 class Mpt(Format):
-    """An MPT or an MPT-based LLaVA. Read-only; to write these models, use `--to llava`."""
+    """An MPT model or an MPT-based LLaVA model. Read-only; to write these models, use `--to llava`."""
 
     name = "mpt"
 
@@ -90,7 +90,7 @@ def decoder_config(config: Mapping[str, Any], shapes: Shapes, where: object) -> 
 
 
 def mpt_config(config: LlavaConfig) -> dict[str, Any]:
-    """Returns the config.json of an MPT, with all sizes set explicitly."""
+    """Returns the config.json of an MPT model, with all sizes set explicitly."""
     sizes = config.decoder
     return {
         "architectures": ["MPTForCausalLM"],

@@ -1,4 +1,4 @@
-"""Tensors and config keys that LLaVA adds to a language model checkpoint: vision tower, projector and images."""
+"""Tensors and config keys that LLaVA adds to language model checkpoints: vision tower, projector and image settings."""
 
 import ast
 from collections.abc import Mapping
@@ -45,9 +45,9 @@ def read_model_config(
     tensors: Mapping[str, LazyTensor],
     options: LoadOptions,
 ) -> ReadConfig:
-    """Reads the config of a LLaVA or a plain language model from a config.json with LLaVA's keys.
+    """Reads the config of a LLaVA model or a plain language model from a config.json with LLaVA's keys.
 
-    path: checkpoint folder or single file. Raises CheckpointError, ConfigError.
+    path: checkpoint folder or single file. Raises CheckpointError or ConfigError.
     """
     where = path if path.is_file() else path / "config.json"
     language = LlavaConfig(
@@ -132,10 +132,10 @@ def image_config(
 
 
 def in_mode(image: ImageConfig, mode: ImageMode) -> ImageConfig:
-    """Returns a copy of `image` with image mode `mode`.
+    """Returns a copy of `image` that uses the image mode `mode`.
 
-    transformers reads the published list of canvases as (h, w), LLaVA as (w, h). The list also contains the transpose
-    of each canvas, so both use the same set of canvases, but in a different order, which changes how ties are broken.
+    transformers reads the published list of canvases as (h, w); LLaVA reads it as (w, h). The list also contains the
+    transpose of each canvas, so both use the same canvases, but in different orders, which changes how ties are broken.
     """
     transposed = tuple((h, w) for w, h in image.pinpoints)
     same = mode == image.mode or set(transposed) != set(image.pinpoints)
@@ -184,14 +184,12 @@ def projector_in(tensors: Mapping[str, LazyTensor], decoder: DecoderConfig) -> P
 
 
 def vision_keys(config: LlavaConfig, vision_tower: str | None) -> dict[str, Any]:
-    """Returns the config.json keys that describe the vision part of a LLaVA. Raises ConfigError."""
+    """Returns the config.json keys that describe the vision part of a LLaVA model. Raises ConfigError."""
     assert config.vision
     assert config.projector
     assert config.image
     if vision_tower is None:
-        raise ConfigError(
-            "the config.json of a LLaVA requires a vision tower; set vision_tower= to a CLIP folder or hub id"
-        )
+        raise ConfigError("LLaVA's config.json requires a vision tower; set vision_tower= to a CLIP folder or hub id")
     if config.image.mode != "original":
         raise ConfigError(
             f"image mode {config.image.mode!r} cannot be saved: LLaVA's config.json has no key for the mode"

@@ -53,7 +53,7 @@ class Native(Format):
         return ReadConfig(native_config(files.config, options, files.config_file), files.config, files.path)
 
     def outputs(self, checkpoint: Checkpoint) -> list[OutputTensor]:
-        """Returns all tensors. If the checkpoint contains a tower, they include layers that LLaVA does not use."""
+        """Returns all tensors, including tower layers that LLaVA does not use, if the checkpoint contains a tower."""
         tensors = checkpoint.tensors | (checkpoint.unused_tower if checkpoint.tower_inside else {})
         return [output(name, tensor, name) for name, tensor in tensors.items()]
 

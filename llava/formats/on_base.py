@@ -27,7 +27,7 @@ class PartOfModel(Format):
     def read_config(
         self, files: CheckpointFiles, tensors: Mapping[str, LazyTensor], base: Checkpoint | None, options: LoadOptions
     ) -> ReadConfig:
-        """Reads the config.json of the part or, for a LoRA that PEFT saved without one, of the base model."""
+        """Reads the part's config.json or, for a LoRA that PEFT saved without a config.json, the base model's."""
         assert base
         config, path = (files.config, files.path) if files.config else (base.source_config, base.path)
         if VERSION_KEY in config:
@@ -37,7 +37,7 @@ class PartOfModel(Format):
 
 
 def llava_rules(base: Checkpoint) -> tuple[Rule, ...]:
-    """Returns the key table of a LLaVA based on this language model."""
+    """Returns the key table of LLaVA models that are based on this language model."""
     return mpt.RULES if base.config.decoder.kind == "mpt" else llava.RULES
 
 
@@ -50,12 +50,12 @@ class PartTensors(NamedTuple):
     """The tensors of one file, keyed by our names."""
 
     tensors: dict[str, LazyTensor]
-    dropped: tuple[str, ...]  # known tensors that are not needed, by their names in the file
+    dropped: tuple[str, ...]  # on-disk names of known tensors that are not needed
     unknown: dict[str, Path]
 
 
 def read_part(weights: Weights, names: Mapping[str, str], rules: tuple[Rule, ...]) -> PartTensors:
-    """Looks up a file's tensors in a key table. `names`: name as in the table -> name in the file."""
+    """Looks up a file's tensors in a key table. `names` maps names in the table to names in the file."""
     planned = plan(names, rules)
     stored = {ours: tuple(names[name] for name in parts) for ours, parts in planned.tensors.items()}
     for parts in stored.values():

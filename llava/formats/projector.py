@@ -1,4 +1,4 @@
-"""Projector-only checkpoints, as saved by stage 1: mm_projector.bin and usually a config.json.
+"""Projector-only checkpoints, as saved by stage-1 training: mm_projector.bin and usually a config.json.
 
 The oldest projectors were published as a single file without a config.json; their config is derived from the tensors.
 """
@@ -82,7 +82,8 @@ def read_single_file(file: Path) -> CheckpointFiles:
     layers = _layers(weights)
     if not layers:
         raise CheckpointError(
-            f"{file}: has no mm_projector tensors, and only projectors load from a single file; pass the folder"
+            f"{file}: has no mm_projector tensors, and only projectors can be loaded from a single file; "
+            "pass the folder"
         )
     if odd := [name for name in layers if len(weights.headers[name].shape) != 2]:
         shape = list(weights.headers[odd[0]].shape)
@@ -96,7 +97,7 @@ def _layers(weights: Weights) -> list[str]:
 
 
 def _config_from_tensors(files: CheckpointFiles, vision_tower: str | Path | None) -> dict[str, Any]:
-    """Builds LLaVA's config keys; `vision_tower` defaults to the tower of published projectors of this shape."""
+    """Builds LLaVA's config keys; `vision_tower` defaults to the tower used by published projectors of this shape."""
     widths = [files.weights.headers[name].shape[1] for name in sorted(_layers(files.weights))]
     tower = vision_tower or tower_of_projector(widths[0], len(widths))
     if tower and not vision_tower:
@@ -105,7 +106,7 @@ def _config_from_tensors(files: CheckpointFiles, vision_tower: str | Path | None
         "mm_vision_tower": str(tower) if tower else None,
         "mm_hidden_size": widths[0],
         "mm_projector_type": projector_type(len(widths)),
-        "mm_vision_select_layer": -2,  # as in every published LLaVA
+        "mm_vision_select_layer": -2,  # as in every published LLaVA checkpoint
     }
 
 
@@ -114,26 +115,26 @@ def _file(files: CheckpointFiles) -> Path:
 
 
 def _without_prefixes(names: Iterable[str]) -> dict[str, str]:
-    """Maps names without prefixes, which differ between files, to the names in the file."""
+    """Maps each tensor name, stripped of its prefix (which varies between files), to its name in the file."""
     return {re.sub(r"^.*?(mm_projector\.|embed_tokens\.|wte\.|image_newline)", r"\1", name): name for name in names}
 
 
 def _with_token_rows(rows: LazyTensor, base: Checkpoint, tokenizer: Tokenizer, file: Path) -> dict[str, LazyTensor]:
     """Returns the base model's vocabulary tables, with the last two of `rows` as embeddings of <im_start> and <im_end>.
 
-    All other new rows are the mean of the existing rows of their table. Raises CheckpointError.
+    All other new rows are set to the mean of the table's existing rows. Raises CheckpointError.
     """
     start, end = (tokenizer.id_of(text) for text in _AROUND_IMAGES)
     if start is None or end != start + 1:
         raise CheckpointError(
-            f"{file}: has embeddings of <im_start> and <im_end>, but the tokenizer does not have both with consecutive "
-            "ids; put the tokenizer files from the training run into the folder"
+            f"{file}: has embeddings of <im_start> and <im_end>, but the tokenizer lacks these tokens or their ids "
+            "are not consecutive; put the tokenizer files from the training run into the folder"
         )
     embed = base.tensors["decoder.embed.weight"]
     if len(rows.shape) != 2 or rows.shape[0] < len(_AROUND_IMAGES) or rows.shape[1:] != embed.shape[1:]:
         raise CheckpointError(
-            f"{file}: has embeddings of shape {list(rows.shape)}, but {base.path} has a table of {list(embed.shape)}; "
-            "pass the base model that they were trained with"
+            f"{file}: has embeddings of shape {list(rows.shape)}, but the table in {base.path} has "
+            f"{list(embed.shape)}; pass the base model that they were trained with"
         )
     tables: dict[str, LazyTensor] = {}
     for name in VOCAB_TABLES:
@@ -166,8 +167,8 @@ def write_projector(
     """Writes config.json and the tensors `projector.*` and `newline`, which keep their dtypes.
 
     base: the language model, recorded in config.json. start_end: [2, D], trained embeddings of <im_start> and <im_end>;
-    requires `tokenizer_from`, a folder whose tokenizer has both tokens. write_extra: called with the folder to write
-    additional files. Raises ConfigError.
+    requires `tokenizer_from`, a folder whose tokenizer has both tokens. write_extra: writes additional files into the
+    folder that it receives. Raises ConfigError.
     """
     if start_end is not None and tokenizer_from is None:
         raise ConfigError(

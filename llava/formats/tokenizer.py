@@ -111,7 +111,7 @@ def _special_names(settings: dict[str, Any], special: dict[str, Any]) -> dict[st
 def _added_tokens(
     settings: dict[str, Any], plain: dict[str, int], special: set[str], strip: bool
 ) -> dict[str, AddedToken]:
-    """Returns tokens keyed by text, from added_tokens.json (`plain`: ids) and tokenizer_config.json (ids and flags)."""
+    """Merges the tokens in added_tokens.json (`plain`) and tokenizer_config.json (`settings`), keyed by text."""
     added = {text: AddedToken(text, _id(id, text), text in special, strip, strip) for text, id in plain.items() if text}
     decoder = settings.get("added_tokens_decoder", {})
     if not isinstance(decoder, dict) or not all(isinstance(token, dict) for token in decoder.values()):
@@ -136,7 +136,7 @@ def _text(value: Any, what: str) -> str:
 
 
 def _id(value: Any, text: str) -> int:
-    """Parses a token id: a number, or a string of digits if the id is a JSON key. Raises ValueError."""
+    """Parses a token id: a number, or a string of digits if it is a JSON key. Raises ValueError if it is invalid."""
     _text(text, "a token")
     if isinstance(value, bool) or not isinstance(value, int | str) or not 0 <= int(value) < _MAX_ID:
         raise ValueError(f"token {text!r:.60} has an invalid id: {value!r:.60}")
@@ -170,7 +170,7 @@ def copy_tokenizer(source: Path, target: Path, new_tokens: Mapping[str, int] | N
 
 
 def update_json(file: Path, values: Mapping[str, object]) -> None:
-    """Sets keys in a JSON file, which is created if it does not exist."""
+    """Sets keys in a JSON file, creating the file if it does not exist."""
     write_json(file, read_json_if_present(file) | dict(values))
 
 

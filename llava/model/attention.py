@@ -45,7 +45,7 @@ class AttentionContext(Protocol):
         ...
 
     def queries(self, x: Tensor) -> Tensor:
-        """x [B, S, ...] -> the tokens for which `attend` returns a vector: all, or only the last of each sequence."""
+        """Selects the tokens of x [B, S, ...] that are queries: all tokens, or only the last token of each sequence."""
         ...
 
     def last_token_only(self) -> "AttentionContext":
@@ -140,7 +140,7 @@ class Segments(NamedTuple):
     """Boundaries of the samples packed into a row [1, S]."""
 
     cu_seqlens: Tensor  # int32 [N + 1], cumulative lengths from 0 to S; samples may be empty
-    lengths: tuple[int, ...]  # sample lengths; may be () where the varlen kernel is used
+    lengths: tuple[int, ...]  # sample lengths; may be () if the varlen kernel is used
     max_seqlen: int  # upper bound on the length of a sample
 
     def last(self) -> Tensor:

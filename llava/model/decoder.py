@@ -49,7 +49,7 @@ class Decoder(nn.Module):
     def last_token_only(self, x: Tensor, context: AttentionContext) -> Tensor:
         """x [B, S, D] -> [sequences, D], the last token's hidden state in each sequence, after the final norm.
 
-        For prefill: the last block computes keys and values for all tokens, but outputs only for the last ones.
+        Used for prefill: the last block computes keys and values for all tokens, but outputs only for the last tokens.
         """
         rope, context = self.positions(context, x.dtype)
         for block in self.blocks[:-1]:
@@ -62,5 +62,5 @@ class Decoder(nn.Module):
         return self.head(x).float()
 
     def lookup(self, ids: Tensor) -> Tensor:
-        """ids [...] -> embeddings [..., D]. Negative ids (image tokens) get a placeholder, which callers overwrite."""
+        """ids [...] -> embeddings [..., D]. Negative ids (image tokens) yield placeholders that callers overwrite."""
         return self.embed(torch.clamp(ids, min=0))

@@ -36,6 +36,6 @@ class KVCache:
         return keys, values
 
     def select(self, rows: Tensor) -> None:
-        """Keeps only the rows with the indices `rows` [B'], in this order."""
+        """Keeps only the rows at the indices `rows` [B'], in this order."""
         self.k, self.v = self.k[:, rows], self.v[:, rows]
         self.rows = self.rows[: len(rows)]

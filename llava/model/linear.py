@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _BLOCK_VALUES = 2**22  # float32 values converted at a time: 16 MiB
-_FEW_ROWS = 12  # with fewer rows of x, reading the weight takes longest, so the 16-bit kernel is faster
+_FEW_ROWS = 12  # with fewer rows of x, reading the weight dominates, so the 16-bit kernel is faster
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -54,7 +54,7 @@ class Linear(nn.Linear):
     """`nn.Linear` whose forward pass calls the `linear` function above."""
 
     def reset_parameters(self) -> None:
-        """Does nothing: weights come from a checkpoint, and initialising takes a second even on the meta device."""
+        """Does nothing: weights come from a checkpoint, and initialization takes a second even on the meta device."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O]"""

@@ -57,7 +57,7 @@ class Rope(nn.Module):
 
 
 def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Divides low frequencies by a factor, keeps high ones and interpolates in between. Llama 3.1, arXiv:2407.21783."""
+    """Llama 3.1, arXiv:2407.21783: divides low frequencies by a factor, keeps high ones and interpolates in between."""
     turns = scaling.original_max_seq * frequencies / (2 * math.pi)  # full rotations within the original context
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     unscaled = ((turns - low) / (high - low)).clamp(0, 1)

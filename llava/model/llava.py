@@ -39,7 +39,7 @@ class Llava(nn.Module):
     def embed(self, ids: Tensor, images: Sequence[Tensor] = ()) -> Tensor:
         """ids [S] with IMAGE at every image token -> embeddings [S, D].
 
-        images: the result of `encode_images`, in order: one tensor [tokens, D] per image.
+        images: one tensor [tokens, D] per image, in order, as returned by `encode_images`.
         """
         return self.insert_images(self.decoder.lookup(ids), (ids == IMAGE).nonzero()[:, 0], images)
 
@@ -54,7 +54,7 @@ class Llava(nn.Module):
         """pixels [V, 3, size, size] -> embeddings [tokens, D] of each image.
 
         views: number of views of each image. grids: tile arrangement of each image, or None if it has no tiles.
-        vision_grad: whether to compute gradients through the vision tower, for training it.
+        vision_grad: whether to compute gradients through the vision tower, as needed to train it.
         """
         assert self.vision is not None
         assert self.projector is not None
@@ -80,7 +80,7 @@ class Llava(nn.Module):
         return torch.cat([features[0], cropped.flatten(0, 1)])
 
     def insert_images(self, x: Tensor, positions: Tensor, images: Sequence[Tensor]) -> Tensor:
-        """Returns x [..., S, D] with the vectors at `positions` replaced with those of `images`, in order.
+        """Returns x [..., S, D] with the vectors at `positions` replaced, in order, with the vectors in `images`.
 
         positions: int64 [image tokens], indices into x flattened to [-1, D].
         """

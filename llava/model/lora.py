@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685) on a frozen matrix, for training or for switching without merging.
+"""Low-rank adapters (LoRA, arXiv:2106.09685) on a frozen matrix, for training or switching adapters without merging.
 
 r rank   I input features   O output features
 """
@@ -27,10 +27,10 @@ class Adapter(nn.Module):
 
 
 class LoraLinear(nn.Module):
-    """A frozen matrix whose rows are stacked parts, such as q, k and v, each with or without an adapter."""
+    """A frozen matrix whose rows are several stacked parts (such as q, k and v), each with an optional adapter."""
 
     def __init__(self, base: nn.Module, parts: Mapping[str, int | Adapter], dropout: float = 0.0):
-        """parts: name -> adapter, or number of rows for a part without an adapter; in stacking order."""
+        """parts: maps each name, in stacking order, to its adapter, or to its number of rows if it has no adapter."""
         super().__init__()
         self.base, self.dropout = base, dropout
         self.plain_rows = {name: part for name, part in parts.items() if isinstance(part, int)}

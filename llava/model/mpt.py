@@ -38,7 +38,7 @@ class Alibi(nn.Module):
     def slopes(self, device: torch.device) -> Tensor:
         """Returns the slopes [H], float32: 2^(-bias_max * i / H) for i = 1, …, H.
 
-        If H is not a power of two, H of the slopes for the next power of two are used.
+        If H is not a power of two, returns H of the slopes for the next power of two.
         """
         n = 2 ** math.ceil(math.log2(self.n_heads))
         slopes = 2 ** (torch.arange(1, n + 1, device=device) * (-self.bias_max / n))
@@ -65,7 +65,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with exact GELU in between."""
+    """Two linear layers with an exact GELU in between."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -78,7 +78,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each with a norm before it and a residual connection. Same interface as the Llama block."""
+    """Pre-norm attention and MLP, each with a residual connection. Same interface as the Llama block."""
 
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()

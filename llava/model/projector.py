@@ -7,7 +7,7 @@ from llava.model.linear import Linear
 
 
 class Projector(nn.Sequential):
-    """features [..., in_dim] -> [..., out_dim]: linear layers with exact GELU in between.
+    """features [..., in_dim] -> [..., out_dim]: linear layers with an exact GELU in between.
 
     The linear layers are numbered 0, 2, 4, … as in published checkpoints.
     """

@@ -52,7 +52,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each with a LayerNorm before it and a residual connection."""
+    """Pre-norm attention and MLP, each with a residual connection."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()

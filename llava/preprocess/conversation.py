@@ -1,7 +1,6 @@
 """Renders turns as prompt text, in the five styles of the original LLaVA code (conversation.py at c121f04).
 
-The result is a list of spans, each marked as a training target or not, so labels never have to be recovered from the
-rendered text.
+Each span of the result records whether it is a training target, so labels need not be recovered from the text.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal, NamedTuple
 
-from llava.config import IMAGE_MARK
+from llava.config import IMAGE_PLACEHOLDER
 from llava.errors import PromptError
 
 
@@ -65,7 +64,8 @@ def render(template: Template, turns: Sequence[Turn], system: str | None = None)
     for i, turn in enumerate(turns):
         if turn.role != ("user", "assistant")[i % 2]:
             raise PromptError(
-                f"message {i + 1} is from the {turn.role}; expected user and assistant to alternate, starting with user"
+                f"message {i + 1} is from the {turn.role}; "
+                "expected alternating user and assistant messages, starting with the user"
             )
     system = template.system if system is None else system
     return list(_STYLES[template.style](template, [*template.few_shot, *turns], system))
@@ -104,14 +104,14 @@ def _llama_2(template: Template, turns: Sequence[Turn], system: str) -> Iterator
 
 
 def _plain(template: Template, turns: Sequence[Turn], system: str) -> Iterator[Span]:
-    """Renders the text to continue. If there is an answer (stage 1), renders the image marks and the answer instead."""
+    """Renders the text to continue or, if there is an answer (stage 1), only the image placeholders and the answer."""
     if system or len(turns) > 2:
         raise PromptError(
             "the plain template supports one exchange and no system message: choose another template with template="
         )
     user, answer = (*(turn.text for turn in turns), None)[:2]
     if answer:
-        yield Span(IMAGE_MARK * (user or "").count(IMAGE_MARK))
+        yield Span(IMAGE_PLACEHOLDER * (user or "").count(IMAGE_PLACEHOLDER))
         yield Span(answer + template.sep, True)
     elif user:
         yield Span(user + template.sep)

@@ -1,4 +1,4 @@
-"""Converts images to pixel tensors, bit-identical to LLaVA (mm_utils.py at c121f04) and CLIP's image processor.
+"""Converts images to pixel tensors. Bit-exact with LLaVA (mm_utils.py at c121f04) and CLIP's image processor.
 
 Sizes are (width, height) in pixels unless stated otherwise. S: side of a view
 """
@@ -31,7 +31,7 @@ class Views(NamedTuple):
 def open_picture(source: Picture, *, exif: bool = False) -> Image.Image:
     """Opens an image in any format that Pillow can read; converts the first frame to RGB and drops transparency.
 
-    exif: rotate the image according to its EXIF orientation, which LLaVA does not do. Raises ImageError.
+    exif: apply the EXIF orientation, which LLaVA does not do. Raises ImageError if the image cannot be read.
     """
     name = str(source) if isinstance(source, str | Path) else str(getattr(source, "name", "picture"))
     if not isinstance(source, str | Path | bytes | Image.Image) and not hasattr(source, "read"):
@@ -112,7 +112,7 @@ def _pad_to_square(image: Image.Image, config: ImageConfig) -> Image.Image:
 def choose_canvas(size: Size, config: ImageConfig) -> Size:
     """Returns the canvas (w, h) that preserves the most image pixels.
 
-    Ties are resolved by the smallest unused area, then by the order in `config.pinpoints`.
+    Ties are broken by the smallest unused area, then by the order in `config.pinpoints`.
     """
 
     def merit(canvas: Size) -> tuple[int, int]:
@@ -141,7 +141,7 @@ def _tiles(image: Image.Image, canvas: Size, config: ImageConfig) -> list[Image.
 
 
 def tile_grid(size: Size, canvas: Size, config: ImageConfig, patches: int) -> TileGrid | None:
-    """Returns the tile grid and its range of patches to keep, or None if the views are simply concatenated.
+    """Returns the tile grid, including the range of patches to keep, or None if the views are simply concatenated.
 
     patches: number of patches along one side of a tile. As in the original code, padding is removed in whole patches,
     so some padding may remain, and a very thin image may be removed entirely.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llava.config import IGNORE, IMAGE, IMAGE_MARK, LlavaConfig, TileGrid
+from llava.config import IGNORE, IMAGE, IMAGE_PLACEHOLDER, LlavaConfig, TileGrid
 from llava.errors import PromptError
 from llava.preprocess.conversation import Span, Style, Template, Turn, render
 from llava.preprocess.image import Picture, Size, Views, open_picture, to_views
@@ -57,9 +57,9 @@ class Preprocessor:
     def prepare(
         self, messages: Messages, *, images: Sequence[Picture] | None = None, template: str | None = None
     ) -> ModelInput:
-        """Prepares a conversation, or a raw prompt with one entry of `images` for each image mark.
+        """Prepares a conversation, or a raw prompt with one entry of `images` for each image placeholder.
 
-        Raises PromptError if messages, marks, template or length are invalid, ImageError if an image is invalid.
+        Raises PromptError if messages, placeholders, template or length are invalid, and ImageError for invalid images.
         """
         stop = None
         if isinstance(messages, str):
@@ -78,13 +78,14 @@ class Preprocessor:
     ) -> ModelInput:
         """Prepares the input and labels of a training sample, truncated to `max_length` tokens, including image tokens.
 
-        Raises PromptError if roles or marks are invalid or no target tokens remain, ImageError if an image is invalid.
+        Raises PromptError if roles or placeholders are invalid or no targets remain, and ImageError for invalid images.
         """
         template = self._chosen(None)
-        marks = sum((turn.text or "").count(IMAGE_MARK) for turn in turns)
+        marks = sum((turn.text or "").count(IMAGE_PLACEHOLDER) for turn in turns)
         if marks != len(pictures):
             raise PromptError(
-                f"the sample has {marks} {IMAGE_MARK} mark(s) and {len(pictures)} image(s); expected one mark per image"
+                f"the sample has {marks} {IMAGE_PLACEHOLDER} placeholder(s) and {len(pictures)} image(s); "
+                "expected one placeholder per image"
             )
         tagged = template.tagged and template.style is not Style.PLAIN
         spans = training_spans(template, move_marks(turns, place, start_end=self.config.start_end, tagged=tagged))
@@ -102,7 +103,7 @@ class Preprocessor:
         return find_template(name)
 
     def _read(self, messages: Sequence[Message]) -> _Turns:
-        """Converts messages to turns with image marks. After a final user turn, adds an empty assistant turn."""
+        """Converts messages to turns with image placeholders. Adds an empty assistant turn after a final user turn."""
         turns: list[Turn] = []
         pictures: list[Picture] = []
         system = None
@@ -128,10 +129,12 @@ class Preprocessor:
             raise PromptError(
                 f"{where} is from the {role} and contains an image; only user messages can contain images"
             )
-        if IMAGE_MARK not in text:
-            text = f"{IMAGE_MARK}\n" * n_pictures + text
-        _count_marks(where, text, n_pictures, ", or no marks at all to put the images first")
-        return text.replace(IMAGE_MARK, f"<im_start>{IMAGE_MARK}<im_end>") if self.config.start_end else text
+        if IMAGE_PLACEHOLDER not in text:
+            text = f"{IMAGE_PLACEHOLDER}\n" * n_pictures + text
+        _count_marks(where, text, n_pictures, ", or none at all to put the images first")
+        return (
+            text.replace(IMAGE_PLACEHOLDER, f"<im_start>{IMAGE_PLACEHOLDER}<im_end>") if self.config.start_end else text
+        )
 
     def _views(self, picture: Picture) -> Views:
         if self.config.vision is None or self.config.image is None:
@@ -150,13 +153,13 @@ class Preprocessor:
     def _assemble(
         self, spans: list[Span], pictures: list[Views], stop: str | None, limit: int | None = None
     ) -> ModelInput:
-        """limit: truncate to this many tokens. None: raise PromptError if the prompt exceeds the model's context."""
+        """Truncates to `limit` tokens. None: raises PromptError if the prompt is longer than the model's context."""
         prompt = "".join(span.text for span in spans)
         tokens = list(self._tokens(prompt, spans))
         if (n := sum(id == IMAGE for id, _ in tokens)) != len(pictures):
             raise PromptError(
-                f"the tokenizer found {n} {IMAGE_MARK} mark(s) in a prompt with {len(pictures)} image(s); "
-                "expected one mark per image"
+                f"the tokenizer found {n} {IMAGE_PLACEHOLDER} placeholder(s) in a prompt with "
+                f"{len(pictures)} image(s); expected one placeholder per image"
             )
         image_tokens = iter([self._n_image_tokens(len(views.pixels), views.grid) for views in pictures])
         ids: list[int] = []
@@ -196,8 +199,8 @@ class Preprocessor:
     def _tokens(self, prompt: str, spans: list[Span]) -> Iterator[tuple[int, bool]]:
         """Yields each token id of the prompt, and whether it is a target.
 
-        As in the original code, the text is split at the image marks, and each stretch is encoded separately.
-        In "hf" mode, if the tokenizer has a token for the mark, the prompt is encoded as a whole, as in transformers.
+        As in the original code, the text is split at the image placeholders, and each stretch is encoded separately.
+        In "hf" mode, as in transformers, the prompt is encoded as a whole if the tokenizer has a placeholder token.
         """
         try:
             targets = b"".join(bytes([span.target]) * len(span.text.encode()) for span in spans)  # one flag per byte
@@ -206,9 +209,9 @@ class Preprocessor:
         if self.tokenizer.bos_id is not None:
             yield self.tokenizer.bos_id, False
         whole = self.config.image is not None and self.config.image.mode == "hf"
-        own_mark = self.tokenizer.id_of(IMAGE_MARK) if whole else None
+        own_mark = self.tokenizer.id_of(IMAGE_PLACEHOLDER) if whole else None
         offset = 0  # start of the stretch, in bytes
-        for i, stretch in enumerate(prompt.split(IMAGE_MARK) if own_mark is None else [prompt]):
+        for i, stretch in enumerate(prompt.split(IMAGE_PLACEHOLDER) if own_mark is None else [prompt]):
             if i:
                 yield IMAGE, False
             for id, start, end in self.tokenizer.encode_tokens(stretch):
@@ -216,7 +219,7 @@ class Preprocessor:
                     yield IMAGE, False
                 else:
                     yield id, any(targets[offset + start : offset + max(end, start + 1)])
-            offset += len(stretch.encode()) + len(IMAGE_MARK)
+            offset += len(stretch.encode()) + len(IMAGE_PLACEHOLDER)
 
 
 def find_template(name: str) -> Template:
@@ -255,7 +258,8 @@ def _parse(message: Message, where: str) -> tuple[str, str, list[Picture]]:
 
 
 def _count_marks(where: str, text: str, n_pictures: int, advice: str = "") -> None:
-    if (marks := text.count(IMAGE_MARK)) != n_pictures:
+    if (marks := text.count(IMAGE_PLACEHOLDER)) != n_pictures:
         raise PromptError(
-            f"{where} has {marks} {IMAGE_MARK} mark(s) and {n_pictures} image(s): write one mark for each image{advice}"
+            f"{where} has {marks} {IMAGE_PLACEHOLDER} placeholder(s) and {n_pictures} image(s): "
+            f"write one placeholder for each image{advice}"
         )

@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from llava.config import IMAGE_MARK
+from llava.config import IMAGE_PLACEHOLDER
 from llava.errors import PromptError
 from llava.preprocess.conversation import Span, Style, Template, Turn, render
 
-# Position of image marks in a turn: "front" in LLaVA 1.0 and later, "as_written" in earlier versions.
+# Position of image placeholders in a turn: "front" in LLaVA 1.0 and later, "as_written" in earlier versions.
 ImagePlace = Literal["front", "as_written"]
 _BEGIN, _END = "###", "\n"  # before and after each v0 turn
 
@@ -29,7 +29,7 @@ def training_spans(template: Template, turns: Sequence[Turn]) -> list[Span]:
                 f"this sample has {len(turns)} turns; the plain template requires two, "
                 "one from the user and one from the assistant"
             )
-        mark = Turn("user", IMAGE_MARK * (turns[0].text or "").count(IMAGE_MARK))
+        mark = Turn("user", IMAGE_PLACEHOLDER * (turns[0].text or "").count(IMAGE_PLACEHOLDER))
         return render(template, [mark, turns[1]])
     return render(replace(template, few_shot=()), turns)
 
@@ -44,10 +44,10 @@ def _v0(template: Template, turns: Sequence[Turn]) -> Iterator[Span]:
 
 
 def move_marks(turns: Sequence[Turn], place: ImagePlace, *, start_end: bool, tagged: bool) -> list[Turn]:
-    """Returns the turns with their image marks placed and enclosed as in training.
+    """Returns the turns with their image placeholders positioned and enclosed as in training.
 
-    place: "front" moves all marks of a turn to the start of the turn, each on its own line.
-    start_end: enclose each mark in <im_start> and <im_end>. tagged: enclose each mark in <Image> and </Image>.
+    place: "front" moves all placeholders in a turn to the start of the turn, each on its own line.
+    start_end: enclose each placeholder in <im_start> and <im_end>. tagged: enclose it in <Image> and </Image>.
     """
     around = ("<im_start>", "<im_end>") if start_end else ("", "")
     if tagged:
@@ -56,7 +56,7 @@ def move_marks(turns: Sequence[Turn], place: ImagePlace, *, start_end: bool, tag
 
 
 def _marked(text: str, place: ImagePlace, around: tuple[str, str]) -> str:
-    n = text.count(IMAGE_MARK)
+    n = text.count(IMAGE_PLACEHOLDER)
     if n and place == "front":
-        text = (f"{IMAGE_MARK}\n" * n + text.replace(IMAGE_MARK, "").strip()).strip()
-    return text.replace(IMAGE_MARK, IMAGE_MARK.join(around)) if n else text
+        text = (f"{IMAGE_PLACEHOLDER}\n" * n + text.replace(IMAGE_PLACEHOLDER, "").strip()).strip()
+    return text.replace(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER.join(around)) if n else text

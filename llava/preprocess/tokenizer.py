@@ -2,7 +2,7 @@
 
 SentencePiece ids match the slow Llama tokenizer of transformers 4.37.2, which LLaVA uses: the text is first split at
 added tokens, and SentencePiece encodes each stretch between them separately. If `legacy` is true or not set in
-tokenizer_config.json, a dummy space is prepended to every stretch; otherwise, only to the whole text.
+tokenizer_config.json, a dummy space is prepended to every stretch; otherwise, only once, to the whole text.
 """
 
 import re
@@ -30,8 +30,8 @@ class AddedToken(NamedTuple):
     text: str
     id: int
     special: bool  # omitted from the decoded text if `skip_special` is set
-    strip_left: bool = False  # strips white space before the token
-    strip_right: bool = False  # strips white space after the token
+    strip_left: bool = False  # strips whitespace before the token
+    strip_right: bool = False  # strips whitespace after the token
 
 
 class Tokenizer(Protocol):
@@ -73,7 +73,7 @@ class SentencePieceTokenizer:
         eos_id: int | None,
         pad: str | None = None,
     ):
-        """model: contents of `tokenizer.model`. Raises RuntimeError if they are not a SentencePiece model."""
+        """model: contents of `tokenizer.model`. Raises RuntimeError if the contents are not a SentencePiece model."""
         from sentencepiece import SentencePieceProcessor
 
         if not legacy:
@@ -180,7 +180,7 @@ class JsonTokenizer:
 
         try:
             self._model = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises Exception itself
+        except Exception as error:  # the library raises plain `Exception`
             raise CheckpointError(f"{file}: cannot be loaded by the tokenizers library ({error})") from None
         self._model.add_special_tokens(sorted(more or {}, key=(more or {}).__getitem__))
         if lost := [text for text, id in (more or {}).items() if self._model.token_to_id(text) != id]:

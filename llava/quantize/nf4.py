@@ -1,4 +1,4 @@
-"""4-bit NormalFloat weights, arXiv:2305.14314, for frozen matrices with LoRA adapters.
+"""4-bit NormalFloat weights (NF4, arXiv:2305.14314) for frozen matrices with LoRA adapters.
 
 O output features   I input features
 Each block of 64 values shares a scale.
@@ -58,7 +58,7 @@ class _Product(torch.autograd.Function):
 
 
 class NF4Linear(nn.Module):
-    """A frozen linear layer without bias, at 4.5 bits per weight. Implements `QuantizedLinear`.
+    """A frozen linear layer without a bias, at 4.5 bits per weight. Implements `QuantizedLinear`.
 
     Raises ConfigError if the number of weights is not a multiple of 64.
     """
@@ -81,7 +81,7 @@ class NF4Linear(nn.Module):
     def from_linear(cls, linear: nn.Linear) -> "NF4Linear":
         """Quantizes `linear`. Raises ConfigError if it has a bias or its weight count is not a multiple of 64."""
         if linear.bias is not None:
-            raise ConfigError("nf4: the layer has a bias; expected a layer without a bias")
+            raise ConfigError("nf4: the layer has a bias, which is not supported")
         quantized = cls(linear.in_features, linear.out_features)
         quantized.set_weight(linear.weight.detach())
         return quantized
@@ -96,7 +96,7 @@ class NF4Linear(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Memory that the layer occupies, in bytes."""
+        """Memory used by the layer, in bytes."""
         return sum(tensor.nbytes for tensor in self.state.values())
 
     @property

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class QuantizedLinear(Protocol):
-    """The interface of quantized layers, in addition to that of `nn.Module`."""
+    """The interface of a quantized layer, which must also be an `nn.Module`."""
 
     in_features: int
     out_features: int
@@ -30,7 +30,7 @@ class QuantizedLinear(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Memory that the layer occupies, in bytes."""
+        """Memory used by the layer, in bytes."""
         ...
 
     @property

@@ -64,9 +64,9 @@ def new_folder(target: Path, n_bytes: int) -> Iterator[Path]:
 
 
 def free_folder(target: Path) -> Path:
-    """Returns the absolute path of a folder to be written. Follows a symbolic link.
+    """Returns `target` as an absolute path. Resolves it if it is a symbolic link.
 
-    Raises CheckpointError if `target` exists and is not an empty folder, or is a mount point.
+    Raises CheckpointError if `target` is a mount point, or exists and is not an empty folder.
     """
     target = target.expanduser().absolute()
     target = target.resolve() if target.is_symlink() else target

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-NON_LORA_FILE = "non_lora_trainables.bin"  # weights that LLaVA trains in full alongside a LoRA
+NON_LORA_FILE = "non_lora_trainables.bin"  # fully fine-tuned weights that accompany a LoRA adapter in LLaVA
 PROJECTOR_FILE = "mm_projector.bin"
 
 _DTYPES = {
@@ -45,7 +45,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}  # as spelled in 
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Reads a JSON object. Raises CheckpointError."""
+    """Reads a JSON object. Raises CheckpointError if the file is missing or does not contain a JSON object."""
     if not file.is_file():
         raise CheckpointError(f"{file}: is missing; the checkpoint is incomplete")
     try:
@@ -141,7 +141,7 @@ def open_weights(folder: Path) -> Weights:
 
 
 def numbered_shards(folder: Path) -> list[Path]:
-    """Returns Meta's shards, `consolidated.00.pth` and following. Raises CheckpointError if the numbering has a gap."""
+    """Returns Meta's shards (`consolidated.00.pth`, …). Raises CheckpointError if the numbering has a gap."""
     files = sorted(folder.glob("consolidated.[0-9][0-9].pth"))
     for i, file in enumerate(files):
         if file.name != (name := f"consolidated.{i:02}.pth"):
@@ -150,7 +150,7 @@ def numbered_shards(folder: Path) -> list[Path]:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Reads an index file and returns its map from tensor name to shard name. Raises CheckpointError."""
+    """Returns an index file's map from tensor name to shard name. Raises CheckpointError if the file is invalid."""
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise CheckpointError(f"{index}: weight_map is missing or invalid; fetch the file again")

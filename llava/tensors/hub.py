@@ -1,4 +1,4 @@
-"""Locates local checkpoints, and fetches those on the Hugging Face hub with huggingface_hub."""
+"""Locates checkpoints on disk or fetches them from the Hugging Face hub with huggingface_hub."""
 
 import os
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ _SMALL_FILES = ("*.json", "tokenizer.model", "*.txt")
 def locate(source: str | Path, *, revision: str | None = None, weights: bool = True, what: str = "checkpoint") -> Path:
     """Returns the folder of a checkpoint. Checkpoints on the hub are fetched into huggingface_hub's cache.
 
-    weights: also fetch the weight files, in one file format only. what: what error messages call the checkpoint.
+    weights: also fetch the weight files, in one file format only. what: the word for the checkpoint in error messages.
     Raises CheckpointError.
     """
     folder = Path(source).expanduser()
@@ -34,9 +34,9 @@ def locate(source: str | Path, *, revision: str | None = None, weights: bool = T
 
 
 def locate_file(source: str | Path, *, revision: str | None = None) -> Path | None:
-    """Returns the path of a single tensor file, which is either local or `owner/name#file` on the hub.
+    """Returns the path of a single tensor file, given as a local path or as `owner/name#file` on the hub.
 
-    Returns None if `source` does not have either form. Raises CheckpointError if the file cannot be fetched.
+    Returns None if `source` has neither form. Raises CheckpointError if the file cannot be fetched.
     """
     if not str(source).endswith((".bin", ".safetensors")):
         return None
@@ -52,12 +52,12 @@ def locate_file(source: str | Path, *, revision: str | None = None) -> Path | No
 
 
 def absolute_if_local(source: str | Path) -> str:
-    """Makes the path of a local folder absolute, so that it is valid in any working directory. Keeps hub ids."""
+    """Makes the path of a local folder absolute, so it is valid in any working directory. Hub ids stay unchanged."""
     return str(Path(source).expanduser().absolute()) if Path(source).expanduser().is_dir() else str(source)
 
 
 def _fetch(repo: str, patterns: Iterable[str], revision: str | None, what: str) -> Path:
-    """Fetches all files that match `patterns` and returns the cache folder. Raises CheckpointError."""
+    """Fetches all files that match `patterns` and returns the cache folder. Raises CheckpointError if that fails."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

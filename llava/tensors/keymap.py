@@ -1,4 +1,4 @@
-"""Key tables, which map tensor names on disk to our tensor names. All formats share the code that reads them."""
+"""Key tables, which map tensor names on disk to our tensor names. All formats share this code."""
 
 import re
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from llava.tensors.lazy import Concat, FromFile, LazyTensor
 class Rule:
     """Maps one or more tensors on disk to one of our tensors.
 
-    `*` matches a number, `**` any text. Tensors listed in braces, such as {q,k,v}, are concatenated along the rows.
+    `*` matches a number; `**` matches any text. Tensors in braces, such as {q,k,v}, are concatenated along the rows.
     """
 
     disk: str
@@ -74,7 +74,7 @@ class Target(NamedTuple):
 
 
 def target_of(name: str, rules: Iterable[Rule]) -> Target | None:
-    """Returns the destination of a tensor on disk; None if it is unknown or not needed. Other parts may be missing."""
+    """Returns the destination of a tensor on disk, or None if it is unknown or not needed. Ignores missing parts."""
     for rule in rules:
         for i, part in enumerate(rule.parts()):
             if rule.ours and (match := re.fullmatch(_pattern(part), name)):
@@ -94,7 +94,7 @@ def disk_names(ours: str, rules: Iterable[Rule]) -> list[str]:
 
 
 def from_files(weights: Weights, names: tuple[str, ...]) -> LazyTensor:
-    """Returns the tensor with the given name on disk; several tensors are concatenated along the rows."""
+    """Returns the named tensor. If there are several names, concatenates their tensors along the rows."""
     parts = [FromFile(weights, name) for name in names]
     return parts[0] if len(parts) == 1 else Concat(parts)
 

@@ -251,7 +251,7 @@ class Cast(Derived):
 
 @dataclass(frozen=True)
 class WithRows(Derived):
-    """A table with the rows of `extra` written at row `first`, replacing existing rows or extending the table."""
+    """A table with the rows of `extra` written from row `first` on, replacing existing rows or extending the table."""
 
     base: LazyTensor
     extra: LazyTensor

@@ -16,9 +16,9 @@ log = logging.getLogger(__name__)
 def locked(folder: Path, file: Path, busy: LlavaError) -> Iterator[None]:
     """Locks `file` while the folder is written. Raises `busy` if another process holds the lock.
 
-    The operating system releases the lock when this process dies, and forked workers close their copies of it. A soft
-    lock (a marker file) would outlive a killed process. If the file system does not support locks, this function
-    therefore logs a warning instead.
+    The operating system releases the lock when this process dies, and forked workers close their copies of it. If the
+    file system does not support locks, this function only logs a warning, because a soft lock (a marker file) would
+    outlive a killed process.
     """
     lock = FileLock(file, timeout=0, fallback_to_soft=False)
     try:
@@ -31,6 +31,6 @@ def locked(folder: Path, file: Path, busy: LlavaError) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # before the release, because afterwards another process may hold the lock
+        with suppress(OSError):  # delete it before the release; afterwards, another process may hold the lock
             file.unlink(missing_ok=True)
         lock.release()

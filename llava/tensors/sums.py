@@ -1,4 +1,4 @@
-"""Lazy sums of tensors, base plus LoRA or base plus delta. Only the requested rows are computed."""
+"""Lazy sums of tensors: base plus LoRA, or base plus delta. Only the requested rows are computed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class WithLora(Derived):
 
 @dataclass(frozen=True)
 class WithLoraRounded(WithLora):
-    """W + scale * B @ A, rounded as in LLaVA's own merge: the operands to `to`, then the float32 product, then the sum.
+    """W + scale * B @ A, as in LLaVA's own merge: operands, float32 product and sum are each rounded to `to`.
 
     Matches `merge_and_unload` of peft 0.7.1 for a float16 model on a CPU.
     """

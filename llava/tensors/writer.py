@@ -25,7 +25,7 @@ def no_progress(done: int, total: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputTensor:
-    """A tensor to write: the fields of its header, and a function that yields its rows in chunks."""
+    """A tensor to write: its header fields and a function that yields its rows in chunks."""
 
     name: str  # name on disk
     dtype: torch.dtype
@@ -48,7 +48,7 @@ SplitRows = Callable[[str, int, int], Sequence[int]]  # our name, row count, par
 def named_on_disk(
     tensors: Mapping[str, LazyTensor], rules: Iterable[Rule], split_rows: SplitRows
 ) -> list[OutputTensor]:
-    """Returns the tensors to write, under their names on disk. Splits concatenated tensors (such as qkv) into parts."""
+    """Returns the tensors to write, with their on-disk names. Splits concatenated tensors (such as qkv) into parts."""
     table = tuple(rules)
     outputs: list[OutputTensor] = []
     for ours, tensor in tensors.items():
@@ -110,7 +110,7 @@ def stream_safetensors(out: BinaryIO | Any, tensors: Sequence[OutputTensor], on_
 
 
 def byte_counter(tensors: Sequence[OutputTensor], progress: Progress) -> Callable[[int], None]:
-    """Returns a callback that counts the bytes written and reports the count and the final total to `progress`."""
+    """Returns a callback that counts the bytes written and reports the count and the total to `progress`."""
     total, done = sum(tensor.n_bytes for tensor in tensors), 0
 
     def count(n: int) -> None:
@@ -129,8 +129,9 @@ def write_shards(
     max_bytes: int = MAX_SHARD_BYTES,
     writer: FileWriter = write_safetensors,
 ) -> list[Path]:
-    """Writes weight files of at most `max_bytes` or one tensor each, and their index. Returns the paths, index last.
+    """Writes weight files and their index. Returns the paths, with the index last.
 
+    max_bytes: size limit of each file; a larger tensor gets its own file.
     writer: `write_safetensors`, or `torch_zip.write_torch` for pytorch_model*.bin.
     """
     stem, suffix = ("model", "safetensors") if writer is write_safetensors else ("pytorch_model", "bin")
@@ -144,7 +145,7 @@ def write_shards(
 def plan_shards(
     tensors: Sequence[OutputTensor], max_bytes: int, stem: str = "model", suffix: str = "safetensors"
 ) -> dict[str, list[OutputTensor]]:
-    """Assigns tensors to files of at most `max_bytes` or one tensor each. Returns file name -> tensors."""
+    """Returns file name -> tensors, with at most `max_bytes` per file. A larger tensor gets its own file."""
     shards: list[list[OutputTensor]] = [[]]
     for tensor in tensors:
         if shards[-1] and sum(other.n_bytes for other in shards[-1]) + tensor.n_bytes > max_bytes:

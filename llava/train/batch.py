@@ -40,7 +40,7 @@ class Batch:
     n_samples: int
     n_tokens: int  # image tokens included, padding excluded
     max_seqlen: int  # length of the longest sample
-    skipped: list[str] = field(default_factory=list)  # one message per skipped sample, which includes its index
+    skipped: list[str] = field(default_factory=list)  # one message per skipped sample, including the sample's index
 
     def to(self, device: torch.device) -> "Batch":
         """Returns a copy of the batch on `device`."""
@@ -61,7 +61,7 @@ class Batch:
 def collate(
     inputs: Sequence[ModelInput], *, packing: bool, pad_to: int, micro_batch_size: int, max_length: int
 ) -> Batch:
-    """Collates samples into a batch. Without samples, the batch consists of a single token and no targets."""
+    """Collates samples into a batch. If there are no samples, the batch is a single token without targets."""
     ids = [input.ids for input in inputs] or [torch.zeros(1, dtype=torch.int64)]
     labels = [_shift(input.labels) for input in inputs] or [torch.tensor([IGNORE])]
     lengths = [len(row) for row in ids]
@@ -102,7 +102,7 @@ def _shift(labels: Tensor) -> Tensor:
 
 
 def _segments(lengths: Sequence[int], pad_to: int, micro_batch_size: int, max_length: int) -> tuple[Segments, int]:
-    """Returns the sample boundaries of a packed row, with padding as the last segment, and the padding length.
+    """Returns the sample boundaries of a packed row, whose last segment is padding, and the padding length.
 
     There are always `micro_batch_size` + 1 segments, some of which may be empty, and `max_seqlen` is an upper bound.
     A compiled block and its kernel therefore see the same sizes for all rows of the same length.
@@ -152,7 +152,7 @@ class BatchDataset(Dataset[Batch]):
         return self.build(micro_batches[own].samples if own < len(micro_batches) else ())
 
     def build(self, indices: Sequence[int]) -> Batch:
-        """Builds a micro-batch from samples given by index. Broken samples are left out and listed in `skipped`."""
+        """Builds a micro-batch from the samples at `indices`. Broken samples are left out and listed in `skipped`."""
         inputs, skipped = [], []
         for index in indices:
             try:

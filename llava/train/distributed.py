@@ -58,7 +58,7 @@ def _explain_lost_rank() -> Iterator[None]:
 def join_world(device: str) -> Iterator[World]:
     """Joins the process group defined by torchrun's environment variables; without them, creates a group of size 1.
 
-    device: auto, cpu or cuda. Raises ConfigError.
+    device: auto, cpu or cuda. Raises ConfigError if it is unknown or unavailable.
     """
     single = "RANK" not in os.environ
     chosen = _choose_device(device, 0 if single else int(os.environ.get("LOCAL_RANK", "0")))

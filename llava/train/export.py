@@ -29,7 +29,7 @@ def export_format(recipe: Recipe) -> str:
 
 
 def export(folder: Path, model: Llava, checkpoint: Checkpoint, recipe: Recipe, *, first: bool) -> None:
-    """Writes the trained model. Every rank must call this, but only the rank with `first` set writes files."""
+    """Writes the trained model. Every rank must call this, but only the rank whose `first` is True writes files."""
     whole = {n: _whole(p) for n, p in model.named_parameters() if p.requires_grad or export_format(recipe) == "llava"}
     if not first:
         return
@@ -84,7 +84,7 @@ def _lora(
 
 
 def _tower(checkpoint: Checkpoint, recipe: Recipe) -> str:
-    """Returns the vision tower to record in config.json. Raises ConfigError if neither recipe nor model sets one."""
+    """Returns the vision tower for config.json. Raises ConfigError if neither the recipe nor the model sets it."""
     named = read_files(recipe.projector or recipe.model).config.get("mm_vision_tower")
     if not (tower := recipe.vision_tower or named):
         raise ConfigError(f"{checkpoint.path}: config.json has no mm_vision_tower; set vision_tower in the recipe")

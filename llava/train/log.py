@@ -36,8 +36,8 @@ def open_logs(run: Path, names: Sequence[str], config: Mapping[str, Any], resume
     """Opens the logs of a run that continues after `resume_step` (0: a new run). Only rank 0 may call this.
 
     Removes rows that an earlier process wrote for later steps, so that each step is logged only once. The trackers
-    display `config`. The first log returned is the JSON Lines file. Raises ConfigError if a tracker is unknown, not
-    installed, or fails to start, and LlavaError if the folder cannot be written. `JsonLines.write` also raises it.
+    display `config`. The first log returned is the JSON Lines file. Raises ConfigError if a tracker is unknown, is
+    not installed or fails to start. Like `JsonLines.write`, raises LlavaError if the log cannot be written.
     """
     if unknown := [name for name in names if name not in TRACKERS]:
         raise ConfigError(f"logs: unknown tracker {unknown[0]!r}; expected any of {', '.join(TRACKERS)}")
@@ -49,7 +49,7 @@ def open_logs(run: Path, names: Sequence[str], config: Mapping[str, Any], resume
 
 
 def import_optional(module: str) -> Any:
-    """Imports a module of an optional package. Raises a ConfigError that says what to install."""
+    """Imports a module from an optional package. If that fails, raises a ConfigError that says what to install."""
     try:
         return import_module(module)
     except ImportError as error:
@@ -121,7 +121,7 @@ class TensorBoard:
 
     def __init__(self, run: Path, config: Mapping[str, Any], resume_step: int):
         writer = import_optional("torch.utils.tensorboard").SummaryWriter
-        # TensorBoard ignores rows of earlier event files from purge_step on
+        # TensorBoard ignores rows in earlier event files if their step is purge_step or later
         self.writer = writer(str(run / "tensorboard"), purge_step=resume_step + 1)
         self.writer.add_text("recipe", f"```json\n{json.dumps(dict(config), indent=2, default=str)}\n```", resume_step)
 

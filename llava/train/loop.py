@@ -108,7 +108,7 @@ def train(recipe: Recipe, *, device: str = "auto", as_json: bool = False) -> Pat
 
 
 def _set_up(recipe: Recipe, checkpoint: Checkpoint, folder: Path, world: World) -> Run:
-    # open the data first, so that errors in it are reported before the weights are read
+    # open the data first, so that data errors are reported before the weights are read
     dataset = BatchDataset.open(recipe, checkpoint, rank=world.rank, world_size=world.size)
     if world.is_main and (n := dataset.order.n_micro_batches) % world.size:
         log.warning(
@@ -213,7 +213,7 @@ def _loader(run: Run) -> Iterator[Batch]:
 def _train_step(run: Run, batches: list[Batch]) -> dict[str, float]:
     """Runs one optimizer step over this rank's micro-batches. Returns the row to log.
 
-    The loss is the mean over all target tokens of all ranks. Raises LlavaError if the loss or the gradient
+    The loss is the mean over all target tokens on all ranks. Raises LlavaError if the loss or the gradient
     norm is not finite.
     """
     recipe, state, world = run.recipe, run.state, run.world
@@ -267,7 +267,7 @@ def _backward(run: Run, batch: Batch) -> Tensor:
 
 
 def _sum_losses(run: Run, losses: list[float]) -> float:
-    """Sums the losses of all micro-batches on all ranks. Raises LlavaError with the samples if one is not finite."""
+    """Sums the micro-batch losses of all ranks. Raises a LlavaError that lists the samples if a loss is not finite."""
     world = run.world
     all_losses = [0.0] * (len(losses) * world.size)
     all_losses[world.rank :: world.size] = losses
@@ -293,7 +293,7 @@ def _seed(seed: int, step: int, micro_batch: int) -> int:
 
 
 def _report_skipped(run: Run, batches: list[Batch], counts: StepCounts) -> None:
-    """Warns about each skipped sample of this rank. Raises DataError if too many samples on all ranks are broken."""
+    """Warns about this rank's skipped samples. Raises DataError if too many samples are broken across all ranks."""
     for batch in batches:
         for message in batch.skipped:
             log.warning("skipped: %s", message)

@@ -24,7 +24,7 @@ class LlavaWithLoss(nn.Module):
     trained_rows: Tensor
 
     def __init__(self, model: Llava, *, trained_rows: Sequence[int] = (), train_vision: bool = False):
-        """trained_rows: ids of the only tokens whose input embeddings are trained; () for no restriction."""
+        """trained_rows: if not empty, only the input embeddings of these token ids are trained."""
         super().__init__()
         self.model = model
         self.train_vision = train_vision
@@ -54,7 +54,7 @@ class LlavaWithLoss(nn.Module):
         return self.model.insert_images(x, batch.image_positions, images)
 
     def _zero_of_image_weights(self, x: Tensor) -> Tensor:
-        """Returns a zero that depends on tower, projector and newline, so that their gradients are zero, not None."""
+        """Returns a zero that depends on the tower, projector and newline, so that their gradients are 0, not None."""
         assert self.model.config.vision is not None
         size = self.model.config.vision.image_size
         blank = torch.zeros(1, 3, size, size, device=x.device)

@@ -43,7 +43,7 @@ def peak_lr(name: str, recipe: Recipe) -> float:
 def lr_factor(step: int, n_steps: int, recipe: Recipe) -> float:
     """Returns the learning rate at a step, counted from 0, as a fraction of the peak.
 
-    A linear warmup is followed by the peak rate (constant) or by half a cosine down to 0 (cosine), as in transformers'
+    A linear warmup is followed by the peak rate (constant) or by a half-cosine decay to 0 (cosine), as in transformers'
     get_cosine_schedule_with_warmup.
     """
     warmup_steps = math.ceil(recipe.warmup_ratio * n_steps)

@@ -54,7 +54,7 @@ class SampleOrder:
         return [indices[i * size : (i + 1) * size] for i in range(self.n_micro_batches)]
 
     def _balanced(self, indices: list[int]) -> list[list[int]]:
-        """Deals samples to micro-batches in zigzag order, longest first, so that ranks finish at a similar time."""
+        """Distributes samples, longest first, across micro-batches in zigzag order to balance the work of the ranks."""
         longest_first = sorted(indices, key=lambda i: -abs(self.lengths[i]))
         parts: list[list[int]] = [[] for _ in range(self.n_micro_batches)]
         for i, index in enumerate(longest_first):
@@ -98,7 +98,7 @@ def by_length(lengths: Sequence[int], micro_batch_size: int, world_size: int, ge
 
 
 def _equal_shares(longest_first: list[int], lengths: Sequence[int], n: int) -> list[list[int]]:
-    """Splits samples into n shares of equal size, adding each to the non-full share with the smallest total length."""
+    """Splits samples into n equal-sized shares. Each sample goes to the non-full share with the least total length."""
     if len(longest_first) % n:
         return [longest_first[i::n] for i in range(n)]
     shares: list[list[int]] = [[] for _ in range(n)]

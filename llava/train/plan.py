@@ -61,7 +61,7 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, *, n_ranks: int = 1) -> Plan:
-    """Computes the plan of a run on `n_ranks` GPUs. Raises LlavaError."""
+    """Computes the plan for a run on `n_ranks` GPUs. Raises LlavaError."""
     with TemporaryDirectory() as folder:
         checkpoint = start(recipe, Path(folder) / "tokenizer")
         model = trainable(checkpoint, recipe)
@@ -116,7 +116,7 @@ def _parameters_by_part(model: Llava, *, trained: bool) -> dict[str, int]:
 
 
 def _memory(model: Llava, recipe: Recipe, tokens_per_sample: float, n_ranks: int) -> dict[str, int]:
-    """Returns the bytes needed per GPU, by purpose.
+    """Returns the memory needed per GPU, in bytes, by purpose.
 
     The sizes of weights, gradients and AdamW's two moments are exact. Activations include only tensors saved for the
     backward pass.

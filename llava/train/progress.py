@@ -1,4 +1,4 @@
-"""Live progress of a run: a progress bar if stderr is a terminal, and JSON rows on stdout on request."""
+"""Live progress of a run: a progress bar if stderr is a terminal and, if requested, JSON rows on stdout."""
 
 import logging
 import math
@@ -61,7 +61,7 @@ class TrainProgress:
             handler.setStream(stream)
 
     def update(self, row: Row) -> None:
-        """Displays the row of one step."""
+        """Displays the log row for one step."""
         if self.as_json:
             sys.stdout.write(to_json(row) + "\n")
             sys.stdout.flush()

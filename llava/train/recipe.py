@@ -1,4 +1,4 @@
-"""A training recipe: one frozen dataclass with every setting of a run, read from a TOML file with the same keys."""
+"""A training recipe: a frozen dataclass with all settings of a run, read from a TOML file with the same keys."""
 
 import json
 import math
@@ -42,20 +42,20 @@ Part = Literal["projector", "decoder", "vision", "rows"]  # rows: only the input
 class Recipe:
     """The settings of one run. Paths refer to local folders or files; models can also be given as hub ids."""
 
-    about: str = ""  # which published model this stage reproduces, and which of its settings are unknown
+    about: str = ""  # the published model that this stage reproduces, and its unknown settings
 
     # Starting point
     model: str  # a language model (Llama, MPT), or a LLaVA model to train further
     base: str | None = None  # base language model of `model`, if `model` is a delta, LoRA or projector
     vision_tower: str | None = None  # a CLIP model; None: the tower specified in the LLaVA checkpoint
-    projector: str | None = None  # output folder of stage 1; None: use the projector in `model`, or a new one
+    projector: str | None = None  # output folder of stage 1; None: use the projector in `model`, or a new projector
     projector_type: str = "mlp2x_gelu"  # type of a new projector: linear or mlpNx_gelu
     select_layer: int = -2  # vision tower layer whose hidden state is passed to the projector
     aspect: Literal["square", "pad", "anyres"] = "pad"
     pinpoints: tuple[tuple[int, int], ...] = ()  # canvas sizes for anyres, (width, height) in pixels
     start_end: bool = False  # wrap each image in <im_start> and <im_end>, adding both to the vocabulary if needed
     template: str = "vicuna_v1"
-    image_place: ImagePlace = "front"  # image mark: "front" of the turn, or "as_written" in the data (before LLaVA 1.0)
+    image_place: ImagePlace = "front"  # image position: front of the turn, or as written in the data (before LLaVA 1.0)
 
     # Data
     data: tuple[str, ...]  # files in LLaVA's JSON or JSONL format
@@ -67,7 +67,7 @@ class Recipe:
     lora_rank: int = 0  # above 0: freeze the decoder's weight matrices and train LoRA adapters of this rank
     lora_alpha: float = 16.0  # adapter outputs are scaled by lora_alpha / lora_rank
     lora_dropout: float = 0.05
-    quantize_base: Literal["none", "nf4"] = "none"  # quantization of the frozen matrices with adapters
+    quantize_base: Literal["none", "nf4"] = "none"  # quantization of the frozen matrices that have adapters
 
     # Schedule
     epochs: float = 1.0
@@ -127,7 +127,7 @@ class Recipe:
             yield field.name, all(map(math.isfinite, numbers)), "finite numbers"
 
     def _range_checks(self) -> Iterable[tuple[str, bool, str]]:
-        """Returns one tuple (field name, whether its value is valid, expected value) per check."""
+        """Returns a tuple (field name, whether its value is valid, description of valid values) for each check."""
         size = self.global_batch_size
         return (
             ("data", bool(self.data), "at least one file"),
@@ -185,7 +185,7 @@ def recipe_names() -> list[str]:
 
 
 def read_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe and applies `key=value` changes. Values are TOML or bare strings. Raises ConfigError."""
+    """Reads a recipe and applies `key=value` changes. Non-TOML values are read as strings. Raises ConfigError."""
     file = find_recipe(name)
     try:
         text = file.read_text(encoding="utf-8")

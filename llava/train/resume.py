@@ -30,7 +30,7 @@ _PROGRESS = "progress.json"
 
 
 class Checkpointer:
-    """Saves and loads the checkpoints of one run. As a context manager, it waits for an unfinished write on exit."""
+    """Saves and loads the checkpoints of one run. On exit, the context manager waits for any unfinished write."""
 
     def __init__(self, folder: Path, keep_last: int, world: World):
         self.folder, self.keep_last, self.world = folder, keep_last, world
@@ -97,7 +97,7 @@ class Checkpointer:
         self.world.barrier()
         weights, moments = get_state_dict(model, optimizer, options=_OPTIONS)
         state = {"model": weights, "optimizer": moments}
-        with defer_signals():  # after an interrupt before the assignment, `finish` would not wait for this write
+        with defer_signals():  # an interrupt before the assignment would keep `finish` from waiting for this write
             future = async_save(state, checkpoint_id=partial, process_group=self.world.checkpoint_group)
             assert isinstance(future, Future)
             self._pending = future, partial, final
@@ -108,7 +108,7 @@ class Checkpointer:
             self.finish()
 
     def finish(self) -> None:
-        """Waits for the background write, renames the checkpoint, and deletes old ones. Raises CheckpointError."""
+        """Completes the background write and deletes old checkpoints. Raises CheckpointError if either step fails."""
         if not self._pending:
             return
         future, partial, final = self._pending
@@ -137,7 +137,7 @@ class Checkpointer:
 
 
 def _reason(error: BaseException) -> str:
-    """Formats an error as one line. If several ranks failed, formats the error of the first failed rank."""
+    """Formats an error as one line. If several ranks failed, uses the error from the first of them."""
     if isinstance(error, CheckpointException) and error.failures:
         error, _ = next(iter(error.failures.values()))
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -1,4 +1,4 @@
-"""The run folder. It belongs to one recipe, and only one run may write to it at a time."""
+"""The run folder, which is tied to one recipe. Only one run may write to it at a time."""
 
 import shutil
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
 
 
 def _has_started(folder: Path) -> bool:
-    """Returns whether a run got past reading its model. Before that, a different recipe may use the folder."""
+    """Returns whether a run has finished loading its model. Until then, a different recipe may use the folder."""
     return any(entry.name not in ("recipe.json", "tokenizer") for entry in _visible(folder))
 
 
@@ -58,7 +58,7 @@ def locked_folder(folder: Path, recipe: Recipe, world: World) -> Iterator[None]:
     with locked(folder, folder / ".lock", busy):
         for partial in folder.glob(".*.partial*"):
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
-        if not _has_started(folder):  # the tokenizer of an earlier attempt may belong to a different model
+        if not _has_started(folder):  # the tokenizer from an earlier attempt may belong to a different model
             shutil.rmtree(folder / "tokenizer", ignore_errors=True)
         with new_file(folder / "recipe.json", 0) as file:
             file.write_text(to_json(recipe) + "\n", encoding="utf-8")

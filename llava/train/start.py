@@ -115,7 +115,7 @@ def _image(recipe: Recipe, config: LlavaConfig) -> ImageConfig:
 
 
 def _with_tokens(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
-    """Adds image tokens to the vocabulary, with embedding and head rows initialised to the mean of existing rows."""
+    """Adds image tokens to the vocabulary. Each new embedding or head row is the mean of the existing rows."""
     first = checkpoint.tokenizer.size
     tensors = dict(checkpoint.tensors)
     for name in ("decoder.embed.weight", "decoder.head.weight"):
@@ -127,7 +127,7 @@ def _with_tokens(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
 
 
 def _with_tokenizer_files(checkpoint: Checkpoint, folder: Path, new_tokens: Mapping[str, int]) -> Checkpoint:
-    """Adds `new_tokens` to the tokenizer and writes it to `folder`. An existing folder is used as is."""
+    """Adds `new_tokens` to the tokenizer and writes it to `folder`. A folder that already exists is left unchanged."""
     if not folder.is_dir():
         try:
             with new_folder(folder, 0) as partial:
@@ -139,7 +139,7 @@ def _with_tokenizer_files(checkpoint: Checkpoint, folder: Path, new_tokens: Mapp
 
 
 def trainable(checkpoint: Checkpoint, recipe: Recipe) -> Llava:
-    """Returns the model on the meta device, with adapters, dtypes and `requires_grad` as the recipe specifies."""
+    """Returns the model on the meta device, with adapters, dtypes and `requires_grad` set according to the recipe."""
     model = meta_model(checkpoint.config)
     with torch.device("meta"):
         if recipe.lora_rank:
@@ -212,7 +212,7 @@ def fill(model: Llava, checkpoint: Checkpoint, recipe: Recipe, device: torch.dev
 
 
 def _initial(name: str, shape: tuple[int, ...], model: Llava, generator: torch.Generator) -> Tensor:
-    """Returns initial values: as in torch.nn.Linear for a projector weight or bias, as in LLaVA-1.6 for the newline."""
+    """Returns initial values for a projector parameter (as in torch.nn.Linear) or the newline (as in LLaVA-1.6)."""
     if name == "newline":
         return torch.randn(shape, generator=generator) / math.sqrt(shape[0])
     layer = model.get_submodule(name.rpartition(".")[0])

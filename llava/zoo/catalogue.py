@@ -37,7 +37,7 @@ def select(
     vision_encoder: str | None = None,
     data: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Returns the entries whose fields contain the given strings, ignoring case. None matches every entry."""
+    """Returns the entries whose fields contain the given strings, ignoring case. A value of None matches any entry."""
 
     def fits(entry: Entry) -> bool:
         encoder = entry.get("vision_encoder") or entry.get("vision_tower")
@@ -140,7 +140,7 @@ def base_id(entry: Entry) -> str | None:
 
 
 def base_words(entry: Entry) -> str | None:
-    """Describes the base model that the entry needs, or returns None. For a delta, the text warns against Vicuna."""
+    """Describes the base model that the entry needs, if any. For a delta, the text warns against using Vicuna."""
     id = base_id(entry)
     if entry["format"] == "delta":
         return f"the raw LLaMA-1 {entry['size'].upper()} in Hugging Face format (e.g. {id}; not Vicuna)"
@@ -148,7 +148,7 @@ def base_words(entry: Entry) -> str | None:
 
 
 def licence(entry: Entry) -> str:
-    """Returns the licence note of the entry's language model."""
+    """Returns the licence note for the entry's language model."""
     start = origin(entry)
     if (note := start.get("license_note")) not in (None, _NO_DETAILS):
         return str(note)
@@ -198,7 +198,7 @@ def commands(entry: Entry) -> list[tuple[str, str]]:
 
 
 def _base_commands(entry: Entry, lines: list[tuple[str, str]]) -> tuple[str | None, list[tuple[str, str]]]:
-    """Returns the folder to pass as --base, and `lines` extended by the commands that create this folder."""
+    """Returns the folder to pass as --base, and `lines` extended with the commands that create this folder."""
     id = base_id(entry)
     if id is None:
         return None, lines

@@ -1,4 +1,4 @@
-"""Facts that distinguish published checkpoints: sizes come from tensors, other facts from config and tokenizer.
+"""Facts that distinguish published checkpoints. Sizes come from tensors; other facts, from the config and tokenizer.
 
 Names recorded inside files count as evidence; the name of the folder is never used.
 """
@@ -89,7 +89,7 @@ def _decoder(config: Mapping[str, Any], shapes: Shapes, format: str) -> Fingerpr
         key = "model_type" if "model_type" in config else "n_layers"
         found["architecture"] = Fact("mpt" if mpt else "llama", f"config.json: {key} = {config[key]}")
     table = shapes.get("decoder.embed.weight")
-    rows = table[0] if table and format != "projector" else None  # a projector contains only rows of new tokens
+    rows = table[0] if table and format != "projector" else None  # a projector file has only rows for new tokens
     _add(found, "vocabulary", rows, "tensors", config, "vocab_size")
     if format == "projector":
         text = f"{'' if table else 'no '}embeddings of <im_start>, <im_end> in the projector file"
@@ -98,7 +98,7 @@ def _decoder(config: Mapping[str, Any], shapes: Shapes, format: str) -> Fingerpr
 
 
 def _add(found: Fingerprint, name: str, shown: Any, where: str, config: Mapping[str, Any], *keys: str) -> None:
-    """Adds a fact: `shown` if it is not None, else the value of the first of `keys` that is set in config.json."""
+    """Adds a fact whose value is `shown` or, if that is None, the first value found in config.json under `keys`."""
     if shown is not None:
         found[name] = Fact(shown, f"{where}: {name} {shown}")
         return

@@ -45,7 +45,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Matches:
-    """A checkpoint's fingerprint and the matching entries, most likely first; without matches, the nearest entries."""
+    """A checkpoint's fingerprint and the matching entries, most likely first, or the nearest entries if none match."""
 
     fingerprint: Fingerprint
     candidates: list[Match]
@@ -53,7 +53,7 @@ class Matches:
 
     @property
     def family(self) -> list[Match]:
-        """The candidates; without any, the nearest entries that differ only in sizes, e.g. for a scaled-down model."""
+        """The candidates or, if there are none, the nearest entries that differ only in sizes (e.g. if scaled down)."""
         return self.candidates or [near for near in self.nearest if near.same_family]
 
 
@@ -99,12 +99,12 @@ def _equal(name: str, value: Any, wanted: Any) -> bool | None:
 
 
 def known_bases() -> dict[str, str]:
-    """Returns comparable name -> hub id for all language models that entries were trained from."""
+    """Returns a mapping (comparable name -> hub id) of all language models that entries were trained from."""
     return {comparable_name(base): base for entry in catalogue.entries() if (base := trained_from(entry))}
 
 
 def licence_of_base(name: str) -> str | None:
-    """Returns the licence note of the base model called `name`, or None if no entry was trained from it."""
+    """Returns the licence note for the base model called `name`, or None if no entry was trained from it."""
     entries = (
         entry for entry in catalogue.entries() if comparable_name(trained_from(entry) or "") == comparable_name(name)
     )

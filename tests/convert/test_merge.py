@@ -235,8 +235,8 @@ def test_what_cannot_be_merged_is_refused_in_one_line(
     wide = tiny.write_llama(tmp_path / "wide", seed=7, hidden_size=128, **tiny.LLAMA_1)
     cases: list[tuple[tuple[Any, ...], tuple[str, ...]]] = [
         ((raw, taken, delta), ("taken", "not empty")),
-        ((raw, tmp_path / "t", whole), ("is not a delta but llava", "loads as it is")),
-        ((raw, tmp_path / "t", lora), ("is not a delta but lora", "use llava merge-lora")),
+        ((raw, tmp_path / "t", whole), ("has format llava", "not delta", "does not need merging")),
+        ((raw, tmp_path / "t", lora), ("has format lora", "not delta", "use llava merge-lora")),
         ((vicuna, tmp_path / "t", delta), ("vicuna-7b-v1.1", "raw LLaMA-1", "--force")),
         ((wide, tmp_path / "t", delta), ("shape", "128")),
         ((tmp_path / "nowhere", tmp_path / "t", delta), ("nowhere",)),

@@ -59,9 +59,9 @@ def planted() -> tuple[list[Any], dict[str, set[int]]]:
         ({"id": "b6", "image": image, "conversations": [*GOOD, *talk("r")]}, "trailing_question"),
         ({"id": "b7", "image": image, "conversations": [*GOOD, {"from": "gpt", "value": "b"}]}, "same_side_twice"),
         ({"id": "b8", "image": image, "conversations": [*GOOD, *talk("", "b")], "score": 0.5}, "empty_turn"),
-        ({"id": "b9", "image": image, "conversations": talk("q", "a")}, "missing_mark"),
-        ({"id": "b10", "conversations": GOOD}, "surplus_mark"),
-        ({"id": "b11", "image": image, "conversations": talk("q", "a", "<image>\nr", "b")}, "late_mark"),
+        ({"id": "b9", "image": image, "conversations": talk("q", "a")}, "missing_placeholder"),
+        ({"id": "b10", "conversations": GOOD}, "surplus_placeholder"),
+        ({"id": "b11", "image": image, "conversations": talk("q", "a", "<image>\nr", "b")}, "late_placeholder"),
         ({"id": "b12", "image": image, "conversations": long}, "too_long"),
     ]
     data: list[Any] = list(good)

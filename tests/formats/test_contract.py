@@ -147,7 +147,7 @@ def test_gpt_fast_has_the_names_shapes_and_row_order_that_its_loader_expects(tmp
 @pytest.mark.parametrize(("name", "reader"), [("gguf", "llama.cpp"), ("gpt-fast", "gpt-fast")])
 def test_a_folder_in_a_format_that_is_only_written_says_who_reads_it(name: str, reader: str, tmp_path: Path) -> None:
     convert(tiny.write_llama(tmp_path / "llama"), tmp_path / "out", to=name)
-    with pytest.raises(llava.CheckpointError, match=f"is an export for {reader}, which llava cannot load"):
+    with pytest.raises(llava.CheckpointError, match=f"is an export for {reader} and cannot be loaded by llava"):
         opened(tmp_path / "out")
 
 
