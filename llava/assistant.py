@@ -1,6 +1,6 @@
 """The Python API: `load()` combines a checkpoint, a preprocessor and an engine into an `Assistant`.
 
-S sequence length   V vocabulary rows   N features per view   D dim
+S sequence length   V vocabulary size   N features per view   D dim
 """
 
 import time

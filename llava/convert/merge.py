@@ -147,7 +147,7 @@ def _check_projector(whole: Checkpoint, files: CheckpointFiles) -> None:
             if (name := f"projector.{2 * i}.{param}") not in whole.unused:
                 raise CheckpointError(
                     f"{files.path}: config.json specifies a vision tower and a projector of type {type}, but "
-                    f"{name} is missing; fetch the {whole.format} again; a LoRA also requires non_lora_trainables.bin"
+                    f"{name} is missing; download the {whole.format} again; a LoRA also requires non_lora_trainables.bin"
                 )
 
 

@@ -1,6 +1,6 @@
 """Checks that two checkpoints contain the same model, bit by bit or by logits, without loading all weights at once.
 
-S tokens   V vocabulary rows   D width
+S tokens   V vocabulary size   D width
 """
 
 from typing import Any

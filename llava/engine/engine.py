@@ -1,6 +1,6 @@
 """Runs requests: encodes images, prefills all prompts together, then generates one token per row in each step.
 
-B rows   S sequence length   D dim   V vocabulary rows
+B batch   S sequence length   D dim   V vocabulary size
 """
 
 import time

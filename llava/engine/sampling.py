@@ -1,6 +1,6 @@
 """Samples the next token. The order of operations matches transformers: penalty, temperature, top-k, top-p, min-p.
 
-B rows   V vocabulary rows
+B batch   V vocabulary size
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """The two functions that run the model during generation. `Engine` can compile them with `torch.compile`.
 
-B rows   S length of the longest prompt   D dim   V vocabulary rows
+B batch   S length of the longest prompt   D dim   V vocabulary size
 """
 
 from torch import Tensor

@@ -38,7 +38,7 @@ class NeededBase(NamedTuple):
 
 
 class BaseModelError(CheckpointError):
-    """A base model is missing or does not fit the checkpoint.
+    """The base model is missing or does not match the checkpoint.
 
     `render` builds the message from a `NeededBase`; `needed` defaults to the base recorded in the files.
     `zoo.bases.advice` re-raises the error with the base from the catalogue.

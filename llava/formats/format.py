@@ -64,7 +64,9 @@ class ReadConfig(NamedTuple):
     """A model's config and its sources."""
 
     config: LlavaConfig
-    source_config: Mapping[str, Any]  # config.json with the keys of published LLaVA checkpoints (native: our keys)
+    source_config: Mapping[
+        str, Any
+    ]  # config.json, with keys as in published LLaVA checkpoints (for the native format, our own keys)
     source: Path  # path of the checkpoint that `source_config` comes from
     tower_folder: Path | None = None  # folder with the tower's config; None if there is no tower or no such folder
 

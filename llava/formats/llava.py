@@ -147,7 +147,7 @@ def tower_name(checkpoint: Checkpoint, target: Path, *, separate: bool = False) 
 
 
 def write_own_tower(checkpoint: Checkpoint, folder: Path, *, separate: bool = False) -> None:
-    """Writes the tower to a subfolder of `folder` if `tower_name` refers to that subfolder."""
+    """Writes the tower to `folder / OWN_TOWER` if `tower_name()` returns that path."""
     vision = checkpoint.config.vision
     if vision and checkpoint.tower_inside and (separate or published_id(clip_config(vision)) is None):
         every = checkpoint.tensors | checkpoint.unused_tower

@@ -49,7 +49,7 @@ class Lora(PartOfModel):
         trained = read_part(weights, _without_wrappers(weights), rules)
         file = next((files.path / name for name in ADAPTER_FILES if (files.path / name).is_file()), None)
         if file is None:
-            raise CheckpointError(f"{files.path}: has no {' or '.join(ADAPTER_FILES)}; fetch the LoRA again")
+            raise CheckpointError(f"{files.path}: has no {' or '.join(ADAPTER_FILES)}; download the LoRA again")
         factors, saved = _read_adapter(Weights([file]), rules)
         tensors = {**base_tensors(base), **trained.tensors, **saved.tensors}
         scale = _read_scale(files.path / _CONFIG_FILE)
@@ -104,7 +104,7 @@ def _read_scale(file: Path) -> Scale:
             )
     if str(start := config.get("init_lora_weights")).lower().startswith(_INITS_THAT_CHANGE_THE_BASE):
         raise CheckpointError(
-            f"{file}: init_lora_weights is {start!r}, which changes the base weights, so the LoRA does not fit the "
+            f"{file}: init_lora_weights is {start!r}, which changes the base weights, so the LoRA does not match the "
             "original base; save the LoRA with peft's path_initial_model_for_weight_conversion, or merge it with peft"
         )
     if (peft_type := config.get("peft_type", "LORA")) != "LORA":
@@ -117,7 +117,7 @@ def _read_scale(file: Path) -> Scale:
             re.compile(_module_pattern(key))
         except re.error as error:
             raise CheckpointError(
-                f"{file}: alpha_pattern key {key!r} is not a valid regular expression ({error}); fetch the LoRA again"
+                f"{file}: alpha_pattern key {key!r} is not a valid regular expression ({error}); download the LoRA again"
             ) from None
 
     def scale(name: str, r: int) -> float:
@@ -147,7 +147,7 @@ def _place(
 ) -> tuple[str, LoraPair]:
     """Returns our name of the matrix that factors A and B adapt, and their `LoraPair`. Raises CheckpointError."""
     if missing := {"A", "B"} - set(factors):
-        raise CheckpointError(f"{file}: has no lora_{missing.pop()} for {name}; fetch the LoRA again")
+        raise CheckpointError(f"{file}: has no lora_{missing.pop()} for {name}; download the LoRA again")
     target, a, b = target_of(name, rules), factors["A"], factors["B"]
     if target is None or target.ours not in tensors:
         raise CheckpointError(f"{file}: adapts {name}, which {base} lacks; pass the base model of this LoRA")

@@ -121,7 +121,7 @@ def _shards(weights: Weights) -> _Shards:
     for name, held in names.items():
         if len(held) != len(files):
             without = next(file for file in files if f"{file.name}/{name}" not in held)
-            raise CheckpointError(f"{without}: has no {name}, but other shards do; fetch this shard again")
+            raise CheckpointError(f"{without}: has no {name}, but other shards do; download this shard again")
         first, *others = (weights.headers[part] for part in held)
         for other in others:
             if other[1:] != first[1:]:
@@ -144,8 +144,8 @@ def _check_sizes(files: CheckpointFiles, shards: _Shards, dim: int, n_heads: int
         )
     if (rows := _n_rows(files.weights, shards, "layers.0.attention.wq.weight")) != dim:
         raise CheckpointError(
-            f"{files.path}: {len(shards.files)} shards contain {rows} rows of wq, but dim is {dim}, so "
-            "shards are missing; fetch them"
+            f"{files.path}: found {rows} rows of wq in {len(shards.files)} shards, but dim is {dim}; some shards are "
+            "missing, download them"
         )
 
 
@@ -165,7 +165,7 @@ def _context_length(params: Mapping[str, Any], stored: torch.dtype) -> int:
 
 def _n_rows(weights: Weights, shards: _Shards, name: str) -> int:
     if name not in shards.names:
-        raise CheckpointError(f"{shards.files[0]}: has no {name}; fetch this shard again")
+        raise CheckpointError(f"{shards.files[0]}: has no {name}; download this shard again")
     return sum(weights.headers[part].shape[0] for part in shards.names[name])
 
 

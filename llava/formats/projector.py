@@ -87,7 +87,7 @@ def read_single_file(file: Path) -> CheckpointFiles:
         )
     if odd := [name for name in layers if len(weights.headers[name].shape) != 2]:
         shape = list(weights.headers[odd[0]].shape)
-        raise CheckpointError(f"{file}: {odd[0]} must be a matrix, but has shape {shape}; fetch the file again")
+        raise CheckpointError(f"{file}: {odd[0]} must be a matrix, but has shape {shape}; download the file again")
     config = read_json_if_present(file.parent / "config.json")
     return CheckpointFiles(file, config if "mm_vision_tower" in config else {}, weights)
 

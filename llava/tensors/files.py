@@ -51,7 +51,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: cannot be read as JSON ({error}); fetch the file again") from None
+        raise CheckpointError(f"{file}: cannot be read as JSON ({error}); download the file again") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{file}: expected a JSON object, found {type(values).__name__}")
     return values
@@ -68,9 +68,9 @@ def parsing(file: Path) -> Iterator[None]:
     try:
         yield
     except KeyError as key:
-        raise CheckpointError(f"{file}: the key {key} is missing; fetch the file again") from None
+        raise CheckpointError(f"{file}: the key {key} is missing; download the file again") from None
     except (TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
-        raise CheckpointError(f"{file}: a value has the wrong type ({error}); fetch the file again") from None
+        raise CheckpointError(f"{file}: a value has the wrong type ({error}); download the file again") from None
 
 
 # --------------------------------------------------------------------------------------------------- weights
@@ -145,7 +145,7 @@ def numbered_shards(folder: Path) -> list[Path]:
     files = sorted(folder.glob("consolidated.[0-9][0-9].pth"))
     for i, file in enumerate(files):
         if file.name != (name := f"consolidated.{i:02}.pth"):
-            raise CheckpointError(f"{folder / name}: is missing, but {file.name} is present; fetch the missing file")
+            raise CheckpointError(f"{folder / name}: is missing, but {file.name} is present; download the missing file")
     return files
 
 
@@ -153,7 +153,7 @@ def weight_map(index: Path) -> dict[str, str]:
     """Returns an index file's map from tensor name to shard name. Raises CheckpointError if the file is invalid."""
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not table:
-        raise CheckpointError(f"{index}: weight_map is missing or invalid; fetch the file again")
+        raise CheckpointError(f"{index}: weight_map is missing or invalid; download the file again")
     for tensor, name in table.items():
         if not isinstance(name, str) or not name.endswith((".safetensors", ".bin")) or Path(name).name != name:
             raise CheckpointError(
@@ -168,14 +168,14 @@ def _open_shards(folder: Path, index: Path) -> Weights:
     for name, file in files.items():
         if not file.is_file():
             n = sum(value == name for value in table.values())
-            raise CheckpointError(f"{file}: is missing; {index.name} maps {n} tensors to this shard: fetch it")
+            raise CheckpointError(f"{file}: is missing; {index.name} maps {n} tensors to this shard: download it")
     weights = Weights(files.values())
     for tensor, name in table.items():
         header = weights.headers.get(tensor)
         if header is None or header.file != files[name]:
             where = f"the tensor is in {header.file.name}" if header else "no shard contains this tensor"
             raise CheckpointError(
-                f"{index}: maps {tensor} to {name}, but {where}; index and shards do not match: fetch all of them again"
+                f"{index}: maps {tensor} to {name}, but {where}; index and shards do not match: download all of them again"
             )
     return weights
 
@@ -190,7 +190,7 @@ def _open_safetensors(file: Path) -> tuple[Any, dict[str, TensorHeader]]:
         slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, struct.error) as error:
         size = file.stat().st_size if file.exists() else 0
-        raise CheckpointError(f"{file}: is damaged or truncated at {size} bytes ({error}); fetch it again") from None
+        raise CheckpointError(f"{file}: is damaged or truncated at {size} bytes ({error}); download it again") from None
     headers = {}
     for name, part in slices.items():
         if (dtype := _DTYPES.get(part.get_dtype())) is None:
@@ -210,10 +210,10 @@ def _open_bin(file: Path) -> tuple[dict[str, Tensor], dict[str, TensorHeader]]:
         mapped = is_zipfile(file)
         with file.open("rb") as start:
             if not mapped and start.read(4) == b"PK\x03\x04":
-                raise CheckpointError(f"{file}: is truncated at {file.stat().st_size} bytes; fetch it again")
+                raise CheckpointError(f"{file}: is truncated at {file.stat().st_size} bytes; download it again")
         if not mapped and is_tarfile(file):  # torch.load would unpack the tar into a folder
             raise CheckpointError(
-                f"{file}: is empty or a tar archive; expected a file written by torch.save; fetch it again"
+                f"{file}: is empty or a tar archive; expected a file written by torch.save; download it again"
             )
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
@@ -225,7 +225,7 @@ def _open_bin(file: Path) -> tuple[dict[str, Tensor], dict[str, TensorHeader]]:
         ) from None
     except _DAMAGE as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise CheckpointError(f"{file}: is damaged or truncated ({reason}); fetch it again") from None
+        raise CheckpointError(f"{file}: is damaged or truncated ({reason}); download it again") from None
     if not isinstance(tensors, dict) or not all(_is_named_tensor(*item) for item in tensors.items()):
         raise CheckpointError(f"{file}: contents are not supported; expected a dictionary of named tensors")
     _check_storage(file, tensors)
@@ -252,7 +252,7 @@ def _check_storage(file: Path, tensors: Mapping[str, Tensor]) -> None:
     claimed, size = sum(tensor.nbytes for tensor in tensors.values()), file.stat().st_size
     if claimed > 2 * size:  # a tied head may share the embedding table's bytes
         raise CheckpointError(
-            f"{file}: declares {claimed} bytes of tensors, but is only {size} bytes long; fetch it again"
+            f"{file}: declares {claimed} bytes of tensors, but is only {size} bytes long; download it again"
         )
 
 
@@ -269,6 +269,6 @@ def check_finite(tensor: Tensor, where: str, force: bool = False) -> None:
     bad = int((~tensor.isfinite()).sum())
     if not force:
         raise CheckpointError(
-            f"{where}: {bad} of {tensor.numel()} values are NaN or Inf; fetch the file again, or pass force=True"
+            f"{where}: {bad} of {tensor.numel()} values are NaN or Inf; download the file again, or pass force=True"
         )
     log.warning("%s: %d values are NaN or Inf", where, bad)

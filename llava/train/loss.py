@@ -39,9 +39,10 @@ class LlavaWithLoss(nn.Module):
         return loss + 0 * x[0, 0].float().sum()
 
     def embed(self, batch: Batch) -> Tensor:
-        """Returns the input embeddings of a batch, image features included: [B, S, D].
+        """Returns the input embeddings of a batch, including image features: [B, S, D].
 
-        Every rank runs the tower and the projector in every micro-batch; otherwise, the other ranks would hang.
+        Every rank runs the tower and the projector in every micro-batch, even if its samples have no images; otherwise,
+        ranks that have images would hang.
         """
         x = self.model.decoder.lookup(batch.ids)
         if len(self.trained_rows):

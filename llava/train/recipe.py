@@ -42,7 +42,7 @@ Part = Literal["projector", "decoder", "vision", "rows"]  # rows: only the input
 class Recipe:
     """The settings of one run. Paths refer to local folders or files; models can also be given as hub ids."""
 
-    about: str = ""  # the published model that this stage reproduces, and its unknown settings
+    about: str = ""  # the published model that this stage reproduces, and which of its training settings are not known
 
     # Starting point
     model: str  # a language model (Llama, MPT), or a LLaVA model to train further
