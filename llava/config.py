@@ -15,7 +15,7 @@ DType = Literal["float32", "bfloat16", "float16"]
 ImageMode = Literal["original", "hf"]  # match the image processing of the original LLaVA code or of transformers
 
 
-# Upper limits, so that a broken config is rejected before a model is built and products of sizes stay finite.
+# Upper limits, which reject broken configs before a model is built and keep products of sizes finite.
 _MAX_INT, _MAX_FLOAT, _MAX_LAYERS = 2**28, 1e30, 1000
 _MAX_TILES = 256  # per canvas
 
@@ -250,7 +250,7 @@ class LlavaConfig:
     eos_ids: tuple[int, ...] = field(default=())  # token ids that end a reply, in addition to the tokenizer's eos id
     dtype: DType = "float16"  # dtype of the stored weights
     padding_side: Literal["left", "right"] = "right"  # padding side of training batches; recorded, but not used
-    trained_seq: int | None = None  # longest training input in tokens; only the original code truncates prompts to it
+    trained_seq: int | None = None  # maximum training length in tokens; only the original code truncates prompts to it
 
     def __post_init__(self) -> None:
         _check(self, "config")

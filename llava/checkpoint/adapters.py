@@ -10,7 +10,7 @@ from llava.errors import ConfigError
 from llava.formats.format import Checkpoint
 
 DEFAULT = "default"  # name of the adapter that `load(merge=False)` keeps separate
-_ADAPTERS = ("lora", "projector")  # no deltas: each would need a second full-size model in memory
+_ADAPTERS = ("lora", "projector")  # deltas are excluded: each would need a second full-size model in memory
 
 
 def open_separately(

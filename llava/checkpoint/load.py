@@ -84,7 +84,7 @@ def _pool_key(tensor: LazyTensor) -> _PoolKey | None:
 
 
 def _separate_loras(model: Llava, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Replaces each sum of a matrix and a LoRA with its terms, both in the tensors and in the model's modules."""
+    """Splits each sum of a matrix and a LoRA into its terms, both in the tensors and in the model's modules."""
     separate = dict(tensors)
     for name, tensor in tensors.items():
         if not isinstance(tensor, WithLora):
@@ -100,7 +100,7 @@ def _separate_loras(model: Llava, tensors: Mapping[str, LazyTensor]) -> dict[str
 
 
 def _parts(tensor: WithLora) -> dict[str, Adapter | int]:
-    """Splits a matrix by rows. Returns {first row of a part: its adapter, or its row count if it has no adapter}."""
+    """Splits a matrix by rows. Returns {first row of each part: the adapter, or the row count if there is none}."""
     parts: dict[str, Adapter | int] = {}
     end, (rows, columns) = 0, tensor.shape
     for first, a, b, scale in sorted(tensor.pairs, key=lambda pair: pair.first):

@@ -83,7 +83,7 @@ def data_check(
     template: Template = None,
     max_length: Annotated[int, typer.Option("--max-length", min=2, help="maximum number of tokens per sample")] = 2048,
     image_tokens: Annotated[
-        int | None, typer.Option("--image-tokens", min=1, help="tokens per image; default: set by --model, or 576")
+        int | None, typer.Option("--image-tokens", min=1, help="tokens per image; default: from --model, else 576")
     ] = None,
     fix: Annotated[
         Path | None, typer.Option("--fix", metavar="OUT", help="write a copy of the data with the problems fixed")

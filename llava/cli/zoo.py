@@ -56,7 +56,7 @@ def show(
     id: Annotated[str, typer.Argument(metavar="ID", help="id of an entry, or its last component")],
     as_json: AsJson = False,
 ) -> None:
-    """Show an entry: requirements, scores, template, and the commands to fetch, merge and run the checkpoint."""
+    """Show an entry: requirements, scores, template, and the commands to download, merge and run the checkpoint."""
     entry = catalogue.find(id)
     commands = [{"for": purpose, "command": line} for purpose, line in catalogue.commands(entry)]
     if as_json:

@@ -1,4 +1,4 @@
-"""Merges a delta or LoRA with its base, using the original code's arithmetic, and streams out a llava-format folder."""
+"""Merges a delta or LoRA with its base, using the original code's arithmetic, and writes a llava-format folder."""
 
 import time
 from collections.abc import Mapping
@@ -109,7 +109,7 @@ def merge(
         "base": _file_stats(base_folder),
         format: _file_stats(files.path),
         "precise": options.precise,
-        "force": options.force,  # shards written with `force` may contain NaN; a run without it must not reuse them
+        "force": options.force,  # with `force`, shards may contain NaN; runs without `force` must not reuse them
         "max_shard_bytes": options.max_shard_bytes,
     }
     n_bytes = sum(out.n_bytes for out in outputs)
@@ -147,7 +147,7 @@ def _check_projector(whole: Checkpoint, files: CheckpointFiles) -> None:
             if (name := f"projector.{2 * i}.{param}") not in whole.unused:
                 raise CheckpointError(
                     f"{files.path}: config.json specifies a vision tower and a projector of type {type}, but "
-                    f"{name} is missing; download the {whole.format} again; a LoRA also requires non_lora_trainables.bin"
+                    f"{name} is missing; download the {whole.format} again; a LoRA also needs non_lora_trainables.bin"
                 )
 
 

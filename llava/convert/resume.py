@@ -117,7 +117,7 @@ def resumable_folder(target: Path, inputs: Mapping[str, Any], n_bytes: int) -> I
 
 @contextmanager
 def _keeping_progress(folder: Path, target: Path) -> Iterator[None]:
-    """Removes `folder` on LlavaError, such as invalid input; keeps it for a later run on OSError and Ctrl-C."""
+    """Removes `folder` on a LlavaError, e.g. for invalid input. On OSError or Ctrl-C, keeps it for a later run."""
     try:
         yield
     except LlavaError:

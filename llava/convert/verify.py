@@ -1,6 +1,6 @@
 """Checks that two checkpoints contain the same model, bit by bit or by logits, without loading all weights at once.
 
-S tokens   V vocabulary size   D width
+S sequence length   V vocabulary size   D dim
 """
 
 from typing import Any
@@ -14,8 +14,8 @@ from llava.formats.format import Checkpoint
 from llava.model.llava import Llava, meta_model
 from llava.tensors.writer import Progress, no_progress
 
-TOLERANCE = 1e-4  # absolute, for float32 logits of the same weights
-_ROUNDING = 2e-6  # relative; a few float32 rounding errors, typical of sums of thousands of terms
+TOLERANCE = 1e-4  # maximum absolute difference between float32 logits of the same weights
+_ROUNDING = 2e-6  # typical relative rounding error of float32 sums of thousands of terms
 _TEXT_TOKENS = 24
 _IMAGE_TOKENS = 8  # use only the first few image tokens; each depends on the whole image
 
@@ -23,7 +23,7 @@ _IMAGE_TOKENS = 8  # use only the first few image tokens; each depends on the wh
 def check_equal(one: Checkpoint, other: Checkpoint, progress: Progress = no_progress) -> None:
     """Compares all tensors bit by bit. Raises CheckpointError on the first tensor that differs.
 
-    If `other` has more vocabulary rows, only the rows that both have are compared.
+    If `other` has more vocabulary rows, only the rows that both checkpoints have are compared.
     """
     if differing := sorted(set(one.tensors) ^ set(other.tensors)):
         raise CheckpointError(
@@ -48,7 +48,7 @@ def _bits(tensor: Tensor) -> Tensor:
 def check_logits(one: Checkpoint, other: Checkpoint) -> float:
     """Returns the largest difference between the logits, over the vocabulary rows that both checkpoints have.
 
-    Raises CheckpointError if it exceeds `TOLERANCE`, unless rounding alone explains it: the order of summation may
+    Raises CheckpointError if the difference exceeds `TOLERANCE` and rounding cannot explain it. The summation order may
     differ between two runs, and a deep model can amplify the resulting error a thousandfold.
     """
     n = min(one.config.decoder.vocab_size, other.config.decoder.vocab_size)

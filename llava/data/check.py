@@ -36,7 +36,7 @@ class _Tally:
     problems: Counter[str] = field(default_factory=Counter)
     sources: Counter[str] = field(default_factory=Counter)
     turns: Counter[int] = field(default_factory=Counter)
-    changes: dict[int, str | None] = field(default_factory=dict)  # sample index -> new JSON text; None: dropped
+    changes: dict[int, str | None] = field(default_factory=dict)  # sample index -> new JSON text, or None if dropped
     totals: list[int] = field(default_factory=list)  # token count of each measured sample
     n_pictures: int = 0
     text_only: int = 0
@@ -202,7 +202,7 @@ def _check_target(file: Path, out: Path) -> None:
 
 
 def _write(samples: Samples, changes: dict[int, str | None], out: Path, *, array: bool) -> Fixed:
-    """Writes the fixed copy in the format of the original file. `out` appears only once it is complete."""
+    """Writes the fixed copy in the format of the original file. `out` is created only when the copy is complete."""
     texts = (changes[i] if i in changes else samples.text(i) for i in range(len(samples)))
     dropped = sum(text is None for text in changes.values())
     if dropped == len(samples):

@@ -33,7 +33,7 @@ class TokenFigures:
     median: int
     longest: int
     targets: int  # target tokens within the limit
-    masked_share: float  # fraction of the tokens within the limit that are not targets
+    masked_share: float  # fraction of non-target tokens among the tokens within the limit
 
 
 @dataclass(frozen=True)

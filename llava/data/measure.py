@@ -36,7 +36,7 @@ _ONE_PIXEL_IMAGE = ImageConfig(size=1, mean=(0, 0, 0), std=(1, 1, 1), aspect="sq
 class Tokens(NamedTuple):
     """The token counts of one sample."""
 
-    total: int  # image tokens included
+    total: int  # includes image tokens
     targets: int  # target tokens among the first `limit` tokens
 
 

@@ -1,7 +1,7 @@
 """Reads the pictures of a data set by name, from a folder, a zip archive or tar archives.
 
 Archive indexes are read once into a bytes buffer and an array, which forked workers share. Each read opens the archive
-and seeks to the picture. File handles are not kept open, so a store can be pickled, and it can be shared by threads and
+and seeks to the picture. File handles are not kept open, so a store can be pickled and can be shared by threads and
 forked processes.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 from llava.errors import DataError
 
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
-PLAIN = -1  # tar member: its offset points to the data (for a zip member, to the local header)
+PLAIN = -1  # method of tar members, whose offsets point to the data; offsets of zip members point to local headers
 _ROW = np.dtype(
     [
         ("hash", "<u8"),
@@ -42,7 +42,7 @@ class Pictures(Protocol):
     """A store of pictures, looked up by name."""
 
     def read(self, name: str) -> bytes:
-        """Returns a picture's bytes. Raises DataError if its name is invalid or it is missing or unreadable."""
+        """Reads a picture's bytes. Raises DataError if the name is invalid or the picture is missing or unreadable."""
         ...
 
 
@@ -185,7 +185,7 @@ def _zip_members(file: Path) -> Iterator[_Member]:
 def _tar_members(file: Path) -> Iterator[_Member]:
     with tarfile.open(file, "r:") as archive:
         while (info := archive.next()) is not None:
-            vars(archive)["members"].clear()  # otherwise TarFile keeps an object for every member
+            vars(archive)["members"].clear()  # to save memory: TarFile would otherwise keep every member
             if info.isreg() and not info.issparse():
                 yield _Member(_strip_dot(info.name), info.offset_data, info.size, PLAIN)
 

@@ -85,7 +85,7 @@ class _ArrayScanner:
         return char
 
     def value(self) -> Record:
-        """Consumes the next JSON value. Raises ValueError or RecursionError."""
+        """Consumes the next JSON value. Raises ValueError if it is invalid, RecursionError if nested too deeply."""
         self.peek()
         while True:
             try:
@@ -145,7 +145,7 @@ def _read_lines(file: Path) -> Iterator[Record]:
 
 
 def _read_tar(file: Path, archives: Archives) -> Iterator[Record]:
-    """Yields a sample for each KEY.json, with the pictures that share its key, such as KEY.jpg, in tar order."""
+    """Yields samples in tar order: one for each KEY.json, with the pictures that share its key, such as KEY.jpg."""
     names = archives.names(file)
     pictures: dict[str, list[str]] = {}
     for name in names:

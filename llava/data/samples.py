@@ -18,8 +18,8 @@ from llava.data.records import records
 from llava.errors import DataError
 from llava.preprocess.conversation import Turn
 
-# Start method of worker processes. Forked workers share the samples with the parent. Each uses one thread and no GPU,
-# so forking is safe even from a parent with several threads, although Python 3.12 issues a DeprecationWarning.
+# Start method of worker processes. Forked workers share the samples with the parent. Each worker uses one thread and
+# no GPU, so forking is safe even from a parent with several threads, although Python 3.12 issues a DeprecationWarning.
 WORKERS_START = "fork" if sys.platform == "linux" else "spawn"
 ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -68,7 +68,7 @@ class Samples(Sequence[Sample]):
         return len(self._lengths)
 
     def __getitem__(self, i: int) -> Sample:  # type: ignore[override]  # slices are not supported
-        """Parses a sample. Raises IndexError, or a DataError that identifies the sample if it is malformed."""
+        """Parses a sample. Raises IndexError if it does not exist, or a DataError that identifies it if malformed."""
         return parse(self.value(i), self.where(i), str(i))
 
     @property
@@ -102,7 +102,7 @@ class Samples(Sequence[Sample]):
             ) from None
 
     def where(self, i: int) -> str:
-        """Returns the file of a sample and its index in that file, for error messages."""
+        """Returns the file that contains a sample and the sample's index in that file, for error messages."""
         i = range(len(self))[i]
         file = int(np.searchsorted(self._firsts, i, "right")) - 1
         return f"{self.files[file]}, sample {i - int(self._firsts[file])}"
@@ -146,7 +146,7 @@ def _names(value: dict[str, Any], where: str) -> tuple[str, ...]:
 
 
 def _signed_words(value: Any) -> int:
-    """Returns a sample's entry in `Samples.lengths`. Accepts malformed samples; accessing them raises DataError."""
+    """Returns a sample's entry in `Samples.lengths`. Accepts malformed samples; they raise DataError when accessed."""
     if not isinstance(value, dict):
         return -1
     turns = value.get("conversations")

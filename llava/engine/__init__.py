@@ -1,1 +1,1 @@
-"""Turns requests into streams of tokens and text. The engine owns caches and steps; the model is passed in."""
+"""Turns requests into streams of tokens and text. The engine owns caches and steps; the caller passes in the model."""

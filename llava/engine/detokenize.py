@@ -59,14 +59,14 @@ class Detokenizer:
         return piece
 
     def _truncate(self, text: str, end: int) -> str:
-        """Truncates the text at `end`, where a stop string starts, and drops ids past it. Returns the last piece."""
+        """Truncates the text at `end`, the start of a stop string, and drops later ids. Returns the last piece."""
         piece = self._send(text[:end])
         while self.ids and len(self._decoded(len(self.ids))) > end:
             self.ids.pop()
         return piece
 
     def _n_held(self, text: str) -> int:
-        """Returns how many trailing characters to hold back: incomplete ones and a possible stop-string prefix."""
+        """Number of trailing characters to hold back: incomplete characters and a possible stop-string prefix."""
         complete = text.rstrip(INCOMPLETE)
         longest = 0
         for stop in self._stops:

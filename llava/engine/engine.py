@@ -21,7 +21,7 @@ from llava.model.llava import Llava
 from llava.preprocess.inputs import ModelInput
 from llava.preprocess.tokenizer import Tokenizer
 
-_WINDOW = 256  # cache slots; compiled steps read a multiple of this, to limit the number of distinct shapes
+_WINDOW = 256  # compiled steps read a multiple of this many cache slots, to limit the number of distinct shapes
 
 
 class Engine:
@@ -62,7 +62,7 @@ class Engine:
     def run(self, sequences: list[Sequence], params: SamplingParams) -> Iterator[tuple[Sequence, str]]:
         """Generates all replies together and yields each piece of text with the sequence it belongs to."""
         scaling = self.model.config.decoder.rope_scaling
-        if len(sequences) > 1 and scaling and scaling.kind == "dynamic":  # RoPE depends on row length: no batching
+        if len(sequences) > 1 and scaling and scaling.kind == "dynamic":  # RoPE depends on row length, so do not batch
             for sequence in sequences:
                 yield from self.run([sequence], params)
             return
@@ -88,7 +88,7 @@ class Engine:
             logits = self._run_step(ids, rows, cache)
 
     def embed(self, inputs: list[ModelInput]) -> Tensor:
-        """Returns the embeddings [B, S, D] of prompts with images, right-padded. Encodes all images in one batch."""
+        """Returns the right-padded embeddings [B, S, D] of prompts with images. Encodes all images in one batch."""
         images = iter(self.encode(inputs))
         model = self.model
         rows = [model.embed(input.ids.to(model.device), [next(images) for _ in input.views]) for input in inputs]
@@ -129,7 +129,7 @@ class Engine:
             positions = torch.tensor([[row.position] for row in rows], device=device)
             seq_len = max(row.position for row in rows) + 1
             window = _round_up(seq_len) if self.compiled else seq_len
-            single = len(rows) == 1 and not self.compiled  # no mask: the token attends to the whole window
+            single = len(rows) == 1 and not self.compiled  # needs no mask: the token attends to the whole window
             context = CacheContext(
                 positions=positions[0] if single else positions,
                 seq_len=seq_len,

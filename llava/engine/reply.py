@@ -14,7 +14,7 @@ from llava.preprocess.inputs import ModelInput
 class Usage:
     """Token counts of one request."""
 
-    prompt_tokens: int  # image tokens included
+    prompt_tokens: int  # includes image tokens
     image_tokens: int
     completion_tokens: int
 

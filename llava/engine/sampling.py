@@ -29,7 +29,7 @@ class SamplingParams:
 
     @classmethod
     def from_options(cls, *, stop: str | Sequence[str] | None = None, **options: Any) -> "SamplingParams":
-        """Builds the parameters from keyword options. `stop` is one string or several. Raises ConfigError."""
+        """Builds parameters from options. `stop`: one string or several. Raises ConfigError if an option is invalid."""
         try:
             return cls(stop=(stop,) if isinstance(stop, str) else tuple(stop or ()), **options)
         except TypeError as error:
@@ -59,7 +59,7 @@ class SamplingParams:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {expected}")
 
 
-_GREEDY_BELOW = 1e-5  # below this, sampling is effectively greedy, and dividing the logits could overflow
+_GREEDY_BELOW = 1e-5  # below this temperature, sampling is effectively greedy, and dividing the logits could overflow
 
 
 def sample(

@@ -46,7 +46,7 @@ def write_added_rows(source: Checkpoint, folder: Path) -> None:
 
 
 def with_added_rows(name: str, table: LazyTensor, n_rows: int, folder: Path) -> LazyTensor:
-    """Extends a table to `n_rows` with the added rows saved in `folder` if they fit, else with the table's mean row."""
+    """Extends a table to `n_rows` with the rows saved in `folder` if shapes match, else with the table's mean row."""
     first = table.shape[0]
     if (n_new := n_rows - first) <= 0:
         return table

@@ -168,9 +168,9 @@ def check_heads(has: DecoderConfig, asked: DecoderConfig, base: Path, who: str, 
 
 
 def check_vocabulary(rows: int, result: int, files: CheckpointFiles, wrong: str, force: bool) -> None:
-    """Checks that `vocab_size` in config.json matches the base (`rows`) or the combined model (`result`).
+    """Checks `vocab_size` in config.json against the row counts of the base (`rows`) and combined model (`result`).
 
-    If not, raises CheckpointError, or logs a warning if `force` is true.
+    If it matches neither, raises CheckpointError, or logs a warning if `force` is true.
     """
     stated = files.config.get("vocab_size")
     if isinstance(stated, int) and stated not in (rows, result):

@@ -103,7 +103,7 @@ class Tower:
 
     folder: Path | None  # None: `config` is a published config or comes from the checkpoint's config.json
     config: Mapping[str, Any]  # config.json or its vision_config
-    processor: Mapping[str, Any]  # preprocessor_config.json; {}: CLIP's published values
+    processor: Mapping[str, Any]  # preprocessor_config.json; if empty, CLIP's published values apply
 
 
 def own_tower(folder: Path) -> Path | None:
@@ -114,9 +114,10 @@ def own_tower(folder: Path) -> Path | None:
 def find_tower(name: str, shapes: Shapes, *, fetch: bool = True) -> Tower:
     """Finds the tower `name` (a folder or hub id) of a checkpoint whose tensors have these shapes.
 
-    Weights are fetched only if the checkpoint does not contain the tower. With `fetch=False`, published towers are not
-    fetched from the hub, because their sizes are known. If the tower's config is unreachable, CLIP-L's config is used
-    for a tower in the checkpoint with CLIP-L's width and depth; otherwise raises CheckpointError.
+    Weights are downloaded only if `fetch` is true and the checkpoint does not contain the tower. With `fetch=False`,
+    nothing is downloaded for a published tower outside the checkpoint, because its sizes are known. If the config is
+    unreachable but the checkpoint contains a tower with CLIP-L's width and depth, CLIP-L's config is used; otherwise,
+    raises CheckpointError.
     """
     inside = "vision.cls" in shapes
     if not fetch and not inside and not Path(name).is_dir() and name in PUBLISHED:
@@ -149,7 +150,7 @@ def read_tower(folder: Path, *, needed: bool = True) -> dict[str, LazyTensor]:
 
 
 def unknown_tensors(files: Mapping[str, Path]) -> CheckpointError:
-    """Returns the error to raise for tensors that no rule matches. `files`: tensor name -> file."""
+    """Returns the error to raise for tensors that no rule matches. `files` maps tensor names to files."""
     names = list(files)
     rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return CheckpointError(
@@ -194,7 +195,7 @@ def published_id(sizes: Mapping[str, Any]) -> str | None:
 
 
 def tower_of_projector(in_dim: int, depth: int) -> str | None:
-    """Returns the tower that published projectors of this input width use: 224 pixels if linear, 336 if an MLP."""
+    """Returns the CLIP-L tower of published projectors (224 pixels if linear, 336 if an MLP); None for other widths."""
     if in_dim != _CLIP_L["hidden_size"]:
         return None
     return "openai/clip-vit-large-patch14" if depth == 1 else "openai/clip-vit-large-patch14-336"

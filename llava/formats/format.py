@@ -64,9 +64,8 @@ class ReadConfig(NamedTuple):
     """A model's config and its sources."""
 
     config: LlavaConfig
-    source_config: Mapping[
-        str, Any
-    ]  # config.json, with keys as in published LLaVA checkpoints (for the native format, our own keys)
+    # config.json with the keys of published LLaVA checkpoints or, for the native format, with our own keys
+    source_config: Mapping[str, Any]
     source: Path  # path of the checkpoint that `source_config` comes from
     tower_folder: Path | None = None  # folder with the tower's config; None if there is no tower or no such folder
 
@@ -122,14 +121,14 @@ class Format:
     writes: ClassVar[bool] = False  # `llava convert --to NAME` can write it
     needs_base: ClassVar[bool] = False  # contains only part of a model: LoRA, projector, delta
     exact: ClassVar[bool] = True  # tensors keep their dtypes and values when written and read back
-    holds_vision: ClassVar[bool] = True  # False: language model only
-    image_mode: ClassVar[ImageMode | None] = None  # the only image mode that the format can represent; None: both
+    holds_vision: ClassVar[bool] = True  # False if the format stores only the language model
+    image_mode: ClassVar[ImageMode | None] = None  # the only image mode that can be represented; None if both
     fast_tokenizer: ClassVar[bool] = False  # prefers tokenizer.json to tokenizer.model
 
     # ------------------------------------------------------------------------------------------------- reading
 
     def rules(self, config: LlavaConfig | None = None) -> tuple[Rule, ...]:
-        """Returns the key table. `config`: the model to write, if tensor names depend on it; None for reading."""
+        """Returns the key table for writing a model with this config, or the table for reading if `config` is None."""
         raise NotImplementedError
 
     def detect(self, files: CheckpointFiles) -> list[str]:

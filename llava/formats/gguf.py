@@ -1,8 +1,9 @@
 """GGUF, llama.cpp's format: a language model file and, for a LLaVA model, an mmproj file with the tower and projector.
 
 Names, keys and row order follow llama.cpp (the release in llama-cpp-python 0.3.36). llama.cpp rotates adjacent pairs
-of rows, so the rows of q and k are reordered. bfloat16 matrices keep their dtype, and other matrices are stored as
-float16. All other tensors are float32, because llama.cpp's kernels do not accept a narrower type for them.
+of rows, but hub checkpoints pair the two halves of a head, so the rows of q and k are reordered. bfloat16 matrices keep
+their dtype, and other matrices are stored as float16. All other tensors are float32, because llama.cpp's kernels do not
+accept a narrower type for them.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -38,7 +38,7 @@ class _File:
     """The keys and memory-mapped tensors of a GGUF file."""
 
     def __init__(self, file: Path):
-        reader = package().GGUFReader(file, "c")  # "c": copy-on-write pages
+        reader = package().GGUFReader(file, "c")  # "c" maps the file copy-on-write
         self.file = file
         self.keys: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
         self.tensors: Mapping[str, Tensor] = {tensor.name: _tensor(tensor) for tensor in reader.tensors}

@@ -93,7 +93,7 @@ class Llava(Format):
 
 
 def rules_for(config: LlavaConfig, *, linear: bool | None = None) -> tuple[Rule, ...]:
-    """Returns the key table. `linear` (default: from `config`): the projector is one layer, named without an index."""
+    """Returns the key table. If `linear` (by default, as in `config`), the projector is one layer without an index."""
     rules = mpt.RULES if config.decoder.kind == "mpt" else RULES
     if linear is None:
         linear = config.projector is not None and config.projector.depth == 1
@@ -136,7 +136,7 @@ def tower_name(checkpoint: Checkpoint, target: Path, *, separate: bool = False) 
 
     If the checkpoint does not contain its tower, the recorded name is kept. If it does, readers need only the tower's
     config, so the value is a published CLIP model of the same size or, failing that, the folder of `write_own_tower`.
-    separate: the shards are not written, so always use that folder, which also contains the weights.
+    separate: true if the shards are not written; the value is then always that folder, which includes the weights.
     """
     if checkpoint.config.vision is None:
         return None

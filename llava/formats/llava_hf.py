@@ -204,7 +204,7 @@ def _flattened(config: Mapping[str, Any], processor: Mapping[str, Any], where: P
 
 
 def _image_mode(config: Mapping[str, Any], processor: Mapping[str, Any]) -> ImageMode:
-    """Returns the recorded image mode. If there is none: `original` if the processor pads like LLaVA, else `hf`."""
+    """Returns the recorded image mode. The default is `original` if the processor pads like LLaVA, else `hf`."""
     if (recorded := config.get(IMAGE_MODE_KEY)) is not None:
         return cast(ImageMode, one_of(recorded, get_args(ImageMode), f"config.json: {IMAGE_MODE_KEY}"))
     pads = processor.get("image_processor_type") == "LlavaImageProcessor" and processor.get("do_pad")

@@ -117,7 +117,7 @@ def _read_scale(file: Path) -> Scale:
             re.compile(_module_pattern(key))
         except re.error as error:
             raise CheckpointError(
-                f"{file}: alpha_pattern key {key!r} is not a valid regular expression ({error}); download the LoRA again"
+                f"{file}: alpha_pattern key {key!r} is not a regular expression ({error}); download the LoRA again"
             ) from None
 
     def scale(name: str, r: int) -> float:
@@ -145,7 +145,7 @@ def _place(
     base: Path,
     file: Path,
 ) -> tuple[str, LoraPair]:
-    """Returns our name of the matrix that factors A and B adapt, and their `LoraPair`. Raises CheckpointError."""
+    """Returns our name for the matrix that factors A and B adapt, and a `LoraPair` of both. Raises CheckpointError."""
     if missing := {"A", "B"} - set(factors):
         raise CheckpointError(f"{file}: has no lora_{missing.pop()} for {name}; download the LoRA again")
     target, a, b = target_of(name, rules), factors["A"], factors["B"]
@@ -192,8 +192,8 @@ def write_lora(
 
     lora: factors keyed by our module name and part, e.g. {"decoder.blocks.3.attn.qkv": {"q": (A, B), "v": (A, B)},
     "decoder.blocks.3.mlp.gate": {"": (A, B)}}. non_lora: tensors keyed by our names. base: the base model,
-    recorded in the configs; its tokenizer is used on loading if `tokenizer_from` is None. recorded: additional keys
-    for config.json. Raises ConfigError.
+    recorded in the configs; if `tokenizer_from` is None, loading uses the base model's tokenizer. recorded: additional
+    keys for config.json. Raises ConfigError.
     """
     adapter = list(_adapter_outputs(lora, config, r))
     trained = [replace(out, name=_PREFIX + out.name) for out in from_memory(non_lora, config)]

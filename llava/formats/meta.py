@@ -144,8 +144,8 @@ def _check_sizes(files: CheckpointFiles, shards: _Shards, dim: int, n_heads: int
         )
     if (rows := _n_rows(files.weights, shards, "layers.0.attention.wq.weight")) != dim:
         raise CheckpointError(
-            f"{files.path}: found {rows} rows of wq in {len(shards.files)} shards, but dim is {dim}; some shards are "
-            "missing, download them"
+            f"{files.path}: found {rows} rows of wq in {len(shards.files)} shards, but dim is {dim}; "
+            "download the missing shards"
         )
 
 

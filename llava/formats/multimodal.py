@@ -178,7 +178,7 @@ def _eos_ids(file: Path) -> tuple[int, ...]:
 
 
 def projector_in(tensors: Mapping[str, LazyTensor], decoder: DecoderConfig) -> ProjectorConfig | None:
-    """Infers the projector config of a checkpoint opened without vision. Returns None if it has no projector."""
+    """Infers the projector config of a checkpoint opened without vision, or returns None if there is no projector."""
     layers = [t for name, t in tensors.items() if name.startswith("projector.") and name.endswith("weight")]
     return ProjectorConfig(in_dim=layers[0].shape[1], out_dim=decoder.dim, depth=len(layers)) if layers else None
 

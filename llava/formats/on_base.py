@@ -16,7 +16,7 @@ from llava.tensors.lazy import FromFile, LazyTensor
 
 
 class PartOfModel(Format):
-    """A format that needs a base model; `resolve` and `read_config` always receive one."""
+    """A format that needs a base model, which `resolve` and `read_config` always receive."""
 
     needs_base = True
 

@@ -122,7 +122,7 @@ def _without_prefixes(names: Iterable[str]) -> dict[str, str]:
 def _with_token_rows(rows: LazyTensor, base: Checkpoint, tokenizer: Tokenizer, file: Path) -> dict[str, LazyTensor]:
     """Returns the base model's vocabulary tables, with the last two of `rows` as embeddings of <im_start> and <im_end>.
 
-    All other new rows are set to the mean of the table's existing rows. Raises CheckpointError.
+    All other new rows of a table are set to the mean of its existing rows. Raises CheckpointError.
     """
     start, end = (tokenizer.id_of(text) for text in _AROUND_IMAGES)
     if start is None or end != start + 1:
@@ -167,8 +167,8 @@ def write_projector(
     """Writes config.json and the tensors `projector.*` and `newline`, which keep their dtypes.
 
     base: the language model, recorded in config.json. start_end: [2, D], trained embeddings of <im_start> and <im_end>;
-    requires `tokenizer_from`, a folder whose tokenizer has both tokens. write_extra: writes additional files into the
-    folder that it receives. Raises ConfigError.
+    requires `tokenizer_from`, a folder whose tokenizer has both tokens. write_extra: receives the folder
+    being written and adds files to it. Raises ConfigError.
     """
     if start_end is not None and tokenizer_from is None:
         raise ConfigError(

@@ -144,7 +144,7 @@ class Segments(NamedTuple):
     max_seqlen: int  # upper bound on the length of a sample
 
     def last(self) -> Tensor:
-        """Index of each sample's last token, int64 [1, N]. For an empty sample, the index of the token before it."""
+        """Index of each sample's last token, int64 [1, N]. For an empty sample, the index just before its start."""
         return self.cu_seqlens[None, 1:].long() - 1
 
     def mask(self) -> Tensor:
@@ -198,7 +198,7 @@ class VarlenContext:
 
 
 def decode_mask(positions: Tensor, n_slots: int) -> Tensor:
-    """positions [B, S] or [S] -> mask [B or 1, 1, S, T], True for slots up to and including the token's position."""
+    """positions [B, S] or [S] -> mask [B or 1, 1, S, T], True for slots up to and including each position."""
     return torch.arange(n_slots, device=positions.device) <= torch.atleast_2d(positions)[:, None, :, None]
 
 

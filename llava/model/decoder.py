@@ -1,6 +1,6 @@
 """The language model: embedding table, blocks, final norm, head.
 
-B batch   S new tokens   D dim   V vocabulary rows
+B batch   S new tokens   D dim   V vocabulary size
 """
 
 from collections.abc import Iterator

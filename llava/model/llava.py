@@ -16,7 +16,7 @@ from llava.model.vision import Vision
 
 
 class Llava(nn.Module):
-    """LLaVA, arXiv:2304.08485. Without a vision config: only the language model."""
+    """LLaVA, arXiv:2304.08485. If `config.vision` is None, contains only the language model."""
 
     def __init__(self, config: LlavaConfig):
         super().__init__()
@@ -80,7 +80,7 @@ class Llava(nn.Module):
         return torch.cat([features[0], cropped.flatten(0, 1)])
 
     def insert_images(self, x: Tensor, positions: Tensor, images: Sequence[Tensor]) -> Tensor:
-        """Returns x [..., S, D] with the vectors at `positions` replaced, in order, with the vectors in `images`.
+        """Returns x [..., S, D] with the vectors at `positions` replaced by the vectors in `images`, in order.
 
         positions: int64 [image tokens], indices into x flattened to [-1, D].
         """

@@ -30,7 +30,7 @@ class LoraLinear(nn.Module):
     """A frozen matrix whose rows are several stacked parts (such as q, k and v), each with an optional adapter."""
 
     def __init__(self, base: nn.Module, parts: Mapping[str, int | Adapter], dropout: float = 0.0):
-        """parts: maps each name, in stacking order, to its adapter, or to its number of rows if it has no adapter."""
+        """parts: maps part names, in stacking order, to adapters, or to row counts for parts that have no adapter."""
         super().__init__()
         self.base, self.dropout = base, dropout
         self.plain_rows = {name: part for name, part in parts.items() if isinstance(part, int)}

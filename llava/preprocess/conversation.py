@@ -43,7 +43,8 @@ class Template:
     style: Style
     user: str
     assistant: str
-    sep: str  # after the system text and each turn (TWO: each user turn); LLAMA_2: before user turns except the first
+    # `sep` comes after the system text and each turn (in TWO, only user turns), or before later user turns in LLAMA_2.
+    sep: str
     sep2: str = ""  # after assistant turns, if different from `sep`
     system: str = ""  # default system message
     system_role: str = ""  # prefix of the system message
@@ -57,7 +58,7 @@ class Template:
 
 
 def render(template: Template, turns: Sequence[Turn], system: str | None = None) -> list[Span]:
-    """Renders a conversation as spans. Raises PromptError if turns do not alternate or do not fit the template.
+    """Renders turns as spans. Raises PromptError if the turns do not alternate or the template does not support them.
 
     As in the original code, only the role is rendered for a turn with empty text; LLAMA_2 skips such turns.
     """

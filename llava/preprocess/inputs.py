@@ -76,7 +76,7 @@ class Preprocessor:
     def prepare_training(
         self, turns: Sequence[Turn], pictures: Sequence[Picture], *, place: ImagePlace = "front", max_length: int
     ) -> ModelInput:
-        """Prepares the input and labels of a training sample, truncated to `max_length` tokens, including image tokens.
+        """Prepares the input and labels of a training sample, truncated to `max_length` text and image tokens in total.
 
         Raises PromptError if roles or placeholders are invalid or no targets remain, and ImageError for invalid images.
         """
@@ -153,7 +153,7 @@ class Preprocessor:
     def _assemble(
         self, spans: list[Span], pictures: list[Views], stop: str | None, limit: int | None = None
     ) -> ModelInput:
-        """Truncates to `limit` tokens. None: raises PromptError if the prompt is longer than the model's context."""
+        """Truncates to `limit` tokens. With limit=None, raises PromptError if the input exceeds the context."""
         prompt = "".join(span.text for span in spans)
         tokens = list(self._tokens(prompt, spans))
         if (n := sum(id == IMAGE for id, _ in tokens)) != len(pictures):

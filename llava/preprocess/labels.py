@@ -14,7 +14,7 @@ _BEGIN, _END = "###", "\n"  # before and after each v0 turn
 
 
 def training_spans(template: Template, turns: Sequence[Turn]) -> list[Span]:
-    """Returns the text of a sample, with targets marked. Raises PromptError if the turns do not fit the template.
+    """Returns the text of a sample, with targets marked. Raises PromptError if the template does not support the turns.
 
     As in the original code, a leading assistant turn is dropped, except in v0. In v0, each ### is also a target, which
     teaches the model to end its reply.

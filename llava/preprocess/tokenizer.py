@@ -2,7 +2,7 @@
 
 SentencePiece ids match the slow Llama tokenizer of transformers 4.37.2, which LLaVA uses: the text is first split at
 added tokens, and SentencePiece encodes each stretch between them separately. If `legacy` is true or not set in
-tokenizer_config.json, a dummy space is prepended to every stretch; otherwise, only once, to the whole text.
+tokenizer_config.json, a dummy space is prepended to every stretch; otherwise, one is prepended to the whole text.
 """
 
 import re
@@ -52,7 +52,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Decodes ids to text. Skips unknown ids, such as those of padding rows in the embedding table."""
+        """Decodes ids to text. Skips unknown ids, such as the ids of padding rows in the embedding table."""
         ...
 
     def id_of(self, text: str) -> int | None:
@@ -77,7 +77,7 @@ class SentencePieceTokenizer:
         from sentencepiece import SentencePieceProcessor
 
         if not legacy:
-            # Append the protobuf field `normalizer_spec { add_dummy_prefix: false }`: its last occurrence takes effect.
+            # Append `normalizer_spec { add_dummy_prefix: false }`; in protobuf, the last value of a field takes effect.
             model += b"\x1a\x02\x18\x00"
         self._model = SentencePieceProcessor(model_proto=model)
         self._legacy = legacy
@@ -175,7 +175,7 @@ class JsonTokenizer:
     """A tokenizer based on the `tokenizers` library, loaded from a `tokenizer.json` file."""
 
     def __init__(self, file: Path, *, eos: str | None, pad: str | None = None, more: Mapping[str, int] | None = None):
-        """more: additional special tokens; their ids must directly follow those in `file`. Raises CheckpointError."""
+        """more: additional special tokens, with ids that directly follow the ids in `file`. Raises CheckpointError."""
         import tokenizers
 
         try:

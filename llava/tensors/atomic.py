@@ -11,7 +11,7 @@ from llava.errors import CheckpointError
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Yields a temporary path next to `target`; the file is renamed to `target` on success and deleted on failure.
+    """Yields a temporary file path next to `target`. The file is renamed to `target` on success and deleted on failure.
 
     Raises OSError if the file cannot be renamed.
     """
@@ -64,7 +64,7 @@ def new_folder(target: Path, n_bytes: int) -> Iterator[Path]:
 
 
 def free_folder(target: Path) -> Path:
-    """Returns `target` as an absolute path. Resolves it if it is a symbolic link.
+    """Returns the absolute path of `target`, resolved if `target` is a symbolic link.
 
     Raises CheckpointError if `target` is a mount point, or exists and is not an empty folder.
     """

@@ -96,7 +96,7 @@ class Weights(Mapping[str, Tensor]):
     """Maps tensor names, as stored on disk, to the tensors in a set of files; values are memory-mapped on access."""
 
     def __init__(self, files: Iterable[Path], *, separate: bool = False):
-        """Reads only the headers. separate: the files contain parts of the same tensors; names become `file/name`.
+        """Reads only the headers. separate: names become `file/name`; needed for files with parts of the same tensors.
 
         Raises CheckpointError if a file is damaged or contains anything other than tensors, or if a name occurs twice.
         """
@@ -168,14 +168,14 @@ def _open_shards(folder: Path, index: Path) -> Weights:
     for name, file in files.items():
         if not file.is_file():
             n = sum(value == name for value in table.values())
-            raise CheckpointError(f"{file}: is missing; {index.name} maps {n} tensors to this shard: download it")
+            raise CheckpointError(f"{file}: is missing; download it ({index.name} maps {n} tensor(s) to this shard)")
     weights = Weights(files.values())
     for tensor, name in table.items():
         header = weights.headers.get(tensor)
         if header is None or header.file != files[name]:
             where = f"the tensor is in {header.file.name}" if header else "no shard contains this tensor"
             raise CheckpointError(
-                f"{index}: maps {tensor} to {name}, but {where}; index and shards do not match: download all of them again"
+                f"{index}: maps {tensor} to {name}, but {where}; index and shards do not match: download them all again"
             )
     return weights
 
@@ -199,7 +199,7 @@ def _open_safetensors(file: Path) -> tuple[Any, dict[str, TensorHeader]]:
     return reader, headers
 
 
-# Exceptions that torch.load raises for damaged files; MemoryError: a corrupt length exceeds the available memory.
+# Exceptions that torch.load raises for damaged files (MemoryError if a corrupt length exceeds the available memory).
 _DAMAGE = (RuntimeError, EOFError, OSError, ValueError, LookupError, AssertionError, TypeError, BadZipFile,
            struct.error, MemoryError)  # fmt: skip
 
@@ -241,9 +241,9 @@ def _is_named_tensor(name: object, value: object) -> bool:
 
 
 def _check_storage(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raises CheckpointError unless all tensors are dense CPU tensors of supported dtypes and fit the file size.
+    """Raises CheckpointError unless all tensors are dense CPU tensors of supported dtypes and the file can hold them.
 
-    A short pickle can declare tensors of any size.
+    The check is needed because even a short pickle can declare tensors of any size.
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided or tensor.device.type != "cpu":
@@ -259,7 +259,7 @@ def _check_storage(file: Path, tensors: Mapping[str, Tensor]) -> None:
 def check_finite(tensor: Tensor, where: str, force: bool = False) -> None:
     """Raises CheckpointError if `tensor` contains NaN or Inf; with `force`, logs a warning instead.
 
-    Checking only the minimum and maximum takes one pass and no copy.
+    Any NaN or Inf appears in the minimum or maximum; computing the two takes one pass and no copy.
     """
     if not tensor.numel() or not tensor.is_floating_point():
         return

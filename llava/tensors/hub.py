@@ -1,4 +1,4 @@
-"""Locates checkpoints on disk or fetches them from the Hugging Face hub with huggingface_hub."""
+"""Locates checkpoints on disk or downloads them from the Hugging Face hub with huggingface_hub."""
 
 import os
 from collections.abc import Iterable
@@ -11,9 +11,10 @@ _SMALL_FILES = ("*.json", "tokenizer.model", "*.txt")
 
 
 def locate(source: str | Path, *, revision: str | None = None, weights: bool = True, what: str = "checkpoint") -> Path:
-    """Returns the folder of a checkpoint. Checkpoints on the hub are fetched into huggingface_hub's cache.
+    """Returns the folder of a checkpoint. Checkpoints on the hub are downloaded to huggingface_hub's cache.
 
-    weights: also fetch the weight files, in one file format only. what: the word for the checkpoint in error messages.
+    weights: also download the weight files, in one file format only.
+    what: how error messages refer to the checkpoint.
     Raises CheckpointError.
     """
     folder = Path(source).expanduser()
@@ -36,7 +37,7 @@ def locate(source: str | Path, *, revision: str | None = None, weights: bool = T
 def locate_file(source: str | Path, *, revision: str | None = None) -> Path | None:
     """Returns the path of a single tensor file, given as a local path or as `owner/name#file` on the hub.
 
-    Returns None if `source` has neither form. Raises CheckpointError if the file cannot be fetched.
+    Returns None if `source` has neither form. Raises CheckpointError if the file cannot be downloaded.
     """
     if not str(source).endswith((".bin", ".safetensors")):
         return None
@@ -52,12 +53,12 @@ def locate_file(source: str | Path, *, revision: str | None = None) -> Path | No
 
 
 def absolute_if_local(source: str | Path) -> str:
-    """Makes the path of a local folder absolute, so it is valid in any working directory. Hub ids stay unchanged."""
+    """Makes the path of a local folder absolute, so it is valid in any working directory. Returns hub ids unchanged."""
     return str(Path(source).expanduser().absolute()) if Path(source).expanduser().is_dir() else str(source)
 
 
 def _fetch(repo: str, patterns: Iterable[str], revision: str | None, what: str) -> Path:
-    """Fetches all files that match `patterns` and returns the cache folder. Raises CheckpointError if that fails."""
+    """Downloads all files that match `patterns` and returns the cache folder. Raises CheckpointError on failure."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -65,7 +66,7 @@ def _fetch(repo: str, patterns: Iterable[str], revision: str | None, what: str) 
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{repo}: the {what} cannot be fetched from the hub ({reason})") from None
+        raise CheckpointError(f"{repo}: the {what} cannot be downloaded from the hub ({reason})") from None
 
 
 def _download(repo: str, revision: str | None, weights: bool, what: str) -> Path:

@@ -21,7 +21,7 @@ class Rule:
     ours: str | None  # None: the tensor is known but not needed
 
     def parts(self) -> list[str]:
-        """Returns the name pattern of each tensor to concatenate, in order; a single pattern if there are no braces."""
+        """Returns the name pattern of each tensor to concatenate, in order. Without braces, there is only one."""
         if not (braces := re.search(r"{(.*)}", self.disk)):
             return [self.disk]
         return [self.disk.replace(braces[0], part) for part in braces[1].split(",")]
@@ -74,7 +74,7 @@ class Target(NamedTuple):
 
 
 def target_of(name: str, rules: Iterable[Rule]) -> Target | None:
-    """Returns the destination of a tensor on disk, or None if it is unknown or not needed. Ignores missing parts."""
+    """Returns the destination of a tensor on disk, or None if unknown or unneeded. Does not check for missing parts."""
     for rule in rules:
         for i, part in enumerate(rule.parts()):
             if rule.ours and (match := re.fullmatch(_pattern(part), name)):

@@ -42,7 +42,7 @@ class LazyTensor(ABC):
 
     @property
     def row_splits(self) -> list[int]:
-        """Row indices, from 0 to R, at which `chunks` always splits. This avoids or limits copying."""
+        """Row indices, from 0 to R, at which `chunks` always splits, to avoid or limit copying."""
         return [0, self.shape[0]]
 
     @abstractmethod

@@ -31,6 +31,6 @@ def locked(folder: Path, file: Path, busy: LlavaError) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # delete it before the release; afterwards, another process may hold the lock
+        with suppress(OSError):  # delete the file before another process can lock it
             file.unlink(missing_ok=True)
         lock.release()

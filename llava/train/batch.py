@@ -1,6 +1,6 @@
 """Micro-batches: the inputs and targets of one forward and backward pass.
 
-B rows   S positions   N samples   V image views   T target tokens
+B batch   S sequence length   N samples   V image views   T target tokens
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,9 +36,9 @@ class Batch:
     image_positions: Tensor  # int64, positions of image features, in order, as indices into the flattened [B * S]
     pixels: Tensor | None  # float32 [V, 3, size, size]
     views: list[int]  # number of views of each image
-    grids: list[TileGrid | None]  # tile arrangement of each image; None: its views are concatenated
+    grids: list[TileGrid | None]  # tile arrangement of each image, or None to concatenate the views
     n_samples: int
-    n_tokens: int  # image tokens included, padding excluded
+    n_tokens: int  # including image tokens, excluding padding
     max_seqlen: int  # length of the longest sample
     skipped: list[str] = field(default_factory=list)  # one message per skipped sample, including the sample's index
 
@@ -128,7 +128,7 @@ class BatchDataset(Dataset[Batch]):
     ):
         self.samples, self.preprocessor, self.recipe, self.order = samples, preprocessor, recipe, order
         self.rank, self.world_size = rank, world_size
-        self.per_step = -(-order.n_micro_batches // world_size)  # micro-batches per step, empty ones included
+        self.per_step = -(-order.n_micro_batches // world_size)  # micro-batches per step, including empty ones
 
     @classmethod
     def open(cls, recipe: Recipe, checkpoint: Checkpoint, *, rank: int = 0, world_size: int = 1) -> "BatchDataset":

@@ -17,10 +17,10 @@ _PEAKS = {  # substring of the torch device name -> dense bfloat16 FLOP/s (data 
 
 
 def flops_per_token(model: Llava, recipe: Recipe) -> float:
-    """Returns the FLOPs per token of the matrix products with the decoder block weights.
+    """Returns the FLOPs per token for the matrix products with the weights of the decoder blocks.
 
-    Per weight: 2 for the forward pass, 2 for the input gradient, and 2 for the weight gradient if the weight is
-    trained. Attention scores, adapters, the head, the vision tower, the projector and recomputed activations are not
+    Each weight takes 2 FLOPs in the forward pass, 2 for the input gradient and, if trained, 2 for the weight
+    gradient. Attention scores, adapters, the head, the vision tower, the projector and recomputed activations are not
     counted.
     """
     blocks = sum(p.numel() for name, p in model.decoder.blocks.named_parameters() if ".adapters." not in name)

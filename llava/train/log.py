@@ -33,7 +33,7 @@ class Log(Protocol):
 
 
 def open_logs(run: Path, names: Sequence[str], config: Mapping[str, Any], resume_step: int) -> list[Log]:
-    """Opens the logs of a run that continues after `resume_step` (0: a new run). Only rank 0 may call this.
+    """Opens the logs of a run that continues after `resume_step`, which is 0 for a new run. Only rank 0 may call this.
 
     Removes rows that an earlier process wrote for later steps, so that each step is logged only once. The trackers
     display `config`. The first log returned is the JSON Lines file. Raises ConfigError if a tracker is unknown, is

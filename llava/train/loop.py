@@ -145,7 +145,7 @@ def _build_model(recipe: Recipe, checkpoint: Checkpoint, world: World) -> LlavaW
 
 
 def _shard(model: LlavaWithLoss, recipe: Recipe, world: World) -> None:
-    """Shards the model across ranks with FSDP2. The weights of a block are gathered only while it runs."""
+    """Shards the model across ranks with FSDP2. A block's weights are gathered only while the block runs."""
     policy = MixedPrecisionPolicy(param_dtype=DTYPES[recipe.compute_dtype], reduce_dtype=torch.float32)
     mesh = init_device_mesh(world.device.type, (world.size,))
     vision = model.model.vision

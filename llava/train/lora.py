@@ -22,7 +22,7 @@ Pairs = Mapping[str, tuple[Tensor, Tensor]]  # part -> A [r, I], B [O, r]; the p
 def add_lora(
     decoder: Decoder, config: DecoderConfig, *, rank: int, alpha: float, dropout: float, nf4: bool = False
 ) -> None:
-    """Adds adapters to every matrix of every block. With `nf4`, makes these matrices 4-bit.
+    """Adds adapters to every matrix in every block. With `nf4`, also replaces these matrices with `NF4Linear` layers.
 
     The head is left unchanged. Raises ConfigError if the size of a matrix is not a multiple of the NF4 block size.
     """

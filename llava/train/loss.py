@@ -1,6 +1,6 @@
 """The module to train, which wraps a LLaVA model and maps a batch to its loss.
 
-B rows   S positions   D dim   T target tokens   V vocabulary size
+B batch   S sequence length   D dim   T target tokens   V vocabulary size
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from llava.model.decoder import Decoder
 from llava.model.llava import Llava
 from llava.train.batch import Batch
 
-_CHUNK_VALUES = 2**26  # logits computed at a time: 256 MiB in float32
+_CHUNK_VALUES = 2**26  # maximum number of logits per chunk (256 MiB in float32)
 
 
 class LlavaWithLoss(nn.Module):
@@ -41,8 +41,8 @@ class LlavaWithLoss(nn.Module):
     def embed(self, batch: Batch) -> Tensor:
         """Returns the input embeddings of a batch, including image features: [B, S, D].
 
-        Every rank runs the tower and the projector in every micro-batch, even if its samples have no images; otherwise,
-        ranks that have images would hang.
+        If the batch has no images, the tower and the projector run on a blank image, because FSDP requires every rank
+        to take part in the same collectives.
         """
         x = self.model.decoder.lookup(batch.ids)
         if len(self.trained_rows):

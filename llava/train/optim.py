@@ -68,6 +68,6 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
-    """Clips the gradients to `max_norm` (0: no clipping) and returns their norm before clipping."""
+    """Clips the gradients to `max_norm`, unless it is 0. Returns their norm before clipping."""
     norm = nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -1,4 +1,4 @@
-"""Plots training curves of one or more runs from log.jsonl to a PNG file. Requires matplotlib but no display."""
+"""Plots training curves from the log.jsonl of one or more runs to a PNG file. Requires matplotlib but no display."""
 
 import math
 from collections.abc import Sequence

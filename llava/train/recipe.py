@@ -42,7 +42,7 @@ Part = Literal["projector", "decoder", "vision", "rows"]  # rows: only the input
 class Recipe:
     """The settings of one run. Paths refer to local folders or files; models can also be given as hub ids."""
 
-    about: str = ""  # the published model that this stage reproduces, and which of its training settings are not known
+    about: str = ""  # the published model that this stage reproduces, and any unknown settings of the original run
 
     # Starting point
     model: str  # a language model (Llama, MPT), or a LLaVA model to train further
@@ -55,7 +55,7 @@ class Recipe:
     pinpoints: tuple[tuple[int, int], ...] = ()  # canvas sizes for anyres, (width, height) in pixels
     start_end: bool = False  # wrap each image in <im_start> and <im_end>, adding both to the vocabulary if needed
     template: str = "vicuna_v1"
-    image_place: ImagePlace = "front"  # image position: front of the turn, or as written in the data (before LLaVA 1.0)
+    image_place: ImagePlace = "front"  # image position: front of the turn or, before LLaVA 1.0, as written in the data
 
     # Data
     data: tuple[str, ...]  # files in LLaVA's JSON or JSONL format
@@ -185,7 +185,7 @@ def recipe_names() -> list[str]:
 
 
 def read_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe and applies `key=value` changes. Non-TOML values are read as strings. Raises ConfigError."""
+    """Reads a recipe and applies `key=value` changes. Values that are not TOML become strings. Raises ConfigError."""
     file = find_recipe(name)
     try:
         text = file.read_text(encoding="utf-8")

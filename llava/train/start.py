@@ -39,8 +39,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def start(recipe: Recipe, tokenizer_folder: Path) -> Checkpoint:
     """Returns the checkpoint to start from, with any new projector weights listed in `missing`. Reads no weights.
 
-    tokenizer_folder: output folder for a tokenizer with <im_start> and <im_end>, written if the recipe uses them and
-    the model's tokenizer lacks them.
+    tokenizer_folder: output folder for a tokenizer with <im_start> and <im_end>, written if the recipe uses these
+    tokens and the model's tokenizer lacks them.
     Raises LlavaError.
     """
     checkpoint = _open(recipe)

@@ -1,4 +1,4 @@
-"""Looks up the base model of a LoRA, projector or delta in the catalogue, and adds it to base model errors."""
+"""Determines which base model a LoRA, projector or delta checkpoint needs, and adds it to base model errors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +33,7 @@ def _ids(matches: list[Match]) -> str:
 
 @contextmanager
 def advice() -> Iterator[None]:
-    """Adds the base model from the catalogue to any BaseModelError raised in the block."""
+    """Adds the result of `needed_base` to any BaseModelError raised in the block."""
     try:
         yield
     except BaseModelError as error:

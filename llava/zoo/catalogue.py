@@ -179,7 +179,7 @@ def tower(entry: Entry) -> str | None:
 
 
 def commands(entry: Entry) -> list[tuple[str, str]]:
-    """Returns (purpose, command) pairs to fetch and use the entry. Purposes: fetch, base, merge, ask, convert."""
+    """Returns (purpose, command) pairs for the entry. The purposes are fetch, base, merge, ask and convert."""
     repo, file = entry.get("repo", entry["id"].split("#")[0]), entry.get("file")
     folder = repo.split("/")[-1]
     given = f"{folder}/{file}" if file else folder

@@ -1,6 +1,7 @@
-"""Facts that distinguish published checkpoints. Sizes come from tensors; other facts, from the config and tokenizer.
+"""Facts that distinguish published checkpoints.
 
-Names recorded inside files count as evidence; the name of the folder is never used.
+Sizes are taken from tensors if possible; most other facts come from the config and tokenizer. Names recorded inside
+files count as evidence; the name of the folder is never used.
 """
 
 import re
@@ -43,7 +44,7 @@ def fingerprint(files: CheckpointFiles, detection: Detection) -> Fingerprint:
 
 
 def _shapes(files: CheckpointFiles, format: str) -> Shapes:
-    """Returns tensor shapes keyed by our names, from all weight files of the checkpoint."""
+    """Returns the shapes of the tensors in all weight files of the checkpoint, keyed by our names."""
     reader = FORMATS.get(format)
     rules = reader.rules() if reader and reader.reads and not reader.needs_base else llava.RULES
     found = _planned(files.weights, {name: name for name in files.weights}, rules)
@@ -89,7 +90,7 @@ def _decoder(config: Mapping[str, Any], shapes: Shapes, format: str) -> Fingerpr
         key = "model_type" if "model_type" in config else "n_layers"
         found["architecture"] = Fact("mpt" if mpt else "llama", f"config.json: {key} = {config[key]}")
     table = shapes.get("decoder.embed.weight")
-    rows = table[0] if table and format != "projector" else None  # a projector file has only rows for new tokens
+    rows = table[0] if table and format != "projector" else None  # a projector file has rows only for new tokens
     _add(found, "vocabulary", rows, "tensors", config, "vocab_size")
     if format == "projector":
         text = f"{'' if table else 'no '}embeddings of <im_start>, <im_end> in the projector file"

@@ -53,7 +53,7 @@ class Matches:
 
     @property
     def family(self) -> list[Match]:
-        """The candidates or, if there are none, the nearest entries that differ only in sizes (e.g. if scaled down)."""
+        """The candidates or, if there are none, the nearest entries that differ from the checkpoint only in sizes."""
         return self.candidates or [near for near in self.nearest if near.same_family]
 
 

@@ -130,7 +130,7 @@ def test_an_incomplete_folder_is_refused_in_one_line(tmp_path: Path) -> None:
 
     first = tiny.write_meta(tmp_path / "a" / "m", shards=4)
     (first / "consolidated.03.pth").unlink()
-    assert "shards are missing" in said(first)
+    assert "download the missing shards" in said(first)
     (first / "consolidated.01.pth").unlink()
     assert "consolidated.01.pth: is missing" in said(first)
     other = tiny.write_meta(tmp_path / "e" / "m")
