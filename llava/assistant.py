@@ -312,7 +312,7 @@ class Assistant:
         return self.engine.encode([self.prepare(messages, images=images, template=template)])
 
     def _embedded(self, messages: Messages, images: Sequence[Picture] | None, template: str | None) -> Tensor:
-        """Returns the embeddings of the prompt, including its images, [1, S, D]."""
+        """Returns the embeddings [1, S, D] of the prompt, including its images."""
         return self.engine.embed([self.prepare(messages, images=images, template=template)])
 
 

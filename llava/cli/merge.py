@@ -36,7 +36,12 @@ class MergingOptions:
     ] = False
     shard_gb: Annotated[
         float,
-        typer.Option("--shard-gb", min=1e-6, max=1e6, help="maximum shard size in GB; a rerun keeps complete shards"),
+        typer.Option(
+            "--shard-gb",
+            min=1e-6,
+            max=1e6,
+            help="maximum shard size in GB; after an interruption, a rerun skips complete shards",
+        ),
     ] = 5.0
     revision: Revision = None
     force: Force = False

@@ -17,7 +17,7 @@ from llava.errors import ConfigError
 @app.command()
 def train(
     recipe: Annotated[
-        str | None, typer.Argument(metavar="RECIPE", help="name of a shipped recipe, or path of a .toml file")
+        str | None, typer.Argument(metavar="RECIPE", help="name of a built-in recipe, or path to a .toml file")
     ] = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a recipe key; repeatable")

@@ -51,7 +51,7 @@ WRITERS: dict[FileType, FileWriter] = {"safetensors": write_safetensors, "bin": 
 
 
 class Llava(Format):
-    """A LLaVA model based on Llama, Mistral or Yi. Also writes MPT-based models, which the `mpt` format reads."""
+    """The format of LLaVA models based on Llama, Mistral or Yi. Also used to write MPT-based models; `mpt` reads them."""
 
     name = "llava"
     writes = True

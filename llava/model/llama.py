@@ -17,7 +17,7 @@ Rotation = tuple[Tensor, Tensor]  # cosines and sines of the rotary angles, each
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm. As in transformers, normalizes in float32 and rounds before applying the weight."""
+    """Root-mean-square norm. As in transformers, normalizes in float32 and casts back before applying the weight."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()

@@ -27,7 +27,7 @@ class Adapter(nn.Module):
 
 
 class LoraLinear(nn.Module):
-    """A frozen matrix whose rows are several stacked parts (such as q, k and v), each with an optional adapter."""
+    """A frozen linear layer that stacks several projections (such as q, k and v), each with an optional adapter."""
 
     def __init__(self, base: nn.Module, parts: Mapping[str, int | Adapter], dropout: float = 0.0):
         """parts: maps part names, in stacking order, to adapters, or to row counts for parts that have no adapter."""

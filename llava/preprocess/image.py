@@ -46,7 +46,7 @@ def open_picture(source: Picture, *, exif: bool = False) -> Image.Image:
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise ImageError(
-            f"{name}: has more than {limit} pixels, which may be a decompression bomb; scale the image down"
+            f"{name}: has more than {limit} pixels and may be a decompression bomb; scale the image down"
         ) from None
     except (OSError, ValueError, SyntaxError, EOFError) as error:  # raised by Pillow's decoders
         raise ImageError(f"{name:.200}: is damaged, or is not an image that Pillow can read ({error})") from None

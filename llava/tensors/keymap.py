@@ -74,7 +74,7 @@ class Target(NamedTuple):
 
 
 def target_of(name: str, rules: Iterable[Rule]) -> Target | None:
-    """Returns the destination of a tensor on disk, or None if unknown or unneeded. Does not check for missing parts."""
+    """Returns the target for an on-disk tensor name, or None if the tensor is unknown or not needed. Does not check for missing parts."""
     for rule in rules:
         for i, part in enumerate(rule.parts()):
             if rule.ours and (match := re.fullmatch(_pattern(part), name)):
