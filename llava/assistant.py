@@ -114,7 +114,7 @@ class Loaded(NamedTuple):
 
 
 class Assistant:
-    """A loaded model. Methods take messages, or a raw prompt (a str) with `images=`."""
+    """A model with its preprocessor and engine. The methods take messages, or a raw prompt (a str) and `images=`."""
 
     model: Llava
     preprocessor: Preprocessor
@@ -282,7 +282,7 @@ class Assistant:
             if i in after_blocks:
                 states[i] = state[0]
             last = state
-        states[n_states - 1] = last[0]  # as in transformers: after the final norm, not directly after the last block
+        states[n_states - 1] = last[0]  # output of the final norm, not of the last block, as in transformers
         return {layer: states[layer % n_states] for layer in layers}
 
     @torch.inference_mode()
@@ -308,7 +308,7 @@ class Assistant:
     def image_embeddings(
         self, messages: Messages, *, images: Sequence[Picture] | None = None, template: str | None = None
     ) -> list[Tensor]:
-        """Returns each image's embeddings [tokens, D] as inserted into the sequence, with its tiles joined."""
+        """Returns one tensor [tokens, D] per image: all embeddings that represent the image in the input sequence."""
         return self.engine.encode([self.prepare(messages, images=images, template=template)])
 
     def _embedded(self, messages: Messages, images: Sequence[Picture] | None, template: str | None) -> Tensor:

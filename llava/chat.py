@@ -88,7 +88,7 @@ class Chat:
         except KeyboardInterrupt:
             print(" [stopped]", end="")
         print()
-        if answer.strip():  # discard a reply that was stopped before its first word
+        if answer.strip():  # the turn is discarded if the reply was stopped before its first word
             self.messages += [*question, {"role": "assistant", "content": answer.strip()}]
             self.images = []
 

@@ -7,21 +7,21 @@ from typing import Any, Literal, get_args, get_origin
 
 from llava.errors import ConfigError
 
-IMAGE = -200  # placeholder id for an image or for each of its image tokens; outside the vocabulary
+IMAGE = -200  # token id that stands for an image, or for each of its image tokens; not in the vocabulary
 IGNORE = -100  # label of a token that is not a training target
 IMAGE_PLACEHOLDER = "<image>"  # marks the position of an image in text
 
 DType = Literal["float32", "bfloat16", "float16"]
-ImageMode = Literal["original", "hf"]  # match the image processing of the original LLaVA code or of transformers
+ImageMode = Literal["original", "hf"]  # whose image processing to follow: LLaVA's original code or transformers
 
 
-# Upper limits, which reject broken configs before a model is built and keep products of sizes finite.
+# Upper limits, so that broken configs are rejected before a model is built and products of sizes do not overflow.
 _MAX_INT, _MAX_FLOAT, _MAX_LAYERS = 2**28, 1e30, 1000
 _MAX_TILES = 256  # per canvas
 
 
 def _check(config: Any, what: str, *, signed: tuple[str, ...] = ()) -> None:
-    """Checks values against the field types. Numbers must be finite, within limits, and positive unless in `signed`."""
+    """Checks each field against its type. Numbers must be within the limits, and above 0 unless named in `signed`."""
     for spec in fields(config):
         value, found = getattr(config, spec.name), f"{what}: {spec.name} is {getattr(config, spec.name)!r:.60}"
         if spec.type is bool and not isinstance(value, bool):
@@ -128,7 +128,7 @@ def projector_depth(type: str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """Scaling of rotary positions beyond the trained context length. Kinds are named as in Hugging Face configs."""
+    """How rotary positions are scaled to extend the context length. `kind` is named as in Hugging Face configs."""
 
     kind: Literal["linear", "dynamic", "llama3"]
     factor: float
@@ -329,6 +329,6 @@ class LoadOptions:
     vision: bool = True  # False: open only the language model
     revision: str | None = None  # branch, tag or commit of the checkpoint on the hub
     image_mode: ImageMode | None = None  # None: the image mode of the checkpoint
-    legacy_strip: bool = False  # added tokens strip adjacent white space, as in the training of LLaVA v0 and v1.1
+    legacy_strip: bool = False  # strip white space around added tokens, as in the training of LLaVA v0 and v1.1
     force: bool = False  # ignore unknown tensors, and only warn about NaN, Inf or a mismatched base
     fetch_tower: bool = True  # False: do not download published towers; use their known sizes

@@ -16,14 +16,14 @@ _ADAPTERS = ("lora", "projector")  # deltas are excluded: each would need a seco
 def open_separately(
     source: str | Path, adapters: Mapping[str, str | Path], options: LoadOptions, *, merge: bool
 ) -> dict[str | None, Checkpoint]:
-    """Returns the adapters by name, in the given order, followed by the plain base under the key None.
+    """Returns {name: checkpoint} with the adapters in the given order, followed by the base under the key None.
 
-    If `merge` is true, `source` is the base; otherwise, it is the first adapter, and `options.base` is the base.
+    If `merge` is true, `source` is the base; otherwise, `source` is the first adapter and `options.base` is the base.
     `options.revision` applies only to `source`. Raises CheckpointError, ConfigError.
     """
     opened: dict[str | None, Checkpoint] = {}
     if not merge:
-        # raises if the checkpoint needs no base, or if options.base is None
+        # _open_adapter raises an error if `source` needs no base or options.base is None
         opened[DEFAULT] = _open_adapter(DEFAULT, source, options)
         assert options.base is not None
         source, options = options.base, replace(options, base=None, revision=None)

@@ -20,7 +20,7 @@ from llava.tensors.files import PROJECTOR_FILE, numbered_shards, open_weights, p
 from llava.tensors.hub import locate, locate_file
 
 UNKNOWN = "unknown"
-_EXPORTS = {"*.gguf": "llama.cpp", MODEL_FILE: "gpt-fast"}  # formats that llava only writes -> program that reads them
+_EXPORTS = {"*.gguf": "llama.cpp", MODEL_FILE: "gpt-fast"}  # export-only files -> programs that load them
 
 
 def read_files(source: str | Path, revision: str | None = None) -> CheckpointFiles:
@@ -60,8 +60,8 @@ def choose_template(
 ) -> TemplateChoice:
     """Chooses the conversation template by the first rule that matches.
 
-    config: contents of config.json, as in published LLaVA checkpoints or in the native format.
-    Repository ids recorded in files are used only to break ties; the folder name is not used.
+    config: contents of the config.json of a published LLaVA checkpoint or of one in the native format.
+    A repository id recorded in `config` is used only if the other rules do not match. The folder name is not used.
     """
     if VERSION_KEY in config:
         return TemplateChoice(config.get("template"), "recorded in config.json")
@@ -93,6 +93,6 @@ def choose_template(
 
 
 def _is_llama_2_chat(repository: str) -> bool:
-    """Whether a repository id recorded in a file refers to Meta's Llama-2-chat. Used only to break ties."""
+    """Whether a repository id, such as meta-llama/Llama-2-7b-chat-hf, refers to a Llama-2-chat model."""
     name = repository.lower().rsplit("/", 1)[-1]
     return name.startswith("llama-2-") and "-chat" in name

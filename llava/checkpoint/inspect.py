@@ -59,7 +59,7 @@ def describe(source: str | Path, options: LoadOptions | None = None) -> Descript
         options = replace(options, base=None)
     checkpoint, remarks = _open_leniently(files, replace(options, fetch_tower=False, force=True))
     config = checkpoint.config
-    # the vision tensors in the checkpoint itself, if the vision part could not be resolved
+    # if the vision part could not be resolved, its tensors are among the unused ones
     rest = {} if config.vision else shapes_of(checkpoint.unused)
     sizes = {**shapes(config), **rest}
     counted = {name for ours in rest for name in checkpoint.unused[ours].names}
@@ -143,7 +143,7 @@ def _open_leniently(files: CheckpointFiles, options: LoadOptions) -> tuple[Check
 
 
 def _is_in_tower_folder(name: str, checkpoint: Checkpoint) -> bool:
-    """Whether a missing tensor is expected in the vision tower's own folder, which was not read."""
+    """Whether a missing tensor belongs to a vision tower that is stored outside the checkpoint."""
     return name.startswith("vision.") and "vision.cls" not in checkpoint.tensors
 
 
@@ -165,9 +165,9 @@ def _parts(config: LlavaConfig, sizes: Shapes) -> dict[str, Any]:
 
 
 def memory_bytes(sizes: Shapes) -> dict[str, int]:
-    """Returns the memory size of the weights in bfloat16, and with the decoder matrices in 8 or 4 bits.
+    """Returns the size of the weights in bytes: all in bfloat16, or with the decoder matrices in int8 or int4.
 
-    int8 uses one 16-bit scale per row; int4 uses a 16-bit scale and zero point per 128 weights. The embeddings,
+    int8 adds a 16-bit scale per row; int4 adds a 16-bit scale and a 16-bit zero point per 128 weights. The embeddings,
     norms, projector and tower stay in bfloat16.
     """
     sums = {"bf16": 0, "int8": 0, "int4": 0}

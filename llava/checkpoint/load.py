@@ -22,7 +22,7 @@ Store = Callable[[nn.Module, str, LazyTensor], None]  # stores a tensor as the n
 
 
 def load_weights(model: Llava, tensors: Mapping[str, LazyTensor], store: Store) -> None:
-    """Stores every tensor in its module. For a matrix with a LoRA, that module is the frozen base layer.
+    """Calls `store` for every tensor with the module that it belongs to: in a LoraLinear, the frozen `base` layer.
 
     Inference and training both use this function, with different `store` callbacks.
     """
@@ -84,7 +84,7 @@ def _pool_key(tensor: LazyTensor) -> _PoolKey | None:
 
 
 def _separate_loras(model: Llava, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Splits each sum of a matrix and a LoRA into its terms, both in the tensors and in the model's modules."""
+    """Replaces each `WithLora` tensor by its base and LoRA tensors, and its layer in the model by a `LoraLinear`."""
     separate = dict(tensors)
     for name, tensor in tensors.items():
         if not isinstance(tensor, WithLora):
@@ -100,7 +100,7 @@ def _separate_loras(model: Llava, tensors: Mapping[str, LazyTensor]) -> dict[str
 
 
 def _parts(tensor: WithLora) -> dict[str, Adapter | int]:
-    """Splits a matrix by rows. Returns {first row of each part: the adapter, or the row count if there is none}."""
+    """Returns {first row: Adapter} for the row ranges that have a LoRA and {first row: row count} for the others."""
     parts: dict[str, Adapter | int] = {}
     end, (rows, columns) = 0, tensor.shape
     for first, a, b, scale in sorted(tensor.pairs, key=lambda pair: pair.first):

@@ -49,7 +49,7 @@ def open_checkpoint(source: str | Path | CheckpointFiles, options: LoadOptions |
 
 
 def _with_absolute_tower(options: LoadOptions) -> LoadOptions:
-    """Makes the tower path absolute: written checkpoints record it, so it must be valid from any directory."""
+    """Makes a local tower path absolute, so that it remains valid when it is written to a converted checkpoint."""
     tower = options.vision_tower
     return replace(options, vision_tower=absolute_if_local(tower)) if tower else options
 
@@ -92,7 +92,7 @@ def resolve_base(
 
 @dataclass(frozen=True)
 class ReadTokenizer:
-    """A tokenizer, the folder that contains its files, and the tokens that are missing from those files."""
+    """A tokenizer, the folder that contains its files, and the tokens that were added because those files lack them."""
 
     tokenizer: Tokenizer
     folder: Path
@@ -102,7 +102,7 @@ class ReadTokenizer:
 def read_tokenizer(
     files: CheckpointFiles, format: Format, base: Checkpoint | None, options: LoadOptions
 ) -> ReadTokenizer:
-    """Loads the tokenizer of the checkpoint or its base, and adds tokens whose embeddings the checkpoint contains."""
+    """Loads the tokenizer from the checkpoint or, if it has none, from the base. Adds the checkpoint's new tokens."""
     own = base is None or has_tokenizer(files.path)
     folder = format.tokenizer_folder(files) if own or base is None else base.tokenizer_folder
     tokenizer = load_tokenizer(folder, legacy_strip=options.legacy_strip, fast=format.fast_tokenizer)
@@ -236,7 +236,7 @@ def _sizes(shape: tuple[int, ...] | None) -> str:
 
 
 def _check_depth(checkpoint: Checkpoint, force: bool) -> None:
-    """Checks that all decoder tensors are used, except the head of a tied decoder."""
+    """Checks that the model uses every decoder tensor in the checkpoint, except the head of a tied decoder."""
     decoder = checkpoint.config.decoder
     for ours, tensor in checkpoint.unused.items():
         tied_head = decoder.tied and ours == "decoder.head.weight"

@@ -1,1 +1,1 @@
-"""Converts, merges and splits resolved checkpoints into new folders, and verifies the results."""
+"""Converts, merges and splits checkpoints, writes the results to new folders, and verifies them."""

@@ -64,8 +64,8 @@ def apply_delta(
     *,
     progress: Progress = no_progress,
 ) -> Merged:
-    """Writes base + delta, like the original `apply_delta.py`: computes sums in float16, keeps the tensor names, and
-    takes the config and tokenizer from the delta. Raises CheckpointError.
+    """Adds a delta to its base and writes the result to `target`, like the original `apply_delta.py`: computes sums in
+    float16, keeps the tensor names, and takes the config and tokenizer from the delta. Raises CheckpointError.
     """
     return merge("delta", base, target, delta, options or MergeOptions(), progress)
 
@@ -79,7 +79,8 @@ def merge_lora(
     progress: Progress = no_progress,
 ) -> Merged:
     """Writes base + scale * B @ A and the fully fine-tuned weights, like the original `merge_lora_weights.py` on a CPU:
-    multiplies float16 factors in float32, rounds the product to float16, then adds it. Raises CheckpointError.
+    multiplies B and A, both float16, in float32 and adds the product, rounded to float16, to the base weight. Raises
+    CheckpointError.
     """
     return merge("lora", base, target, lora, options or MergeOptions(), progress)
 
@@ -88,7 +89,7 @@ def merge_lora(
 def merge(
     format: str, base: str | Path, target: Path, path: str | Path, options: MergeOptions, progress: Progress
 ) -> Merged:
-    """Merges a checkpoint of `format` with its base into `target` (absent or empty) as float16 shards with an index.
+    """Merges the delta or LoRA at `path` with its base and writes float16 shards to `target` (absent or empty).
 
     Files are written to `target.partial`, from which the same call resumes after an interruption. Only a few chunks are
     in memory at a time, regardless of model size. Raises CheckpointError.
@@ -176,7 +177,7 @@ def _in_float16(tensor: LazyTensor, precise: bool) -> LazyTensor:
 
 
 def _config(whole: Checkpoint, files: CheckpointFiles, base: Path) -> dict[str, Any]:
-    """Returns the output config.json, from the delta or LoRA if present, else from the base. Raises CheckpointError."""
+    """Returns the merged config.json, based on that of the delta or LoRA, or else the base. Raises CheckpointError."""
     config: Mapping[str, Any] = files.config or whole.source_config
     if VERSION_KEY in config:  # our own config format, which other tools cannot read
         if config.get("vision") or whole.config.decoder.kind != "llama":

@@ -30,7 +30,7 @@ def _names(outputs: Sequence[OutputTensor]) -> list[str]:
 
 
 def _rows(source: Checkpoint, outputs: Sequence[OutputTensor]) -> list[str]:
-    """Reports a change in the number of rows of the embedding table and head."""
+    """Returns a section on rows added to or removed from the embedding table and head; empty if none were."""
     before, now = source.config.decoder.vocab_size, {out.shape[0] for out in outputs if out.ours in VOCAB_TABLES}
     if not now or now == {before}:
         return []

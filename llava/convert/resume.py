@@ -74,7 +74,7 @@ class PartialFolder:
 def _compare(out: OutputTensor, weights: Weights, file: Path) -> None:
     stored = weights[out.name].split([len(chunk) for chunk in out.chunks()])
     for computed, written in zip(out.chunks(), stored, strict=True):
-        computed = computed.to(out.dtype).contiguous()  # tensors in .bin files may be transposed views
+        computed = computed.to(out.dtype).contiguous()  # view() fails on transposed tensors, as in some .bin files
         if not torch.equal(computed.view(torch.uint8), written.view(torch.uint8)):
             raise CheckpointError(f"{file}: {out.name} does not match the recomputed tensor; merge again")
 
@@ -160,7 +160,7 @@ def _write_shard(file: Path, outputs: Sequence[OutputTensor], on_bytes: Callable
 
 
 class _HashingWriter:
-    """Writes and hashes each chunk in two threads while the caller computes the next chunk."""
+    """Writes each chunk in one thread and hashes it in another, while the caller computes the next chunk."""
 
     def __init__(self, raw: BinaryIO):
         self.sha256 = hashlib.sha256()

@@ -104,9 +104,8 @@ class _Fill:
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         for key, name in self.own.items():
             tensor = self.checkpoint.tensors[name]
-            value = tensor.read().to(
-                tensor.dtype
-            )  # weights with a LoRA or delta applied are rounded to the storage dtype
+            # a weight merged with a LoRA or delta is read in a wider dtype; round it, as a converted file stores it
+            value = tensor.read().to(tensor.dtype)
             if not isinstance(module, nn.Embedding):  # embedding tables stay memory-mapped: only a few rows are read
                 value = value.float()
             module.register_parameter(key, nn.Parameter(value, requires_grad=False))

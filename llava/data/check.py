@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]  # samples done, total samples
 
 @dataclass
 class _Tally:
-    """Accumulates the results for all samples, added in sample order."""
+    """Running totals over all samples examined so far. Call `add` in sample order."""
 
     findings: list[Finding] = field(default_factory=list)
     problems: Counter[str] = field(default_factory=Counter)
@@ -99,7 +99,7 @@ def check(
 ) -> Report:
     """Checks every sample of a data file and, if `fix` is a path, writes a fixed copy there.
 
-    images: location of the pictures; if None, pictures are read only from tars. measure: counts tokens for the report.
+    images: location of the pictures; if None, only pictures in tars are read. measure: counts the tokens of a sample.
     workers: number of processes (0: run in this process; None: one per CPU). Raises DataError if the file cannot be
     read or the copy cannot be written.
     """

@@ -27,7 +27,7 @@ from llava.preprocess.inputs import Preprocessor
 from llava.preprocess.tokenizer import Tokenizer
 from llava.zoo.bases import advice
 
-_UNLIMITED = 1 << 28  # the largest max_seq that a config accepts, in tokens
+_UNLIMITED = 1 << 28  # in tokens; the highest value that a config accepts for max_seq
 # With a one-patch vision tower and one-pixel pictures, preprocessing inserts exactly one token per picture.
 _ONE_PIXEL = VisionConfig(dim=1, n_layers=2, n_heads=1, mlp_dim=1, image_size=1, patch_size=1)
 _ONE_PIXEL_IMAGE = ImageConfig(size=1, mean=(0, 0, 0), std=(1, 1, 1), aspect="square")
@@ -69,7 +69,7 @@ class Measure:
         input = self._preprocessor.prepare_training(
             sample.turns, [self._picture] * len(sample.images), max_length=_UNLIMITED
         )
-        widths = torch.ones_like(input.ids)  # number of tokens that each position represents
+        widths = torch.ones_like(input.ids)  # number of tokens per position; corrected for pictures below
         if self.needs_sizes:
             per_image = [self._image_tokens(size) for size in sizes]
         else:

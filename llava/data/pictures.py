@@ -22,7 +22,7 @@ import numpy as np
 from llava.errors import DataError
 
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
-PLAIN = -1  # method of tar members, whose offsets point to the data; offsets of zip members point to local headers
+PLAIN = -1  # `method` of tar members; their `offset` points to the data, that of zip members to the local header
 _ROW = np.dtype(
     [
         ("hash", "<u8"),
@@ -144,7 +144,7 @@ class Archives:
         return zlib.decompress(data, wbits=-zlib.MAX_WBITS)
 
     def _find(self, name: str) -> Any:
-        """Returns the index row for a name, or None. If there are duplicates, the last entry is used, as in tar."""
+        """Returns the row of `_table` for a name, or None. If the name is duplicated, the last row wins, as in tar."""
         encoded = name.encode(errors="surrogateescape")
         key = np.uint64(_hash(encoded))
         low, high = np.searchsorted(self._hashes, key, "left"), np.searchsorted(self._hashes, key, "right")

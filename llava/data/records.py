@@ -42,7 +42,7 @@ def _open_text(file: Path) -> Iterator[TextIO]:
 
 
 def records(file: Path, pictures: Pictures | None) -> Iterator[Record]:
-    """Iterates over the samples in a file. pictures: for a .tar, the `Archives` that includes it. Raises DataError."""
+    """Iterates over a file's samples. For a .tar, `pictures` must be an `Archives` including it. Raises DataError."""
     if file.suffix == ".tar":
         assert isinstance(pictures, Archives)
         return _read_tar(file, pictures)
@@ -52,8 +52,8 @@ def records(file: Path, pictures: Pictures | None) -> Iterator[Record]:
 class _ArrayScanner:
     """Reads the elements of a JSON array block by block, so that a large file needs little memory.
 
-    Unlike an event parser such as ijson, it returns the exact text of each element, which `Samples` stores,
-    and accepts NaN, which Python's json module writes.
+    Unlike an event parser such as ijson, it returns each element's exact text, as `Samples` requires, and it accepts
+    NaN, since Python's json module writes NaN.
     """
 
     def __init__(self, file: TextIO):
@@ -64,7 +64,7 @@ class _ArrayScanner:
 
     @property
     def position(self) -> int:
-        """Offset of the next character in the file."""
+        """Number of characters of the file consumed so far."""
         return self.block_start + self.offset
 
     def peek(self) -> str:

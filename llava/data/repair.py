@@ -92,7 +92,7 @@ def _mark_faults(turns: Sequence[Turn], n_pictures: int) -> Iterator[Fault]:
     first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
     late = [i for i, turn in enumerate(turns) if counts[i] and i != first]
     in_answer = any(turns[i].role == "assistant" for i in late)
-    if late and (n_pictures < 2 or in_answer):  # several pictures may also be placed in later human turns
+    if late and (n_pictures < 2 or in_answer):  # with several pictures, any human turn may contain placeholders
         yield Fault("late_placeholder", f"{IMAGE_PLACEHOLDER} in turn {late[0] + 1} ({_NAMES[turns[late[0]].role]})")
 
 

@@ -68,7 +68,7 @@ class Samples(Sequence[Sample]):
         return len(self._lengths)
 
     def __getitem__(self, i: int) -> Sample:  # type: ignore[override]  # slices are not supported
-        """Parses a sample. Raises IndexError if it does not exist, or a DataError that identifies it if malformed."""
+        """Parses sample `i`. Raises IndexError if `i` is out of range, or DataError if the sample is malformed."""
         return parse(self.value(i), self.where(i), str(i))
 
     @property
@@ -78,7 +78,7 @@ class Samples(Sequence[Sample]):
 
     @property
     def has_pictures(self) -> bool:
-        """Whether pictures can be read."""
+        """Whether the location of the pictures is known, so that `picture` can read them."""
         return self._pictures is not None
 
     def picture(self, name: str) -> bytes:
@@ -146,7 +146,7 @@ def _names(value: dict[str, Any], where: str) -> tuple[str, ...]:
 
 
 def _signed_words(value: Any) -> int:
-    """Returns a sample's entry in `Samples.lengths`. Accepts malformed samples; they raise DataError when accessed."""
+    """Returns a sample's entry in `Samples.lengths`. Does not raise if the sample is malformed; accessing it does."""
     if not isinstance(value, dict):
         return -1
     turns = value.get("conversations")

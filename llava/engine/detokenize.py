@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 INCOMPLETE = "\ufffd"  # placeholder for a character whose remaining bytes have not arrived yet
-_STRIDE = 32  # minimum number of tokens between anchors; text before the anchor is not decoded again
+_STRIDE = 32  # minimum distance between anchors, in ids; ids before the latest anchor are not decoded again
 
 
 class Detokenizer:
@@ -38,7 +38,7 @@ class Detokenizer:
         return "" if self.stopped else self._send(self._decode(self.ids))
 
     def _decoded(self, n: int) -> str:
-        """Returns the text of the first n ids. Decoding starts at the anchor id to preserve the space after it."""
+        """Returns the text of the first n ids. Decodes from the anchor id on, as decoding drops a leading space."""
         if self._anchor < 0 or n <= self._anchor:
             return self._decode(self.ids[:n])
         tail = self._decode(self.ids[self._anchor : n])

@@ -25,7 +25,7 @@ _WINDOW = 256  # compiled steps read a multiple of this many cache slots, to lim
 
 
 class Engine:
-    """A model and the steps that run it. `compile` applies torch.compile to the steps, which needs a C++ compiler."""
+    """Generates replies with a model. `compile`: use torch.compile for prefill and decoding (needs a C++ compiler)."""
 
     def __init__(self, model: Llava, tokenizer: Tokenizer, *, compile: bool = False):
         self.model = model
@@ -88,7 +88,7 @@ class Engine:
             logits = self._run_step(ids, rows, cache)
 
     def embed(self, inputs: list[ModelInput]) -> Tensor:
-        """Returns the right-padded embeddings [B, S, D] of prompts with images. Encodes all images in one batch."""
+        """Returns the right-padded text and image embeddings [B, S, D] of prompts. Encodes all images in one batch."""
         images = iter(self.encode(inputs))
         model = self.model
         rows = [model.embed(input.ids.to(model.device), [next(images) for _ in input.views]) for input in inputs]

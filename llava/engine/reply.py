@@ -32,7 +32,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class Reply:
-    """A finished reply."""
+    """A generated reply with its token counts and timings."""
 
     text: str
     token_ids: list[int]  # without the end token or the tokens of a stop string

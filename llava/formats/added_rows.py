@@ -1,7 +1,7 @@
 """The vocabulary rows that llava-hf adds to a LLaVA model: <image>, <pad> and padding to a multiple of 64.
 
-The rows are untrained and never looked up. Other formats omit them; the llava format keeps them in a separate file, so
-that converting back reproduces the original file.
+The rows are untrained and never looked up. Converting to llava, llama or gpt-fast removes them from the vocabulary
+tables; llava also saves them in a separate file, so that converting back to llava-hf reproduces the original tables.
 """
 
 from dataclasses import replace
@@ -46,7 +46,7 @@ def write_added_rows(source: Checkpoint, folder: Path) -> None:
 
 
 def with_added_rows(name: str, table: LazyTensor, n_rows: int, folder: Path) -> LazyTensor:
-    """Extends a table to `n_rows` with the rows saved in `folder` if shapes match, else with the table's mean row."""
+    """Extends a table to `n_rows` with the rows saved in `folder`, or copies of the mean row if no saved rows fit."""
     first = table.shape[0]
     if (n_new := n_rows - first) <= 0:
         return table

@@ -62,7 +62,7 @@ def recorded_names(files: CheckpointFiles, format: str) -> Iterator[tuple[str, s
     """
     try:
         adapter = read_json_if_present(files.path / "adapter_config.json") if format == "lora" else {}
-    except CheckpointError:  # reported later, when the LoRA is opened
+    except CheckpointError:  # the error is reported when the LoRA is opened
         adapter = {}
     if named := adapter.get("base_model_name_or_path"):
         yield str(named), "adapter_config.json: base_model_name_or_path"
@@ -120,7 +120,7 @@ def missing_base(files: CheckpointFiles, detection: Detection) -> BaseModelError
 def check_base_format(
     base: CheckpointFiles, format: str, known: Format | None, files: CheckpointFiles, detection: Detection
 ) -> None:
-    """Raises BaseModelError unless the base, in format `known`, is a language model of the same architecture."""
+    """Raises BaseModelError if the format or architecture of `base` rules it out as the base of `files`."""
     if known is None or not known.reads or known.needs_base or format == "llava-hf":
         why = "not a language model by itself"
         if format == "llava-hf":
@@ -160,7 +160,7 @@ def _architecture(config: Mapping[str, Any]) -> str | None:
 
 
 def check_heads(has: DecoderConfig, asked: DecoderConfig, base: Path, who: str, wrong: str) -> None:
-    """Compares head counts and head_dim, which shapes do not determine. Raises CheckpointError if they differ."""
+    """Raises CheckpointError if the head counts or head_dim differ, a mismatch that tensor shapes may not reveal."""
     for name in ("n_heads", "n_kv_heads", "head_dim"):
         one, other = getattr(has, name), getattr(asked, name)
         if one != other:
@@ -201,7 +201,7 @@ def _signs_of_training(base: Checkpoint) -> Iterator[str]:
 
 
 def _signs_of_llama_2(sizes: DecoderConfig, asked: DecoderConfig) -> Iterator[str]:
-    """Yields config values that match Llama 2 but not the delta, which has the same config values as its base."""
+    """Yields evidence that the base is a Llama 2 model: typical config values that differ from the delta's."""
     if 4096 <= sizes.max_seq != asked.max_seq:
         yield f"config.json: {sizes.max_seq} positions (the delta has {asked.max_seq}, like LLaMA-1)"
     if sizes.eps == 1e-5 != asked.eps:

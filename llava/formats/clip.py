@@ -75,7 +75,7 @@ DEFAULTS: dict[str, Any] = {  # CLIPVisionConfig's defaults in transformers, for
     "layer_norm_eps": 1e-5,
     "hidden_act": "quick_gelu",
 }
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # same values in preprocessor_config.json of both repositories
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # from preprocessor_config.json of the `PUBLISHED` towers
 STD = (0.26862954, 0.26130258, 0.27577711)
 OWN_TOWER = "vision_tower"  # subfolder in which a checkpoint stores its own tower
 
@@ -107,17 +107,17 @@ class Tower:
 
 
 def own_tower(folder: Path) -> Path | None:
-    """Returns a checkpoint's tower folder, or None. Unlike a recorded path, it survives moving the checkpoint."""
+    """Returns the subfolder in which a checkpoint stores its own tower, or None if there is no such subfolder."""
     return folder / OWN_TOWER if (folder / OWN_TOWER / "config.json").is_file() else None
 
 
 def find_tower(name: str, shapes: Shapes, *, fetch: bool = True) -> Tower:
     """Finds the tower `name` (a folder or hub id) of a checkpoint whose tensors have these shapes.
 
-    Weights are downloaded only if `fetch` is true and the checkpoint does not contain the tower. With `fetch=False`,
-    nothing is downloaded for a published tower outside the checkpoint, because its sizes are known. If the config is
-    unreachable but the checkpoint contains a tower with CLIP-L's width and depth, CLIP-L's config is used; otherwise,
-    raises CheckpointError.
+    The tower's weights are downloaded only if `fetch` is true and the checkpoint does not contain them. If `fetch` is
+    false, a tower in `PUBLISHED` that the checkpoint does not contain needs no download at all. If the config cannot be
+    found or downloaded, CLIP-L's config is used for a tower inside the checkpoint with CLIP-L's width and depth; for
+    any other tower, raises CheckpointError.
     """
     inside = "vision.cls" in shapes
     if not fetch and not inside and not Path(name).is_dir() and name in PUBLISHED:
@@ -195,7 +195,7 @@ def published_id(sizes: Mapping[str, Any]) -> str | None:
 
 
 def tower_of_projector(in_dim: int, depth: int) -> str | None:
-    """Returns the CLIP-L tower of published projectors (224 pixels if linear, 336 if an MLP); None for other widths."""
+    """Returns the hub id of the tower for published projectors of this depth, or None if `in_dim` is not CLIP-L's."""
     if in_dim != _CLIP_L["hidden_size"]:
         return None
     return "openai/clip-vit-large-patch14" if depth == 1 else "openai/clip-vit-large-patch14-336"
@@ -224,7 +224,7 @@ def _config_from_shapes(shapes: Shapes) -> dict[str, Any] | None:
 def write_tower(folder: Path, config: LlavaConfig, tensors: Mapping[str, Tensor]) -> None:
     """Writes a model's vision tower (`vision.*` of `tensors`) to a CLIP folder that `mm_vision_tower` can refer to.
 
-    `num_hidden_layers` includes the last layers even if `tensors` lacks them. Raises ConfigError or CheckpointError.
+    The config counts all layers, even unused ones absent from `tensors`. Raises ConfigError or CheckpointError.
     """
     if config.vision is None or config.image is None:
         raise ConfigError(f"{folder}: cannot write a vision tower, because the model has none")

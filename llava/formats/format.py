@@ -140,7 +140,7 @@ class Format:
         return files.config
 
     def resolve(self, files: CheckpointFiles, base: Checkpoint | None, tokenizer: Tokenizer) -> Resolved:
-        """Maps our tensor names to their sources. `tokenizer`: the model's tokenizer. Raises CheckpointError."""
+        """Returns the tensors under our names, combined with `base` if the format needs one. Raises CheckpointError."""
         return resolved_by(plan(files.weights, self.rules()), files.weights)
 
     def read_config(

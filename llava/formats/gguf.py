@@ -254,7 +254,7 @@ def _describe_model(writer: Any, checkpoint: Checkpoint) -> None:
 
 
 def _describe_mmproj(writer: Any, checkpoint: Checkpoint) -> None:
-    """`block_count` is the number of stored blocks; `feature_layer` makes llama.cpp run all of them."""
+    """Adds the keys of the mmproj file. `feature_layer` makes llama.cpp run all `block_count` stored blocks."""
     vision, image = checkpoint.config.vision, checkpoint.config.image
     assert vision is not None
     assert image is not None

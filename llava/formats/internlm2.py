@@ -35,7 +35,7 @@ RULES = (
 
 
 class InternLM2(Format):
-    """Read-only. `llava convert` writes the language model (`--to llama`) or the whole LLaVA model (`--to llava`)."""
+    """Format of InternLM2 models. Read-only; to write one, use `--to llava` or, without vision, `--to llama`."""
 
     name = "internlm2"
 
@@ -71,7 +71,7 @@ class InternLM2(Format):
 
 @dataclass(frozen=True)
 class Ungrouped(Derived):
-    """Rows ordered q, k, v. On disk, each group of q heads is followed by the k and v heads that the group shares."""
+    """A qkv matrix with rows reordered to q, k, v. On disk, each group of q heads precedes its own k and v heads."""
 
     base: LazyTensor
     n_heads: int

@@ -107,7 +107,7 @@ def decoder_config(config: Mapping[str, Any], shapes: Shapes, where: object) -> 
 
 
 def is_mistral(decoder: DecoderConfig) -> bool:
-    """Whether n_kv_heads and rope_theta match Mistral. True for InternLM2 (detected by tensor names) but not for Yi."""
+    """Whether n_kv_heads and rope_theta have the values of Mistral. InternLM2 has the same values; Yi does not."""
     return decoder.kind == "llama" and decoder.n_kv_heads == 8 and decoder.rope_theta == 1e6
 
 

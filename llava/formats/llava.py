@@ -51,7 +51,7 @@ WRITERS: dict[FileType, FileWriter] = {"safetensors": write_safetensors, "bin": 
 
 
 class Llava(Format):
-    """The format of LLaVA models based on Llama, Mistral or Yi. Also used to write MPT-based models; `mpt` reads them."""
+    """The format of LLaVA models based on Llama, Mistral or Yi. MPT-based models are written here and read by `mpt`."""
 
     name = "llava"
     writes = True
@@ -93,7 +93,7 @@ class Llava(Format):
 
 
 def rules_for(config: LlavaConfig, *, linear: bool | None = None) -> tuple[Rule, ...]:
-    """Returns the key table. If `linear` (by default, as in `config`), the projector is one layer without an index."""
+    """Returns the key table. `linear`: whether the projector is a single layer, whose names on disk have no index."""
     rules = mpt.RULES if config.decoder.kind == "mpt" else RULES
     if linear is None:
         linear = config.projector is not None and config.projector.depth == 1
@@ -136,7 +136,7 @@ def tower_name(checkpoint: Checkpoint, target: Path, *, separate: bool = False) 
 
     If the checkpoint does not contain its tower, the recorded name is kept. If it does, readers need only the tower's
     config, so the value is a published CLIP model of the same size or, failing that, the folder of `write_own_tower`.
-    separate: true if the shards are not written; the value is then always that folder, which includes the weights.
+    separate: true if no shards are written; the value is then always that folder, because it contains the weights.
     """
     if checkpoint.config.vision is None:
         return None

@@ -143,7 +143,7 @@ class LlavaHf(Format):
         }
 
     def write_extra(self, source: Checkpoint, folder: Path) -> None:
-        """Writes the tokenizer files, the configs of the image processor and processor, and the chat template."""
+        """Writes the tokenizer files, preprocessor_config.json, processor_config.json and the chat template."""
         vision, _, image = _parts(source)
         anyres = image.aspect == "anyres"
         _write_tokenizer(source, folder)
@@ -241,7 +241,7 @@ def _strategy(vision: VisionConfig) -> str:
 
 
 def _stored_pinpoints(image: ImageConfig) -> list[list[int]]:
-    """Returns the pinpoints as stored in published files: transformers reads each pair as (h, w), LLaVA as (w, h)."""
+    """Returns the pinpoints as stored on disk: [h, w] in image mode `hf`, as in transformers, and [w, h] otherwise."""
     return [[h, w] if image.mode == "hf" else [w, h] for w, h in image.pinpoints]
 
 

@@ -32,7 +32,7 @@ _CONFIG_FILE = "adapter_config.json"
 
 
 class Lora(PartOfModel):
-    """A LoRA: adapter_config.json, adapter_model.*, and non_lora_trainables.bin with fully fine-tuned weights."""
+    """Format of LoRAs: adapter_config.json, adapter_model.*, and fine-tuned weights in non_lora_trainables.bin."""
 
     name = "lora"
     exact = False  # adapted tensors are computed as W + scale * B @ A in float32
@@ -145,7 +145,7 @@ def _place(
     base: Path,
     file: Path,
 ) -> tuple[str, LoraPair]:
-    """Returns our name for the matrix that factors A and B adapt, and a `LoraPair` of both. Raises CheckpointError."""
+    """Returns our name for the matrix that `factors` adapt, and the `LoraPair` to add to it. Raises CheckpointError."""
     if missing := {"A", "B"} - set(factors):
         raise CheckpointError(f"{file}: has no lora_{missing.pop()} for {name}; download the LoRA again")
     target, a, b = target_of(name, rules), factors["A"], factors["B"]
@@ -155,7 +155,7 @@ def _place(
     if not len(shape) == len(a.shape) == len(b.shape) == 2:
         raise CheckpointError(f"{file}: adapts {name}, which is not a matrix; only LoRAs of matrices are supported")
     rows, columns = shape
-    # q, k and v are concatenated along dimension 0; k and v may have fewer rows than q (grouped-query attention)
+    # k and v may have fewer rows than q (grouped-query attention), so their first rows are counted from the end of qkv
     first = rows - (target.n_parts - target.part) * b.shape[0] if target.part else 0
     n_all = target.n_parts * b.shape[0]
     fits = n_all <= rows if target.part else b.shape[0] <= rows <= n_all

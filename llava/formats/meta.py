@@ -42,7 +42,7 @@ _EMBED = "tok_embeddings.weight"
 
 
 class Meta(Format):
-    """LLaMA-1, Llama 2 and later models as distributed by Meta."""
+    """Format in which Meta distributes LLaMA-1, Llama 2 and later models."""
 
     name = "meta"
 
@@ -102,7 +102,7 @@ class Meta(Format):
         return read_model_config(files.path, config, decoder, tensors, options)
 
     def tokenizer_folder(self, files: CheckpointFiles) -> Path:
-        """Returns the weights folder or its parent, where Meta stores one tokenizer file for all model sizes."""
+        """Returns the parent folder if only that has a tokenizer (Meta's sizes share one), else the weights folder."""
         folder, above = files.path, files.path.parent
         return folder if has_tokenizer(folder) or not has_tokenizer(above) else above
 

@@ -30,7 +30,7 @@ RULES = (*LANGUAGE, *prefixed("transformer.", VISION))
 
 
 class Mpt(Format):
-    """An MPT model or an MPT-based LLaVA model. Read-only; to write these models, use `--to llava`."""
+    """Format of MPT models and MPT-based LLaVA models. Read-only; to write such models, use `--to llava`."""
 
     name = "mpt"
 

@@ -27,7 +27,7 @@ from llava.tensors.files import parsing, read_json_if_present
 from llava.tensors.keymap import Rule, prefixed
 from llava.tensors.lazy import LazyTensor
 
-VISION = (  # stored under the same prefix as the language model's layers
+VISION = (  # on disk, these names have the same prefix as the language model's layers
     Rule("mm_projector.*.weight", "projector.*.weight"),  # an MLP
     Rule("mm_projector.*.bias", "projector.*.bias"),
     Rule("mm_projector.weight", "projector.0.weight"),  # linear
@@ -45,7 +45,7 @@ def read_model_config(
     tensors: Mapping[str, LazyTensor],
     options: LoadOptions,
 ) -> ReadConfig:
-    """Reads the config of a LLaVA model or a plain language model from a config.json with LLaVA's keys.
+    """Builds a LlavaConfig from config.json, without vision if `options` disables it or the checkpoint has none.
 
     path: checkpoint folder or single file. Raises CheckpointError or ConfigError.
     """
@@ -134,8 +134,8 @@ def image_config(
 def in_mode(image: ImageConfig, mode: ImageMode) -> ImageConfig:
     """Returns a copy of `image` that uses the image mode `mode`.
 
-    transformers reads the published list of canvases as (h, w); LLaVA reads it as (w, h). The list also contains the
-    transpose of each canvas, so both use the same canvases, but in different orders, which changes how ties are broken.
+    LLaVA reads the pairs in the canvas list as (w, h), transformers as (h, w). The published list contains both
+    orientations of each canvas, so only the order of the canvases differs; it decides which canvas wins a tie.
     """
     transposed = tuple((h, w) for w, h in image.pinpoints)
     same = mode == image.mode or set(transposed) != set(image.pinpoints)

@@ -53,7 +53,7 @@ class Native(Format):
         return ReadConfig(native_config(files.config, options, files.config_file), files.config, files.path)
 
     def outputs(self, checkpoint: Checkpoint) -> list[OutputTensor]:
-        """Returns all tensors. A tower in the checkpoint keeps the layers that LLaVA does not use."""
+        """Returns all tensors to write, including unused vision tower layers if the checkpoint contains the tower."""
         tensors = checkpoint.tensors | (checkpoint.unused_tower if checkpoint.tower_inside else {})
         return [output(name, tensor, name) for name, tensor in tensors.items()]
 
@@ -61,7 +61,7 @@ class Native(Format):
         return {VERSION_KEY: VERSION, **checkpoint.config.to_dict()}
 
     def write_extra(self, source: Checkpoint, folder: Path) -> None:
-        """Copies the tokenizer. If tokenizer.json is in use, omits tokenizer.model, because readers would prefer it."""
+        """Copies the tokenizer. If tokenizer.json is in use, omits tokenizer.model, because loading would prefer it."""
         copy_tokenizer(source.tokenizer_folder, folder, source.new_tokens)
         if isinstance(source.tokenizer, JsonTokenizer):
             (folder / "tokenizer.model").unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from llava.tensors.lazy import FromFile, LazyTensor
 
 
 class PartOfModel(Format):
-    """A format that needs a base model, which `resolve` and `read_config` always receive."""
+    """Base class of formats that need a base model: `base` is never None in `resolve` and `read_config`."""
 
     needs_base = True
 

@@ -40,7 +40,7 @@ RULES = (
 
 
 class Projector(PartOfModel):
-    """A projector: mm_projector.bin, with the embeddings of <im_start> and <im_end> if they were trained."""
+    """Format of projectors: mm_projector.bin, which also contains any trained <im_start> and <im_end> embeddings."""
 
     name = "projector"
 
@@ -164,7 +164,7 @@ def write_projector(
     recorded: Mapping[str, Any] | None = None,
     write_extra: Callable[[Path], None] | None = None,
 ) -> None:
-    """Writes config.json and the tensors `projector.*` and `newline`, which keep their dtypes.
+    """Writes config.json, and the tensors `projector.*` and `newline` to mm_projector.bin with unchanged dtypes.
 
     base: the language model, recorded in config.json. start_end: [2, D], trained embeddings of <im_start> and <im_end>;
     requires `tokenizer_from`, a folder whose tokenizer has both tokens. write_extra: receives the folder

@@ -45,8 +45,8 @@ def load_tokenizer(
     """Loads the tokenizer of a checkpoint folder.
 
     fast: prefer tokenizer.json to tokenizer.model, as transformers processors do.
-    legacy_strip: tokens in added_tokens.json strip adjacent white space, as in transformers up to 4.31, with which
-        LLaVA v0 and v1.1 were trained.
+    legacy_strip: whether tokens in added_tokens.json strip adjacent white space, as in transformers up to 4.31;
+        LLaVA v0 and v1.1 were trained this way.
     more: additional special tokens and their ids.
 
     Raises CheckpointError if files are missing or malformed.
@@ -136,7 +136,7 @@ def _text(value: Any, what: str) -> str:
 
 
 def _id(value: Any, text: str) -> int:
-    """Parses a token id: a number, or a string of digits if it is a JSON key. Raises ValueError if it is invalid."""
+    """Parses a token id, which is a number or, in JSON keys, a string of digits. Raises ValueError if it is invalid."""
     _text(text, "a token")
     if isinstance(value, bool) or not isinstance(value, int | str) or not 0 <= int(value) < _MAX_ID:
         raise ValueError(f"token {text!r:.60} has an invalid id: {value!r:.60}")

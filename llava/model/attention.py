@@ -86,7 +86,7 @@ class CausalContext:
         keys, values = self.keys_and_values(layer, k, v)
         q = self.queries(q).transpose(1, 2)
         is_causal = False
-        # An `if` statement, because torch.compile cannot pass the result of the comparison to SDPA.
+        # The `if` makes `is_causal` a bool: in torch.compile, the comparison can be a SymBool, which SDPA rejects.
         if self.mask is None and q.shape[2] > 1:
             is_causal = True
         grouped = q.shape[1] != keys.shape[1]
@@ -203,11 +203,11 @@ def decode_mask(positions: Tensor, n_slots: int) -> Tensor:
 
 
 def alibi_bias(mask: Tensor, slopes: Tensor, dtype: torch.dtype) -> Tensor:
-    """Attention with linear biases, arXiv:2108.12409: scores decrease with the distance between query and key.
+    """Returns ALiBi biases, arXiv:2108.12409, which lower scores in proportion to the distance from query to key.
 
     mask [B or 1, 1, S, T] (True: attend), slopes [H] float32 -> bias [B or 1, H, S, T], -inf where the mask is False.
-    Distances are measured from the last token that a query attends to, which is the query's own token, so that the
-    biases of nearby tokens are exact in 16-bit types.
+    Distances are measured from the query's own token, the last one it attends to, so that the biases of nearby tokens
+    are small and lose little precision in 16-bit types.
     """
     slots = torch.arange(mask.shape[-1], device=mask.device)
     distance = slots - (slots * mask).amax(-1, keepdim=True)  # [B or 1, 1, S, T], <= 0 where the mask is True

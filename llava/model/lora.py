@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685) on a frozen matrix, for training or switching adapters without merging.
+"""Linear layers with unmerged low-rank adapters (LoRA, arXiv:2106.09685), for training and for switching adapters.
 
 r rank   I input features   O output features
 """
@@ -13,7 +13,7 @@ from llava.model.linear import linear
 
 
 class Adapter(nn.Module):
-    """The low-rank update of one part of a matrix: x -> scale * B A x."""
+    """The low-rank update of one of the projections in a `LoraLinear`: x -> scale * B A x."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, scale: float):
         super().__init__()

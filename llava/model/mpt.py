@@ -32,13 +32,13 @@ class Alibi(nn.Module):
         self.n_heads, self.bias_max = config.n_heads, config.alibi_bias_max
 
     def forward(self, context: AttentionContext, dtype: torch.dtype) -> tuple[None, AttentionContext]:
-        """Returns None in place of a rotation, and a context that adds the biases to the attention scores."""
+        """Returns None (ALiBi has no rotary embedding), and a context that adds the biases to the attention scores."""
         return None, context.with_alibi(self.slopes(context.positions.device), dtype)
 
     def slopes(self, device: torch.device) -> Tensor:
         """Returns the slopes [H], float32: 2^(-bias_max * i / H) for i = 1, …, H.
 
-        If H is not a power of two, returns H of the slopes for the next power of two.
+        If H is not a power of two, selects H of the slopes for the next larger power of two: first even i, then odd i.
         """
         n = 2 ** math.ceil(math.log2(self.n_heads))
         slopes = 2 ** (torch.arange(1, n + 1, device=device) * (-self.bias_max / n))

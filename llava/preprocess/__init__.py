@@ -1,1 +1,1 @@
-"""Converts images and messages to a `ModelInput`, and token ids to text. Contains no modules or device code."""
+"""Converts images and messages to a `ModelInput`, and token ids to text. Contains no `nn.Module` and no device code."""

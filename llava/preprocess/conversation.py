@@ -43,7 +43,7 @@ class Template:
     style: Style
     user: str
     assistant: str
-    # `sep` comes after the system text and each turn (in TWO, only user turns), or before later user turns in LLAMA_2.
+    # `sep` ends the system text and each turn (in TWO, each user turn). In LLAMA_2, it separates exchanges.
     sep: str
     sep2: str = ""  # after assistant turns, if different from `sep`
     system: str = ""  # default system message
@@ -101,11 +101,12 @@ def _llama_2(template: Template, turns: Sequence[Turn], system: str) -> Iterator
             continue
         if i == 0 and system:
             text = f"<<SYS>>\n{system}\n<</SYS>>\n\n{text}"
-        yield Span((template.sep if i else "") + f"[INST] {text} [/INST]")  # the tokenizer adds the first <s>
+        # no <s> before the first turn, because the tokenizer adds it
+        yield Span((template.sep if i else "") + f"[INST] {text} [/INST]")
 
 
 def _plain(template: Template, turns: Sequence[Turn], system: str) -> Iterator[Span]:
-    """Renders the text to continue or, if there is an answer (stage 1), only the image placeholders and the answer."""
+    """Renders the user's text or, if there is an answer (stage 1), only its image placeholders, then the answer."""
     if system or len(turns) > 2:
         raise PromptError(
             "the plain template supports one exchange and no system message: choose another template with template="

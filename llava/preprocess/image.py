@@ -31,7 +31,7 @@ class Views(NamedTuple):
 def open_picture(source: Picture, *, exif: bool = False) -> Image.Image:
     """Opens an image in any format that Pillow can read; converts the first frame to RGB and drops transparency.
 
-    exif: apply the EXIF orientation, which LLaVA does not do. Raises ImageError if the image cannot be read.
+    exif: apply the EXIF orientation; the original LLaVA code ignores it. Raises ImageError if the image cannot be read.
     """
     name = str(source) if isinstance(source, str | Path) else str(getattr(source, "name", "picture"))
     if not isinstance(source, str | Path | bytes | Image.Image) and not hasattr(source, "read"):
@@ -141,7 +141,7 @@ def _tiles(image: Image.Image, canvas: Size, config: ImageConfig) -> list[Image.
 
 
 def tile_grid(size: Size, canvas: Size, config: ImageConfig, patches: int) -> TileGrid | None:
-    """Returns the tile grid, including the range of patches to keep, or None if the views are simply concatenated.
+    """Returns the arrangement of the tiles and the range of patches to keep, or None if `config.merge` is "flat".
 
     patches: number of patches along one side of a tile. As in the original code, padding is removed in whole patches,
     so some padding may remain, and a very thin image may be removed entirely.

@@ -153,7 +153,7 @@ class Preprocessor:
     def _assemble(
         self, spans: list[Span], pictures: list[Views], stop: str | None, limit: int | None = None
     ) -> ModelInput:
-        """Truncates to `limit` tokens. With limit=None, raises PromptError if the input exceeds the context."""
+        """Builds the input, truncated to `limit` tokens. If `limit` is None, raises PromptError for overlong inputs."""
         prompt = "".join(span.text for span in spans)
         tokens = list(self._tokens(prompt, spans))
         if (n := sum(id == IMAGE for id, _ in tokens)) != len(pictures):

@@ -44,10 +44,10 @@ def _v0(template: Template, turns: Sequence[Turn]) -> Iterator[Span]:
 
 
 def move_marks(turns: Sequence[Turn], place: ImagePlace, *, start_end: bool, tagged: bool) -> list[Turn]:
-    """Returns the turns with their image placeholders positioned and enclosed as in training.
+    """Returns the turns with their image placeholders moved and enclosed in tags, as in LLaVA's training code.
 
     place: "front" moves all placeholders in a turn to the start of the turn, each on its own line.
-    start_end: enclose each placeholder in <im_start> and <im_end>. tagged: enclose it in <Image> and </Image>.
+    start_end: enclose each placeholder in <im_start> and <im_end>. tagged: enclose the result in <Image> and </Image>.
     """
     around = ("<im_start>", "<im_end>") if start_end else ("", "")
     if tagged:

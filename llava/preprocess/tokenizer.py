@@ -1,8 +1,8 @@
-"""Converts text to ids and back, with SentencePiece and added tokens or with the `tokenizers` library.
+"""Converts text to ids and back, either with SentencePiece plus added tokens or with the `tokenizers` library.
 
-SentencePiece ids match the slow Llama tokenizer of transformers 4.37.2, which LLaVA uses: the text is first split at
-added tokens, and SentencePiece encodes each stretch between them separately. If `legacy` is true or not set in
-tokenizer_config.json, a dummy space is prepended to every stretch; otherwise, one is prepended to the whole text.
+With SentencePiece, the ids match those of LLaVA's tokenizer, the slow Llama tokenizer of transformers 4.37.2: the text
+is first split at added tokens, and SentencePiece encodes each stretch between them separately. If `legacy` is true or
+not set in tokenizer_config.json, a dummy space is prepended to every stretch; otherwise, only to the text as a whole.
 """
 
 import re
@@ -175,7 +175,7 @@ class JsonTokenizer:
     """A tokenizer based on the `tokenizers` library, loaded from a `tokenizer.json` file."""
 
     def __init__(self, file: Path, *, eos: str | None, pad: str | None = None, more: Mapping[str, int] | None = None):
-        """more: additional special tokens, with ids that directly follow the ids in `file`. Raises CheckpointError."""
+        """more: special tokens to add, with the next free ids. Other ids or an invalid `file` raise CheckpointError."""
         import tokenizers
 
         try:

@@ -26,7 +26,7 @@ def replacing(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_file(target: Path, n_bytes: int) -> Iterator[Path]:
-    """Like `replacing`, for a user-specified file of about `n_bytes`. Raises CheckpointError if writing fails."""
+    """Like `replacing`, but raises CheckpointError if less than `n_bytes` is free or `target` cannot be written."""
     target = target.expanduser().absolute()
     if target.is_dir():
         raise CheckpointError(f"{target}: is a folder; specify the path of a file")

@@ -96,7 +96,7 @@ class Weights(Mapping[str, Tensor]):
     """Maps tensor names, as stored on disk, to the tensors in a set of files; values are memory-mapped on access."""
 
     def __init__(self, files: Iterable[Path], *, separate: bool = False):
-        """Reads only the headers. separate: names become `file/name`; needed for files with parts of the same tensors.
+        """Reads only the headers. separate: prefix names with `file/`, for files with parts of the same tensors.
 
         Raises CheckpointError if a file is damaged or contains anything other than tensors, or if a name occurs twice.
         """
@@ -205,7 +205,7 @@ _DAMAGE = (RuntimeError, EOFError, OSError, ValueError, LookupError, AssertionEr
 
 
 def _open_bin(file: Path) -> tuple[dict[str, Tensor], dict[str, TensorHeader]]:
-    """Unpickles only tensors. Rejects a file that contains code, without running any of the code."""
+    """Opens a file written by torch.save. Rejects files that contain anything but tensors, without running any code."""
     try:
         mapped = is_zipfile(file)
         with file.open("rb") as start:
@@ -250,7 +250,7 @@ def _check_storage(file: Path, tensors: Mapping[str, Tensor]) -> None:
             found = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
             raise CheckpointError(f"{file}: tensor {name} is not supported ({found})")
     claimed, size = sum(tensor.nbytes for tensor in tensors.values()), file.stat().st_size
-    if claimed > 2 * size:  # a tied head may share the embedding table's bytes
+    if claimed > 2 * size:  # twice, because a tied head may share the embedding table's bytes
         raise CheckpointError(
             f"{file}: declares {claimed} bytes of tensors, but is only {size} bytes long; download it again"
         )

@@ -66,7 +66,7 @@ def plan(names: Iterable[str], rules: Iterable[Rule]) -> Plan:
 
 
 class Target(NamedTuple):
-    """The destination of a tensor on disk: one of our tensors, or one part of it."""
+    """What an on-disk tensor name is mapped to: one of our tensors, or one part of a concatenated tensor."""
 
     ours: str
     part: int  # index among the n_parts tensors that are concatenated
@@ -74,7 +74,10 @@ class Target(NamedTuple):
 
 
 def target_of(name: str, rules: Iterable[Rule]) -> Target | None:
-    """Returns the target for an on-disk tensor name, or None if the tensor is unknown or not needed. Does not check for missing parts."""
+    """Returns the target for an on-disk tensor name, or None if the tensor is unknown or not needed.
+
+    Does not check whether the other parts of a concatenated tensor exist.
+    """
     for rule in rules:
         for i, part in enumerate(rule.parts()):
             if rule.ours and (match := re.fullmatch(_pattern(part), name)):

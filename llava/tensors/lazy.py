@@ -14,12 +14,12 @@ from torch import Tensor
 from llava.errors import CheckpointError
 from llava.tensors.files import Weights
 
-_CHUNK_NUMEL = 1 << 24  # values per chunk; apart from the result, reading allocates only a few chunks
+_CHUNK_NUMEL = 1 << 24  # values per chunk; limits the memory that `read` needs in addition to the result
 CHUNK_BYTES = 64 * 2**20  # chunk size for tensors whose rows must be assembled by copying
 
 
 class LazyTensor(ABC):
-    """A tensor read on demand. `read` may return a wider type than `dtype`, so that sums are rounded only once."""
+    """A tensor read on demand. Sums may be read in a wider type than `dtype`, so that they are rounded only once."""
 
     names: tuple[str, ...]  # names on disk
 
@@ -42,7 +42,7 @@ class LazyTensor(ABC):
 
     @property
     def row_splits(self) -> list[int]:
-        """Row indices, from 0 to R, at which `chunks` always splits, to avoid or limit copying."""
+        """Row indices, including 0 and R, that no chunk may cross. Splitting there avoids or limits copying."""
         return [0, self.shape[0]]
 
     @abstractmethod
@@ -251,7 +251,7 @@ class Cast(Derived):
 
 @dataclass(frozen=True)
 class WithRows(Derived):
-    """A table with the rows of `extra` written from row `first` on, replacing existing rows or extending the table."""
+    """The table `base` with the rows of `extra` written at row `first`. They overwrite rows or extend the table."""
 
     base: LazyTensor
     extra: LazyTensor

@@ -14,11 +14,11 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def locked(folder: Path, file: Path, busy: LlavaError) -> Iterator[None]:
-    """Locks `file` while the folder is written. Raises `busy` if another process holds the lock.
+    """Holds a lock on `file` while the caller writes to `folder`. Raises `busy` if another process holds the lock.
 
-    The operating system releases the lock when this process dies, and forked workers close their copies of it. If the
-    file system does not support locks, this function only logs a warning, because a soft lock (a marker file) would
-    outlive a killed process.
+    The operating system releases the lock when this process dies, even if forked workers are still running, because
+    each worker closes its copy of the lock file. If the file system does not support locks, this function only logs a
+    warning, because a soft lock (a marker file) would outlive a killed process.
     """
     lock = FileLock(file, timeout=0, fallback_to_soft=False)
     try:

@@ -1,4 +1,4 @@
-"""Lazy sums of tensors: base plus LoRA, or base plus delta. Only the requested rows are computed."""
+"""Lazy tensors that add a LoRA update or a delta to base weights. Only the rows that are read are computed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,9 +42,10 @@ class WithLora(Derived):
 
 @dataclass(frozen=True)
 class WithLoraRounded(WithLora):
-    """W + scale * B @ A, as in LLaVA's own merge: operands, float32 product and sum are each rounded to `to`.
+    """W + scale * B @ A, with the same rounding as in LLaVA's own merge script.
 
-    Matches `merge_and_unload` of peft 0.7.1 for a float16 model on a CPU.
+    W, A, B, the product (computed in float32) and the sum are each rounded to the dtype `to`. The result matches
+    `merge_and_unload` of peft 0.7.1 for a float16 model on a CPU.
     """
 
     to: torch.dtype
@@ -66,7 +67,7 @@ class WithLoraRounded(WithLora):
 
 @dataclass(frozen=True)
 class AddDelta(Derived):
-    """base + sign * other, computed in dtype `to`. If `other` has fewer rows, the remaining rows of `base` are kept."""
+    """base + sign * other, computed in dtype `to`. Rows of `base` beyond the end of `other` are only cast."""
 
     base: LazyTensor
     other: LazyTensor

@@ -1,4 +1,4 @@
-"""Writes weights tensor by tensor, headers first, so that converting a model of any size takes little memory."""
+"""Writes weight files one tensor at a time, so that converting a model of any size takes little memory."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

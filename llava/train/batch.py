@@ -102,7 +102,7 @@ def _shift(labels: Tensor) -> Tensor:
 
 
 def _segments(lengths: Sequence[int], pad_to: int, micro_batch_size: int, max_length: int) -> tuple[Segments, int]:
-    """Returns the sample boundaries of a packed row, whose last segment is padding, and the padding length.
+    """Returns the sample boundaries and the padding length of a packed row. The last segment is the padding.
 
     There are always `micro_batch_size` + 1 segments, some of which may be empty, and `max_seqlen` is an upper bound.
     A compiled block and its kernel therefore see the same sizes for all rows of the same length.

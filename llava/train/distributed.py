@@ -14,7 +14,7 @@ from llava.errors import ConfigError, LlavaError
 
 @dataclass(frozen=True)
 class World:
-    """All ranks of a run, as seen from this rank."""
+    """The rank and device of this process, and the process groups that connect it to the other ranks of the run."""
 
     rank: int
     size: int  # number of ranks

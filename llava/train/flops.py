@@ -30,7 +30,7 @@ def flops_per_token(model: Llava, recipe: Recipe) -> float:
 
 
 def peak_flops(device: torch.device) -> float:
-    """Returns the peak FLOP/s of one GPU, or 0 if unknown."""
+    """Returns the peak FLOP/s of a device, or 0 for a CPU or a GPU that is not listed in `_PEAKS`."""
     if device.type != "cuda":
         return 0.0
     name = torch.cuda.get_device_name(device)

@@ -33,7 +33,7 @@ class Log(Protocol):
 
 
 def open_logs(run: Path, names: Sequence[str], config: Mapping[str, Any], resume_step: int) -> list[Log]:
-    """Opens the logs of a run that continues after `resume_step`, which is 0 for a new run. Only rank 0 may call this.
+    """Opens the logs of a run, to append the steps after `resume_step` (0 for a new run). Only rank 0 may call this.
 
     Removes rows that an earlier process wrote for later steps, so that each step is logged only once. The trackers
     display `config`. The first log returned is the JSON Lines file. Raises ConfigError if a tracker is unknown, is
@@ -96,7 +96,7 @@ def explain_write_errors(path: Path) -> Iterator[None]:
 
 
 class JsonLines:
-    """RUN/log.jsonl: one JSON object per step, flushed after every row."""
+    """Writes each row to RUN/log.jsonl as one line of JSON. Flushes the file after every row."""
 
     def __init__(self, file: Path, resume_step: int):
         if file.exists():
@@ -135,10 +135,10 @@ class TensorBoard:
 
 
 class Wandb:
-    """A Weights & Biases run in RUN/wandb. Environment variables such as WANDB_MODE and WANDB_PROJECT apply.
+    """Logs to Weights & Biases, with local files in RUN/wandb. Respects environment variables such as WANDB_MODE.
 
-    In online mode, wandb ignores rows for steps that are already logged. This is harmless, because a repeated step has
-    the same loss.
+    In online mode, wandb ignores rows for steps that are already logged. This is harmless, because a resumed run
+    repeats these steps with the same loss.
     """
 
     def __init__(self, run: Path, config: Mapping[str, Any], resume_step: int):
@@ -165,9 +165,10 @@ class Wandb:
 
 
 class Trackio:
-    """A run in trackio's local database, displayed by `trackio show`.
+    """Logs to trackio's local database, which `trackio show` displays.
 
-    trackio cannot delete individual steps and writes with a delay, so a resumed run is rewritten from log.jsonl.
+    trackio cannot delete individual steps and writes with a delay. A resumed run is therefore deleted from the database
+    and logged again from log.jsonl.
     """
 
     def __init__(self, run: Path, config: Mapping[str, Any], resume_step: int):

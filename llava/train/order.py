@@ -15,7 +15,7 @@ from llava.train.recipe import Recipe
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch of a run."""
+    """The samples of one micro-batch, as indices into the dataset, and its position in the run."""
 
     step: int
     index: int  # within the step, counted across all ranks
@@ -68,8 +68,9 @@ def by_modality_length(
 ) -> list[int]:
     """Groups samples into megabatches of a single modality, as the original llava_trainer.py does (commit c121f04).
 
-    lengths: number of words per sample, negated for samples without an image. The last megabatches of the two
-    modalities are merged, sorted by index, and placed at the end.
+    A megabatch fills one optimizer step. The last megabatches of the two modalities are merged, sorted by sample
+    index, and placed at the end.
+    lengths: number of words per sample, negated for samples without an image.
     """
     modalities = [[i for i, n in enumerate(lengths) if (n > 0) == with_image] for with_image in (True, False)]
     if not all(modalities):
@@ -87,7 +88,7 @@ def by_modality_length(
 
 
 def by_length(lengths: Sequence[int], micro_batch_size: int, world_size: int, generator: torch.Generator) -> list[int]:
-    """Shuffles samples, forms megabatches, and splits each into `world_size` shares of nearly equal total length."""
+    """Shuffles samples, then reorders each megabatch into `world_size` shares of nearly equal total length."""
     order = torch.randperm(len(lengths), generator=generator).tolist()
     size = world_size * micro_batch_size
     result: list[int] = []

@@ -42,7 +42,7 @@ Part = Literal["projector", "decoder", "vision", "rows"]  # rows: only the input
 class Recipe:
     """The settings of one run. Paths refer to local folders or files; models can also be given as hub ids."""
 
-    about: str = ""  # the published model that this stage reproduces, and any unknown settings of the original run
+    about: str = ""  # the published model that this recipe reproduces, and any original settings that are unknown
 
     # Starting point
     model: str  # a language model (Llama, MPT), or a LLaVA model to train further

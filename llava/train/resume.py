@@ -108,7 +108,7 @@ class Checkpointer:
             self.finish()
 
     def finish(self) -> None:
-        """Completes the background write and deletes old checkpoints. Raises CheckpointError if either step fails."""
+        """Waits for any background write, renames its folder, and deletes old checkpoints. Raises CheckpointError."""
         if not self._pending:
             return
         future, partial, final = self._pending

@@ -1,4 +1,4 @@
-"""The run folder, which is tied to one recipe. Only one run may write to it at a time."""
+"""Checks and locks a run folder. Each folder belongs to one recipe, and only one run at a time may write to it."""
 
 import shutil
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
 
 
 def _has_started(folder: Path) -> bool:
-    """Returns whether a run has finished loading its model. Until then, a different recipe may use the folder."""
+    """Returns whether the run got past loading its model. Until then, the folder may be reused for another recipe."""
     return any(entry.name not in ("recipe.json", "tokenizer") for entry in _visible(folder))
 
 

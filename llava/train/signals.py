@@ -54,7 +54,7 @@ def defer_signals() -> Iterator[None]:
 
 
 def init_worker(worker_id: int) -> None:
-    """`worker_init_fn` for the DataLoader. Ignores Ctrl-C and suppresses tracebacks after the parent has exited.
+    """`worker_init_fn` for the DataLoader. Makes a worker ignore Ctrl-C and hides errors caused by the parent's exit.
 
     By default, the thread that sends tensors to the parent prints a traceback if the parent exits during a transfer.
     """

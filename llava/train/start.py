@@ -37,7 +37,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @advice()
 def start(recipe: Recipe, tokenizer_folder: Path) -> Checkpoint:
-    """Returns the checkpoint to start from, with any new projector weights listed in `missing`. Reads no weights.
+    """Returns the checkpoint to start from. Its `missing` lists the projector weights to initialise. Reads no weights.
 
     tokenizer_folder: output folder for a tokenizer with <im_start> and <im_end>, written if the recipe uses these
     tokens and the model's tokenizer lacks them.
@@ -179,7 +179,7 @@ def _learning(model: Llava, recipe: Recipe) -> Iterator[Tensor]:
 
 
 def row_ids(checkpoint: Checkpoint, recipe: Recipe) -> tuple[int, ...]:
-    """If only some input embeddings are trained, returns the ids of their tokens; otherwise returns ()."""
+    """Returns the ids of the tokens whose input embeddings are trained, or () if all or none are trained."""
     if "rows" not in recipe.train or ("decoder" in recipe.train and not recipe.lora_rank):
         return ()
     ids = [checkpoint.tokenizer.id_of(text) for text in ("<im_start>", "<im_end>")]

@@ -1,4 +1,4 @@
-"""Determines which base model a LoRA, projector or delta checkpoint needs, and adds it to base model errors."""
+"""Determines which base model a LoRA, projector or delta checkpoint needs, and names it in BaseModelErrors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ def needed_base(files: CheckpointFiles, detection: Detection) -> NeededBase:
         return NeededBase([known_bases().get(comparable_name(name), name)], f"{where} = {name}")
     try:
         found = match(files, detection)
-    except LlavaError:  # a failed match must not hide the error about the base
+    except LlavaError:  # must not replace the BaseModelError being reported
         return NeededBase([], "its files do not say which")
     entries = found.candidates or [near for near in found.nearest if near.entry["format"] == detection.format]
     names = list(dict.fromkeys(base for near in entries if (base := catalogue.base_id(near.entry))))

@@ -140,7 +140,7 @@ def base_id(entry: Entry) -> str | None:
 
 
 def base_words(entry: Entry) -> str | None:
-    """Describes the base model that the entry needs, if any. For a delta, the text warns against using Vicuna."""
+    """Describes the base model that the entry needs, if any. A delta needs raw LLaMA, so the text rules out Vicuna."""
     id = base_id(entry)
     if entry["format"] == "delta":
         return f"the raw LLaMA-1 {entry['size'].upper()} in Hugging Face format (e.g. {id}; not Vicuna)"
@@ -160,7 +160,7 @@ def licence(entry: Entry) -> str:
     return ": ".join([f"{_NO_DETAILS}, {start['base_llm']}", *list(notes)[:1]])
 
 
-_NO_DETAILS = "base LLM licence"  # placeholder note without details
+_NO_DETAILS = "base LLM licence"  # `license_note` of entries that do not specify the licence
 
 
 def _model(entry: Entry) -> str:

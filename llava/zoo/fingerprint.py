@@ -26,7 +26,7 @@ class Fact(NamedTuple):
 
 
 Fingerprint = dict[str, Fact]  # name of the fact -> fact
-# Our format name -> the catalogue's format name, where they differ
+# format name in FORMATS -> name of the same format in zoo.json, where the two names differ
 ZOO_FORMATS = {"llava": "merged", "mpt": "merged", "llava-hf": "hf-reexport"}
 SIZES = ("layers", "width", "key/value heads", "vocabulary", "image size", "rank")
 
@@ -57,7 +57,7 @@ def _shapes(files: CheckpointFiles, format: str) -> Shapes:
 
 
 def _without_prefixes(names: Iterable[str]) -> dict[str, str]:
-    """Maps names in the llava key table to names in a projector or LoRA file."""
+    """Maps each name as in a merged LLaVA checkpoint to the prefixed name in a projector or LoRA file."""
     known = ((name, re.search(r"mm_projector\..+|embed_tokens\.weight", name)) for name in names)
     return {f"model.{match[0]}": name for name, match in known if match}
 

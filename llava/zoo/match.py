@@ -87,7 +87,7 @@ def _compare(found: Fingerprint, entry: Entry) -> Match:
 
 
 def _equal(name: str, value: Any, wanted: Any) -> bool | None:
-    """Compares two values. Returns None if inconclusive, e.g. for a base recorded as the path of an unknown folder."""
+    """Returns whether two values agree, or None if undecidable, e.g. if a base is recorded as an unknown local path."""
     if name == "base":
         known = comparable_name(str(value))
         # a mismatch is conclusive only for a known base or a hub id, not for a local path
@@ -147,7 +147,7 @@ def _pixels(entry: Entry) -> int:
 
 
 def _own(entry: Entry) -> dict[str, Any]:
-    """Returns additional facts about an entry in one of the original formats."""
+    """Returns the remaining facts recorded in an entry that is not a Hugging Face re-export."""
     rows: dict[str, Any] = {"image size": _pixels(entry)}
     if "image_aspect_ratio" in entry:
         aspect = entry["image_aspect_ratio"]
