@@ -58,9 +58,9 @@ def choose_template(
     projector: ProjectorConfig | None,
     tokenizer: Tokenizer | None,
 ) -> TemplateChoice:
-    """Chooses the conversation template by the first rule that matches.
+    """Chooses the conversation template using the first matching rule.
 
-    config: contents of the config.json of a published LLaVA checkpoint or of one in the native format.
+    config: parsed config.json of a LLaVA checkpoint, in the published or the native format.
     A repository id recorded in `config` is used only if the other rules do not match. The folder name is not used.
     """
     if VERSION_KEY in config:

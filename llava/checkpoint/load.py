@@ -84,7 +84,7 @@ def _pool_key(tensor: LazyTensor) -> _PoolKey | None:
 
 
 def _separate_loras(model: Llava, tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Replaces each `WithLora` tensor by its base and LoRA tensors, and its layer in the model by a `LoraLinear`."""
+    """Replaces each `WithLora` tensor with its base and LoRA tensors, and its layer in the model with `LoraLinear`."""
     separate = dict(tensors)
     for name, tensor in tensors.items():
         if not isinstance(tensor, WithLora):

@@ -76,7 +76,7 @@ class Folder:
             hint = _hint(name, first, "the folder contains entries such as")
             raise DataError(f"{name}: no such picture in {self.root}; {hint}") from None
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); expected a picture file") from None
+            raise DataError(f"{path}: cannot be read ({error.strerror}); expected an image file") from None
 
 
 class _Member(NamedTuple):

@@ -82,7 +82,7 @@ class Samples(Sequence[Sample]):
         return self._pictures is not None
 
     def picture(self, name: str) -> bytes:
-        """Returns the bytes of a picture file. Raises DataError."""
+        """Returns the bytes of an image file. Raises DataError."""
         if self._pictures is None:
             raise DataError(f"{name}: no location given for the pictures; specify a folder, a .zip or a .tar")
         return self._pictures.read(name)

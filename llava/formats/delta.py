@@ -67,10 +67,10 @@ def write_delta(
     file_type: FileType = "bin",
     progress: Progress = no_progress,
 ) -> None:
-    """Streams model - base to disk in float16; tensors and rows absent from the base are written in full.
+    """Streams `model` - `base` to disk in float16; tensors and rows absent from the base are written in full.
 
     Both checkpoints must be opened without vision. `model` must be in the llava format; its config and tokenizer are
-    copied. Applying the delta restores the model, except for rounding of the differences. Raises CheckpointError.
+    copied. Applying the delta restores the model up to float16 rounding of the differences. Raises CheckpointError.
     """
     if model.format != "llava":
         raise CheckpointError(f"{model.path}: has format {model.format}; a delta requires the llava format")

@@ -134,9 +134,10 @@ def llava_config(config: LlavaConfig, tokenizer: Tokenizer | None, vision_tower:
 def tower_name(checkpoint: Checkpoint, target: Path, *, separate: bool = False) -> str | None:
     """Returns `mm_vision_tower` for a checkpoint written to `target`, or None for a model without vision.
 
-    If the checkpoint does not contain its tower, the recorded name is kept. If it does, readers need only the tower's
-    config, so the value is a published CLIP model of the same size or, failing that, the folder of `write_own_tower`.
-    separate: true if no shards are written; the value is then always that folder, because it contains the weights.
+    If the checkpoint does not include the tower's weights, returns the recorded name. Otherwise, the shards contain the
+    weights and readers need only the tower's config, so returns the hub id of a published CLIP model of the same size,
+    or the path of the folder written by `write_own_tower` if there is none.
+    separate: true if no shards are written; readers then need the weights too, so always returns the folder's path.
     """
     if checkpoint.config.vision is None:
         return None
