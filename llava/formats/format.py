@@ -52,7 +52,7 @@ class TemplateChoice(NamedTuple):
 
 
 class Resolved(NamedTuple):
-    """The tensors of a checkpoint under our names."""
+    """A checkpoint's tensors, keyed by our names."""
 
     tensors: dict[str, LazyTensor]
     dropped: tuple[str, ...] = ()  # on-disk names of tensors that the format defines but LLaVA does not need

@@ -27,7 +27,7 @@ from llava.tensors.files import parsing, read_json_if_present
 from llava.tensors.keymap import Rule, prefixed
 from llava.tensors.lazy import LazyTensor
 
-VISION = (  # on disk, these names have the same prefix as the language model's layers
+VISION = (  # without the prefix, such as "model.", that a format adds with `prefixed`
     Rule("mm_projector.*.weight", "projector.*.weight"),  # an MLP
     Rule("mm_projector.*.bias", "projector.*.bias"),
     Rule("mm_projector.weight", "projector.0.weight"),  # linear

@@ -61,7 +61,10 @@ class Native(Format):
         return {VERSION_KEY: VERSION, **checkpoint.config.to_dict()}
 
     def write_extra(self, source: Checkpoint, folder: Path) -> None:
-        """Copies the tokenizer. If tokenizer.json is in use, omits tokenizer.model, because loading would prefer it."""
+        """Copies the tokenizer files.
+
+        If the model uses tokenizer.json, omits tokenizer.model, which would otherwise take precedence on load.
+        """
         copy_tokenizer(source.tokenizer_folder, folder, source.new_tokens)
         if isinstance(source.tokenizer, JsonTokenizer):
             (folder / "tokenizer.model").unlink(missing_ok=True)

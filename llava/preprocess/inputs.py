@@ -59,7 +59,7 @@ class Preprocessor:
     ) -> ModelInput:
         """Prepares a conversation, or a raw prompt with one entry of `images` for each image placeholder.
 
-        Raises PromptError if messages, placeholders, template or length are invalid, and ImageError for invalid images.
+        Raises PromptError if the messages, placeholders, template or length is invalid, ImageError for invalid images.
         """
         stop = None
         if isinstance(messages, str):

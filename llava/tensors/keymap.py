@@ -86,7 +86,7 @@ def target_of(name: str, rules: Iterable[Rule]) -> Target | None:
 
 
 def disk_names(ours: str, rules: Iterable[Rule]) -> list[str]:
-    """Applies the table in reverse: returns the names on disk of one of our tensors, in row order.
+    """Applies `rules` in reverse: returns the on-disk names of the tensor that we call `ours`, in row order.
 
     Raises KeyError if no rule matches.
     """
@@ -97,7 +97,7 @@ def disk_names(ours: str, rules: Iterable[Rule]) -> list[str]:
 
 
 def from_files(weights: Weights, names: tuple[str, ...]) -> LazyTensor:
-    """Returns the named tensor. If there are several names, concatenates their tensors along the rows."""
+    """Returns the named tensor, or the concatenation of the named tensors along dim 0 if there are several."""
     parts = [FromFile(weights, name) for name in names]
     return parts[0] if len(parts) == 1 else Concat(parts)
 

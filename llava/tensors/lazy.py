@@ -19,7 +19,10 @@ CHUNK_BYTES = 64 * 2**20  # chunk size for tensors whose rows must be assembled 
 
 
 class LazyTensor(ABC):
-    """A tensor read on demand. Sums may be read in a wider type than `dtype`, so that they are rounded only once."""
+    """A tensor read on demand.
+
+    Sums (`AddDelta`, `WithLora`) may return values in a wider dtype than `dtype`, to avoid rounding twice.
+    """
 
     names: tuple[str, ...]  # names on disk
 
