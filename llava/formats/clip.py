@@ -195,7 +195,7 @@ def published_id(sizes: Mapping[str, Any]) -> str | None:
 
 
 def tower_of_projector(in_dim: int, depth: int) -> str | None:
-    """Returns the hub id of the CLIP tower used by published projectors with `depth` layers, or None if it is unknown."""
+    """Returns the hub id of the CLIP tower used by published projectors with `depth` layers, or None if unknown."""
     if in_dim != _CLIP_L["hidden_size"]:
         return None
     return "openai/clip-vit-large-patch14" if depth == 1 else "openai/clip-vit-large-patch14-336"
