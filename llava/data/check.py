@@ -20,7 +20,7 @@ from llava.data.findings import Finding, Fixed, Report, TokenFigures
 from llava.data.measure import Measure
 from llava.data.records import is_array
 from llava.data.repair import Fault
-from llava.data.samples import WORKERS_START, Sample, Samples
+from llava.data.samples import WORKERS_START, Sample, Samples, starting_workers
 from llava.errors import DataError
 from llava.tensors.atomic import replacing
 
@@ -183,7 +183,9 @@ def _map_chunks(examiner: Examiner, chunks: list[range], workers: int) -> Iterat
     context = multiprocessing.get_context(WORKERS_START)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(examiner,))
     try:
-        yield from pool.map(_examine, chunks)
+        with starting_workers():
+            found = pool.map(_examine, chunks)
+        yield from found
     except BrokenProcessPool:
         raise DataError(
             "a worker process was killed, possibly because memory ran out; if so, reduce --workers"

@@ -4,9 +4,11 @@ As Python objects, 665,000 samples would take up several GB in every worker. Ins
 buffer with an array of offsets, which forked workers share. A sample is parsed when it is accessed.
 """
 
+import gc
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,20 @@ from llava.preprocess.conversation import Turn
 # no GPU, so forking is safe even from a parent with several threads, although Python 3.12 issues a DeprecationWarning.
 WORKERS_START = "fork" if sys.platform == "linux" else "spawn"
 ROLES = {"human": "user", "gpt": "assistant"}
+
+
+@contextmanager
+def starting_workers() -> Iterator[None]:
+    """Hides the parent's objects from the garbage collector of workers that are forked inside.
+
+    If a worker collected the process group of an earlier training run, it would wait forever for threads that exist
+    only in the parent.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader
 
-from llava.data.samples import WORKERS_START
+from llava.data.samples import WORKERS_START, starting_workers
 from llava.errors import ConfigError, DataError, LlavaError
 from llava.formats.format import Checkpoint
 from llava.train import optim
@@ -196,18 +196,18 @@ def _train_steps(run: Run, as_json: bool) -> None:
 
 def _loader(run: Run) -> Iterator[Batch]:
     num_workers = run.recipe.num_workers
-    return iter(
-        DataLoader(
-            run.dataset,
-            batch_size=None,
-            sampler=run.dataset.indices_from(run.state.step),
-            num_workers=num_workers,
-            multiprocessing_context=WORKERS_START if num_workers else None,
-            worker_init_fn=init_worker,
-            prefetch_factor=4 if num_workers else None,
-            pin_memory=run.world.device.type == "cuda",
-        )
+    loader = DataLoader(
+        run.dataset,
+        batch_size=None,
+        sampler=run.dataset.indices_from(run.state.step),
+        num_workers=num_workers,
+        multiprocessing_context=WORKERS_START if num_workers else None,
+        worker_init_fn=init_worker,
+        prefetch_factor=4 if num_workers else None,
+        pin_memory=run.world.device.type == "cuda",
     )
+    with starting_workers():
+        return iter(loader)
 
 
 def _train_step(run: Run, batches: list[Batch]) -> dict[str, float]:

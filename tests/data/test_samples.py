@@ -1,7 +1,9 @@
 """Samples: lengths, several files, tars, worker processes, and malformed samples."""
 
+import gc
 import json
 import multiprocessing
+import os
 import pickle
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llava.data.samples import Samples
+from llava.data.samples import Samples, starting_workers
 from llava.errors import DataError
 from tests.data.published import (
     GOOD,
@@ -143,3 +145,28 @@ def test_a_wrong_location_of_pictures_is_refused(tmp_path: Path) -> None:
         Samples([write_folder(tmp_path / "c", {"a.json": b"[]"})], None)
     with pytest.raises(DataError, match="no location given for the pictures"):
         Samples([write_json(tmp_path / "d.json", LCS)], None).picture("a.jpg")
+
+
+def test_a_worker_does_not_collect_the_garbage_of_its_parent() -> None:
+    """As the process group of an earlier run, which hangs the worker that collects it."""
+
+    class Group:
+        def __del__(self) -> None:
+            if os.getpid() != parent:
+                os._exit(3)
+
+    parent = os.getpid()
+    gc.disable()
+    try:
+        group = Group()
+        group.cycle = group  # type: ignore[attr-defined]
+        del group
+        with starting_workers():
+            if (worker := os.fork()) == 0:
+                gc.collect()
+                os._exit(0)
+        _, status = os.waitpid(worker, 0)
+    finally:
+        gc.enable()
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert gc.get_freeze_count() == 0
