@@ -212,7 +212,7 @@ def test_only_the_named_file_of_a_repository_is_downloaded(
     assert found.path.name == "old.bin"
     assert "has no file other.bin" in refused("someone/projectors#other.bin", base=base)
     shutil.rmtree(cached)
-    assert "cannot be fetched" in refused("someone/projectors#old.bin", base=base)
+    assert "cannot be downloaded" in refused("someone/projectors#old.bin", base=base)
 
 
 @pytest.mark.parametrize("shape", [(), (64,), (64, 8, 8)])

@@ -20,7 +20,7 @@ HOLDER = """if True:
     folder = Path(sys.argv[1])
     with locked(folder, folder / ".lock", ConfigError("busy")):
         worker = os.fork() == 0
-        print("worker" if worker else "main", flush=True)  # by now, the worker has closed its copy of the lock
+        os.write(1, b"worker\\n" if worker else b"main\\n")  # by now, the worker has closed its copy of the lock
         time.sleep(60)"""
 BUSY = ConfigError("another process is writing here")
 
