@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from report import OURS, PEER
+from shapes import hub_sizes
 from timing import Target
 from torch import Tensor
 
@@ -52,12 +53,7 @@ def peer_configs(config: LlavaConfig) -> tuple[Any, Any]:
 
     sizes = config.decoder
     llama = LlamaConfig(
-        hidden_size=sizes.dim,
-        intermediate_size=sizes.mlp_dim,
-        num_hidden_layers=sizes.n_layers,
-        num_attention_heads=sizes.n_heads,
-        num_key_value_heads=sizes.n_kv_heads,
-        vocab_size=sizes.vocab_size,
+        **hub_sizes(sizes),
         max_position_embeddings=sizes.max_seq,
         rms_norm_eps=sizes.eps,
         tie_word_embeddings=False,

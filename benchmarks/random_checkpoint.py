@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from peers import clip_settings
-from shapes import Noise, clip_config, llava_config
+from shapes import Noise, clip_config, hub_sizes, llava_config
 from timing import Target
 
 from llava.formats.clip import RULES as CLIP
@@ -33,14 +33,8 @@ def write_llava(folder: Path, size: str, layers: int | None) -> Path:
     clip.mkdir()
     tensors = {name: shape for name, shape in shapes(config).items() if not name.startswith("vision.")}
     write_shards(llava, [item for name, shape in tensors.items() for item in items(name, shape, LLAVA, noise)])
-    sizes = config.decoder
     settings = tiny.llava_config(
-        hidden_size=sizes.dim,
-        intermediate_size=sizes.mlp_dim,
-        num_hidden_layers=sizes.n_layers,
-        num_attention_heads=sizes.n_heads,
-        num_key_value_heads=sizes.n_kv_heads,
-        vocab_size=sizes.vocab_size,
+        **hub_sizes(config.decoder),
         mm_hidden_size=config.vision.dim,
         mm_vision_tower=str(clip),
         torch_dtype="bfloat16",

@@ -113,3 +113,15 @@ class IdsAsWords:
 
     def id_of(self, text: str) -> int | None:
         return None
+
+
+def hub_sizes(decoder: DecoderConfig) -> dict[str, int]:
+    """The sizes of a decoder as keys of a Llama's config.json."""
+    return {
+        "hidden_size": decoder.dim,
+        "intermediate_size": decoder.mlp_dim,
+        "num_hidden_layers": decoder.n_layers,
+        "num_attention_heads": decoder.n_heads,
+        "num_key_value_heads": decoder.n_kv_heads,
+        "vocab_size": decoder.vocab_size,
+    }

@@ -311,7 +311,7 @@ BY_SUBGROUP = {
 
 @lru_cache(maxsize=4096)
 def kind_of(entry: Entry) -> Kind | None:
-    """The narrowest kind that contains the thing. In KINDS, narrow kinds come before wider ones."""
+    """Returns the most specific kind of the thing; KINDS lists specific kinds before general ones."""
     order = ("bird", "insect", "animal", "fruit", "vegetable", "flower", "tree", "plant", "food", *KINDS)
     return next((KINDS[one] for one in order if KINDS[one].holds(entry)), None)
 

@@ -4,6 +4,7 @@ To add a format, write one module with a subclass of `Format` and add one line t
 attributes declare the capabilities of the format; tests/formats/test_contract.py verifies each of them.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,7 @@ class WriteJob(NamedTuple):
     progress: Progress
 
 
-class Format:
+class Format(ABC):
     """Base class of the on-disk formats, for both reading and writing."""
 
     name: ClassVar[str]
@@ -127,9 +128,9 @@ class Format:
 
     # ------------------------------------------------------------------------------------------------- reading
 
+    @abstractmethod
     def rules(self, config: LlavaConfig | None = None) -> tuple[Rule, ...]:
         """Returns the key table for writing a model with this config, or the table for reading if `config` is None."""
-        raise NotImplementedError
 
     def detect(self, files: CheckpointFiles) -> list[str]:
         """Returns the evidence that `files` have this format, strongest first; [] if there is none."""

@@ -94,7 +94,7 @@ def download(words: list[str]) -> str:
 
 def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """Runs a command, which must succeed, and returns its stdout."""
-    if words[:3] == ["llava", "zoo", "check"]:  # rows are told apart by size, so this writes full-size headers
+    if words[:3] == ["llava", "zoo", "check"]:  # entries differ in size, so this writes full-size headers
         rows.write_headers(Path("full-size", words[3]), ROWS[words[3]])
         words = [*words[:3], f"full-size/{words[3]}"]
     if words[0] == "hf":
