@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llava.tensors.files import open_weights
+from llava.tensors.shards import open_weights
 
 DOOR = [sys.executable, "-m", "llava.model.apply_delta"]
 

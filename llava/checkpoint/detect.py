@@ -3,6 +3,7 @@
 Each result includes the evidence for it.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,15 @@ from llava.formats.llama import is_mistral
 from llava.formats.native import VERSION_KEY
 from llava.formats.projector import read_single_file
 from llava.preprocess.tokenizer import Tokenizer
-from llava.tensors.files import PROJECTOR_FILE, numbered_shards, open_weights, parsing, read_json_if_present
+from llava.tensors.files import PROJECTOR_FILE, parsing, read_json_if_present
 from llava.tensors.hub import locate, locate_file
+from llava.tensors.shards import numbered_shards, open_weights, weight_files
+
+log = logging.getLogger(__name__)
 
 UNKNOWN = "unknown"
+_PARTS = ("adapter_config.json", PROJECTOR_FILE)  # files of which either makes a folder loadable without weights
+_LOADABLE = ("config.json", *_PARTS)
 _EXPORTS = {"*.gguf": "llama.cpp", MODEL_FILE: "gpt-fast"}  # export-only files -> programs that load them
 
 
@@ -30,16 +36,55 @@ def read_files(source: str | Path, revision: str | None = None) -> CheckpointFil
     folder = locate(source, revision=revision)
     if not any(folder.iterdir()):
         raise CheckpointError(f"{folder}: is empty; expected config.json, weights and tokenizer files")
-    known = ("config.json", "adapter_config.json", PROJECTOR_FILE)
-    if not any((folder / name).is_file() for name in known) and not numbered_shards(folder):
-        for pattern, reader in _EXPORTS.items():
-            if file := next(folder.glob(pattern), None):
-                raise CheckpointError(
-                    f"{file}: is an export for {reader} and cannot be loaded by llava; use the checkpoint that it "
-                    "was converted from"
-                )
-        raise CheckpointError(f"{folder / 'config.json'}: is missing; the checkpoint is incomplete")
+    if not any((folder / name).is_file() for name in _PARTS):
+        if saved := _trainer_checkpoint(folder):
+            return read_files(saved)
+        if not (folder / "config.json").is_file() and not numbered_shards(folder):
+            raise _incomplete(folder)
     return CheckpointFiles(folder, read_json_if_present(folder / "config.json"), open_weights(folder))
+
+
+def _trainer_checkpoint(folder: Path) -> Path | None:
+    """Returns the only `checkpoint-N` in the output folder of a trainer, or None if `folder` itself has weights.
+
+    Raises CheckpointError if there are several: only the user knows which one is the best.
+    """
+    numbered = (path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit())
+    loadable = (path for path in numbered if any((path / name).is_file() for name in _LOADABLE))
+    saved = sorted(loadable, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    if not saved or weight_files(folder):
+        return None
+    names = ", ".join(path.name for path in saved[:5]) + (", …" if len(saved) > 5 else "")
+    if len(saved) > 1:
+        raise CheckpointError(
+            f"{folder}: has no weights of its own; it is the output folder of a training run, with {names}; pass the "
+            f"one to use, such as {saved[-1]}"
+        )
+    log.warning("%s: has no weights of its own; %s in it is loaded", folder, names)
+    return saved[0]
+
+
+def _incomplete(folder: Path) -> CheckpointError:
+    for pattern, reader in _EXPORTS.items():
+        if file := next(folder.glob(pattern), None):
+            return CheckpointError(
+                f"{file}: is an export for {reader} and cannot be loaded by llava; use the checkpoint that it "
+                "was converted from"
+            )
+    return CheckpointError(f"{folder / 'config.json'}: is missing; the checkpoint is incomplete")
+
+
+def no_weights(folder: Path) -> CheckpointError:
+    """Returns the error to raise for a folder without weights that can be read. Names what it contains instead."""
+    found = weight_files(folder)
+    expected = "expected model*.safetensors or pytorch_model*.bin"
+    if any(name.startswith("global_step") for name in found):
+        return CheckpointError(
+            f"{folder}: contains only the training state of DeepSpeed ({', '.join(found[:3])}); {expected}; run the "
+            "zero_to_fp32.py that DeepSpeed put into the folder"
+        )
+    contains = f", but contains {', '.join(found[:5])}" if found else ""
+    return CheckpointError(f"{folder}: has no weights{contains}; {expected}")
 
 
 def detect(files: CheckpointFiles) -> Detection:

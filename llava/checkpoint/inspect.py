@@ -17,8 +17,9 @@ from llava.formats.base_model import recorded_names
 from llava.formats.format import TEMPLATE_KEY, Checkpoint, CheckpointFiles, Detection, Shapes, shapes_of
 from llava.formats.tokenizer import has_tokenizer, load_tokenizer
 from llava.model.llava import shapes
-from llava.tensors.files import ADAPTER_FILES, NON_LORA_FILE, PROJECTOR_FILE, Weights, open_weights
+from llava.tensors.files import ADAPTER_FILES, NON_LORA_FILE, PROJECTOR_FILE, Weights
 from llava.tensors.hub import locate, locate_file
+from llava.tensors.shards import open_weights
 from llava.zoo import catalogue
 from llava.zoo.bases import advice, needed_base
 from llava.zoo.match import licence_of_base, match

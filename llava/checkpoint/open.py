@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llava.checkpoint.detect import choose_template, detect, read_files
+from llava.checkpoint.detect import UNKNOWN, choose_template, detect, no_weights, read_files
 from llava.config import LoadOptions
 from llava.errors import CheckpointError, ConfigError
 from llava.formats import FORMATS, clip
@@ -55,6 +55,8 @@ def _with_absolute_tower(options: LoadOptions) -> LoadOptions:
 
 
 def _unsupported(files: CheckpointFiles, detection: Detection) -> CheckpointError:
+    if detection.format == UNKNOWN and not files.weights:
+        return no_weights(files.path)
     why = f"{files.path}: has format {detection.format} ({detection.evidence[0]}), which"
     if detection.format == "clip":
         return CheckpointError(f"{why} is only a vision tower; load a LLaVA model and set vision_tower= to this folder")
@@ -119,7 +121,7 @@ def resolve_tensors(
     Raises CheckpointError if there are no weights, or if there are unknown tensors and `options.force` is false.
     """
     if not format.needs_base and not files.weights:
-        raise CheckpointError(f"{files.path}: has no weights; expected model*.safetensors or pytorch_model*.bin")
+        raise no_weights(files.path)
     resolved = format.resolve(files, base, tokenizer)
     if resolved.unknown and not options.force:
         raise clip.unknown_tensors(resolved.unknown)

@@ -13,10 +13,11 @@ from llava.config import ImageConfig, LlavaConfig, VisionConfig
 from llava.errors import CheckpointError, ConfigError
 from llava.formats.format import CheckpointFiles, Format, Shapes, one_of, resolved_by, section, to_disk
 from llava.tensors.atomic import new_folder
-from llava.tensors.files import open_weights, read_json, read_json_if_present
+from llava.tensors.files import read_json, read_json_if_present
 from llava.tensors.hub import locate
 from llava.tensors.keymap import Rule, plan, prefixed
 from llava.tensors.lazy import InMemory, LazyTensor
+from llava.tensors.shards import open_weights
 from llava.tensors.writer import write_json, write_shards
 
 log = logging.getLogger(__name__)

@@ -20,8 +20,6 @@ from llava.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 # File names that Hugging Face, PEFT and LLaVA use; where several are listed, the first one found is read.
-INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 NON_LORA_FILE = "non_lora_trainables.bin"  # fully fine-tuned weights that accompany a LoRA adapter in LLaVA
 PROJECTOR_FILE = "mm_projector.bin"
@@ -37,6 +35,8 @@ _DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}  # as spelled in safetensors files
 
@@ -126,61 +126,9 @@ class Weights(Mapping[str, Tensor]):
         return len(self.headers)
 
 
-def open_weights(folder: Path) -> Weights:
-    """Opens the weights in a folder: safetensors if present, else `.bin`, else Meta's shards.
-
-    An index takes precedence over a single file. Returns an empty mapping if the folder contains no weights. Raises
-    CheckpointError if a shard is missing or damaged, or does not match the index.
-    """
-    for index, single in zip(INDEX_FILES, SINGLE_FILES, strict=True):
-        if (folder / index).is_file():
-            return _open_shards(folder, folder / index)
-        if (folder / single).is_file():
-            return Weights([folder / single])
-    return Weights(numbered_shards(folder), separate=True)
-
-
-def numbered_shards(folder: Path) -> list[Path]:
-    """Returns Meta's shards (`consolidated.00.pth`, …). Raises CheckpointError if the numbering has a gap."""
-    files = sorted(folder.glob("consolidated.[0-9][0-9].pth"))
-    for i, file in enumerate(files):
-        if file.name != (name := f"consolidated.{i:02}.pth"):
-            raise CheckpointError(f"{folder / name}: is missing, but {file.name} is present; download the missing file")
-    return files
-
-
-def weight_map(index: Path) -> dict[str, str]:
-    """Returns an index file's map from tensor name to shard name. Raises CheckpointError if the file is invalid."""
-    table = read_json(index).get("weight_map")
-    if not isinstance(table, dict) or not table:
-        raise CheckpointError(f"{index}: weight_map is missing or invalid; download the file again")
-    for tensor, name in table.items():
-        if not isinstance(name, str) or not name.endswith((".safetensors", ".bin")) or Path(name).name != name:
-            raise CheckpointError(
-                f"{index}: {tensor} is mapped to {name!r}; expected a .safetensors or .bin file in the same folder"
-            )
-    return table
-
-
-def _open_shards(folder: Path, index: Path) -> Weights:
-    table = weight_map(index)
-    files = {name: folder / name for name in sorted(set(table.values()))}
-    for name, file in files.items():
-        if not file.is_file():
-            n = sum(value == name for value in table.values())
-            raise CheckpointError(f"{file}: is missing; download it ({index.name} maps {n} tensor(s) to this shard)")
-    weights = Weights(files.values())
-    for tensor, name in table.items():
-        header = weights.headers.get(tensor)
-        if header is None or header.file != files[name]:
-            where = f"the tensor is in {header.file.name}" if header else "no shard contains this tensor"
-            raise CheckpointError(
-                f"{index}: maps {tensor} to {name}, but {where}; index and shards do not match: download them all again"
-            )
-    return weights
-
-
 def _open(file: Path) -> tuple[Any, dict[str, TensorHeader]]:
+    if _is_lfs_pointer(file):
+        raise CheckpointError(f"{file}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
     return _open_safetensors(file) if file.suffix == ".safetensors" else _open_bin(file)
 
 
@@ -197,6 +145,15 @@ def _open_safetensors(file: Path) -> tuple[Any, dict[str, TensorHeader]]:
             raise CheckpointError(f"{file}: tensor {name} has dtype {part.get_dtype()}, which is not supported")
         headers[name] = TensorHeader(file, dtype, tuple(part.get_shape()))
     return reader, headers
+
+
+def _is_lfs_pointer(file: Path) -> bool:
+    magic = b"version https://git-lfs"
+    try:
+        with file.open("rb") as start:
+            return start.read(len(magic)) == magic
+    except OSError:  # reported when the file is opened
+        return False
 
 
 # Exceptions that torch.load raises for damaged files (MemoryError if a corrupt length exceeds the available memory).

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from llava.errors import CheckpointError
-from llava.tensors.files import ADAPTER_FILES, INDEX_FILES, NON_LORA_FILE, PROJECTOR_FILE, SINGLE_FILES, weight_map
+from llava.tensors.files import ADAPTER_FILES, NON_LORA_FILE, PROJECTOR_FILE
+from llava.tensors.shards import INDEX_FILES, SINGLE_FILES, weight_map
 
 _SMALL_FILES = ("*.json", "tokenizer.model", "*.txt")
 
@@ -80,7 +81,7 @@ def _download(repo: str, revision: str | None, weights: bool, what: str) -> Path
         ]
         single = ([SINGLE_FILES[0]], [SINGLE_FILES[1]], [PROJECTOR_FILE], ["consolidated.*.pth"])
         has_adapter = (folder / "adapter_config.json").is_file()
-        for patterns in [[*ADAPTER_FILES, NON_LORA_FILE]] if has_adapter else sharded[:1] or single:
+        for patterns in [[*ADAPTER_FILES, NON_LORA_FILE]] if has_adapter else [*sharded, *single]:
             folder = fetch(patterns)
             if all((folder / name).exists() for name in patterns):
                 break

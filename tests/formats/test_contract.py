@@ -12,7 +12,7 @@ from llava.config import LoadOptions
 from llava.convert.convert import convert
 from llava.formats import FORMATS
 from llava.formats.format import Checkpoint
-from llava.tensors.files import open_weights
+from llava.tensors.shards import open_weights
 from tests import expected, tiny
 from tests.checkpoints import assert_same, opened, tensors_of
 

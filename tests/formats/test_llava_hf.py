@@ -21,7 +21,7 @@ from llava.errors import CheckpointError
 from llava.formats.chat_template import chat_template
 from llava.formats.llava import Llava
 from llava.preprocess.templates import TEMPLATES
-from llava.tensors.files import open_weights
+from llava.tensors.shards import open_weights
 from tests import tiny
 
 NAMES = ("single", "two_images", "multi_turn", "text_only")
