@@ -42,6 +42,7 @@ def load(
     template: str | None = None,
     revision: str | None = None,
     force: bool = False,
+    ignore_tensors: Sequence[str] | None = None,
     image_mode: Literal["original", "hf"] | None = None,
     exif: bool = False,
     legacy_strip: bool = False,
@@ -64,7 +65,9 @@ def load(
     quantize: must be None; this version does not support quantization.
     template: name of the conversation template to use instead of the checkpoint's own.
     revision: branch, tag or commit on the hub.
-    force: load despite unknown tensors, NaN or Inf values, or a mismatched base.
+    force: load despite NaN or Inf values, or a mismatched base.
+    ignore_tensors: on-disk names, or patterns with *, of tensors to leave out. The model then no longer computes what
+        its files describe.
     image_mode: preprocess images as in the original LLaVA code ("original") or as in transformers ("hf"). None
         selects the mode that the checkpoint was made for.
     exif: rotate images according to their EXIF orientation, which the original LLaVA code ignores.
@@ -86,6 +89,7 @@ def load(
         image_mode=image_mode,
         legacy_strip=legacy_strip,
         force=force,
+        ignore_tensors=tuple(ignore_tensors or ()),
     )
     separate = bool(adapters) or not merge
     checkpoints: dict[str | None, Checkpoint]

@@ -159,6 +159,7 @@ class DecoderConfig:
     alibi_bias_max: float | None = None  # required for mpt: the smallest ALiBi slope is 2^-alibi_bias_max
     clip_qkv: float | None = None  # mpt only: clamp q, k and v to [-clip_qkv, clip_qkv]; None: no clamping
     tied: bool = False  # the head and the embedding table share one weight
+    sliding_window: int | None = None  # llama only (Mistral): number of tokens that a query attends to, itself included
 
     def __post_init__(self) -> None:
         _check(self, "decoder")
@@ -172,8 +173,9 @@ class DecoderConfig:
                 raise ConfigError(
                     f"decoder: {self.kind} {'does not use' if kind != self.kind else 'requires'} {names[0]}"
                 )
-            if kind != self.kind and getattr(self, names[1]) is not None:
-                raise ConfigError(f"decoder: {self.kind} does not use {names[1]}")
+            for name in names[1:]:
+                if kind != self.kind and getattr(self, name) is not None:
+                    raise ConfigError(f"decoder: {self.kind} does not use {name}")
         if self.kind == "llama" and self.head_dim % 2:
             raise ConfigError(f"decoder: head_dim is {self.head_dim}; rotary positions require an even number")
         if self.kind == "mpt" and self.n_kv_heads != self.n_heads:
@@ -188,8 +190,8 @@ class DecoderConfig:
         return self.n_heads * self.head_dim, kv, kv
 
 
-# kind -> required field, optional field
-_POSITIONS = {"llama": ("rope_theta", "rope_scaling"), "mpt": ("alibi_bias_max", "clip_qkv")}
+# kind -> required field, optional fields
+_POSITIONS = {"llama": ("rope_theta", "rope_scaling", "sliding_window"), "mpt": ("alibi_bias_max", "clip_qkv")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,5 +332,6 @@ class LoadOptions:
     revision: str | None = None  # branch, tag or commit of the checkpoint on the hub
     image_mode: ImageMode | None = None  # None: the image mode of the checkpoint
     legacy_strip: bool = False  # strip white space around added tokens, as in the training of LLaVA v0 and v1.1
-    force: bool = False  # ignore unknown tensors, and only warn about NaN, Inf or a mismatched base
+    force: bool = False  # only warn about NaN, Inf or a mismatched base
+    ignore_tensors: tuple[str, ...] = ()  # on-disk names, or patterns with *, of tensors to leave out
     fetch_tower: bool = True  # False: do not download published towers; use their known sizes

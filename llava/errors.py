@@ -17,6 +17,11 @@ class LlavaError(Exception):
 _MAX_LENGTH = 1200  # characters
 
 
+def counted(n: int, noun: str) -> str:
+    """Returns "1 tensor" or "3 tensors"."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 class ConfigError(LlavaError):
     """A size or an option is missing, unknown, invalid or inconsistent with others."""
 

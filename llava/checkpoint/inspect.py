@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llava.checkpoint.detect import UNKNOWN, choose_template, detect, read_files
-from llava.checkpoint.open import open_checkpoint
+from llava.checkpoint.open import check, open_checkpoint, open_unchecked
 from llava.config import LlavaConfig, LoadOptions
 from llava.errors import LlavaError
 from llava.formats import FORMATS
@@ -58,7 +58,7 @@ def describe(source: str | Path, options: LoadOptions | None = None) -> Descript
         return _describe_headers(files, detection)
     if not format.needs_base:
         options = replace(options, base=None)
-    checkpoint, remarks = _open_leniently(files, replace(options, fetch_tower=False, force=True))
+    checkpoint, remarks = _open_leniently(files, replace(options, fetch_tower=False))
     config = checkpoint.config
     # if the vision part could not be resolved, its tensors are among the unused ones
     rest = {} if config.vision else shapes_of(checkpoint.unused)
@@ -133,14 +133,23 @@ def _extra_weights(folder: Path) -> list[Weights]:
 
 
 def _open_leniently(files: CheckpointFiles, options: LoadOptions) -> tuple[Checkpoint, list[str]]:
-    """Opens a checkpoint. If that fails, retries without the vision part and returns the error as a remark."""
+    """Opens a checkpoint and returns the faults that `open_checkpoint` would report as remarks.
+
+    If the vision part cannot be resolved, retries without it.
+    """
     try:
-        return open_checkpoint(files, options), []
+        opened, remarks = open_unchecked(files, options), []
     except LlavaError as error:
+        options = replace(options, vision=False)
         try:
-            return open_checkpoint(files, replace(options, vision=False)), [f"vision tower: {error}"]
+            opened, remarks = open_unchecked(files, options), [f"vision tower: {error}"]
         except LlavaError:
             raise error from None
+    try:
+        check(opened, options)
+    except LlavaError as error:
+        remarks.append(f"cannot be loaded: {error}")
+    return opened.checkpoint, remarks
 
 
 def _is_in_tower_folder(name: str, checkpoint: Checkpoint) -> bool:
@@ -213,6 +222,8 @@ def scan(source: str | Path, *, revision: str | None = None, progress: Callable[
 def _scan_tensor(tensor: Tensor, name: str, found: Scan) -> None:
     if not tensor.numel() or not tensor.is_floating_point():
         return
+    if tensor.itemsize == 1:  # torch has no minimum of 8-bit floats
+        tensor = tensor.float()
     low, high = torch.aminmax(tensor)
     if low.isfinite() and high.isfinite():
         if low == 0 == high:

@@ -3,13 +3,17 @@
 Reads config, headers and tokenizer, but no weights.
 """
 
+import logging
+import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from llava.checkpoint.detect import UNKNOWN, choose_template, detect, no_weights, read_files
-from llava.config import LoadOptions
-from llava.errors import CheckpointError, ConfigError
+from llava.config import LlavaConfig, LoadOptions
+from llava.errors import CheckpointError, ConfigError, counted
 from llava.formats import FORMATS, clip
 from llava.formats.base_model import (
     check_base_format,
@@ -22,30 +26,51 @@ from llava.formats.base_model import (
 )
 from llava.formats.format import Checkpoint, CheckpointFiles, Detection, Format, ReadConfig, Resolved
 from llava.formats.multimodal import projector_in
+from llava.formats.quantized import check_floating, check_not_quantized
 from llava.formats.tokenizer import has_tokenizer, load_tokenizer
 from llava.model.llava import shapes
 from llava.preprocess.tokenizer import Tokenizer
 from llava.tensors.files import parsing
 from llava.tensors.hub import absolute_if_local, locate
 from llava.tensors.keymap import disk_names
-from llava.tensors.lazy import LazyTensor
+from llava.tensors.lazy import LazyTensor, same_values
+
+log = logging.getLogger(__name__)
 
 
 def open_checkpoint(source: str | Path | CheckpointFiles, options: LoadOptions | None = None) -> Checkpoint:
     """Resolves a checkpoint given as a folder, a hub id, or files already read. Raises CheckpointError, ConfigError."""
-    options = _with_absolute_tower(options or LoadOptions())
+    options = options or LoadOptions()
+    opened = open_unchecked(source, options)
+    check(opened, options)
+    return opened.checkpoint
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The result of all stages before `check`."""
+
+    checkpoint: Checkpoint
+    files: CheckpointFiles
+    base: Checkpoint | None
+    resolved: Resolved
+
+
+def open_unchecked(source: str | Path | CheckpointFiles, options: LoadOptions) -> Opened:
+    """Like `open_checkpoint`, but does not check that config, tensors, tokenizer and base belong together."""
+    options = _with_absolute_tower(options)
     files = source if isinstance(source, CheckpointFiles) else read_files(source, options.revision)
     detection = detect(files)
     format = FORMATS.get(detection.format)
     if format is None or not format.reads:
         raise _unsupported(files, detection)
+    check_not_quantized(files)
     base = resolve_base(files, detection, format, options)
     tokenizer = read_tokenizer(files, format, base, options)
     resolved = resolve_tensors(files, format, base, tokenizer.tokenizer, options)
     read = read_config(files, format, base, resolved, options)
     checkpoint = _assemble(files, detection, base, tokenizer, resolved, read, options)
-    check(checkpoint, base, files, resolved, options)
-    return checkpoint
+    return Opened(checkpoint, files, base, resolved)
 
 
 def _with_absolute_tower(options: LoadOptions) -> LoadOptions:
@@ -116,16 +141,38 @@ def read_tokenizer(
 def resolve_tensors(
     files: CheckpointFiles, format: Format, base: Checkpoint | None, tokenizer: Tokenizer, options: LoadOptions
 ) -> Resolved:
-    """Maps our tensor names to their sources in the checkpoint and its base.
+    """Maps our tensor names to their sources in the checkpoint and its base, without `options.ignore_tensors`.
 
-    Raises CheckpointError if there are no weights, or if there are unknown tensors and `options.force` is false.
+    Raises CheckpointError if there are no weights, or if they are quantized.
     """
     if not format.needs_base and not files.weights:
         raise no_weights(files.path)
     resolved = format.resolve(files, base, tokenizer)
-    if resolved.unknown and not options.force:
-        raise clip.unknown_tensors(resolved.unknown)
+    if options.ignore_tensors:
+        resolved = _without(resolved, options.ignore_tensors, files.path)
+    check_floating(resolved.tensors)
     return resolved
+
+
+def _without(resolved: Resolved, patterns: tuple[str, ...], path: Path) -> Resolved:
+    """Leaves out the tensors whose on-disk names match one of `patterns`, and logs a warning that names them."""
+    on_disk = {name: {ours} for ours, tensor in resolved.tensors.items() for name in tensor.names}
+    left_out = {
+        pattern: {name for name in (*on_disk, *resolved.unknown) if fnmatchcase(name, pattern)} for pattern in patterns
+    }
+    if unmatched := [pattern for pattern, names in left_out.items() if not names]:
+        raise ConfigError(f"ignore_tensors: {path} contains no tensor that matches {unmatched[0]!r}")
+    names = sorted(set().union(*left_out.values()))
+    log.warning(
+        "%s: %s ignored as requested: %s; the model no longer computes what its files describe",
+        path, counted(len(names), "tensor"), clip.some(names),
+    )  # fmt: skip
+    ours = set().union(*(on_disk.get(name, set()) for name in names))
+    return resolved._replace(
+        tensors={name: tensor for name, tensor in resolved.tensors.items() if name not in ours},
+        unknown={name: file for name, file in resolved.unknown.items() if name not in names},
+        dropped=(*resolved.dropped, *names),
+    )
 
 
 def read_config(
@@ -134,12 +181,29 @@ def read_config(
     """Reads the model's config, completed with values from the tensors and the base."""
     with parsing(files.config_file if files.config or not base else base.path / "config.json"):
         read = format.read_config(files, resolved.tensors, base, options)
-    config = read.config
+    config = _untied_if_stored(read.config, resolved.tensors)
     if resolved.start_end:
         config = replace(config, start_end=True)
     if base and not has_tokenizer(files.path):
         config = replace(config, eos_ids=config.eos_ids or base.config.eos_ids)
     return read._replace(config=config)
+
+
+def _untied_if_stored(config: LlavaConfig, tensors: Mapping[str, LazyTensor]) -> LlavaConfig:
+    """Returns the config of an untied decoder if the files contain a head that differs from the embedding table.
+
+    Transformers 5 decides in the same way; earlier versions ignore the head.
+    """
+    head, embed = tensors.get("decoder.head.weight"), tensors.get("decoder.embed.weight")
+    if not config.decoder.tied or head is None or embed is None or same_values(head, embed):
+        return config
+    if config.decoder.kind == "mpt":
+        raise CheckpointError(
+            f"{head.where}: differs from the embedding table, which is the head of every MPT model; "
+            f"pass ignore_tensors= (--ignore-tensors {head.names[0]}) to use the table"
+        )
+    log.warning("%s: differs from the embedding table, so it is used, although tie_word_embeddings is true", head.where)
+    return replace(config, decoder=replace(config.decoder, tied=False))
 
 
 def _assemble(
@@ -186,14 +250,19 @@ def _assemble(
 # ------------------------------------------------------------------------------------------------------------ checks
 
 
-def check(
-    checkpoint: Checkpoint, base: Checkpoint | None, files: CheckpointFiles, resolved: Resolved, options: LoadOptions
-) -> None:
+def check(opened: Opened, options: LoadOptions) -> None:
     """Checks that the config, tensors, tokenizer and base belong to the same model. Raises CheckpointError."""
+    checkpoint, resolved = opened.checkpoint, opened.resolved
+    if resolved.unknown:
+        leave_out = "".join(f" --ignore-tensors {shlex.quote(name)}" for name in resolved.unknown)
+        raise CheckpointError(
+            f"{clip.unknown_tensors(resolved.unknown)}; if the model can do without them, leave them out: "
+            f"llava convert {shlex.quote(str(checkpoint.path))} OUT{leave_out}"
+        )
     _check_consistent(checkpoint, len(resolved.tensors))
-    if base:
-        _check_base(checkpoint, base, files, resolved.tensors, options.force)
-    _check_depth(checkpoint, options.force)
+    if opened.base:
+        _check_base(checkpoint, opened.base, opened.files, resolved.tensors, options.force)
+    check_all_used(checkpoint, options)
 
 
 def _check_consistent(checkpoint: Checkpoint, n_found: int) -> None:
@@ -237,30 +306,67 @@ def _sizes(shape: tuple[int, ...] | None) -> str:
     return "none" if shape is None else " x ".join(map(str, shape))
 
 
-def _check_depth(checkpoint: Checkpoint, force: bool) -> None:
-    """Checks that the model uses every decoder tensor in the checkpoint, except the head of a tied decoder."""
-    decoder = checkpoint.config.decoder
+def check_all_used(checkpoint: Checkpoint, options: LoadOptions) -> None:
+    """Checks that the model computes with every tensor that the checkpoint contains. Raises CheckpointError.
+
+    Exceptions are tensors that cannot change the result: the head of a tied decoder (`_untied_if_stored` has compared
+    it), tower layers after the selected one, and the vision part if it was not asked for.
+    """
+    config = checkpoint.config
     for ours, tensor in checkpoint.unused.items():
-        tied_head = decoder.tied and ours == "decoder.head.weight"
-        if ours.startswith("decoder.") and not force and not tied_head:
-            raise CheckpointError(
-                f"{tensor.where}: does not belong to a decoder with {decoder.n_layers} layers; "
-                "config.json and the weights belong to different models"
-            )
+        if ours == "decoder.head.weight" or (ours in checkpoint.unused_tower and _is_late_layer(ours, config)):
+            continue
+        if not ours.startswith("decoder.") and not options.vision:
+            continue
+        if ours == "newline" and config.image and config.image.aspect != "anyres":
+            log.warning(
+                "%s: is not used, because image_aspect_ratio is %s; it belongs to anyres images",
+                tensor.where, config.image.aspect,
+            )  # fmt: skip
+            continue
+        raise CheckpointError(
+            f"{tensor.where}: is not used by the model that config.json describes "
+            f"({_existence_keys(ours, checkpoint)}); config.json and the weights belong to different models"
+        )
+
+
+def _is_late_layer(ours: str, config: LlavaConfig) -> bool:
+    """Whether a tower tensor belongs to the layers after the one whose features LLaVA uses."""
+    assert config.vision
+    block = re.match(r"vision\.blocks\.(\d+)\.", ours)
+    return ours.startswith("vision.post_norm.") or (
+        block is not None and config.vision.n_blocks <= int(block[1]) < config.vision.n_layers
+    )
 
 
 def check_headers(checkpoint: Checkpoint) -> None:
     """Checks that every tensor exists and has the shape that the config requires. Raises CheckpointError."""
     if checkpoint.missing:
-        n, first = len(checkpoint.missing), checkpoint.missing[0]
+        first = checkpoint.missing[0]
         names = disk_names(first, (*FORMATS[checkpoint.format].rules(checkpoint.config), *clip.RULES))
         raise CheckpointError(
-            f"{checkpoint.path}: {n} tensors are missing (the first is {names[0]}); download the checkpoint again"
+            f"{checkpoint.path}: lacks {counted(len(checkpoint.missing), 'tensor')} (the first is {names[0]}), which "
+            f"config.json requires ({_existence_keys(first, checkpoint)}); correct the config if the model has no such "
+            "tensor, or download the files again if one is missing"
         )
     expected = shapes(checkpoint.config)
     for name, tensor in checkpoint.tensors.items():
         if tensor.shape != expected[name]:
             raise CheckpointError(
-                f"{tensor.where}: has shape {list(tensor.shape)}, but the config requires {list(expected[name])}; "
-                "config.json and the weights belong to different models"
+                f"{tensor.where}: has shape {list(tensor.shape)}, but the config requires {list(expected[name])} "
+                f"({_shape_keys(name, checkpoint)}); config.json and the weights belong to different models"
             )
+
+
+def _existence_keys(ours: str, checkpoint: Checkpoint) -> str:
+    return _with_values(FORMATS[checkpoint.format].keys_of(ours).existence, checkpoint)
+
+
+def _shape_keys(ours: str, checkpoint: Checkpoint) -> str:
+    return _with_values(FORMATS[checkpoint.format].keys_of(ours).shape, checkpoint)
+
+
+def _with_values(keys: str, checkpoint: Checkpoint) -> str:
+    """Returns the keys with the values that they have in config.json."""
+    config = checkpoint.source_config
+    return ", ".join(f"{key} = {config[key]!r:.40}" if key in config else key for key in keys.split())

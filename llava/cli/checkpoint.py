@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llava.cli.app import app, progress_bar
-from llava.cli.options import AsJson, Base, Checkpoint, Force, Revision, VisionTower
+from llava.cli.options import AsJson, Base, Checkpoint, Force, IgnoreTensors, Revision, VisionTower
 
 if TYPE_CHECKING:
     from llava.checkpoint.inspect import Description, Scan
@@ -59,6 +59,7 @@ def convert(
     vision_tower: VisionTower = None,
     revision: Revision = None,
     force: Force = False,
+    ignore_tensors: IgnoreTensors = None,
 ) -> None:
     """Write a checkpoint in another format."""
     from llava.config import LoadOptions
@@ -66,7 +67,14 @@ def convert(
 
     started = time.perf_counter()
     with progress_bar("convert") as progress:
-        options = LoadOptions(base=base, vision_tower=vision_tower, vision=vision, revision=revision, force=force)
+        options = LoadOptions(
+            base=base,
+            vision_tower=vision_tower,
+            vision=vision,
+            revision=revision,
+            force=force,
+            ignore_tensors=tuple(ignore_tensors or ()),
+        )
         source = job.convert(checkpoint, out, options, to=to, verify=verify, check=check, progress=progress)
     verified = ", verified bit by bit" if verify else ""
     print(f"{out}: {len(source.tensors)} tensors as {to} in {time.perf_counter() - started:.1f} s{verified}")

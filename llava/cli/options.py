@@ -26,7 +26,13 @@ DType = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or 
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N")]
 Quantize = Annotated[str | None, typer.Option("--quantize", help="not supported by this version")]
 Revision = Annotated[str | None, typer.Option("--revision", help="branch, tag or commit on the hub")]
-Force = Annotated[bool, typer.Option("--force", help="continue despite unknown tensors, NaN, Inf or a mismatched base")]
+Force = Annotated[bool, typer.Option("--force", help="continue despite NaN, Inf or a mismatched base")]
+IgnoreTensors = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ignore-tensors", metavar="NAME", help="leave out tensors, by on-disk name or pattern with *; repeatable"
+    ),
+]
 ImageMode = Annotated[str | None, typer.Option("--image-mode", help="image preprocessing: original or hf")]
 Exif = Annotated[bool, typer.Option("--exif", help="rotate images according to their EXIF orientation")]
 LegacyStrip = Annotated[
@@ -62,6 +68,7 @@ class ModelOptions:
     quantize: Quantize = None
     revision: Revision = None
     force: Force = False
+    ignore_tensors: IgnoreTensors = None
     image_mode: ImageMode = None
     exif: Exif = False
     legacy_strip: LegacyStrip = False

@@ -32,8 +32,8 @@ def convert(
     """Converts `source` to the format `to` and streams it into the folder `target`, which must be absent or empty.
 
     verify: read all tensors back and compare them bit by bit with the source. check: compare the logits of the source
-    and the result, loading one module at a time. With `options.force`, unknown tensors, NaN and Inf are tolerated and
-    logits are not compared. A report is written to conversion.md in `target`. Returns the source checkpoint, with the
+    and the result, loading one module at a time. With `options.force`, NaN and Inf are tolerated and logits are not
+    compared. A report is written to conversion.md in `target`. Returns the source checkpoint, with the
     names of omitted tensors in `unused_names`. Raises LlavaError; a failed conversion leaves no files.
     """
     options, format = options or LoadOptions(), _writable(to)

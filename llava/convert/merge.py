@@ -36,7 +36,7 @@ class MergeOptions:
 
     precise: bool = False  # sum in float32 and round once, unlike the original code
     verify: bool = False  # recompute all tensors and compare them with the written files
-    force: bool = False  # tolerate unknown tensors, NaN, Inf or a mismatched base
+    force: bool = False  # tolerate NaN, Inf or a mismatched base
     revision: str | None = None  # branch, tag or commit of the delta or LoRA on the hub
     max_shard_bytes: int = MAX_SHARD_BYTES
 

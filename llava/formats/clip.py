@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llava.config import ImageConfig, LlavaConfig, VisionConfig
 from llava.errors import CheckpointError, ConfigError
+from llava.formats.config_keys import ConfigKeys, words
 from llava.formats.format import CheckpointFiles, Format, Shapes, one_of, resolved_by, section, to_disk
 from llava.tensors.atomic import new_folder
 from llava.tensors.files import read_json, read_json_if_present
@@ -76,6 +77,36 @@ DEFAULTS: dict[str, Any] = {  # CLIPVisionConfig's defaults in transformers, for
     "layer_norm_eps": 1e-5,
     "hidden_act": "quick_gelu",
 }
+KEYS = ConfigKeys(  # of a tower's config.json or its vision_config
+    used=words(
+        "hidden_size num_hidden_layers num_attention_heads intermediate_size image_size patch_size layer_norm_eps "
+        "hidden_act vision_config"
+    ),
+    only={"model_type": ("clip", "clip_vision_model"), "num_channels": (3,)},
+    no_effect=words(
+        "projection_dim text_config text_config_dict vision_config_dict logit_scale_init_value text_projection_dim"
+    ),  # of CLIP's text model and its comparison with images
+)
+PROCESSOR_KEYS = ConfigKeys(  # of preprocessor_config.json
+    used=words("size crop_size image_mean image_std do_pad image_grid_pinpoints"),
+    only={
+        "image_processor_type": tuple(
+            f"{name}{suffix}"
+            for name in ("CLIPImageProcessor", "LlavaImageProcessor", "LlavaNextImageProcessor", "CLIPFeatureExtractor")
+            for suffix in ("", "Fast", "Pil")
+        ),
+        "do_resize": (True,),
+        "do_center_crop": (True,),
+        "do_rescale": (True,),
+        "do_normalize": (True,),
+        "resample": (3,),
+        "rescale_factor": (1 / 255,),
+    },
+    no_effect=words(
+        "feature_extractor_type processor_class do_convert_rgb default_to_square data_format input_data_format device "
+        "return_tensors disable_grouping _valid_processor_keys use_fast image_seq_length aspect_ratio_setting"
+    ),
+)
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # from preprocessor_config.json of the `PUBLISHED` towers
 STD = (0.26862954, 0.26130258, 0.27577711)
 OWN_TOWER = "vision_tower"  # subfolder in which a checkpoint stores its own tower
@@ -121,6 +152,8 @@ def find_tower(name: str, shapes: Shapes, *, fetch: bool = True) -> Tower:
     any other tower, raises CheckpointError.
     """
     inside = "vision.cls" in shapes
+    if family := _other_family(name):
+        raise CheckpointError(f"vision tower {name}: is a {family} model; this version supports only CLIP towers")
     if not fetch and not inside and not Path(name).is_dir() and name in PUBLISHED:
         return Tower(None, PUBLISHED[name], {})
     try:
@@ -134,9 +167,25 @@ def find_tower(name: str, shapes: Shapes, *, fetch: bool = True) -> Tower:
     return Tower(folder, read_json(folder / "config.json"), processor_config(folder))
 
 
+def _other_family(name: str) -> str | None:
+    """Returns the family of a tower that is not CLIP, from the hub id recorded in config.json."""
+    if Path(name).expanduser().exists() or name.count("/") != 1:
+        return None
+    repository = name.split("/")[1].lower()
+    return next((family for family in _OTHER_FAMILIES if family.lower() in repository), None)
+
+
+_OTHER_FAMILIES = ("SigLIP", "DINOv2", "DINOv3", "EVA", "InternViT", "ConvNeXt", "ImageBind", "LanguageBind")
+
+
 def processor_config(folder: Path) -> dict[str, Any]:
-    """Returns preprocessor_config.json, or {} (meaning CLIP's published values) if there is none."""
-    return read_json_if_present(folder / "preprocessor_config.json")
+    """Returns preprocessor_config.json, or {} (meaning CLIP's published values) if there is none.
+
+    Raises ConfigError for a processor that does something else than CLIP's.
+    """
+    processor = read_json_if_present(folder / "preprocessor_config.json")
+    PROCESSOR_KEYS.check(processor, folder / "preprocessor_config.json")
+    return processor
 
 
 def read_tower(folder: Path, *, needed: bool = True) -> dict[str, LazyTensor]:
@@ -153,11 +202,12 @@ def read_tower(folder: Path, *, needed: bool = True) -> dict[str, LazyTensor]:
 def unknown_tensors(files: Mapping[str, Path]) -> CheckpointError:
     """Returns the error to raise for tensors that no rule matches. `files` maps tensor names to files."""
     names = list(files)
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return CheckpointError(
-        f"{files[names[0]]}: contains tensors that are not part of this format: {', '.join(names[:3])}{rest}; "
-        "pass force=True (--force) to ignore them"
-    )
+    return CheckpointError(f"{files[names[0]]}: contains tensors that are not part of this format: {some(names)}")
+
+
+def some(names: Sequence[str]) -> str:
+    """Returns the first names of a list, for a message."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 # ------------------------------------------------------------------------------------------------------------- sizes
@@ -168,6 +218,12 @@ def vision_config(
 ) -> VisionConfig:
     """Combines CLIP's config.json (or its vision_config) with LLaVA's feature selection. Raises ConfigError."""
     sizes = section(tower, "vision_config", where) or tower
+    for part in (tower, sizes):
+        if (model_type := part.get("model_type", "clip")) not in KEYS.only["model_type"]:
+            raise ConfigError(
+                f"{where}: the vision tower has model_type {model_type!r:.60}; this version supports only CLIP towers"
+            )
+        KEYS.check(part, where)
     try:
         return VisionConfig(
             dim=sizes["hidden_size"],

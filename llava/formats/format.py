@@ -4,6 +4,7 @@ To add a format, write one module with a subclass of `Format` and add one line t
 attributes declare the capabilities of the format; tests/formats/test_contract.py verifies each of them.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -103,6 +104,14 @@ class Checkpoint:
             yield name, tensor.read()
 
 
+class TensorKeys(NamedTuple):
+    """The keys of config.json that determine the tensors whose names (ours) match a pattern, for error messages."""
+
+    pattern: str
+    existence: str  # keys that determine whether the model has the tensor
+    shape: str  # keys that determine its shape
+
+
 class WriteJob(NamedTuple):
     """Everything needed to write a checkpoint into a folder."""
 
@@ -125,6 +134,7 @@ class Format(ABC):
     holds_vision: ClassVar[bool] = True  # False if the format stores only the language model
     image_mode: ClassVar[ImageMode | None] = None  # the only image mode that can be represented; None if both
     fast_tokenizer: ClassVar[bool] = False  # prefers tokenizer.json to tokenizer.model
+    tensor_keys: ClassVar[tuple[TensorKeys, ...]] = ()  # the first match counts
 
     # ------------------------------------------------------------------------------------------------- reading
 
@@ -156,6 +166,11 @@ class Format(ABC):
     def new_tokens(self, files: CheckpointFiles, first_id: int) -> dict[str, int]:
         """Returns the ids, starting at `first_id`, of tokens whose embeddings the checkpoint adds to its base."""
         return {}
+
+    def keys_of(self, ours: str) -> TensorKeys:
+        """Returns the keys of config.json that determine one of our tensors."""
+        matching = (keys for keys in self.tensor_keys if re.match(keys.pattern, ours))
+        return next(matching, TensorKeys("", "sizes", "sizes"))
 
     # ------------------------------------------------------------------------------------------------- writing
 

@@ -34,10 +34,14 @@ RULES = (
 )
 
 
+_TYPES = ("internlm2", "llava_internlm2")
+
+
 class InternLM2(Format):
     """Format of InternLM2 models. Read-only; to write one, use `--to llava` or, without vision, `--to llama`."""
 
     name = "internlm2"
+    tensor_keys = llama.TENSOR_KEYS
 
     def rules(self, config: LlavaConfig | None = None) -> tuple[Rule, ...]:
         return RULES
@@ -47,7 +51,8 @@ class InternLM2(Format):
         return ["tensors model.layers.*.attention.wqkv: InternLM2"] * found
 
     def published_config(self, files: CheckpointFiles) -> Mapping[str, Any]:
-        return {**files.config, "attention_bias": files.config.get("bias", False)}
+        is_own = files.config.get("model_type") in _TYPES
+        return {**files.config, "model_type": "llama"} if is_own else files.config
 
     def resolve(self, files: CheckpointFiles, base: Checkpoint | None, tokenizer: Tokenizer) -> Resolved:
         resolved = super().resolve(files, base, tokenizer)

@@ -56,6 +56,7 @@ class Llava(Format):
     name = "llava"
     writes = True
     image_mode = "original"
+    tensor_keys = llama.TENSOR_KEYS
 
     def rules(self, config: LlavaConfig | None = None) -> tuple[Rule, ...]:
         return RULES if config is None else rules_for(config)

@@ -16,6 +16,7 @@ from llava.formats import clip, llama
 from llava.formats.added_rows import IMAGE_TOKEN, PAD_TOKEN, VOCAB_KEY, VOCAB_TABLES, with_added_rows
 from llava.formats.chat_template import chat_template
 from llava.formats.clip import clip_config, clip_processor, processor_config
+from llava.formats.config_keys import ConfigKeys, words
 from llava.formats.format import (
     IMAGE_MODE_KEY,
     TEMPLATE_KEY,
@@ -57,6 +58,21 @@ RULES = (
     *prefixed("model.", _PROJECTOR),
     Rule("model.image_newline", "newline"),
 )
+KEYS = ConfigKeys(  # of the top level of config.json
+    used=words(
+        "text_config vision_config vision_feature_layer vision_feature_select_strategy projector_hidden_act "
+        "image_grid_pinpoints tie_word_embeddings quantization_config"
+    ),
+    only={
+        "model_type": ("llava", "llava_next"),
+        "multimodal_projector_bias": (True,),
+        "use_image_newline_parameter": (True,),
+    },
+    no_effect=words(
+        "image_token_index image_token_id image_seq_length vocab_size ignore_index "
+        "image_aspect_ratio tokenizer_model_max_length tokenizer_padding_side"  # added by this package
+    ),
+)
 _MULTIPLE = 64  # vocabulary rows are padded to a multiple of this, as in transformers' conversion script
 
 
@@ -66,6 +82,7 @@ class LlavaHf(Format):
     name = "llava-hf"
     writes = True
     fast_tokenizer = True
+    tensor_keys = llama.TENSOR_KEYS
 
     # ------------------------------------------------------------------------------------------------- reading
 
@@ -175,6 +192,7 @@ def _flattened(config: Mapping[str, Any], processor: Mapping[str, Any], where: P
     Raises ConfigError for settings that this implementation does not support.
     """
     text, vision = (section(config, key, where) for key in ("text_config", "vision_config"))
+    KEYS.check(config, where)
     layer, strategy = config.get("vision_feature_layer", -2), config.get("vision_feature_select_strategy")
     if not isinstance(layer, int):
         raise ConfigError(f"{where}: vision_feature_layer is {layer!r}; expected a single layer index")

@@ -14,6 +14,7 @@ import torch
 from llava.config import LlavaConfig, LoadOptions
 from llava.errors import CheckpointError
 from llava.formats import llama
+from llava.formats.config_keys import ConfigKeys, words
 from llava.formats.format import Checkpoint, CheckpointFiles, Format, ReadConfig, Resolved, shapes_of
 from llava.formats.multimodal import read_model_config
 from llava.formats.tokenizer import has_tokenizer
@@ -36,6 +37,11 @@ RULES = (
     Rule("output.weight", "decoder.head.weight"),
     Rule("rope.freqs", None),
 )
+KEYS = ConfigKeys(  # of params.json
+    used=words("dim n_layers n_heads n_kv_heads norm_eps rope_theta max_seq_len"),
+    only={"use_scaled_rope": (False,)},
+    no_effect=words("vocab_size multiple_of ffn_dim_multiplier max_batch_size model_parallel_size"),  # see the tensors
+)
 _ROTATED = ("attention.wq.weight", "attention.wk.weight")
 _SPLIT_BY_COLUMNS = ("attention.wo.weight", "feed_forward.w2.weight")
 _EMBED = "tok_embeddings.weight"
@@ -45,6 +51,7 @@ class Meta(Format):
     """Format in which Meta distributes LLaMA-1, Llama 2 and later models."""
 
     name = "meta"
+    tensor_keys = llama.TENSOR_KEYS
 
     def rules(self, config: LlavaConfig | None = None) -> tuple[Rule, ...]:
         return RULES
@@ -62,6 +69,7 @@ class Meta(Format):
         """
         file, shards = files.path / "params.json", _shards(files.weights)
         params = read_json(file)
+        KEYS.check(params, file)
         with parsing(file):
             dim, n_heads, n_layers = (int(params[key]) for key in ("dim", "n_heads", "n_layers"))
             _check_sizes(files, shards, dim, n_heads, n_layers)

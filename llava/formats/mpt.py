@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from llava.config import DecoderConfig, LlavaConfig, LoadOptions
-from llava.errors import ConfigError
-from llava.formats.format import Checkpoint, CheckpointFiles, Format, ReadConfig, Shapes, one_of, section, shapes_of
+from llava.formats import multimodal
+from llava.formats.config_keys import ConfigKeys, words
+from llava.formats.format import Checkpoint, CheckpointFiles, Format, ReadConfig, Shapes, TensorKeys, section, shapes_of
 from llava.formats.multimodal import VISION, read_model_config
 from llava.tensors.keymap import Rule, prefixed
 from llava.tensors.lazy import LazyTensor
@@ -29,10 +30,51 @@ LANGUAGE = (
 RULES = (*LANGUAGE, *prefixed("transformer.", VISION))
 
 
+_NORMS = ("low_precision_layernorm", "layernorm")
+KEYS = ConfigKeys(
+    used=words(
+        "d_model n_layers n_heads expansion_ratio max_seq_len vocab_size layer_norm_epsilon attn_config "
+        "quantization_config"
+    ),
+    only={
+        "model_type": ("mpt", "llava_mpt"),
+        "no_bias": (True,),
+        "logit_scale": (),
+        "embedding_fraction": (1.0,),
+        "norm_type": _NORMS,
+        "tie_word_embeddings": (True,),
+    },
+    no_effect=words("learned_pos_emb fc_type"),  # replaced by ALiBi; only the implementation
+)
+ATTENTION_KEYS = ConfigKeys(
+    used=words("alibi_bias_max clip_qkv model_type"),
+    only={
+        "alibi": (True,),
+        "qk_ln": (False,),
+        "qk_gn": (False,),
+        "prefix_lm": (False,),
+        "softmax_scale": (),
+        "attn_type": ("multihead_attention",),
+        "attn_uses_sequence_id": (False,),
+        "rope": (False,),
+        "sliding_window_size": (-1,),
+    },
+)
+
+
+TENSOR_KEYS = (
+    TensorKeys(r"decoder\.blocks\.\d+\.mlp\.", "n_layers", "d_model expansion_ratio"),
+    TensorKeys(r"decoder\.blocks\.", "n_layers", "d_model n_heads"),
+    TensorKeys(r"decoder\.", "model_type", "vocab_size d_model"),
+    *multimodal.TENSOR_KEYS,
+)
+
+
 class Mpt(Format):
     """Format of MPT models and MPT-based LLaVA models. Read-only; to write such models, use `--to llava`."""
 
     name = "mpt"
+    tensor_keys = TENSOR_KEYS
 
     def rules(self, config: LlavaConfig | None = None) -> tuple[Rule, ...]:
         return RULES
@@ -56,20 +98,8 @@ def decoder_config(config: Mapping[str, Any], shapes: Shapes, where: object) -> 
     Missing keys default to MPT-7B's values, because transformers 4.37 and later may save an empty attn_config.
     """
     attention = section(config, "attn_config", where)
-    for values, key, supported in (
-        (config, "no_bias", True),
-        (config, "logit_scale", None),
-        (config, "embedding_fraction", 1.0),
-        (attention, "alibi", True),
-        (attention, "qk_ln", False),
-        (attention, "prefix_lm", False),
-        (attention, "softmax_scale", None),
-        (attention, "attn_type", "multihead_attention"),
-    ):
-        if (value := values.get(key, supported)) != supported:
-            raise ConfigError(f"{where}: {key} is {value!r}; this decoder supports only {supported!r}")
-    norms = ("low_precision_layernorm", "layernorm")
-    one_of(config.get("norm_type", norms[0]), norms, f"{where}: norm_type")
+    (KEYS | multimodal.KEYS).check(config, where)
+    ATTENTION_KEYS.check(attention, f"{where}: attn_config")
     dim, n_heads = config["d_model"], config["n_heads"]
     return DecoderConfig(
         kind="mpt",

@@ -1,6 +1,8 @@
 """Tensors and config keys that LLaVA adds to language model checkpoints: vision tower, projector and image settings."""
 
 import ast
+import logging
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,14 +20,18 @@ from llava.config import (
     ProjectorConfig,
     VisionConfig,
     projector_depth,
+    projector_type,
 )
 from llava.errors import CheckpointError, ConfigError
 from llava.formats import clip
 from llava.formats.clip import Tower, find_tower, own_tower, processor_config, vision_config
-from llava.formats.format import ReadConfig, one_of, section, shapes_of
+from llava.formats.config_keys import ConfigKeys, words
+from llava.formats.format import ReadConfig, TensorKeys, one_of, section, shapes_of
 from llava.tensors.files import parsing, read_json_if_present
 from llava.tensors.keymap import Rule, prefixed
 from llava.tensors.lazy import LazyTensor
+
+log = logging.getLogger(__name__)
 
 VISION = (  # without the prefix, such as "model.", that a format adds with `prefixed`
     Rule("mm_projector.*.weight", "projector.*.weight"),  # an MLP
@@ -35,6 +41,28 @@ VISION = (  # without the prefix, such as "model.", that a format adds with `pre
     Rule("image_newline", "newline"),
     *prefixed("vision_tower.vision_tower.vision_model.", clip.TOWER),
     *prefixed("vision_tower.vision_tower.", clip.TOWER),
+)
+TENSOR_KEYS = (
+    TensorKeys("projector", "mm_projector_type", "mm_hidden_size hidden_size"),
+    TensorKeys("newline", "image_aspect_ratio mm_patch_merge_type", "hidden_size"),
+    TensorKeys(r"vision\.pos", "mm_vision_tower", "mm_vision_tower image_size patch_size"),
+    TensorKeys("vision", "mm_vision_tower mm_vision_select_layer", "mm_vision_tower"),
+)
+KEYS = ConfigKeys(
+    used=words(
+        "mm_vision_tower mm_hidden_size mm_projector_type mm_vision_select_layer mm_vision_select_feature "
+        "mm_use_im_start_end mm_patch_merge_type image_aspect_ratio image_grid_pinpoints tokenizer_model_max_length "
+        "tokenizer_padding_side vision_config"
+    ),
+    only={"mm_resampler_type": (), "sep_image_conv_front": (False,), "s2": (False,)},
+    no_effect=words(
+        "use_mm_proj mm_use_im_patch_token image_crop_resolution image_split_resolution s2_scales "  # not read
+        "tune_mm_mlp_adapter freeze_mm_mlp_adapter unfreeze_mm_vision_tower tune_mm_vision_resampler mm_projector_lr "
+        "mm_vision_tower_lr mm_tunable_parts tune_mm_vision_tower pretrain_mm_mlp_adapter vision_tower_pretrained "
+        "freeze_backbone tune_vision_encoder mm_llm_compress use_pos_skipping pos_skipping_range "  # for training
+        "mm_newline_position add_faster_video mm_spatial_pool_mode mm_spatial_pool_stride "
+        "mm_spatial_pool_out_channels faster_token_stride force_sample"  # for videos
+    ),
 )
 
 
@@ -62,11 +90,17 @@ def read_model_config(
     if not options.vision or not (named or "projector.0.weight" in tensors):
         return ReadConfig(language, config, path)
     tower = _tower(path, config, tensors, options)
-    return ReadConfig(_with_vision(language, config, tower, options.image_mode, where), config, path, tower.folder)
+    complete = _with_vision(language, config, tensors, tower, options.image_mode, where)
+    return ReadConfig(complete, config, path, tower.folder)
 
 
 def _with_vision(
-    language: LlavaConfig, config: Mapping[str, Any], tower: Tower, image_mode: ImageMode | None, where: Path
+    language: LlavaConfig,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, LazyTensor],
+    tower: Tower,
+    image_mode: ImageMode | None,
+    where: Path,
 ) -> LlavaConfig:
     with parsing(tower.folder / "config.json" if tower.folder else where):
         vision = vision_config(
@@ -85,7 +119,7 @@ def _with_vision(
     return replace(
         language,
         vision=vision,
-        projector=_projector_config(config, vision, language.decoder),
+        projector=_projector_config(config, vision, projector_in(tensors, language.decoder), language.decoder, where),
         image=in_mode(image, image_mode or "original"),
     )
 
@@ -103,10 +137,30 @@ def _tower(path: Path, config: Mapping[str, Any], tensors: Mapping[str, LazyTens
     return find_tower(str(name), shapes_of(tensors), fetch=options.fetch_tower)
 
 
-def _projector_config(config: Mapping[str, Any], vision: VisionConfig, decoder: DecoderConfig) -> ProjectorConfig:
-    """Reads `mm_projector_type` (default: linear) and `mm_hidden_size` (default: the tower's width)."""
+def _projector_config(
+    config: Mapping[str, Any],
+    vision: VisionConfig,
+    found: ProjectorConfig | None,
+    decoder: DecoderConfig,
+    where: Path,
+) -> ProjectorConfig:
+    """Returns the projector config of the tensors, `found`; without tensors, the config of `mm_projector_type`
+    (default: linear) and `mm_hidden_size` (default: the tower's width). Logs a warning if the two differ.
+    """
     depth = projector_depth(str(config.get("mm_projector_type") or "linear"))
-    return ProjectorConfig(in_dim=config.get("mm_hidden_size") or vision.dim, out_dim=decoder.dim, depth=depth)
+    stated = ProjectorConfig(
+        in_dim=config.get("mm_hidden_size") or vision.dim, out_dim=decoder.dim, depth=depth if found is None else 1
+    )
+    if found is None:
+        return stated
+    for key, value, used in (
+        ("mm_projector_type", projector_type(depth), found.type),
+        ("mm_hidden_size", stated.in_dim, found.in_dim),
+    ):
+        if value != used:
+            log.warning("%s: %s is %s, but the projector's tensors show %s, which is used", where, key,
+                        config.get(key, f"not set, which means {value}"), used)  # fmt: skip
+    return found
 
 
 def image_config(
@@ -178,9 +232,15 @@ def _eos_ids(file: Path) -> tuple[int, ...]:
 
 
 def projector_in(tensors: Mapping[str, LazyTensor], decoder: DecoderConfig) -> ProjectorConfig | None:
-    """Infers the projector config of a checkpoint opened without vision, or returns None if there is no projector."""
-    layers = [t for name, t in tensors.items() if name.startswith("projector.") and name.endswith("weight")]
-    return ProjectorConfig(in_dim=layers[0].shape[1], out_dim=decoder.dim, depth=len(layers)) if layers else None
+    """Infers the config of the projector from its tensors, or returns None if there are none.
+
+    The linear layers are numbered 0, 2, 4, …; the first one maps from the width of the vision features.
+    """
+    numbers = [int(name.split(".")[1]) for name in tensors if re.fullmatch(r"projector\.\d+\.weight", name)]
+    first = tensors.get("projector.0.weight")
+    if first is None or len(first.shape) != 2:
+        return None
+    return ProjectorConfig(in_dim=first.shape[1], out_dim=decoder.dim, depth=1 + max(numbers) // 2)
 
 
 def vision_keys(config: LlavaConfig, vision_tower: str | None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from llava.config import LlavaConfig, LoadOptions
 from llava.errors import CheckpointError
-from llava.formats.format import Checkpoint, CheckpointFiles, Format, ReadConfig
+from llava.formats.format import Checkpoint, CheckpointFiles, Format, ReadConfig, TensorKeys
 from llava.formats.multimodal import in_mode
 from llava.formats.tokenizer import copy_tokenizer
 from llava.preprocess.tokenizer import JsonTokenizer
@@ -24,6 +24,10 @@ class Native(Format):
 
     name = "native"
     writes = True
+    tensor_keys = (
+        *(TensorKeys(part, part, part) for part in ("decoder", "vision", "projector")),
+        TensorKeys("newline", "image", "decoder"),
+    )
 
     def rules(self, config: LlavaConfig | None = None) -> tuple[Rule, ...]:
         return RULES

@@ -19,6 +19,7 @@ class PartOfModel(Format):
     """Base class of formats that need a base model: `base` is never None in `resolve` and `read_config`."""
 
     needs_base = True
+    tensor_keys = llama.TENSOR_KEYS
 
     def rules(self, config: LlavaConfig | None = None) -> tuple[Rule, ...]:
         """Returns the key table of the whole model."""

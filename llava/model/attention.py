@@ -56,6 +56,10 @@ class AttentionContext(Protocol):
         """Returns a context that adds linear biases of type `dtype` to the scores. slopes: [H] float32."""
         ...
 
+    def with_sliding_window(self, n: int) -> "AttentionContext":
+        """Returns a context in which a query attends only to the last `n` tokens, its own token included."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CausalContext:
@@ -114,6 +118,13 @@ class CausalContext:
         mask = decode_mask(self.positions, self.n_slots) if self.mask is None else self.mask
         return replace(self, mask=alibi_bias(mask, slopes, dtype))
 
+    def with_sliding_window(self, n: int) -> "CausalContext":
+        """See `AttentionContext`. Without a mask, the context stays as it is if all tokens fit into the window."""
+        if self.n_slots <= n:
+            return self
+        mask = decode_mask(self.positions, self.n_slots) if self.mask is None else self.mask
+        return replace(self, mask=within_window(mask, n))
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CacheContext(CausalContext):
@@ -162,6 +173,7 @@ class VarlenContext:
     seq_len: int
     segments: Segments
     last_only: bool = False  # only the last token of each sample is a query
+    sliding_window: int | None = None  # number of tokens that a query attends to; None: all up to its own
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `AttentionContext`."""
@@ -174,14 +186,22 @@ class VarlenContext:
         from torch.nn.attention.varlen import varlen_attn
 
         cu_seqlens, max_seqlen = self.segments.cu_seqlens, self.segments.max_seqlen
-        y = varlen_attn(q[0], k[0], v[0], cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **_causal())
+        causal = _causal(self.sliding_window)
+        y = varlen_attn(q[0], k[0], v[0], cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **causal)
         assert isinstance(y, Tensor)
         return y[None]
 
     def _one_by_one(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         samples = zip(*(x.transpose(1, 2).split(self.segments.lengths, dim=2) for x in (q, k, v)), strict=True)
-        ys = [F.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in samples]
+        ys = [self._attend_one(q, k, v) for q, k, v in samples]
         return torch.cat(ys, dim=2).transpose(1, 2)
+
+    def _attend_one(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v [1, H, L, E] of one sample -> [1, H, L, E]"""
+        n, mask = q.shape[2], None
+        if self.sliding_window is not None and n > self.sliding_window:
+            mask = within_window(decode_mask(torch.arange(n, device=q.device), n), self.sliding_window)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
     def queries(self, x: Tensor) -> Tensor:
         """See `AttentionContext`."""
@@ -194,6 +214,15 @@ class VarlenContext:
     def with_alibi(self, slopes: Tensor, dtype: torch.dtype) -> CausalContext:
         """See `AttentionContext`. The varlen kernel does not support biases, so the new context uses a dense mask."""
         mask = alibi_bias(self.segments.mask(), slopes, dtype)
+        return CausalContext(positions=self.positions, seq_len=self.seq_len, mask=mask, last=self.segments.last())
+
+    def with_sliding_window(self, n: int) -> "VarlenContext | CausalContext":
+        """See `AttentionContext`. Where the varlen kernel has no windows, the new context uses a dense mask."""
+        if self.segments.max_seqlen <= n:
+            return self
+        if _kernel_has_windows():
+            return replace(self, sliding_window=n)
+        mask = within_window(self.segments.mask(), n)
         return CausalContext(positions=self.positions, seq_len=self.seq_len, mask=mask, last=self.segments.last())
 
 
@@ -215,15 +244,29 @@ def alibi_bias(mask: Tensor, slopes: Tensor, dtype: torch.dtype) -> Tensor:
     return bias.masked_fill_(~mask, -math.inf).to(dtype)
 
 
+def within_window(mask: Tensor, n: int) -> Tensor:
+    """mask [B or 1, 1, S, T] (True: attend) -> mask of the same shape, True only for the last `n` slots of each query.
+
+    The slots are counted back from the query's own token, the last one that it attends to.
+    """
+    slots = torch.arange(mask.shape[-1], device=mask.device)
+    return mask & (slots > (slots * mask).amax(-1, keepdim=True) - n)
+
+
 def _take(x: Tensor, index: Tensor) -> Tensor:
     """x [B, S, ...], index [B, L] -> [B, L, ...]"""
     return x[torch.arange(len(x), device=x.device)[:, None], index]
 
 
-@cache
-def _causal() -> dict[str, Any]:
+def _causal(sliding_window: int | None) -> dict[str, Any]:
     """Returns the `varlen_attn` keyword argument for causal attention; its name changed after torch 2.10."""
+    if not _kernel_has_windows():
+        return {"is_causal": True}
+    return {"window_size": (-1 if sliding_window is None else sliding_window - 1, 0)}
+
+
+@cache
+def _kernel_has_windows() -> bool:
     from torch.nn.attention.varlen import varlen_attn
 
-    renamed = "is_causal" not in inspect.signature(varlen_attn).parameters
-    return {"window_size": (-1, 0)} if renamed else {"is_causal": True}
+    return "is_causal" not in inspect.signature(varlen_attn).parameters

@@ -37,9 +37,15 @@ class Rope(nn.Module):
         super().__init__()
         assert config.rope_theta is not None
         self.head_dim, self.theta, self.scaling = config.head_dim, config.rope_theta, config.rope_scaling
+        self.sliding_window = config.sliding_window
 
     def forward(self, context: AttentionContext, dtype: torch.dtype) -> tuple[Rotation, AttentionContext]:
-        """Returns the rotation of the new tokens in `dtype` (angles computed in float32) and the unchanged context."""
+        """Returns the rotation of the new tokens in `dtype` (angles computed in float32), and the context.
+
+        If the config has a sliding window (Mistral, arXiv:2310.06825), the context is limited to it.
+        """
+        if self.sliding_window is not None:
+            context = context.with_sliding_window(self.sliding_window)
         angles = context.positions[..., None].float() * self.frequencies(context.seq_len, context.positions.device)
         return (angles.cos().to(dtype).unsqueeze(-2), angles.sin().to(dtype).unsqueeze(-2)), context
 

@@ -73,6 +73,18 @@ class LazyTensor(ABC):
                 yield self.rows(first, min(first + step, high, end))
 
 
+def same_values(one: LazyTensor, other: LazyTensor) -> bool:
+    """Whether two tensors have the same shape and values. Reads them in chunks, up to the first difference."""
+    if one.shape != other.shape:
+        return False
+    first = 0
+    for chunk in one.chunks():
+        if not torch.equal(chunk.float(), other.rows(first, first + len(chunk)).float()):
+            return False
+        first += len(chunk)
+    return True
+
+
 @dataclass(frozen=True)
 class FromFile(LazyTensor):
     """A tensor in a file, memory-mapped."""
