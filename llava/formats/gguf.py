@@ -21,6 +21,7 @@ from llava.config import LlavaConfig
 from llava.errors import CheckpointError, ConfigError
 from llava.formats import gguf_vocab
 from llava.formats.format import Checkpoint, Format, WriteJob
+from llava.formats.llama import with_full_attention
 from llava.tensors.keymap import Rule, disk_names
 from llava.tensors.lazy import CHUNK_BYTES, Cast, LazyTensor, interleave
 from llava.tensors.writer import OutputTensor, byte_counter, write_bytes
@@ -79,6 +80,7 @@ class Gguf(Format):
         package()
         _refuse_unsupported(checkpoint)
         gguf_vocab.read_vocab(checkpoint)  # raises CheckpointError if llama.cpp does not support the tokenizer
+        checkpoint = with_full_attention(checkpoint, "llama.cpp")
         return replace(checkpoint, tensors={n: Cast(t, _dtype(n, t)) for n, t in checkpoint.tensors.items()})
 
     def outputs(self, checkpoint: Checkpoint) -> list[OutputTensor]:
@@ -124,6 +126,8 @@ class Gguf(Format):
         rounded = [t for n, t in source.tensors.items() if t.dtype == torch.float32 and _dtype(n, t) != torch.float32]
         if rounded:
             lines.append(f"{len(rounded)} tensors were float32 and are rounded to float16.")
+        if window := source.config.decoder.sliding_window:
+            lines.append(f"llama.cpp has no sliding window for this model, so the context ends at {window} tokens.")
         if source.config.image:
             lines += _ABOUT_IMAGES
         if source.config.image and source.config.image.aspect == "anyres":

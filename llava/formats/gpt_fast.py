@@ -15,6 +15,7 @@ from llava.config import DecoderConfig, LlavaConfig
 from llava.formats import meta
 from llava.formats.added_rows import copy_plain_tokenizer, without_added_rows
 from llava.formats.format import Checkpoint, Format, WriteJob, require_llama
+from llava.formats.llama import with_full_attention
 from llava.tensors.files import Weights
 from llava.tensors.keymap import Rule, disk_names, plan
 from llava.tensors.lazy import Concat, FromFile, HalfSplit, LazyTensor, Slice, interleave
@@ -37,7 +38,7 @@ class GptFast(Format):
         return RULES
 
     def prepare(self, checkpoint: Checkpoint) -> Checkpoint:
-        return without_added_rows(checkpoint)
+        return with_full_attention(without_added_rows(checkpoint), "gpt-fast")
 
     def outputs(self, checkpoint: Checkpoint) -> list[OutputTensor]:
         """Returns the language model's tensors; a tied head is duplicated, because gpt-fast does not tie weights."""

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,19 @@ def _rope_theta(config: Mapping[str, Any], rope: Mapping[str, Any], where: objec
     if stated and nested and stated != nested:
         raise ConfigError(f"{where}: rope_theta is {stated!r}, but {nested!r} in rope_parameters; expected one value")
     return stated or nested or 10000.0
+
+
+def with_full_attention(checkpoint: Checkpoint, program: str) -> Checkpoint:
+    """Limits the context to the sliding window, for a program without windows. Within it, attention is the same."""
+    decoder = checkpoint.config.decoder
+    if decoder.sliding_window is None:
+        return checkpoint
+    log.warning(
+        "%s: %s does not support sliding windows; its answers are correct up to %d tokens",
+        checkpoint.path, program, decoder.sliding_window,
+    )  # fmt: skip
+    decoder = replace(decoder, max_seq=min(decoder.max_seq, decoder.sliding_window), sliding_window=None)
+    return replace(checkpoint, config=replace(checkpoint.config, decoder=decoder))
 
 
 def is_mistral(decoder: DecoderConfig) -> bool:

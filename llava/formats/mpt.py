@@ -44,7 +44,7 @@ KEYS = ConfigKeys(
         "norm_type": _NORMS,
         "tie_word_embeddings": (True,),
     },
-    no_effect=words("learned_pos_emb fc_type"),  # replaced by ALiBi; only the implementation
+    no_effect=words("hidden_size learned_pos_emb fc_type"),  # copies, replaced by ALiBi, and the implementation
 )
 ATTENTION_KEYS = ConfigKeys(
     used=words("alibi_bias_max clip_qkv model_type"),

@@ -185,11 +185,18 @@ class VarlenContext:
     def _kernel(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
+        if self.sliding_window is not None and not _kernel_has_windows():
+            return self._dense(q, k, v, self.sliding_window)
         cu_seqlens, max_seqlen = self.segments.cu_seqlens, self.segments.max_seqlen
         causal = _causal(self.sliding_window)
         y = varlen_attn(q[0], k[0], v[0], cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **causal)
         assert isinstance(y, Tensor)
         return y[None]
+
+    def _dense(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        mask = within_window(self.segments.mask(), window)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
     def _one_by_one(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         samples = zip(*(x.transpose(1, 2).split(self.segments.lengths, dim=2) for x in (q, k, v)), strict=True)
@@ -216,14 +223,9 @@ class VarlenContext:
         mask = alibi_bias(self.segments.mask(), slopes, dtype)
         return CausalContext(positions=self.positions, seq_len=self.seq_len, mask=mask, last=self.segments.last())
 
-    def with_sliding_window(self, n: int) -> "VarlenContext | CausalContext":
-        """See `AttentionContext`. Where the varlen kernel has no windows, the new context uses a dense mask."""
-        if self.segments.max_seqlen <= n:
-            return self
-        if _kernel_has_windows():
-            return replace(self, sliding_window=n)
-        mask = within_window(self.segments.mask(), n)
-        return CausalContext(positions=self.positions, seq_len=self.seq_len, mask=mask, last=self.segments.last())
+    def with_sliding_window(self, n: int) -> "VarlenContext":
+        """See `AttentionContext`."""
+        return replace(self, sliding_window=n) if self.segments.max_seqlen > n else self
 
 
 def decode_mask(positions: Tensor, n_slots: int) -> Tensor:

@@ -23,6 +23,7 @@ SIZES |= {"mlp_dim": 96, "vocab_size": 40, "max_seq": 64, "eps": 1e-5}
 DECODERS: dict[str, dict[str, Any]] = {
     "llama": {},
     "grouped heads": {"n_kv_heads": 2},
+    "sliding window": {"sliding_window": 3},
     "mpt": {"kind": "mpt", "rope_theta": None, "alibi_bias_max": 8.0},
 }
 
