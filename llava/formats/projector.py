@@ -56,7 +56,8 @@ class Projector(PartOfModel):
         weights = Weights([file])
         part = read_part(weights, _without_prefixes(weights), RULES)
         rows = part.tensors.pop("decoder.embed.weight", None)
-        tensors = {**base_tensors(base), **part.tensors}
+        own = {name: tensor for name, tensor in base_tensors(base).items() if not name.startswith("projector.")}
+        tensors = {**own, **part.tensors}
         if rows is not None:
             tensors |= _with_token_rows(rows, base, tokenizer, file)
         return Resolved(tensors, part.dropped, part.unknown, start_end=rows is not None)
