@@ -16,7 +16,7 @@ RULES = {  # kind of fault -> what `--fix` does
     "repeated": "later copies dropped",
     "missing_picture": "sample dropped",
     "broken_picture": "sample dropped",
-    "lossy_picture": "nothing: see the examples for what to do",
+    "lossy_picture": "sample kept unchanged",
     "leading_answer": "turn dropped",
     "trailing_question": "turn dropped",
     "same_side_twice": "turns joined with a line break",
