@@ -36,7 +36,7 @@ def read_picture(source: Picture, options: PictureOptions = _DEFAULTS) -> RgbPic
 
     Each of the `losses` starts with the name of the image. Raises ImageError if the image cannot be read.
     """
-    name = str(source) if isinstance(source, str | Path) else str(getattr(source, "name", "picture"))
+    name = str(source) if isinstance(source, str | Path) else str(getattr(source, "name", None) or "picture")
     try:
         image = _open(source)
         if 0 in image.size:
@@ -71,8 +71,8 @@ def _open(source: Picture) -> Image.Image:
         return Image.open(io.BytesIO(source))
     if not hasattr(source, "read"):
         raise ImageError(
-            f"found {source!r:.60}; expected a path, bytes, a binary file or a PIL image; for an array or a tensor, "
-            "pass PIL.Image.fromarray(array), with array as uint8 [height, width, 3]"
+            f"found {type(source).__name__}; expected a path, bytes, a binary file or a PIL image; "
+            "for an array or a tensor, pass PIL.Image.fromarray(array), with array as uint8 [height, width, 3]"
         )
     return Image.open(source)
 

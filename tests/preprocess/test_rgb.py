@@ -238,8 +238,8 @@ KEYED: dict[str, Callable[[], Image.Image]] = {  # one transparent colour, witho
     "one bit": lambda: png(2, 1, 0, bytes([0b01000000]), struct.pack(">H", 0)),
     "16 bits": lambda: png(2, 16, 0, struct.pack(">2H", 2571, 23130), struct.pack(">H", 2571)),
     "rgb": lambda: png(2, 8, 2, bytes([10, 10, 10, 90, 90, 90]), struct.pack(">3H", 10, 10, 10)),
-    "rgb of 16 bits": lambda: png(2, 16, 2, struct.pack(">6H", *[2571] * 3, *[23130] * 3), struct.pack(">3H", *[2571] * 3)),
-}  # fmt: skip
+    "rgb of 16 bits": lambda: png(2, 16, 2, struct.pack(">6H", *[2571] * 3, *[23130] * 3), bytes([10, 11] * 3)),
+}
 
 
 @pytest.mark.parametrize("form", KEYED)
