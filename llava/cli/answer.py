@@ -141,11 +141,23 @@ def _name_and_folder(adapter: str) -> tuple[str, str]:
 def _check_question(question: str) -> None:
     """Raises PromptError if the last argument is an image, because then the question was forgotten."""
     named = question.lower().endswith(_IMAGE_SUFFIXES) and not any(map(str.isspace, question))
-    if named or question == "-":
+    if named or question == "-" or _is_image(question):
         raise PromptError(
             f"{question:.200} is in the position of the question, but is an image; "
             f'put the question last, in quotes: llava ask {question:.200} "What is this?"'
         )
+
+
+def _is_image(path: str) -> bool:
+    if not os.path.isfile(path):
+        return False
+    from PIL import Image
+
+    try:
+        Image.open(path).close()
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return False
+    return True
 
 
 def _existing(path: str) -> Path:

@@ -232,7 +232,7 @@ def _names() -> str:
     return ", ".join(TEMPLATES)
 
 
-_HINT = f", or \\{IMAGE_PLACEHOLDER} for the text {IMAGE_PLACEHOLDER} itself"
+_HINT = f"; escape it as \\{IMAGE_PLACEHOLDER} where it is literal text"
 
 
 def _check_marks(prompt: str, n_pictures: int) -> None:

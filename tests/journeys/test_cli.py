@@ -120,17 +120,21 @@ def test_ask_takes_the_options_of_load(tmp_path: Path, vlm: llava.Assistant, cli
     assert done.stdout.removesuffix("\n") == answer
 
 
-@pytest.mark.parametrize("words", [["kitchen.png"], ["kitchen.png", "garden.JPEG"], ["not_there.webp"], ["-"]])
+@pytest.mark.parametrize(
+    "words", [["kitchen.png"], ["kitchen.png", "garden.JPEG"], ["scan"], ["not_there.webp"], ["-"]]
+)
 def test_a_forgotten_question_is_refused_before_the_model_loads(words: list[str], tmp_path: Path) -> None:
     for name in ("kitchen.png", "garden.JPEG"):
         Image.new("RGB", (20, 20)).save(tmp_path / name)
+    Image.new("RGB", (20, 20)).save(tmp_path / "scan", "PNG")
     done = run("ask", *words, "--model", tmp_path / "no_model", cwd=tmp_path, stdin=b"")
     command.assert_one_line_error(done, words[-1], f'llava ask {words[-1]} "What is this?"')
 
 
-def test_a_question_may_name_a_file_or_the_image_tag(checkpoint: Path, vlm: llava.Assistant) -> None:
-    for question in ("What is in kitchen.png", "What does the <image> tag mean?"):
-        done = run_well("ask", question, "--model", checkpoint, "--max-new-tokens", 4)
+def test_a_question_may_name_a_file_or_the_image_tag(checkpoint: Path, vlm: llava.Assistant, tmp_path: Path) -> None:
+    (tmp_path / "Hello").write_text("no image")
+    for question in ("What is in kitchen.png", "What does the <image> tag mean?", "Hello"):
+        done = run_well("ask", question, "--model", checkpoint, "--max-new-tokens", 4, cwd=tmp_path)
         assert done.stdout.strip() == vlm.ask(None, question, max_new_tokens=4)
 
 

@@ -180,7 +180,7 @@ def test_marks_of_a_raw_prompt_need_images_and_the_error_names_the_escape(
     tokenizer: Callable[[str], Tokenizer],
 ) -> None:
     ready = preprocessor(tokenizer("plain"))
-    with pytest.raises(PromptError, match=r"or \\<image> for the text <image> itself"):
+    with pytest.raises(PromptError, match=r"escape it as \\<image> where it is literal text"):
         ready.prepare(QUESTION)
     assert tokenizer("plain").decode(ready.prepare(LITERAL).token_ids) == QUESTION
 
