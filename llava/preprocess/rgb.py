@@ -16,6 +16,7 @@ from llava.errors import ImageError
 _MAX_HIDDEN = 0.1  # fraction of transparent pixels above which dropping the alpha channel is reported
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 _WHITE_IS_ZERO, _UNSIGNED = 0, 1  # values of the last two
+_GREY_STEPS = {"L;2": 85, "L;4": 17}  # greys of fewer bits, which Pillow scales to 8, but not the transparent one
 _AS_8_BITS = (
     "scaled from the range {:.6g} to {:.6g}; to use another range, save the image with 8 bits per channel beforehand"
 )
@@ -74,6 +75,8 @@ def _alpha(image: Image.Image) -> Image.Image | None:
     elif image.mode in ("1", "L", "I") or image.mode.startswith("I;16"):
         if not isinstance(colour, int):
             return None
+        if tile := getattr(image, "tile", None):  # of a file that is not decoded yet; (decoder, box, offset, raw mode)
+            colour *= _GREY_STEPS.get(tile[0][3], 1)
         opaque = np.asarray(image.convert("L") if image.mode == "1" else image) != colour
     else:
         return None

@@ -85,6 +85,11 @@ def test_greys_of_16_bits_are_scaled_and_rounded_to_the_nearest_value(form: str)
     assert not losses
 
 
+def test_a_pgm_of_10_bits_is_scaled_by_its_own_largest_value() -> None:
+    file = io.BytesIO(b"P5 3 1 1023\n" + struct.pack(">3H", 0, 512, 1023))
+    assert reds(converted(Image.open(file)).image) == [0, 128, 255]
+
+
 @pytest.mark.parametrize("form", ["png", "array"])
 def test_8_bit_greys_widened_to_16_bits_come_back_unchanged(form: str) -> None:
     wide = (np.arange(256) * 257)[None]
@@ -235,6 +240,8 @@ def test_every_kind_of_alpha_is_found(mode: str) -> None:
 
 KEYED: dict[str, Callable[[], Image.Image]] = {  # one transparent colour, without an alpha channel
     "grey": lambda: png(2, 8, 0, bytes([10, 90]), struct.pack(">H", 10)),
+    "four bits": lambda: png(2, 4, 0, bytes([0x36]), struct.pack(">H", 3)),
+    "two bits": lambda: png(2, 2, 0, bytes([0b01100000]), struct.pack(">H", 1)),
     "one bit": lambda: png(2, 1, 0, bytes([0b01000000]), struct.pack(">H", 0)),
     "16 bits": lambda: png(2, 16, 0, struct.pack(">2H", 2571, 23130), struct.pack(">H", 2571)),
     "rgb": lambda: png(2, 8, 2, bytes([10, 10, 10, 90, 90, 90]), struct.pack(">3H", 10, 10, 10)),
@@ -244,12 +251,11 @@ KEYED: dict[str, Callable[[], Image.Image]] = {  # one transparent colour, witho
 
 @pytest.mark.parametrize("form", KEYED)
 def test_a_transparent_colour_is_found(form: str) -> None:
-    picture = KEYED[form]()
-    image, losses = converted(picture)
-    assert reds(image) == ([0, 255] if form == "one bit" else [10, 90])
+    first, second = {"four bits": (51, 102), "two bits": (85, 170), "one bit": (0, 255)}.get(form, (10, 90))
+    image, losses = converted(KEYED[form]())
+    assert reds(image) == [first, second]
     assert [loss[:3] for loss in losses] == ["50%"]
-    assert reds(converted(picture, "white").image)[0] == 255
-    assert reds(converted(picture, "white").image)[1] == (255 if form == "one bit" else 90)
+    assert reds(converted(KEYED[form](), "white").image) == [255, second]
 
 
 @pytest.mark.parametrize(("transparent", "warned"), [(10, False), (11, True)])
