@@ -11,12 +11,13 @@ from llava.preprocess import placeholders
 from llava.preprocess.conversation import Turn
 
 _PLACEHOLDERS = "placeholders rewritten: one per picture, at the start of the first turn"
+KEPT = "sample kept unchanged"
 RULES = {  # kind of fault -> what `--fix` does
     "malformed": "sample dropped",
     "repeated": "later copies dropped",
     "missing_picture": "sample dropped",
     "broken_picture": "sample dropped",
-    "lossy_picture": "sample kept unchanged",
+    "lossy_picture": KEPT,
     "leading_answer": "turn dropped",
     "trailing_question": "turn dropped",
     "same_side_twice": "turns joined with a line break",

@@ -196,9 +196,10 @@ def _train_steps(run: Run, as_json: bool) -> None:
             one.close()
     if state.lossy_pictures and is_main:
         log.warning(
-            "values or transparency of %d pictures were lost; to list them, run: llava data check FILE --images %s",
+            "values or transparency of %d pictures were lost; to list them, run: llava data check %s%s",
             state.lossy_pictures,
-            recipe.images or "IMAGES",
+            recipe.data[0] if len(recipe.data) == 1 else "FILE",
+            f" --images {recipe.images}" if recipe.images else "",
         )
 
 

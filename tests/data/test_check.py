@@ -150,6 +150,10 @@ def test_pictures_that_lose_transparency_or_values_are_reported_and_kept(tmp_pat
     assert report.findings[0].text.startswith("logo.png: 100% of its pixels are transparent")
     assert "from the range 1000 to 1000" in report.findings[1].text
     assert json.loads((tmp_path / "fixed.json").read_text()) == data
+    done = run("data", "check", tmp_path / "data.json", "--images", folder)
+    assert done.returncode == 1
+    assert "2 of 3 samples have problems" in done.stdout
+    assert "--fix OUT" not in done.stdout  # it would not help
 
 
 def test_literal_placeholders_are_text_in_the_check(tmp_path: Path, tokenizer: Path) -> None:

@@ -340,7 +340,7 @@ def test_lossy_pictures_are_counted_and_only_the_first_is_named(
     first, last = (record.message for record in caplog.records if record.name.startswith("llava."))
     assert re.match(r"sample \d+: picture: 100% of its pixels are transparent", first)
     assert f"of {n} pictures were lost" in last
-    assert "llava data check" in last
+    assert last.endswith(f"run: llava data check {logos.data} --images {logos.images}")
 
 
 def test_the_recipe_places_transparent_pictures_on_a_background(logos: Assets, tmp_path: Path) -> None:
