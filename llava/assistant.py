@@ -3,6 +3,7 @@
 S sequence length   V vocabulary size   N features per view   D dim
 """
 
+import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from llava.checkpoint.adapters import open_separately
 from llava.checkpoint.load import Pool, build, resolve_device, resolve_dtype
 from llava.checkpoint.open import open_checkpoint
-from llava.config import LlavaConfig, LoadOptions
+from llava.config import LlavaConfig, LoadOptions, PictureOptions, Transparency
 from llava.engine.engine import Engine
 from llava.engine.reply import Reply, Stream
 from llava.engine.sampling import SamplingParams
@@ -25,6 +26,7 @@ from llava.preprocess.image import Picture
 from llava.preprocess.inputs import Messages, ModelInput, Preprocessor
 from llava.zoo.bases import advice
 
+log = logging.getLogger(__name__)
 LLAVA_TINY = Path(__file__).parent / "weights" / "llava-tiny"  # a small LLaVA model that recognises drawn objects
 
 Request = Messages | tuple[str, Sequence[Picture]]  # a conversation, a raw prompt, or a raw prompt with its images
@@ -45,6 +47,7 @@ def load(
     ignore_tensors: Sequence[str] | None = None,
     image_mode: Literal["original", "hf"] | None = None,
     exif: bool = False,
+    transparency: Transparency = "drop",
     legacy_strip: bool = False,
     merge: bool = True,
     adapters: Mapping[str, str | Path] | None = None,
@@ -71,6 +74,8 @@ def load(
     image_mode: preprocess images as in the original LLaVA code ("original") or as in transformers ("hf"). None
         selects the mode that the checkpoint was made for.
     exif: rotate images according to their EXIF orientation, which the original LLaVA code ignores.
+    transparency: what to do with transparent pixels: "drop" uses the colours stored under them, as the original LLaVA
+        code does; "white" or "black" places images on a background of this colour.
     legacy_strip: strip white space around <im_start> and other added tokens, as LLaVA v0 and v1.1 did in training.
 
     Raises LlavaError.
@@ -80,6 +85,7 @@ def load(
         raise ConfigError(f"quantize={quantize!r}: this version does not support quantization; omit it")
     if image_mode not in (None, "original", "hf"):
         raise ConfigError(f"image_mode is {image_mode!r}; expected original or hf")
+    pictures = PictureOptions(exif=exif, transparency=transparency)
     target = resolve_device(device)
     options = LoadOptions(
         base=base,
@@ -103,7 +109,7 @@ def load(
     loaded = {
         name: Loaded(
             build(checkpoint, dtype=compute, device=target, force=force, pool=pool),
-            Preprocessor(checkpoint.config, checkpoint.tokenizer, template=template, exif=exif),
+            Preprocessor(checkpoint.config, checkpoint.tokenizer, template=template, pictures=pictures),
         )
         for name, checkpoint in checkpoints.items()
     }
@@ -135,6 +141,7 @@ class Assistant:
     ):
         """adapters: variants of the model, by name; they share all unchanged weights with `model`."""
         named: Iterable[tuple[str | None, Loaded]] = (adapters or {}).items()
+        self._reported: set[str] = set()  # losses that have been logged
         self._loaded = dict([*named, (None, Loaded(model, preprocessor))])
         self._engines = {
             name: Engine(one.model, one.preprocessor.tokenizer, compile=compile) for name, one in self._loaded.items()
@@ -173,8 +180,16 @@ class Assistant:
     def prepare(
         self, messages: Messages, *, images: Sequence[Picture] | None = None, template: str | None = None
     ) -> ModelInput:
-        """Returns the model input: prompt, ids and pixels. Raises PromptError, ImageError."""
-        return self.preprocessor.prepare(messages, images=images, template=template)
+        """Returns the model input: prompt, ids and pixels. Raises PromptError, ImageError.
+
+        Logs one warning for each image whose values or transparency were lost.
+        """
+        input = self.preprocessor.prepare(messages, images=images, template=template)
+        for loss in input.losses:
+            if loss not in self._reported:  # the images of a conversation are read again in every turn
+                log.warning("%s", loss)
+            self._reported.add(loss)
+        return input
 
     def ask(self, image: Picture | Sequence[Picture] | None, question: str, **options: Any) -> str:
         """Answers a question about any number of images and returns the reply text. Options: see `generate`."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from llava.assistant import Assistant, question_about
 from llava.errors import LlavaError
-from llava.preprocess.image import open_picture
+from llava.preprocess.image import read_picture
 from llava.tensors.atomic import replacing
 
 HELP = """\
@@ -63,9 +63,7 @@ class Chat:
             self.messages, self.images = [], []
             print("started a new conversation")
         elif command == "/image":
-            open_picture(rest)
-            self.images.append(rest)
-            print(f"added {rest} to your next message")
+            self._add_image(rest)
         elif command == "/adapter":
             self.assistant.adapter(rest or None)
             print(f"switched to {rest or 'the base model'}; available: {', '.join(self.assistant.adapters)}")
@@ -76,6 +74,14 @@ class Chat:
         else:
             self._answer(line)
         return True
+
+    def _add_image(self, path: str) -> None:
+        if not path:
+            print("specify a file: /image PATH")
+            return
+        read_picture(path)
+        self.images.append(path)
+        print(f"added {path} to your next message")
 
     def _answer(self, text: str) -> None:
         question = question_about(self.images, text)
@@ -101,5 +107,8 @@ class Chat:
             with replacing(file) as partial:
                 partial.write_bytes(data)
         except (OSError, ValueError) as error:
-            raise LlavaError(f"{file}: cannot be written ({error})") from None
+            reason = getattr(error, "strerror", None) or error
+            raise LlavaError(
+                f"{file}: cannot be written ({reason}); choose another file, or create its folder"
+            ) from None
         print(f"wrote {len(self.messages)} messages to {file}")

@@ -13,6 +13,7 @@ IMAGE_PLACEHOLDER = "<image>"  # marks the position of an image in text
 
 DType = Literal["float32", "bfloat16", "float16"]
 ImageMode = Literal["original", "hf"]  # whose image processing to follow: LLaVA's original code or transformers
+Transparency = Literal["drop", "white", "black"]  # ignore an image's transparency, or place it on a background
 
 
 # Upper limits, so that broken configs are rejected before a model is built and products of sizes do not overflow.
@@ -335,3 +336,14 @@ class LoadOptions:
     force: bool = False  # only warn about NaN, Inf or a mismatched base
     ignore_tensors: tuple[str, ...] = ()  # on-disk names, or patterns with *, of tensors to leave out
     fetch_tower: bool = True  # False: do not download published towers; use their known sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureOptions:
+    """How image files are read."""
+
+    exif: bool = False  # apply the EXIF orientation; the original LLaVA code ignores it
+    transparency: Transparency = "drop"  # drop: ignore transparency, as in the original code
+
+    def __post_init__(self) -> None:
+        _check(self, "images")

@@ -4,6 +4,7 @@ S sequence length   D dim
 """
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from llava.assistant import Assistant, question_about
 from llava.config import IMAGE_PLACEHOLDER
-from llava.errors import ImageError, PromptError
+from llava.errors import ConfigError, ImageError, PromptError
+from llava.preprocess import placeholders
 from llava.tensors.atomic import new_file
 from llava.tensors.files import DTYPE_NAMES
 from llava.tensors.writer import Progress, no_progress
@@ -35,8 +37,10 @@ def read_rows(file: Path) -> list[Row]:
     """
     try:
         lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"{file}: cannot be read as text ({error})") from None
+    except OSError as error:
+        raise PromptError(f"{file}: cannot be read ({error.strerror}); expected a text or .jsonl file") from None
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{file}: not UTF-8 text ({error.reason}); expected a text or .jsonl file") from None
     if file.suffix not in (".jsonl", ".json"):
         rows = [Row(line, None) for line in lines]
     else:
@@ -57,6 +61,19 @@ def _row(line: str, where: str, folder: Path) -> Row:
     return Row(values["text"], str(folder / values["image"]) if values.get("image") else None)
 
 
+def check_target(out: Path) -> None:
+    """Raises ConfigError unless `out` is a new .safetensors file in a folder that can be written to."""
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"{out}: expected a name that ends in .safetensors, the only format that is written")
+    out = out.expanduser()
+    if out.exists() or out.is_symlink():
+        raise ConfigError(f"{out}: already exists; remove it, or choose another file")
+    if not out.parent.is_dir():
+        raise ConfigError(f"{out}: the folder {out.parent} does not exist; create it first")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"{out}: the folder {out.parent} is read-only; choose another folder")
+
+
 def extract(
     assistant: Assistant,
     rows: Sequence[Row],
@@ -71,7 +88,7 @@ def extract(
     Each text is a raw prompt, or a user message if `template` is given. If a text contains no image placeholder, the
     image is placed before the text. The file starts with space reserved for the header, which is written last.
 
-    Raises PromptError or ImageError with the row number, ConfigError if a layer does not exist, or
+    Raises PromptError or ImageError with the row number, ConfigError if a layer does not exist or `out` exists, or
     CheckpointError if the file cannot be written. No file is left behind after an error.
     """
     room = 64 + len(rows) * len(layers) * _entry_bytes(len(rows))
@@ -80,6 +97,7 @@ def extract(
             f"{len(rows)} rows x {len(layers)} layers are too many tensors for one safetensors file; "
             f"split the input into parts of at most {len(rows) * MAX_HEADER_BYTES // room} rows"
         )
+    check_target(out)
     with new_file(out, room) as partial, partial.open("wb") as file:
         file.write(room.to_bytes(8, "little") + b" " * room)
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -111,7 +129,7 @@ def _states(
             return assistant.hidden_states(question_about(row.image, row.text), layers, template=template)
         if row.image is None:
             return assistant.hidden_states(row.text, layers, images=[])
-        text = row.text if IMAGE_PLACEHOLDER in row.text else f"{IMAGE_PLACEHOLDER}\n{row.text}"
+        text = row.text if placeholders.count(row.text) else f"{IMAGE_PLACEHOLDER}\n{row.text}"
         return assistant.hidden_states(text, layers, images=[row.image])
     except (PromptError, ImageError) as error:
         raise type(error)(f"row {number}: {error}") from None

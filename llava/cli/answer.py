@@ -21,10 +21,12 @@ from llava.cli.options import (
     SamplingOptions,
     grouped,
 )
-from llava.errors import ConfigError, ImageError
+from llava.errors import ConfigError, ImageError, PromptError
 
 if TYPE_CHECKING:
     from llava.assistant import Assistant
+
+_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm", ".jp2")
 
 
 @app.command()
@@ -44,7 +46,9 @@ def ask(
 ) -> None:
     """Ask a question about any number of images."""
     *paths, question = words
-    images = [sys.stdin.buffer.read() if path == "-" else _existing(path) for path in paths]
+    _check_question(question)
+    images = [_from_stdin() if path == "-" else _existing(path) for path in paths]
+    sampling.check()
     vlm = _load(model, loading, base=base, adapters=adapter)
     from llava.assistant import question_about
 
@@ -66,6 +70,7 @@ def chat(
     sampling: ChatOptions,
 ) -> None:
     """Chat in the terminal. Commands: /image PATH, /adapter NAME, /reset, /save FILE, /quit; Ctrl-C stops a reply."""
+    sampling.check()
     vlm = _load(model, loading, base=base, adapters=adapter)
     from llava.chat import Chat
 
@@ -87,7 +92,7 @@ def features(
             "--layers", help="comma-separated layer numbers, e.g. 8,16,-1 (0: embeddings; -1: after the final norm)"
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", help=".safetensors file to write")],
+    out: Annotated[Path, typer.Option("--out", help=".safetensors file to write; must not exist")],
     base: Base = None,
     loading: ModelOptions,
 ) -> None:
@@ -98,6 +103,7 @@ def features(
         raise ConfigError(f"--layers is {layers!r}; expected comma-separated layer numbers, e.g. 8,16,-1") from None
     from llava import features as job
 
+    job.check_target(out)
     rows = job.read_rows(input)
     vlm = _load(checkpoint, loading, base=base, vision=any(row.image for row in rows))
     with progress_bar("features", unit="rows") as progress:
@@ -132,7 +138,38 @@ def _name_and_folder(adapter: str) -> tuple[str, str]:
     return name, folder
 
 
-def _existing(path: str) -> Path:
+def _check_question(question: str) -> None:
+    """Raises PromptError if the last argument is an image, because then the question was forgotten."""
+    named = question.lower().endswith(_IMAGE_SUFFIXES) and not any(map(str.isspace, question))
+    if named or question == "-" or _is_image(question):
+        raise PromptError(
+            f"{question:.200} is in the position of the question, but is an image; "
+            f'put the question last, in quotes: llava ask {question:.200} "What is this?"'
+        )
+
+
+def _is_image(path: str) -> bool:
     if not os.path.isfile(path):
+        return False
+    from PIL import Image
+
+    try:
+        Image.open(path).close()
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return False
+    return True
+
+
+def _existing(path: str) -> Path:
+    if os.path.isdir(path):
+        raise ImageError(f"{path:.200}: is a folder; expected an image file")
+    if not os.path.exists(path):
         raise ImageError(f"{path:.200}: no such image file; put the question last, in quotes")
     return Path(path)
+
+
+def _from_stdin() -> bytes:
+    data = sys.stdin.buffer.read()
+    if not data:
+        raise ImageError("- reads an image from standard input, which is empty; pipe an image file into the command")
+    return data

@@ -8,6 +8,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from llava.errors import ConfigError
+
 Model = Annotated[
     str | None,
     typer.Option("--model", "-m", help="folder or hub id of a checkpoint; default: the included llava-tiny"),
@@ -35,6 +37,12 @@ IgnoreTensors = Annotated[
 ]
 ImageMode = Annotated[str | None, typer.Option("--image-mode", help="image preprocessing: original or hf")]
 Exif = Annotated[bool, typer.Option("--exif", help="rotate images according to their EXIF orientation")]
+Transparency = Annotated[
+    str,
+    typer.Option(
+        "--transparency", help="transparent pixels: drop (as the original does), or a background: white or black"
+    ),
+]
 LegacyStrip = Annotated[
     bool, typer.Option("--legacy-strip", help="strip white space around added tokens, as v0 and v1.1 did in training")
 ]
@@ -71,6 +79,7 @@ class ModelOptions:
     ignore_tensors: IgnoreTensors = None
     image_mode: ImageMode = None
     exif: Exif = False
+    transparency: Transparency = "drop"
     legacy_strip: LegacyStrip = False
 
 
@@ -86,6 +95,18 @@ class SamplingOptions:
     repetition_penalty: RepetitionPenalty = 1.0
     seed: Seed = None
     stop: Stop = None
+
+    def check(self) -> None:
+        """Raises ConfigError, with the name of the command-line option, if a value is invalid."""
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"--max-new-tokens is {self.max_new_tokens}; expected 1 or more")
+        from llava.engine.sampling import SamplingParams
+
+        try:
+            SamplingParams.from_options(**vars(self))
+        except ConfigError as error:
+            name, _, rest = str(error).partition(" ")
+            raise ConfigError(f"--{name.replace('_', '-')} {rest}") from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,9 +9,7 @@ from llava.data.measure import Measure, Tokens
 from llava.data.repair import Fault, drop_last_exchange, find_faults, repair, to_conversations
 from llava.data.samples import Sample, Samples
 from llava.errors import DataError, ImageError, PromptError
-from llava.preprocess.image import Size, open_picture
-
-_BUFFER = re.compile(r" <_io\.BytesIO object at \w+>")  # how Pillow refers to in-memory data in its messages
+from llava.preprocess.image import Size, read_picture
 
 
 @dataclass
@@ -56,12 +53,13 @@ class Examiner:
     def _picture_sizes(self, sample: Sample, found: list[Fault]) -> Iterator[Size]:
         for name in sample.images if self.read_pictures else ():
             try:
-                yield open_picture(self.samples.picture(name)).size
+                image, losses = read_picture(self.samples.picture(name))
             except DataError as error:
                 return found.append(Fault("missing_picture", str(error)))
             except ImageError as error:
-                text = _BUFFER.sub("", str(error)).removeprefix("picture: ")
-                return found.append(Fault("broken_picture", f"{name}: {text}"))
+                return found.append(Fault("broken_picture", f"{name}: {str(error).removeprefix('picture: ')}"))
+            found += [Fault("lossy_picture", f"{name}: {loss.removeprefix('picture: ')}") for loss in losses]
+            yield image.size
 
     def _measure(
         self, sample: Sample, sizes: list[Size], measure: Measure, found: list[Fault]

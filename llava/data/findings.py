@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llava.data.repair import RULES
+from llava.data.repair import KEPT, RULES
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -132,4 +132,5 @@ def _verdict(report: Report) -> str:
     text = f"{n_bad:,} of {report.samples:,} samples have problems"
     if fixed := report.fixed:
         return f"{text}; {fixed.out}: {fixed.kept:,} samples, {fixed.repaired:,} repaired, {fixed.dropped:,} dropped"
-    return text + "; --fix OUT writes a fixed copy"
+    fixable = any(RULES[kind] != KEPT for kind in report.problems)
+    return text + "; --fix OUT writes a fixed copy" * fixable

@@ -7,14 +7,17 @@ from typing import NamedTuple
 
 from llava.config import IMAGE_PLACEHOLDER
 from llava.data.samples import ROLES, Sample
+from llava.preprocess import placeholders
 from llava.preprocess.conversation import Turn
 
 _PLACEHOLDERS = "placeholders rewritten: one per picture, at the start of the first turn"
+KEPT = "sample kept unchanged"
 RULES = {  # kind of fault -> what `--fix` does
     "malformed": "sample dropped",
     "repeated": "later copies dropped",
     "missing_picture": "sample dropped",
     "broken_picture": "sample dropped",
+    "lossy_picture": KEPT,
     "leading_answer": "turn dropped",
     "trailing_question": "turn dropped",
     "same_side_twice": "turns joined with a line break",
@@ -83,7 +86,7 @@ def _empty_turns(turns: Sequence[Turn]) -> Iterator[Fault]:
 
 
 def _mark_faults(turns: Sequence[Turn], n_pictures: int) -> Iterator[Fault]:
-    counts = [(turn.text or "").count(IMAGE_PLACEHOLDER) for turn in turns]
+    counts = [placeholders.count(turn.text or "") for turn in turns]
     found = f"{sum(counts)} {IMAGE_PLACEHOLDER} placeholder(s) for {n_pictures} picture(s)"
     if sum(counts) < n_pictures:
         yield Fault("missing_placeholder", found)
@@ -110,7 +113,7 @@ def _rewrite_marks(turns: Sequence[Turn], n_pictures: int) -> tuple[Turn, ...]:
     """Replaces faulty placeholders with one per picture at the start of the first turn. Turns may become empty."""
     if not any(_mark_faults(turns, n_pictures)):
         return tuple(turns)
-    unmarked = [(turn.text or "").replace(IMAGE_PLACEHOLDER, "").strip() for turn in turns]
+    unmarked = [placeholders.remove(turn.text or "").strip() for turn in turns]
     unmarked[:1] = [f"{IMAGE_PLACEHOLDER}\n" * n_pictures + text for text in unmarked[:1]]
     return tuple(Turn(turn.role, text) for turn, text in zip(turns, unmarked, strict=True))
 

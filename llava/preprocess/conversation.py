@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 from llava.config import IMAGE_PLACEHOLDER
 from llava.errors import PromptError
+from llava.preprocess import placeholders
 
 
 class Style(Enum):
@@ -113,7 +114,7 @@ def _plain(template: Template, turns: Sequence[Turn], system: str) -> Iterator[S
         )
     user, answer = (*(turn.text for turn in turns), None)[:2]
     if answer:
-        yield Span(IMAGE_PLACEHOLDER * (user or "").count(IMAGE_PLACEHOLDER))
+        yield Span(IMAGE_PLACEHOLDER * placeholders.count(user or ""))
         yield Span(answer + template.sep, True)
     elif user:
         yield Span(user + template.sep)

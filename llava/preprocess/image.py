@@ -10,14 +10,17 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from llava.config import ImageConfig, TileGrid
+from llava.config import ImageConfig, PictureOptions, TileGrid
 from llava.errors import ImageError
+from llava.preprocess.rgb import RgbPicture, to_rgb
 
 Picture = str | Path | bytes | BinaryIO | Image.Image
 Size = tuple[int, int]
+_DEFAULTS = PictureOptions()
+_ORIENTATION = ExifTags.Base.Orientation
 
 
 class Views(NamedTuple):
@@ -28,32 +31,62 @@ class Views(NamedTuple):
     size: Size  # image size before cropping, padding or resizing
 
 
-def open_picture(source: Picture, *, exif: bool = False) -> Image.Image:
-    """Opens an image in any format that Pillow can read; converts the first frame to RGB and drops transparency.
+def read_picture(source: Picture, options: PictureOptions = _DEFAULTS) -> RgbPicture:
+    """Reads an image in any format that Pillow can read, and converts the first frame to RGB as described in `to_rgb`.
 
-    exif: apply the EXIF orientation; the original LLaVA code ignores it. Raises ImageError if the image cannot be read.
+    Each of the `losses` starts with the name of the image. Raises ImageError if the image cannot be read.
     """
-    name = str(source) if isinstance(source, str | Path) else str(getattr(source, "name", "picture"))
-    if not isinstance(source, str | Path | bytes | Image.Image) and not hasattr(source, "read"):
-        raise ImageError(f"found {source!r:.60}; expected a path, bytes, a binary file or a PIL image")
+    name = str(source) if isinstance(source, str | Path) else str(getattr(source, "name", None) or "picture")
     try:
-        if isinstance(source, str | Path) and not Path(source).is_file():
-            raise ImageError(f"{name:.200}: no such image file")
-        image = source if isinstance(source, Image.Image) else Image.open(_stream(source))
-        if exif:
-            image = ImageOps.exif_transpose(image)
-        return image.convert("RGB")
+        image = _open(source)
+        if 0 in image.size:
+            raise ImageError("has no pixels")
+        rgb, losses = to_rgb(image, options.transparency)
+        if options.exif:
+            rgb.getexif()[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)
+            rgb = ImageOps.exif_transpose(rgb)
+    except ImageError as error:
+        raise ImageError(f"{name:.200}: {error}") from None
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise ImageError(
-            f"{name}: has more than {limit} pixels and may be a decompression bomb; scale the image down"
+            f"{name:.200}: has more than {limit} pixels and may be a decompression bomb; scale the image down"
         ) from None
+    except UnidentifiedImageError:  # its own message repeats the name, or shows the address of a buffer
+        raise ImageError(f"{name:.200}: is not an image that Pillow can read, or its header is damaged") from None
     except (OSError, ValueError, SyntaxError, EOFError) as error:  # raised by Pillow's decoders
-        raise ImageError(f"{name:.200}: is damaged, or is not an image that Pillow can read ({error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ImageError(f"{name:.200}: is damaged, or cannot be read as an image ({reason})") from None
+    return RgbPicture(rgb, tuple(f"{name:.200}: {loss}" for loss in losses))
 
 
-def _stream(source: str | Path | bytes | BinaryIO) -> str | Path | BinaryIO:
-    return io.BytesIO(source) if isinstance(source, bytes) else source
+def _open(source: Picture) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, str | Path):
+        return _open_file(Path(source))
+    if isinstance(source, bytes):
+        if not source:
+            raise ImageError("is empty; expected the contents of an image file")
+        return Image.open(io.BytesIO(source))
+    if not hasattr(source, "read"):
+        raise ImageError(
+            f"found {type(source).__name__}; expected a path, bytes, a binary file or a PIL image; "
+            "for an array or a tensor, pass PIL.Image.fromarray(array), with array as uint8 [height, width, 3]"
+        )
+    return Image.open(source)
+
+
+def _open_file(path: Path) -> Image.Image:
+    if path.is_dir():
+        raise ImageError("is a folder; expected an image file")
+    if not path.exists():
+        raise ImageError("no such image file")
+    if not path.is_file():  # opening a named pipe could wait forever
+        raise ImageError("is not a regular file; expected an image file")
+    if not path.stat().st_size:
+        raise ImageError("is empty; expected an image file")
+    return Image.open(path)
 
 
 def to_views(image: Image.Image, config: ImageConfig, patches: int) -> Views:

@@ -3,30 +3,34 @@
 S: sequence length, with each image expanded to one token per feature vector.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from llava.config import IGNORE, IMAGE, IMAGE_PLACEHOLDER, LlavaConfig, TileGrid
+from llava.config import IGNORE, IMAGE, IMAGE_PLACEHOLDER, LlavaConfig, PictureOptions, TileGrid
 from llava.errors import PromptError
+from llava.preprocess import placeholders
 from llava.preprocess.conversation import Span, Style, Template, Turn, render
-from llava.preprocess.image import Picture, Size, Views, open_picture, to_views
+from llava.preprocess.image import Picture, Size, Views, read_picture, to_views
 from llava.preprocess.labels import ImagePlace, move_marks, training_spans
+from llava.preprocess.messages import Message, read_messages
 from llava.preprocess.templates import TEMPLATES
 from llava.preprocess.tokenizer import Tokenizer
 
-Message = Mapping[str, Any]  # {"role": …, "content": text or a list of {"type": "text" | "image", …}}
 Messages = str | Sequence[Message]  # a raw prompt, or a conversation
+# Stands for a placeholder while the tokenizer's own placeholder token must not be produced. U+FDD0 is not a character.
+_STAND_IN = "\ufdd0image\ufdd0"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInput:
     """The model's input for one conversation."""
 
-    prompt: str  # the rendered text
+    prompt: str  # the rendered text, with literal placeholders in their escaped form
     token_ids: list[int]  # as in the original code, with one IMAGE (-200) per image
     ids: Tensor  # int64 [S]: token ids, with IMAGE for each image token
     labels: Tensor  # int64 [S]: token ids of target tokens, IGNORE elsewhere
@@ -35,22 +39,29 @@ class ModelInput:
     grids: list[TileGrid | None] = field(default_factory=list)  # tile arrangement of each image; see `Views`
     image_sizes: list[Size] = field(default_factory=list)  # (w, h) of each image in pixels; see `Views`
     stop: str | None = None  # string that ends a reply in this template; None for raw prompts and training
+    losses: list[str] = field(default_factory=list)  # what reading the images lost; see `RgbPicture`
 
 
-class _Turns(NamedTuple):
-    turns: list[Turn]
-    pictures: list[Picture]
-    system: str | None
+class _Image(NamedTuple):
+    views: Views
+    losses: tuple[str, ...]
 
 
 class Preprocessor:
     """Prepares inputs for one model, with its tokenizer, template and image settings."""
 
-    def __init__(self, config: LlavaConfig, tokenizer: Tokenizer, *, template: str | None = None, exif: bool = False):
+    def __init__(
+        self,
+        config: LlavaConfig,
+        tokenizer: Tokenizer,
+        *,
+        template: str | None = None,
+        pictures: PictureOptions | None = None,
+    ):
         self.config = config
         self.tokenizer = tokenizer
         self.template = template or config.template
-        self.exif = exif
+        self.pictures = pictures or PictureOptions()
         if template:
             find_template(template)
 
@@ -64,14 +75,14 @@ class Preprocessor:
         stop = None
         if isinstance(messages, str):
             spans, pictures = [Span(messages)], list(images or ())
-            _count_marks("the prompt", messages, len(pictures))
+            _check_marks(messages, len(pictures))
         elif images is not None:
             raise PromptError("images= is only for raw prompts; in a conversation, put the images into the messages")
         else:
             chosen = self._chosen(template)
-            turns, pictures, system = self._read(messages)
+            turns, pictures, system = read_messages(messages, start_end=self.config.start_end)
             spans, stop = render(chosen, turns, system), chosen.stop
-        return self._assemble(spans, [self._views(picture) for picture in pictures], stop)
+        return self._assemble(spans, self._read(pictures), stop)
 
     def prepare_training(
         self, turns: Sequence[Turn], pictures: Sequence[Picture], *, place: ImagePlace = "front", max_length: int
@@ -81,15 +92,15 @@ class Preprocessor:
         Raises PromptError if roles or placeholders are invalid or no targets remain, and ImageError for invalid images.
         """
         template = self._chosen(None)
-        marks = sum((turn.text or "").count(IMAGE_PLACEHOLDER) for turn in turns)
+        marks = sum(placeholders.count(turn.text or "") for turn in turns)
         if marks != len(pictures):
             raise PromptError(
                 f"the sample has {marks} {IMAGE_PLACEHOLDER} placeholder(s) and {len(pictures)} image(s); "
-                "expected one placeholder per image"
+                f"expected one placeholder per image{_HINT}"
             )
         tagged = template.tagged and template.style is not Style.PLAIN
         spans = training_spans(template, move_marks(turns, place, start_end=self.config.start_end, tagged=tagged))
-        whole = self._assemble(spans, [self._views(picture) for picture in pictures], None, limit=max_length)
+        whole = self._assemble(spans, self._read(pictures), None, limit=max_length)
         if bool((whole.labels == IGNORE).all()):
             raise PromptError(f"the first {max_length} tokens of the sample contain no answer to train on")
         return whole
@@ -102,44 +113,16 @@ class Preprocessor:
             )
         return find_template(name)
 
-    def _read(self, messages: Sequence[Message]) -> _Turns:
-        """Converts messages to turns with image placeholders. Adds an empty assistant turn after a final user turn."""
-        turns: list[Turn] = []
-        pictures: list[Picture] = []
-        system = None
-        for i, message in enumerate(messages):
-            where = f"message {i + 1}"
-            role, text, own = _parse(message, where)
-            marked = self._marked(text, len(own), role, where)
-            if role == "system":
-                if i:
-                    raise PromptError(f"{where} is a system message; only the first message can be a system message")
-                system = marked
-                continue
-            turns.append(Turn("user" if role == "user" else "assistant", marked))
-            pictures += own
-        if not turns:
-            raise PromptError("the conversation has no user message: add at least one")
-        if turns[-1].role == "user":
-            turns.append(Turn("assistant", None))
-        return _Turns(turns, pictures, system)
-
-    def _marked(self, text: str, n_pictures: int, role: str, where: str) -> str:
-        if n_pictures and role != "user":
-            raise PromptError(
-                f"{where} is from the {role} and contains an image; only user messages can contain images"
-            )
-        if IMAGE_PLACEHOLDER not in text:
-            text = f"{IMAGE_PLACEHOLDER}\n" * n_pictures + text
-        _count_marks(where, text, n_pictures, ", or none at all to put the images first")
-        return (
-            text.replace(IMAGE_PLACEHOLDER, f"<im_start>{IMAGE_PLACEHOLDER}<im_end>") if self.config.start_end else text
-        )
-
-    def _views(self, picture: Picture) -> Views:
-        if self.config.vision is None or self.config.image is None:
+    def _read(self, pictures: Sequence[Picture]) -> list[_Image]:
+        if pictures and (self.config.vision is None or self.config.image is None):
             raise PromptError("this model has no vision tower (or was loaded with vision=False): leave the images out")
-        return to_views(open_picture(picture, exif=self.exif), self.config.image, self.config.vision.grid)
+        return [self._read_one(picture) for picture in pictures]
+
+    def _read_one(self, picture: Picture) -> _Image:
+        assert self.config.vision
+        assert self.config.image
+        rgb, losses = read_picture(picture, self.pictures)
+        return _Image(to_views(rgb, self.config.image, self.config.vision.grid), losses)
 
     def n_image_tokens(self, input: ModelInput) -> int:
         """Returns the number of image tokens of an input, including those cut off by `max_length`."""
@@ -151,11 +134,12 @@ class Preprocessor:
         return n + grid.n_tokens if grid else n * n_views
 
     def _assemble(
-        self, spans: list[Span], pictures: list[Views], stop: str | None, limit: int | None = None
+        self, spans: list[Span], images: list[_Image], stop: str | None, limit: int | None = None
     ) -> ModelInput:
         """Builds the input, truncated to `limit` tokens. If `limit` is None, raises PromptError for overlong inputs."""
         prompt = "".join(span.text for span in spans)
         tokens = list(self._tokens(prompt, spans))
+        pictures = [image.views for image in images]
         if (n := sum(id == IMAGE for id, _ in tokens)) != len(pictures):
             raise PromptError(
                 f"the tokenizer found {n} {IMAGE_PLACEHOLDER} placeholder(s) in a prompt with "
@@ -179,6 +163,7 @@ class Preprocessor:
             grids=[views.grid for views in pictures],
             image_sizes=[views.size for views in pictures],
             stop=stop,
+            losses=[loss for image in images for loss in image.losses],
         )
 
     def _check_ids(self, ids: Sequence[int], context: int | None) -> None:
@@ -204,22 +189,36 @@ class Preprocessor:
         """
         try:
             targets = b"".join(bytes([span.target]) * len(span.text.encode()) for span in spans)  # one flag per byte
+            stretches = placeholders.split(prompt, targets)
         except UnicodeEncodeError:
             raise PromptError("the prompt is not valid UTF-8 text") from None
         if self.tokenizer.bos_id is not None:
             yield self.tokenizer.bos_id, False
-        whole = self.config.image is not None and self.config.image.mode == "hf"
-        own_mark = self.tokenizer.id_of(IMAGE_PLACEHOLDER) if whole else None
-        offset = 0  # start of the stretch, in bytes
-        for i, stretch in enumerate(prompt.split(IMAGE_PLACEHOLDER) if own_mark is None else [prompt]):
+        tokenizer, mark = self.tokenizer, IMAGE_PLACEHOLDER
+        own_mark = tokenizer.id_of(mark)
+        if own_mark is not None and placeholders.has_literal(prompt):
+            tokenizer, mark = self._literal_tokenizer, _STAND_IN
+        if own_mark is not None and self.config.image is not None and self.config.image.mode == "hf":
+            stretches = [_join(stretches, mark)]
+        for i, (text, flags) in enumerate(stretches):
             if i:
                 yield IMAGE, False
-            for id, start, end in self.tokenizer.encode_tokens(stretch):
+            for id, start, end in tokenizer.encode_tokens(text):
                 if id == own_mark:
                     yield IMAGE, False
                 else:
-                    yield id, any(targets[offset + start : offset + max(end, start + 1)])
-            offset += len(stretch.encode()) + len(IMAGE_PLACEHOLDER)
+                    yield id, any(flags[start : max(end, start + 1)])
+
+    @cached_property
+    def _literal_tokenizer(self) -> Tokenizer:
+        """The tokenizer that encodes a literal placeholder as ordinary text."""
+        return self.tokenizer.with_renamed(IMAGE_PLACEHOLDER, _STAND_IN)
+
+
+def _join(stretches: Sequence[placeholders.Stretch], mark: str) -> placeholders.Stretch:
+    """Joins the stretches again, with a placeholder token between them."""
+    text, flags = zip(*stretches, strict=True)
+    return placeholders.Stretch(mark.join(text), bytes(len(mark.encode())).join(flags))
 
 
 def find_template(name: str) -> Template:
@@ -233,33 +232,12 @@ def _names() -> str:
     return ", ".join(TEMPLATES)
 
 
-def _parse(message: Message, where: str) -> tuple[str, str, list[Picture]]:
-    """Returns the role, text and images of one message. Raises PromptError if the message is malformed."""
-    if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-        raise PromptError(f"{where}: found {message!r:.60}; expected a dictionary with role and content")
-    role, content = message["role"], message["content"]
-    if role not in ("system", "user", "assistant"):
-        raise PromptError(f"{where}: role is {role!r}; expected system, user or assistant")
-    if isinstance(content, str):
-        return role, content, []
-    texts: list[str] = []
-    pictures: list[Picture] = []
-    for part in content if isinstance(content, Sequence) else [content]:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind not in ("text", "image") or kind not in part:
-            raise PromptError(f'{where}: content contains {part!r:.60}; expected {{"type": "text" | "image", …}}')
-        if kind == "text":
-            if not isinstance(part["text"], str):
-                raise PromptError(f"{where}: text is {part['text']!r:.60}; expected a string")
-            texts.append(part["text"])
-        else:
-            pictures.append(part["image"])
-    return role, "\n".join(texts), pictures
+_HINT = f"; escape it as \\{IMAGE_PLACEHOLDER} where it is literal text"
 
 
-def _count_marks(where: str, text: str, n_pictures: int, advice: str = "") -> None:
-    if (marks := text.count(IMAGE_PLACEHOLDER)) != n_pictures:
+def _check_marks(prompt: str, n_pictures: int) -> None:
+    if (marks := placeholders.count(prompt)) != n_pictures:
         raise PromptError(
-            f"{where} has {marks} {IMAGE_PLACEHOLDER} placeholder(s) and {n_pictures} image(s): "
-            f"write one placeholder for each image{advice}"
+            f"the prompt has {marks} {IMAGE_PLACEHOLDER} placeholder(s) and {n_pictures} image(s): "
+            f"write one placeholder for each image{_HINT}"
         )

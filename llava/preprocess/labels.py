@@ -6,6 +6,7 @@ from typing import Literal
 
 from llava.config import IMAGE_PLACEHOLDER
 from llava.errors import PromptError
+from llava.preprocess import placeholders
 from llava.preprocess.conversation import Span, Style, Template, Turn, render
 
 # Position of image placeholders in a turn: "front" in LLaVA 1.0 and later, "as_written" in earlier versions.
@@ -29,7 +30,7 @@ def training_spans(template: Template, turns: Sequence[Turn]) -> list[Span]:
                 f"this sample has {len(turns)} turns; the plain template requires two, "
                 "one from the user and one from the assistant"
             )
-        mark = Turn("user", IMAGE_PLACEHOLDER * (turns[0].text or "").count(IMAGE_PLACEHOLDER))
+        mark = Turn("user", IMAGE_PLACEHOLDER * placeholders.count(turns[0].text or ""))
         return render(template, [mark, turns[1]])
     return render(replace(template, few_shot=()), turns)
 
@@ -56,7 +57,7 @@ def move_marks(turns: Sequence[Turn], place: ImagePlace, *, start_end: bool, tag
 
 
 def _marked(text: str, place: ImagePlace, around: tuple[str, str]) -> str:
-    n = text.count(IMAGE_PLACEHOLDER)
+    n = placeholders.count(text)
     if n and place == "front":
-        text = (f"{IMAGE_PLACEHOLDER}\n" * n + text.replace(IMAGE_PLACEHOLDER, "").strip()).strip()
-    return text.replace(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER.join(around)) if n else text
+        text = (f"{IMAGE_PLACEHOLDER}\n" * n + placeholders.remove(text).strip()).strip()
+    return placeholders.replace(text, IMAGE_PLACEHOLDER.join(around))

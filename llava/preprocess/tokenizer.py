@@ -5,8 +5,10 @@ is first split at added tokens, and SentencePiece encodes each stretch between t
 not set in tokenizer_config.json, a dummy space is prepended to every stretch; otherwise, only to the text as a whole.
 """
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -59,6 +61,13 @@ class Tokenizer(Protocol):
         """Returns the id of the added token `text`, or None if `text` is not an added token."""
         ...
 
+    def with_renamed(self, text: str, new_text: str) -> "Tokenizer":
+        """Returns a tokenizer that reads the added token `text` as `new_text`, and encodes `text` as ordinary text.
+
+        All ids stay the same. Raises CheckpointError if this is not possible.
+        """
+        ...
+
 
 class SentencePieceTokenizer:
     """The Llama tokenizer, loaded from a `tokenizer.model` file."""
@@ -81,11 +90,7 @@ class SentencePieceTokenizer:
             model += b"\x1a\x02\x18\x00"
         self._model = SentencePieceProcessor(model_proto=model)
         self._legacy = legacy
-        self._added = {token.text: token for token in added}
-        self.added = tuple(self._added.values())
-        self._by_id = {token.id: token for token in self.added}
-        longest_first = sorted(self._added, key=len, reverse=True)
-        self._pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")" if longest_first else "(?!)()")
+        self._set_added(added)
         self._n_pieces: int = self._model.get_piece_size()
         self.size = max([self._n_pieces, *(id + 1 for id in self._by_id)])
         self.bos_id = bos_id
@@ -93,8 +98,20 @@ class SentencePieceTokenizer:
         self.pad = pad
         self.special = frozenset(token.id for token in self._added.values() if token.special)
 
+    def _set_added(self, added: Iterable[AddedToken]) -> None:
+        self._added = {token.text: token for token in added}
+        self.added = tuple(self._added.values())
+        self._by_id = {token.id: token for token in self.added}
+        longest_first = sorted(self._added, key=len, reverse=True)
+        self._pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")" if longest_first else "(?!)()")
+
     def id_of(self, text: str) -> int | None:
         return self._added[text].id if text in self._added else None
+
+    def with_renamed(self, text: str, new_text: str) -> "SentencePieceTokenizer":
+        renamed = copy(self)
+        renamed._set_added(one._replace(text=new_text) if one.text == text else one for one in self.added)
+        return renamed
 
     def encode(self, text: str) -> list[int]:
         ids = [token.id for token in self.encode_tokens(text)]
@@ -196,6 +213,19 @@ class JsonTokenizer:
 
     def id_of(self, text: str) -> int | None:
         return self._ids.get(text)
+
+    def with_renamed(self, text: str, new_text: str) -> "JsonTokenizer":
+        import tokenizers
+
+        settings = json.loads(self._model.to_str())
+        for token in settings["added_tokens"]:
+            token["content"] = new_text if token["content"] == text else token["content"]
+        renamed = copy(self)
+        renamed._model = tokenizers.Tokenizer.from_str(json.dumps(settings))
+        renamed._ids = {token.content: id for id, token in renamed._model.get_added_tokens_decoder().items()}
+        if renamed._ids != {new_text if content == text else content: id for content, id in self._ids.items()}:
+            raise CheckpointError(f"this tokenizer cannot encode {text} as ordinary text: remove it from the prompt")
+        return renamed
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._model.encode(text).ids

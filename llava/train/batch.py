@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from llava.config import IGNORE, IMAGE, TileGrid
+from llava.config import IGNORE, IMAGE, PictureOptions, TileGrid
 from llava.data.samples import Samples
 from llava.errors import DataError, ImageError, PromptError
 from llava.formats.format import Checkpoint
@@ -41,6 +41,7 @@ class Batch:
     n_tokens: int  # including image tokens, excluding padding
     max_seqlen: int  # length of the longest sample
     skipped: list[str] = field(default_factory=list)  # one message per skipped sample, including the sample's index
+    losses: list[str] = field(default_factory=list)  # what reading the images lost, including the sample's index
 
     def to(self, device: torch.device) -> "Batch":
         """Returns a copy of the batch on `device`."""
@@ -134,7 +135,10 @@ class BatchDataset(Dataset[Batch]):
     def open(cls, recipe: Recipe, checkpoint: Checkpoint, *, rank: int = 0, world_size: int = 1) -> "BatchDataset":
         """Opens a recipe's data files for training the model in `checkpoint`. Raises DataError."""
         samples = Samples([Path(file) for file in recipe.data], Path(recipe.images) if recipe.images else None)
-        preprocessor = Preprocessor(checkpoint.config, checkpoint.tokenizer, template=recipe.template)
+        pictures = PictureOptions(transparency=recipe.transparency)
+        preprocessor = Preprocessor(
+            checkpoint.config, checkpoint.tokenizer, template=recipe.template, pictures=pictures
+        )
         order = SampleOrder(recipe, samples.lengths)
         return cls(samples, preprocessor, recipe, order, rank=rank, world_size=world_size)
 
@@ -153,10 +157,11 @@ class BatchDataset(Dataset[Batch]):
 
     def build(self, indices: Sequence[int]) -> Batch:
         """Builds a micro-batch from the samples at `indices`. Broken samples are left out and listed in `skipped`."""
-        inputs, skipped = [], []
+        inputs, skipped, losses = [], [], list[str]()
         for index in indices:
             try:
                 inputs.append(self.prepare(index))
+                losses += [f"sample {index}: {loss}" for loss in inputs[-1].losses]
             except (DataError, ImageError, PromptError) as error:
                 skipped.append(f"sample {index}: {error}")
         recipe = self.recipe
@@ -167,7 +172,7 @@ class BatchDataset(Dataset[Batch]):
             micro_batch_size=recipe.micro_batch_size,
             max_length=recipe.max_length,
         )
-        return replace(batch, skipped=skipped)
+        return replace(batch, skipped=skipped, losses=losses)
 
     def prepare(self, index: int) -> ModelInput:
         """Prepares the ids, labels and pixels of one sample. Raises DataError, ImageError or PromptError."""

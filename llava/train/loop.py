@@ -49,6 +49,7 @@ class TrainState:
     samples: int = 0
     tokens: int = 0
     skipped: int = 0  # broken samples
+    lossy_pictures: int = 0  # pictures whose values or transparency were lost
     elapsed_s: float = 0.0
     n_data: int = 0  # number of samples in the data files
 
@@ -84,6 +85,7 @@ class StepCounts:
     samples: int
     tokens: int
     skipped: int
+    lossy_pictures: int
 
 
 def train(recipe: Recipe, *, device: str = "auto", as_json: bool = False) -> Path:
@@ -192,6 +194,13 @@ def _train_steps(run: Run, as_json: bool) -> None:
     finally:
         for one in logs:
             one.close()
+    if state.lossy_pictures and is_main:
+        log.warning(
+            "values or transparency of %d pictures were lost; to list them, run: llava data check %s%s",
+            state.lossy_pictures,
+            recipe.data[0] if len(recipe.data) == 1 else "FILE",
+            f" --images {recipe.images}" if recipe.images else "",
+        )
 
 
 def _loader(run: Run) -> Iterator[Batch]:
@@ -219,6 +228,7 @@ def _train_step(run: Run, batches: list[Batch]) -> dict[str, float]:
     recipe, state, world = run.recipe, run.state, run.world
     counts = _count(batches, world)
     _report_skipped(run, batches, counts)
+    _report_losses(run, batches)
     losses = []
     for turn, batch in enumerate(batches):
         torch.manual_seed(_seed(recipe.seed, state.step, turn * world.size + world.rank))
@@ -237,6 +247,7 @@ def _train_step(run: Run, batches: list[Batch]) -> dict[str, float]:
     run.optimizer.zero_grad(set_to_none=True)
     state.step, state.samples = state.step + 1, state.samples + counts.samples
     state.tokens, state.skipped = state.tokens + counts.tokens, state.skipped + counts.skipped
+    state.lossy_pictures += counts.lossy_pictures
     return {
         "step": state.step,
         "epoch": state.step / run.order.steps_per_epoch,
@@ -247,12 +258,16 @@ def _train_step(run: Run, batches: list[Batch]) -> dict[str, float]:
         "tokens": state.tokens,
         "samples": state.samples,
         "skipped": state.skipped,
+        "lossy_pictures": state.lossy_pictures,
         "memory_bytes": torch.cuda.max_memory_allocated() if world.device.type == "cuda" else 0,
     }
 
 
 def _count(batches: list[Batch], world: World) -> StepCounts:
-    rows = [(len(batch.targets), batch.n_samples, batch.n_tokens, len(batch.skipped)) for batch in batches]
+    rows = [
+        (len(batch.targets), batch.n_samples, batch.n_tokens, len(batch.skipped), len(batch.losses))
+        for batch in batches
+    ]
     return StepCounts(*map(int, world.sum([sum(column) for column in zip(*rows, strict=True)])))
 
 
@@ -304,6 +319,13 @@ def _report_skipped(run: Run, batches: list[Batch], counts: StepCounts) -> None:
             f"{broken} of {seen} samples are broken, more than {run.recipe.max_skipped:.0%}; "
             "to see why, run: llava data check FILE"
         )
+
+
+def _report_losses(run: Run, batches: list[Batch]) -> None:
+    """Warns about the first lossy picture of the run. Further ones are only counted."""
+    losses = [loss for batch in batches for loss in batch.losses]
+    if losses and not run.state.lossy_pictures:
+        log.warning("%s", losses[0])
 
 
 def _save_if_due(run: Run) -> None:

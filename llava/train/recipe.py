@@ -14,6 +14,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from llava.config import Transparency
 from llava.errors import ConfigError
 from llava.preprocess.inputs import find_template
 from llava.preprocess.labels import ImagePlace
@@ -60,6 +61,7 @@ class Recipe:
     # Data
     data: tuple[str, ...]  # files in LLaVA's JSON or JSONL format
     images: str | None = None  # folder, .zip or .tar that contains the images
+    transparency: Transparency = "drop"  # or white or black: a background for transparent pixels; see `to_rgb`
     max_length: int = 2048  # maximum number of tokens per sample, including image tokens; longer samples are truncated
 
     # Trained parts
@@ -246,7 +248,8 @@ def changed_keys(file: Path, recipe: Recipe) -> set[str]:
     except ConfigError as error:
         raise ConfigError(f"{error}, so this older run cannot be resumed; set output_dir=… to a new folder") from None
     current = json.loads(to_json(recipe))
-    return {key for key in {*saved, *current} if saved.get(key) != current.get(key)}
+    defaults = {field.name: field.default for field in fields(Recipe)}  # for keys that are newer than the run
+    return {key for key in {*saved, *current} if saved.get(key, defaults.get(key)) != current.get(key)}
 
 
 def _parse_toml(text: str, where: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import llava
 from llava.config import IGNORE
@@ -132,8 +133,40 @@ def test_the_report_is_exact_and_the_fixed_copy_is_clean(
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_pictures_that_lose_transparency_or_values_are_reported_and_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new("RGBA", (20, 20)).save(folder / "logo.png")
+    Image.new("F", (20, 20), 1000).save(folder / "depth.tiff")
+    Image.new("I;16", (20, 20), 40000).save(folder / "grey.png")
+    names = ["logo.png", "depth.tiff", "grey.png"]
+    data = [{"id": name, "image": name, "conversations": GOOD} for name in names]
+    write_json(tmp_path / "data.json", data)
+    report = check(tmp_path / "data.json", folder, fix=tmp_path / "fixed.json", workers=0)
+    assert [(finding.kind, finding.id) for finding in report.findings] == [
+        ("lossy_picture", "logo.png"),
+        ("lossy_picture", "depth.tiff"),
+    ]
+    assert report.findings[0].text.startswith("logo.png: 100% of its pixels are transparent")
+    assert "from the range 1000 to 1000" in report.findings[1].text
+    assert json.loads((tmp_path / "fixed.json").read_text()) == data
+    done = run("data", "check", tmp_path / "data.json", "--images", folder)
+    assert done.returncode == 1
+    assert "2 of 3 samples have problems" in done.stdout
+    assert "--fix OUT" not in done.stdout  # it would not help
+
+
+def test_literal_placeholders_are_text_in_the_check(tmp_path: Path, tokenizer: Path) -> None:
+    value = {"id": "0", "conversations": talk(r"What does the \<image> tag mean?", r"\<image> marks an image.")}
+    write_json(tmp_path / "data.json", [value])
+    report = check(tmp_path / "data.json", measure=measure_of(tokenizer), workers=0)
+    assert report.clean
+    assert report.tokens is not None
+    assert report.tokens.total < 150
+
+
 def test_every_kind_of_problem_has_a_test() -> None:
-    tested = {kind for _, kinds, _ in REPAIRED for kind in kinds} | set(planted()[1]) | {"refused"}
+    tested = {kind for _, kinds, _ in REPAIRED for kind in kinds} | set(planted()[1]) | {"refused", "lossy_picture"}
     assert tested == set(RULES)
 
 

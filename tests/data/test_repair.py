@@ -46,6 +46,13 @@ REPAIRED: list[tuple[Sample, set[str], Sample | None]] = [
         {"surplus_placeholder", "late_placeholder"},
         sample(Q, A, images=ONE),
     ),
+    (sample(("h", r"<image>\<image>"), A, images=ONE), set(), sample(("h", r"<image>\<image>"), A, images=ONE)),
+    (
+        sample(("h", r"\<image>?"), A, images=ONE),
+        {"missing_placeholder"},
+        sample(("h", "<image>\n\\<image>?"), A, images=ONE),
+    ),
+    (sample(("h", r"\<image>?"), ("g", r"\<image>")), set(), sample(("h", r"\<image>?"), ("g", r"\<image>"))),
     (sample(Q, images=ONE), {"trailing_question", "nothing_to_learn"}, None),
     (sample(A), {"leading_answer"}, None),
     (sample(("h", "q"), ("g", "")), {"empty_turn", "nothing_to_learn"}, None),
@@ -61,7 +68,7 @@ def test_each_fault_is_found_and_repaired_by_its_rule(broken: Sample, kinds: set
 
 def test_a_repaired_sample_never_has_a_fault() -> None:
     rng = random.Random(0)
-    texts = ["", " ", "q", "<image>", "<image>\nq", "a <image> b <image>"]
+    texts = ["", " ", "q", "<image>", "<image>\nq", "a <image> b <image>", r"\<image>", "<ima<image>ge>"]
     for _ in range(3000):
         turns = [(rng.choice("hg"), rng.choice(texts)) for _ in range(rng.randint(1, 7))]
         repaired = repair(sample(*turns, images=("a.jpg",) * rng.randint(0, 3)))

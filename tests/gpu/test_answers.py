@@ -15,7 +15,7 @@ from llava.engine.engine import Engine
 from llava.model.attention import CacheContext, decode_mask
 from llava.model.kv_cache import KVCache
 from llava.model.llava import Llava
-from llava.preprocess.image import open_picture
+from llava.preprocess.image import read_picture
 from tests import tiny
 
 LONG = "Look at the left side of the photo, then at the right one, and compare the two. " * 12  # beyond one window
@@ -37,7 +37,7 @@ def gpu(checkpoint: Path) -> Assistant:
 
 
 def conversation(picture: Path | None, text: str) -> list[dict[str, object]]:
-    image = [{"type": "image", "image": open_picture(picture)}] if picture else []
+    image = [{"type": "image", "image": read_picture(picture).image}] if picture else []
     return [{"role": "user", "content": [*image, {"type": "text", "text": text}]}]
 
 

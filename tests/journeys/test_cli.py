@@ -120,7 +120,89 @@ def test_ask_takes_the_options_of_load(tmp_path: Path, vlm: llava.Assistant, cli
     assert done.stdout.removesuffix("\n") == answer
 
 
+@pytest.mark.parametrize(
+    "words", [["kitchen.png"], ["kitchen.png", "garden.JPEG"], ["scan"], ["not_there.webp"], ["-"]]
+)
+def test_a_forgotten_question_is_refused_before_the_model_loads(words: list[str], tmp_path: Path) -> None:
+    for name in ("kitchen.png", "garden.JPEG"):
+        Image.new("RGB", (20, 20)).save(tmp_path / name)
+    Image.new("RGB", (20, 20)).save(tmp_path / "scan", "PNG")
+    done = run("ask", *words, "--model", tmp_path / "no_model", cwd=tmp_path, stdin=b"")
+    command.assert_one_line_error(done, words[-1], f'llava ask {words[-1]} "What is this?"')
+
+
+def test_a_question_may_name_a_file_or_the_image_tag(checkpoint: Path, vlm: llava.Assistant, tmp_path: Path) -> None:
+    (tmp_path / "Hello").write_text("no image")
+    for question in ("What is in kitchen.png", "What does the <image> tag mean?", "Hello"):
+        done = run_well("ask", question, "--model", checkpoint, "--max-new-tokens", 4, cwd=tmp_path)
+        assert done.stdout.strip() == vlm.ask(None, question, max_new_tokens=4)
+
+
+def test_an_empty_stdin_and_a_folder_are_no_images(checkpoint: Path, tmp_path: Path) -> None:
+    command.assert_one_line_error(run("ask", "-", "?", "--model", checkpoint, stdin=b""), "standard input", "empty")
+    command.assert_one_line_error(run("ask", tmp_path, "?", "--model", checkpoint), f"{tmp_path}: is a folder")
+
+
+@pytest.mark.parametrize("name", ["ask", "chat"])
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [("--max-new-tokens", 0, "1 or more"), ("--top-p", 3, "at most 1"), ("--repetition-penalty", 0, "above 0")],
+)
+def test_a_wrong_sampling_option_is_named_before_the_model_loads(
+    name: str, option: str, value: int, expected: str, tmp_path: Path
+) -> None:
+    words = ["Say hello."] if name == "ask" else []
+    done = run(name, *words, "--model", tmp_path / "no_model", option, value, stdin=b"")
+    command.assert_one_line_error(done, option, expected)
+
+
+@pytest.fixture
+def logo(tmp_path: Path) -> Path:
+    """Black on transparent black."""
+    image = Image.new("RGBA", (60, 40))
+    image.paste((0, 0, 0, 255), (20, 10, 40, 30))
+    image.save(tmp_path / "logo.png")
+    return tmp_path / "logo.png"
+
+
+@pytest.mark.parametrize("colour", ["white", "black"])
+def test_transparency_places_an_image_on_a_background(
+    colour: str, checkpoint: Path, vlm: llava.Assistant, logo: Path
+) -> None:
+    flat = Image.new("RGB", (60, 40), colour)
+    flat.paste(Image.open(logo), mask=Image.open(logo))
+    options = ["--model", checkpoint, "--max-new-tokens", 8, "--transparency", colour]
+    done = run_well("ask", logo, "What is it?", *options)
+    assert done.stdout.strip() == vlm.ask(flat, "What is it?", max_new_tokens=8)
+    assert done.stderr == ""
+
+
+def test_dropped_transparency_is_reported_in_one_line(checkpoint: Path, vlm: llava.Assistant, logo: Path) -> None:
+    done = run_well("ask", logo, "What is it?", "--model", checkpoint, "--max-new-tokens", 8)
+    assert done.stdout.strip() == vlm.ask(Image.new("RGB", (60, 40)), "What is it?", max_new_tokens=8)
+    assert len(done.stderr.splitlines()) == 1
+    assert f"{logo}: 83% of its pixels are transparent" in done.stderr
+    talk = f"/image {logo}\nWhat is it?\nIs it black?\nAnd now?\n".encode()
+    chat = run_well("chat", "--model", checkpoint, "--max-new-tokens", 2, stdin=talk)
+    assert chat.stderr.count("transparent") == 1
+
+
+def test_an_unknown_transparency_is_refused(checkpoint: Path, logo: Path) -> None:
+    done = run("ask", logo, "?", "--model", checkpoint, "--transparency", "pink")
+    command.assert_one_line_error(done, "transparency", "pink", "drop or white or black")
+
+
 # ------------------------------------------------------------------------------------------------ chat
+
+
+def test_chat_commands_without_a_usable_file_say_what_to_do(checkpoint: Path, tmp_path: Path) -> None:
+    lines = f"/image\n/image {tmp_path}\n/save\n/save {tmp_path}/none/talk.json\n"
+    done = run_well("chat", "--model", checkpoint, stdin=lines.encode())
+    assert done.stdout.splitlines() == ["specify a file: /image PATH", "specify a file: /save FILE"]
+    folder, missing = done.stderr.splitlines()
+    assert folder == f"llava: {tmp_path}: is a folder; expected an image file"
+    assert missing.startswith(f"llava: {tmp_path}/none/talk.json: cannot be written (No such file or directory)")
+    assert "partial" not in missing
 
 
 def test_chat_keeps_the_conversation_and_saves_it(checkpoint: Path, vlm: llava.Assistant, photo: Path) -> None:
@@ -392,9 +474,38 @@ def test_rows_of_features_may_have_a_picture(
 def test_a_bad_row_of_features_is_named_and_leaves_no_file(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "A word"}\n{"words": "none"}\n')
     before = command.files(tmp_path)
-    done = run("features", checkpoint, "--input", tmp_path / "rows.jsonl", "--layers=-1", "--out", tmp_path / "f.st")
+    done = run(
+        "features", checkpoint, "--input", tmp_path / "rows.jsonl", "--layers=-1", "--out", tmp_path / "f.safetensors"
+    )
     command.assert_one_line_error(done, "rows.jsonl")
     assert command.files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("f.npz", ".safetensors"),
+        ("f", ".safetensors"),
+        ("full.safetensors", "already exists"),
+        ("none/f.safetensors", "does not exist"),
+    ],
+)
+def test_features_check_the_target_before_the_model_loads(out: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("A word\n")
+    (tmp_path / "full.safetensors").write_text("keep")
+    before = command.files(tmp_path)
+    options = ["--input", tmp_path / "texts.txt", "--layers", "0", "--out", tmp_path / out]
+    command.assert_one_line_error(run("features", tmp_path / "no_model", *options), out, said)
+    assert command.files(tmp_path) == before
+
+
+@pytest.mark.parametrize(("name", "said"), [("none.txt", "No such file"), ("folder", "Is a directory")])
+def test_features_name_an_input_that_cannot_be_read(name: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    options = ["--input", tmp_path / name, "--layers", "0", "--out", tmp_path / "f.safetensors"]
+    done = run("features", tmp_path / "no_model", *options)
+    command.assert_one_line_error(done, f"{tmp_path / name}: cannot be read ({said}")
+    assert "Errno" not in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------ gpt-fast

@@ -327,12 +327,6 @@ def test_a_prompt_longer_than_the_context_states_tokens_and_limit(clip: Path, tm
     assert_one_line_error(run("ask", question, "--model", folder), str(tokens), "128")
 
 
-def test_a_wrong_number_of_marks_states_both_numbers(checkpoint: Path, tmp_path: Path) -> None:
-    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
-    done = run("ask", tmp_path / "a.png", "<image> <image> <image>", "--model", checkpoint)
-    assert_one_line_error(done, "3", "1")
-
-
 def test_a_hub_model_that_cannot_be_reached_is_named() -> None:
     assert_one_line_error(run("ask", "Say hello.", "--model", "nobody/no-such-model"), "nobody/no-such-model")
 

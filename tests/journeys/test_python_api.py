@@ -243,19 +243,23 @@ def test_pictures_replace_the_marks_in_order(vlm: llava.Assistant) -> None:
 @pytest.mark.parametrize(
     ("text", "pictures"), [("<image> and <image>", 1), ("<image>", 2), ("<image>", 0), ("a <image> b <image> c", 3)]
 )
-def test_any_other_number_of_marks_is_an_error(vlm: llava.Assistant, text: str, pictures: int) -> None:
+def test_any_other_number_of_marks_is_text_in_messages_and_an_error_in_raw_prompts(
+    vlm: llava.Assistant, text: str, pictures: int
+) -> None:
     images = [photo(seed=i) for i in range(pictures)]
-    with pytest.raises(LlavaError):
-        vlm.prepare([user(text, *images)])
-    with pytest.raises(LlavaError):
+    prepared = vlm.prepare([user(text, *images)])
+    literal = text.replace("<image>", r"\<image>")
+    front = "<image>\n" * pictures
+    assert prepared.prompt == f"{SYSTEM} USER: {front}{literal} ASSISTANT:"
+    assert prepared.token_ids.count(-200) == pictures
+    with pytest.raises(LlavaError, match=rf"{text.count('<image>')} <image> placeholder.s. and {pictures} image"):
         vlm.prepare(text, images=images)
 
 
-def test_a_mark_in_a_turn_without_pictures_is_always_an_error(vlm: llava.Assistant) -> None:
-    with pytest.raises(LlavaError):
-        vlm.prepare([user("Look.", photo()), {"role": "assistant", "content": "Yes."}, user("And <image>?")])
-    with pytest.raises(LlavaError):
-        vlm.prepare([{"role": "user", "content": "What is <image>?"}])
+def test_a_mark_in_a_turn_without_pictures_is_text(vlm: llava.Assistant) -> None:
+    prepared = vlm.prepare([user("Look.", photo()), {"role": "assistant", "content": "Yes."}, user("And <image>?")])
+    assert prepared.token_ids.count(-200) == 1
+    assert prepared.prompt.endswith("USER: And \\<image>? ASSISTANT:")
 
 
 @pytest.mark.parametrize("role", ["assistant", "system"])

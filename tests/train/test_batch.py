@@ -2,21 +2,26 @@
 
 import json
 import random
+import re
+import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from llava.config import IGNORE, IMAGE
-from llava.errors import DataError
+from llava.errors import ConfigError, DataError
 from llava.preprocess.inputs import ModelInput
 from llava.train.batch import Batch, BatchDataset, collate
 from llava.train.loop import train
 from llava.train.loss import LlavaWithLoss, attention_context
 from llava.train.order import SampleOrder, by_modality_length
+from llava.train.start import start
 from tests import command, tiny, training
 from tests.training import Assets, gradients, net_and_dataset, recipe, rows, sample, write_data
 
@@ -311,3 +316,48 @@ def test_a_tolerated_share_of_broken_samples_does_not_stop_the_run(assets: Asset
     train(asked, device="cpu")
     assert rows(tmp_path / "run")[-1]["skipped"] == 3
     assert rows(tmp_path / "run")[-1]["samples"] == 17
+
+
+# ------------------------------------------------------------------------------------------------ lossy pictures
+
+
+@pytest.fixture
+def logos(assets: Assets, tmp_path: Path) -> Assets:
+    """The shared data, in which two of the six pictures are black on transparent black."""
+    images = Path(shutil.copytree(assets.images, tmp_path / "logos"))
+    for name in ("1.png", "4.png"):
+        Image.new("RGBA", (30, 30)).save(images / name)
+    return replace(assets, images=images)
+
+
+def test_lossy_pictures_are_counted_and_only_the_first_is_named(
+    logos: Assets, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = recipe(logos, tmp_path / "run", epochs=1, max_steps=0, global_batch_size=34, micro_batch_size=17)
+    train(asked, device="cpu")
+    n = sum(sample.get("image") in ("1.png", "4.png") for sample in json.loads(logos.data.read_text()))
+    assert rows(tmp_path / "run")[-1]["lossy_pictures"] == n > 2
+    first, last = (record.message for record in caplog.records if record.name.startswith("llava."))
+    assert re.match(r"sample \d+: picture: 100% of its pixels are transparent", first)
+    assert f"of {n} pictures were lost" in last
+    assert last.endswith(f"run: llava data check {logos.data} --images {logos.images}")
+
+
+def test_the_recipe_places_transparent_pictures_on_a_background(logos: Assets, tmp_path: Path) -> None:
+    inputs = {}
+    for transparency in ("drop", "white", "black"):
+        asked = recipe(logos, tmp_path / "run", transparency=transparency)
+        dataset = BatchDataset.open(asked, start(asked, tmp_path / "tokenizer"))
+        i = next(i for i in range(34) if dataset.samples[i].images == ("1.png",))
+        inputs[transparency] = dataset.prepare(i)
+        assert len(dataset.build([i]).losses) == (transparency == "drop")
+    centre = {name: input.pixels[0, :, 28, 28] for name, input in inputs.items()}
+    mean, std = torch.tensor(tiny.MEAN), torch.tensor(tiny.STD)
+    assert torch.equal(centre["drop"], centre["black"])
+    torch.testing.assert_close(centre["white"], (1 - mean) / std)
+    torch.testing.assert_close(centre["black"], -mean / std)
+
+
+def test_an_unknown_transparency_is_refused_by_the_recipe(assets: Assets, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="transparency is 'pink'; expected one of 'drop', 'white', 'black'"):
+        recipe(assets, tmp_path / "run", transparency="pink")

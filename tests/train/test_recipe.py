@@ -22,7 +22,16 @@ from llava.formats.format import Checkpoint
 from llava.model.llava import Llava
 from llava.train import loop
 from llava.train.plan import make_plan
-from llava.train.recipe import RECIPES, RENAMED, Recipe, read_recipe, recipe_from, recipe_names, to_dict
+from llava.train.recipe import (
+    RECIPES,
+    RENAMED,
+    Recipe,
+    changed_keys,
+    read_recipe,
+    recipe_from,
+    recipe_names,
+    to_dict,
+)
 from llava.train.run_folder import check_folder
 from tests import datasets, tiny
 from tests.command import run_well
@@ -501,6 +510,15 @@ def test_an_old_key_is_refused_with_its_new_name(tmp_path: Path, old: str, new: 
         assert "\n" not in str(raised.value)
     assert new in to_dict(recipe)
     assert old not in to_dict(recipe)
+
+
+def test_a_run_from_before_a_key_existed_has_its_default(tmp_path: Path) -> None:
+    recipe = read_recipe("custom/finetune-lora")
+    older = {key: value for key, value in to_dict(recipe).items() if key != "transparency"}
+    (tmp_path / "recipe.json").write_text(json.dumps(older))
+    assert changed_keys(tmp_path / "recipe.json", recipe) == set()
+    white = replace(recipe, transparency="white")
+    assert changed_keys(tmp_path / "recipe.json", white) == {"transparency"}
 
 
 def test_a_toml_file_is_a_recipe(tmp_path: Path) -> None:

@@ -1,0 +1,97 @@
+"""Reads messages: dictionaries with a role and text or parts, in the style of chat APIs."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from llava.config import IMAGE_PLACEHOLDER
+from llava.errors import PromptError
+from llava.preprocess import placeholders
+from llava.preprocess.conversation import Turn
+from llava.preprocess.image import Picture
+
+Message = Mapping[str, Any]  # {"role": …, "content": text or a list of {"type": "text" | "image", …}}
+
+
+class Conversation(NamedTuple):
+    """The messages of a conversation as turns, with one placeholder for each image."""
+
+    turns: list[Turn]
+    pictures: list[Picture]
+    system: str | None  # None: the template's own system message
+
+
+def read_messages(messages: Sequence[Message], *, start_end: bool) -> Conversation:
+    """Converts messages to turns with image placeholders. Adds an empty assistant turn after a final user turn.
+
+    start_end: enclose each placeholder in <im_start> and <im_end>. Raises PromptError if the messages are malformed.
+    """
+    turns: list[Turn] = []
+    pictures: list[Picture] = []
+    system = None
+    for i, message in enumerate(messages):
+        where = f"message {i + 1}"
+        parsed = _parse(message, where)
+        if parsed.pictures and parsed.role != "user":
+            raise PromptError(
+                f"{where} is from the {parsed.role} and contains an image; only user messages can contain images"
+            )
+        text = _place(parsed)
+        if parsed.role == "system":
+            if i:
+                raise PromptError(f"{where} is a system message; only the first message can be a system message")
+            system = text
+            continue
+        if start_end:
+            text = placeholders.replace(text, f"<im_start>{IMAGE_PLACEHOLDER}<im_end>")
+        turns.append(Turn("user" if parsed.role == "user" else "assistant", text))
+        pictures += parsed.pictures
+    if not turns:
+        raise PromptError("the conversation has no user message: add at least one")
+    if turns[-1].role == "user":
+        turns.append(Turn("assistant", None))
+    return Conversation(turns, pictures, system)
+
+
+class _Parsed(NamedTuple):
+    role: str
+    text: str
+    pictures: list[Picture]
+    pictures_first: bool  # whether all images stand before the text
+
+
+def _parse(message: Message, where: str) -> _Parsed:
+    """Returns the parts of one message. Raises PromptError if the message is malformed."""
+    if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+        raise PromptError(f"{where}: found {message!r:.60}; expected a dictionary with role and content")
+    role, content = message["role"], message["content"]
+    if role not in ("system", "user", "assistant"):
+        raise PromptError(f"{where}: role is {role!r}; expected system, user or assistant")
+    if isinstance(content, str):
+        return _Parsed(role, content, [], True)
+    texts: list[str] = []
+    pictures: list[Picture] = []
+    pictures_first = True
+    for part in content if isinstance(content, Sequence) else [content]:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind not in ("text", "image") or kind not in part:
+            raise PromptError(f'{where}: content contains {part!r:.60}; expected {{"type": "text" | "image", …}}')
+        if kind == "text":
+            if not isinstance(part["text"], str):
+                raise PromptError(f"{where}: text is {part['text']!r:.60}; expected a string")
+            texts.append(part["text"])
+        else:
+            pictures_first = pictures_first and not texts
+            pictures.append(part["image"])
+    return _Parsed(role, "\n".join(texts), pictures, pictures_first)
+
+
+def _place(message: _Parsed) -> str:
+    """Returns the text of a message with one placeholder for each image.
+
+    Placeholders in the text are used only if all images stand before the text and there is one for each of them.
+    Otherwise, they are literal text and the images come first.
+    """
+    n = len(message.pictures)
+    if n and message.pictures_first and placeholders.count(message.text) == n:
+        return message.text
+    return f"{IMAGE_PLACEHOLDER}\n" * n + placeholders.escape(message.text)
