@@ -10,14 +10,13 @@ from typing import Any
 
 from llava.formats.format import Checkpoint
 from llava.formats.tokenizer import complete_tokenizer, copy_tokenizer
-from llava.tensors.files import Weights, read_json
+from llava.tensors.files import ADDED_ROWS_FILE, Weights, read_json
 from llava.tensors.lazy import FromFile, LazyTensor, MeanRows, Slice, WithRows
 from llava.tensors.writer import no_progress, output, write_json, write_safetensors
 
 VOCAB_TABLES = ("decoder.embed.weight", "decoder.head.weight")  # tables with one row per token
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 VOCAB_KEY = "llava_vocab_size"  # our own config.json key: number of vocabulary rows, excluding the added rows
-_FILE = "llava_hf_rows.safetensors"
 _FORMATS = ("llava-hf", "native")  # formats that may contain the added rows
 
 
@@ -42,7 +41,7 @@ def write_added_rows(source: Checkpoint, folder: Path) -> None:
         output(name, Slice(table, rows, table.shape[0])) for name, table in tables.items() if table.shape[0] > rows
     ]
     if added:
-        write_safetensors(folder / _FILE, added, lambda n: no_progress(n, n))
+        write_safetensors(folder / ADDED_ROWS_FILE, added, lambda n: no_progress(n, n))
 
 
 def with_added_rows(name: str, table: LazyTensor, n_rows: int, folder: Path) -> LazyTensor:
@@ -50,7 +49,7 @@ def with_added_rows(name: str, table: LazyTensor, n_rows: int, folder: Path) -> 
     first = table.shape[0]
     if (n_new := n_rows - first) <= 0:
         return table
-    kept = folder / _FILE
+    kept = folder / ADDED_ROWS_FILE
     weights = Weights([kept] if kept.is_file() else [])
     if name in weights.headers and weights.headers[name].shape == (n_new, *table.shape[1:]):
         return WithRows(table, FromFile(weights, name), first)

@@ -181,11 +181,24 @@ _OTHER_FAMILIES = ("SigLIP", "DINOv2", "DINOv3", "EVA", "InternViT", "ConvNeXt",
 def processor_config(folder: Path) -> dict[str, Any]:
     """Returns preprocessor_config.json, or {} (meaning CLIP's published values) if there is none.
 
-    Raises ConfigError for a processor that does something else than CLIP's.
+    Transformers 5 stores it as `image_processor` in processor_config.json instead. Raises ConfigError for a processor
+    that does something else than CLIP's.
     """
-    processor = read_json_if_present(folder / "preprocessor_config.json")
-    PROCESSOR_KEYS.check(processor, folder / "preprocessor_config.json")
+    file, nested = folder / "preprocessor_config.json", folder / "processor_config.json"
+    if not file.is_file() and (own := section(read_json_if_present(nested), "image_processor", nested)):
+        file, processor = nested, dict(own)
+    else:
+        processor = read_json_if_present(file)
+    PROCESSOR_KEYS.check(processor, file)
+    size, crop = (side(processor.get(key)) for key in ("size", "crop_size"))
+    if size and crop and size != crop:
+        raise ConfigError(f"{file}: size is {size} and crop_size is {crop}; this version supports only equal sizes")
     return processor
+
+
+def side(size: Any) -> Any:
+    """Returns the height or shortest edge in pixels of a size in preprocessor_config.json."""
+    return size.get("height") or size.get("shortest_edge") if isinstance(size, Mapping) else size
 
 
 def read_tower(folder: Path, *, needed: bool = True) -> dict[str, LazyTensor]:

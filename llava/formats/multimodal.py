@@ -24,7 +24,7 @@ from llava.config import (
 )
 from llava.errors import CheckpointError, ConfigError
 from llava.formats import clip
-from llava.formats.clip import Tower, find_tower, own_tower, processor_config, vision_config
+from llava.formats.clip import Tower, find_tower, own_tower, processor_config, side, vision_config
 from llava.formats.config_keys import ConfigKeys, words
 from llava.formats.format import ReadConfig, TensorKeys, one_of, section, shapes_of
 from llava.tensors.files import parsing, read_json_if_present
@@ -172,9 +172,7 @@ def image_config(
     merge: str = "flat",
 ) -> ImageConfig:
     """Builds an ImageConfig. `processor`: preprocessor_config.json, or {} for CLIP's values. Raises ConfigError."""
-    size = processor.get("crop_size") or processor.get("size") or vision.image_size
-    if isinstance(size, Mapping):
-        size = size.get("height") or size.get("shortest_edge")
+    size = side(processor.get("crop_size")) or side(processor.get("size"))
     return ImageConfig(
         size=size or vision.image_size,
         mean=_triple(processor, "image_mean", clip.MEAN),

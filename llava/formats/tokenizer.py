@@ -11,7 +11,7 @@ from typing import Any
 
 from llava.errors import CheckpointError
 from llava.preprocess.tokenizer import AddedToken, JsonTokenizer, SentencePieceTokenizer, Tokenizer
-from llava.tensors.files import read_json, read_json_if_present
+from llava.tensors.files import read_json, read_json_if_present, refuse_lfs_pointer
 from llava.tensors.writer import write_json
 
 _FILES = (
@@ -52,6 +52,8 @@ def load_tokenizer(
     Raises CheckpointError if files are missing or malformed.
     """
     model, whole = folder / "tokenizer.model", folder / "tokenizer.json"
+    for file in (model, whole):
+        refuse_lfs_pointer(file)
     settings = read_json_if_present(folder / "tokenizer_config.json")
     special = read_json_if_present(folder / "special_tokens_map.json")
     try:

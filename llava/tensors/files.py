@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 NON_LORA_FILE = "non_lora_trainables.bin"  # fully fine-tuned weights that accompany a LoRA adapter in LLaVA
 PROJECTOR_FILE = "mm_projector.bin"
+ADDED_ROWS_FILE = "llava_hf_rows.safetensors"  # our own: vocabulary rows that only llava-hf has
 
 _DTYPES = {
     "F64": torch.float64,
@@ -48,6 +49,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Reads a JSON object. Raises CheckpointError if the file is missing or does not contain a JSON object."""
     if not file.is_file():
         raise CheckpointError(f"{file}: is missing; the checkpoint is incomplete")
+    refuse_lfs_pointer(file)
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -60,6 +62,18 @@ def read_json(file: Path) -> dict[str, Any]:
 def read_json_if_present(file: Path) -> dict[str, Any]:
     """Like `read_json`, but returns {} if the file does not exist."""
     return read_json(file) if file.is_file() else {}
+
+
+def refuse_lfs_pointer(file: Path) -> None:
+    """Raises CheckpointError if `git clone` without Git LFS left only a pointer to the file."""
+    magic = b"version https://git-lfs"
+    try:
+        with file.open("rb") as start:
+            found = start.read(len(magic))
+    except OSError:  # reported when the file is opened
+        return
+    if found == magic:
+        raise CheckpointError(f"{file}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
 
 
 @contextmanager
@@ -127,8 +141,7 @@ class Weights(Mapping[str, Tensor]):
 
 
 def _open(file: Path) -> tuple[Any, dict[str, TensorHeader]]:
-    if _is_lfs_pointer(file):
-        raise CheckpointError(f"{file}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
+    refuse_lfs_pointer(file)
     return _open_safetensors(file) if file.suffix == ".safetensors" else _open_bin(file)
 
 
@@ -145,15 +158,6 @@ def _open_safetensors(file: Path) -> tuple[Any, dict[str, TensorHeader]]:
             raise CheckpointError(f"{file}: tensor {name} has dtype {part.get_dtype()}, which is not supported")
         headers[name] = TensorHeader(file, dtype, tuple(part.get_shape()))
     return reader, headers
-
-
-def _is_lfs_pointer(file: Path) -> bool:
-    magic = b"version https://git-lfs"
-    try:
-        with file.open("rb") as start:
-            return start.read(len(magic)) == magic
-    except OSError:  # reported when the file is opened
-        return False
 
 
 # Exceptions that torch.load raises for damaged files (MemoryError if a corrupt length exceeds the available memory).

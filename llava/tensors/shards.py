@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llava.errors import CheckpointError
-from llava.tensors.files import Weights, read_json
+from llava.tensors.files import ADAPTER_FILES, ADDED_ROWS_FILE, Weights, read_json
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,16 @@ def open_weights(folder: Path) -> Weights:
             return _open_indexed(found) if found.listed_in else Weights(found.files)
     if problems:
         raise CheckpointError(problems[0])
+    if lone := _lone_file(folder):
+        log.warning("%s: is loaded, the only safetensors file, although its name is not model.safetensors", lone)
+        return Weights([lone])
     return Weights(numbered_shards(folder), separate=True)
+
+
+def _lone_file(folder: Path) -> Path | None:
+    """Returns the only safetensors file beside a config.json, such as model.fp16.safetensors."""
+    files = [file for file in folder.glob("*.safetensors") if file.name not in (*ADAPTER_FILES, ADDED_ROWS_FILE)]
+    return files[0] if len(files) == 1 and (folder / "config.json").is_file() else None
 
 
 def weight_files(folder: Path) -> list[str]:

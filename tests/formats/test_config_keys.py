@@ -356,3 +356,22 @@ def test_native_projector_layers_that_the_config_does_not_mention_are_refused(tm
     config["projector"]["depth"] = 1
     tiny.write_json(tmp_path / "native" / "config.json", config)
     assert "projector.2." in refused(tmp_path / "native")
+
+
+# ----------------------------------------------------------------------------------------------------- image processors
+
+
+def test_an_image_processor_inside_processor_config_is_used(tmp_path: Path, clip: Path) -> None:
+    convert(tiny.write_llava(tmp_path / "source", clip=clip), tmp_path / "hf", to="llava-hf", check=False)
+    values = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text()) | {"image_mean": [0.5, 0.4, 0.3]}
+    (tmp_path / "hf" / "preprocessor_config.json").unlink()
+    tiny.edit_json(tmp_path / "hf" / "processor_config.json", image_processor=values)
+    image = opened(tmp_path / "hf").config.image
+    assert image
+    assert image.mean == (0.5, 0.4, 0.3)
+
+
+def test_another_resize_than_the_crop_is_refused(tmp_path: Path) -> None:
+    clip = tiny.write_clip(tmp_path / "clip", layout="safetensors")
+    tiny.edit_json(clip / "preprocessor_config.json", size={"shortest_edge": 64})
+    assert "size is 64 and crop_size is 56" in refused(tiny.write_llava(tmp_path / "llava", clip=clip))

@@ -124,7 +124,17 @@ def test_a_model_beside_its_trainer_checkpoints_is_the_model(whole: Path, tmp_pa
     assert_same(tensors_of(opened(whole)), tensors_of(opened(alone)))
 
 
-@pytest.mark.parametrize("name", ["llava.safetensors", "model.fp16.safetensors", "weights.pt"])
+@pytest.mark.parametrize("name", ["llava.safetensors", "model.fp16.safetensors"])
+def test_the_only_safetensors_file_is_loaded_under_any_name(
+    whole: Path, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = tensors_of(opened(whole))
+    (whole / "model.safetensors").rename(whole / name)
+    assert_same(tensors_of(opened(whole)), expected)
+    assert name in caplog.text
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "model.msgpack"])
 def test_a_folder_without_readable_weights_says_what_it_contains(whole: Path, name: str) -> None:
     (whole / "model.safetensors").rename(whole / name)
     text = refusal(whole)
@@ -139,5 +149,6 @@ def test_the_state_of_deepspeed_is_not_a_model(whole: Path) -> None:
 
 
 def test_a_git_lfs_pointer_is_named_as_such(whole: Path) -> None:
-    (whole / "model.safetensors").write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\n")
-    assert "git lfs pull" in refusal(whole)
+    for name in ("tokenizer.model", "model.safetensors", "config.json"):
+        (whole / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\n")
+        assert f"{name}: is a Git LFS pointer" in refusal(whole)
