@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shlex
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -48,7 +49,8 @@ class TrainState:
     step: int = 0  # completed steps
     samples: int = 0
     tokens: int = 0
-    skipped: int = 0  # broken samples
+    skipped: int = 0  # broken samples, and samples that are too long
+    too_long: int = 0  # skipped samples that are longer than the model's context
     elapsed_s: float = 0.0
     n_data: int = 0  # number of samples in the data files
 
@@ -84,6 +86,7 @@ class StepCounts:
     samples: int
     tokens: int
     skipped: int
+    too_long: int
 
 
 def train(recipe: Recipe, *, device: str = "auto", as_json: bool = False) -> Path:
@@ -102,6 +105,8 @@ def train(recipe: Recipe, *, device: str = "auto", as_json: bool = False) -> Pat
             checkpoint = start(recipe, folder / "tokenizer")
             run = _set_up(recipe, checkpoint, folder, world)
             _train_steps(run, as_json)
+            if world.is_main:
+                _report_all_skipped(run.state)
             export(folder / MODEL, run.model.model, checkpoint, recipe, first=world.is_main)
             world.barrier()
     return folder / MODEL
@@ -237,6 +242,7 @@ def _train_step(run: Run, batches: list[Batch]) -> dict[str, float]:
     run.optimizer.zero_grad(set_to_none=True)
     state.step, state.samples = state.step + 1, state.samples + counts.samples
     state.tokens, state.skipped = state.tokens + counts.tokens, state.skipped + counts.skipped
+    state.too_long += counts.too_long
     return {
         "step": state.step,
         "epoch": state.step / run.order.steps_per_epoch,
@@ -247,12 +253,15 @@ def _train_step(run: Run, batches: list[Batch]) -> dict[str, float]:
         "tokens": state.tokens,
         "samples": state.samples,
         "skipped": state.skipped,
+        "too_long": state.too_long,
         "memory_bytes": torch.cuda.max_memory_allocated() if world.device.type == "cuda" else 0,
     }
 
 
 def _count(batches: list[Batch], world: World) -> StepCounts:
-    rows = [(len(batch.targets), batch.n_samples, batch.n_tokens, len(batch.skipped)) for batch in batches]
+    rows = [
+        (len(batch.targets), batch.n_samples, batch.n_tokens, len(batch.skipped), batch.n_too_long) for batch in batches
+    ]
     return StepCounts(*map(int, world.sum([sum(column) for column in zip(*rows, strict=True)])))
 
 
@@ -293,16 +302,43 @@ def _seed(seed: int, step: int, micro_batch: int) -> int:
 
 
 def _report_skipped(run: Run, batches: list[Batch], counts: StepCounts) -> None:
-    """Warns about this rank's skipped samples. Raises DataError if too many samples are broken across all ranks."""
+    """Warns about this rank's skipped samples.
+
+    Raises DataError if too many samples are broken across all ranks, or if all samples so far are skipped. Samples that
+    are longer than the model's context are not broken.
+    """
     for batch in batches:
         for message in batch.skipped:
             log.warning("skipped: %s", message)
-    broken = run.state.skipped + counts.skipped
-    seen = run.state.samples + run.state.skipped + counts.samples + counts.skipped
-    if counts.skipped and broken > run.recipe.max_skipped * max(seen, min(_MIN_SEEN, len(run.dataset.samples))):
+    used, skipped = run.state.samples + counts.samples, run.state.skipped + counts.skipped
+    broken, seen = skipped - run.state.too_long - counts.too_long, used + skipped
+    enough = min(_MIN_SEEN, len(run.dataset.samples))
+    if counts.skipped and broken > run.recipe.max_skipped * max(seen, enough):
         raise DataError(
             f"{broken} of {seen} samples are broken, more than {run.recipe.max_skipped:.0%}; "
-            "to see why, run: llava data check FILE"
+            f"to see why, run: {_check_command(run.recipe)}"
+        )
+    if counts.skipped and not used and seen >= enough:
+        raise DataError(
+            f"all {seen} samples so far are skipped, {run.state.too_long + counts.too_long} of them because they are "
+            f"longer than the model's context; to see why, run: {_check_command(run.recipe)} --model MODEL"
+        )
+
+
+def _check_command(recipe: Recipe) -> str:
+    """Returns the command that checks the first data file of a recipe."""
+    images = ("--images", recipe.images) if recipe.images else ()
+    return shlex.join(("llava", "data", "check", recipe.data[0], *images))
+
+
+def _report_all_skipped(state: TrainState) -> None:
+    """Warns about the number of samples that the whole run skipped."""
+    if state.skipped:
+        log.warning(
+            "skipped in total: %d of %d samples, %d of them because they are longer than the model's context",
+            state.skipped,
+            state.skipped + state.samples,
+            state.too_long,
         )
 
 
