@@ -50,19 +50,18 @@ class _Tally:
     _digests: set[int] = field(default_factory=set)
 
     def add(self, i: int, found: Examined, text: str) -> None:
-        id = found.sample.id if found.sample else ""
         if found.digest in self._digests:
             found.faults.append(Fault("repeated", "identical to an earlier sample"))
             found.text, found.left = None, False
         elif found.sample:
-            self.repeated_ids += id in self._ids
-            self._ids.add(id)
+            self.repeated_ids += found.id in self._ids
+            self._ids.add(found.id)
         self._digests.add(found.digest)
         self.problems.update({fault.kind for fault in found.faults})
-        self.findings += [Finding(fault.kind, i, id, fault.text) for fault in found.faults]
+        self.findings += [Finding(fault.kind, i, found.id, fault.text) for fault in found.faults]
         if found.faults:
             action = "left" if found.left else "repaired" if found.text is not None else "dropped"
-            self.changes.append(Change(i, id, action, tuple(fault.kind for fault in found.faults)))
+            self.changes.append(Change(i, found.id, action, tuple(fault.kind for fault in found.faults)))
         if found.text != text:
             self.texts[i] = found.text
         if found.tokens:

@@ -23,6 +23,7 @@ class Examined:
 
     digest: int  # hash of the JSON text
     faults: list[Fault]
+    id: str = ""  # empty if malformed
     sample: Sample | None = None  # as read from the file; None if malformed or unsupported
     text: str | None = None  # JSON text for the fixed copy; None if dropped
     tokens: Tokens | None = None  # counts for the repaired sample before shortening; None if not measured
@@ -46,10 +47,10 @@ class Examiner:
         try:
             sample = self.samples[i]
         except UnsupportedError as error:
-            return Examined(digest, [Fault("unsupported", str(error))], text=text, left=True)
+            return self._unsupported(i, text, digest, error)
         except DataError as error:
             return Examined(digest, [Fault("malformed", str(error))])
-        found = Examined(digest, find_faults(sample), sample)
+        found = Examined(digest, find_faults(sample), sample.id, sample)
         sizes = list(self._picture_sizes(sample, found.faults))
         unreadable = any(fault.kind in ("missing_picture", "broken_picture") for fault in found.faults)
         repaired = None if unreadable else repair(sample)
@@ -60,6 +61,11 @@ class Examiner:
             found.left = found.text is None
             found.text = text if found.left else found.text
         return found
+
+    def _unsupported(self, i: int, text: str, digest: int, error: UnsupportedError) -> Examined:
+        id = str(self.samples.value(i).get("id", i))
+        found = str(error).removeprefix(f"{self.samples.where(i)} (id {id:.60})").removeprefix(": ")
+        return Examined(digest, [Fault("unsupported", found)], id, text=text, left=True)
 
     def _picture_sizes(self, sample: Sample, found: list[Fault]) -> Iterator[Size]:
         for name in sample.images:

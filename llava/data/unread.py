@@ -97,6 +97,8 @@ def _media_key(key: str, content: Any, has_pictures: bool) -> str | None:
         return None
     if any(map(_MEDIA.fullmatch, words)):
         return key
+    if not has_pictures and isinstance(content, str) and _MEDIA.fullmatch(content.lower().removesuffix("s")):
+        return key  # such as "type": "video"
     files = (_OTHER_FILE,) if has_pictures else (_OTHER_FILE, _PICTURE_FILE)
     if any(file.fullmatch(text) for text in _texts(content) for file in files):
         return key

@@ -335,10 +335,11 @@ def _report_all_skipped(state: TrainState) -> None:
     """Warns about the number of samples that the whole run skipped."""
     if state.skipped:
         log.warning(
-            "skipped in total: %d of %d samples, %d of them because they are longer than the model's context",
+            "%d of %d samples were not used: %d are longer than the model's context, %d are broken",
             state.skipped,
             state.skipped + state.samples,
             state.too_long,
+            state.skipped - state.too_long,
         )
 
 
