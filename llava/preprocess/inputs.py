@@ -177,7 +177,7 @@ class Preprocessor:
             n = next(image_tokens) if id == IMAGE else 1
             ids += [id] * n
             labels += [id if is_target else IGNORE] * n
-        self._check_ids(ids)
+        self._check_ids(ids, "prompt" if limit is None else "sample")
         return ModelInput(
             prompt=prompt,
             token_ids=[id for id, _ in tokens],
@@ -190,19 +190,19 @@ class Preprocessor:
             stop=stop,
         )
 
-    def _check_ids(self, ids: Sequence[int]) -> None:
+    def _check_ids(self, ids: Sequence[int], what: str) -> None:
         """Raises PromptError if `ids` is empty or has an id without an embedding, ContextError if it is too long."""
         if not ids:
-            raise PromptError("the prompt is empty: add some text")
+            raise PromptError(f"the {what} is empty: add some text")
         if (highest := max(ids)) >= self.config.decoder.vocab_size:
             text = self.tokenizer.decode([highest], skip_special=False)
             raise PromptError(
-                f"the prompt contains {text!r} (token id {highest}), but the model has only "
+                f"the {what} contains {text!r} (token id {highest}), but the model has only "
                 f"{self.config.decoder.vocab_size} embeddings: remove this text"
             )
         if len(ids) > (context := self.config.decoder.max_seq):
             raise ContextError(
-                f"the prompt has {len(ids)} tokens, which exceeds the model's context of {context}: shorten the prompt"
+                f"the {what} has {len(ids)} tokens, which exceeds the model's context of {context}: shorten the {what}"
             )
 
     def _tokens(self, prompt: str, spans: list[Span]) -> Iterator[tuple[int, bool]]:

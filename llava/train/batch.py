@@ -43,6 +43,7 @@ class Batch:
     max_seqlen: int  # length of the longest sample
     skipped: list[str] = field(default_factory=list)  # one message per skipped sample: file, index, id and reason
     n_too_long: int = 0  # samples in `skipped` that are longer than the model's context
+    n_truncated: int = 0  # samples cut to `max_length`
 
     def to(self, device: torch.device) -> "Batch":
         """Returns a copy of the batch on `device`."""
@@ -177,7 +178,12 @@ class BatchDataset(Dataset[Batch]):
             micro_batch_size=recipe.micro_batch_size,
             max_length=recipe.max_length,
         )
-        return replace(batch, skipped=skipped, n_too_long=n_too_long)
+        n_truncated = sum(self._is_truncated(input) for input in inputs)
+        return replace(batch, skipped=skipped, n_too_long=n_too_long, n_truncated=n_truncated)
+
+    def _is_truncated(self, input: ModelInput) -> bool:
+        n_whole = len(input.token_ids) - len(input.views) + self.preprocessor.n_image_tokens(input)
+        return n_whole > len(input.ids)
 
     def prepare(self, index: int) -> ModelInput:
         """Prepares the ids, labels and pixels of one sample. Raises DataError, ImageError or PromptError."""

@@ -51,6 +51,7 @@ class TrainState:
     tokens: int = 0
     skipped: int = 0  # broken samples, and samples that are too long
     too_long: int = 0  # skipped samples that are longer than the model's context
+    truncated: int = 0  # samples cut to `max_length`
     elapsed_s: float = 0.0
     n_data: int = 0  # number of samples in the data files
 
@@ -87,6 +88,7 @@ class StepCounts:
     tokens: int
     skipped: int
     too_long: int
+    truncated: int
 
 
 def train(recipe: Recipe, *, device: str = "auto", as_json: bool = False) -> Path:
@@ -106,7 +108,7 @@ def train(recipe: Recipe, *, device: str = "auto", as_json: bool = False) -> Pat
             run = _set_up(recipe, checkpoint, folder, world)
             _train_steps(run, as_json)
             if world.is_main:
-                _report_all_skipped(run.state)
+                _report_data_loss(run.state, recipe)
             export(folder / MODEL, run.model.model, checkpoint, recipe, first=world.is_main)
             world.barrier()
     return folder / MODEL
@@ -242,7 +244,7 @@ def _train_step(run: Run, batches: list[Batch]) -> dict[str, float]:
     run.optimizer.zero_grad(set_to_none=True)
     state.step, state.samples = state.step + 1, state.samples + counts.samples
     state.tokens, state.skipped = state.tokens + counts.tokens, state.skipped + counts.skipped
-    state.too_long += counts.too_long
+    state.too_long, state.truncated = state.too_long + counts.too_long, state.truncated + counts.truncated
     return {
         "step": state.step,
         "epoch": state.step / run.order.steps_per_epoch,
@@ -254,13 +256,15 @@ def _train_step(run: Run, batches: list[Batch]) -> dict[str, float]:
         "samples": state.samples,
         "skipped": state.skipped,
         "too_long": state.too_long,
+        "truncated": state.truncated,
         "memory_bytes": torch.cuda.max_memory_allocated() if world.device.type == "cuda" else 0,
     }
 
 
 def _count(batches: list[Batch], world: World) -> StepCounts:
     rows = [
-        (len(batch.targets), batch.n_samples, batch.n_tokens, len(batch.skipped), batch.n_too_long) for batch in batches
+        (len(one.targets), one.n_samples, one.n_tokens, len(one.skipped), one.n_too_long, one.n_truncated)
+        for one in batches
     ]
     return StepCounts(*map(int, world.sum([sum(column) for column in zip(*rows, strict=True)])))
 
@@ -331,8 +335,8 @@ def _check_command(recipe: Recipe) -> str:
     return shlex.join(("llava", "data", "check", recipe.data[0], *images))
 
 
-def _report_all_skipped(state: TrainState) -> None:
-    """Warns about the number of samples that the whole run skipped."""
+def _report_data_loss(state: TrainState, recipe: Recipe) -> None:
+    """Warns about the number of samples that the whole run skipped or truncated."""
     if state.skipped:
         log.warning(
             "%d of %d samples were not used: %d are longer than the model's context, %d are broken",
@@ -341,6 +345,8 @@ def _report_all_skipped(state: TrainState) -> None:
             state.too_long,
             state.skipped - state.too_long,
         )
+    if state.truncated:
+        log.warning("%d samples were truncated to max_length, %d tokens", state.truncated, recipe.max_length)
 
 
 def _save_if_due(run: Run) -> None:

@@ -234,9 +234,10 @@ def test_the_command_reports_problems_and_fixes_them(images: Path, tokenizer: Pa
         assert kind.replace("_", " ") in " ".join(fixed.stdout.split())
     assert check(clean, images, measure=measure_of(tokenizer), workers=0).problems == {"unsupported": 1}
 
-    again = run_well(
-        "data", "check", write_json(tmp_path / "one.json", data[:1]), *options, "--fix", tmp_path / "o.json"
-    )
+    one = write_json(tmp_path / "one.json", [{"image": "cut.jpg", "conversations": GOOD}, {**MIX[3], "id": 1}])
+    again = run_well("data", "check", one, *options, "--fix", tmp_path / "two.json")
+    assert "sample 0 (id 0): dropped (broken picture)" in again.stdout
+    assert "two.json: 1 sample, 0 repaired, 1 dropped" in " ".join(again.stdout.split())
     assert "left" not in again.stdout
 
 
