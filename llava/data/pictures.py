@@ -224,7 +224,7 @@ def _safe_name(name: str) -> str:
     plain = _strip_dot(name)
     path = PurePosixPath(plain)
     if not plain or path.is_absolute() or ".." in path.parts or "\\" in plain or "\0" in plain:
-        hint = "; an absolute path must lead into the folder of --images" if path.is_absolute() else ""
+        hint = "; an absolute path must lead into the folder of the pictures" if path.is_absolute() else ""
         raise DataError(
             f'{name!r:.200}: not a valid picture name; expected a relative path with "/" separators and no ".."{hint}'
         )

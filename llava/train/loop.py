@@ -325,14 +325,16 @@ def _report_skipped(run: Run, batches: list[Batch], counts: StepCounts) -> None:
     if counts.skipped and not used and seen >= enough:
         raise DataError(
             f"all {seen} samples so far are skipped, {run.state.too_long + counts.too_long} of them because they are "
-            f"longer than the model's context; to see why, run: {_check_command(run.recipe)} --model MODEL"
+            f"longer than the model's context; to see why, run: {_check_command(run.recipe)}"
         )
 
 
 def _check_command(recipe: Recipe) -> str:
     """Returns the command that checks the first data file of a recipe."""
     images = ("--images", recipe.images) if recipe.images else ()
-    return shlex.join(("llava", "data", "check", recipe.data[0], *images))
+    model = () if recipe.base else ("--model", recipe.model, "--template", recipe.template)
+    limit = ("--max-length", str(recipe.max_length))
+    return shlex.join(("llava", "data", "check", recipe.data[0], *images, *model, *limit))
 
 
 def _report_data_loss(state: TrainState, recipe: Recipe) -> None:
