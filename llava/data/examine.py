@@ -63,7 +63,8 @@ class Examiner:
         return found
 
     def _unsupported(self, i: int, text: str, digest: int, error: UnsupportedError) -> Examined:
-        id = str(self.samples.value(i).get("id", i))
+        given = self.samples.value(i).get("id")
+        id = str(i if given is None else given)
         found = str(error).removeprefix(f"{self.samples.where(i)} (id {id:.60})").removeprefix(": ")
         return Examined(digest, [Fault("unsupported", found)], id, text=text, left=True)
 

@@ -1,5 +1,6 @@
 """The report of `llava data check`, and its rendering as tables."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,7 +11,9 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
-_EXAMPLES = 3  # maximum number of examples per kind of problem
+_EXAMPLES = 3  # number of examples per kind of problem
+_MAX_EXAMPLES = 8  # number of examples if they differ by more than the names and numbers in them
+_VALUE = re.compile(r"\d+|'[^']*'|\[[^]]*\]")
 _SOURCES = 12  # maximum number of sources listed by name
 _CHANGES = 40  # maximum number of changed samples listed
 
@@ -145,13 +148,22 @@ def _problems(report: Report) -> "Table":
 
     table = Table("problem", "samples", "examples", "what --fix does")
     for kind, count in sorted(report.problems.items(), key=lambda item: -item[1]):
-        some = [finding for finding in report.findings if finding.kind == kind][:_EXAMPLES]
+        some = _examples([finding for finding in report.findings if finding.kind == kind])
         lines = [
             f"{number} (id {id:.30}): {text:.160}" if id else text.removeprefix(f"{report.file}, ")[:280]
             for _, number, id, text in some
         ]
         table.add_row(kind.replace("_", " "), f"{count:,}", "\n".join(lines), RULES[kind])
     return table
+
+
+def _examples(findings: list[Finding]) -> list[Finding]:
+    """Returns the first findings, and the first of each further group that differs in more than its values."""
+    groups: dict[str, Finding] = {}
+    for finding in findings:
+        groups.setdefault(_VALUE.sub("", finding.text), finding)
+    others = [finding for finding in groups.values() if finding not in findings[:_EXAMPLES]]
+    return [*findings[:_EXAMPLES], *others][:_MAX_EXAMPLES]
 
 
 def _changes(fixed: Fixed) -> Iterator[str]:

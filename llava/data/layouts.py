@@ -34,7 +34,7 @@ _MAX_NAME = 1024  # characters
 
 
 class UnsupportedError(DataError):
-    """A sample is valid JSON but contains something that this package does not read, such as video."""
+    """A sample contains something that this package does not read, such as video, or does not understand."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,14 @@ class _Message(NamedTuple):
 def parse(value: Any, where: str, fallback_id: str) -> Sample:
     """Creates a sample from parsed JSON. Does not check the role order or <image> placeholders.
 
-    Raises UnsupportedError if the sample contains anything that is not read, and DataError if it is malformed.
+    Raises UnsupportedError if the sample contains anything that is not read or understood, and DataError if there is
+    nothing to read: no object, no turns, or a turn without valid text.
     """
     if not isinstance(value, dict):
         raise DataError(f"{where}: found {value!r:.60}; expected an object with a conversations list")
-    id = value.get("id", fallback_id)
+    id = fallback_id if value.get("id") is None else value["id"]
     if isinstance(id, bool) or not isinstance(id, str | int):
-        raise DataError(f"{where}: the id is {id!r:.60}; expected a string or an integer")
+        raise UnsupportedError(f"{where}: the id is {id!r:.60}; expected a string or an integer")
     where += f" (id {id!s:.60})"
     messages = [_message(turn, where, i) for i, turn in enumerate(_turn_list(value, where))]
     system = _system(value.get("system"), messages, where)
@@ -97,7 +98,7 @@ def to_llava(value: Mapping[str, Any], sample: Sample) -> dict[str, Any] | None:
         others = [{} for _ in sample.turns]
     system = [{"from": "system", "value": sample.system}] if sample.system else []
     turns = [{"from": NAMES[turn.role], "value": turn.text or ""} for turn in sample.turns]
-    new: dict[str, Any] = {"id": value.get("id", sample.id)}
+    new: dict[str, Any] = {"id": sample.id if value.get("id") is None else value["id"]}
     if sample.images:
         new["image"] = list(sample.images) if len(sample.images) > 1 else sample.images[0]
     new["conversations"] = system + [turn | other for turn, other in zip(turns, others, strict=True)]
@@ -116,7 +117,7 @@ def _turn_list(value: Mapping[str, Any], where: str) -> list[Any]:
         raise DataError(f"{where}: {key} is {value.get(key)!r:.60}; expected a non-empty list of turns")
     key, turns = next(iter(found.items()))
     if not isinstance(turns, list):
-        raise DataError(f"{where}: {key} is {turns!r:.60}; expected a non-empty list of turns")
+        raise UnsupportedError(f"{where}: {key} is {turns!r:.60}; expected a non-empty list of turns")
     if len(found) == 2 and value["conversations"] != value["messages"]:
         raise UnsupportedError(
             f"{where}: conversations and messages differ; keep the list to train on, remove the other"
@@ -135,8 +136,9 @@ def _message(turn: Any, where: str, i: int) -> _Message:
     if not isinstance(name, str) or not isinstance(turn.get(text_key), str | list):
         if isinstance(turn, dict) and (unread := unread_in_turn(turn, _KNOWN_IN_TURN)):
             raise UnsupportedError(f"{where}: {unread}")
+        error = DataError if isinstance(name, str) and turn.get(text_key) is None else UnsupportedError
         expected = '{"from": "human" or "gpt", "value": text}'
-        raise DataError(f"{where} is {turn!r:.80}; expected {expected}")
+        raise error(f"{where} is {turn!r:.80}; expected {expected}")
     if name not in ROLES:
         raise UnsupportedError(f"{where} is from {name!r:.40}; expected one of {', '.join(ROLES)}")
     if not turn.keys() <= _PLAIN_TURN and (unread := unread_in_turn(turn, _KNOWN_IN_TURN)):
@@ -180,8 +182,7 @@ def _part(part: Any, where: str) -> _Part:
         return _Part(part["text"], False, None)
     if kind not in _PICTURE_PARTS:
         known = ", ".join((*_TEXT_PARTS, *_PICTURE_PARTS))
-        error = UnsupportedError if isinstance(kind, str) and kind not in _TEXT_PARTS else DataError
-        raise error(f"{where} contains the part {part!r:.80}; expected one of the types {known}")
+        raise UnsupportedError(f"{where} contains the part {part!r:.80}; expected one of the types {known}")
     source = next((part[key] for key in _PICTURE_KEYS if part.get(key)), None)
     source = source.get("url") if isinstance(source, dict) else source
     if source is None and part.keys() <= {"type", "text", *_PICTURE_KEYS}:
@@ -196,7 +197,7 @@ def _system(own: Any, messages: Sequence[_Message], where: str) -> str | None:
             f"{where}: expected at most one system message, before all other turns and without pictures"
         )
     if own is not None and not isinstance(own, str):
-        raise DataError(f"{where}: system is {own!r:.60}; expected a text")
+        raise UnsupportedError(f"{where}: system is {own!r:.60}; expected a text")
     if own and texts and own != texts[0]:
         raise UnsupportedError(
             f"{where}: the key system and the first turn are different system messages; keep one of them"
@@ -222,7 +223,9 @@ def _images(value: Mapping[str, Any], messages: Sequence[_Message], where: str) 
 def _names(content: Any, key: str, where: str) -> tuple[str, ...]:
     names = content if isinstance(content, list) else [content]
     if not all(isinstance(name, str) and name for name in names):
-        raise DataError(f"{where}: {key} is {content!r:.60}; expected a picture name, a list of picture names, or null")
+        raise UnsupportedError(
+            f"{where}: {key} is {content!r:.60}; expected a picture name, a list of picture names, or null"
+        )
     return tuple(_name(name, f"{where}: {key} is") for name in names)
 
 

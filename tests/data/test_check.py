@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from llava.config import IGNORE
 from llava.data.check import check
 from llava.data.measure import Measure, open_measure
 from llava.data.repair import RULES
-from llava.errors import DataError
+from llava.errors import DataError, LlavaError
 from llava.formats.tokenizer import load_tokenizer
 from llava.preprocess.inputs import Preprocessor
 from tests import tiny
@@ -253,6 +255,15 @@ def test_a_copy_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=message):
             check(data, fix=out, workers=0)
     assert not (tmp_path / "out.json").exists()
+
+
+def test_free_space_is_checked_before_the_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_json(tmp_path / "data.json", [LCS[0] | {"text": "x" * 2000}])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    seen: list[int] = []
+    with pytest.raises(LlavaError, match="but the disk has only"):
+        check(file, fix=tmp_path / "out.json", workers=0, progress=lambda done, total: seen.append(done))
+    assert not seen
 
 
 def test_a_missing_file_is_a_one_line_error(tmp_path: Path) -> None:

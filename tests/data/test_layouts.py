@@ -12,6 +12,7 @@ from llava.data.layouts import UnsupportedError, parse, to_llava
 from llava.data.samples import Samples
 from llava.errors import DataError, ImageError
 from llava.preprocess.conversation import Turn
+from tests.command import run
 from tests.data.published import GOOD, expected, picture, talk, webdataset, write_folder, write_json, write_tar
 
 Json = dict[str, Any]
@@ -46,6 +47,7 @@ READ: dict[str, tuple[Json, Json]] = {  # a sample, and the same sample in LLaVA
     "messages": ({"messages": chat("<image>\nq", "a"), "images": ["a.png"]}, ONE),
     "messages under conversations": ({"conversations": chat("q", "a")}, PLAIN),
     "turns under messages": ({"messages": talk("q", "a")}, PLAIN),
+    "a null id": (PLAIN | {"id": None}, PLAIN | {"id": "0"}),
     "equal lists": ({"messages": talk("q", "a"), "conversations": talk("q", "a")}, PLAIN),
     "an empty second list": ({"messages": [], "conversations": talk("q", "a")}, PLAIN),
     "roles of ShareGPT": (
@@ -215,6 +217,14 @@ UNSUPPORTED: dict[str, tuple[Json, str]] = {  # a sample, and what the error nam
     "query and response": ({"query": "q", "response": "a"}, '"query", "response"'),
     "instruction": ({"instruction": "q", "output": "a", "images": ["a.png"]}, '"instruction", "output"'),
     "text": ({"text": "q"}, '"text"'),
+    "turns as lists": ({"conversations": [["q", "a"]]}, "turn 1 is ['q', 'a']"),
+    "turns as a dictionary": ({"conversations": {"q": "a"}}, "conversations is {'q': 'a'}"),
+    "keys of another layout": ({"conversations": [{"speaker": "human", "text": "q"}]}, "turn 1 is {'speaker'"),
+    "a number as text": ({"conversations": [*talk("q"), {"from": "gpt", "value": 3}]}, "turn 2 is"),
+    "a text part without text": (asked({"type": "text", "value": "q"}), "contains the part"),
+    "pictures as objects": (ONE | {"image": {"bytes": "x", "path": "a.png"}}, "image is {'bytes'"),
+    "image as a number": (ONE | {"image": 3}, "image is 3"),
+    "system as a list": (PLAIN | {"system": ["Be brief."]}, "system is ['Be brief.']"),
 }
 
 
@@ -239,6 +249,17 @@ def test_a_check_reports_what_is_not_read_and_its_copy_keeps_it(tmp_path: Path) 
     assert report.fixed is not None
     assert (report.fixed.left, report.fixed.dropped, report.fixed.repaired) == (len(UNSUPPORTED), 0, 0)
     assert json.loads((tmp_path / "copy.json").read_text()) == data
+
+
+def test_the_text_of_a_report_names_keys_that_come_after_many_samples_with_another_key(tmp_path: Path) -> None:
+    data = [PLAIN | {"id": i, "video": f"{i}.mp4"} for i in range(50)]  # ids from 0, so that 0 is not taken for no id
+    data += [PLAIN | {"id": 50, "audio": "50.wav"}, PLAIN | {"id": 51, "tools": [1]}]
+    done = run("data", "check", write_json(tmp_path / "data.json", data))
+    text = " ".join(done.stdout.split())
+    assert done.returncode == 1
+    for named in ('0 (id 0): the key "video"', '50 (id 50): the key "audio"', '51 (id 51): the key "tools"'):
+        assert named in text
+    assert text.count('the key "video"') == 3
 
 
 def test_a_repaired_copy_keeps_pictures_and_all_other_keys(tmp_path: Path) -> None:

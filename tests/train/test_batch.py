@@ -298,7 +298,7 @@ def test_too_many_broken_samples_stop_the_run_with_one_line(assets: Assets, tmp_
     assert not (tmp_path / "run" / "model").exists()
     advised = shlex.split(str(raised.value).partition("run: llava ")[2])
     checked = command.run(*advised, "--json")
-    assert (checked.returncode, json.loads(checked.stdout)["problems"]) == (1, {"missing_picture": 3})
+    assert (checked.returncode, json.loads(checked.stdout)["problems"]["missing_picture"]) == (1, 3)
     file = tmp_path / "recipe.toml"
     values = {key: value for key, value in training.to_dict(asked).items() if value not in (None, ())}
     file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
