@@ -59,6 +59,13 @@ def parse(value: Any, where: str, fallback_id: str) -> Sample:
     Raises UnsupportedError if the sample contains anything that is not read or understood, and DataError if there is
     nothing to read: no object, no turns, or a turn without valid text.
     """
+    try:
+        return _parse(value, where, fallback_id)
+    except RecursionError:
+        raise UnsupportedError(f"{where}: nested too deeply; expected an object with a conversations list") from None
+
+
+def _parse(value: Any, where: str, fallback_id: str) -> Sample:
     if not isinstance(value, dict):
         raise DataError(f"{where}: found {value!r:.60}; expected an object with a conversations list")
     id = fallback_id if value.get("id") is None else value["id"]
@@ -90,18 +97,20 @@ def to_llava(value: Mapping[str, Any], sample: Sample) -> dict[str, Any] | None:
 
     Returns None if other keys of turns would be lost, because turns of `value` were joined or dropped.
     """
-    original = [turn for turn in value.get("conversations") or value["messages"] if _role(turn) != "system"]
-    others = [{key: one for key, one in turn.items() if key not in _KNOWN_IN_TURN} for turn in original]
-    if [_role(turn) for turn in original] != [turn.role for turn in sample.turns]:
-        if any(others):
-            return None
-        others = [{} for _ in sample.turns]
-    system = [{"from": "system", "value": sample.system}] if sample.system else []
+    given = value.get("conversations") or value["messages"]
     turns = [{"from": NAMES[turn.role], "value": turn.text or ""} for turn in sample.turns]
+    if sample.system:
+        turns.insert(0, {"from": "system", "value": sample.system})
+        given = given if _role(given[0]) == "system" else [{"role": "system"}, *given]
+    others = [{key: one for key, one in turn.items() if key not in _KNOWN_IN_TURN} for turn in given]
+    if [_role(turn) for turn in given] == [_role(turn) for turn in turns]:
+        turns = [turn | other for turn, other in zip(turns, others, strict=True)]
+    elif any(others):
+        return None
     new: dict[str, Any] = {"id": sample.id if value.get("id") is None else value["id"]}
     if sample.images:
         new["image"] = list(sample.images) if len(sample.images) > 1 else sample.images[0]
-    new["conversations"] = system + [turn | other for turn, other in zip(turns, others, strict=True)]
+    new["conversations"] = turns
     return new | {key: one for key, one in value.items() if key not in _KNOWN}
 
 

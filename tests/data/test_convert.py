@@ -51,6 +51,15 @@ def test_converted_data_equals_the_same_data_in_llavas_layout(
     assert Samples([out], None)[0] == Samples([file], None)[0]
 
 
+def test_other_keys_of_turns_are_kept(tmp_path: Path) -> None:
+    turns = [turn | {"name": f"n{i}"} for i, turn in enumerate(chat("q", "a", system="Be brief."))]
+    convert(write_json(tmp_path / "in.json", [{"messages": turns}]), tmp_path / "out.json", layout="openai")
+    assert read(tmp_path / "out.json")[0]["conversations"] == [
+        {"from": role, "value": text, "name": f"n{i}"}
+        for i, (role, text) in enumerate([("system", "Be brief."), ("human", "q"), ("gpt", "a")])
+    ]
+
+
 def test_llavas_own_data_stays_the_same(tmp_path: Path) -> None:
     convert(write_json(tmp_path / "in.json", MIX), tmp_path / "out.json", layout="sharegpt")
     assert list(Samples([tmp_path / "out.json"], None)) == expected(MIX)

@@ -2,6 +2,8 @@
 
 import base64
 import json
+import random
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 
 from llava.data.check import check
 from llava.data.layouts import UnsupportedError, parse, to_llava
+from llava.data.repair import find_faults, repair
 from llava.data.samples import Samples
 from llava.errors import DataError, ImageError
 from llava.preprocess.conversation import Turn
@@ -235,6 +238,53 @@ def test_what_is_not_read_is_refused_with_file_id_and_key(name: str) -> None:
         parse({"id": "x7"} | value, "data.json, sample 3", "3")
     assert str(caught.value).startswith("data.json, sample 3 (id x7)")
     assert named in str(caught.value)
+
+
+def mutated(rng: random.Random, value: Any) -> Any:
+    """The value with one part replaced, removed or renamed."""
+    odd = [None, True, 0, 1.5, float("nan"), "", "x", "a.png", [], {}, [[]], {"a": {}}, ["q"], "<image>", [None]]
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        i = rng.randrange(len(value))
+        return [*value[:i], *([mutated(rng, value[i])] if rng.random() < 0.9 else []), *value[i + 1 :]]
+    if isinstance(value, dict) and value and rng.random() < 0.9:
+        key = rng.choice(list(value))
+        other = rng.choice(
+            [key, key, key, "role", "from", "content", "value", "image", "images", "video", "type", "system"]
+        )
+        return {**{k: v for k, v in value.items() if k != key}, other: mutated(rng, value[key])}
+    return rng.choice(odd)
+
+
+def test_no_sample_ends_in_a_traceback_and_every_sample_that_is_read_can_be_written() -> None:
+    rng = random.Random(0)
+    samples = [value for value, _ in (*READ.values(), *UNSUPPORTED.values())]
+    n_read = 0
+    for _ in range(5000):
+        value = rng.choice(samples)
+        for _ in range(rng.randint(1, 3)):
+            value = mutated(rng, value)
+        try:
+            sample = parse(value, "data.json, sample 0", "0")
+        except DataError as error:
+            assert str(error).startswith("data.json, sample 0")  # noqa: PT017
+            continue
+        n_read += 1
+        find_faults(sample)
+        repair(sample)
+        written = to_llava(value, sample)
+        assert written is not None
+        assert parse(written, "", "0") == sample
+    assert n_read > 300
+
+
+@pytest.mark.parametrize("depth", [100, 900, 20_000])
+def test_a_deeply_nested_sample_is_refused_or_read(depth: int) -> None:
+    nested: Any = "x"
+    for _ in range(depth):
+        nested = {"a": nested}
+    for value in (nested, {"conversations": [nested]}, PLAIN | {"meta": nested}, asked(nested)):
+        with suppress(DataError):
+            parse(value, "", "0")
 
 
 def test_a_check_reports_what_is_not_read_and_its_copy_keeps_it(tmp_path: Path) -> None:
