@@ -162,7 +162,7 @@ class Preprocessor:
     def _assemble(
         self, spans: list[Span], pictures: list[Views], stop: str | None, limit: int | None = None
     ) -> ModelInput:
-        """Builds the input, truncated to `limit` tokens. Raises ContextError if it exceeds the context before."""
+        """Builds the input, truncated to `limit` tokens. Raises ContextError if the whole exceeds the context."""
         prompt = "".join(span.text for span in spans)
         tokens = list(self._tokens(prompt, spans))
         if (n := sum(id == IMAGE for id, _ in tokens)) != len(pictures):

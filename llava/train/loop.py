@@ -341,14 +341,14 @@ def _report_data_loss(state: TrainState, recipe: Recipe) -> None:
     """Warns about the number of samples that the whole run skipped or truncated."""
     if state.skipped:
         log.warning(
-            "%d of %d samples were not used: %d are longer than the model's context, %d are broken",
+            "samples not used: %d of %d (%d longer than the model's context, %d broken)",
             state.skipped,
             state.skipped + state.samples,
             state.too_long,
             state.skipped - state.too_long,
         )
     if state.truncated:
-        log.warning("%d samples were truncated to max_length, %d tokens", state.truncated, recipe.max_length)
+        log.warning("samples truncated to max_length (%d tokens): %d", recipe.max_length, state.truncated)
 
 
 def _save_if_due(run: Run) -> None:

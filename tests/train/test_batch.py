@@ -348,7 +348,7 @@ def test_a_sample_longer_than_the_context_is_skipped_counted_and_named_but_does_
     last = rows(tmp_path / "run")[-1]
     assert (last["samples"], last["skipped"], last["too_long"]) == (8, 2, 2)
     messages = sorted(record.message for record in caplog.records if record.name == "llava.train.loop")
-    assert messages[0] == "2 of 10 samples were not used: 2 are longer than the model's context, 0 are broken"
+    assert messages[0] == "samples not used: 2 of 10 (2 longer than the model's context, 0 broken)"
     for message, i in zip(messages[1:], (2, 9), strict=True):
         assert message.startswith(f"skipped: {short_context.data}, sample {i} (id s{i}): ")
         assert f"exceeds the model's context of {CONTEXT}" in message
@@ -381,7 +381,7 @@ def test_a_sample_between_max_length_and_the_context_is_truncated_as_in_the_orig
     lengths = [len(whole.prepare(i).ids) for i in range(10) if i not in (2, 9)]
     n_cut = sum(n > 200 for n in lengths)
     assert rows(tmp_path / "c")[-1]["truncated"] == n_cut > 0
-    assert f"{n_cut} samples were truncated to max_length, 200 tokens" in caplog.text
+    assert f"samples truncated to max_length (200 tokens): {n_cut}" in caplog.text
 
 
 def test_ranks_count_the_same_samples_as_a_single_process(short_context: Assets, tmp_path: Path) -> None:
