@@ -52,7 +52,7 @@ class _Tally:
     def add(self, i: int, found: Examined, text: str) -> None:
         if found.digest in self._digests:
             found.faults.append(Fault("repeated", "identical to an earlier sample"))
-            found.text, found.left = None, False
+            found.text = None
         elif found.sample:
             self.repeated_ids += found.id in self._ids
             self._ids.add(found.id)
@@ -60,7 +60,7 @@ class _Tally:
         self.problems.update({fault.kind for fault in found.faults})
         self.findings += [Finding(fault.kind, i, found.id, fault.text) for fault in found.faults]
         if found.faults:
-            action = "left" if found.left else "repaired" if found.text is not None else "dropped"
+            action = "dropped" if found.text is None else "left" if found.text == text else "repaired"
             self.changes.append(Change(i, found.id, action, tuple(fault.kind for fault in found.faults)))
         if found.text != text:
             self.texts[i] = found.text

@@ -25,9 +25,8 @@ class Examined:
     faults: list[Fault]
     id: str = ""  # empty if malformed
     sample: Sample | None = None  # as read from the file; None if malformed or unsupported
-    text: str | None = None  # JSON text for the fixed copy; None if dropped
+    text: str | None = None  # JSON text for the fixed copy, unchanged if left as it is; None if dropped
     tokens: Tokens | None = None  # counts for the repaired sample before shortening; None if not measured
-    left: bool = False  # whether the sample has a fault but is copied unchanged
 
 
 @dataclass
@@ -57,16 +56,14 @@ class Examiner:
         if repaired and self.measure:
             repaired, found.tokens = self._measure(repaired, sizes, self.measure, found.faults)
         if repaired:
-            found.text = text if repaired == sample else self._to_json(i, repaired)
-            found.left = found.text is None
-            found.text = text if found.left else found.text
+            found.text = text if repaired == sample else self._to_json(i, repaired) or text
         return found
 
     def _unsupported(self, i: int, text: str, digest: int, error: UnsupportedError) -> Examined:
         given = self.samples.value(i).get("id")
         id = str(i if given is None else given)
         found = str(error).removeprefix(f"{self.samples.where(i)} (id {id:.60})").removeprefix(": ")
-        return Examined(digest, [Fault("unsupported", found)], id, text=text, left=True)
+        return Examined(digest, [Fault("unsupported", found)], id, text=text)
 
     def _picture_sizes(self, sample: Sample, found: list[Fault]) -> Iterator[Size]:
         for name in sample.images:

@@ -7,6 +7,7 @@ LLaVA and ShareGPT name the turns `conversations` and their keys `from` and `val
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote
 
@@ -169,12 +170,16 @@ def _check_text(text: str, role: str, where: str) -> None:
 
 
 def _parts(content: Sequence[Any], where: str) -> tuple[str, list[str | None]]:
-    """Returns the text of a list of parts, with a placeholder for each picture, and the names of its pictures."""
+    """Returns the text of a list of parts, with a placeholder for each picture, and the names of its pictures.
+
+    If all pictures come first, the text may place them itself, with one placeholder for each.
+    """
     parts = [_part(part, where) for part in content]
+    pictures_first = all(part.is_picture >= other.is_picture for part, other in pairwise(parts))
     texts = [text for text, is_picture, _ in parts if not is_picture]
     pictures = [name for _, is_picture, name in parts if is_picture]
-    marked = sum(text.count(IMAGE_PLACEHOLDER) for text in texts) == len(pictures)  # the text places its pictures
-    return "\n".join(texts if marked else [text for text, _, _ in parts]), pictures
+    marked = sum(text.count(IMAGE_PLACEHOLDER) for text in texts) == len(pictures)
+    return "\n".join(texts if marked and pictures_first else [text for text, _, _ in parts]), pictures
 
 
 class _Part(NamedTuple):

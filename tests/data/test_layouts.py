@@ -379,3 +379,9 @@ def test_an_absolute_path_is_read_if_it_leads_into_the_folder(tmp_path: Path) ->
     for name in (f"{tmp_path}/b.png", f"{images}/../b.png"):
         with pytest.raises(DataError, match="not a valid picture name"):
             samples.picture(name)
+
+
+def test_a_mark_in_a_text_before_the_picture_does_not_place_it() -> None:
+    sample = parse(asked({"type": "text", "text": "the word <image>"}, url("a.png")), "", "0")
+    assert sample.turns[0].text == "the word <image>\n<image>"
+    assert [fault.kind for fault in find_faults(sample)] == ["surplus_placeholder"]
