@@ -38,5 +38,9 @@ class PromptError(LlavaError):
     """A prompt has messages, image placeholders or a length that the model does not accept."""
 
 
+class ContextError(PromptError):
+    """A prompt or a training sample has more tokens than the model's context."""
+
+
 class DataError(LlavaError):
     """A training sample or its image is broken, or a data file is unreadable or in an unknown format."""

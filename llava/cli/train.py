@@ -1,9 +1,10 @@
-"""Commands for training: train, data check."""
+"""Commands for training: train, data check, data convert."""
 
 import json
 import os
 import sys
 from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -93,7 +94,7 @@ def data_check(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check every sample and image. The exit code is 1 if there are problems and no fixed copy was written."""
+    """Check every sample and image. The exit code is 1 if there are problems that no fixed copy resolves."""
     from llava.data import check as job
     from llava.data.findings import render
     from llava.data.measure import open_measure
@@ -107,5 +108,27 @@ def data_check(
         from rich.console import Console
 
         Console(width=None if sys.stdout.isatty() else 140, markup=False, highlight=False).print(render(found))
-    if not found.clean and not found.fixed:
+    if not found.resolved:
         raise SystemExit(1)
+
+
+class _Layout(str, Enum):
+    sharegpt = "sharegpt"
+    openai = "openai"
+
+
+@data.command("convert")
+def data_convert(
+    file: Annotated[Path, typer.Argument(metavar="IN", help=".json or .jsonl file")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help=".json or .jsonl file to write")],
+    layout: Annotated[_Layout, typer.Option("--from", help="layout of IN")],
+    drop: Annotated[
+        bool, typer.Option("--drop", help="leave out samples that cannot be converted instead of failing")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Convert data in another layout to LLaVA's JSON. Nothing is written if a sample cannot be converted."""
+    from llava.data.convert import convert
+
+    done = convert(file, out, layout=layout.value, drop=drop)
+    print(json.dumps(done.to_dict(), ensure_ascii=False) if as_json else done.text())

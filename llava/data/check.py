@@ -16,13 +16,15 @@ from pathlib import Path
 from statistics import median
 
 from llava.data.examine import Examined, Examiner
-from llava.data.findings import Finding, Fixed, Report, TokenFigures
+from llava.data.findings import Change, Finding, Fixed, Report, TokenFigures
+from llava.data.layouts import Sample
 from llava.data.measure import Measure
+from llava.data.pictures import is_data_url
 from llava.data.records import is_array
 from llava.data.repair import Fault
-from llava.data.samples import WORKERS_START, Sample, Samples, starting_workers
+from llava.data.samples import WORKERS_START, Samples, starting_workers
+from llava.data.write import check_target, write_samples
 from llava.errors import DataError
-from llava.tensors.atomic import replacing
 
 _CHUNK = 64  # samples per worker task
 Progress = Callable[[int, int], None]  # samples done, total samples
@@ -36,29 +38,32 @@ class _Tally:
     problems: Counter[str] = field(default_factory=Counter)
     sources: Counter[str] = field(default_factory=Counter)
     turns: Counter[int] = field(default_factory=Counter)
-    changes: dict[int, str | None] = field(default_factory=dict)  # sample index -> new JSON text, or None if dropped
+    texts: dict[int, str | None] = field(default_factory=dict)  # changed samples: index -> JSON text, None if dropped
+    changes: list[Change] = field(default_factory=list)  # what a fixed copy does with samples that have faults
     totals: list[int] = field(default_factory=list)  # token count of each measured sample
     n_pictures: int = 0
     text_only: int = 0
-    malformed: int = 0
+    unread: int = 0  # malformed or unsupported
     target_tokens: int = 0
     repeated_ids: int = 0
     _ids: set[str] = field(default_factory=set)
     _digests: set[int] = field(default_factory=set)
 
     def add(self, i: int, found: Examined, text: str) -> None:
-        id = found.sample.id if found.sample else ""
         if found.digest in self._digests:
             found.faults.append(Fault("repeated", "identical to an earlier sample"))
             found.text = None
         elif found.sample:
-            self.repeated_ids += id in self._ids
-            self._ids.add(id)
+            self.repeated_ids += found.id in self._ids
+            self._ids.add(found.id)
         self._digests.add(found.digest)
         self.problems.update({fault.kind for fault in found.faults})
-        self.findings += [Finding(fault.kind, i, id, fault.text) for fault in found.faults]
+        self.findings += [Finding(fault.kind, i, found.id, fault.text) for fault in found.faults]
+        if found.faults:
+            action = "dropped" if found.text is None else "left" if found.text == text else "repaired"
+            self.changes.append(Change(i, found.id, action, tuple(fault.kind for fault in found.faults)))
         if found.text != text:
-            self.changes[i] = found.text
+            self.texts[i] = found.text
         if found.tokens:
             self.totals.append(found.tokens.total)
             self.target_tokens += found.tokens.targets
@@ -66,7 +71,7 @@ class _Tally:
 
     def _describe(self, sample: Sample | None) -> None:
         if sample is None:
-            self.malformed += 1
+            self.unread += 1
             return
         self.sources[_source(sample)] += 1
         self.turns[len(sample.turns)] += 1
@@ -105,7 +110,7 @@ def check(
     """
     started = time.perf_counter()
     if fix is not None:
-        _check_target(file, fix)
+        check_target(file, fix, "--fix")
     samples = Samples([file], images)
     examiner = Examiner(samples, samples.has_pictures, measure)
     if measure and measure.needs_sizes and not samples.has_pictures:
@@ -115,12 +120,13 @@ def check(
     tally = _Tally()
     for i, found in enumerate(_examine_all(examiner, workers, progress)):
         tally.add(i, found, samples.text(i))
-    fixed = _write(samples, tally.changes, fix, array=is_array(file)) if fix else None
+    fixed = _write_fixed(samples, tally, fix, array=is_array(file)) if fix else None
     return Report(
         file=str(file),
         samples=len(samples),
-        with_pictures=len(samples) - tally.text_only - tally.malformed,
+        with_pictures=len(samples) - tally.text_only - tally.unread,
         text_only=tally.text_only,
+        unread=tally.unread,
         pictures=tally.n_pictures,
         pictures_read=samples.has_pictures,
         sources=dict(tally.sources),
@@ -138,6 +144,8 @@ def _source(sample: Sample) -> str:
     """Returns the top-level folder of the first picture. All folders with numeric names count as one source."""
     if not sample.images:
         return "text only"
+    if is_data_url(sample.images[0]):
+        return "data: URLs"
     top, slash, _ = sample.images[0].removeprefix("./").partition("/")
     return "no folder" if not slash else "<number>/" if top.isdecimal() else f"{top}/"
 
@@ -194,32 +202,18 @@ def _map_chunks(examiner: Examiner, chunks: list[range], workers: int) -> Iterat
         pool.shutdown(cancel_futures=True)
 
 
-def _check_target(file: Path, out: Path) -> None:
-    if file.is_dir() or file.suffix == ".tar":
-        raise DataError(f"{file}: --fix cannot write tars; expected a .json or .jsonl file")
-    if out.exists():
-        raise DataError(f"{out}: already exists; choose another path for --fix")
-    if not out.parent.is_dir():
-        raise DataError(f"{out}: the parent folder does not exist; create it first")
-
-
-def _write(samples: Samples, changes: dict[int, str | None], out: Path, *, array: bool) -> Fixed:
-    """Writes the fixed copy in the format of the original file. `out` is created only when the copy is complete."""
-    texts = (changes[i] if i in changes else samples.text(i) for i in range(len(samples)))
-    dropped = sum(text is None for text in changes.values())
+def _write_fixed(samples: Samples, tally: _Tally, out: Path, *, array: bool) -> Fixed:
+    """Writes the fixed copy in the form of the original file."""
+    dropped = sum(text is None for text in tally.texts.values())
     if dropped == len(samples):
         raise DataError(f"{out}: not written, because no samples would remain; run without --fix to see the problems")
-    first, between, last = ("[\n", ",\n", "\n]\n") if array else ("", "\n", "\n")
-    try:
-        with replacing(out) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(first)
-            for n, text in enumerate(text for text in texts if text is not None):
-                file.write(between * bool(n) + text)
-            file.write(last)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise DataError(
-            f"{out}: cannot be written ({error.strerror}); free some space, or choose another path"
-        ) from None
-    return Fixed(str(out), len(samples) - dropped, len(changes) - dropped, dropped)
+    texts = (tally.texts[i] if i in tally.texts else samples.text(i) for i in range(len(samples)))
+    write_samples((text for text in texts if text is not None), out, array=array)
+    return Fixed(
+        out=str(out),
+        kept=len(samples) - dropped,
+        repaired=len(tally.texts) - dropped,
+        dropped=dropped,
+        left=sum(change.action == "left" for change in tally.changes),
+        changes=tally.changes,
+    )

@@ -19,7 +19,7 @@ from llava.config import (
     ProjectorConfig,
     VisionConfig,
 )
-from llava.data.samples import Sample
+from llava.data.layouts import Sample
 from llava.errors import ConfigError
 from llava.formats.tokenizer import load_tokenizer
 from llava.preprocess.image import Size, choose_canvas, tile_grid
@@ -46,14 +46,20 @@ class Measure:
     def __init__(
         self, tokenizer: Tokenizer, config: LlavaConfig | None, *, template: str, limit: int, picture_tokens: int
     ):
-        """config: the model's config; if it is None or has no tower, each picture counts as `picture_tokens` tokens."""
-        self.limit = limit
+        """limit: maximum number of tokens per sample, lowered to the model's context.
+
+        config: the model's config; if it is None or has no tower, each picture counts as `picture_tokens` tokens.
+        """
+        self.context = config.decoder.max_seq if config else None  # in tokens
+        self.limit = min(limit, self.context or limit)
         self.picture_tokens = picture_tokens
         self.config = config
+        decoder = replace(config.decoder, max_seq=_UNLIMITED) if config else _decoder(tokenizer.size)
         small = replace(
-            config or LlavaConfig(decoder=_decoder(tokenizer.size)),
+            config or LlavaConfig(decoder=decoder),
+            decoder=decoder,
             vision=_ONE_PIXEL,
-            projector=ProjectorConfig(in_dim=1, out_dim=config.decoder.dim if config else 2, depth=1),
+            projector=ProjectorConfig(in_dim=1, out_dim=decoder.dim, depth=1),
             image=_ONE_PIXEL_IMAGE,
         )
         self._preprocessor = Preprocessor(small, tokenizer, template=template)
@@ -67,7 +73,7 @@ class Measure:
     def __call__(self, sample: Sample, sizes: Sequence[Size]) -> Tokens:
         """Counts tokens. sizes: (w, h) of each picture in pixels, used only if `needs_sizes`. Raises PromptError."""
         input = self._preprocessor.prepare_training(
-            sample.turns, [self._picture] * len(sample.images), max_length=_UNLIMITED
+            sample.turns, [self._picture] * len(sample.images), system=sample.system, max_length=_UNLIMITED
         )
         widths = torch.ones_like(input.ids)  # number of tokens per position; corrected for pictures below
         if self.needs_sizes:
@@ -77,6 +83,12 @@ class Measure:
         widths[input.ids == IMAGE] = torch.tensor(per_image, dtype=widths.dtype)
         ends = widths.cumsum(0)
         return Tokens(int(ends[-1]), int(((input.labels != IGNORE) & (ends <= self.limit)).sum()))
+
+    def limit_text(self, n_tokens: int) -> str:
+        """Describes the limit that a sample of `n_tokens` exceeds, and what training does with the sample."""
+        if self.context is not None and n_tokens > self.context:
+            return f"the model's context is {self.context}, so training skips the sample"
+        return f"the limit is {self.limit}, so training truncates the sample"
 
     def _image_tokens(self, size: Size | None = None) -> int:
         if self.config is None or self.config.vision is None or self.config.image is None:

@@ -5,6 +5,8 @@ and seeks to the picture. File handles are not kept open, so a store can be pick
 forked processes.
 """
 
+import base64
+import binascii
 import hashlib
 import os
 import re
@@ -19,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from llava.errors import DataError
+from llava.errors import DataError, ImageError
 
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 PLAIN = -1  # `method` of tar members; their `offset` points to the data, that of zip members to the local header
@@ -36,6 +38,7 @@ _ROW = np.dtype(
 )
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # zip local header: signature, name length, extra field length
 _COCO = re.compile(r"(?:.*/)?(\d{12}\.jpg)")
+_DATA_URL = re.compile(r"data:image/[\w.+-]+(?:;[\w=.-]+)*;base64,", re.IGNORECASE)
 
 
 class Pictures(Protocol):
@@ -61,14 +64,30 @@ def tars_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.tar") if path.is_file())
 
 
+def is_data_url(name: str) -> bool:
+    """Whether a picture's name is a `data:` URL, which contains the picture itself."""
+    return name.startswith("data:")
+
+
+def decode_data_url(url: str) -> bytes:
+    """Returns the bytes of a picture in a `data:` URL. Raises ImageError."""
+    try:
+        if match := _DATA_URL.match(url):
+            return base64.b64decode(url[match.end() :], validate=True)
+    except (binascii.Error, ValueError):
+        pass
+    raise ImageError(f"picture: found {url[:40]}…; expected data:image/png;base64, (or another type) and base64 text")
+
+
 class Folder:
-    """Pictures in a folder, looked up by relative path."""
+    """Pictures in a folder, looked up by relative path, or by an absolute path that leads into the folder."""
 
     def __init__(self, root: Path):
         self.root = root
 
     def read(self, name: str) -> bytes:
-        path = self.root / _safe_name(name)
+        inside = name.removeprefix(f"{self.root.absolute().as_posix()}/")
+        path = self.root / _safe_name(inside)
         try:
             return path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
@@ -115,7 +134,9 @@ class Archives:
     def read(self, name: str) -> bytes:
         row = self._find(_safe_name(name))
         if row is None:
-            where = f"{self.files[0]}" + (f" and {len(self.files) - 1} more archives" if len(self.files) > 1 else "")
+            where = f"{self.files[0]}" + (
+                f" and {n} other archive{'s' * (n > 1)}" if (n := len(self.files) - 1) else ""
+            )
             first = [part.decode(errors="replace") for part in self._names[:1000].split(b"\0")[:3] if part]
             raise DataError(f"{name}: no such picture in {where}; {_hint(name, first, 'the first entries are')}")
         file = self.files[row["archive"]]
@@ -203,8 +224,9 @@ def _safe_name(name: str) -> str:
     plain = _strip_dot(name)
     path = PurePosixPath(plain)
     if not plain or path.is_absolute() or ".." in path.parts or "\\" in plain or "\0" in plain:
+        hint = "; an absolute path must lead into the folder of the pictures" if path.is_absolute() else ""
         raise DataError(
-            f'{name!r:.200}: not a valid picture name; expected a relative path with "/" separators and no ".."'
+            f'{name!r:.200}: not a valid picture name; expected a relative path with "/" separators and no ".."{hint}'
         )
     return plain
 

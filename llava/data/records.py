@@ -13,6 +13,7 @@ from llava.errors import DataError
 BLOCK = 1 << 24  # number of characters to read from a JSON array at a time
 BROKEN = object()  # sentinel: value of a record that is not valid JSON
 _PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_OTHER_MEDIA_SUFFIXES = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".mp3", ".wav", ".flac", ".ogg", ".m4a", ".opus")
 _SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
 
@@ -80,7 +81,8 @@ class _ArrayScanner:
         """Consumes the next character. Raises ValueError if it is not one of `expected`."""
         char = self.peek()
         if not char or char not in expected:
-            raise ValueError(f"found {char!r}, expected {' or '.join(expected)}" if char else "unexpected end of file")
+            wanted = " or ".join(map(repr, expected))
+            raise ValueError(f"found {char!r}, expected {wanted}" if char else "unexpected end of file")
         self.offset += 1
         return char
 
@@ -121,7 +123,7 @@ def _read_array(file: Path) -> Iterator[Record]:
         except UnicodeDecodeError:
             raise
         except (ValueError, RecursionError) as error:
-            found = f"broken or truncated after {n} samples, at character {scanner.position}: {error}"
+            found = f"broken or truncated after {n} sample{'s' * (n != 1)}, at character {scanner.position}: {error}"
             raise DataError(
                 f"{file}: {found}; expected a JSON array of samples; repair the file or download it again"
             ) from None
@@ -148,9 +150,12 @@ def _read_tar(file: Path, archives: Archives) -> Iterator[Record]:
     """Yields samples in tar order: one for each KEY.json, with the pictures that share its key, such as KEY.jpg."""
     names = archives.names(file)
     pictures: dict[str, list[str]] = {}
+    other_media: dict[str, list[str]] = {}  # listed under "media", which `parse` refuses
     for name in names:
         if name.lower().endswith(_PICTURE_SUFFIXES):
             pictures.setdefault(_key(name), []).append(name)
+        elif name.lower().endswith(_OTHER_MEDIA_SUFFIXES):
+            other_media.setdefault(_key(name), []).append(name)
     for name in names:
         if not name.endswith(".json"):
             continue
@@ -162,7 +167,10 @@ def _read_tar(file: Path, archives: Archives) -> Iterator[Record]:
         if isinstance(value, dict):
             own = pictures.get(_key(name), [])
             with_id: dict[str, Any] = {"id": _key(name)} | value
-            value = with_id | ({"image": own if len(own) > 1 else own[0]} if own else {})
+            if own:
+                with_id.pop("images", None)
+                with_id["image"] = own if len(own) > 1 else own[0]
+            value = with_id | ({"media": other_media[_key(name)]} if _key(name) in other_media else {})
         yield Record(json.dumps(value, ensure_ascii=False), value)
 
 

@@ -6,22 +6,24 @@ from itertools import groupby
 from typing import NamedTuple
 
 from llava.config import IMAGE_PLACEHOLDER
-from llava.data.samples import ROLES, Sample
+from llava.data.layouts import NAMES, Sample
 from llava.preprocess import placeholders
 from llava.preprocess.conversation import Turn
 
 _PLACEHOLDERS = "placeholders rewritten: one per picture, at the start of the first turn"
-KEPT = "sample kept unchanged"
+LEFT = "sample left unchanged"
 RULES = {  # kind of fault -> what `--fix` does
     "malformed": "sample dropped",
+    "unsupported": LEFT,
     "repeated": "later copies dropped",
     "missing_picture": "sample dropped",
     "broken_picture": "sample dropped",
-    "lossy_picture": KEPT,
+    "lossy_picture": LEFT,
     "leading_answer": "turn dropped",
     "trailing_question": "turn dropped",
     "same_side_twice": "turns joined with a line break",
     "empty_turn": "exchange dropped",
+    "no_picture": "sample dropped",
     "missing_placeholder": _PLACEHOLDERS,
     "surplus_placeholder": _PLACEHOLDERS,
     "late_placeholder": _PLACEHOLDERS,
@@ -29,7 +31,6 @@ RULES = {  # kind of fault -> what `--fix` does
     "too_long": "exchanges dropped from the end; sample dropped if even the first is too long",
     "refused": "sample dropped",
 }
-_NAMES = {role: name for name, role in ROLES.items()}  # role -> its name in data files
 
 
 class Fault(NamedTuple):
@@ -45,8 +46,10 @@ def find_faults(sample: Sample) -> list[Fault]:
 
 
 def repair(sample: Sample) -> Sample | None:
-    """Returns the sample with its faults repaired, or None if no exchange remains."""
-    while sample.turns and find_faults(sample):
+    """Returns the sample with its faults repaired, or None if no exchange remains or its picture is unknown."""
+    while sample.turns and (faults := find_faults(sample)):
+        if any(fault.kind == "no_picture" for fault in faults):
+            return None
         turns = _drop_empty(_alternate(sample.turns))
         sample = replace(sample, turns=_rewrite_marks(turns, len(sample.images)))
     return sample if sample.turns else None
@@ -57,17 +60,12 @@ def drop_last_exchange(sample: Sample) -> Sample | None:
     return repair(replace(sample, turns=sample.turns[:-2]))
 
 
-def to_conversations(turns: Sequence[Turn]) -> list[dict[str, str]]:
-    """Returns the turns as the `conversations` list of a data file."""
-    return [{"from": _NAMES[role], "value": text or ""} for role, text in turns]
-
-
 def _order_faults(turns: Sequence[Turn]) -> Iterator[Fault]:
     if turns[0].role == "assistant":
         yield Fault("leading_answer", "the first turn is from gpt")
     for i in range(1, len(turns)):
         if turns[i].role == turns[i - 1].role:
-            yield Fault("same_side_twice", f"turns {i} and {i + 1} are both from {_NAMES[turns[i].role]}")
+            yield Fault("same_side_twice", f"turns {i} and {i + 1} are both from {NAMES[turns[i].role]}")
             break
     if turns[-1].role == "user":
         yield Fault("trailing_question", "the last turn is from human")
@@ -80,14 +78,17 @@ def _is_answer(turn: Turn) -> bool:
 
 
 def _empty_turns(turns: Sequence[Turn]) -> Iterator[Fault]:
-    empty = [f"{i + 1} ({_NAMES[turn.role]})" for i, turn in enumerate(turns) if not (turn.text or "").strip()]
+    empty = [f"{i + 1} ({NAMES[turn.role]})" for i, turn in enumerate(turns) if not (turn.text or "").strip()]
     if empty:
-        yield Fault("empty_turn", f"turn(s) {', '.join(empty[:5])}{' and more' * (len(empty) > 5)}")
+        word = "turn" if len(empty) == 1 else "turns"
+        yield Fault("empty_turn", f"{word} {', '.join(empty[:5])}{' and more' * (len(empty) > 5)}")
 
 
 def _mark_faults(turns: Sequence[Turn], n_pictures: int) -> Iterator[Fault]:
     counts = [placeholders.count(turn.text or "") for turn in turns]
-    found = f"{sum(counts)} {IMAGE_PLACEHOLDER} placeholder(s) for {n_pictures} picture(s)"
+    found = f"{IMAGE_PLACEHOLDER} placeholders: {sum(counts)}; pictures: {n_pictures}"
+    if sum(counts) and not n_pictures:
+        return (yield Fault("no_picture", f"{found}, because image names none"))
     if sum(counts) < n_pictures:
         yield Fault("missing_placeholder", found)
     elif sum(counts) > n_pictures:
@@ -96,7 +97,7 @@ def _mark_faults(turns: Sequence[Turn], n_pictures: int) -> Iterator[Fault]:
     late = [i for i, turn in enumerate(turns) if counts[i] and i != first]
     in_answer = any(turns[i].role == "assistant" for i in late)
     if late and (n_pictures < 2 or in_answer):  # with several pictures, any human turn may contain placeholders
-        yield Fault("late_placeholder", f"{IMAGE_PLACEHOLDER} in turn {late[0] + 1} ({_NAMES[turns[late[0]].role]})")
+        yield Fault("late_placeholder", f"{IMAGE_PLACEHOLDER} in turn {late[0] + 1} ({NAMES[turns[late[0]].role]})")
 
 
 def _alternate(turns: Sequence[Turn]) -> list[Turn]:

@@ -1,4 +1,4 @@
-"""Training samples in LLaVA's JSON format, read from JSON arrays, JSONL files and webdataset-style tars.
+"""Training samples, read from JSON arrays, JSONL files and webdataset-style tars.
 
 As Python objects, 665,000 samples would take up several GB in every worker. Instead, they are kept as JSON text in one
 buffer with an array of offsets, which forked workers share. A sample is parsed when it is accessed.
@@ -9,21 +9,19 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llava.data.pictures import Archives, Pictures, open_pictures, tars_in
+from llava.data.layouts import Sample, parse
+from llava.data.pictures import Archives, Pictures, decode_data_url, is_data_url, open_pictures, tars_in
 from llava.data.records import records
 from llava.errors import DataError
-from llava.preprocess.conversation import Turn
 
 # Start method of worker processes. Forked workers share the samples with the parent. Each worker uses one thread and
 # no GPU, so forking is safe even from a parent with several threads, although Python 3.12 issues a DeprecationWarning.
 WORKERS_START = "fork" if sys.platform == "linux" else "spawn"
-ROLES = {"human": "user", "gpt": "assistant"}
 
 
 @contextmanager
@@ -38,15 +36,6 @@ def starting_workers() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One conversation, exactly as in the file."""
-
-    id: str
-    turns: tuple[Turn, ...]  # in file order, including <image> placeholders
-    images: tuple[str, ...]  # picture names; () for a text-only sample
 
 
 class Samples(Sequence[Sample]):
@@ -84,7 +73,7 @@ class Samples(Sequence[Sample]):
         return len(self._lengths)
 
     def __getitem__(self, i: int) -> Sample:  # type: ignore[override]  # slices are not supported
-        """Parses sample `i`. Raises IndexError if `i` is out of range, or DataError if the sample is malformed."""
+        """Parses sample `i`. Raises IndexError if `i` is out of range, and DataError like `parse`."""
         return parse(self.value(i), self.where(i), str(i))
 
     @property
@@ -98,7 +87,9 @@ class Samples(Sequence[Sample]):
         return self._pictures is not None
 
     def picture(self, name: str) -> bytes:
-        """Returns the bytes of an image file. Raises DataError."""
+        """Returns the bytes of an image file. Raises DataError, and ImageError for a broken data: URL."""
+        if is_data_url(name):
+            return decode_data_url(name)
         if self._pictures is None:
             raise DataError(f"{name}: no location given for the pictures; specify a folder, a .zip or a .tar")
         return self._pictures.read(name)
@@ -124,51 +115,14 @@ class Samples(Sequence[Sample]):
         return f"{self.files[file]}, sample {i - int(self._firsts[file])}"
 
 
-def parse(value: Any, where: str, fallback_id: str) -> Sample:
-    """Creates a sample from parsed JSON. Does not check the role order or <image> placeholders. Raises DataError."""
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: found {value!r:.60}; expected an object with a conversations list")
-    id = value.get("id", fallback_id)
-    if isinstance(id, bool) or not isinstance(id, str | int):
-        raise DataError(f"{where}: the id is {id!r:.60}; expected a string or an integer")
-    where += f" (id {id!s:.60})"
-    turns = value.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        raise DataError(f"{where}: conversations is {turns!r:.60}; expected a non-empty list of turns")
-    return Sample(str(id), tuple(_turn(turn, where, i) for i, turn in enumerate(turns)), _names(value, where))
-
-
-def _turn(turn: Any, where: str, i: int) -> Turn:
-    role, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
-    if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
-        expected = '{"from": "human" or "gpt", "value": text}'
-        raise DataError(f"{where}: turn {i + 1} is {turn!r:.80}; expected {expected}")
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise DataError(
-                f"{where}: turn {i + 1} contains an unpaired surrogate; expected valid Unicode text"
-            ) from None
-    return Turn("user" if role == "human" else "assistant", text)
-
-
-def _names(value: dict[str, Any], where: str) -> tuple[str, ...]:
-    image = value.get("image")
-    names = image if isinstance(image, list) else [] if image is None else [image]
-    if not all(isinstance(name, str) and name for name in names):
-        raise DataError(f"{where}: image is {image!r:.60}; expected a picture name, a list of picture names, or null")
-    return tuple(names)
-
-
 def _signed_words(value: Any) -> int:
-    """Returns a sample's entry in `Samples.lengths`. Does not raise if the sample is malformed; accessing it does."""
-    if not isinstance(value, dict):
+    """Returns a sample's entry in `Samples.lengths`, or -1 if it cannot be parsed; accessing it raises the error."""
+    try:
+        sample = parse(value, "", "")
+    except DataError:
         return -1
-    turns = value.get("conversations")
-    texts = [turn.get("value") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
-    n = max(1, sum(len(text.split()) for text in texts if isinstance(text, str)))
-    return n if value.get("image") else -n
+    n = max(1, sum(len((turn.text or "").split()) for turn in sample.turns))
+    return n if sample.images else -n
 
 
 def _shards(file: Path) -> list[Path]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llava.config import IGNORE, IMAGE, IMAGE_PLACEHOLDER, LlavaConfig, PictureOptions, TileGrid
-from llava.errors import PromptError
+from llava.errors import ContextError, PromptError
 from llava.preprocess import placeholders
 from llava.preprocess.conversation import Span, Style, Template, Turn, render
 from llava.preprocess.image import Picture, Size, Views, read_picture, to_views
@@ -85,11 +85,19 @@ class Preprocessor:
         return self._assemble(spans, self._read(pictures), stop)
 
     def prepare_training(
-        self, turns: Sequence[Turn], pictures: Sequence[Picture], *, place: ImagePlace = "front", max_length: int
+        self,
+        turns: Sequence[Turn],
+        pictures: Sequence[Picture],
+        *,
+        system: str | None = None,
+        place: ImagePlace = "front",
+        max_length: int,
     ) -> ModelInput:
         """Prepares the input and labels of a training sample, truncated to `max_length` text and image tokens in total.
 
-        Raises PromptError if roles or placeholders are invalid or no targets remain, and ImageError for invalid images.
+        system: replaces the system message of the template. Raises PromptError if roles or placeholders are invalid or
+        no targets remain, ContextError if the whole sample is longer than the model's context, and ImageError for
+        invalid images.
         """
         template = self._chosen(None)
         marks = sum(placeholders.count(turn.text or "") for turn in turns)
@@ -99,7 +107,8 @@ class Preprocessor:
                 f"expected one placeholder per image{_HINT}"
             )
         tagged = template.tagged and template.style is not Style.PLAIN
-        spans = training_spans(template, move_marks(turns, place, start_end=self.config.start_end, tagged=tagged))
+        moved = move_marks(turns, place, start_end=self.config.start_end, tagged=tagged)
+        spans = training_spans(template, moved, system)
         whole = self._assemble(spans, self._read(pictures), None, limit=max_length)
         if bool((whole.labels == IGNORE).all()):
             raise PromptError(f"the first {max_length} tokens of the sample contain no answer to train on")
@@ -136,7 +145,7 @@ class Preprocessor:
     def _assemble(
         self, spans: list[Span], images: list[_Image], stop: str | None, limit: int | None = None
     ) -> ModelInput:
-        """Builds the input, truncated to `limit` tokens. If `limit` is None, raises PromptError for overlong inputs."""
+        """Builds the input, truncated to `limit` tokens. Raises ContextError if the whole exceeds the context."""
         prompt = "".join(span.text for span in spans)
         tokens = list(self._tokens(prompt, spans))
         pictures = [image.views for image in images]
@@ -152,7 +161,7 @@ class Preprocessor:
             n = next(image_tokens) if id == IMAGE else 1
             ids += [id] * n
             labels += [id if is_target else IGNORE] * n
-        self._check_ids(ids, self.config.decoder.max_seq if limit is None else None)
+        self._check_ids(ids, "prompt" if limit is None else "sample")
         return ModelInput(
             prompt=prompt,
             token_ids=[id for id, _ in tokens],
@@ -166,19 +175,19 @@ class Preprocessor:
             losses=[loss for image in images for loss in image.losses],
         )
 
-    def _check_ids(self, ids: Sequence[int], context: int | None) -> None:
-        """Raises PromptError if `ids` is empty, is longer than `context`, or contains an id without an embedding."""
+    def _check_ids(self, ids: Sequence[int], what: str) -> None:
+        """Raises PromptError if `ids` is empty or has an id without an embedding, ContextError if it is too long."""
         if not ids:
-            raise PromptError("the prompt is empty: add some text")
+            raise PromptError(f"the {what} is empty: add some text")
         if (highest := max(ids)) >= self.config.decoder.vocab_size:
             text = self.tokenizer.decode([highest], skip_special=False)
             raise PromptError(
-                f"the prompt contains {text!r} (token id {highest}), but the model has only "
+                f"the {what} contains {text!r} (token id {highest}), but the model has only "
                 f"{self.config.decoder.vocab_size} embeddings: remove this text"
             )
-        if context is not None and len(ids) > context:
-            raise PromptError(
-                f"the prompt has {len(ids)} tokens, which exceeds the model's context of {context}: shorten the prompt"
+        if len(ids) > (context := self.config.decoder.max_seq):
+            raise ContextError(
+                f"the {what} has {len(ids)} tokens, which exceeds the model's context of {context}: shorten the {what}"
             )
 
     def _tokens(self, prompt: str, spans: list[Span]) -> Iterator[tuple[int, bool]]:

@@ -14,14 +14,14 @@ ImagePlace = Literal["front", "as_written"]
 _BEGIN, _END = "###", "\n"  # before and after each v0 turn
 
 
-def training_spans(template: Template, turns: Sequence[Turn]) -> list[Span]:
+def training_spans(template: Template, turns: Sequence[Turn], system: str | None = None) -> list[Span]:
     """Returns the text of a sample, with targets marked. Raises PromptError if the template does not support the turns.
 
-    As in the original code, a leading assistant turn is dropped, except in v0. In v0, each ### is also a target, which
-    teaches the model to end its reply.
+    system: replaces the system message of the template. As in the original code, a leading assistant turn is dropped,
+    except in v0. In v0, each ### is also a target, which teaches the model to end its reply.
     """
     if template.style is Style.SINGLE:
-        return list(_v0(template, turns))
+        return list(_v0(template, turns, template.system if system is None else system))
     if turns and turns[0].role == "assistant":
         turns = turns[1:]
     if template.style is Style.PLAIN:
@@ -30,14 +30,16 @@ def training_spans(template: Template, turns: Sequence[Turn]) -> list[Span]:
                 f"this sample has {len(turns)} turns; the plain template requires two, "
                 "one from the user and one from the assistant"
             )
-        mark = Turn("user", IMAGE_PLACEHOLDER * placeholders.count(turns[0].text or ""))
-        return render(template, [mark, turns[1]])
-    return render(replace(template, few_shot=()), turns)
+        marks = turns[0]._replace(text=IMAGE_PLACEHOLDER * placeholders.count(turns[0].text or ""))
+        return render(template, [marks, turns[1]], system)
+    return render(replace(template, few_shot=()), turns, system)
 
 
-def _v0(template: Template, turns: Sequence[Turn]) -> Iterator[Span]:
-    yield Span(f"{template.system}\n\n")
-    for role, text in turns:
+def _v0(template: Template, turns: Sequence[Turn], system: str) -> Iterator[Span]:
+    yield Span(f"{system}\n\n")
+    for i, (role, text) in enumerate(turns):
+        if i and role == turns[i - 1].role:
+            raise PromptError(f"turns {i} and {i + 1} are both from the {role}; expected alternating roles")
         answer = role == "assistant"
         yield Span(_BEGIN, True)
         yield Span(f" {template.assistant if answer else template.user}: {text}{_END}", answer)

@@ -14,8 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from llava.config import IGNORE, IMAGE, PictureOptions, TileGrid
+from llava.data.layouts import Sample
 from llava.data.samples import Samples
-from llava.errors import DataError, ImageError, PromptError
+from llava.errors import ContextError, DataError, ImageError, PromptError
 from llava.formats.format import Checkpoint
 from llava.model.attention import Segments
 from llava.preprocess.image import Picture
@@ -40,8 +41,10 @@ class Batch:
     n_samples: int
     n_tokens: int  # including image tokens, excluding padding
     max_seqlen: int  # length of the longest sample
-    skipped: list[str] = field(default_factory=list)  # one message per skipped sample, including the sample's index
-    losses: list[str] = field(default_factory=list)  # what reading the images lost, including the sample's index
+    skipped: list[str] = field(default_factory=list)  # one message per skipped sample: file, index, id and reason
+    n_too_long: int = 0  # samples in `skipped` that are longer than the model's context
+    n_truncated: int = 0  # samples cut to `max_length`
+    losses: list[str] = field(default_factory=list)  # what reading the images lost, with the sample's file and index
 
     def to(self, device: torch.device) -> "Batch":
         """Returns a copy of the batch on `device`."""
@@ -156,14 +159,24 @@ class BatchDataset(Dataset[Batch]):
         return self.build(micro_batches[own].samples if own < len(micro_batches) else ())
 
     def build(self, indices: Sequence[int]) -> Batch:
-        """Builds a micro-batch from the samples at `indices`. Broken samples are left out and listed in `skipped`."""
-        inputs, skipped, losses = [], [], list[str]()
+        """Builds a micro-batch from the samples at `indices`. Unusable samples are left out and listed in `skipped`."""
+        inputs: list[ModelInput] = []
+        skipped: list[str] = []
+        losses: list[str] = []
+        n_too_long = 0
         for index in indices:
             try:
-                inputs.append(self.prepare(index))
-                losses += [f"sample {index}: {loss}" for loss in inputs[-1].losses]
+                sample = self.samples[index]
+            except DataError as error:
+                skipped.append(str(error))
+                continue
+            where = f"{self.samples.where(index)} (id {sample.id:.60})"
+            try:
+                inputs.append(self._prepare(sample))
+                losses += [f"{where}: {loss}" for loss in inputs[-1].losses]
             except (DataError, ImageError, PromptError) as error:
-                skipped.append(f"sample {index}: {error}")
+                skipped.append(f"{where}: {error}")
+                n_too_long += isinstance(error, ContextError)
         recipe = self.recipe
         batch = collate(
             inputs,
@@ -172,15 +185,26 @@ class BatchDataset(Dataset[Batch]):
             micro_batch_size=recipe.micro_batch_size,
             max_length=recipe.max_length,
         )
-        return replace(batch, skipped=skipped, losses=losses)
+        n_truncated = sum(self._is_truncated(input) for input in inputs)
+        return replace(batch, skipped=skipped, losses=losses, n_too_long=n_too_long, n_truncated=n_truncated)
+
+    def _is_truncated(self, input: ModelInput) -> bool:
+        n_whole = len(input.token_ids) - len(input.views) + self.preprocessor.n_image_tokens(input)
+        return n_whole > len(input.ids)
 
     def prepare(self, index: int) -> ModelInput:
         """Prepares the ids, labels and pixels of one sample. Raises DataError, ImageError or PromptError."""
-        sample = self.samples[index]
+        return self._prepare(self.samples[index])
+
+    def _prepare(self, sample: Sample) -> ModelInput:
         pictures: list[Picture] = [self.samples.picture(name) for name in sample.images]
         recipe = self.recipe
         input = self.preprocessor.prepare_training(
-            sample.turns, pictures, place=recipe.image_place, max_length=recipe.max_length
+            sample.turns,
+            pictures,
+            system=sample.system,
+            place=recipe.image_place,
+            max_length=recipe.max_length,
         )
         if int((input.ids == IMAGE).sum()) != self.preprocessor.n_image_tokens(input):
             raise PromptError(

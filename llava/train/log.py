@@ -1,8 +1,8 @@
 """Logs a run's metrics, one row per optimizer step, to a JSON Lines file and to the trackers listed in the recipe.
 
-Keys of a row: step (from 1), epoch, loss, lr, grad_norm, target_tokens, tokens, tokens_per_s, mfu, samples,
-skipped, lossy_pictures, elapsed_s, memory_bytes. log.jsonl in the run folder (RUN) is authoritative; the trackers
-receive the same rows.
+Keys of a row: step (from 1), epoch, loss, lr, grad_norm, target_tokens, tokens, tokens_per_s, mfu, samples, skipped,
+too_long, truncated, lossy_pictures, elapsed_s, memory_bytes. log.jsonl in the run folder (RUN) is authoritative; the
+trackers receive the same rows.
 """
 
 import io

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shlex
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -48,7 +49,9 @@ class TrainState:
     step: int = 0  # completed steps
     samples: int = 0
     tokens: int = 0
-    skipped: int = 0  # broken samples
+    skipped: int = 0  # broken samples, and samples that are too long
+    too_long: int = 0  # skipped samples that are longer than the model's context
+    truncated: int = 0  # samples cut to `max_length`
     lossy_pictures: int = 0  # pictures whose values or transparency were lost
     elapsed_s: float = 0.0
     n_data: int = 0  # number of samples in the data files
@@ -85,6 +88,8 @@ class StepCounts:
     samples: int
     tokens: int
     skipped: int
+    too_long: int
+    truncated: int
     lossy_pictures: int
 
 
@@ -104,6 +109,8 @@ def train(recipe: Recipe, *, device: str = "auto", as_json: bool = False) -> Pat
             checkpoint = start(recipe, folder / "tokenizer")
             run = _set_up(recipe, checkpoint, folder, world)
             _train_steps(run, as_json)
+            if world.is_main:
+                _report_data_loss(run.state, recipe)
             export(folder / MODEL, run.model.model, checkpoint, recipe, first=world.is_main)
             world.barrier()
     return folder / MODEL
@@ -194,13 +201,6 @@ def _train_steps(run: Run, as_json: bool) -> None:
     finally:
         for one in logs:
             one.close()
-    if state.lossy_pictures and is_main:
-        log.warning(
-            "values or transparency of %d pictures were lost; to list them, run: llava data check %s%s",
-            state.lossy_pictures,
-            recipe.data[0] if len(recipe.data) == 1 else "FILE",
-            f" --images {recipe.images}" if recipe.images else "",
-        )
 
 
 def _loader(run: Run) -> Iterator[Batch]:
@@ -247,6 +247,7 @@ def _train_step(run: Run, batches: list[Batch]) -> dict[str, float]:
     run.optimizer.zero_grad(set_to_none=True)
     state.step, state.samples = state.step + 1, state.samples + counts.samples
     state.tokens, state.skipped = state.tokens + counts.tokens, state.skipped + counts.skipped
+    state.too_long, state.truncated = state.too_long + counts.too_long, state.truncated + counts.truncated
     state.lossy_pictures += counts.lossy_pictures
     return {
         "step": state.step,
@@ -258,6 +259,8 @@ def _train_step(run: Run, batches: list[Batch]) -> dict[str, float]:
         "tokens": state.tokens,
         "samples": state.samples,
         "skipped": state.skipped,
+        "too_long": state.too_long,
+        "truncated": state.truncated,
         "lossy_pictures": state.lossy_pictures,
         "memory_bytes": torch.cuda.max_memory_allocated() if world.device.type == "cuda" else 0,
     }
@@ -265,8 +268,16 @@ def _train_step(run: Run, batches: list[Batch]) -> dict[str, float]:
 
 def _count(batches: list[Batch], world: World) -> StepCounts:
     rows = [
-        (len(batch.targets), batch.n_samples, batch.n_tokens, len(batch.skipped), len(batch.losses))
-        for batch in batches
+        (
+            len(one.targets),
+            one.n_samples,
+            one.n_tokens,
+            len(one.skipped),
+            one.n_too_long,
+            one.n_truncated,
+            len(one.losses),
+        )
+        for one in batches
     ]
     return StepCounts(*map(int, world.sum([sum(column) for column in zip(*rows, strict=True)])))
 
@@ -308,17 +319,54 @@ def _seed(seed: int, step: int, micro_batch: int) -> int:
 
 
 def _report_skipped(run: Run, batches: list[Batch], counts: StepCounts) -> None:
-    """Warns about this rank's skipped samples. Raises DataError if too many samples are broken across all ranks."""
+    """Warns about this rank's skipped samples.
+
+    Raises DataError if too many samples are broken across all ranks, or if all samples so far are skipped. Samples that
+    are longer than the model's context are not broken.
+    """
     for batch in batches:
         for message in batch.skipped:
             log.warning("skipped: %s", message)
-    broken = run.state.skipped + counts.skipped
-    seen = run.state.samples + run.state.skipped + counts.samples + counts.skipped
-    if counts.skipped and broken > run.recipe.max_skipped * max(seen, min(_MIN_SEEN, len(run.dataset.samples))):
+    used, skipped = run.state.samples + counts.samples, run.state.skipped + counts.skipped
+    broken, seen = skipped - run.state.too_long - counts.too_long, used + skipped
+    enough = min(_MIN_SEEN, len(run.dataset.samples))
+    if counts.skipped and broken > run.recipe.max_skipped * max(seen, enough):
         raise DataError(
             f"{broken} of {seen} samples are broken, more than {run.recipe.max_skipped:.0%}; "
-            "to see why, run: llava data check FILE"
+            f"to see why, run: {_check_command(run.recipe)}"
         )
+    if counts.skipped and not used and seen >= enough:
+        raise DataError(
+            f"all {seen} samples so far are skipped, {run.state.too_long + counts.too_long} of them because they are "
+            f"longer than the model's context; to see why, run: {_check_command(run.recipe)}"
+        )
+
+
+def _check_command(recipe: Recipe) -> str:
+    """Returns the command that checks the first data file of a recipe."""
+    images = ("--images", recipe.images) if recipe.images else ()
+    model = () if recipe.base else ("--model", recipe.model, "--template", recipe.template)
+    limit = ("--max-length", str(recipe.max_length))
+    return shlex.join(("llava", "data", "check", recipe.data[0], *images, *model, *limit))
+
+
+def _report_data_loss(state: TrainState, recipe: Recipe) -> None:
+    """Warns about the number of samples that the whole run skipped or truncated."""
+    if state.skipped:
+        log.warning(
+            "samples not used: %d of %d (%d longer than the model's context, %d broken)",
+            state.skipped,
+            state.skipped + state.samples,
+            state.too_long,
+            state.skipped - state.too_long,
+        )
+    if state.truncated:
+        log.warning("samples truncated to max_length (%d tokens): %d", recipe.max_length, state.truncated)
+    if state.lossy_pictures:
+        log.warning(
+            "pictures that lost values or transparency: %d; to list them, run: %s",
+            state.lossy_pictures, _check_command(recipe),
+        )  # fmt: skip
 
 
 def _report_losses(run: Run, batches: list[Batch]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from llava.config import IGNORE
-from llava.errors import LlavaError
+from llava.errors import ContextError, LlavaError
 from llava.model.llava import Llava
 from llava.train.batch import BatchDataset
 from llava.train.export import export_format
@@ -33,6 +33,7 @@ class Plan:
     tokens_per_sample: float  # including image tokens
     target_tokens_per_sample: float
     broken: int
+    too_long: int  # longer than the model's context; not included in `broken`
     global_batch_size: int
     steps_per_epoch: int
     steps: int
@@ -48,7 +49,8 @@ class Plan:
         parts_text = ", ".join(f"{part} {n / 1e9:.2f}" for part, n in self.memory_bytes.items())
         lines.append(f"memory       {total / 1e9:.2f} GB on each of {self.ranks} GPU(s): {parts_text}")
         lines.append(
-            f"samples      {self.samples:,}; {self.broken} of the {self.samples_looked_at} examined are broken"
+            f"samples      {self.samples:,}; {self.samples_looked_at} examined: {self.broken} broken, "
+            f"{self.too_long} longer than the model's context"
         )
         lines.append(
             f"tokens       about {self.tokens_per_sample:.0f} per sample, {self.target_tokens_per_sample:.0f} of them "
@@ -68,7 +70,7 @@ def make_plan(recipe: Recipe, *, n_ranks: int = 1) -> Plan:
     dataset = BatchDataset.open(recipe, checkpoint)
     n, order = len(dataset.samples), dataset.order
     chosen = random.Random(recipe.seed).sample(range(n), min(_SAMPLED, n))
-    tokens, targets = _count_tokens(dataset, chosen)
+    tokens, targets, too_long = _count_tokens(dataset, chosen)
     n_good = len(tokens)
     mean = sum(tokens) / max(n_good, 1)
     return Plan(
@@ -82,7 +84,8 @@ def make_plan(recipe: Recipe, *, n_ranks: int = 1) -> Plan:
         samples_looked_at=len(chosen),
         tokens_per_sample=mean,
         target_tokens_per_sample=sum(targets) / max(n_good, 1),
-        broken=len(chosen) - n_good,
+        broken=len(chosen) - n_good - too_long,
+        too_long=too_long,
         global_batch_size=recipe.global_batch_size,
         steps_per_epoch=order.steps_per_epoch,
         steps=order.n_steps,
@@ -90,17 +93,20 @@ def make_plan(recipe: Recipe, *, n_ranks: int = 1) -> Plan:
     )
 
 
-def _count_tokens(dataset: BatchDataset, indices: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Returns the token count and target token count of each selected sample, skipping broken samples."""
-    tokens, targets = [], []
+def _count_tokens(dataset: BatchDataset, indices: Sequence[int]) -> tuple[list[int], list[int], int]:
+    """Returns the token counts and target token counts of the usable samples, and the number of too long samples."""
+    tokens, targets, too_long = [], [], 0
     for index in indices:
         try:
             input = dataset.prepare(index)
+        except ContextError:
+            too_long += 1
+            continue
         except LlavaError:
             continue
         tokens.append(len(input.ids))
         targets.append(int((input.labels != IGNORE).sum()))
-    return tokens, targets
+    return tokens, targets, too_long
 
 
 def _parameters_by_part(model: Llava, *, trained: bool) -> dict[str, int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from llava.data.samples import Sample
+from llava.data.layouts import Sample
 from llava.preprocess.conversation import Turn
 
 SHORT = "\nAnswer the question using a single word or phrase."

@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from llava.config import IGNORE
 from llava.data.check import check
 from llava.data.measure import Measure, open_measure
 from llava.data.repair import RULES
-from llava.errors import DataError
+from llava.errors import DataError, LlavaError
 from llava.formats.tokenizer import load_tokenizer
 from llava.preprocess.inputs import Preprocessor
 from tests import tiny
@@ -49,6 +51,7 @@ def planted() -> tuple[list[Any], dict[str, set[int]]]:
     image = "gqa/images/2354786.jpg"
     long = talk("<image>\nq", *["a b c"] * 41)
     bad: list[tuple[Any, str]] = [
+        ({"id": "b13", "video": "13.mp4", "conversations": talk("<video>\nq", "a")}, "unsupported"),
         ({"id": "b0", "conversations": []}, "malformed"),
         ("text", "malformed"),
         (MIX[2], "repeated"),
@@ -61,9 +64,11 @@ def planted() -> tuple[list[Any], dict[str, set[int]]]:
         ({"id": "b7", "image": image, "conversations": [*GOOD, {"from": "gpt", "value": "b"}]}, "same_side_twice"),
         ({"id": "b8", "image": image, "conversations": [*GOOD, *talk("", "b")], "score": 0.5}, "empty_turn"),
         ({"id": "b9", "image": image, "conversations": talk("q", "a")}, "missing_placeholder"),
-        ({"id": "b10", "conversations": GOOD}, "surplus_placeholder"),
+        ({"id": "b10", "conversations": GOOD}, "no_picture"),
         ({"id": "b11", "image": image, "conversations": talk("q", "a", "<image>\nr", "b")}, "late_placeholder"),
         ({"id": "b12", "image": image, "conversations": long}, "too_long"),
+        ({"id": "b14", "image": [image, image], "conversations": GOOD}, "missing_placeholder"),
+        ({"id": "b15", "image": image, "conversations": talk("<image>\n<image>\nq", "a")}, "surplus_placeholder"),
     ]
     data: list[Any] = list(good)
     where: dict[str, set[int]] = {}
@@ -109,24 +114,30 @@ def test_the_report_is_exact_and_the_fixed_copy_is_clean(
         found.setdefault(finding.kind, set()).add(finding.sample)
     assert found == where
     assert report.problems == {kind: len(indices) for kind, indices in where.items()}
-    assert (report.samples, report.text_only, report.with_pictures) == (26, 2, 22)
+    assert (report.samples, report.text_only, report.with_pictures, report.unread) == (29, 2, 24, 3)
     assert report.sources == {
         **{"coco/": 2, "text only": 2, "ocr_vqa/": 1, "textvqa/": 1, "vg/": 2, "no folder": 3, "<number>/": 2},
-        **{"gqa/": 10, "../": 1},
+        **{"gqa/": 12, "../": 1},
     }
-    assert report.turns == {2: 16, 3: 3, 4: 4, 42: 1}
+    assert report.turns == {2: 18, 3: 3, 4: 4, 42: 1}
     assert report.repeated_ids == 1
     assert report.fixed is not None
-    assert (report.fixed.kept, report.fixed.repaired, report.fixed.dropped) == (19, 8, 7)
+    fixed = report.fixed
+    assert (fixed.kept, fixed.repaired, fixed.dropped, fixed.left) == (21, 9, 8, 1)
+    done = {change.sample: change.action for change in fixed.changes}
+    assert set(done) == {index for indices in where.values() for index in indices}
+    assert {i for i, action in done.items() if action == "left"} == where["unsupported"]
+    lost = ("malformed", "repeated", "missing_picture", "broken_picture", "no_picture")
+    assert {i for i, action in done.items() if action == "dropped"} == {i for kind in lost for i in where[kind]}
 
     again = check(clean, images, measure=measure, workers=0)
-    assert again.clean
-    assert again.samples == 19
+    assert again.problems == {"unsupported": 1}
+    assert again.samples == 21
     text = clean.read_text(encoding="utf-8")
     assert text.startswith("[") == (form == "json")
     cleaned = json.loads(text) if form == "json" else [json.loads(line) for line in text.splitlines()]
     assert [sample for sample in data if sample in cleaned] == [*[s for s in cleaned if s in data], MIX[2]]
-    repaired_ids = {f"b{n}" for n in range(5, 13)}
+    repaired_ids = {f"b{n}" for n in (5, 6, 7, 8, 9, 11, 12, 14, 15)}
     assert {sample["id"] for sample in cleaned if sample not in data} == repaired_ids
     assert next(sample for sample in cleaned if sample["id"] == "b8")["score"] == 0.5
     assert counted(measure, next(sample for sample in cleaned if sample["id"] == "b12"))[0] <= 220
@@ -152,7 +163,7 @@ def test_pictures_that_lose_transparency_or_values_are_reported_and_kept(tmp_pat
     assert json.loads((tmp_path / "fixed.json").read_text()) == data
     done = run("data", "check", tmp_path / "data.json", "--images", folder)
     assert done.returncode == 1
-    assert "2 of 3 samples have problems" in done.stdout
+    assert "2 of 3 samples with problems" in done.stdout
     assert "--fix OUT" not in done.stdout  # it would not help
 
 
@@ -177,7 +188,7 @@ def test_worker_processes_give_the_same_report(images: Path, tokenizer: Path, tm
     one = check(file, images, measure=measure_of(tokenizer), workers=0)
     two = check(file, images, measure=measure_of(tokenizer), workers=2, progress=lambda *state: seen.append(state))
     assert two.to_dict() | {"seconds": 0} == one.to_dict() | {"seconds": 0}
-    assert [done for done, _ in seen] == [64, 128, 192, 226]
+    assert [done for done, _ in seen] == [64, 128, 192, 229]
 
 
 def test_token_figures_equal_those_of_training(tokenizer: Path, tmp_path: Path, checkpoint: Path) -> None:
@@ -249,11 +260,20 @@ def test_the_command_reports_problems_and_fixes_them(images: Path, tokenizer: Pa
     assert report["clean"] is False
     assert {finding["kind"] for finding in report["findings"]} == set(where)
 
-    fixed = run_well("data", "check", file, *options, "--fix", clean)
-    assert "19 samples, 8 repaired, 7 dropped" in " ".join(fixed.stdout.split())
+    fixed = run("data", "check", file, *options, "--fix", clean)
+    assert fixed.returncode == 1, fixed.stderr  # one problem is left
+    assert "21 samples, 9 repaired, 8 dropped, 1 left with problems" in " ".join(fixed.stdout.split())
+    assert "(id b13): left unchanged (unsupported)" in fixed.stdout
+    assert "(id b8): repaired (empty turn)" in fixed.stdout
     for kind in where:
         assert kind.replace("_", " ") in " ".join(fixed.stdout.split())
-    assert check(clean, images, measure=measure_of(tokenizer), workers=0).clean
+    assert check(clean, images, measure=measure_of(tokenizer), workers=0).problems == {"unsupported": 1}
+
+    one = write_json(tmp_path / "one.json", [{"image": "cut.jpg", "conversations": GOOD}, {**MIX[3], "id": 1}])
+    again = run_well("data", "check", one, *options, "--fix", tmp_path / "two.json")
+    assert "sample 0 (id 0): dropped (broken picture)" in again.stdout
+    assert "two.json: 1 sample, 0 repaired, 1 dropped" in " ".join(again.stdout.split())
+    assert "left" not in again.stdout
 
 
 def test_a_copy_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
@@ -268,6 +288,15 @@ def test_a_copy_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=message):
             check(data, fix=out, workers=0)
     assert not (tmp_path / "out.json").exists()
+
+
+def test_free_space_is_checked_before_the_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_json(tmp_path / "data.json", [LCS[0] | {"text": "x" * 2000}])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    seen: list[int] = []
+    with pytest.raises(LlavaError, match="but the disk has only"):
+        check(file, fix=tmp_path / "out.json", workers=0, progress=lambda done, total: seen.append(done))
+    assert not seen
 
 
 def test_a_missing_file_is_a_one_line_error(tmp_path: Path) -> None:

@@ -36,8 +36,8 @@ def test_the_block_size_does_not_change_the_samples(
 
 BAD_FILES: dict[str, tuple[str | bytes, str]] = {
     "cut-off": (json.dumps(MIX)[:-40], r"truncated after 7 samples, at character \d+"),
-    "cut-between": ("[" + json.dumps(LCS[0]) + ",", "truncated after 1 samples"),
-    "no-comma": (f"[{json.dumps(LCS[0])} {json.dumps(LCS[1])}]", r"after 1 samples.*found '\{', expected , or \]"),
+    "cut-between": ("[" + json.dumps(LCS[0]) + ",", r"truncated after 1 sample,"),
+    "no-comma": (f"[{json.dumps(LCS[0])} {json.dumps(LCS[1])}]", r"after 1 sample, .*found '\{', expected ',' or '\]'"),
     "trailing-text": (json.dumps(LCS) + "x", "unexpected text after the end of the array"),
     "empty-list": ("[]", "contains no samples"),
     "empty": ("", "contains no samples"),

@@ -4,8 +4,9 @@ import random
 
 import pytest
 
+from llava.data.layouts import Sample
 from llava.data.repair import find_faults, repair
-from llava.data.samples import Sample
+from llava.preprocess import placeholders
 from llava.preprocess.conversation import Turn
 
 
@@ -34,7 +35,8 @@ REPAIRED: list[tuple[Sample, set[str], Sample | None]] = [
     (sample(("h", "q"), A, images=ONE), {"missing_placeholder"}, sample(Q, A, images=ONE)),
     (sample(Q, A, images=TWO), {"missing_placeholder"}, sample(("h", "<image>\n<image>\nq"), A, images=TWO)),
     (sample(("h", "<image>q<image>"), A, images=ONE), {"surplus_placeholder"}, sample(Q, A, images=ONE)),
-    (sample(Q, A), {"surplus_placeholder"}, sample(("h", "q"), A)),
+    (sample(Q, A), {"no_picture"}, None),
+    (sample(("h", "q"), A, Q, ("g", "<image>")), {"no_picture"}, None),
     (
         sample(("h", "q"), A, ("h", "r <image>"), A, images=ONE),
         {"late_placeholder"},
@@ -71,5 +73,9 @@ def test_a_repaired_sample_never_has_a_fault() -> None:
     texts = ["", " ", "q", "<image>", "<image>\nq", "a <image> b <image>", r"\<image>", "<ima<image>ge>"]
     for _ in range(3000):
         turns = [(rng.choice("hg"), rng.choice(texts)) for _ in range(rng.randint(1, 7))]
-        repaired = repair(sample(*turns, images=("a.jpg",) * rng.randint(0, 3)))
+        given = sample(*turns, images=("a.jpg",) * rng.randint(0, 3))
+        repaired = repair(given)
         assert repaired is None or (repaired.turns and not find_faults(repaired) and len(repaired.turns) % 2 == 0)
+        assert repaired is None or repaired.images == given.images
+        asked = any(placeholders.count(turn.text or "") for turn in given.turns)
+        assert repaired is None or not asked or "<image>" in (repaired.turns[0].text or "")

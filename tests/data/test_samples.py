@@ -108,8 +108,8 @@ BAD_SAMPLES: dict[str, tuple[Any, str]] = {
     "image empty": ({"id": "x", "image": "", "conversations": GOOD}, "image is ''; expected a picture name"),
     "images": ({"id": "x", "image": ["a.jpg", 3], "conversations": GOOD}, r"image is \['a\.jpg', 3\]"),
     "role": ({"id": "x", "conversations": [{"from": "bot", "value": "q"}]}, "turn 1 is .*expected"),
-    "roles of another format": (
-        {"id": "x", "conversations": [{"role": "user", "content": "q"}]},
+    "keys of two formats": (
+        {"id": "x", "conversations": [{"role": "user", "value": "q"}]},
         "turn 1 is .*expected",
     ),
     "value": ({"id": "x", "conversations": [*GOOD, {"from": "human", "value": None}]}, "turn 3 is .*None.*expected"),

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shlex
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -15,14 +16,18 @@ from PIL import Image
 from torch import Tensor
 
 from llava.config import IGNORE, IMAGE
+from llava.data.check import check
+from llava.data.measure import open_measure
 from llava.errors import ConfigError, DataError
 from llava.preprocess.inputs import ModelInput
 from llava.train.batch import Batch, BatchDataset, collate
 from llava.train.loop import train
 from llava.train.loss import LlavaWithLoss, attention_context
 from llava.train.order import SampleOrder, by_modality_length
+from llava.train.plan import make_plan
 from llava.train.start import start
 from tests import command, tiny, training
+from tests.data.test_layouts import UNSUPPORTED
 from tests.training import Assets, gradients, net_and_dataset, recipe, rows, sample, write_data
 
 
@@ -296,6 +301,9 @@ def test_too_many_broken_samples_stop_the_run_with_one_line(assets: Assets, tmp_
         train(asked, device="cpu")
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "run" / "model").exists()
+    advised = shlex.split(str(raised.value).partition("run: llava ")[2])
+    checked = command.run(*advised, "--json")
+    assert (checked.returncode, json.loads(checked.stdout)["problems"]["missing_picture"]) == (1, 3)
     file = tmp_path / "recipe.toml"
     values = {key: value for key, value in training.to_dict(asked).items() if value not in (None, ())}
     file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
@@ -337,10 +345,10 @@ def test_lossy_pictures_are_counted_and_only_the_first_is_named(
     train(asked, device="cpu")
     n = sum(sample.get("image") in ("1.png", "4.png") for sample in json.loads(logos.data.read_text()))
     assert rows(tmp_path / "run")[-1]["lossy_pictures"] == n > 2
-    first, last = (record.message for record in caplog.records if record.name.startswith("llava."))
-    assert re.match(r"sample \d+: picture: 100% of its pixels are transparent", first)
-    assert f"of {n} pictures were lost" in last
-    assert last.endswith(f"run: llava data check {logos.data} --images {logos.images}")
+    messages = [record.message for record in caplog.records if record.name.startswith("llava.")]
+    (first,) = (message for message in messages if "of its pixels are transparent" in message)
+    assert re.match(rf"{logos.data}, sample \d+ \(id s\d+\): picture: 100% of its pixels are transparent", first)
+    assert f"pictures that lost values or transparency: {n}; to list them, run: llava data check" in messages[-1]
 
 
 def test_the_recipe_places_transparent_pictures_on_a_background(logos: Assets, tmp_path: Path) -> None:
@@ -361,3 +369,116 @@ def test_the_recipe_places_transparent_pictures_on_a_background(logos: Assets, t
 def test_an_unknown_transparency_is_refused_by_the_recipe(assets: Assets, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="transparency is 'pink'; expected one of 'drop', 'white', 'black'"):
         recipe(assets, tmp_path / "run", transparency="pink")
+
+
+# ------------------------------------------------------------------------- samples longer than the model's context
+
+CONTEXT = 260  # tokens
+LONG = {
+    "conversations": [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "a b c d e " * 60}],
+}
+
+
+@pytest.fixture(scope="module")
+def short_context(assets: Assets, tmp_path_factory: pytest.TempPathFactory) -> Assets:
+    """A model with a context of 260 tokens, and ten samples; the third and the last are longer than that."""
+    folder = tmp_path_factory.mktemp("short")
+    model = tiny.write_llava(folder / "model", clip=assets.clip, max_position_embeddings=CONTEXT)
+    here = with_broken(assets, folder / "data", 10, {2: LONG, 9: LONG})
+    drop_key(here.data, 2, "image")
+    return Assets(assets.llama, assets.clip, model, here.data, assets.images)
+
+
+@pytest.mark.parametrize("max_length", [240, 4096])
+def test_a_sample_longer_than_the_context_is_skipped_counted_and_named_but_does_not_stop_the_run(
+    short_context: Assets, tmp_path: Path, caplog: pytest.LogCaptureFixture, max_length: int
+) -> None:
+    one_epoch = {"epochs": 1, "max_steps": 0, "global_batch_size": 5, "micro_batch_size": 5, "max_length": max_length}
+    train(recipe(short_context, tmp_path / "run", **one_epoch), device="cpu")
+    last = rows(tmp_path / "run")[-1]
+    assert (last["samples"], last["skipped"], last["too_long"]) == (8, 2, 2)
+    messages = sorted(record.message for record in caplog.records if record.name == "llava.train.loop")
+    assert messages[0] == "samples not used: 2 of 10 (2 longer than the model's context, 0 broken)"
+    for message, i in zip(messages[1:], (2, 9), strict=True):
+        assert message.startswith(f"skipped: {short_context.data}, sample {i} (id s{i}): ")
+        assert f"exceeds the model's context of {CONTEXT}" in message
+    assert (tmp_path / "run" / "model").is_dir()
+
+
+def test_the_check_reports_exactly_the_samples_that_training_skips(short_context: Assets, tmp_path: Path) -> None:
+    _, dataset = net_and_dataset(recipe(short_context, tmp_path / "run", max_length=4096))
+    measure = open_measure(None, str(short_context.llava), template=None, limit=4096, picture_tokens=None)
+    report = check(short_context.data, short_context.images, measure=measure, workers=0)
+    assert report.tokens is not None
+    assert report.tokens.limit == CONTEXT
+    found = {finding.sample: finding.text for finding in report.findings if finding.kind == "too_long"}
+    assert set(found) == {2, 9}
+    assert all(text.endswith("the model's context is 260, so training skips the sample") for text in found.values())
+    for i in range(10):
+        assert dataset.build([i]).n_too_long == (i in found)
+    assert make_plan(recipe(short_context, tmp_path / "run")).too_long == 2
+
+
+def test_a_sample_between_max_length_and_the_context_is_truncated_as_in_the_original(
+    short_context: Assets, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, whole = net_and_dataset(recipe(short_context, tmp_path / "a", max_length=CONTEXT))
+    n = len(whole.prepare(0).ids)
+    _, cut = net_and_dataset(recipe(short_context, tmp_path / "b", max_length=n - 1))
+    assert torch.equal(cut.prepare(0).ids, whole.prepare(0).ids[:-1])
+    assert (cut.build([0]).skipped, cut.build([0]).n_truncated, whole.build([0]).n_truncated) == ([], 1, 0)
+    train(recipe(short_context, tmp_path / "c", epochs=1, max_steps=0, max_length=200), device="cpu")
+    lengths = [len(whole.prepare(i).ids) for i in range(10) if i not in (2, 9)]
+    n_cut = sum(n > 200 for n in lengths)
+    assert rows(tmp_path / "c")[-1]["truncated"] == n_cut > 0
+    assert f"samples truncated to max_length (200 tokens): {n_cut}" in caplog.text
+
+
+def test_ranks_count_the_same_samples_as_a_single_process(short_context: Assets, tmp_path: Path) -> None:
+    values = {"epochs": 2, "max_steps": 0, "global_batch_size": 4, "micro_batch_size": 2, "max_length": 4096}
+    train(recipe(short_context, tmp_path / "one", **values), device="cpu")
+    training.run_in_background(recipe(short_context, tmp_path / "two", **values), ranks=2)
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    keys = ("step", "samples", "skipped", "too_long", "tokens", "target_tokens")
+    assert [[row[key] for key in keys] for row in one] == [[row[key] for key in keys] for row in two]
+    assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in two], abs=1e-5)
+    assert two[-1]["too_long"] == 4
+
+
+def test_a_run_stops_if_no_sample_fits_in_the_context(short_context: Assets, tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data.json", [{"id": f"s{i}", **LONG} for i in range(4)])
+    here = Assets(short_context.llama, short_context.clip, short_context.llava, data, short_context.images)
+    asked = recipe(here, tmp_path / "run", global_batch_size=2, micro_batch_size=2)
+    with pytest.raises(
+        DataError, match=r"all 4 samples so far are skipped, 4 of them .* longer than the model's context"
+    ):
+        train(asked, device="cpu")
+
+
+# ----------------------------------------------------------------------------------- samples that are not understood
+
+
+def test_training_skips_and_names_what_the_check_reports(assets: Assets, tmp_path: Path) -> None:
+    values = [{"id": name} | value for name, (value, _) in UNSUPPORTED.items()]
+    good: Any = {"messages": [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "What is it?"}]}
+    data = write_data(tmp_path / "data.json", [*values, good])
+    here = Assets(assets.llama, assets.clip, assets.llava, data, assets.images)
+    _, dataset = net_and_dataset(recipe(here, tmp_path / "run"))
+    batch = dataset.build(range(len(values) + 1))
+    assert (batch.n_samples, batch.n_too_long) == (1, 0)
+    for i, (message, (name, (_, named))) in enumerate(zip(batch.skipped, UNSUPPORTED.items(), strict=True)):
+        assert message.startswith(f"{data}, sample {i} (id {name})")
+        assert named in message
+
+
+def test_a_system_message_replaces_that_of_the_template(assets: Assets, tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A pier."}]
+    data = write_data(
+        tmp_path / "data.json", [{"conversations": turns, "system": "Be brief."}, {"conversations": turns}]
+    )
+    here = Assets(assets.llama, assets.clip, assets.llava, data, assets.images)
+    _, dataset = net_and_dataset(recipe(here, tmp_path / "run"))
+    own, default = (dataset.prepare(i) for i in range(2))
+    assert own.prompt == "Be brief. USER: What is it? ASSISTANT: A pier.</s>"
+    assert default.prompt.startswith("A chat between a curious user")
+    assert own.labels[own.labels != IGNORE].tolist() == default.labels[default.labels != IGNORE].tolist()

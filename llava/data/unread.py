@@ -1,0 +1,115 @@
+"""Finds parts of a sample that this package does not read but that change what the sample means.
+
+Data sets use many names for media (`video`, `audios`, `img_path`) and many marks (`<video>`, `<|image_1|>`). A sample
+with media that are not read must not pass as text alone, so keys and marks are recognised by general rules.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_MEDIA = re.compile(
+    "image|img|picture|pic|photo|photograph|jpg|jpeg|png|webp|gif|pixel|visual|media|multimodal|"
+    "video|vid|movie|frame|audio|speech|sound|wav|voice|music|pointcloud"
+)
+# Words of keys that describe media instead of containing them, such as image_id, image_size and num_images.
+_DESCRIBING_LAST = re.compile(
+    "id|idx|index|size|width|height|wh|hw|shape|resolution|count|num|number|name|source|type|token|caption|"
+    "description|license|hash|md|sha|category|label|score|similarity|url|aspect|ratio|quality|format|domain|dataset|"
+    "fps|duration|length|tag|date|title"
+)
+_DESCRIBING_FIRST = re.compile("num|n|nb|number|total|has|is|with")
+_NO_MEDIA = ("text", "text_only", "text-only", "none", "language")  # contents of keys such as media_type
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_PICTURE_FILE = re.compile(r"data:image/.*|[^\n]{1,400}\.(jpe?g|png|webp|bmp|gif|tiff?|heic|avif)", re.IGNORECASE)
+_OTHER_FILE = re.compile(
+    r"data:(audio|video)/.*|[^\n]{1,400}\.(mp4|mkv|avi|mov|webm|m4v|mpe?g|flv|wav|mp3|flac|ogg|opus|m4a|aac|pcd|ply|dcm)",
+    re.IGNORECASE,
+)
+# Keys that change the prompt or the targets of a sample.
+_SAMPLE_SETTINGS = ("tools", "functions", "chosen", "rejected", "history", "system_prompt", "system_message")
+_TURN_SETTINGS = ("tool_calls", "function_call", "reasoning_content", "refusal")
+_TURN_WEIGHTS = ("weight", "loss", "train")  # neutral only if 1 or true
+_MARK = re.compile(
+    r"<\|?(?!(?-i:image>))(image|img|video|audio|speech|sound|vision|media)s?"
+    r"[ _-]?(pad|start|end|token|placeholder|here|bos|eos)?[ _-]?\d*\|?>",
+    re.IGNORECASE,
+)
+
+
+def unread_in_sample(value: Mapping[str, Any], known: frozenset[str], *, has_pictures: bool) -> str | None:
+    """Returns a description of the first key outside `known` that may be media or a setting, or None."""
+    for key, content in value.items():
+        if key in known or _is_empty(content):
+            continue
+        if key in _SAMPLE_SETTINGS:
+            return f'the key "{key}" is not read, but changes the conversation'
+        if found := _media_key(key, content, has_pictures):
+            return _may_be_media(found, content)
+    return None
+
+
+def unread_in_turn(turn: Mapping[str, Any], known: frozenset[str]) -> str | None:
+    """Returns a description of the first key outside `known` that may be media or a setting, or None."""
+    for key, content in turn.items():
+        if key in known:
+            continue
+        if key in _TURN_WEIGHTS and content is not None and content != 1:
+            return f'the key "{key}" is {content!r:.20}, but weights of turns are not read'
+        if _is_empty(content):
+            continue
+        if key in _TURN_SETTINGS:
+            return f'the key "{key}" is not read, but changes the conversation'
+        if found := _media_key(key, content, has_pictures=False):
+            return _may_be_media(found, content)
+    return None
+
+
+def unread_mark(text: str) -> str | None:
+    """Returns the first mark that stands for media other than <image>, or None.
+
+    Text about HTML also contains <video>. A mark is therefore recognised only at the start or end of a line, and only
+    if the text does not contain its closing tag.
+    """
+    if "<" not in text:
+        return None
+    for match in _MARK.finditer(text):
+        at_start = match.start() == 0 or text[match.start() - 1] == "\n"
+        at_end = text[match.end() :].partition("\n")[0].strip() == ""
+        if (at_start or at_end) and f"</{match[1]}".lower() not in text.lower():
+            return match[0]
+    return None
+
+
+def _may_be_media(key: str, content: Any) -> str:
+    return f'the key "{key}" is {content!r:.40} and may be media, which is not read from it'
+
+
+def _is_empty(content: Any) -> bool:
+    return not content or content != content  # NaN, which pandas writes for missing values, differs from itself
+
+
+def _media_key(key: str, content: Any, has_pictures: bool) -> str | None:
+    """Returns the key, or the path of a nested key such as `meta.video`, if its name or content suggests media."""
+    words = [word.lower() if len(word) < 4 else word.lower().removesuffix("s") for word in _WORD.findall(key)]
+    describes = bool(words and (_DESCRIBING_LAST.fullmatch(words[-1]) or _DESCRIBING_FIRST.fullmatch(words[0])))
+    if describes and (has_pictures or (isinstance(content, str) and content.lower() in _NO_MEDIA)):
+        return None
+    if any(map(_MEDIA.fullmatch, words)):
+        return key
+    if not has_pictures and isinstance(content, str) and _MEDIA.fullmatch(content.lower().removesuffix("s")):
+        return key  # such as "type": "video"
+    files = (_OTHER_FILE,) if has_pictures else (_OTHER_FILE, _PICTURE_FILE)
+    if any(file.fullmatch(text) for text in _texts(content) for file in files):
+        return key
+    if isinstance(content, dict):
+        inner = (_media_key(str(name), one, has_pictures) for name, one in content.items() if not _is_empty(one))
+        return next((f"{key}.{name}" for name in inner if name), None)
+    return None
+
+
+def _texts(content: Any) -> Iterator[str]:
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, list):
+        yield from (one for one in content if isinstance(one, str))
