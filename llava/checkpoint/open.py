@@ -105,7 +105,8 @@ def read_tokenizer(
     """Loads the tokenizer from the checkpoint or, if it has none, from the base. Adds the checkpoint's new tokens."""
     own = base is None or has_tokenizer(files.path)
     folder = format.tokenizer_folder(files) if own or base is None else base.tokenizer_folder
-    tokenizer = load_tokenizer(folder, legacy_strip=options.legacy_strip, fast=format.fast_tokenizer)
+    fast = (FORMATS[base.format] if base else format).fast_tokenizer
+    tokenizer = load_tokenizer(folder, legacy_strip=options.legacy_strip, fast=fast)
     if base and tokenizer.id_of("<im_start>") is None and (new := format.new_tokens(files, tokenizer.size)):
         return ReadTokenizer(load_tokenizer(folder, legacy_strip=options.legacy_strip, more=new), folder, new)
     return ReadTokenizer(tokenizer, folder, {})
@@ -227,8 +228,7 @@ def _check_base(
     if checkpoint.format == "delta":
         check_raw(base, checkpoint.config.decoder, force)
     else:
-        rows = base.config.decoder.vocab_size, checkpoint.config.decoder.vocab_size
-        check_vocabulary(*rows, files, f"{base.path}: {wrong}", force)
+        check_vocabulary(base, checkpoint.config.decoder.vocab_size, files, f"{base.path}: {wrong}", force)
 
 
 def _sizes(shape: tuple[int, ...] | None) -> str:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from llava.config import DecoderConfig
 from llava.errors import CheckpointError
+from llava.formats.added_rows import without_added_rows
 from llava.formats.format import Checkpoint, CheckpointFiles, Detection, Format
 from llava.formats.native import VERSION_KEY
 from llava.tensors.files import read_json_if_present
@@ -121,19 +122,15 @@ def check_base_format(
     base: CheckpointFiles, format: str, known: Format | None, files: CheckpointFiles, detection: Detection
 ) -> None:
     """Raises BaseModelError if the format or architecture of `base` rules it out as the base of `files`."""
-    if known is None or not known.reads or known.needs_base or format == "llava-hf":
-        why = "not a language model by itself"
-        if format == "llava-hf":
-            why = (
-                "a re-export for transformers, with added vocabulary rows; pass the original base, or convert this "
-                "one: llava convert FOLDER OUT --to llama"
-            )
+    is_llava = detection.format == "delta" and format == "llava-hf"
+    if known is None or not known.reads or known.needs_base or is_llava:
+        why = "a LLaVA" if is_llava else "not a language model by itself"
         raise BaseModelError(
             files,
             detection,
             lambda needed: (
                 f"{base.path}: has format {format}, which cannot be the base of a {detection.format} checkpoint "
-                f"({why}); set base= to {needed.describe(detection.format)}"
+                f"({why}); pass {needed.describe(detection.format)} as base= (--base)"
             ),
         )
     has, asked = _architecture(base.config or known.published_config(base)), _architecture(files.config)
@@ -167,13 +164,15 @@ def check_heads(has: DecoderConfig, asked: DecoderConfig, base: Path, who: str, 
             raise CheckpointError(f"{base}: {name} is {one}, but {who} {other}, so it is {wrong}")
 
 
-def check_vocabulary(rows: int, result: int, files: CheckpointFiles, wrong: str, force: bool) -> None:
-    """Checks `vocab_size` in config.json against the row counts of the base (`rows`) and combined model (`result`).
+def check_vocabulary(base: Checkpoint, result: int, files: CheckpointFiles, wrong: str, force: bool) -> None:
+    """Checks `vocab_size` in config.json against the row counts of the base and of the combined model (`result`).
 
-    If it matches neither, raises CheckpointError, or logs a warning if `force` is true.
+    The rows that llava-hf adds to a base may be counted or not. If no count matches, raises CheckpointError, or logs a
+    warning if `force` is true.
     """
-    stated = files.config.get("vocab_size")
-    if isinstance(stated, int) and stated not in (rows, result):
+    stated, rows = files.config.get("vocab_size"), base.config.decoder.vocab_size
+    plain = without_added_rows(base).config.decoder.vocab_size
+    if isinstance(stated, int) and stated not in (rows, plain, result):
         refuse_or_warn(f"{wrong}: it has {rows} vocabulary rows, but {files.path} specifies {stated}", force)
 
 

@@ -22,7 +22,7 @@ from llava.config import (
 from llava.errors import CheckpointError, ConfigError
 from llava.formats import clip
 from llava.formats.clip import Tower, find_tower, own_tower, processor_config, vision_config
-from llava.formats.format import ReadConfig, one_of, section, shapes_of
+from llava.formats.format import IMAGE_MODE_KEY, ReadConfig, one_of, section, shapes_of
 from llava.tensors.files import parsing, read_json_if_present
 from llava.tensors.keymap import Rule, prefixed
 from llava.tensors.lazy import LazyTensor
@@ -62,7 +62,8 @@ def read_model_config(
     if not options.vision or not (named or "projector.0.weight" in tensors):
         return ReadConfig(language, config, path)
     tower = _tower(path, config, tensors, options)
-    return ReadConfig(_with_vision(language, config, tower, options.image_mode, where), config, path, tower.folder)
+    mode = options.image_mode or config.get(IMAGE_MODE_KEY)
+    return ReadConfig(_with_vision(language, config, tower, mode, where), config, path, tower.folder)
 
 
 def _with_vision(
