@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from llava.checkpoint.base_check import check_base_before_download
 from llava.checkpoint.detect import detect, read_files
-from llava.checkpoint.open import check_headers, open_checkpoint
+from llava.checkpoint.open import base_source, check_headers, open_checkpoint
 from llava.config import LoadOptions, projector_depth
 from llava.convert.resume import resumable_folder
 from llava.errors import CheckpointError
@@ -17,10 +18,10 @@ from llava.formats import FORMATS
 from llava.formats.format import TEMPLATE_KEY, Checkpoint, CheckpointFiles, Detection, to_disk
 from llava.formats.llava import rules_for
 from llava.formats.on_base import described_by_itself
+from llava.formats.recorded_base import BASE_KEY
 from llava.formats.tokenizer import copy_tokenizer
 from llava.tensors.atomic import free_folder
 from llava.tensors.files import parsing
-from llava.tensors.hub import locate
 from llava.tensors.lazy import Cast, LazyTensor
 from llava.tensors.sums import AddDelta, WithLora, WithLoraRounded
 from llava.tensors.writer import MAX_SHARD_BYTES, OutputTensor, Progress, no_progress, write_index, write_json
@@ -56,7 +57,7 @@ class Merged:
 
 
 def apply_delta(
-    base: str | Path,
+    base: str | Path | None,
     target: Path,
     delta: str | Path,
     options: MergeOptions | None = None,
@@ -70,7 +71,7 @@ def apply_delta(
 
 
 def merge_lora(
-    base: str | Path,
+    base: str | Path | None,
     target: Path,
     lora: str | Path,
     options: MergeOptions | None = None,
@@ -86,20 +87,23 @@ def merge_lora(
 
 @advice()
 def merge(
-    format: str, base: str | Path, target: Path, path: str | Path, options: MergeOptions, progress: Progress
+    format: str, base: str | Path | None, target: Path, path: str | Path, options: MergeOptions, progress: Progress
 ) -> Merged:
     """Merges the delta or LoRA at `path` with its base and writes float16 shards to `target` (absent or empty).
 
+    base: None selects the recorded base, if it is on this machine.
     Files are written to `target.partial`, from which the same call resumes after an interruption. Only a few chunks are
     in memory at a time, regardless of model size. Raises CheckpointError.
     """
     started = time.perf_counter()
     free_folder(target)
+    if base is not None:
+        check_base_before_download(base, path, options.revision)
     files = read_files(path, options.revision)
     detection = detect(files)
     if detection.format != format:
         raise CheckpointError(_wrong_format(files, detection, format))
-    base_folder = locate(base, what="base")
+    base_folder = base_source(files, detection, LoadOptions(base=base))
     result = _as_llava(files, base_folder, target, options) or _as_published(files, base_folder, options)
     whole, outputs = result.whole, [replace(out, force=options.force) for out in result.outputs]
     inputs = {
@@ -121,7 +125,7 @@ def merge(
             partial.verify(shards, progress)
     return Merged(
         folder=str(target),
-        base=str(base),
+        base=str(base or base_folder),
         evidence=detection.evidence,
         n_tensors=len(outputs),
         n_bytes=n_bytes,
@@ -221,7 +225,7 @@ def _config(whole: Checkpoint, files: CheckpointFiles) -> dict[str, Any]:
         changes["vocab_size"] = whole.config.decoder.vocab_size
         if whole.config.template and config.get("mm_vision_tower"):
             changes[TEMPLATE_KEY] = whole.config.template
-    return {**config, **changes}
+    return {key: value for key, value in config.items() if key != BASE_KEY} | changes
 
 
 def _check_reopens(folder: Path, whole: Checkpoint) -> None:

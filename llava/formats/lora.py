@@ -109,9 +109,10 @@ class _Base(NamedTuple):
         """Whether `name` belongs to a block of the vision tower that LLaVA does not use, and that the base omits."""
         target = target_of(name, self.rules)
         block = re.match(r"vision\.blocks\.\d+\.", target.ours) if target else None
-        return bool(block and "vision.cls" in self.tensors) and not any(
-            ours.startswith(block[0]) for ours in self.tensors
-        )
+        if block is None or "vision.cls" not in self.tensors:
+            return False
+        prefix = block[0]
+        return not any(ours.startswith(prefix) for ours in self.tensors)
 
     def find(self, name: str, lora: Path) -> tuple[Target, LazyTensor]:
         """Returns the tensor of the base that the LoRA's tensor `name` changes. Raises CheckpointError."""

@@ -96,7 +96,7 @@ def _tower(path: Path, config: Mapping[str, Any], tensors: Mapping[str, LazyTens
     if not (options.vision_tower or named):
         raise CheckpointError(
             f"{where}: mm_vision_tower is not set; set vision_tower= (--vision-tower) to a CLIP folder or hub id, "
-            "or vision=False to load only the language model"
+            "or vision=False (--no-vision) to load only the language model"
         )
     if inline := section(config, "vision_config", where):
         return Tower(None, inline, processor_config(path))
@@ -190,7 +190,9 @@ def vision_keys(config: LlavaConfig, vision_tower: str | None) -> dict[str, Any]
     assert config.projector
     assert config.image
     if vision_tower is None:
-        raise ConfigError("LLaVA's config.json requires a vision tower; set vision_tower= to a CLIP folder or hub id")
+        raise ConfigError(
+            "LLaVA's config.json requires a vision tower; set vision_tower= (--vision-tower) to a CLIP folder or hub id"
+        )
     if config.image.mode != "original":
         raise ConfigError(
             f"image mode {config.image.mode!r} cannot be saved: LLaVA's config.json has no key for the mode"
