@@ -17,6 +17,7 @@ from llava.formats.format import CheckpointFiles, Detection, Shapes
 from llava.formats.recorded_base import recorded_names
 from llava.tensors.files import ADAPTER_FILES, NON_LORA_FILE, PROJECTOR_FILE, Weights, read_json
 from llava.tensors.keymap import Rule, plan
+from llava.zoo.catalogue import FORMAT_WORDS
 
 
 class Fact(NamedTuple):
@@ -27,8 +28,7 @@ class Fact(NamedTuple):
 
 
 Fingerprint = dict[str, Fact]  # name of the fact -> fact
-# format name in FORMATS -> name of the same format in zoo.json, where the two names differ
-ZOO_FORMATS = {"llava": "merged", "mpt": "merged", "llava-hf": "hf-reexport"}
+ZOO_FORMATS = {**FORMAT_WORDS, "mpt": "merged"}  # name in FORMATS -> name in zoo.json, where the two differ
 SIZES = ("layers", "width", "key/value heads", "vocabulary", "image size", "rank")
 
 
