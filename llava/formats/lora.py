@@ -20,6 +20,7 @@ from llava.formats.format import Checkpoint, CheckpointFiles, ReadConfig, Resolv
 from llava.formats.llava import WRITERS, FileType, from_memory, llava_config, rules_for
 from llava.formats.on_base import PartOfModel, adapter_rules, base_tensors, read_part
 from llava.formats.tokenizer import copy_tokenizer, load_tokenizer
+from llava.model.llava import shapes
 from llava.preprocess.tokenizer import Tokenizer
 from llava.tensors.atomic import new_folder
 from llava.tensors.files import NON_LORA_FILE, Weights
@@ -218,15 +219,24 @@ def write_lora(
 
 
 def _adapter_outputs(lora: Mapping[str, Mapping[str, Factors]], config: LlavaConfig, r: int) -> Iterator[OutputTensor]:
-    rules = rules_for(config)
+    rules, sizes = rules_for(config), shapes(config)
     for module, parts in lora.items():
-        names = disk_names(f"{module}.weight", rules)
+        if (weight := f"{module}.weight") not in sizes:
+            raise ConfigError(
+                f"{module}: is no matrix of this model; expected a name such as decoder.blocks.0.attn.out"
+            )
+        names = disk_names(weight, rules)
+        known = dict(zip("qkv", config.decoder.qkv_rows, strict=True)) if len(names) > 1 else {"": sizes[weight][0]}
         for part, (a, b) in parts.items():
-            if a.shape[0] != r or b.shape[1] != r:
-                raise ConfigError(f"{module}: the LoRA has rank {a.shape[0]}; expected {r}")
-            if (part == "") != (len(names) == 1):
-                raise ConfigError(f"{module}: the part is {part!r}; expected q, k or v for attn.qkv and '' otherwise")
-            name = _PREFIX + names["qkv".index(part)].removesuffix(".weight")
+            if part not in known:
+                raise ConfigError(f"{module}: the part is {part!r}; expected one of {', '.join(map(repr, known))}")
+            expected = [r, sizes[weight][1]], [known[part], r]
+            if (found := (list(a.shape), list(b.shape))) != expected:
+                raise ConfigError(
+                    f"{module}: A and B of part {part!r} have shapes {found[0]} and {found[1]}; expected {expected[0]} "
+                    f"and {expected[1]} for rank {r}"
+                )
+            name = _PREFIX + names[list(known).index(part)].removesuffix(".weight")
             for letter, tensor in (("A", a), ("B", b)):
                 full_name = f"{name}.lora_{letter}.weight"
                 yield output(full_name, InMemory(tensor=tensor, origin=full_name))
