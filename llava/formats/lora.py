@@ -222,9 +222,7 @@ def _adapter_outputs(lora: Mapping[str, Mapping[str, Factors]], config: LlavaCon
     rules, sizes = rules_for(config), shapes(config)
     for module, parts in lora.items():
         if (weight := f"{module}.weight") not in sizes:
-            raise ConfigError(
-                f"{module}: is no matrix of this model; expected a name such as decoder.blocks.0.attn.out"
-            )
+            raise ConfigError(f"{module}: is no matrix of this model; expected a name like decoder.blocks.0.attn.out")
         names = disk_names(weight, rules)
         known = dict(zip("qkv", config.decoder.qkv_rows, strict=True)) if len(names) > 1 else {"": sizes[weight][0]}
         for part, (a, b) in parts.items():

@@ -16,8 +16,10 @@ import llava
 from llava.config import LoadOptions
 from llava.convert.convert import convert
 from llava.convert.merge import MergeOptions, merge_lora
+from llava.train.start import start
 from tests import tiny
 from tests.checkpoints import opened, refused
+from tests.training import Assets, build_assets, recipe
 
 peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
 
@@ -61,6 +63,11 @@ def bases(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
         return out / form
 
     return write
+
+
+@pytest.fixture
+def assets(clip: Path, checkpoint: Path, tmp_path: Path) -> Assets:
+    return build_assets(tmp_path / "assets", clip, checkpoint)
 
 
 def make_adapter(base: Path, folder: Path, form: str = "1.5", **settings: Any) -> Tensor:
@@ -215,3 +222,13 @@ def test_an_adapter_converts_to_llava_hf_for_transformers(bases: Callable[[str],
     with torch.inference_mode():
         logits = theirs(**processor(images=PICTURE, text=PROMPT, return_tensors="pt")).logits[0]
     torch.testing.assert_close(logits, expected, rtol=0, atol=2e-2)  # stored in float16
+
+
+def test_training_starts_from_the_adapted_model(bases: Callable[[str], Path], assets: Assets, tmp_path: Path) -> None:
+    base = bases("1.5") / "llava-hf"
+    make_adapter(base, tmp_path / "lora", **SETTINGS["everything"])
+    chosen = recipe(assets, tmp_path / "run", model=str(tmp_path / "lora"), base=str(base), vision_tower=None)
+    found = start(chosen, tmp_path / "tokenizer")
+    assert not found.missing
+    for name, tensor in opened(tmp_path / "lora", base=base).tensors.items():
+        assert torch.equal(found.tensors[name].read(), tensor.read()), name
