@@ -4,7 +4,8 @@
 class LlavaError(Exception):
     """Base class of all exceptions defined by this package. The CLI prints the message and exits with status 2.
 
-    Messages may quote file contents, so unprintable characters are escaped and long messages are shortened.
+    Messages may quote file contents, so unprintable characters are escaped and long messages are shortened. Advice that
+    names an argument also names the option, as in "set template= (--template) to": the CLI prints only the option.
     """
 
     def __init__(self, message: str):

@@ -39,8 +39,6 @@ class _Guarded(TyperGroup):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        for handler in logging.getLogger().handlers:
-            handler.setFormatter(AdviceFormatter(ctx.obj))
         with guarded(ctx.obj):
             return super().invoke(ctx)
 
@@ -79,5 +77,8 @@ def progress_bar(what: str, unit: str = "bytes") -> Iterator[Callable[[int, int]
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of the `llava` console script."""
-    logging.basicConfig(level=logging.WARNING)
-    app(args, prog_name="llava")
+    line = sys.argv[1:] if args is None else args
+    handler = logging.StreamHandler()
+    handler.setFormatter(AdviceFormatter(Command.running(typer.main.get_command(app), line)))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    app(line, prog_name="llava")
