@@ -10,16 +10,20 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from llava.cli.advice import AdviceFormatter, Command
 from llava.errors import LlavaError
 
 
 @contextmanager
-def guarded() -> Iterator[None]:
-    """Turns a LlavaError into one line on stderr and exit code 2, and Ctrl-C into exit code 130."""
+def guarded(command: Command | None = None) -> Iterator[None]:
+    """Turns a LlavaError into one line on stderr and exit code 2, and Ctrl-C into exit code 130.
+
+    command: whose options the line may advise; None for a script that has none of them.
+    """
     try:
         yield
     except LlavaError as error:
-        print(f"llava: {error}", file=sys.stderr)
+        print(f"llava: {(command or Command()).render(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("llava: interrupted", file=sys.stderr)
@@ -30,8 +34,12 @@ def guarded() -> Iterator[None]:
 
 
 class _Guarded(TyperGroup):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.obj = Command.running(self, list(args))
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
-        with guarded():
+        with guarded(ctx.obj):
             return super().invoke(ctx)
 
 
@@ -69,5 +77,8 @@ def progress_bar(what: str, unit: str = "bytes") -> Iterator[Callable[[int, int]
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of the `llava` console script."""
-    logging.basicConfig(format="llava: %(message)s", level=logging.WARNING)
-    app(args, prog_name="llava")
+    line = sys.argv[1:] if args is None else args
+    handler = logging.StreamHandler()
+    handler.setFormatter(AdviceFormatter(Command.running(typer.main.get_command(app), line)))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    app(line, prog_name="llava")

@@ -102,7 +102,11 @@ def _config_from_tensors(files: CheckpointFiles, vision_tower: str | Path | None
     widths = [files.weights.headers[name].shape[1] for name in sorted(_layers(files.weights))]
     tower = vision_tower or tower_of_projector(widths[0], len(widths))
     if tower and not vision_tower:
-        log.warning("%s: has the shape of projectors for %s; vision_tower= selects another tower", files.path, tower)
+        log.warning(
+            "%s: has the shape of projectors for %s; vision_tower= (--vision-tower) selects another tower",
+            files.path,
+            tower,
+        )
     return {
         "mm_vision_tower": str(tower) if tower else None,
         "mm_hidden_size": widths[0],
@@ -159,7 +163,7 @@ def write_projector(
     tensors: Mapping[str, Tensor],
     *,
     vision_tower: str,
-    base: str,
+    base: str | None,
     start_end: Tensor | None = None,
     tokenizer_from: Path | None = None,
     recorded: Mapping[str, Any] | None = None,
@@ -167,9 +171,10 @@ def write_projector(
 ) -> None:
     """Writes config.json, and the tensors `projector.*` and `newline` to mm_projector.bin with unchanged dtypes.
 
-    base: the language model, recorded in config.json. start_end: [2, D], trained embeddings of <im_start> and <im_end>;
-    requires `tokenizer_from`, a folder whose tokenizer has both tokens. write_extra: receives the folder
-    being written and adds files to it. Raises ConfigError.
+    base: folder or hub id of the language model, recorded in config.json unless it is None. start_end: [2, D], trained
+    embeddings of <im_start> and <im_end>; requires `tokenizer_from`, a folder whose tokenizer has both tokens.
+    recorded: additional keys for config.json. write_extra: receives the folder being written and adds files to it.
+    Raises ConfigError.
     """
     if start_end is not None and tokenizer_from is None:
         raise ConfigError(
@@ -180,7 +185,7 @@ def write_projector(
         kept["decoder.embed.weight"] = start_end
     tokenizer = load_tokenizer(tokenizer_from) if tokenizer_from else None
     settings = llava_config(config, tokenizer, vision_tower)
-    settings |= {"_name_or_path": base, "tune_mm_mlp_adapter": True, **(recorded or {})}
+    settings |= {**({"_name_or_path": base} if base else {}), "tune_mm_mlp_adapter": True, **(recorded or {})}
     outputs = from_memory(kept, config)
     with new_folder(folder, sum(out.n_bytes for out in outputs)) as partial:
         write_torch(partial / PROJECTOR_FILE, outputs, byte_counter(outputs, no_progress))

@@ -118,13 +118,14 @@ class Preprocessor:
         name = template or self.template
         if name is None:
             raise PromptError(
-                f"this checkpoint does not specify a conversation template: set template= to one of {_names()}"
+                "this checkpoint does not specify a conversation template: set template= (--template) to one of "
+                f"{_names()}"
             )
         return find_template(name)
 
     def _read(self, pictures: Sequence[Picture]) -> list[_Image]:
         if pictures and (self.config.vision is None or self.config.image is None):
-            raise PromptError("this model has no vision tower (or was loaded with vision=False): leave the images out")
+            raise PromptError("this model has no vision tower (or was loaded without it): leave the images out")
         return [self._read_one(picture) for picture in pictures]
 
     def _read_one(self, picture: Picture) -> _Image:

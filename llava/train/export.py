@@ -13,7 +13,9 @@ from llava.formats.format import Checkpoint
 from llava.formats.llava import write_llava
 from llava.formats.lora import write_lora
 from llava.formats.projector import write_projector
+from llava.formats.recorded_base import base_record
 from llava.model.llava import Llava
+from llava.tensors.hub import absolute_if_local
 from llava.train.lora import adapter_pairs
 from llava.train.recipe import Recipe
 from llava.train.start import row_ids
@@ -33,11 +35,11 @@ def export(folder: Path, model: Llava, checkpoint: Checkpoint, recipe: Recipe, *
     whole = {n: _whole(p) for n, p in model.named_parameters() if p.requires_grad or export_format(recipe) == "llava"}
     if not first:
         return
-    recorded = {"mm_projector_lr": recipe.projector_lr, "mm_vision_tower_lr": recipe.vision_lr}
-    common: dict[str, Any] = {
-        "vision_tower": _tower(checkpoint, recipe),
-        "recorded": {key: value for key, value in recorded.items() if value},
-    }
+    rates = {"mm_projector_lr": recipe.projector_lr, "mm_vision_tower_lr": recipe.vision_lr}
+    recorded: dict[str, Any] = {key: value for key, value in rates.items() if value}
+    if export_format(recipe) != "llava":
+        recorded |= base_record(absolute_if_local(recipe.model), checkpoint.tensors)
+    common: dict[str, Any] = {"vision_tower": _tower(checkpoint, recipe), "recorded": recorded}
     write = {"lora": _lora, "llava": _merged, "projector": _projector}[export_format(recipe)]
     write(folder, model, whole, checkpoint, recipe, common)
 
@@ -58,7 +60,7 @@ def _projector(
         folder,
         checkpoint.config,
         {name: tensor for name, tensor in tensors.items() if not name.startswith("decoder.")},
-        base=recipe.model,
+        base=absolute_if_local(recipe.model),
         start_end=tensors["decoder.embed.weight"][list(ids)] if ids else None,
         tokenizer_from=checkpoint.tokenizer_folder if ids else None,
         **common,
@@ -76,7 +78,7 @@ def _lora(
         r=recipe.lora_rank,
         alpha=recipe.lora_alpha,
         dropout=recipe.lora_dropout,
-        base=recipe.model,
+        base=absolute_if_local(recipe.model),
         non_lora={name: tensor for name, tensor in tensors.items() if ".adapters." not in name},
         tokenizer_from=checkpoint.tokenizer_folder if added else None,
         **common,
