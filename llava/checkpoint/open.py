@@ -24,6 +24,7 @@ from llava.formats.base_model import (
 )
 from llava.formats.format import Checkpoint, CheckpointFiles, Detection, Format, ReadConfig, Resolved
 from llava.formats.multimodal import projector_in
+from llava.formats.recorded_base import find_recorded_base
 from llava.formats.tokenizer import has_tokenizer, load_tokenizer
 from llava.model.llava import shapes
 from llava.preprocess.tokenizer import Tokenizer
@@ -31,7 +32,6 @@ from llava.tensors.files import parsing
 from llava.tensors.hub import absolute_if_local, locate
 from llava.tensors.keymap import disk_names
 from llava.tensors.lazy import LazyTensor
-from llava.zoo.bases import find_recorded_base
 
 log = logging.getLogger(__name__)
 

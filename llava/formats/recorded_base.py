@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from llava.errors import CheckpointError
 from llava.formats.format import Checkpoint, CheckpointFiles, section
 from llava.tensors.files import parsing, read_json_if_present
+from llava.tensors.hub import find_local
 from llava.tensors.lazy import LazyTensor
 
 log = logging.getLogger(__name__)
@@ -47,6 +49,27 @@ def recorded_names(files: CheckpointFiles, format: str) -> Iterator[RecordedName
     recorded = files.config.get(BASE_KEY)
     if isinstance(recorded, Mapping) and (named := recorded.get("name")):
         yield RecordedName(str(named), f"config.json: {BASE_KEY}")
+
+
+class FoundBase(NamedTuple):
+    """A recorded base that is on this machine."""
+
+    folder: Path
+    name: str
+    where: str  # the file and key that record the name
+
+
+def find_recorded_base(files: CheckpointFiles, format: str) -> FoundBase | None:
+    """Returns the recorded base if it is a local folder or in the hub's cache, else None. Downloads nothing.
+
+    A relative path is looked up in the checkpoint's folder, then in the working directory.
+    """
+    folder = files.path.parent if files.path.is_file() else files.path
+    for name, where, revision in recorded_names(files, format):
+        found = find_local(name, folder, revision=revision)
+        if found is not None and found.resolve() != folder.resolve():
+            return FoundBase(found, name, where)
+    return None
 
 
 def base_record(name: str | None, tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:

@@ -1,40 +1,14 @@
-"""Determines which base model a LoRA, projector or delta checkpoint needs, finds it, and names it in errors."""
+"""Determines which base model a LoRA, projector or delta checkpoint needs, and names it in errors about bases."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import NamedTuple
 
 from llava.errors import LlavaError
 from llava.formats.base_model import BaseModelError, NeededBase, NoBaseError, comparable_name
 from llava.formats.format import CheckpointFiles, Detection
 from llava.formats.recorded_base import recorded_names
-from llava.tensors.hub import find_local
 from llava.zoo import catalogue
 from llava.zoo.match import Match, known_bases, match
-
-
-class FoundBase(NamedTuple):
-    """A recorded base that is on this machine."""
-
-    folder: Path
-    name: str
-    where: str  # the file and key that record the name
-
-
-def find_recorded_base(files: CheckpointFiles, format: str) -> FoundBase | None:
-    """Returns the recorded base if it is a local folder or in the hub's cache, else None. Downloads nothing.
-
-    A relative path is looked up in the checkpoint's folder, then in the working directory. For a path of the authors'
-    machine, the hub id that the catalogue has for its last component is looked up in the cache.
-    """
-    folder = files.path.parent if files.path.is_file() else files.path
-    for name, where, revision in recorded_names(files, format):
-        for candidate in dict.fromkeys((name, known_bases().get(comparable_name(name), name))):
-            found = find_local(candidate, folder, revision=revision)
-            if found is not None and found.resolve() != folder.resolve():
-                return FoundBase(found, name, where)
-    return None
 
 
 def needed_base(files: CheckpointFiles, detection: Detection) -> NeededBase:

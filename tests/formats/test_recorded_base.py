@@ -146,19 +146,6 @@ def test_a_relative_base_is_found_beside_the_lora_and_in_the_working_directory(
     assert opened(lora).format == "lora"
 
 
-def test_a_base_recorded_by_a_path_of_its_authors_is_found_in_the_hubs_cache(
-    clip: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lora = tiny.write_lora(tmp_path / "lora", clip=clip, base="./checkpoints/vicuna-13b-v1-3")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    assert "needs its base" in refused(lora)
-    cached = tmp_path / "cache" / "models--lmsys--vicuna-13b-v1.3"
-    shutil.copytree(base, cached / "snapshots" / ("a" * 40))
-    (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text("a" * 40)
-    assert opened(lora).format == "lora"
-
-
 @pytest.mark.parametrize("recorded", [".", "", "empty", "../lora"])
 def test_a_recorded_name_that_is_no_other_checkpoint_is_not_used(clip: Path, tmp_path: Path, recorded: str) -> None:
     (tmp_path / "lora" / "empty").mkdir(parents=True)
