@@ -23,6 +23,9 @@ _READ = {
     "lora_alpha",
     "modules_to_save",
     "peft_type",
+    "r",
+    "rank_pattern",
+    "target_modules",
     "use_rslora",
 }
 _IN_THE_TENSORS = {  # settings whose result shows in the names and shapes of the tensors
@@ -31,9 +34,6 @@ _IN_THE_TENSORS = {  # settings whose result shows in the names and shapes of th
     "exclude_modules",
     "layers_pattern",
     "layers_to_transform",
-    "r",
-    "rank_pattern",
-    "target_modules",
 }
 _TRAINING_ONLY = {  # settings of the initialisation, the backward pass or the framework
     "auto_mapping",
@@ -78,9 +78,21 @@ class LoraSettings:
     rslora: bool
     alpha_pattern: Mapping[str, float]  # regular expression for the end of a module's name -> its own alpha
     modules_to_save: tuple[str, ...]  # modules that PEFT saved in full
+    target_modules: tuple[str, ...]  # ends of the names of adapted modules; () if they are given by a pattern
+    rank: int | None  # r; None if it is not stated
+    rank_pattern: Mapping[str, int]  # like alpha_pattern
 
     def scale(self, module: str, r: int) -> float:
-        """Returns the scaling factor of B @ A for a module, given by its name in the model that PEFT wrapped."""
+        """Returns the scaling factor of B @ A for a module, given by its name in the model that PEFT wrapped.
+
+        Raises CheckpointError if the factors have another rank than the settings: alpha / r would be a guess.
+        """
+        ranks = (rank for key, rank in self.rank_pattern.items() if re.fullmatch(_module_pattern(key), module))
+        if (stated := next(ranks, self.rank)) is not None and stated != r:
+            raise CheckpointError(
+                f"{self.file}: r is {stated} for {module}, but its factors have rank {r}; adapter_config.json and "
+                "adapter_model belong to different LoRAs"
+            )
         own = (alpha for key, alpha in self.alpha_pattern.items() if re.fullmatch(_module_pattern(key), module))
         return next(own, self.alpha) / (r**0.5 if self.rslora else r)
 
@@ -99,10 +111,19 @@ def read_settings(file: Path) -> LoraSettings:
             rslora=bool(config.get("use_rslora")),
             alpha_pattern=own,
             modules_to_save=tuple(map(str, config.get("modules_to_save") or ())),
+            target_modules=_names(config.get("target_modules")),
+            rank=None if config.get("r") is None else int(config["r"]),
+            rank_pattern={str(key): int(rank) for key, rank in (config.get("rank_pattern") or {}).items()},
         )
-    for key in own:
-        _check_pattern(key, file)
+    for name, pattern in (("alpha_pattern", own), ("rank_pattern", settings.rank_pattern)):
+        for key in pattern:
+            _check_pattern(name, key, file)
     return settings
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    """Returns a list of module names. A string is a regular expression, or "all-linear", and names no module."""
+    return () if value is None or isinstance(value, str) else tuple(map(str, value))
 
 
 def _check_supported(config: Mapping[str, Any], file: Path) -> None:
@@ -123,7 +144,7 @@ def _check_supported(config: Mapping[str, Any], file: Path) -> None:
         log.warning("%s: ignores the unknown keys %s, which may change the result", file, ", ".join(unknown))
 
 
-def _check_pattern(key: str, file: Path) -> None:
+def _check_pattern(name: str, key: str, file: Path) -> None:
     why = "it repeats a repetition, which can take forever" if re.search(_NESTED_REPETITION, key) else ""
     try:
         re.compile(_module_pattern(key))
@@ -131,8 +152,8 @@ def _check_pattern(key: str, file: Path) -> None:
         why = str(error)
     if why:
         raise CheckpointError(
-            f"{file}: alpha_pattern key {key!r:.80} is not a usable regular expression ({why}); use the names of "
-            "modules as keys"
+            f"{file}: {name} key {key!r:.80} is not a usable regular expression ({why}); "
+            "use the names of modules as keys"
         )
 
 

@@ -56,6 +56,12 @@ class Adapter(NamedTuple):
 
 
 def read_adapter(weights: Weights, settings: LoraSettings, rules: tuple[Rule, ...]) -> Adapter:
+    """Classifies the tensors of adapter_model. Raises CheckpointError if any that `settings` promise are missing."""
+    if not weights:
+        raise CheckpointError(
+            f"{settings.file.parent}: its adapter_model contains no tensors, as can happen after training with ZeRO-3; "
+            "gather all parameters and save the LoRA again"
+        )
     factors: dict[str, FactorPair] = {}
     full: dict[str, str] = {}
     for plain, name in without_wrappers(weights).items():
@@ -71,6 +77,12 @@ def read_adapter(weights: Weights, settings: LoraSettings, rules: tuple[Rule, ..
             )
         else:
             full[re.sub(r"\.(modules_to_save(\.default)?|base_layer)\.", ".", plain)] = name
+    for module in settings.target_modules:
+        if not any(f".{pair.module}".endswith(f".{module}") for pair in factors.values()):
+            raise CheckpointError(
+                f"{settings.file}: target_modules contains {module!r}, but the adapter has no factors of such a "
+                "module; save the LoRA again"
+            )
     for module in settings.modules_to_save:
         if not any(f".{module}." in f".{plain}" for plain in full):
             raise CheckpointError(

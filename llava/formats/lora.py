@@ -23,7 +23,7 @@ from llava.formats.tokenizer import copy_tokenizer, load_tokenizer
 from llava.model.llava import shapes
 from llava.preprocess.tokenizer import Tokenizer
 from llava.tensors.atomic import new_folder
-from llava.tensors.files import NON_LORA_FILE, Weights
+from llava.tensors.files import ADAPTER_FILES, NON_LORA_FILE, Weights
 from llava.tensors.keymap import Rule, Target, disk_names, target_of
 from llava.tensors.lazy import Concat, InMemory, LazyTensor, Slice
 from llava.tensors.sums import LoraPair, WithLora
@@ -45,12 +45,19 @@ class Lora(PartOfModel):
     exact = False  # adapted tensors are computed as W + scale * B @ A in float32
 
     def detect(self, files: CheckpointFiles) -> list[str]:
-        found = (files.path / ADAPTER_CONFIG).is_file()
-        return ["adapter_config.json is present: a LoRA, to be added to a base model"] * found
+        has_adapter = any((files.path / name).is_file() for name in ADAPTER_FILES)
+        if not (files.path / ADAPTER_CONFIG).is_file() or (files.weights and not has_adapter):
+            return []  # beside a whole model, an adapter_config.json without an adapter is left over from merging
+        return ["adapter_config.json is present: a LoRA, to be added to a base model"]
 
     def resolve(self, files: CheckpointFiles, base: Checkpoint | None, tokenizer: Tokenizer) -> Resolved:
         """Adds the LoRA to the base model's matrices; fully fine-tuned tensors replace the base model's tensors."""
         assert base
+        if files.weights:
+            raise CheckpointError(
+                f"{files.path}: contains a whole model ({next(iter(files.weights.headers.values())).file.name}) and a "
+                f"LoRA ({ADAPTER_CONFIG}); move the files of one of them into a folder of their own"
+            )
         rules, extra = adapter_rules(base), files.path / NON_LORA_FILE
         settings = read_settings(files.path / ADAPTER_CONFIG)
         weights = Weights([extra] if extra.is_file() else [])

@@ -1,6 +1,7 @@
 """LoRAs as published, read on their base: prefixes, ranks, factors, and tensors saved along with the pairs."""
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -359,3 +360,46 @@ def test_an_alpha_pattern_that_is_no_pattern_is_refused(lora: Path, base: Path) 
     for key in ("(", "(?i)up_proj"):
         tiny.edit_json(lora / "adapter_config.json", alpha_pattern={key: 4})
         assert f"alpha_pattern key {key!r}" in refused(lora, base=base)
+
+
+# ------------------------------------------------------------------------- adapters that contradict their own settings
+
+
+def test_an_adapter_without_tensors_is_refused(lora: Path, base: Path) -> None:
+    torch.save({}, lora / "adapter_model.bin")
+    assert "contains no tensors" in refused(lora, base=base)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 16}, "r is 16 for"),
+        ({"rank_pattern": {"q_proj": 2}}, "r is 2 for model.layers.0.self_attn.q_proj"),
+        ({"target_modules": ["q_proj", "qkv_proj"]}, "target_modules contains 'qkv_proj'"),
+    ],
+)
+def test_settings_that_the_factors_contradict_are_refused(
+    lora: Path, base: Path, changes: dict[str, Any], message: str
+) -> None:
+    tiny.edit_json(lora / "adapter_config.json", **changes)
+    assert message in refused(lora, base=base)
+
+
+def test_a_rank_pattern_that_the_factors_follow_changes_the_scale_of_its_modules(lora: Path, base: Path) -> None:
+    name = "decoder.blocks.0.mlp.up.weight"
+    before = opened(lora, base=base).tensors[name].read()
+    tiny.edit_json(lora / "adapter_config.json", r=8, rank_pattern={".*": tiny.LORA_RANK})
+    assert torch.equal(opened(lora, base=base).tensors[name].read(), before)  # alpha / rank of the factors
+
+
+def test_an_adapter_config_left_in_a_merged_model_is_not_a_lora(lora: Path, clip: Path, tmp_path: Path) -> None:
+    whole = tiny.write_llava(tmp_path / "whole", clip=clip)
+    shutil.copy(lora / "adapter_config.json", whole)
+    assert opened(whole).format == "llava"
+
+
+def test_a_whole_model_beside_an_adapter_is_refused(lora: Path, base: Path, clip: Path, tmp_path: Path) -> None:
+    whole = tiny.write_llava(tmp_path / "whole", clip=clip, layout="bin")
+    for name in ("adapter_config.json", "adapter_model.bin"):
+        shutil.copy(lora / name, whole)
+    assert "contains a whole model (pytorch_model.bin) and a LoRA" in refused(whole, base=base)
