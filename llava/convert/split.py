@@ -65,7 +65,7 @@ def extract_projector(source: str | Path, folder: Path, options: LoadOptions | N
         folder,
         config,
         {name: tensor.read() for name, tensor in projector.items()},
-        vision_tower=tower_name(found, folder, separate=True) or "",
+        vision_tower=tower_name(found, separate=True) or "",
         base=str(options.base if found.format == "projector" else source),
         start_end=rows,
         tokenizer_from=found.tokenizer_folder if config.start_end else None,

@@ -91,6 +91,7 @@ class Checkpoint:
     vision_tower: str | None  # folder or hub id, from config.json or the caller
     tower_folder: Path | None  # folder with the tower's config and, unless `tower_inside`, its weights
     tower_inside: bool  # whether the checkpoint itself contains the tower's weights
+    tower_beside: bool = False  # whether the tower is in the checkpoint's own subfolder, which must be copied with it
 
     @property
     def unused_tower(self) -> dict[str, LazyTensor]:

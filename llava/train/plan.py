@@ -9,7 +9,9 @@ from tempfile import TemporaryDirectory
 from llava.config import IGNORE
 from llava.errors import LlavaError
 from llava.model.llava import Llava
+from llava.tensors.atomic import size_text
 from llava.train.batch import BatchDataset
+from llava.train.checks import check_run
 from llava.train.export import export_format
 from llava.train.recipe import Recipe
 from llava.train.start import DTYPES, start, trainable
@@ -28,6 +30,7 @@ class Plan:
     frozen: dict[str, int]
     ranks: int
     memory_bytes: dict[str, int]  # per GPU, by purpose; activations are estimated
+    disk_bytes: dict[str, int]  # by purpose
     samples: int
     samples_looked_at: int  # number of samples used to compute the next three fields
     tokens_per_sample: float  # including image tokens
@@ -47,6 +50,8 @@ class Plan:
         total = sum(self.memory_bytes.values())
         parts_text = ", ".join(f"{part} {n / 1e9:.2f}" for part, n in self.memory_bytes.items())
         lines.append(f"memory       {total / 1e9:.2f} GB on each of {self.ranks} GPU(s): {parts_text}")
+        files = ", ".join(f"{part} {size_text(n)}" for part, n in self.disk_bytes.items())
+        lines.append(f"disk         {size_text(sum(self.disk_bytes.values()))}: {files}")
         lines.append(
             f"samples      {self.samples:,}; {self.broken} of the {self.samples_looked_at} examined are broken"
         )
@@ -65,6 +70,7 @@ def make_plan(recipe: Recipe, *, n_ranks: int = 1) -> Plan:
     with TemporaryDirectory() as folder:
         checkpoint = start(recipe, Path(folder) / "tokenizer")
         model = trainable(checkpoint, recipe)
+        disk = check_run(Path(recipe.output_dir), checkpoint, recipe)
     dataset = BatchDataset.open(recipe, checkpoint)
     n, order = len(dataset.samples), dataset.order
     chosen = random.Random(recipe.seed).sample(range(n), min(_SAMPLED, n))
@@ -73,11 +79,12 @@ def make_plan(recipe: Recipe, *, n_ranks: int = 1) -> Plan:
     mean = sum(tokens) / max(n_good, 1)
     return Plan(
         model=recipe.model,
-        format=export_format(recipe),
+        format=export_format(recipe, checkpoint),
         trained=_parameters_by_part(model, trained=True),
         frozen=_parameters_by_part(model, trained=False),
         ranks=n_ranks,
         memory_bytes=_memory(model, recipe, mean, n_ranks),
+        disk_bytes=disk,
         samples=n,
         samples_looked_at=len(chosen),
         tokens_per_sample=mean,

@@ -29,6 +29,11 @@ _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen w
 _PROGRESS = "progress.json"
 
 
+def step_of(checkpoint: Path) -> int:
+    """Returns the step of a checkpoint folder."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 class Checkpointer:
     """Saves and loads the checkpoints of one run. On exit, the context manager waits for any unfinished write."""
 

@@ -1,0 +1,30 @@
+"""What a run needs at its end, checked before it starts: the form of its export, disk space, and its trackers."""
+
+from pathlib import Path
+
+from llava.formats.format import Checkpoint
+from llava.tensors.atomic import check_space
+from llava.train.export import check_export
+from llava.train.log import check_trackers
+from llava.train.recipe import Recipe
+from llava.train.start import trainable
+
+MODEL = "model"  # subfolder of the run folder for the exported model
+CHECKPOINTS = "checkpoints"  # subfolder for resumable checkpoints
+
+
+def check_run(folder: Path, checkpoint: Checkpoint, recipe: Recipe) -> dict[str, int]:
+    """Raises LlavaError if a run in `folder` could train but not save its result.
+
+    checkpoint: what training starts from. `llava train --plan` and the run itself call this function. Returns the size
+    in bytes of what the run writes, by purpose.
+    """
+    check_trackers(recipe.logs)
+    disk = {"trained model": check_export(folder / MODEL, checkpoint, recipe)}
+    trained = [p for p in trainable(checkpoint, recipe).parameters() if p.requires_grad]
+    one = 3 * sum(p.numel() * p.element_size() for p in trained)  # the weights and AdamW's two moments
+    n = recipe.keep_last + 1  # the next checkpoint is complete before the oldest one is removed
+    disk |= {f"{n} checkpoints": n * one}
+    existing = sum(file.stat().st_size for file in (folder / CHECKPOINTS).rglob("*") if file.is_file())
+    check_space(folder, sum(disk.values()) - existing, folder)
+    return disk
