@@ -82,9 +82,12 @@ class Llava(Format):
             kept = checkpoint.tensors | checkpoint.unused_tower
         return to_disk(kept, checkpoint.config, rules_for(checkpoint.config))
 
-    def write_config(self, checkpoint: Checkpoint, target: Path) -> dict[str, Any]:
+    def write_config(self, checkpoint: Checkpoint) -> dict[str, Any]:
         config = llava_config(checkpoint.config, checkpoint.tokenizer, tower_name(checkpoint))
         return config | {"unfreeze_mm_vision_tower": checkpoint.tower_inside}
+
+    def extra_bytes(self, source: Checkpoint) -> int:
+        return sum(tensor.n_bytes for tensor in own_tower_tensors(source).values())
 
     def write_extra(self, source: Checkpoint, folder: Path) -> None:
         copy_plain_tokenizer(source, folder)

@@ -6,10 +6,9 @@ from llava.formats.format import Checkpoint
 from llava.tensors.atomic import check_space
 from llava.train.export import check_export
 from llava.train.log import check_trackers
-from llava.train.recipe import Recipe
+from llava.train.recipe import MODEL, Recipe
 from llava.train.start import trainable
 
-MODEL = "model"  # subfolder of the run folder for the exported model
 CHECKPOINTS = "checkpoints"  # subfolder for resumable checkpoints
 
 

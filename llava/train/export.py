@@ -120,12 +120,11 @@ class _Export:
     def _whole_model(self) -> int:
         format, source = FORMATS[self.format], self._merged()
         prepared = format.prepare(source)
-        outputs, _ = format.outputs(prepared), format.write_config(prepared, self.folder)
-        tower = own_tower_tensors(source) if format.name == "llava" else {}
-        n_bytes = sum(out.n_bytes for out in outputs) + sum(tensor.n_bytes for tensor in tower.values())
+        outputs, config = format.outputs(prepared), format.write_config(prepared)
+        n_bytes = sum(out.n_bytes for out in outputs) + format.extra_bytes(source)
         if not self.check_only:
             with new_folder(self.folder, n_bytes) as partial:
-                format.write(WriteJob(prepared, source, outputs, partial, self.folder, no_progress))
+                format.write(WriteJob(prepared, source, outputs, config, partial, no_progress))
                 if format.name == "llava":
                     update_json(partial / "config.json", self.recorded)
         return n_bytes

@@ -18,11 +18,12 @@ from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader
 
 from llava.data.samples import WORKERS_START, starting_workers
+from llava.data.workers import capped_workers
 from llava.errors import ConfigError, DataError, LlavaError
 from llava.formats.format import Checkpoint
 from llava.train import optim
 from llava.train.batch import Batch, BatchDataset
-from llava.train.checks import CHECKPOINTS, MODEL, check_run
+from llava.train.checks import CHECKPOINTS, check_run
 from llava.train.distributed import World, join_world
 from llava.train.export import export
 from llava.train.flops import flops_per_token, peak_flops
@@ -30,7 +31,7 @@ from llava.train.log import open_logs
 from llava.train.loss import LlavaWithLoss
 from llava.train.order import MicroBatch, SampleOrder
 from llava.train.progress import TrainProgress
-from llava.train.recipe import Recipe, changed_keys, to_dict
+from llava.train.recipe import MODEL, Recipe, changed_keys, to_dict
 from llava.train.resume import Checkpointer, step_of
 from llava.train.run_folder import RECIPE_FILE, check_folder, locked_folder
 from llava.train.signals import (
@@ -225,7 +226,7 @@ def _train_steps(run: Run, as_json: bool) -> None:
 
 
 def _loader(run: Run) -> Iterator[Batch]:
-    num_workers = run.recipe.num_workers
+    num_workers = capped_workers(run.recipe.num_workers, "num_workers", run.world.local_size)
     loader = DataLoader(
         run.dataset,
         batch_size=None,

@@ -19,6 +19,7 @@ from llava.preprocess.inputs import find_template
 from llava.preprocess.labels import ImagePlace
 
 RECIPES = Path(__file__).parent.parent / "recipes"  # shipped recipes, named by relative path without .toml
+MODEL = "model"  # subfolder of OUTPUT_DIR for the trained model
 RENAMED = {  # old key -> new key
     "rate": "lr",
     "projector_rate": "projector_lr",

@@ -30,7 +30,7 @@ from llava.tensors.files import parsing
 from llava.tensors.hub import absolute_if_local
 from llava.tensors.lazy import LazyTensor, MeanRows, WithRows
 from llava.train.lora import add_lora
-from llava.train.recipe import Recipe, read_recipe, recipe_names
+from llava.train.recipe import MODEL, Recipe, read_recipe, recipe_names
 from llava.zoo.bases import advice
 
 log = logging.getLogger(__name__)
@@ -74,8 +74,8 @@ def start(recipe: Recipe, tokenizer_folder: Path) -> Checkpoint:
 
 def _open(recipe: Recipe) -> Checkpoint:
     options = LoadOptions(vision_tower=recipe.vision_tower, image_mode="original")
+    _check_earlier_runs(recipe)
     if recipe.projector:
-        _check_stage_1(recipe.projector)
         return open_checkpoint(recipe.projector, replace(options, base=recipe.model))
     files = read_files(recipe.model)
     named = {"mm_vision_tower", VERSION_KEY} & set(files.config)
@@ -89,16 +89,18 @@ def _open(recipe: Recipe) -> Checkpoint:
     return checkpoint
 
 
-def _check_stage_1(projector: str) -> None:
-    """Raises ConfigError with the command of stage 1 if a shipped recipe writes `projector` and has not been run."""
-    if Path(projector).exists():
-        return
-    folder = Path(projector).parent.as_posix()
-    for name in recipe_names():
-        if read_recipe(name).output_dir == folder:
-            raise ConfigError(
-                f"{projector}: does not exist yet; it is the result of stage 1, so first run: llava train {name}"
-            )
+def _check_earlier_runs(recipe: Recipe) -> None:
+    """Raises ConfigError with the command of an earlier run, such as stage 1, if its result is needed but missing."""
+    for key in ("projector", "model", "base"):
+        source = getattr(recipe, key)
+        if source is None or Path(source).exists() or Path(source).name != MODEL:
+            continue
+        for name in recipe_names():
+            if read_recipe(name).output_dir == Path(source).parent.as_posix():
+                raise ConfigError(
+                    f"{source}: does not exist yet; {key} is the result of another recipe, so first run: llava train "
+                    f"{name}"
+                )
 
 
 def _with_tower(language: Checkpoint, recipe: Recipe) -> Checkpoint:
