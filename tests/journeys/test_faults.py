@@ -9,6 +9,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -411,17 +412,41 @@ def assert_interrupted(code: int, err: str) -> None:
     assert len([line for line in err.splitlines() if line.strip()]) <= 1, err
 
 
-def test_ctrl_c_while_converting_leaves_no_files(slow: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_converting_leaves_no_files(slow: Path, tmp_path: Path, kind: signal.Signals) -> None:
     process = command.start("convert", slow, tmp_path / "out")
     while process.poll() is None and not any(path.is_file() for path in tmp_path.rglob("*")):
         time.sleep(0.001)
     process.send_signal(signal.SIGSTOP)  # so that the signal arrives midway on any disk
     assert command.files(tmp_path)
     assert not (tmp_path / "out" / "config.json").exists()
+    process.send_signal(kind)
     process.send_signal(signal.SIGCONT)
-    code, _, err = command.interrupt(process)
-    assert_interrupted(code, err)
+    _, err = process.communicate(timeout=command.TIMEOUT_S)
+    assert_interrupted(process.returncode, err.decode())
     assert command.files(tmp_path) == {}
+
+
+EARLY = """if True:
+    import os, signal, sys
+    at = sys.argv.pop(1)
+
+    class Interrupter:
+        def find_spec(self, name, path=None, target=None):
+            if name == at:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    sys.meta_path.insert(0, Interrupter())
+    from llava.cli import main
+    main()"""
+
+
+@pytest.mark.parametrize("module", ["typer", "llava.cli.zoo", "llava.checkpoint.inspect", "torch", "safetensors"])
+def test_ctrl_c_during_an_import_is_quiet(module: str, slow: Path) -> None:
+    argv = [sys.executable, "-c", EARLY, module, "inspect", str(slow)]
+    done = subprocess.run(argv, capture_output=True, timeout=command.TIMEOUT_S, cwd=command.PROJECT, check=False)
+    assert_interrupted(done.returncode, done.stderr.decode())
+    assert done.stdout == b""
 
 
 def test_ctrl_c_while_the_script_writes_leaves_no_files(slow: Path, tmp_path: Path) -> None:
