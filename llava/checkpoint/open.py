@@ -255,9 +255,8 @@ def check_headers(checkpoint: Checkpoint) -> None:
     if checkpoint.missing:
         n, first = len(checkpoint.missing), checkpoint.missing[0]
         names = disk_names(first, (*FORMATS[checkpoint.format].rules(checkpoint.config), *clip.RULES))
-        raise CheckpointError(
-            f"{checkpoint.path}: {n} tensors are missing (the first is {names[0]}); download the checkpoint again"
-        )
+        which = f"{names[0]} is missing" if n == 1 else f"{n} tensors are missing (the first is {names[0]})"
+        raise CheckpointError(f"{checkpoint.path}: {which}; download the checkpoint again")
     expected = shapes(checkpoint.config)
     for name, tensor in checkpoint.tensors.items():
         if tensor.shape != expected[name]:

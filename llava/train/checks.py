@@ -3,24 +3,24 @@
 from pathlib import Path
 
 from llava.formats.format import Checkpoint
+from llava.model.llava import Llava
 from llava.tensors.atomic import check_space
 from llava.train.export import check_export
 from llava.train.log import check_trackers
 from llava.train.recipe import MODEL, Recipe
-from llava.train.start import trainable
 
 CHECKPOINTS = "checkpoints"  # subfolder for resumable checkpoints
 
 
-def check_run(folder: Path, checkpoint: Checkpoint, recipe: Recipe) -> dict[str, int]:
+def check_run(folder: Path, model: Llava, checkpoint: Checkpoint, recipe: Recipe) -> dict[str, int]:
     """Raises LlavaError if a run in `folder` could train but not save its result.
 
-    checkpoint: what training starts from. `llava train --plan` and the run itself call this function. Returns the size
-    in bytes of what the run writes, by purpose.
+    model: as returned by `trainable`, on the meta device. `llava train --plan` and the run itself call this function.
+    Returns the size in bytes of what the run writes, by purpose.
     """
     check_trackers(recipe.logs)
-    disk = {"trained model": check_export(folder / MODEL, checkpoint, recipe)}
-    trained = [p for p in trainable(checkpoint, recipe).parameters() if p.requires_grad]
+    disk = {"trained model": check_export(folder / MODEL, model, checkpoint, recipe)}
+    trained = [p for p in model.parameters() if p.requires_grad]
     one = 3 * sum(p.numel() * p.element_size() for p in trained)  # the weights and AdamW's two moments
     n = recipe.keep_last + 1  # the next checkpoint is complete before the oldest one is removed
     disk |= {f"{n} checkpoints": n * one}

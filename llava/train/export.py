@@ -36,7 +36,6 @@ from llava.tensors.sums import WithLora
 from llava.tensors.writer import no_progress
 from llava.train.lora import adapter_pairs, lora_pairs, stacked
 from llava.train.recipe import Recipe
-from llava.train.start import trainable
 
 log = logging.getLogger(__name__)
 
@@ -54,12 +53,11 @@ def export_format(recipe: Recipe, checkpoint: Checkpoint) -> str:
     return "lora" if checkpoint.format == "lora" else "projector"
 
 
-def check_export(folder: Path, checkpoint: Checkpoint, recipe: Recipe) -> int:
-    """Checks that the trained model can be saved to `folder`, without the trained weights.
+def check_export(folder: Path, model: Llava, checkpoint: Checkpoint, recipe: Recipe) -> int:
+    """Checks that a model can be saved to `folder` after training. `model` may be on the meta device.
 
     Returns the size of the export in bytes. Raises ConfigError or CheckpointError.
     """
-    model = trainable(checkpoint, recipe)
     trained = {name: p for name, p in model.named_parameters() if _exported(name, p, checkpoint)}
     return _Export(folder, model, trained, checkpoint, recipe, check_only=True).run()
 

@@ -122,7 +122,7 @@ def train(recipe: Recipe, *, device: str = "auto", as_json: bool = False) -> Pat
             return folder / MODEL
         with locked_folder(folder, recipe, world):
             checkpoint = start(recipe, folder / "tokenizer")
-            check_run(folder, checkpoint, recipe)
+            check_run(folder, trainable(checkpoint, recipe), checkpoint, recipe)
             run = _set_up(recipe, checkpoint, folder, world)
             _train_steps(run, as_json)
             export(folder / MODEL, run.model.model, checkpoint, recipe, first=world.is_main)

@@ -48,19 +48,22 @@ class Plan:
             rows = ", ".join(f"{part} {n:,}" for part, n in parts.items()) or "nothing"
             lines.append(f"{name:12} {sum(parts.values()):,} parameters: {rows}")
         total = sum(self.memory_bytes.values())
-        parts_text = ", ".join(f"{part} {n / 1e9:.2f}" for part, n in self.memory_bytes.items())
-        lines.append(f"memory       {total / 1e9:.2f} GB on each of {self.ranks} GPU(s): {parts_text}")
+        parts_text = ", ".join(f"{part} {size_text(n)}" for part, n in self.memory_bytes.items())
+        where = "on one GPU" if self.ranks == 1 else f"on each of {self.ranks} GPUs"
+        lines.append(f"memory       {size_text(total)} {where}: {parts_text}")
         files = ", ".join(f"{part} {size_text(n)}" for part, n in self.disk_bytes.items())
         lines.append(f"disk         {size_text(sum(self.disk_bytes.values()))}: {files}")
         lines.append(
-            f"samples      {self.samples:,}; {self.broken} of the {self.samples_looked_at} examined are broken"
+            f"samples      {self.samples:,}; {self.broken} of the {self.samples_looked_at} examined "
+            f"{'is' if self.broken == 1 else 'are'} broken"
         )
         lines.append(
             f"tokens       about {self.tokens_per_sample:.0f} per sample, {self.target_tokens_per_sample:.0f} of them "
             f"targets; {self.tokens:,} in total"
         )
         lines.append(
-            f"steps        {self.steps:,} of {self.global_batch_size} samples, {self.steps_per_epoch:,} per epoch"
+            f"steps        {self.steps:,} of {self.global_batch_size} sample{'s' * (self.global_batch_size != 1)}, "
+            f"{self.steps_per_epoch:,} per epoch"
         )
         return "\n".join(lines)
 
@@ -70,7 +73,7 @@ def make_plan(recipe: Recipe, *, n_ranks: int = 1) -> Plan:
     with TemporaryDirectory() as folder:
         checkpoint = start(recipe, Path(folder) / "tokenizer")
         model = trainable(checkpoint, recipe)
-        disk = check_run(Path(recipe.output_dir), checkpoint, recipe)
+        disk = check_run(Path(recipe.output_dir), model, checkpoint, recipe)
     dataset = BatchDataset.open(recipe, checkpoint)
     n, order = len(dataset.samples), dataset.order
     chosen = random.Random(recipe.seed).sample(range(n), min(_SAMPLED, n))

@@ -73,7 +73,7 @@ def start(recipe: Recipe, tokenizer_folder: Path) -> Checkpoint:
 
 
 def _open(recipe: Recipe) -> Checkpoint:
-    options = LoadOptions(vision_tower=recipe.vision_tower, image_mode="original")
+    options = LoadOptions(vision_tower=recipe.vision_tower)
     _check_earlier_runs(recipe)
     if recipe.projector:
         return open_checkpoint(recipe.projector, replace(options, base=recipe.model))
@@ -137,7 +137,15 @@ def _merge(recipe: Recipe) -> Literal["spatial_unpad", "flat"]:
 
 def _image(recipe: Recipe, config: LlavaConfig) -> ImageConfig:
     assert config.image
-    return replace(config.image, aspect=recipe.aspect, pinpoints=recipe.pinpoints, merge=_merge(recipe))
+    if config.image.mode != "original":
+        log.warning(
+            "%s: was saved with the image processing of transformers; trains and saves it with LLaVA's, aspect=%s",
+            recipe.model,
+            recipe.aspect,
+        )
+    return replace(
+        config.image, mode="original", aspect=recipe.aspect, pinpoints=recipe.pinpoints, merge=_merge(recipe)
+    )
 
 
 def _with_tokens(checkpoint: Checkpoint, folder: Path) -> Checkpoint:

@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 import llava
+from llava import features
 from llava.errors import LlavaError
 from tests import command, tiny
 from tests.command import assert_one_line_error, run
@@ -368,6 +369,22 @@ def test_features_on_a_full_disk_leave_no_files(checkpoint: Path, tmp_path: Path
     done = run("features", checkpoint, *options, preexec_fn=small_files_only)
     assert_one_line_error(done, "out.safetensors")
     assert command.files(tmp_path) == before
+
+
+def test_features_that_do_not_fit_on_the_disk_are_refused_before_the_first_row(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    rows = [features.Row("Once upon a time there was a painter", None)] * 20
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=60_000))  # the header fits
+    with pytest.raises(llava.LlavaError, match=r"out\.safetensors: needs \d+\.\d\d kB"):
+        features.extract(
+            llava.load(checkpoint, device="cpu"), rows, [0, 1, -1], tmp_path / "out.safetensors",
+            progress=lambda done, total: told.append(done),
+        )  # fmt: skip
+    assert not told
+    assert command.files(tmp_path) == {}
 
 
 @pytest.fixture
