@@ -208,12 +208,16 @@ class _Export:
         return sum(tensor.n_bytes for tensor in own_tower_tensors(self.checkpoint, separate=True).values())
 
     def _base_name(self) -> str:
+        return absolute_if_local(self._base_source())
+
+    def _base_source(self) -> str:
+        """Returns the base as the recipe names it, so that its tensors have the same origin as those in training."""
         recipe = self.recipe
-        return absolute_if_local(recipe.model if recipe.projector else recipe.base or recipe.model)
+        return recipe.model if recipe.projector else recipe.base or recipe.model
 
     def _base(self) -> Checkpoint:
         """Opens the language model that the export will be loaded with. Raises CheckpointError if it cannot be one."""
-        files = read_files(self._base_name())
+        files = read_files(self._base_source())
         format = detect(files).format
         config = llava_config(self.checkpoint.config, None, tower_name(self.checkpoint, separate=True))
         part = CheckpointFiles(self.folder, config, Weights([]))

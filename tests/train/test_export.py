@@ -1,6 +1,7 @@
 """Exports: training from every kind of folder is saved in every form and opens again, or is refused at the start."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -141,6 +142,21 @@ def test_two_steps_from_every_kind_of_folder_are_saved_or_refused_at_the_start(
     assert plan.disk_bytes["trained model"] == pytest.approx(written, rel=0.2)
     monkeypatch.chdir(model)  # nothing is recorded relative to the working directory of the run
     assert_opens_as_trained(done, model, tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("form", ["lora", "projector"])
+@pytest.mark.parametrize("kind", ["llava", "projector", "stage 1"])
+def test_a_base_given_relative_to_the_working_directory_is_recorded_with_its_full_path(
+    kind: str, form: str, assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = asked(tmp_path, assets, kind, **FORMS[form])
+    keys = ("model", "base", "projector", "vision_tower")
+    names = {key: getattr(done, key) for key in keys if getattr(done, key)}
+    monkeypatch.chdir(tmp_path)
+    model = train(replace(done, **{key: os.path.relpath(name) for key, name in names.items()}), device="cpu")
+    named = json.loads((model / "config.json").read_text())["_name_or_path"]
+    assert os.path.normpath(named) == (done.model if done.projector else done.base or done.model)
+    assert_opens_as_trained(done, model.absolute(), tmp_path / "elsewhere")
 
 
 @pytest.mark.parametrize("export", ["native", "llava-hf", "llava"])
