@@ -22,8 +22,9 @@ def check_run(folder: Path, model: Llava, checkpoint: Checkpoint, recipe: Recipe
     disk = {"trained model": check_export(folder / MODEL, model, checkpoint, recipe)}
     trained = [p for p in model.parameters() if p.requires_grad]
     one = 3 * sum(p.numel() * p.element_size() for p in trained)  # the weights and AdamW's two moments
-    n = recipe.keep_last + 1  # the next checkpoint is complete before the oldest one is removed
-    disk |= {f"{n} checkpoints": n * one}
+    # the next checkpoint is complete before the oldest one is removed
+    n = recipe.keep_last + 1 if recipe.save_every else 1
+    disk |= {f"{n} checkpoint{'s' * (n != 1)}": n * one}
     existing = sum(file.stat().st_size for file in (folder / CHECKPOINTS).rglob("*") if file.is_file())
     check_space(folder, sum(disk.values()) - existing, folder)
     return disk
