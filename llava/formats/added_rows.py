@@ -18,12 +18,12 @@ VOCAB_TABLES = ("decoder.embed.weight", "decoder.head.weight")  # tables with on
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 VOCAB_KEY = "llava_vocab_size"  # our own config.json key: number of vocabulary rows, excluding the added rows
 _FILE = "llava_hf_rows.safetensors"
-ADDED_ROW_FORMATS = ("llava-hf", "native")  # formats that may contain the added rows
+_FORMATS = ("llava-hf", "native")  # formats that may contain the added rows
 
 
 def without_added_rows(checkpoint: Checkpoint) -> Checkpoint:
     """Returns the checkpoint without the added rows."""
-    if checkpoint.format not in ADDED_ROW_FORMATS:
+    if checkpoint.format not in _FORMATS:
         return checkpoint
     recorded = read_json(checkpoint.path / "config.json").get(VOCAB_KEY)
     rows = recorded if isinstance(recorded, int) else checkpoint.tokenizer.id_of(IMAGE_TOKEN)
@@ -60,7 +60,7 @@ def with_added_rows(name: str, table: LazyTensor, n_rows: int, folder: Path) -> 
 def copy_plain_tokenizer(source: Checkpoint, folder: Path) -> None:
     """Copies the tokenizer files, omitting <image> and <pad> if these were added to a SentencePiece model."""
     copy_tokenizer(source.tokenizer_folder, folder, source.new_tokens)
-    has_rows = source.format in ADDED_ROW_FORMATS and source.tokenizer.id_of(IMAGE_TOKEN) is not None
+    has_rows = source.format in _FORMATS and source.tokenizer.id_of(IMAGE_TOKEN) is not None
     if not has_rows or not (folder / "tokenizer.model").is_file():
         return
     added = {IMAGE_TOKEN, PAD_TOKEN}

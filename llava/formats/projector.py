@@ -158,7 +158,7 @@ def write_projector(
     tensors: Mapping[str, Tensor | LazyTensor],
     *,
     vision_tower: str,
-    base: str,
+    base: str | None,
     start_end: Tensor | LazyTensor | None = None,
     tokenizer_from: Path | None = None,
     recorded: Mapping[str, Any] | None = None,
@@ -167,9 +167,10 @@ def write_projector(
 ) -> int:
     """Writes config.json, and the tensors `projector.*` and `newline` to mm_projector.bin with unchanged dtypes.
 
-    base: the language model, recorded in config.json. start_end: [2, D], trained embeddings of <im_start> and <im_end>;
-    requires `tokenizer_from`, a folder whose tokenizer has both tokens. write_extra: receives the folder
-    being written and adds files to it. check_only: write nothing; the tensors may then be on the meta device. Returns
+    base: folder or hub id of the language model, recorded in config.json unless it is None. start_end: [2, D], trained
+    embeddings of <im_start> and <im_end>; requires `tokenizer_from`, a folder whose tokenizer has both tokens.
+    recorded: additional keys for config.json. write_extra: receives the folder being written and adds files to it.
+    check_only: write nothing; the tensors may then be on the meta device. Returns
     the number of bytes of the weights. Raises ConfigError.
     """
     if start_end is not None and tokenizer_from is None:
@@ -181,7 +182,7 @@ def write_projector(
         kept["decoder.embed.weight"] = start_end
     tokenizer = load_tokenizer(tokenizer_from) if tokenizer_from else None
     settings = llava_config(config, tokenizer, vision_tower)
-    settings |= {"_name_or_path": base, "tune_mm_mlp_adapter": True, **(recorded or {})}
+    settings |= {**({"_name_or_path": base} if base else {}), "tune_mm_mlp_adapter": True, **(recorded or {})}
     outputs = from_memory(kept, config)
     n_bytes = sum(out.n_bytes for out in outputs)
     if check_only:

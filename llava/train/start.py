@@ -16,7 +16,6 @@ from llava.checkpoint.load import load_weights, read_finite
 from llava.checkpoint.open import check_headers, open_checkpoint
 from llava.config import ImageConfig, LlavaConfig, LoadOptions, ProjectorConfig, projector_depth
 from llava.errors import CheckpointError, ConfigError
-from llava.formats.added_rows import ADDED_ROW_FORMATS
 from llava.formats.clip import find_tower, read_tower, vision_config
 from llava.formats.format import Checkpoint, TemplateChoice
 from llava.formats.multimodal import image_config
@@ -157,7 +156,7 @@ def _with_tokens(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
             tensors[name] = WithRows(table, MeanRows(table, len(_NEW_TOKENS)), first)
     decoder = replace(checkpoint.config.decoder, vocab_size=tensors["decoder.embed.weight"].shape[0])
     longer = replace(checkpoint, config=replace(checkpoint.config, decoder=decoder), tensors=tensors)
-    if checkpoint.format in ADDED_ROW_FORMATS:  # llava-hf's rows are no longer the last ones, so they must be kept
+    if checkpoint.format in ("llava-hf", "native"):  # llava-hf's rows are no longer the last ones, so they must be kept
         longer = replace(longer, format="llava")
     return _with_tokenizer_files(longer, folder, {text: first + i for i, text in enumerate(_NEW_TOKENS)})
 
