@@ -149,7 +149,7 @@ class Assistant:
         there is no adapter with this name.
         """
         if name not in self._loaded:
-            available = ", ".join(self.adapters) or "none; load with adapters= or merge=False"
+            available = ", ".join(self.adapters) or "none; load with at least one adapter"
             raise ConfigError(f"unknown adapter {name!r}; available: {available}")
         self.active, self.engine = name, self._engines[name]
         self.model, self.preprocessor = self._loaded[name]
@@ -316,7 +316,7 @@ class Assistant:
         return self.engine.embed([self.prepare(messages, images=images, template=template)])
 
 
-_WITHOUT_VISION = "(or was loaded with vision=False)"
+_WITHOUT_VISION = "(or was loaded without it)"
 
 
 def _messages_and_images(request: Request) -> tuple[Messages, Sequence[Picture] | None]:

@@ -4,7 +4,8 @@
 class LlavaError(Exception):
     """Base class of all exceptions defined by this package. The CLI prints the message and exits with status 2.
 
-    Messages may quote file contents, so unprintable characters are escaped and long messages are shortened.
+    Messages may quote file contents, so unprintable characters are escaped and long messages are shortened. Advice that
+    names an argument also names the option, as in "set template= (--template) to": the CLI prints only the option.
     """
 
     def __init__(self, message: str):
@@ -23,6 +24,19 @@ class ConfigError(LlavaError):
 
 class CheckpointError(LlavaError):
     """A checkpoint file is missing or broken, or contains unexpected tensors."""
+
+
+class MissingBaseError(CheckpointError):
+    """A LoRA, projector or delta was opened without its base. The parts of the message let the CLI complete a command.
+
+    problem: what is missing. path: the checkpoint. example: a base to pass. first: a command that creates this base, or
+    "".
+    """
+
+    def __init__(self, problem: str, path: str, example: str, first: str):
+        created = f", which is the result of: {first}" if first else ""
+        super().__init__(f"{problem}; pass its folder or hub id as base= (--base), e.g. base={example!r}{created}")
+        self.problem, self.path, self.example, self.first = problem, path, example, first
 
 
 class ImageError(LlavaError):

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from llava.checkpoint.open import open_checkpoint
+from llava.checkpoint.detect import detect, read_files
+from llava.checkpoint.open import base_source, open_checkpoint
 from llava.config import LoadOptions
 from llava.errors import ConfigError
 from llava.formats.format import Checkpoint
@@ -23,8 +24,11 @@ def open_separately(
     """
     opened: dict[str | None, Checkpoint] = {}
     if not merge:
-        # _open_adapter raises an error if `source` needs no base or options.base is None
-        opened[DEFAULT] = _open_adapter(DEFAULT, source, options)
+        files = read_files(source, options.revision)
+        detection = detect(files)
+        if detection.format in _ADAPTERS:
+            options = replace(options, base=base_source(files, detection, options))
+        opened[DEFAULT] = _open_adapter(DEFAULT, source, options)  # raises an error for any other format
         assert options.base is not None
         source, options = options.base, replace(options, base=None, revision=None)
     for name, folder in adapters.items():

@@ -13,8 +13,8 @@ from llava.checkpoint.open import open_checkpoint
 from llava.config import LlavaConfig, LoadOptions
 from llava.errors import LlavaError
 from llava.formats import FORMATS
-from llava.formats.base_model import recorded_names
 from llava.formats.format import TEMPLATE_KEY, Checkpoint, CheckpointFiles, Detection, Shapes, shapes_of
+from llava.formats.recorded_base import recorded_names
 from llava.formats.tokenizer import has_tokenizer, load_tokenizer
 from llava.model.llava import shapes
 from llava.tensors.files import ADAPTER_FILES, NON_LORA_FILE, PROJECTOR_FILE, Weights, open_weights
@@ -87,7 +87,7 @@ def licences(files: CheckpointFiles, detection: Detection) -> list[str]:
         found = match(files, detection)
     except LlavaError:
         return []
-    recorded = [*recorded_names(files, detection.format)]
+    recorded = [(name, where) for name, where, _ in recorded_names(files, detection.format)]
     if detection.format in ("llama", "llava") and (own := files.config.get("_name_or_path")):
         recorded.append((str(own), "config.json: _name_or_path"))
     for name, where in () if found.candidates else recorded:

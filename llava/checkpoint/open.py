@@ -3,25 +3,28 @@
 Reads config, headers and tokenizer, but no weights.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from llava.checkpoint.base_check import check_base_before_download
 from llava.checkpoint.detect import choose_template, detect, read_files
 from llava.config import LoadOptions
 from llava.errors import CheckpointError, ConfigError
 from llava.formats import FORMATS, clip
 from llava.formats.base_model import (
+    NoBaseError,
     check_base_format,
     check_heads,
     check_raw,
     check_vocabulary,
-    missing_base,
     warn_if_recorded_otherwise,
     wrong_base,
 )
 from llava.formats.format import Checkpoint, CheckpointFiles, Detection, Format, ReadConfig, Resolved
 from llava.formats.multimodal import projector_in
+from llava.formats.recorded_base import find_recorded_base
 from llava.formats.tokenizer import has_tokenizer, load_tokenizer
 from llava.model.llava import shapes
 from llava.preprocess.tokenizer import Tokenizer
@@ -30,10 +33,14 @@ from llava.tensors.hub import absolute_if_local, locate
 from llava.tensors.keymap import disk_names
 from llava.tensors.lazy import LazyTensor
 
+log = logging.getLogger(__name__)
+
 
 def open_checkpoint(source: str | Path | CheckpointFiles, options: LoadOptions | None = None) -> Checkpoint:
     """Resolves a checkpoint given as a folder, a hub id, or files already read. Raises CheckpointError, ConfigError."""
     options = _with_absolute_tower(options or LoadOptions())
+    if options.base is not None and not isinstance(source, CheckpointFiles):
+        check_base_before_download(options.base, source, options.revision)
     files = source if isinstance(source, CheckpointFiles) else read_files(source, options.revision)
     detection = detect(files)
     format = FORMATS.get(detection.format)
@@ -57,7 +64,9 @@ def _with_absolute_tower(options: LoadOptions) -> LoadOptions:
 def _unsupported(files: CheckpointFiles, detection: Detection) -> CheckpointError:
     why = f"{files.path}: has format {detection.format} ({detection.evidence[0]}), which"
     if detection.format == "clip":
-        return CheckpointError(f"{why} is only a vision tower; load a LLaVA model and set vision_tower= to this folder")
+        return CheckpointError(
+            f"{why} is only a vision tower; load a LLaVA model and set vision_tower= (--vision-tower) to this folder"
+        )
     readable = ", ".join(name for name, format in FORMATS.items() if format.reads)
     return CheckpointError(f"{why} this version cannot load; expected one of {readable}")
 
@@ -77,17 +86,34 @@ def resolve_base(
         if options.base is not None:
             raise ConfigError(
                 f"{files.path}: has format {detection.format} ({detection.evidence[0]}), which needs no base; "
-                "omit base="
+                "omit base= (--base)"
             )
         return None
-    if options.base is None:
-        raise missing_base(files, detection)
-    found = read_files(locate(options.base, what="base"))
+    found = read_files(base_source(files, detection, options))
     base_format = detect(found).format
     check_base_format(found, base_format, FORMATS.get(base_format), files, detection)
-    if detection.format != "delta":
-        warn_if_recorded_otherwise(files, detection.format, found)
-    return open_checkpoint(found, LoadOptions(vision=False, legacy_strip=options.legacy_strip, force=options.force))
+    base = open_checkpoint(found, LoadOptions(vision=False, legacy_strip=options.legacy_strip, force=options.force))
+    warn_if_recorded_otherwise(files, detection.format, base, found)
+    return base
+
+
+def base_source(files: CheckpointFiles, detection: Detection, options: LoadOptions) -> Path:
+    """Returns the folder of the base: the given one or, if none is given, the recorded one if it is on this machine.
+
+    Raises BaseModelError if there is neither.
+    """
+    if options.base is not None:
+        return locate(options.base, what="base")
+    if (recorded := find_recorded_base(files, detection.format)) is None:
+        raise NoBaseError(files, detection)
+    log.warning(
+        "%s: no base is given; uses the recorded base %s (%s = %s)",
+        files.path,
+        recorded.folder,
+        recorded.where,
+        recorded.name,
+    )
+    return recorded.folder
 
 
 @dataclass(frozen=True)
@@ -105,7 +131,8 @@ def read_tokenizer(
     """Loads the tokenizer from the checkpoint or, if it has none, from the base. Adds the checkpoint's new tokens."""
     own = base is None or has_tokenizer(files.path)
     folder = format.tokenizer_folder(files) if own or base is None else base.tokenizer_folder
-    tokenizer = load_tokenizer(folder, legacy_strip=options.legacy_strip, fast=format.fast_tokenizer)
+    fast = (FORMATS[base.format] if base else format).fast_tokenizer
+    tokenizer = load_tokenizer(folder, legacy_strip=options.legacy_strip, fast=fast)
     if base and tokenizer.id_of("<im_start>") is None and (new := format.new_tokens(files, tokenizer.size)):
         return ReadTokenizer(load_tokenizer(folder, legacy_strip=options.legacy_strip, more=new), folder, new)
     return ReadTokenizer(tokenizer, folder, {})
@@ -230,8 +257,7 @@ def _check_base(
     if checkpoint.format == "delta":
         check_raw(base, checkpoint.config.decoder, force)
     else:
-        rows = base.config.decoder.vocab_size, checkpoint.config.decoder.vocab_size
-        check_vocabulary(*rows, files, f"{base.path}: {wrong}", force)
+        check_vocabulary(base, checkpoint.config.decoder.vocab_size, files, f"{base.path}: {wrong}", force)
 
 
 def _sizes(shape: tuple[int, ...] | None) -> str:

@@ -16,17 +16,21 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from llava.cli.advice import AdviceFormatter, Command
 from llava.errors import LlavaError
 
 
 @contextmanager
-def guarded() -> Iterator[None]:
-    """Turns a LlavaError into one line on stderr and exit code 2, and Ctrl-C or SIGTERM into exit code 130."""
+def guarded(command: Command | None = None) -> Iterator[None]:
+    """Turns a LlavaError into one line on stderr and exit code 2, and Ctrl-C or SIGTERM into exit code 130.
+
+    command: whose options the line may advise; None for a script that has none of them.
+    """
     try:
         with _interrupt_on_sigterm():
             yield
     except LlavaError as error:
-        print(f"llava: {error}", file=sys.stderr)
+        print(f"llava: {(command or Command()).render(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("llava: interrupted", file=sys.stderr)
@@ -59,8 +63,12 @@ def command_line() -> str:
 
 
 class _Guarded(TyperGroup):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.obj = Command.running(self, list(args))
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
-        with guarded():
+        with guarded(ctx.obj):
             return super().invoke(ctx)
 
 
@@ -98,10 +106,13 @@ def progress_bar(what: str, unit: str = "bytes") -> Iterator[Callable[[int, int]
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of the `llava` console script."""
-    logging.basicConfig(format="llava: %(message)s", level=logging.WARNING)
+    line = sys.argv[1:] if args is None else args
     try:
         with guarded():  # also while the commands are put together
-            app(args, prog_name="llava")
+            handler = logging.StreamHandler()
+            handler.setFormatter(AdviceFormatter(Command.running(typer.main.get_command(app), line)))
+            logging.basicConfig(handlers=[handler], level=logging.WARNING)
+            app(line, prog_name="llava")
     finally:
         # registered last, so it runs first: Ctrl-C during the shutdown prints no traceback
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)

@@ -16,6 +16,15 @@ if TYPE_CHECKING:
 BaseModel = Annotated[
     str, typer.Option("--base", "--base-model-path", "--model-base", help="folder or hub id of the base LLM")
 ]
+RecordedBase = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        "--base-model-path",
+        "--model-base",
+        help="folder or hub id of the base LLM; default: the recorded base, if it is on this machine",
+    ),
+]
 Target = Annotated[
     Path,
     typer.Option(
@@ -62,7 +71,7 @@ class MergingOptions:
 @grouped
 def apply_delta(
     *,
-    base: BaseModel,
+    base: RecordedBase = None,
     target: Target,
     delta: Annotated[str, typer.Option("--delta", "--delta-path", help="folder or hub id of the published delta")],
     options: MergingOptions,
@@ -79,7 +88,7 @@ def apply_delta(
 @grouped
 def merge_lora(
     *,
-    base: BaseModel,
+    base: RecordedBase = None,
     target: Target,
     lora: Annotated[str, typer.Option("--lora", "--model-path", help="folder or hub id of the LoRA")],
     options: MergingOptions,

@@ -28,7 +28,9 @@ def tables(
     format: Annotated[
         str | None,
         typer.Option(
-            "--format", help="format to filter by, or part of its name: merged, delta, lora, projector or hf-reexport"
+            "--format",
+            help="format to filter by, or part of its name: merged (or llava), delta, lora, projector, hf-reexport "
+            "(or llava-hf)",
         ),
     ] = None,
     vision_encoder: Annotated[
@@ -97,7 +99,7 @@ def check(
             print(f"  {one.entry['id']}")
             _print_lines("    differs: ", one.differs.values())
     print("evidence:")
-    _print_lines("  ", (fact.evidence for fact in found.fingerprint.values()))
+    _print_lines("  ", (f"{name}: {fact.evidence}" for name, fact in found.fingerprint.items()))
 
 
 _SHOWN = 4  # number of nearest entries in text output; --json lists all

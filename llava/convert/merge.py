@@ -2,28 +2,28 @@
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from llava.checkpoint.base_check import check_base_before_download
 from llava.checkpoint.detect import detect, read_files
-from llava.checkpoint.open import check_headers, open_checkpoint
+from llava.checkpoint.open import base_source, check_headers, open_checkpoint
 from llava.config import LoadOptions, projector_depth
 from llava.convert.resume import resumable_folder
 from llava.errors import CheckpointError
 from llava.formats import FORMATS
 from llava.formats.clip import OWN_TOWER, OWN_TOWER_NAME, own_tower
 from llava.formats.format import TEMPLATE_KEY, Checkpoint, CheckpointFiles, Detection, to_disk
-from llava.formats.llama import llama_config
 from llava.formats.llava import rules_for
-from llava.formats.native import VERSION_KEY
+from llava.formats.on_base import described_by_itself
+from llava.formats.recorded_base import BASE_KEY
 from llava.formats.tokenizer import copy_tokenizer
 from llava.tensors.atomic import free_folder
 from llava.tensors.files import parsing
-from llava.tensors.hub import locate
 from llava.tensors.lazy import Cast, LazyTensor
 from llava.tensors.sums import AddDelta, WithLora, WithLoraRounded
 from llava.tensors.writer import MAX_SHARD_BYTES, OutputTensor, Progress, no_progress, write_index, write_json
@@ -59,7 +59,7 @@ class Merged:
 
 
 def apply_delta(
-    base: str | Path,
+    base: str | Path | None,
     target: Path,
     delta: str | Path,
     options: MergeOptions | None = None,
@@ -73,7 +73,7 @@ def apply_delta(
 
 
 def merge_lora(
-    base: str | Path,
+    base: str | Path | None,
     target: Path,
     lora: str | Path,
     options: MergeOptions | None = None,
@@ -89,25 +89,25 @@ def merge_lora(
 
 @advice()
 def merge(
-    format: str, base: str | Path, target: Path, path: str | Path, options: MergeOptions, progress: Progress
+    format: str, base: str | Path | None, target: Path, path: str | Path, options: MergeOptions, progress: Progress
 ) -> Merged:
     """Merges the delta or LoRA at `path` with its base and writes float16 shards to `target` (absent or empty).
 
+    base: None selects the recorded base, if it is on this machine.
     Files are written to `target.partial`, from which the same call resumes after an interruption. Only a few chunks are
     in memory at a time, regardless of model size. Raises CheckpointError.
     """
     started = time.perf_counter()
     free_folder(target)
+    if base is not None:
+        check_base_before_download(base, path, options.revision)
     files = read_files(path, options.revision)
     detection = detect(files)
     if detection.format != format:
         raise CheckpointError(_wrong_format(files, detection, format))
-    base_folder = locate(base, what="base")
-    whole = open_checkpoint(files, LoadOptions(base=base_folder, vision=False, force=options.force))
-    check_headers(whole)
-    _check_projector(whole, files)
-    config = _config(whole, files, base_folder)
-    outputs = [replace(out, force=options.force) for out in _outputs(whole, options.precise)]
+    base_folder = base_source(files, detection, LoadOptions(base=base))
+    result = _as_llava(files, base_folder, target, options) or _as_published(files, base_folder, options)
+    whole, outputs = result.whole, [replace(out, force=options.force) for out in result.outputs]
     inputs = {
         "base": _file_stats(base_folder),
         format: _file_stats(files.path),
@@ -122,16 +122,18 @@ def merge(
         taken_over = len(partial.sha256)
         shards = partial.write_shards(outputs, progress, options.max_shard_bytes)
         write_index(partial.folder / INDEX, shards)
-        write_json(partial.folder / "config.json", config | ({"mm_vision_tower": OWN_TOWER_NAME} if tower else {}))
+        write_json(
+            partial.folder / "config.json", result.config | ({"mm_vision_tower": OWN_TOWER_NAME} if tower else {})
+        )
+        result.write_extra(whole, partial.folder)
         if tower:
             shutil.copytree(tower, partial.folder / OWN_TOWER, dirs_exist_ok=True)
-        copy_tokenizer(whole.tokenizer_folder, partial.folder, whole.new_tokens)
         _check_reopens(partial.folder, whole)
         if options.verify:
             partial.verify(shards, progress)
     return Merged(
         folder=str(target),
-        base=str(base),
+        base=str(base or base_folder),
         evidence=detection.evidence,
         n_tensors=len(outputs),
         n_bytes=n_bytes,
@@ -140,6 +142,47 @@ def merge(
         verified=options.verify,
         sha256=dict(partial.sha256),
     )
+
+
+class _Result(NamedTuple):
+    """What a merge writes."""
+
+    whole: Checkpoint  # the delta or LoRA on its base
+    config: dict[str, Any]  # config.json
+    outputs: list[OutputTensor]
+    write_extra: Callable[[Checkpoint, Path], None]  # writes the tokenizer and everything else to a folder
+
+
+def _as_published(files: CheckpointFiles, base: Path, options: MergeOptions) -> _Result:
+    """Keeps the config.json of the delta or LoRA, or of a published base, like the original tools."""
+    whole = open_checkpoint(files, LoadOptions(base=base, vision=False, force=options.force))
+    check_headers(whole)
+    _check_projector(whole, files)
+    return _Result(whole, _config(whole, files), _outputs(whole, options.precise), _copy_tokenizer)
+
+
+def _copy_tokenizer(whole: Checkpoint, folder: Path) -> None:
+    copy_tokenizer(whole.tokenizer_folder, folder, whole.new_tokens)
+
+
+def _as_llava(files: CheckpointFiles, base: Path, target: Path, options: MergeOptions) -> _Result | None:
+    """Writes a new config.json if a LoRA without one is merged with a native or llava-hf base; returns None otherwise.
+
+    The result has the vocabulary rows and the image processing of the llava format.
+    """
+    if described_by_itself(files) or detect(read_files(base)).format not in ("native", "llava-hf"):
+        return None
+    opening = LoadOptions(base=base, image_mode="original", fetch_tower=False, force=options.force)
+    whole, llava = open_checkpoint(files, opening), FORMATS["llava"]
+    check_headers(whole)
+    prepared = llava.prepare(whole)
+    tensors, unused = (
+        {name: _in_float16(tensor, options.precise) for name, tensor in group.items()}
+        for group in (prepared.tensors, prepared.unused)
+    )
+    config = replace(prepared.config, dtype="float16")
+    prepared = replace(prepared, tensors=tensors, unused=unused, config=config)
+    return _Result(whole, llava.write_config(prepared), llava.outputs(prepared), llava.write_extra)
 
 
 def _check_projector(whole: Checkpoint, files: CheckpointFiles) -> None:
@@ -182,22 +225,15 @@ def _in_float16(tensor: LazyTensor, precise: bool) -> LazyTensor:
     return Cast(tensor, torch.float16)
 
 
-def _config(whole: Checkpoint, files: CheckpointFiles, base: Path) -> dict[str, Any]:
-    """Returns the merged config.json, based on that of the delta or LoRA, or else the base. Raises CheckpointError."""
-    config: Mapping[str, Any] = files.config or whole.source_config
-    if VERSION_KEY in config:  # our own config format, which other tools cannot read
-        if config.get("vision") or whole.config.decoder.kind != "llama":
-            raise CheckpointError(
-                f"{files.path}: has no config.json, and {base} is in native format; convert the base first: "
-                f"llava convert {base} OUT --to llava"
-            )
-        config = llama_config(whole.config, whole.tokenizer)
+def _config(whole: Checkpoint, files: CheckpointFiles) -> dict[str, Any]:
+    """Returns the merged config.json, based on that of the delta or LoRA, or else the base."""
+    config = files.config if described_by_itself(files) else whole.source_config
     changes: dict[str, Any] = {"torch_dtype": "float16"}
     if whole.format == "lora":
         changes["vocab_size"] = whole.config.decoder.vocab_size
         if whole.config.template and config.get("mm_vision_tower"):
             changes[TEMPLATE_KEY] = whole.config.template
-    return {**config, **changes}
+    return {key: value for key, value in config.items() if key != BASE_KEY} | changes
 
 
 def _check_reopens(folder: Path, whole: Checkpoint) -> None:

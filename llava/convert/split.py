@@ -4,12 +4,16 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from llava.checkpoint.open import check_headers, open_checkpoint
+from llava.checkpoint.detect import detect, read_files
+from llava.checkpoint.open import base_source, check_headers, open_checkpoint
 from llava.config import LoadOptions
 from llava.errors import CheckpointError
 from llava.formats.delta import write_delta
+from llava.formats.format import Checkpoint
 from llava.formats.llava import FileType, tower_name, write_own_tower
 from llava.formats.projector import write_projector
+from llava.formats.recorded_base import base_record
+from llava.tensors.hub import absolute_if_local
 from llava.tensors.writer import Progress, no_progress
 from llava.zoo.bases import advice
 
@@ -27,19 +31,16 @@ def make_delta(
 ) -> None:
     """Writes `model` - `base` as a delta; see `formats.delta.write_delta`. Raises CheckpointError."""
     options = LoadOptions(vision=False)
-    write_delta(
-        folder,
-        open_checkpoint(model, options),
-        open_checkpoint(base, options),
-        file_type=file_type,
-        progress=progress,
-    )
+    under = open_checkpoint(base, options)  # first: the model may have to be downloaded
+    whole = open_checkpoint(model, options)
+    write_delta(folder, whole, under, base_name=absolute_if_local(base), file_type=file_type, progress=progress)
 
 
 @advice()
 def extract_projector(source: str | Path, folder: Path, options: LoadOptions | None = None) -> int:
     """Writes the projector of any LLaVA model and records that model as the base. Returns the number of tensors.
 
+    The projector of a LoRA or delta belongs to the merged model, which has no name, so only its values are recorded.
     The embeddings of <im_start> and <im_end> are included if the model uses them. A vision tower stored in the
     checkpoint is also written, since it may be fine-tuned. Raises CheckpointError, ConfigError.
     """
@@ -61,16 +62,34 @@ def extract_projector(source: str | Path, folder: Path, options: LoadOptions | N
                 f"then extract the projector from the result: llava convert {found.path} OUT --to llava --base BASE"
             )
         rows = found.tensors["decoder.embed.weight"].rows(start, start + 2)
+    base = None if found.format in ("lora", "delta") else absolute_if_local(_base_of(found, source, options))
     write_projector(
         folder,
         config,
         {name: tensor.read() for name, tensor in projector.items()},
         vision_tower=tower_name(found, separate=True) or "",
-        base=str(options.base if found.format == "projector" else source),
+        base=base,
+        recorded=base_record(base, found.tensors),
         start_end=rows,
         tokenizer_from=found.tokenizer_folder if config.start_end else None,
         write_extra=lambda partial: write_own_tower(found, partial, separate=True),
     )
     if found.format in ("lora", "delta"):
-        log.warning("%s: requires the merged language model of %s as its base; merge that model first", folder, source)
+        log.warning(
+            "%s: its base is %s merged into one model, as written by llava convert %s OUT --to llava --base %s",
+            folder,
+            source,
+            source,
+            options.base or "BASE",
+        )
     return len(projector) + (rows is not None)
+
+
+def _base_of(found: Checkpoint, source: str | Path, options: LoadOptions) -> str | Path:
+    """Returns the language model to which the extracted projector belongs."""
+    if found.format != "projector":
+        return source
+    if options.base is not None:
+        return options.base
+    files = read_files(source, options.revision)
+    return base_source(files, detect(files), options)

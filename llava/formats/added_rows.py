@@ -18,14 +18,14 @@ VOCAB_TABLES = ("decoder.embed.weight", "decoder.head.weight")  # tables with on
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 VOCAB_KEY = "llava_vocab_size"  # our own config.json key: number of vocabulary rows, excluding the added rows
 _FILE = "llava_hf_rows.safetensors"
-_FORMATS = ("llava-hf", "native")  # formats that may contain the added rows
+_FORMATS = ("llava-hf", "native", "lora", "projector")  # may contain the added rows, the last two from their base
 
 
 def without_added_rows(checkpoint: Checkpoint) -> Checkpoint:
     """Returns the checkpoint without the added rows."""
     if checkpoint.format not in _FORMATS:
         return checkpoint
-    recorded = read_json(checkpoint.path / "config.json").get(VOCAB_KEY)
+    recorded = checkpoint.source_config.get(VOCAB_KEY)
     rows = recorded if isinstance(recorded, int) else checkpoint.tokenizer.id_of(IMAGE_TOKEN)
     if rows is None or not 0 < rows <= checkpoint.config.decoder.vocab_size:
         return checkpoint

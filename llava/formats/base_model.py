@@ -5,16 +5,16 @@ Only names recorded inside files count as evidence; folder names and hub ids pas
 
 import logging
 import re
-import shlex
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava.config import DecoderConfig
-from llava.errors import CheckpointError
+from llava.errors import CheckpointError, MissingBaseError
+from llava.formats.added_rows import without_added_rows
 from llava.formats.format import Checkpoint, CheckpointFiles, Detection, Format
 from llava.formats.native import VERSION_KEY
-from llava.tensors.files import read_json_if_present
+from llava.formats.recorded_base import has_recorded_values, recorded_names, warn_about_other_values
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +38,10 @@ class NeededBase(NamedTuple):
 
 
 class BaseModelError(CheckpointError):
-    """The base model is missing or does not match the checkpoint.
+    """The base model does not match the checkpoint.
 
     `render` builds the message from a `NeededBase`; `needed` defaults to the base recorded in the files.
-    `zoo.bases.advice` re-raises the error with the base from the catalogue.
+    `zoo.bases.advice` raises the error again with the base from the catalogue.
     """
 
     def __init__(
@@ -54,25 +54,42 @@ class BaseModelError(CheckpointError):
         super().__init__(render(needed or recorded_base(files, detection.format)))
         self.files, self.detection, self.render = files, detection, render
 
+    def naming(self, needed: NeededBase) -> CheckpointError:
+        """Returns the same error with another needed base."""
+        return BaseModelError(self.files, self.detection, self.render, needed)
 
-def recorded_names(files: CheckpointFiles, format: str) -> Iterator[tuple[str, str]]:
-    """Yields the base names recorded in the files, most reliable first, each with the file and key that contain it.
 
-    In a delta or a whole model, `_name_or_path` is the model's own name, so it is not read.
-    """
-    try:
-        adapter = read_json_if_present(files.path / "adapter_config.json") if format == "lora" else {}
-    except CheckpointError:  # the error is reported when the LoRA is opened
-        adapter = {}
-    if named := adapter.get("base_model_name_or_path"):
-        yield str(named), "adapter_config.json: base_model_name_or_path"
-    if format in ("lora", "projector") and (named := files.config.get("_name_or_path")):
-        yield str(named), "config.json: _name_or_path"
+class NoBaseError(MissingBaseError):
+    """The base model is neither given nor recorded and on this machine. See `BaseModelError`."""
+
+    def __init__(self, files: CheckpointFiles, detection: Detection, needed: NeededBase | None = None):
+        self.files, self.detection = files, detection
+        needed = needed or recorded_base(files, detection.format)
+        format = detection.format
+        super().__init__(
+            f"{files.path}: detected format {format} ({detection.evidence[0]}), which needs its base, "
+            f"{needed.describe(format)} ({needed.evidence})",
+            str(files.path),
+            *_example(needed),
+        )
+
+    def naming(self, needed: NeededBase) -> CheckpointError:
+        return NoBaseError(self.files, self.detection, needed)
+
+
+def _example(needed: NeededBase) -> tuple[str, str]:
+    """Returns a base to pass, and the command that creates it or ""."""
+    example = needed.names[0] if needed.names else "FOLDER_OR_HUB_ID"
+    if not example.endswith("-delta-v0"):
+        return example, ""
+    whole = example.split("/")[-1].replace("-delta", "")  # Vicuna v0 was published only as a delta
+    raw = f"huggyllama/llama-{'13b' if '13b' in whole else '7b'}"
+    return whole, f"llava apply-delta --base {raw} --target {whole} --delta {example}"
 
 
 def recorded_base(files: CheckpointFiles, format: str) -> NeededBase:
     """Returns the base model recorded in the checkpoint's files; `names` is empty if none is recorded."""
-    for name, where in recorded_names(files, format):
+    for name, where, _ in recorded_names(files, format):
         return NeededBase([name], f"{where} = {name}")
     return NeededBase([], "its files do not say which")
 
@@ -95,45 +112,19 @@ def comparable_name(name: str) -> str:
 # ------------------------------------------------------------------------------------------------------------ checks
 
 
-def missing_base(files: CheckpointFiles, detection: Detection) -> BaseModelError:
-    """Returns the error to raise when the user did not pass the required base."""
-
-    def render(needed: NeededBase) -> str:
-        example, first = needed.names[0] if needed.names else "FOLDER_OR_HUB_ID", ""
-        if example.endswith("-delta-v0"):  # Vicuna v0 was published only as a delta
-            whole = example.split("/")[-1].replace("-delta", "")
-            raw = f"huggyllama/llama-{'13b' if '13b' in whole else '7b'}"
-            first = (
-                f"; this base is published only as a delta; first run: llava apply-delta --base {raw} --target {whole} "
-                f"--delta {example}"
-            )
-            example = whole
-        return (
-            f"{files.path}: detected format {detection.format} ({detection.evidence[0]}), which needs its base, "
-            f"{needed.describe(detection.format)} ({needed.evidence}); pass the folder or hub id as base= (--base): "
-            f"llava ask IMAGE QUESTION --model {shlex.quote(str(files.path))} --base {example}{first}"
-        )
-
-    return BaseModelError(files, detection, render)
-
-
 def check_base_format(
     base: CheckpointFiles, format: str, known: Format | None, files: CheckpointFiles, detection: Detection
 ) -> None:
     """Raises BaseModelError if the format or architecture of `base` rules it out as the base of `files`."""
-    if known is None or not known.reads or known.needs_base or format == "llava-hf":
-        why = "not a language model by itself"
-        if format == "llava-hf":
-            why = (
-                "a re-export for transformers, with added vocabulary rows; pass the original base, or convert this "
-                "one: llava convert FOLDER OUT --to llama"
-            )
+    is_llava = detection.format == "delta" and format == "llava-hf"
+    if known is None or not known.reads or known.needs_base or is_llava:
+        why = "a LLaVA" if is_llava else "not a language model by itself"
         raise BaseModelError(
             files,
             detection,
             lambda needed: (
                 f"{base.path}: has format {format}, which cannot be the base of a {detection.format} checkpoint "
-                f"({why}); set base= to {needed.describe(detection.format)}"
+                f"({why}); pass {needed.describe(detection.format)} as base= (--base)"
             ),
         )
     has, asked = _architecture(base.config or known.published_config(base)), _architecture(files.config)
@@ -167,13 +158,15 @@ def check_heads(has: DecoderConfig, asked: DecoderConfig, base: Path, who: str, 
             raise CheckpointError(f"{base}: {name} is {one}, but {who} {other}, so it is {wrong}")
 
 
-def check_vocabulary(rows: int, result: int, files: CheckpointFiles, wrong: str, force: bool) -> None:
-    """Checks `vocab_size` in config.json against the row counts of the base (`rows`) and combined model (`result`).
+def check_vocabulary(base: Checkpoint, result: int, files: CheckpointFiles, wrong: str, force: bool) -> None:
+    """Checks `vocab_size` in config.json against the row counts of the base and of the combined model (`result`).
 
-    If it matches neither, raises CheckpointError, or logs a warning if `force` is true.
+    The rows that llava-hf adds to a base may be counted or not. If no count matches, raises CheckpointError, or logs a
+    warning if `force` is true.
     """
-    stated = files.config.get("vocab_size")
-    if isinstance(stated, int) and stated not in (rows, result):
+    stated, rows = files.config.get("vocab_size"), base.config.decoder.vocab_size
+    plain = without_added_rows(base).config.decoder.vocab_size
+    if isinstance(stated, int) and stated not in (rows, plain, result):
         refuse_or_warn(f"{wrong}: it has {rows} vocabulary rows, but {files.path} specifies {stated}", force)
 
 
@@ -215,12 +208,36 @@ def refuse_or_warn(text: str, force: bool) -> None:
     log.warning("%s", text)
 
 
-def warn_if_recorded_otherwise(files: CheckpointFiles, format: str, base: CheckpointFiles) -> None:
-    """Warns if the base name recorded in a LoRA or projector differs from the name in the base's own config.json."""
-    own = str(base.config.get("_name_or_path") or "")
-    name, where = next(recorded_names(files, format), ("", ""))
-    if name and own and comparable_name(own) != comparable_name(name):
-        log.warning(
-            f"{files.path}: {where} = {name}, but config.json of the base {base.path} has _name_or_path = "
-            f"{own}; answers are worse with a different base"
-        )
+def warn_if_recorded_otherwise(files: CheckpointFiles, format: str, base: Checkpoint, found: CheckpointFiles) -> None:
+    """Warns if a base differs from the one recorded in a LoRA, projector or delta, by the evidence that there is.
+
+    These are values of the base's tensors or, if none were recorded, names and the config's numbers. found: the files
+    of `base`.
+    """
+    if has_recorded_values(files):
+        warn_about_other_values(files, base)
+    elif format != "delta" and (evidence := _other_base(files, format, base, found)):
+        log.warning("%s: %s; answers are worse with a different base", files.path, evidence)
+
+
+def _other_base(files: CheckpointFiles, format: str, base: Checkpoint, found: CheckpointFiles) -> str | None:
+    """Returns evidence that the base is another one than recorded: by name or, if one has no name, by its config."""
+    name, where, _ = next(recorded_names(files, format), ("", "", None))
+    cached = next((part for part in found.path.parts if part.startswith("models--")), "")  # in the hub's cache
+    own = "/".join(cached.split("--")[1:]) or str(found.config.get("_name_or_path") or "")
+    if not name or not own:
+        return _other_numbers(files, base)
+    if comparable_name(own) == comparable_name(name):
+        return None
+    evidence = f"the base is {own}" if cached else f"config.json of the base {found.path} has _name_or_path = {own}"
+    return f"{where} = {name}, but {evidence}"
+
+
+def _other_numbers(files: CheckpointFiles, base: Checkpoint) -> str | None:
+    """Compares numbers that differ between versions of a model of the same size, such as Vicuna 1.3 and 1.5."""
+    decoder = base.config.decoder
+    for key, value in (("rms_norm_eps", decoder.eps), ("rope_theta", decoder.rope_theta)):
+        stated = files.config.get(key)
+        if decoder.kind == "llama" and isinstance(stated, int | float) and stated != value:
+            return f"config.json has {key} = {stated}, but the base {base.path} has {value}"
+    return None

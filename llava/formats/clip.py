@@ -143,7 +143,9 @@ def read_tower(folder: Path, *, needed: bool = True) -> dict[str, LazyTensor]:
     """Returns a CLIP folder's tensors. Raises CheckpointError if any is unknown, or if `needed` and there are none."""
     weights = open_weights(folder)
     if not weights and needed:
-        raise CheckpointError(f"{folder}: contains no vision tower weights; set vision_tower= to a folder with weights")
+        raise CheckpointError(
+            f"{folder}: contains no vision tower weights; set vision_tower= (--vision-tower) to a folder with weights"
+        )
     resolved = resolved_by(plan(weights, RULES), weights)
     if resolved.unknown:
         raise unknown_tensors(resolved.unknown)
@@ -183,7 +185,7 @@ def vision_config(
         )
     except KeyError as key:
         raise ConfigError(
-            f"{where}: is not a CLIP config ({key} is missing); set vision_tower= to a CLIP folder"
+            f"{where}: is not a CLIP config ({key} is missing); set vision_tower= (--vision-tower) to a CLIP folder"
         ) from None
 
 

@@ -13,12 +13,14 @@ from llava.formats.clip import OWN_TOWER, own_tower
 from llava.formats.format import Checkpoint, CheckpointFiles, Resolved, to_disk
 from llava.formats.llava import WRITERS, FileType, rules_for
 from llava.formats.on_base import PartOfModel, base_tensors, llava_rules, read_part
+from llava.formats.recorded_base import base_record
 from llava.formats.tokenizer import copy_tokenizer
 from llava.preprocess.tokenizer import Tokenizer
 from llava.tensors.atomic import new_folder
+from llava.tensors.files import read_json
 from llava.tensors.lazy import Cast, LazyTensor
 from llava.tensors.sums import AddDelta
-from llava.tensors.writer import Progress, no_progress, write_shards
+from llava.tensors.writer import Progress, no_progress, write_json, write_shards
 
 _DIFFERENCE = 0.1  # a checkpoint is a delta if |mean| of the final norm's weight is below this
 
@@ -65,13 +67,15 @@ def write_delta(
     model: Checkpoint,
     base: Checkpoint,
     *,
+    base_name: str | None = None,
     file_type: FileType = "bin",
     progress: Progress = no_progress,
 ) -> None:
     """Streams `model` - `base` to disk in float16; tensors and rows absent from the base are written in full.
 
     Both checkpoints must be opened without vision. `model` must be in the llava format; its config and tokenizer are
-    copied. Applying the delta restores the model up to float16 rounding of the differences. Raises CheckpointError.
+    copied. Applying the delta restores the model up to float16 rounding of the differences. base_name: folder or hub id
+    of the base, recorded in config.json with a few of its values. Raises CheckpointError.
     """
     if model.format != "llava":
         raise CheckpointError(f"{model.path}: has format {model.format}; a delta requires the llava format")
@@ -81,7 +85,10 @@ def write_delta(
     outputs = [replace(out, dtype=torch.float16) for out in to_disk(tensors, model.config, rules)]
     with new_folder(folder, sum(out.n_bytes for out in outputs)) as partial:
         write_shards(partial, outputs, progress, writer=WRITERS[file_type])
-        shutil.copyfile(model.path / "config.json", partial / "config.json")
+        config = read_json(model.path / "config.json") | base_record(
+            base_name or str(base.path.absolute()), base.tensors
+        )
+        write_json(partial / "config.json", config)
         copy_tokenizer(model.path, partial)
         if tower := own_tower(model.path):
             shutil.copytree(tower, partial / OWN_TOWER)

@@ -1,10 +1,10 @@
 """The llava-hf format of transformers: nested configs, its own tensor names, and vocabulary rows for <image> and <pad>.
 
-Reads the layout of transformers up to 4.51 and the layout since 4.52. Writes the former, which all versions can open.
+Reads the tensor names of every version of transformers. Writes those of versions up to 4.51, which all versions can
+open.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -44,12 +44,14 @@ _PROJECTOR = tuple(
     for param in ("weight", "bias")
 )
 RULES = (
-    # up to transformers 4.51
+    # up to transformers 4.51, and what `save_pretrained` of later versions writes
     *prefixed("language_model.", llama.RULES),
     *prefixed("vision_tower.vision_model.", clip.TOWER),
+    *prefixed("vision_tower.", clip.TOWER),  # since 5.0, for a model that was not loaded from older files
     *_PROJECTOR,
     Rule("image_newline", "newline"),
-    # since 4.52
+    *prefixed("language_model.", llama.LAYERS),  # LlavaModel, without a head
+    # the names of the modules since 4.52, as in `state_dict`
     *prefixed("model.language_model.", llama.LAYERS),
     Rule("lm_head.weight", "decoder.head.weight"),
     *prefixed("model.vision_tower.vision_model.", clip.TOWER),
@@ -85,10 +87,9 @@ class LlavaHf(Format):
     def read_config(
         self, files: CheckpointFiles, tensors: Mapping[str, LazyTensor], base: Checkpoint | None, options: LoadOptions
     ) -> ReadConfig:
-        mode = options.image_mode or _image_mode(files.config, processor_config(files.path))
         config = self.published_config(files)
         decoder = llama.decoder_config(config, shapes_of(tensors), files.config_file)
-        return read_model_config(files.path, config, decoder, tensors, replace(options, image_mode=mode))
+        return read_model_config(files.path, config, decoder, tensors, options)
 
     # ------------------------------------------------------------------------------------------------- writing
 
@@ -185,7 +186,7 @@ def _flattened(config: Mapping[str, Any], processor: Mapping[str, Any], where: P
         raise ConfigError(f"{where}: vision_feature_select_strategy is {strategy!r}; expected default or full")
     grid = config.get("image_grid_pinpoints") or processor.get("image_grid_pinpoints")
     aspect = "anyres" if grid else "pad"  # in image mode `hf`, `pad` means a center crop
-    ours = ("tokenizer_model_max_length", "tokenizer_padding_side", IMAGE_MODE_KEY, TEMPLATE_KEY)  # our additional keys
+    ours = ("tokenizer_model_max_length", "tokenizer_padding_side", TEMPLATE_KEY, VOCAB_KEY)  # our additional keys
     return {
         **{key: value for key, value in text.items() if key != "architectures"},
         "torch_dtype": config.get("torch_dtype") or config.get("dtype") or text.get("torch_dtype"),
@@ -199,6 +200,7 @@ def _flattened(config: Mapping[str, Any], processor: Mapping[str, Any], where: P
         "image_aspect_ratio": config.get("image_aspect_ratio") or aspect,
         "image_grid_pinpoints": grid,
         "mm_patch_merge_type": "spatial_unpad" if grid else "flat",
+        IMAGE_MODE_KEY: _image_mode(config, processor),
         **{key: config[key] for key in ours if key in config},
     }
 

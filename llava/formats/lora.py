@@ -3,62 +3,87 @@
 O rows of a matrix   I columns of a matrix   r rank
 """
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from llava.config import LlavaConfig
+from llava.config import LlavaConfig, LoadOptions
 from llava.errors import CheckpointError, ConfigError
-from llava.formats.format import Checkpoint, CheckpointFiles, Resolved
+from llava.formats.adapter_config import ADAPTER_CONFIG, LoraSettings, read_settings
+from llava.formats.adapter_tensors import Adapter, FactorPair, adapter_weights, read_adapter, without_wrappers
+from llava.formats.format import Checkpoint, CheckpointFiles, ReadConfig, Resolved
 from llava.formats.llava import WRITERS, FileType, from_memory, llava_config, rules_for
-from llava.formats.on_base import PartOfModel, PartTensors, base_tensors, llava_rules, non_empty, read_part
+from llava.formats.on_base import PartOfModel, adapter_rules, base_tensors, read_part
 from llava.formats.tokenizer import copy_tokenizer, load_tokenizer
+from llava.model.llava import shapes
 from llava.preprocess.tokenizer import Tokenizer
 from llava.tensors.atomic import new_folder
-from llava.tensors.files import ADAPTER_FILES, NON_LORA_FILE, Weights, parsing, read_json
-from llava.tensors.keymap import Rule, disk_names, target_of
-from llava.tensors.lazy import InMemory, LazyTensor
+from llava.tensors.files import NON_LORA_FILE, Weights
+from llava.tensors.keymap import Rule, Target, disk_names, target_of
+from llava.tensors.lazy import Concat, InMemory, LazyTensor, Slice
 from llava.tensors.sums import LoraPair, WithLora
 from llava.tensors.torch_zip import write_torch
 from llava.tensors.writer import OutputTensor, byte_counter, no_progress, output, write_json
 
-Scale = Callable[[str, int], float]  # (module name, rank) -> scaling factor of B @ A
+log = logging.getLogger(__name__)
+
 _EMBEDDING_TABLES = ("embed_tokens.weight", "wte.weight")
-_CONFIG_FILE = "adapter_config.json"
 
 
 class Lora(PartOfModel):
-    """Format of LoRAs: adapter_config.json, adapter_model.*, and fine-tuned weights in non_lora_trainables.bin."""
+    """Format of LoRAs: adapter_config.json, adapter_model.*, and fine-tuned weights in non_lora_trainables.bin.
+
+    Tensors have the names of LLaVA's own code or those of transformers' models, which llava-hf folders contain.
+    """
 
     name = "lora"
     exact = False  # adapted tensors are computed as W + scale * B @ A in float32
 
     def detect(self, files: CheckpointFiles) -> list[str]:
-        found = (files.path / _CONFIG_FILE).is_file()
+        found = (files.path / ADAPTER_CONFIG).is_file()
         return ["adapter_config.json is present: a LoRA, to be added to a base model"] * found
 
     def resolve(self, files: CheckpointFiles, base: Checkpoint | None, tokenizer: Tokenizer) -> Resolved:
         """Adds the LoRA to the base model's matrices; fully fine-tuned tensors replace the base model's tensors."""
         assert base
-        rules, extra = llava_rules(base), files.path / NON_LORA_FILE
+        rules, extra = adapter_rules(base), files.path / NON_LORA_FILE
+        settings = read_settings(files.path / ADAPTER_CONFIG)
         weights = Weights([extra] if extra.is_file() else [])
-        trained = read_part(weights, _without_wrappers(weights), rules)
-        file = next((files.path / name for name in ADAPTER_FILES if (files.path / name).is_file()), None)
-        if file is None:
-            raise CheckpointError(f"{files.path}: has no {' or '.join(ADAPTER_FILES)}; download the LoRA again")
-        factors, saved = _read_adapter(Weights([file]), rules)
-        tensors = {**base_tensors(base), **trained.tensors, **saved.tensors}
-        scale = _read_scale(files.path / _CONFIG_FILE)
+        trained = read_part(weights, without_wrappers(weights), rules)
+        adapter = read_adapter(adapter_weights(files.path), settings, rules)
+        own = {**trained.tensors, **adapter.full.tensors}
+        under = _Base(base.path, {**base_tensors(base), **own}, rules)
+        if "projector.0.weight" not in own:
+            _tell_where_the_projector_is(under, adapter, files.path)
+        tensors = {**under.tensors, **_with_replaced_parts(adapter.parts, under, files.path)}
         pairs: dict[str, list[LoraPair]] = {}
-        for name, pair in factors.items():
-            ours, placed = _place(name, pair, scale, tensors, rules, base.path, file)
+        unneeded: list[str] = []
+        for name, factors in adapter.factors.items():
+            if under.omits(name):
+                unneeded += (name for tensor in factors.tensors.values() for name in tensor.names)
+                continue
+            ours, placed = _place(name, factors, settings, under, files.path)
             pairs.setdefault(ours, []).append(placed)
         tensors |= {ours: WithLora(tensors[ours], placed) for ours, placed in pairs.items()}
-        return Resolved(tensors, trained.dropped + saved.dropped, trained.unknown | saved.unknown)
+        dropped = (*trained.dropped, *adapter.full.dropped, *unneeded)
+        return Resolved(tensors, dropped, trained.unknown | adapter.full.unknown)
+
+    def read_config(
+        self, files: CheckpointFiles, tensors: Mapping[str, LazyTensor], base: Checkpoint | None, options: LoadOptions
+    ) -> ReadConfig:
+        read = super().read_config(files, tensors, base, options)
+        if base and read.config.vision and "projector.0.weight" not in tensors:
+            raise CheckpointError(
+                f"{files.path}: describes a LLaVA, but has no {NON_LORA_FILE} with its projector, and the base "
+                f"{base.path} is a language model without a projector; download {NON_LORA_FILE} from where the LoRA "
+                "came from, or pass a LLaVA as base= (--base)"
+            )
+        return read
 
     def new_tokens(self, files: CheckpointFiles, first_id: int) -> dict[str, int]:
         extra = files.path / NON_LORA_FILE
@@ -74,97 +99,91 @@ class Lora(PartOfModel):
 # ----------------------------------------------------------------------------------------------------------- reading
 
 
-def _without_wrappers(names: Weights) -> dict[str, str]:
-    """Maps each tensor name, stripped of PEFT and DeepSpeed wrapper prefixes, to its name in the file."""
-    return {re.sub(_WRAPPERS, "", name): name for name in names}
+class _Base(NamedTuple):
+    """What a LoRA is added to."""
 
+    path: Path
+    tensors: dict[str, LazyTensor]
+    rules: tuple[Rule, ...]
 
-_WRAPPERS = r"^(?:(?:base_model|module|_forward_module)\.|model\.(?=(?:model|module|transformer|lm_head)\.))+"
+    def omits(self, name: str) -> bool:
+        """Whether `name` belongs to a block of the vision tower that LLaVA does not use, and that the base omits."""
+        target = target_of(name, self.rules)
+        block = re.match(r"vision\.blocks\.\d+\.", target.ours) if target else None
+        if block is None or "vision.cls" not in self.tensors:
+            return False
+        prefix = block[0]
+        return not any(ours.startswith(prefix) for ours in self.tensors)
 
-
-def _read_adapter(weights: Weights, rules: tuple[Rule, ...]) -> tuple[dict[str, dict[str, LazyTensor]], PartTensors]:
-    """Returns the factors A and B, keyed by matrix name, and the tensors that PEFT saved in full (modules_to_save)."""
-    factors: dict[str, dict[str, LazyTensor]] = {}
-    full: dict[str, str] = {}
-    for plain, name in _without_wrappers(weights).items():
-        if match := re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", plain):
-            factors.setdefault(f"{match[1]}.weight", {})[match[2]] = non_empty(weights, name)
-        else:
-            full[re.sub(r"\.(modules_to_save(\.default)?|base_layer)\.", ".", plain)] = name
-    return factors, read_part(weights, full, rules)
-
-
-def _read_scale(file: Path) -> Scale:
-    """Returns a function that computes the scaling factor of B @ A. Raises CheckpointError for unsupported variants."""
-    config = read_json(file)
-    for key in ("fan_in_fan_out", "use_dora", "layer_replication", "lora_bias", "use_qalora"):
-        if config.get(key):
-            raise CheckpointError(
-                f"{file}: {key} is {config[key]!r}, which is not supported; merge the LoRA into its base with peft"
+    def find(self, name: str, lora: Path) -> tuple[Target, LazyTensor]:
+        """Returns the tensor of the base that the LoRA's tensor `name` changes. Raises CheckpointError."""
+        target = target_of(name, self.rules)
+        if target and target.ours in self.tensors:
+            return target, self.tensors[target.ours]
+        why = "pass the base model of this LoRA"
+        if target and target.ours.startswith("vision."):
+            why = (
+                f"the base only refers to its vision tower; first write both into one folder with llava convert "
+                f"{self.path} OUT --to native, and pass that folder as base= (--base)"
             )
-    if str(start := config.get("init_lora_weights")).lower().startswith(_INITS_THAT_CHANGE_THE_BASE):
-        raise CheckpointError(
-            f"{file}: init_lora_weights is {start!r}, which changes the base weights, so the LoRA does not match the "
-            "original base; save the LoRA with peft's path_initial_model_for_weight_conversion, or merge it with peft"
-        )
-    if (peft_type := config.get("peft_type", "LORA")) != "LORA":
-        raise CheckpointError(f"{file}: peft_type is {peft_type!r}; expected LORA")
-    with parsing(file):
-        default, rslora = float(config["lora_alpha"]), bool(config.get("use_rslora"))
-        own = {str(key): float(alpha) for key, alpha in (config.get("alpha_pattern") or {}).items()}
-    for key in own:
-        try:
-            re.compile(_module_pattern(key))
-        except re.error as error:
+        raise CheckpointError(f"{lora}: adapts {name}, which {self.path} lacks; {why}")
+
+
+def _tell_where_the_projector_is(base: _Base, adapter: Adapter, lora: Path) -> None:
+    """Logs a line about a LoRA without a projector of its own, unless it belongs to a plain language model."""
+    if "projector.0.weight" in base.tensors:
+        log.warning("%s: has no projector of its own; uses the projector of the base %s", lora, base.path)
+    elif any("language_model." in name for name in adapter.factors):
+        text = "%s: was made on a LLaVA, but the base %s is a language model without vision; pass a LLaVA as base= "
+        log.warning(f"{text}(--base) to use images", lora, base.path)
+
+
+def _first_row(target: Target, n_rows: int, n_own: int) -> int | None:
+    """Returns the row at which a part with `n_own` rows starts in a concatenated tensor, or None if it does not fit.
+
+    k and v may have fewer rows than q (grouped-query attention), so their first rows are counted from the end of qkv.
+    """
+    n_all = target.n_parts * n_own
+    fits = n_all <= n_rows if target.part else n_own <= n_rows <= n_all
+    first = n_rows - (target.n_parts - target.part) * n_own if target.part else 0
+    return first if fits else None
+
+
+def _with_replaced_parts(parts: Mapping[str, LazyTensor], base: _Base, folder: Path) -> dict[str, LazyTensor]:
+    """Returns the base's tensors of which only some parts, such as the biases of q and v, were saved in full."""
+    found: dict[str, LazyTensor] = {}
+    for name, part in parts.items():
+        if base.omits(name):
+            continue
+        target, whole = base.find(name, folder)
+        first = _first_row(target, whole.shape[0], part.shape[0])
+        if first is None or part.shape[1:] != whole.shape[1:]:
             raise CheckpointError(
-                f"{file}: alpha_pattern key {key!r} is not a regular expression ({error}); download the LoRA again"
-            ) from None
-
-    def scale(name: str, r: int) -> float:
-        module = name.removesuffix(".weight")
-        alpha = next((own[key] for key in own if re.fullmatch(_module_pattern(key), module)), default)
-        return alpha / (r**0.5 if rslora else r)
-
-    return scale
+                f"{part.where}: has shape {list(part.shape)}, but in {base.path} q, k and v together have "
+                f"{list(whole.shape)}; pass the base model of this LoRA"
+            )
+        whole, end = found.get(target.ours, whole), first + part.shape[0]
+        rest = [Slice(whole, low, high) for low, high in ((0, first), (end, whole.shape[0])) if low < high]
+        found[target.ours] = Concat([*rest[: first > 0], part, *rest[first > 0 :]])
+    return found
 
 
-_INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-def _module_pattern(key: str) -> str:
-    """Returns a regex that matches module names whose last components match `key`, a key of alpha_pattern."""
-    return rf"(.*\.)?({key})"
-
-
-def _place(
-    name: str,
-    factors: Mapping[str, LazyTensor],
-    scale: Scale,
-    tensors: Mapping[str, LazyTensor],
-    rules: tuple[Rule, ...],
-    base: Path,
-    file: Path,
-) -> tuple[str, LoraPair]:
+def _place(name: str, factors: FactorPair, settings: LoraSettings, base: _Base, folder: Path) -> tuple[str, LoraPair]:
     """Returns our name for the matrix that `factors` adapt, and the `LoraPair` to add to it. Raises CheckpointError."""
-    if missing := {"A", "B"} - set(factors):
-        raise CheckpointError(f"{file}: has no lora_{missing.pop()} for {name}; download the LoRA again")
-    target, a, b = target_of(name, rules), factors["A"], factors["B"]
-    if target is None or target.ours not in tensors:
-        raise CheckpointError(f"{file}: adapts {name}, which {base} lacks; pass the base model of this LoRA")
-    shape = tensors[target.ours].shape
-    if not len(shape) == len(a.shape) == len(b.shape) == 2:
-        raise CheckpointError(f"{file}: adapts {name}, which is not a matrix; only LoRAs of matrices are supported")
-    rows, columns = shape
-    # k and v may have fewer rows than q (grouped-query attention), so their first rows are counted from the end of qkv
-    first = rows - (target.n_parts - target.part) * b.shape[0] if target.part else 0
-    n_all = target.n_parts * b.shape[0]
-    fits = n_all <= rows if target.part else b.shape[0] <= rows <= n_all
-    if a.shape[1] != columns or a.shape[0] != b.shape[1] or not fits:
+    if missing := {"A", "B"} - set(factors.tensors):
+        raise CheckpointError(f"{folder}: has no lora_{missing.pop()} for {name}; download the LoRA again")
+    target, matrix = base.find(name, folder)
+    a, b = factors.tensors["A"], factors.tensors["B"]
+    if not len(matrix.shape) == len(a.shape) == len(b.shape) == 2:
+        raise CheckpointError(f"{folder}: adapts {name}, which is not a matrix; only LoRAs of matrices are supported")
+    rows, columns = matrix.shape
+    first = _first_row(target, rows, b.shape[0])
+    if a.shape[1] != columns or a.shape[0] != b.shape[1] or first is None:
         raise CheckpointError(
-            f"{file}: adapts {name} as a {b.shape[0]} x {a.shape[1]} matrix, but in {base} it is {rows} x {columns}"
-            f"{' (q, k and v together)' * (target.n_parts > 1)}; pass the base model of this LoRA"
+            f"{folder}: adapts {name} as a {b.shape[0]} x {a.shape[1]} matrix, but in {base.path} it is "
+            f"{rows} x {columns}{' (q, k and v together)' * (target.n_parts > 1)}; pass the base model of this LoRA"
         )
-    return target.ours, LoraPair(first, a, b, scale(name, a.shape[0]))
+    return target.ours, LoraPair(first, a, b, settings.scale(factors.module, a.shape[0]))
 
 
 # ----------------------------------------------------------------------------------------------------------- writing
@@ -208,7 +227,7 @@ def write_lora(
     with new_folder(folder, n_bytes) as partial:
         WRITERS[file_type](partial / f"adapter_model.{file_type}", adapter, byte_counter(adapter, no_progress))
         write_torch(partial / NON_LORA_FILE, trained, byte_counter(trained, no_progress))
-        write_json(partial / _CONFIG_FILE, _adapter_config(adapter, r, alpha, dropout, base))
+        write_json(partial / ADAPTER_CONFIG, _adapter_config(adapter, r, alpha, dropout, base))
         write_json(partial / "config.json", settings)
         if tokenizer_from:
             copy_tokenizer(tokenizer_from, partial)
@@ -218,15 +237,22 @@ def write_lora(
 
 
 def _adapter_outputs(lora: Mapping[str, Mapping[str, Factors]], config: LlavaConfig, r: int) -> Iterator[OutputTensor]:
-    rules = rules_for(config)
+    rules, sizes = rules_for(config), shapes(config)
     for module, parts in lora.items():
-        names = disk_names(f"{module}.weight", rules)
+        if (weight := f"{module}.weight") not in sizes:
+            raise ConfigError(f"{module}: is no matrix of this model; expected a name like decoder.blocks.0.attn.out")
+        names = disk_names(weight, rules)
+        known = dict(zip("qkv", config.decoder.qkv_rows, strict=True)) if len(names) > 1 else {"": sizes[weight][0]}
         for part, (a, b) in parts.items():
-            if a.shape[0] != r or b.shape[1] != r:
-                raise ConfigError(f"{module}: the LoRA has rank {a.shape[0]}; expected {r}")
-            if (part == "") != (len(names) == 1):
-                raise ConfigError(f"{module}: the part is {part!r}; expected q, k or v for attn.qkv and '' otherwise")
-            name = _PREFIX + names["qkv".index(part)].removesuffix(".weight")
+            if part not in known:
+                raise ConfigError(f"{module}: the part is {part!r}; expected one of {', '.join(map(repr, known))}")
+            expected = [r, sizes[weight][1]], [known[part], r]
+            if (found := (list(a.shape), list(b.shape))) != expected:
+                raise ConfigError(
+                    f"{module}: A and B of part {part!r} have shapes {found[0]} and {found[1]}; expected {expected[0]} "
+                    f"and {expected[1]} for rank {r}"
+                )
+            name = _PREFIX + names[list(known).index(part)].removesuffix(".weight")
             for letter, tensor in (("A", a), ("B", b)):
                 full_name = f"{name}.lora_{letter}.weight"
                 yield output(full_name, InMemory(tensor=tensor, origin=full_name))

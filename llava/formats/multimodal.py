@@ -22,7 +22,7 @@ from llava.config import (
 from llava.errors import CheckpointError, ConfigError
 from llava.formats import clip
 from llava.formats.clip import Tower, find_tower, own_tower, processor_config, vision_config
-from llava.formats.format import ReadConfig, one_of, section, shapes_of
+from llava.formats.format import IMAGE_MODE_KEY, ReadConfig, one_of, section, shapes_of
 from llava.tensors.files import parsing, read_json_if_present
 from llava.tensors.keymap import Rule, prefixed
 from llava.tensors.lazy import LazyTensor
@@ -62,7 +62,8 @@ def read_model_config(
     if not options.vision or not (named or "projector.0.weight" in tensors):
         return ReadConfig(language, config, path)
     tower = _tower(path, config, tensors, options)
-    return ReadConfig(_with_vision(language, config, tower, options.image_mode, where), config, path, tower.folder)
+    mode = options.image_mode or config.get(IMAGE_MODE_KEY)
+    return ReadConfig(_with_vision(language, config, tower, mode, where), config, path, tower.folder)
 
 
 def _with_vision(
@@ -95,7 +96,7 @@ def _tower(path: Path, config: Mapping[str, Any], tensors: Mapping[str, LazyTens
     if not (options.vision_tower or named):
         raise CheckpointError(
             f"{where}: mm_vision_tower is not set; set vision_tower= (--vision-tower) to a CLIP folder or hub id, "
-            "or vision=False to load only the language model"
+            "or vision=False (--no-vision) to load only the language model"
         )
     if inline := section(config, "vision_config", where):
         return Tower(None, inline, processor_config(path))
@@ -194,7 +195,9 @@ def vision_keys(config: LlavaConfig, vision_tower: str | None) -> dict[str, Any]
     assert config.projector
     assert config.image
     if vision_tower is None:
-        raise ConfigError("LLaVA's config.json requires a vision tower; set vision_tower= to a CLIP folder or hub id")
+        raise ConfigError(
+            "LLaVA's config.json requires a vision tower; set vision_tower= (--vision-tower) to a CLIP folder or hub id"
+        )
     if config.image.mode != "original":
         raise ConfigError(
             f"image mode {config.image.mode!r} cannot be saved: LLaVA's config.json has no key for the mode"

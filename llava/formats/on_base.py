@@ -1,12 +1,13 @@
 """Shared code for LoRAs, projectors and deltas: parts of a model that are loaded together with a base model."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from llava.config import LlavaConfig, LoadOptions
 from llava.errors import CheckpointError
-from llava.formats import llama, llava, mpt
+from llava.formats import llama, llava, llava_hf, mpt
 from llava.formats.format import Checkpoint, CheckpointFiles, Format, ReadConfig, resolved_by, shapes_of
 from llava.formats.multimodal import read_model_config
 from llava.formats.native import VERSION_KEY, native_config
@@ -29,16 +30,34 @@ class PartOfModel(Format):
     ) -> ReadConfig:
         """Reads the part's config.json or, for a LoRA that PEFT saved without a config.json, the base model's."""
         assert base
-        config, path = (files.config, files.path) if files.config else (base.source_config, base.path)
+        own = described_by_itself(files)
+        config, path = (files.config, files.path) if own else (base.source_config, base.path)
         if VERSION_KEY in config:
-            return ReadConfig(native_config(config, options, path / "config.json"), config, path)
+            native = native_config(config, options, path / "config.json")
+            decoder = replace(native.decoder, vocab_size=tensors["decoder.embed.weight"].shape[0])
+            return ReadConfig(replace(native, decoder=decoder), config, path)
         read = mpt.decoder_config if base.config.decoder.kind == "mpt" else llama.decoder_config
         return read_model_config(path, config, read(config, shapes_of(tensors), path / "config.json"), tensors, options)
+
+
+def described_by_itself(files: CheckpointFiles) -> bool:
+    """Whether the part has its own config.json. If not, that of the base applies.
+
+    A copy of the config.json of a llava-hf base does not count: trainers save it without the base's preprocessor.
+    """
+    return bool(files.config) and "text_config" not in files.config
 
 
 def llava_rules(base: Checkpoint) -> tuple[Rule, ...]:
     """Returns the key table of LLaVA models that are based on this language model."""
     return mpt.RULES if base.config.decoder.kind == "mpt" else llava.RULES
+
+
+def adapter_rules(base: Checkpoint) -> tuple[Rule, ...]:
+    """Returns the key table of adapters: names as in LLaVA's own code and, for Llama, as in transformers' models."""
+    if base.config.decoder.kind == "mpt":
+        return mpt.RULES
+    return (*llava.RULES, *llava_hf.RULES)
 
 
 def base_tensors(base: Checkpoint) -> dict[str, LazyTensor]:

@@ -101,7 +101,11 @@ def _config_from_tensors(files: CheckpointFiles, vision_tower: str | Path | None
     widths = [files.weights.headers[name].shape[1] for name in sorted(_layers(files.weights))]
     tower = vision_tower or tower_of_projector(widths[0], len(widths))
     if tower and not vision_tower:
-        log.warning("%s: has the shape of projectors for %s; vision_tower= selects another tower", files.path, tower)
+        log.warning(
+            "%s: has the shape of projectors for %s; vision_tower= (--vision-tower) selects another tower",
+            files.path,
+            tower,
+        )
     return {
         "mm_vision_tower": str(tower) if tower else None,
         "mm_hidden_size": widths[0],

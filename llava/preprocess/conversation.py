@@ -109,7 +109,8 @@ def _plain(template: Template, turns: Sequence[Turn], system: str) -> Iterator[S
     """Renders the user's text or, if there is an answer (stage 1), only its image placeholders, then the answer."""
     if system or len(turns) > 2:
         raise PromptError(
-            "the plain template supports one exchange and no system message: choose another template with template="
+            "the plain template supports one exchange and no system message: choose another template with template= "
+            "(--template)"
         )
     user, answer = (*(turn.text for turn in turns), None)[:2]
     if answer:

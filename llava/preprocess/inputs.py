@@ -98,7 +98,8 @@ class Preprocessor:
         name = template or self.template
         if name is None:
             raise PromptError(
-                f"this checkpoint does not specify a conversation template: set template= to one of {_names()}"
+                "this checkpoint does not specify a conversation template: set template= (--template) to one of "
+                f"{_names()}"
             )
         return find_template(name)
 
@@ -138,7 +139,7 @@ class Preprocessor:
 
     def _views(self, picture: Picture) -> Views:
         if self.config.vision is None or self.config.image is None:
-            raise PromptError("this model has no vision tower (or was loaded with vision=False): leave the images out")
+            raise PromptError("this model has no vision tower (or was loaded without it): leave the images out")
         return to_views(open_picture(picture, exif=self.exif), self.config.image, self.config.vision.grid)
 
     def n_image_tokens(self, input: ModelInput) -> int:

@@ -269,6 +269,7 @@ def check_finite(tensor: Tensor, where: str, force: bool = False) -> None:
     bad = int((~tensor.isfinite()).sum())
     if not force:
         raise CheckpointError(
-            f"{where}: {bad} of {tensor.numel()} values are NaN or Inf; download the file again, or pass force=True"
+            f"{where}: {bad} of {tensor.numel()} values are NaN or Inf; download the file again, or pass force=True "
+            "(--force)"
         )
     log.warning("%s: %d values are NaN or Inf", where, bad)

@@ -52,6 +52,39 @@ def locate_file(source: str | Path, *, revision: str | None = None) -> Path | No
     return folder / name
 
 
+def find_local(source: str, folder: Path, *, revision: str | None = None) -> Path | None:
+    """Returns the folder of a whole model that is on this machine, given as a folder or as a hub id in the hub's cache.
+
+    Returns None if there is none. Relative paths are looked up in `folder`, then in the working directory. Downloads
+    nothing; a model that is only partly in the cache counts as absent.
+    """
+    path = Path(source).expanduser()
+    for candidate in (folder / path, Path.cwd() / path):
+        if _is_checkpoint(candidate):
+            return candidate
+    if len(parts := source.split("/")) != 2 or not all(parts) or source.startswith((".", "~")):
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        cached = Path(snapshot_download(source, revision=revision, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError, OSError):
+        return None
+    return cached if _is_checkpoint(cached) else None
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether the folder contains weights, and all shards that its index lists."""
+    for index in INDEX_FILES:
+        if (folder / index).is_file():
+            try:
+                return all((folder / name).is_file() for name in set(weight_map(folder / index).values()))
+            except CheckpointError:  # the error is reported when the folder is opened
+                return True
+    return any((folder / name).is_file() for name in (*SINGLE_FILES, "consolidated.00.pth"))
+
+
 def absolute_if_local(source: str | Path) -> str:
     """Makes the path of a local folder absolute, so it is valid in any working directory. Returns hub ids unchanged."""
     return str(Path(source).expanduser().absolute()) if Path(source).expanduser().is_dir() else str(source)

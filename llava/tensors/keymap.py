@@ -41,17 +41,29 @@ class Plan(NamedTuple):
 
 
 def plan(names: Iterable[str], rules: Iterable[Rule]) -> Plan:
-    """Classifies every name on disk. Raises CheckpointError if a tensor to concatenate is missing."""
+    """Classifies every name on disk.
+
+    Raises CheckpointError if a tensor to concatenate is missing, or if two names stand for the same tensor, as in a
+    folder with files of two layouts.
+    """
     table = [(re.compile(_pattern(part)), i, rule) for rule in rules for i, part in enumerate(rule.parts())]
     found: dict[str, dict[int, str]] = {}
+    rule_of: dict[str, Rule] = {}
     dropped, unknown = [], []
     for name in names:
         for pattern, i, rule in table:
             if match := pattern.fullmatch(name):
                 if rule.ours is None:
                     dropped.append(name)
-                else:
-                    found.setdefault(_fill(rule.ours, match), {})[i] = name
+                    break
+                ours = _fill(rule.ours, match)
+                parts = found.setdefault(ours, {})
+                if i in parts or rule_of.setdefault(ours, rule) != rule:
+                    raise CheckpointError(
+                        f"{next(iter(parts.values()))} and {name} are names of the same tensor in two layouts; keep "
+                        "the files of only one of them in the folder"
+                    )
+                parts[i] = name
                 break
         else:
             unknown.append(name)

@@ -254,11 +254,21 @@ class Cast(Derived):
 
 @dataclass(frozen=True)
 class WithRows(Derived):
-    """The table `base` with the rows of `extra` written at row `first`. They overwrite rows or extend the table."""
+    """The table `base` with the rows of `extra` written at row `first`. They overwrite rows or extend the table.
+
+    Raises CheckpointError if this leaves a gap after the last row of `base`.
+    """
 
     base: LazyTensor
     extra: LazyTensor
     first: int
+
+    def __post_init__(self) -> None:
+        if self.first > self.base.shape[0]:
+            raise CheckpointError(
+                f"{self.base.where}: has {self.base.shape[0]} rows, so none can be written at row {self.first}; the "
+                "tokenizer and this table belong to different models"
+            )
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ from llava.formats.llava import llava_config, own_tower_tensors, tower_name, wri
 from llava.formats.lora import write_lora
 from llava.formats.on_base import base_tensors
 from llava.formats.projector import write_projector
+from llava.formats.recorded_base import base_record
 from llava.formats.tokenizer import update_json
 from llava.model.llava import Llava, shapes
 from llava.tensors.atomic import new_folder
@@ -171,7 +172,7 @@ class _Export:
             base=self._base_name(),
             non_lora=kept,
             tokenizer_from=self._own_tokenizer(base),
-            **self._common(),
+            **self._common(base),
         )
         return n_bytes + self._tower_bytes()
 
@@ -191,15 +192,15 @@ class _Export:
             base=self._base_name(),
             start_end=rows,
             tokenizer_from=self._own_tokenizer(base) or (self.checkpoint.tokenizer_folder if rows else None),
-            **self._common(),
+            **self._common(base),
         )
         return n_bytes + self._tower_bytes()
 
-    def _common(self) -> dict[str, Any]:
+    def _common(self, base: Checkpoint) -> dict[str, Any]:
         source = replace(self.checkpoint, tensors=self.tensors)
         return {
             "vision_tower": tower_name(source, separate=True),
-            "recorded": self.recorded,
+            "recorded": self.recorded | base_record(self._base_name(), base.tensors),
             "write_extra": partial(write_own_tower, source, separate=True),
             "check_only": self.check_only,
         }

@@ -1,11 +1,12 @@
-"""Determines which base model a LoRA, projector or delta checkpoint needs, and names it in BaseModelErrors."""
+"""Determines which base model a LoRA, projector or delta checkpoint needs, and names it in errors about bases."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from llava.errors import LlavaError
-from llava.formats.base_model import BaseModelError, NeededBase, comparable_name, recorded_names
+from llava.formats.base_model import BaseModelError, NeededBase, NoBaseError, comparable_name
 from llava.formats.format import CheckpointFiles, Detection
+from llava.formats.recorded_base import recorded_names
 from llava.zoo import catalogue
 from llava.zoo.match import Match, known_bases, match
 
@@ -15,7 +16,7 @@ def needed_base(files: CheckpointFiles, detection: Detection) -> NeededBase:
 
     If the files record no base, returns the bases of the matching catalogue entries.
     """
-    for name, where in recorded_names(files, detection.format):
+    for name, where, _ in recorded_names(files, detection.format):
         return NeededBase([known_bases().get(comparable_name(name), name)], f"{where} = {name}")
     try:
         found = match(files, detection)
@@ -33,9 +34,8 @@ def _ids(matches: list[Match]) -> str:
 
 @contextmanager
 def advice() -> Iterator[None]:
-    """Adds the result of `needed_base` to any BaseModelError raised in the block."""
+    """Adds the result of `needed_base` to any error about a base raised in the block."""
     try:
         yield
-    except BaseModelError as error:
-        needed = needed_base(error.files, error.detection)
-        raise BaseModelError(error.files, error.detection, error.render, needed) from None
+    except (BaseModelError, NoBaseError) as error:
+        raise error.naming(needed_base(error.files, error.detection)) from None

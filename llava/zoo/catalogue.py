@@ -16,6 +16,7 @@ from llava.errors import ConfigError
 Entry = Mapping[str, Any]
 OTHERS = "Not in the zoo's tables"  # heading for entries not listed in any table
 _DATA = ("pretrain_data", "finetune_data")
+FORMAT_WORDS = {"llava": "merged", "llava-hf": "hf-reexport"}  # our name of a format -> the catalogue's
 
 
 @functools.cache
@@ -37,7 +38,16 @@ def select(
     vision_encoder: str | None = None,
     data: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Returns the entries whose fields contain the given strings, ignoring case. A value of None matches any entry."""
+    """Returns the entries whose fields contain the given strings, ignoring case. A value of None matches any entry.
+
+    format: may also be one of our names for a format. Raises ConfigError if there are no entries of this format at all.
+    """
+    if format is not None:
+        format = FORMAT_WORDS.get(format.lower(), format)
+        known = sorted({str(entry["format"]) for entry in entries()})
+        if not _holds(known, format):
+            ours = ", ".join(f"{word} for {name}" for word, name in FORMAT_WORDS.items())
+            raise ConfigError(f"format is {format!r}; expected one of {', '.join(known)} (or {ours})")
 
     def fits(entry: Entry) -> bool:
         encoder = entry.get("vision_encoder") or entry.get("vision_tower")

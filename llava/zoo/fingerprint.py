@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 from llava.config import projector_type
 from llava.errors import CheckpointError
 from llava.formats import FORMATS, clip, llava
-from llava.formats.base_model import comparable_name, recorded_names
+from llava.formats.base_model import comparable_name
 from llava.formats.format import CheckpointFiles, Detection, Shapes
+from llava.formats.recorded_base import recorded_names
 from llava.tensors.files import ADAPTER_FILES, NON_LORA_FILE, PROJECTOR_FILE, Weights, read_json
 from llava.tensors.keymap import Rule, plan
+from llava.zoo.catalogue import FORMAT_WORDS
 
 
 class Fact(NamedTuple):
@@ -26,8 +28,7 @@ class Fact(NamedTuple):
 
 
 Fingerprint = dict[str, Fact]  # name of the fact -> fact
-# format name in FORMATS -> name of the same format in zoo.json, where the two names differ
-ZOO_FORMATS = {"llava": "merged", "mpt": "merged", "llava-hf": "hf-reexport"}
+ZOO_FORMATS = {**FORMAT_WORDS, "mpt": "merged"}  # name in FORMATS -> name in zoo.json, where the two differ
 SIZES = ("layers", "width", "key/value heads", "vocabulary", "image size", "rank")
 
 
@@ -180,7 +181,7 @@ def _tokens(folder: Path) -> Fingerprint:
 
 def _recorded(files: CheckpointFiles, format: str) -> Fingerprint:
     """Returns the base model name recorded in the checkpoint, if any."""
-    for name, where in recorded_names(files, format):
+    for name, where, _ in recorded_names(files, format):
         return {"base": Fact(name, f"{where} = {name}")}
     return {}
 

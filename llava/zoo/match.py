@@ -82,7 +82,9 @@ def _compare(found: Fingerprint, entry: Entry) -> Match:
         if equal:
             agrees.append(fact.evidence)
         elif equal is not None:
-            differs[name] = f"{fact.evidence}; the entry has {_format(wanted)}"
+            # these two are inferred, so their evidence does not state the value
+            value = f"{name} {_format(fact.value)}: " if name in ("format", "architecture") else ""
+            differs[name] = f"{value}{fact.evidence}; the entry has {_format(wanted)}"
     return Match(entry, agrees, differs)
 
 

@@ -290,11 +290,14 @@ def test_a_lora_of_the_head_is_known(lora: Path, base: Path) -> None:
 
 
 @pytest.mark.parametrize("described", [True, False], ids=["its own config.json", "none"])
-def test_without_an_extra_file_the_projector_is_the_llavas_below(lora: Path, checkpoint: Path, described: bool) -> None:
+def test_without_an_extra_file_the_projector_is_the_llavas_below(
+    lora: Path, checkpoint: Path, described: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     (lora / "non_lora_trainables.bin").unlink()
     if not described:
         (lora / "config.json").unlink()
     found, under = opened(lora, base=checkpoint), opened(checkpoint)
+    assert caplog.text.count(f"uses the projector of the base {checkpoint}") == 1
     assert found.config == under.config
     for name, source in under.tensors.items():
         if not name.startswith("decoder.blocks."):
@@ -303,8 +306,10 @@ def test_without_an_extra_file_the_projector_is_the_llavas_below(lora: Path, che
 
 def test_a_lora_on_a_language_model_without_its_projector_is_refused(lora: Path, base: Path) -> None:
     (lora / "non_lora_trainables.bin").unlink()
-    with pytest.raises(llava.CheckpointError, match=r"4 tensors are missing \(the first is model.mm_proj"):
-        llava.load(lora, base=base)
+    message = refused(lora, base=base)
+    assert "no non_lora_trainables.bin" in message
+    assert str(base) in message
+    assert opened(lora, base=base, vision=False).config.vision is None
 
 
 def test_types_may_differ_and_the_sum_is_of_the_bases(lora: Path, base: Path) -> None:

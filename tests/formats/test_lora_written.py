@@ -99,10 +99,15 @@ def test_we_open_a_lora_that_peft_wrote(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lora", "complaint"),
     [
-        ({"decoder.blocks.0.attn.qkv": {"": (torch.ones(4, 64), torch.ones(192, 4))}}, "q, k or v"),
-        ({"decoder.blocks.0.attn.out": {"": (torch.ones(3, 64), torch.ones(64, 3))}}, "rank 3"),
+        ({"decoder.blocks.0.attn.qkv": {"": (torch.ones(4, 64), torch.ones(192, 4))}}, "one of 'q', 'k', 'v'"),
+        ({"decoder.blocks.0.attn.qkv": {"x": (torch.ones(4, 64), torch.ones(64, 4))}}, "part is 'x'"),
+        ({"decoder.blocks.0.attn.out": {"q": (torch.ones(4, 64), torch.ones(64, 4))}}, "part is 'q'"),
+        ({"decoder.blocks.0.attn.out": {"": (torch.ones(3, 64), torch.ones(64, 3))}}, r"\[3, 64\] and \[64, 3\]"),
+        ({"decoder.blocks.0.attn.out": {"": (torch.ones(4, 64), torch.ones(64, 3))}}, r"\[4, 64\] and \[64, 3\]"),
+        ({"decoder.blocks.0.attn.out": {"": (torch.ones(4, 32), torch.ones(64, 4))}}, r"expected \[4, 64\]"),
+        ({"decoder.blocks.9.attn.out": {"": (torch.ones(4, 64), torch.ones(64, 4))}}, "is no matrix of this model"),
     ],
-    ids=["no part", "rank"],
+    ids=["no part", "unknown part", "needless part", "rank", "rank of B", "width", "module"],
 )
 def test_a_lora_that_does_not_fit_is_not_written(
     clip: Path, checkpoint: Path, tmp_path: Path, lora: dict[str, dict[str, Factors]], complaint: str

@@ -141,7 +141,7 @@ def test_the_tower_is_inferred_from_the_width_with_a_warning(
     assert found.config.vision is not None
     assert (found.vision_tower, found.config.vision.image_size) == ("openai/clip-vit-large-patch14", 224)
     assert found.config.vision.select_layer == -2
-    assert "vision_tower= selects another tower" in caplog.text
+    assert "vision_tower= (--vision-tower) selects another tower" in caplog.text
     narrow = written(tmp_path / "y.bin", projector())
     assert "vision_tower= (--vision-tower)" in refused(narrow, base=base)
 

@@ -1,14 +1,18 @@
-"""transformers as a second oracle: it saves a random Llama or CLIP, and we load it."""
+"""transformers as a second oracle: it saves a random Llama, CLIP or LLaVA, and we load it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import llava
+from llava.config import IMAGE
 from tests import tiny
+from tests.checkpoints import refused
 
 transformers = pytest.importorskip("transformers")
 
@@ -128,3 +132,84 @@ def test_cropped_pixels_are_those_of_transformers_image_processor(
     ours = llava.load(folder).prepare("<image>", images=[picture]).pixels
     wanted = torch.as_tensor(processor(picture, return_tensors="pt")["pixel_values"])
     torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-5)
+
+
+LLAVAS = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
+PICTURE = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
+
+
+def random_llava(folder: Path, kind: str, **saving: Any) -> Any:
+    """A LLaVA that transformers built from a config and saved, with our tokenizer."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = transformers.LlamaConfig(vocab_size=576, **sizes)
+    vision = transformers.CLIPVisionConfig(image_size=tiny.IMAGE_SIZE, patch_size=tiny.PATCH, **sizes)
+    more = {"image_grid_pinpoints": tiny.ANYRES["image_grid_pinpoints"]} if kind == "llava_next" else {}
+    made = {"llava": transformers.LlavaConfig, "llava_next": transformers.LlavaNextConfig}[kind](
+        text_config=text, vision_config=vision, image_token_index=tiny.PIECES, vision_feature_layer=-1, **more
+    )
+    model = getattr(transformers, LLAVAS[kind])(made).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else torch.nn.init.normal_(parameter, 1, 0.1)
+    model.save_pretrained(folder, **saving)
+    tiny.write_tokenizer(folder, added=("<image>", "<pad>"))
+    return model
+
+
+def renamed(folder: Path, old: str, new: str) -> int:
+    """Changes a prefix of tensor names in a folder with one file; returns the number of changed names."""
+    tensors = load_file(folder / "model.safetensors")
+    changed = {re.sub(f"^{re.escape(old)}", new, name): tensor for name, tensor in tensors.items()}
+    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+    return len(set(tensors) - set(changed))
+
+
+GENERATIONS: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
+    "as saved": ({}, []),
+    "as saved before 5.0": ({}, [("vision_tower.", "vision_tower.vision_model.")]),
+    "modules since 4.52": (
+        {"save_original_format": False},
+        [("model.vision_tower.", "model.vision_tower.vision_model.")],
+    ),
+    "modules since 5.0": ({"save_original_format": False}, []),
+}
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("kind", LLAVAS)
+def test_a_freshly_built_llava_has_the_same_logits_under_the_names_of_any_version(
+    tmp_path: Path, kind: str, generation: str
+) -> None:
+    saving, changes = GENERATIONS[generation]
+    model = random_llava(tmp_path, kind, **saving)
+    for old, new in changes:
+        assert renamed(tmp_path, old, new)
+    ours = llava.load(tmp_path, dtype="float32", device="cpu")
+    prompt = "USER: <image>\nWhat is in the picture? ASSISTANT:"
+    input = ours.prepare(prompt, images=[PICTURE])
+    ids = torch.tensor([[tiny.PIECES if id == IMAGE else id for id in input.ids.tolist()]])
+    assert input.pixels is not None
+    pixels = {"pixel_values": input.pixels}
+    if kind == "llava_next":
+        pixels = {"pixel_values": input.pixels[None], "image_sizes": torch.tensor([[64, 96]])}
+    with torch.no_grad():
+        wanted = model(input_ids=ids, **pixels).logits[0]
+    torch.testing.assert_close(ours.logits(prompt, images=[PICTURE]), wanted, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("part", ["language_model.model.", "vision_tower.", "multi_modal_projector.", "image_newline"])
+def test_a_folder_with_files_of_two_layouts_is_refused(tmp_path: Path, part: str) -> None:
+    random_llava(tmp_path, "llava_next")
+    other = {"language_model.model.": "model.language_model."}.get(part, f"model.{part}")
+    tensors = load_file(tmp_path / "model.safetensors")
+    twice = {other + name.removeprefix(part): t.clone() for name, t in tensors.items() if name.startswith(part)}
+    assert twice
+    save_file(tensors | twice, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert "names of the same tensor in two layouts" in refused(tmp_path)
+
+
+def test_one_matrix_in_parts_of_two_layouts_is_refused(tmp_path: Path) -> None:
+    random_llava(tmp_path, "llava")
+    q = "layers.0.self_attn.q_proj"
+    assert renamed(tmp_path, f"language_model.model.{q}", f"model.language_model.{q}") == 1
+    assert "two layouts" in refused(tmp_path)

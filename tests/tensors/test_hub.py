@@ -133,3 +133,35 @@ def test_a_local_folder_with_a_local_tower_asks_no_hub(hub: Hub, tmp_path: Path)
     assert run.returncode == 0, run.stderr
     assert not hub.fetched
     assert not hub.revisions
+
+
+def test_a_recorded_base_in_the_cache_is_used_and_no_base_is_ever_fetched_unasked(hub: Hub, tmp_path: Path) -> None:
+    hub.repositories["someone/base"] = tiny.write_llama(tmp_path / "base")
+    lora = tiny.write_lora(tmp_path / "lora", clip=hub.repositories["someone/clip"], base="someone/base")
+    run = ask(hub, tmp_path / "cache", "--model", str(lora))
+    assert run.returncode == 2
+    assert f"run: llava ask Hello --max-new-tokens 4 --model {lora} --base someone/base" in run.stderr
+    assert not hub.fetched
+    given = ask(hub, tmp_path / "cache", "--model", str(lora), "--base", "someone/base")
+    assert given.returncode == 0, given.stderr
+    found = ask(hub, tmp_path / "cache", "--model", str(lora), offline=True)
+    assert (found.returncode, found.stdout) == (0, given.stdout)
+    assert found.stderr.count("\n") == 1
+    assert "uses the recorded base" in found.stderr
+    next((tmp_path / "cache").rglob("snapshots/*/model*.safetensors")).unlink()
+    assert ask(hub, tmp_path / "cache", "--model", str(lora), offline=True).returncode == 2
+
+
+@pytest.mark.parametrize("why", ["absent", "no model", "too narrow", "too narrow on the hub"])
+def test_an_unsuitable_base_is_refused_before_the_weights_of_the_delta_are_fetched(
+    hub: Hub, tmp_path: Path, why: str
+) -> None:
+    clip = hub.repositories["someone/clip"]
+    hub.repositories["someone/delta"] = tiny.write_delta(tmp_path / "delta", clip=clip, **tiny.LLAMA_1)
+    narrow = tiny.write_llama(tmp_path / "narrow", hidden_size=32, **tiny.LLAMA_1)
+    hub.repositories["someone/narrow"] = narrow
+    base = {"absent": "/no/such/folder", "no model": str(clip), "too narrow": str(narrow)}.get(why, "someone/narrow")
+    run = ask(hub, tmp_path / "cache", "--model", "someone/delta", "--base", base)
+    assert run.returncode == 2
+    assert base in run.stderr.splitlines()[-1]
+    assert not [name for name in hub.fetched if name.endswith((".bin", ".safetensors"))]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import llava
 from llava.checkpoint.open import open_checkpoint
@@ -195,9 +196,18 @@ def test_a_base_that_cannot_fit_is_refused(lora: Path, delta: Path, clip: Path, 
     assert "has format lora" in refused(delta, base=lora)
 
 
-def test_a_reexport_for_transformers_is_no_base(lora: Path, checkpoint: Path, tmp_path: Path) -> None:
-    convert(checkpoint, tmp_path / "hf", to="llava-hf", check=False)
-    assert "llava convert" in refused(lora, base=tmp_path / "hf")
+def test_a_llava_hf_folder_is_a_base_of_a_lora_and_a_projector_but_not_of_a_delta(
+    lora: Path, delta: Path, clip: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    hf = tmp_path / "hf"
+    convert(checkpoint, hf, to="llava-hf", check=False)
+    projector = tiny.write_projector(tmp_path / "projector", clip=clip)
+    for folder in (lora, projector):
+        found, expected = opened(folder, base=hf), opened(folder, base=checkpoint)
+        assert found.config.image == expected.config.image
+        for name, tensor in expected.tensors.items():
+            assert torch.equal(found.tensors[name].read()[: tensor.shape[0]], tensor.read()), name
+    assert "raw LLaMA-1" in refused(delta, base=hf)
 
 
 def test_a_merged_llava_is_a_base_of_a_lora(lora: Path, checkpoint: Path) -> None:

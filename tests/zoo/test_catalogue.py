@@ -57,7 +57,19 @@ def test_a_filter_keeps_the_rows_whose_cell_holds_the_text(options: Any, key: st
 def test_filters_narrow_each_other_down_and_an_empty_list_is_one() -> None:
     found = json.loads(run_well("zoo", "--base-llm", "vicuna-7b v1.5", "--format", "lora", "--json").stdout)
     assert [entry["id"] for entry in found] == ["liuhaotian/llava-v1.5-7b-lora"]
-    assert json.loads(run_well("zoo", "--format", "gguf", "--json").stdout) == []
+    assert json.loads(run_well("zoo", "--base-llm", "gpt-2", "--json").stdout) == []
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [("llava", "merged"), ("LLaVA-hf", "hf-reexport"), ("reexport", "hf-reexport")]
+)
+def test_a_format_is_found_under_our_name_and_under_the_catalogues(ours: str, theirs: str) -> None:
+    assert zoo.select(format=ours) == [entry for entry in zoo.entries() if entry["format"] == theirs] != []
+
+
+def test_an_unknown_format_is_refused_with_the_words_that_exist() -> None:
+    for word in ("merged", "hf-reexport", "lora", "llava-hf"):
+        assert_one_line_error(run("zoo", "--format", "gguf"), word)
 
 
 @pytest.mark.parametrize("id", [entry["id"] for entry in zoo.entries()])
