@@ -12,8 +12,10 @@ from torch import Tensor
 
 import llava
 from llava.model.attention import Segments, VarlenContext
+from llava.train.batch import BatchDataset
 from llava.train.loop import train
 from llava.train.recipe import Recipe, recipe_from, to_json
+from llava.train.start import start
 
 pytestmark = [
     pytest.mark.gpu,
@@ -114,3 +116,11 @@ def test_two_gpus_give_the_same_losses_as_one(checkpoint: Path, data: Path, tmp_
         run = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={n}", "-m", "llava.cli"]
         subprocess.run([*run, "train", str(file)], check=True, timeout=200)
     assert losses(tmp_path / "run2") == pytest.approx(losses(tmp_path / "run1"), rel=1e-3)
+
+
+def test_a_pinned_batch_has_its_segments_in_page_locked_memory(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    asked = recipe(checkpoint, data, tmp_path / "run", packing=True)
+    batch = BatchDataset.open(asked, start(asked, tmp_path / "tokenizer"))[0].pin_memory()
+    assert batch.segments
+    assert batch.segments.cu_seqlens.is_pinned()
+    assert batch.ids.is_pinned()
