@@ -55,7 +55,8 @@ def open_weights(folder: Path) -> Weights:
 
 def _lone_file(folder: Path) -> Path | None:
     """Returns the only safetensors file beside a config.json, such as model.fp16.safetensors."""
-    files = [file for file in folder.glob("*.safetensors") if file.name not in (*ADAPTER_FILES, ADDED_ROWS_FILE)]
+    others = (*ADAPTER_FILES, ADDED_ROWS_FILE)
+    files = [file for file in folder.glob("*.safetensors") if file.name not in others and file.is_file()]
     return files[0] if len(files) == 1 and (folder / "config.json").is_file() else None
 
 
@@ -122,7 +123,7 @@ def _numbered_sets(folder: Path, single: str, problems: list[str]) -> Iterator[_
     stem, _, suffix = single.partition(".")
     groups: dict[int, dict[int, Path]] = {}
     for file in sorted(folder.glob(f"{stem}-*-of-*.{suffix}")):
-        if match := re.fullmatch(r".*-(\d{5})-of-(\d{5})\..*", file.name):
+        if (match := re.fullmatch(r".*-(\d{5})-of-(\d{5})\..*", file.name)) and file.is_file():
             groups.setdefault(int(match[2]), {})[int(match[1])] = file
     for n, files in groups.items():
         if missing := [i for i in range(1, n + 1) if i not in files]:

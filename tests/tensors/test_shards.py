@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -146,6 +147,15 @@ def test_the_state_of_deepspeed_is_not_a_model(whole: Path) -> None:
     (whole / "model.safetensors").unlink()
     (whole / "global_step40").mkdir()
     assert "zero_to_fp32.py" in refusal(whole)
+
+
+@pytest.mark.parametrize("name", ["model-00002-of-00003.safetensors", "model.fp16.safetensors"])
+def test_a_named_pipe_is_not_a_weight_file(shards: Path, name: str) -> None:
+    for file in shards.glob("model-*-of-*") if name.startswith("model.fp16") else [shards / name]:
+        file.unlink()
+    os.mkfifo(shards / name)  # opening it would block
+    (shards / INDEX).unlink()
+    refusal(shards)
 
 
 def test_a_git_lfs_pointer_is_named_as_such(whole: Path) -> None:
