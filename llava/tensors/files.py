@@ -122,7 +122,8 @@ class Weights(Mapping[str, Tensor]):
                 headers = {f"{file.name}/{name}": header for name, header in headers.items()}
             if twice := sorted(set(headers) & set(self.headers)):
                 raise CheckpointError(
-                    f"{file}: tensor {twice[0]} is also in {self.headers[twice[0]].file.name}; remove one of the files"
+                    f"{file}: tensor {twice[0]} is also in {self.headers[twice[0]].file.name}; the files come from "
+                    "different saves: download them all again"
                 )
             self._readers[file] = reader
             self.headers.update(headers)

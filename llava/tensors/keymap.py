@@ -60,8 +60,8 @@ def plan(names: Iterable[str], rules: Iterable[Rule]) -> Plan:
                 parts = found.setdefault(ours, {})
                 if i in parts or rule_of.setdefault(ours, rule) != rule:
                     raise CheckpointError(
-                        f"{next(iter(parts.values()))} and {name} are names of the same tensor in two layouts; keep "
-                        "the files of only one of them in the folder"
+                        f"{next(iter(parts.values()))} and {name} are names of the same tensor in two layouts, so the "
+                        "files are a mixture; download them all again"
                     )
                 parts[i] = name
                 break

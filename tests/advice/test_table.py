@@ -1,0 +1,48 @@
+"""Advice works: whoever does what a message says sees it no more."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from tests.advice import bases, checkpoints, files  # noqa: F401 (their rows)
+from tests.advice.exceptions import EXCEPTIONS
+from tests.advice.messages import messages_with_advice, pattern
+from tests.advice.table import ROWS, Row, World, say
+
+MESSAGES = messages_with_advice()
+
+
+def matching(part: str) -> list[str]:
+    return [message for message in MESSAGES if part in message]
+
+
+def test_every_message_with_advice_has_a_row_or_a_reason() -> None:
+    parts = [*EXCEPTIONS, *(row.message for row in ROWS)]
+    without = [f"{file}: {text}" for text, file in MESSAGES.items() if not any(part in text for part in parts)]
+    assert without == []
+
+
+def test_every_row_and_exception_is_about_one_message() -> None:
+    parts = [*EXCEPTIONS, *(row.message for row in ROWS)]
+    assert {part: len(matching(part)) for part in parts} == dict.fromkeys(parts, 1)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.follow.__name__)
+def test_following_the_advice_ends_the_error(
+    row: Row, tmp_path: Path, shared_folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    (message,) = matching(row.message)
+    steps = row.follow(World(tmp_path, shared_folders))
+    run = next(steps)
+    said = say(run)
+    assert pattern(message).search(said.text), said.text
+    try:
+        run = steps.send(said)
+    except StopIteration:
+        pass
+    again = say(run)
+    assert not pattern(message).search(again.text), again.text
+    assert again.well or not row.succeeds, again.text
