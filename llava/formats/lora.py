@@ -5,6 +5,7 @@ O rows of a matrix   I columns of a matrix   r rank
 
 import logging
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -131,7 +132,7 @@ class _Base(NamedTuple):
         if target and target.ours.startswith("vision."):
             why = (
                 f"the base only refers to its vision tower; first write both into one folder with llava convert "
-                f"{self.path} OUT --to native, and pass that folder as base= (--base)"
+                f"{shlex.quote(str(self.path))} OUT --to native, and pass that folder as base= (--base)"
             )
         raise CheckpointError(f"{lora}: adapts {name}, which {self.path} lacks; {why}")
 

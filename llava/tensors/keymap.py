@@ -71,7 +71,8 @@ def plan(names: Iterable[str], rules: Iterable[Rule]) -> Plan:
     for ours, parts in found.items():
         if len(parts) < n_parts.get(_normalise(ours), 1):
             raise CheckpointError(
-                f"{ours}: found only {', '.join(parts.values())}; the other parts of this tensor are missing"
+                f"{ours}: found only {', '.join(parts.values())}; the other parts of this tensor are missing: download "
+                "the files again"
             )
     tensors = {ours: tuple(parts[i] for i in sorted(parts)) for ours, parts in found.items()}
     return Plan(tensors, tuple(dropped), tuple(unknown))

@@ -114,7 +114,10 @@ class Recipe:
                 'recipe: lora_rank is set, but train does not include "decoder"; add "decoder", or set lora_rank=0'
             )
         if self.quantize_base != "none" and not self.lora_rank:
-            raise ConfigError("recipe: quantize_base requires lora_rank > 0, because 4-bit weights cannot be trained")
+            raise ConfigError(
+                "recipe: quantize_base requires lora_rank > 0, because 4-bit weights cannot be trained; set lora_rank, "
+                'or set quantize_base="none"'
+            )
         if "rows" in self.train and not self.start_end:
             raise ConfigError('recipe: train includes "rows", which requires start_end; set start_end=true')
         if self.aspect == "anyres" and not self.pinpoints:

@@ -1,5 +1,6 @@
 """Advice about LoRAs, projectors and deltas: what they lack, and which base they need."""
 
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava.checkpoint.open import open_checkpoint
+from llava.convert.convert import convert
 from llava.formats.projector import write_projector
 from tests import tiny
 from tests.advice.files import ask
@@ -31,7 +33,7 @@ def first(tensors: dict[str, torch.Tensor], end: str) -> str:
     return next(name for name in tensors if name.endswith(end))
 
 
-@advice("which needs its base, {} ({})")
+@advice("{}run: {}")
 def a_lora_without_its_base(w: World) -> Steps:
     said = yield ask(w.lora)
     *line, option, _ = said.advised()
@@ -161,7 +163,7 @@ def a_lora_without_a_projector_on_a_llava(w: World) -> Steps:
     yield ask_on(w.llava, folder)
 
 
-@advice("adapts {}, which {} lacks; {}")
+@advice("pass the base model of this LoRA")
 def a_lora_of_more_layers(w: World) -> Steps:
     deep = tiny.write_llama(w / "deep", num_hidden_layers=3)
     lora = tiny.write_lora(w / "deep-lora", clip=w.clip, num_hidden_layers=3)
@@ -195,24 +197,34 @@ def a_lora_of_a_wider_model(w: World) -> Steps:
     yield ask_on(w.llava, folder, "--template", "v1")
 
 
-@advice("but in {} q, k and v together have {}; pass the base model of this LoRA")
-def biases_of_another_model(w: World) -> Steps:
-    def with_biases(folder: Path, dim: int) -> Path:
-        tensors = load_file(w.llama / "model.safetensors")
-        for layer in range(2):
-            for part in "qkv":
-                tensors[f"model.layers.{layer}.self_attn.{part}_proj.bias"] = torch.zeros(dim, dtype=torch.float16)
-        shutil.copytree(w.llama, folder)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        tiny.edit_json(folder / "config.json", attention_bias=True)
-        return folder
-
-    biased = with_biases(w / "biased", 64)
+def lora_of_a_tower(w: World, name: str, dim: int) -> Path:
+    """A LoRA that also changes a bias of the vision tower."""
     folder = w.copy("lora")
-    edit(folder / ADAPTER, lambda tensors: tensors.update(
-        {"base_model.model.model.layers.0.self_attn.q_proj.bias": torch.zeros(300)}
-    ))
-    yield ask_on(biased, folder)
+    bias = "base_model.model.model.vision_tower.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.bias"
+    edit(folder / ADAPTER, lambda tensors: tensors.update({bias: torch.zeros(dim)}))
+    tiny.edit_json(folder / "config.json", mm_hidden_size=dim)
+    return folder
+
+
+@advice("the base only refers to its vision tower; first write both into one folder with llava convert {} OUT --to native")
+def a_lora_of_a_tower_in_its_own_folder(w: World) -> Steps:
+    lora = lora_of_a_tower(w, "lora", tiny.CLIP_DIM)
+    said = yield ask_on(w.llava, lora)
+    command = said.text[said.text.index("llava convert") :].partition(", and pass")[0]
+    assert say([word.replace("OUT", str(w / "whole")) for word in shlex.split(command)[1:]]).well
+    yield ask_on(w / "whole", lora)
+
+
+@advice("but in {} q, k and v together have {}; pass the base model of this LoRA")
+def biases_of_a_wider_tower(w: World) -> Steps:
+    wide = tiny.write_clip(w / "wide", dim=4 * tiny.CLIP_DIM)
+    own = tiny.write_llava(w / "own", clip=wide, mm_hidden_size=4 * tiny.CLIP_DIM)
+    convert(own, w / "base")
+    convert(w.llava, w / "other")
+    lora = lora_of_a_tower(w, "lora", 4 * tiny.CLIP_DIM)
+    (lora / "non_lora_trainables.bin").unlink()
+    yield ask_on(w / "other", lora)
+    yield ask_on(w / "base", lora)
 
 
 @advice("its adapter_model contains no tensors, as can happen after training with ZeRO-3; gather all parameters and save")
@@ -292,8 +304,8 @@ def a_rank_for_a_malformed_pattern(w: World) -> Steps:
 
 @advice("and only projectors can be loaded from a single file; pass the folder")
 def one_file_of_a_model(w: World) -> Steps:
-    yield ask(w.single / "model.safetensors")
-    yield ask(w.single)
+    yield ask(w.llama / "model.safetensors")
+    yield ask(w.llama, "--template", "v1")
 
 
 @advice("must be a matrix, but has shape {}; download the file again")
@@ -344,7 +356,7 @@ def embeddings_without_a_tokenizer_in_python(w: World) -> Steps:
     yield lambda: write(tokenizer_from=w / "tokenizer")
 
 
-@advice("convert the checkpoint with its base, then extract the projector from the result: llava convert {} OUT")
+@advice("convert the checkpoint with its base, then extract the projector from the result: {}")
 def the_projector_of_a_lora_with_new_tokens(w: World) -> Steps:
     lora = tiny.write_lora(w / "lora", clip=w.clip, rows=True, mm_use_im_start_end=True, vocab_size=tiny.PIECES + 2)
     said = yield ("extract-projector", lora, w / "out", "--base", w.llama)
@@ -352,7 +364,7 @@ def the_projector_of_a_lora_with_new_tokens(w: World) -> Steps:
     yield ("extract-projector", w / "whole", w / "out")
 
 
-@advice("merged into one model, as written by llava convert {} OUT --to llava --base {}")
+@advice("{}: its base is {} merged into one model, as written by {}")
 def the_projector_of_a_lora(w: World) -> Steps:
     said = yield ("extract-projector", w.lora, w / "projector", "--base", w.llama)
     assert say(said.advised(OUT=w / "whole")).well

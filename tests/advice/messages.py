@@ -16,7 +16,7 @@ _VERBS = (
 )
 # An imperative at the start of a clause, an option, a command, or an argument with its option.
 _ADVICE = re.compile(
-    rf"(?:^|[;:,(] |\b(?:or|and|then|first|so) )(?:{_VERBS})\b(?!,)|--[a-z]|\bllava [a-z]+ |\bpip install|\w= \("
+    rf"(?:^|\{{\}}|[;:,(] |\b(?:or|and|then|first|so) )(?:{_VERBS})\b(?!,)|--[a-z]|\bllava [a-z]+ |\bpip install|\w= \("
 )
 _DECLARATIONS = ("typer.Option", "typer.Argument", "typer.Typer", "re.compile")  # help texts and patterns
 
@@ -26,7 +26,7 @@ def messages_with_advice() -> dict[str, str]:
     found = {}
     for file in sorted(PACKAGE.rglob("*.py")):
         for text in _strings(ast.parse(file.read_text())):
-            if len(text.split()) > 2 and _ADVICE.search(text):
+            if " " in text and _ADVICE.search(text):
                 found[text] = str(file.relative_to(PACKAGE))
     return found
 

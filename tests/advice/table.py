@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import re
 import shlex
 import shutil
 import sys
@@ -27,9 +28,10 @@ class Said:
     text: str
 
     def advised(self, **places: object) -> list[str]:
-        """The command at the end of the text, with `places` for placeholders such as OUT."""
-        _, _, rest = self.text.strip().splitlines()[-1].rpartition("llava ")
-        return [str(places.get(word, word)) for word in shlex.split(rest)]
+        """The last command in the text, up to the end of its line, with `places` for placeholders such as OUT."""
+        names = "|".join(sorted({name.split()[0] for name in Command.running(typer.main.get_command(app), []).others}))
+        found = re.findall(rf"(?=\bllava ((?:{names}) .*))", self.text)
+        return [str(places.get(word, word)) for word in shlex.split(found[-1])]
 
 
 Run = Sequence[object] | Callable[[], object]  # arguments of `llava`, or a call in Python

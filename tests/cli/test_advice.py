@@ -45,7 +45,7 @@ def test_a_command_whose_base_is_something_else_advises_to_combine_first(
     lora: Path, base: Path, tmp_path: Path
 ) -> None:
     done = run("make-delta", "--base", base, "--target", lora, "--delta", tmp_path / "delta")
-    assert_one_line_error(done, f"llava convert '{lora}' OUT --to native --base someone/the-base")
+    assert_one_line_error(done, f"llava convert '{lora}' OUT --to llava --base someone/the-base")
     assert not (tmp_path / "delta").exists()
 
 
