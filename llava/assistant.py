@@ -160,7 +160,7 @@ class Assistant:
         there is no adapter with this name.
         """
         if name not in self._loaded:
-            available = ", ".join(self.adapters) or "none, because the model was loaded without adapters"
+            available = ", ".join(self.adapters) or "none; load with at least one adapter"
             raise ConfigError(f"unknown adapter {name!r}; available: {available}")
         self.active, self.engine = name, self._engines[name]
         self.model, self.preprocessor = self._loaded[name]

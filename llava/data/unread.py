@@ -10,7 +10,7 @@ from typing import Any
 
 _MEDIA = re.compile(
     "image|img|picture|pic|photo|photograph|jpg|jpeg|png|webp|gif|pixel|visual|media|multimodal|"
-    "video|vid|movie|frame|audio|speech|sound|wav|voice|music|pointcloud"
+    "video|vid|movie|frame|audio|speech|sound|wav|voice|music|pointcloud|cloud|lidar"
 )
 # Words of keys that describe media instead of containing them, such as image_id, image_size and num_images.
 _DESCRIBING_LAST = re.compile(

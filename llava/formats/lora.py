@@ -16,7 +16,7 @@ from torch import Tensor
 from llava.config import LlavaConfig, LoadOptions
 from llava.errors import CheckpointError, ConfigError
 from llava.formats.adapter_config import ADAPTER_CONFIG, LoraSettings, read_settings
-from llava.formats.adapter_tensors import FactorPair, adapter_weights, read_adapter, without_wrappers
+from llava.formats.adapter_tensors import Adapter, FactorPair, adapter_weights, read_adapter, without_wrappers
 from llava.formats.format import Checkpoint, CheckpointFiles, ReadConfig, Resolved
 from llava.formats.llava import WRITERS, FileType, from_memory, llava_config, rules_for
 from llava.formats.on_base import PartOfModel, adapter_rules, base_tensors, read_part
@@ -66,8 +66,8 @@ class Lora(PartOfModel):
         adapter = read_adapter(adapter_weights(files.path), settings, rules)
         own = {**trained.tensors, **adapter.full.tensors}
         under = _Base(base.path, {**base_tensors(base), **own}, rules)
-        if "projector.0.weight" in under.tensors and "projector.0.weight" not in own:
-            log.warning("%s: has no projector of its own; uses the projector of the base %s", files.path, base.path)
+        if "projector.0.weight" not in own:
+            _tell_where_the_projector_is(under, adapter, files.path)
         tensors = {**under.tensors, **_with_replaced_parts(adapter.parts, under, files.path)}
         pairs: dict[str, list[LoraPair]] = {}
         unneeded: list[str] = []
@@ -135,6 +135,15 @@ class _Base(NamedTuple):
                 f"{shlex.quote(str(self.path))} OUT --to native, and pass that folder as base= (--base)"
             )
         raise CheckpointError(f"{lora}: adapts {name}, which {self.path} lacks; {why}")
+
+
+def _tell_where_the_projector_is(base: _Base, adapter: Adapter, lora: Path) -> None:
+    """Logs a line about a LoRA without a projector of its own, unless it belongs to a plain language model."""
+    if "projector.0.weight" in base.tensors:
+        log.warning("%s: has no projector of its own; uses the projector of the base %s", lora, base.path)
+    elif any("language_model." in name for name in adapter.factors):
+        text = "%s: was made on a LLaVA, but the base %s is a language model without vision; pass a LLaVA as base= "
+        log.warning(f"{text}(--base) to use images", lora, base.path)
 
 
 def _first_row(target: Target, n_rows: int, n_own: int) -> int | None:

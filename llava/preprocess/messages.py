@@ -63,6 +63,7 @@ def _parse(message: Message, where: str) -> _Parsed:
     """Returns the parts of one message. Raises PromptError if the message is malformed."""
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
         raise PromptError(f"{where}: found {message!r:.60}; expected a dictionary with role and content")
+    _refuse_unread(message, ("role", "content"), where)
     role, content = message["role"], message["content"]
     if role not in ("system", "user", "assistant"):
         raise PromptError(f"{where}: role is {role!r}; expected system, user or assistant")
@@ -75,6 +76,7 @@ def _parse(message: Message, where: str) -> _Parsed:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind not in ("text", "image") or kind not in part:
             raise PromptError(f'{where}: content contains {part!r:.60}; expected {{"type": "text" | "image", …}}')
+        _refuse_unread(part, ("type", kind), where)
         if kind == "text":
             if not isinstance(part["text"], str):
                 raise PromptError(f"{where}: text is {part['text']!r:.60}; expected a string")
@@ -83,6 +85,20 @@ def _parse(message: Message, where: str) -> _Parsed:
             pictures_first = pictures_first and not texts
             pictures.append(part["image"])
     return _Parsed(role, "\n".join(texts), pictures, pictures_first)
+
+
+def _refuse_unread(values: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    """Raises PromptError if a dictionary has keys that are not read. Empty ones, as in OpenAI's replies, may stay."""
+    for key, value in values.items():
+        if key not in known and value not in (None, False) and not _is_empty(value):
+            raise PromptError(
+                f"{where}: the key {key!r:.60} is not read; expected {' and '.join(known)}. An image is a part of "
+                'content: {"type": "image", "image": path}'
+            )
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, str | Sequence | Mapping) and not value
 
 
 def _place(message: _Parsed) -> str:

@@ -54,10 +54,10 @@ def locate_file(source: str | Path, *, revision: str | None = None) -> Path | No
 
 
 def find_local(source: str, folder: Path, *, revision: str | None = None) -> Path | None:
-    """Returns a checkpoint's folder if `source` is on this machine: as a folder, or as a hub id in the hub's cache.
+    """Returns the folder of a whole model that is on this machine, given as a folder or as a hub id in the hub's cache.
 
-    Relative paths are looked up in `folder`, then in the working directory. Downloads nothing; a checkpoint that is
-    only partly in the cache counts as absent.
+    Returns None if there is none. Relative paths are looked up in `folder`, then in the working directory. Downloads
+    nothing; a model that is only partly in the cache counts as absent.
     """
     path = Path(source).expanduser()
     for candidate in (folder / path, Path.cwd() / path):
@@ -83,7 +83,7 @@ def _is_checkpoint(folder: Path) -> bool:
                 return all((folder / name).is_file() for name in set(weight_map(folder / index).values()))
             except CheckpointError:  # the error is reported when the folder is opened
                 return True
-    return any((folder / name).is_file() for name in (*SINGLE_FILES, *ADAPTER_FILES, "consolidated.00.pth"))
+    return any((folder / name).is_file() for name in (*SINGLE_FILES, "consolidated.00.pth"))
 
 
 def absolute_if_local(source: str | Path) -> str:

@@ -20,7 +20,7 @@ def lora(clip: Path, base: Path, tmp_path: Path) -> Path:
 COMMANDS = {
     "ask": ("ask", "Hi there", "--model", "LORA", "--max-new-tokens", 2),
     "convert": ("convert", "LORA", "OUT", "--to", "llama"),
-    "features": ("features", "LORA", "--input", "TEXTS", "--layers", "-1", "--out", "OUT"),
+    "features": ("features", "LORA", "--input", "TEXTS", "--layers", "-1", "--out", "OUT.safetensors"),
     "merge-lora": ("merge-lora", "--target", "OUT", "--lora", "LORA"),
     "extract-projector": ("extract-projector", "LORA", "OUT"),
 }
@@ -31,7 +31,7 @@ def test_an_error_about_a_missing_base_ends_with_the_completed_command_which_the
     name: str, lora: Path, base: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "TEXTS").write_text("Once upon a time\n")
-    paths = {"LORA": lora, "OUT": tmp_path / "OUT", "TEXTS": tmp_path / "TEXTS"}
+    paths = {"LORA": lora, **{name: tmp_path / name for name in ("OUT", "OUT.safetensors", "TEXTS")}}
     line = [str(paths.get(str(word), word)) for word in COMMANDS[name]]
     done = run(*line)
     assert_one_line_error(done, "someone/the-base")

@@ -195,6 +195,15 @@ def test_an_adapter_of_a_tower_outside_its_base_is_refused_with_advice_that_work
     assert opened(tmp_path / "lora", base=tmp_path / "OUT").tower_inside
 
 
+def test_a_base_without_vision_is_one_line_of_warning(
+    bases: Callable[[str], Path], base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_adapter(bases("1.5") / "llava-hf", tmp_path / "lora", **SETTINGS["decoder"])
+    assert opened(tmp_path / "lora", base=base).config.vision is None
+    (record,) = caplog.records
+    assert "pass a LLaVA as base= (--base) to use images" in record.getMessage()
+
+
 @pytest.mark.parametrize("layout", ["llava", "llava-hf", "native"])
 def test_a_merged_adapter_is_a_llava_with_the_same_answers(
     bases: Callable[[str], Path], tmp_path: Path, layout: str

@@ -218,3 +218,22 @@ def test_a_mark_that_removing_another_would_create_stays_text(tokenizer: Callabl
     assert "USER: <image>\n\\<image> ASSISTANT" in input.prompt
     assert input.pixels is not None
     assert torch.equal(input.pixels, preprocessor(tokenizer("plain")).prepare("<image>", images=[PHOTO]).pixels)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": "What is this?", "images": ["a.png"]},
+        {"role": "user", "content": "What is this?", "image": "a.png"},
+        {"role": "user", "content": [{"type": "text", "text": "What is this?", "image": "a.png"}]},
+    ],
+)
+def test_a_key_that_is_not_read_is_refused_instead_of_dropping_its_picture(message: dict[str, Any]) -> None:
+    with pytest.raises(PromptError, match=r"the key 'images?' is not read"):
+        read_messages([message], start_end=False)
+
+
+def test_empty_keys_of_a_reply_of_openai_are_allowed() -> None:
+    reply = {"role": "assistant", "content": "A pier.", "refusal": None, "annotations": [], "tool_calls": None}
+    found = read_messages([{"role": "user", "content": "What is this?"}, reply], start_end=False)
+    assert [turn.text for turn in found.turns] == ["What is this?", "A pier."]

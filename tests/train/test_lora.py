@@ -19,6 +19,7 @@ from llava.quantize.nf4 import BLOCK, LEVELS, NF4Linear, pack, unpack
 from llava.train.loop import train
 from llava.train.lora import lora_layers
 from tests import tiny, training
+from tests.checkpoints import opened
 from tests.train.plain import Plain, plain_loop
 from tests.training import LORA, Assets, losses, net_and_dataset, recipe, restore
 
@@ -160,6 +161,20 @@ def test_head_and_embeddings_get_no_adapter(assets: Assets, tmp_path: Path) -> N
     settings = json.loads((model / "adapter_config.json").read_text())
     assert sorted(settings["target_modules"]) == sorted(tiny.LORA_TARGETS)
     assert (settings["r"], settings["lora_alpha"], settings["base_model_name_or_path"]) == (4, 8, str(assets.llava))
+
+
+@pytest.mark.parametrize("changes", [LORA, {"train": ("projector",)}], ids=["lora", "projector"])
+def test_an_export_finds_its_base_and_notices_another(
+    assets: Assets, tmp_path: Path, changes: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = train(recipe(assets, tmp_path / "run", **changes, max_steps=1), device="cpu")
+    assert opened(model).config.vision
+    assert caplog.text.count(f"uses the recorded base {assets.llava}") == 1
+    caplog.clear()
+    opened(model, base=assets.llava)
+    assert not caplog.records
+    opened(model, base=tiny.write_llava(tmp_path / "other", clip=assets.clip, seed=9))
+    assert "it was made with another base" in caplog.text
 
 
 def test_a_lora_with_grouped_query_attention_opens_on_its_base(assets: Assets, tmp_path: Path) -> None:
