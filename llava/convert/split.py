@@ -77,8 +77,9 @@ def extract_projector(source: str | Path, folder: Path, options: LoadOptions | N
     )
     if found.format in ("lora", "delta"):
         log.warning(
-            "%s: its base is %s merged into one model, as written by %s", folder, source, _conversion(source, options)
-        )
+            "%s: its base is %s merged into one model; to write that model, run: %s",
+            folder, source, _conversion(source, options),
+        )  # fmt: skip
     return len(projector) + (rows is not None)
 
 

@@ -223,6 +223,7 @@ def biases_of_a_wider_tower(w: World) -> Steps:
     convert(w.llava, w / "other")
     lora = lora_of_a_tower(w, "lora", 4 * tiny.CLIP_DIM)
     (lora / "non_lora_trainables.bin").unlink()
+    tiny.edit_json(lora / "config.json", mm_vision_tower=str(wide))
     yield ask_on(w / "other", lora)
     yield ask_on(w / "base", lora)
 
@@ -364,7 +365,7 @@ def the_projector_of_a_lora_with_new_tokens(w: World) -> Steps:
     yield ("extract-projector", w / "whole", w / "out")
 
 
-@advice("{}: its base is {} merged into one model, as written by {}")
+@advice("merged into one model; to write that model, run: {}")
 def the_projector_of_a_lora(w: World) -> Steps:
     said = yield ("extract-projector", w.lora, w / "projector", "--base", w.llama)
     assert say(said.advised(OUT=w / "whole")).well
