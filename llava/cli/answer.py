@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -144,7 +145,7 @@ def _check_question(question: str) -> None:
     if named or question == "-" or _is_image(question):
         raise PromptError(
             f"{question:.200} is in the position of the question, but is an image; "
-            f'put the question last, in quotes: llava ask {question:.200} "What is this?"'
+            f'put the question last, in quotes: llava ask {shlex.quote(question)} "What is this?"'
         )
 
 
@@ -164,7 +165,7 @@ def _existing(path: str) -> Path:
     if os.path.isdir(path):
         raise ImageError(f"{path:.200}: is a folder; expected an image file")
     if not os.path.exists(path):
-        raise ImageError(f"{path:.200}: no such image file; put the question last, in quotes")
+        raise ImageError(f"{path:.200}: no such image file; if it is part of the question, put the whole question in quotes")
     return Path(path)
 
 

@@ -16,7 +16,7 @@ _VERBS = (
 )
 # An imperative at the start of a clause, an option, a command, or an argument with its option.
 _ADVICE = re.compile(
-    rf"(?:^|\{{\}}|[;:,(] |\b(?:or|and|then|first|so) )(?:{_VERBS})\b(?!,)|--[a-z]|\bllava [a-z]+ |\bpip install|\w= \("
+    rf"(?:^|\{{\}}|[;:,(] |\b(?:or|and|then|first|so) )(?:{_VERBS})\b(?!,| is\b)|--[a-z]|\bllava [a-z]+ |\bpip install|\w= \("
 )
 _DECLARATIONS = ("typer.Option", "typer.Argument", "typer.Typer", "re.compile")  # help texts and patterns
 
@@ -37,7 +37,7 @@ def _strings(node: ast.AST) -> Iterator[str]:
     if isinstance(node, ast.Call) and ast.unparse(node.func) in _DECLARATIONS:
         return
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        yield re.sub(r"%\w", "{}", node.value)
+        yield re.sub(r"%\w|\{[^{}]*\}", "{}", node.value)
     elif isinstance(node, ast.JoinedStr):
         parts = node.values
         yield "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in parts)
@@ -51,5 +51,5 @@ def _strings(node: ast.AST) -> Iterator[str]:
 
 def pattern(message: str) -> re.Pattern[str]:
     """Matches a message as the command line or Python prints it."""
-    text = re.sub(r"\w+=\S* \(--[^)]*\)", "{}", message)  # the command line prints only the option
+    text = re.sub(r"\w+=\S* \(--[^)]*\)", "{}", message.removeprefix("{}: "))  # the command line prints only the option
     return re.compile(".*".join(map(re.escape, text.split("{}"))))

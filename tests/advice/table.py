@@ -8,9 +8,8 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import typer
@@ -44,6 +43,7 @@ class World:
 
     tmp: Path
     shared: Mapping[str, Path]
+    stdin: io.BytesIO = field(default_factory=io.BytesIO)
 
     def __getattr__(self, name: str) -> Path:
         try:
@@ -90,7 +90,7 @@ def advice(message: str, *, succeeds: bool = True) -> Callable[[Callable[[World]
     return add
 
 
-def say(run: Run, stdin: bytes = b"") -> Said:
+def say(run: Run, stdin: io.BytesIO | None = None) -> Said:
     """Runs a command or a call in this process. Warnings are formatted as on the command line."""
     line = [] if callable(run) else [str(word) for word in run]
     out = io.StringIO()
@@ -98,12 +98,13 @@ def say(run: Run, stdin: bytes = b"") -> Said:
     handler.setFormatter(AdviceFormatter(Command.running(typer.main.get_command(app), line)))
     log = logging.getLogger("llava")
     log.addHandler(handler)
-    pipe: Any = mock.Mock(buffer=io.BytesIO(stdin))
+    pipe = io.TextIOWrapper(stdin or io.BytesIO())
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), mock.patch.object(sys, "stdin", pipe):
             return Said(_succeeds(run, line, out), out.getvalue())
     finally:
         log.removeHandler(handler)
+        pipe.detach()
 
 
 def _succeeds(run: Run, line: list[str], out: io.StringIO) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from tests.advice import bases, checkpoints, data, files  # noqa: F401 (their rows)
+from tests.advice import bases, checkpoints, data, files, outputs, prompts  # noqa: F401 (their rows)
 from tests.advice.exceptions import EXCEPTIONS
 from tests.advice.messages import messages_with_advice, pattern
 from tests.advice.table import ROWS, Row, World, say
@@ -35,14 +35,15 @@ def test_following_the_advice_ends_the_error(
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     (message,) = matching(row.message)
-    steps = row.follow(World(tmp_path, shared_folders))
+    world = World(tmp_path, shared_folders)
+    steps = row.follow(world)
     run = next(steps)
-    said = say(run)
+    said = say(run, world.stdin)
     assert pattern(message).search(said.text), said.text
     try:
         run = steps.send(said)
     except StopIteration:
         pass
-    again = say(run)
+    again = say(run, world.stdin)
     assert not pattern(message).search(again.text), again.text
     assert again.well or not row.succeeds, again.text
