@@ -4,11 +4,13 @@ import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from llava.checkpoint.open import open_checkpoint
+from llava.convert import merge
 from llava.convert.convert import convert
 from llava.formats.projector import write_projector
 from tests import tiny
@@ -370,3 +372,30 @@ def the_projector_of_a_lora(w: World) -> Steps:
     said = yield ("extract-projector", w.lora, w / "projector", "--base", w.llama)
     assert say(said.advised(OUT=w / "whole")).well
     yield ask_on(w / "whole", w / "projector")
+
+
+@advice("pass a LLaVA as base= (--base) to use images")
+def a_lora_of_a_llava_on_a_language_model(w: World) -> Steps:
+    folder = w.copy("lora")
+    (folder / "config.json").unlink()
+    (folder / "non_lora_trainables.bin").unlink()
+    adapter = torch.load(folder / ADAPTER)
+    wrapped = {name.replace(".model.model.", ".model.language_model.model."): value for name, value in adapter.items()}
+    torch.save(wrapped, folder / ADAPTER)
+    yield ask_on(w.llama, folder, "--template", "v1")
+    yield ask_on(w.llava, folder, "--template", "v1")
+
+
+@advice("expected a whole model with template {}; pass the base that the {} was made for")
+def a_merge_whose_result_has_another_template(w: World) -> Steps:
+    with mock.patch.object(merge, "check_headers", side_effect=lambda checkpoint: None), mock.patch.object(
+        merge, "_config", lambda whole, files: {**files.config, "model_type": "llava_mpt"}
+    ):
+        yield ("merge-lora", "--base", w.llama, "--target", w / "out", "--lora", w.lora)
+
+
+@advice("LLaVA's config.json requires a vision tower; set vision_tower= (--vision-tower) to a CLIP folder or hub id")
+def a_native_model_as_llava(w: World) -> Steps:
+    assert say(("convert", w.llava, w / "native")).well
+    yield ("convert", w / "native", w / "llava", "--to", "llava")
+    yield ("convert", w / "native", w / "llava", "--to", "llava", "--vision-tower", w.clip)

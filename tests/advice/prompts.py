@@ -86,12 +86,6 @@ def filters_that_match_nothing(w: World) -> Steps:
     yield ("zoo",)
 
 
-@advice("{}: ambiguous; specify one of {}")
-def an_ambiguous_entry(w: World) -> Steps:
-    said = yield ("zoo", "show", "llava-lightning-mpt-7b-preview")
-    yield ("zoo", "show", said.text.strip().rpartition(", ")[2])
-
-
 @advice("run llava zoo to list all entries")
 def an_unknown_entry(w: World) -> Steps:
     said = yield ("zoo", "show", "qqqq")
