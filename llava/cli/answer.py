@@ -165,7 +165,9 @@ def _existing(path: str) -> Path:
     if os.path.isdir(path):
         raise ImageError(f"{path:.200}: is a folder; expected an image file")
     if not os.path.exists(path):
-        raise ImageError(f"{path:.200}: no such image file; if it is part of the question, put the whole question in quotes")
+        raise ImageError(
+            f"{path:.200}: no such image file; if it is part of the question, put the whole question in quotes"
+        )
     return Path(path)
 
 

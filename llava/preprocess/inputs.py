@@ -250,6 +250,4 @@ def _counts(n_marks: int, n_pictures: int) -> str:
 
 def _check_marks(prompt: str, n_pictures: int) -> None:
     if (marks := placeholders.count(prompt)) != n_pictures:
-        raise PromptError(
-            f"the prompt has {_counts(marks, n_pictures)}: write one placeholder for each image{_HINT}"
-        )
+        raise PromptError(f"the prompt has {_counts(marks, n_pictures)}: write one placeholder for each image{_HINT}")

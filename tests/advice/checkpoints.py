@@ -8,6 +8,7 @@ from unittest import mock
 
 import torch
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor
 
 from tests import tiny
 from tests.advice.files import ask
@@ -256,3 +257,15 @@ def a_tokenizer_that_llama_cpp_lacks(w: World) -> Steps:
     tiny.edit_json(folder / "tokenizer.json", pre_tokenizer={"type": "Whitespace"})
     yield convert(folder, w / "out", "gguf", "--no-check")
     shutil.copy(tokenizer, folder)
+
+
+@advice("piece {} is not UTF-8; download the file again")
+def a_damaged_tokenizer(w: World) -> Steps:
+    folder = w.copy("llama")
+    file = folder / "tokenizer.model"
+    data = file.read_bytes()
+    piece = SentencePieceProcessor(model_proto=data).id_to_piece(400).encode()
+    at = data.index(piece, data.index(piece) + 1) if data.count(piece) > 1 else data.index(piece)
+    file.write_bytes(data[:at] + b"\xff" * len(piece) + data[at + len(piece) :])
+    yield convert(folder, w / "out", "gguf", "--no-check")
+    file.write_bytes(data)

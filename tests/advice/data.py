@@ -58,7 +58,9 @@ def two_conversations(w: World) -> Steps:
 @advice("the key system and the first turn are different system messages; keep one of them")
 def two_system_messages(w: World) -> Steps:
     system = {"from": "system", "value": "Be brief."}
-    yield from changed(w, {"system": "Be long.", "conversations": [system, *TURNS]}, {"conversations": [system, *TURNS]})
+    yield from changed(
+        w, {"system": "Be long.", "conversations": [system, *TURNS]}, {"conversations": [system, *TURNS]}
+    )
 
 
 @advice("name different pictures; keep one of them")

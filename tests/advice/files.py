@@ -231,5 +231,3 @@ def nan_that_is_forced(w: World) -> Steps:
     with_nan(folder / "model.safetensors")
     yield ask(folder)
     yield ask(folder, "--force")
-
-

@@ -9,12 +9,11 @@ from unittest import mock
 
 from filelock import FileLock
 
+from llava.checkpoint.open import open_checkpoint
 from llava.convert import resume
 from llava.convert.convert import convert
 from llava.convert.verify import check_equal
-from llava.checkpoint.open import open_checkpoint
 from llava.tensors import atomic
-from tests import tiny
 from tests.advice.table import Run, Steps, World, advice, say
 
 

@@ -58,7 +58,6 @@ class World:
         """A copy of a shared folder, to change."""
         return Path(shutil.copytree(self.shared[name], self.tmp / f"copy-of-{name}"))
 
-
     def in_the_hub_cache(self, name: str, folder: Path) -> str:
         """Puts a folder into the hub's cache (the test's own), and returns its id."""
         cached = self.tmp / "hub" / f"models--{name.replace('/', '--')}"

@@ -13,8 +13,8 @@ from PIL import Image
 
 from tests import tiny
 from tests.advice.table import Run, Steps, World, advice, say
-from tests.training import recipe as tests_recipe
 from tests.training import Assets, toml
+from tests.training import recipe as tests_recipe
 
 
 def train(w: World, *more: object, **changes: Any) -> Run:
@@ -90,7 +90,7 @@ def matrices_that_nf4_cannot_hold(w: World) -> Steps:
     yield train(w, **lora, quantize_base="none")
 
 
-@advice('which requires start_end; set start_end=true')
+@advice("which requires start_end; set start_end=true")
 def rows_without_start_and_end(w: World) -> Steps:
     yield train(w, "--plan", train=["projector", "rows"])
     yield train(w, "--plan", train=["projector", "rows"], start_end=True)
@@ -220,7 +220,9 @@ def a_damaged_checkpoint(w: World) -> Steps:
 
 @advice("free some space and run the same command again to resume from the previous checkpoint")
 def a_disk_that_fills_at_a_checkpoint(w: World) -> Steps:
-    with mock.patch.object(torch.distributed.checkpoint.FileSystemWriter, "write_data", side_effect=OSError(28, "full")):
+    with mock.patch.object(
+        torch.distributed.checkpoint.FileSystemWriter, "write_data", side_effect=OSError(28, "full")
+    ):
         yield train(w)
 
 
@@ -298,7 +300,7 @@ def transparent_pictures(w: World) -> Steps:
     yield train(w, images=w / "clear", transparency="white", output_dir=w / "new")
 
 
-@advice("an image of {} exceeds the limit of {}; increase max_length")
+@advice("an image of {} exceeds the limit of {} tokens; increase max_length")
 def an_image_after_the_limit(w: World) -> Steps:
     turns = [("human", "Hi"), ("gpt", "Hello."), ("human", "<image>\nAnd this?"), ("gpt", "A cat.")]
     conversation = [{"from": role, "value": text} for role, text in turns]
