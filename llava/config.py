@@ -293,6 +293,8 @@ class LlavaConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "LlavaConfig":
         """Creates a config from the output of `to_dict`. Raises ConfigError on unknown or missing keys."""
+        if not isinstance(values.get("decoder"), dict):
+            raise ConfigError(f"config: decoder is {values.get('decoder')!r:.60}; expected an object with its sizes")
         decoder = dict(values["decoder"])
         decoder["rope_scaling"] = _optional(RopeScaling, "rope_scaling", decoder.get("rope_scaling") or None)
         image = values.get("image")

@@ -101,7 +101,7 @@ def extract(
             f"file; {advice}"
         )
     check_target(out)
-    with new_file(out, room) as partial, partial.open("wb") as file:
+    with new_file(out, room + _least_bytes(assistant, rows, layers)) as partial, partial.open("wb") as file:
         file.write(room.to_bytes(8, "little") + b" " * room)
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
@@ -117,6 +117,14 @@ def extract(
         assert len(text) <= room
         file.seek(8)
         file.write(text.ljust(room))
+
+
+def _least_bytes(assistant: Assistant, rows: Sequence[Row], layers: Sequence[int]) -> int:
+    """Returns the size of the hidden states without the tokens of a template and with one view per image."""
+    config, tokenizer = assistant.config, assistant.preprocessor.tokenizer
+    per_image = config.vision.n_features if config.vision else 0
+    n_tokens = sum(len(tokenizer.encode(row.text)) + (per_image if row.image else 0) for row in rows)
+    return n_tokens * len(set(layers)) * config.decoder.dim * assistant.dtype.itemsize
 
 
 def _entry_bytes(n_rows: int) -> int:

@@ -227,6 +227,8 @@ def _run(values: Json, rank: int, ranks: int, port: int, output: Path) -> None:
             except LlavaError as error:
                 stream.write(f"rank {rank}: {error}\n")
                 os._exit(2)
+            except KeyboardInterrupt:
+                os._exit(130)
 
 
 def run(recipe: Recipe) -> list[float]:

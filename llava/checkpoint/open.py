@@ -268,6 +268,9 @@ def _assemble(
         vision_tower=read.source_config.get("mm_vision_tower") or given_tower,
         tower_folder=read.tower_folder,
         tower_inside=inside,
+        tower_beside=bool(
+            read.tower_folder and given_tower is None and read.tower_folder == clip.own_tower(read.source)
+        ),
     )
 
 

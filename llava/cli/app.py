@@ -1,10 +1,16 @@
 """The Typer application, one-line error reports, and the progress bar."""
 
+import atexit
 import logging
+import os
+import shlex
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -16,12 +22,13 @@ from llava.errors import LlavaError
 
 @contextmanager
 def guarded(command: Command | None = None) -> Iterator[None]:
-    """Turns a LlavaError into one line on stderr and exit code 2, and Ctrl-C into exit code 130.
+    """Turns a LlavaError into one line on stderr and exit code 2, and Ctrl-C or SIGTERM into exit code 130.
 
     command: whose options the line may advise; None for a script that has none of them.
     """
     try:
-        yield
+        with _interrupt_on_sigterm():
+            yield
     except LlavaError as error:
         print(f"llava: {(command or Command()).render(error)}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -31,6 +38,28 @@ def guarded(command: Command | None = None) -> Iterator[None]:
     except BrokenPipeError:  # the program reading the output closed the pipe
         sys.stderr.close()
         raise SystemExit(0) from None
+
+
+@contextmanager
+def _interrupt_on_sigterm() -> Iterator[None]:
+    """Makes SIGTERM raise KeyboardInterrupt, so that commands remove their temporary files."""
+    if threading.current_thread() is not threading.main_thread():  # other threads cannot set signal handlers
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def command_line() -> str:
+    """Returns the command that was run, for messages. Under torchrun, it is known only to torchrun itself."""
+    if "RANK" in os.environ:
+        return "the same torchrun command"
+    program = Path(sys.argv[0])
+    words = ["python", "-m", "llava.cli"] if program.name == "__main__.py" else [program.name]
+    return shlex.join([*words, *sys.argv[1:]])
 
 
 class _Guarded(TyperGroup):
@@ -78,7 +107,12 @@ def progress_bar(what: str, unit: str = "bytes") -> Iterator[Callable[[int, int]
 def main(args: list[str] | None = None) -> None:
     """Entry point of the `llava` console script."""
     line = sys.argv[1:] if args is None else args
-    handler = logging.StreamHandler()
-    handler.setFormatter(AdviceFormatter(Command.running(typer.main.get_command(app), line)))
-    logging.basicConfig(handlers=[handler], level=logging.WARNING)
-    app(line, prog_name="llava")
+    try:
+        with guarded():  # also while the commands are put together
+            handler = logging.StreamHandler()
+            handler.setFormatter(AdviceFormatter(Command.running(typer.main.get_command(app), line)))
+            logging.basicConfig(handlers=[handler], level=logging.WARNING)
+            app(line, prog_name="llava")
+    finally:
+        # registered last, so it runs first: Ctrl-C during the shutdown prints no traceback
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)

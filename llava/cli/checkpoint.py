@@ -93,6 +93,8 @@ def _show(found: "Description", values: "Scan | None") -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from llava.tensors.atomic import size_text
+
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -115,17 +117,13 @@ def _show(found: "Description", values: "Scan | None") -> None:
         because = found.template_because
         row("template", f"{found.template or 'none'} ({because})" if because else "depends on the base")
         row("image mode", found.image_mode or "no images")
-        row("memory", ", ".join(f"{kind} {_bytes(n)}" for kind, n in found.memory_bytes.items()))
+        row("memory", ", ".join(f"{kind} {size_text(n)}" for kind, n in found.memory_bytes.items()))
         row("missing", _some(found.missing))
         row("unused", _some(found.unused))
     if values:
         for name, names in (("NaN", list(values.nan)), ("Inf", list(values.inf)), ("all zero", values.zero)):
             row(name, _some(names))
     Console(width=None if sys.stdout.isatty() else 110).print(table)
-
-
-def _bytes(n: int) -> str:
-    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
 
 
 def _some(names: list[str]) -> str:

@@ -129,17 +129,20 @@ def extract_projector(
 
     options = LoadOptions(base=base, vision_tower=vision_tower, revision=revision)
     n = job.extract_projector(checkpoint, out, options)
-    print(f"{out}: {n} tensors in mm_projector.bin")
+    print(f"{out}: {n} tensor{'s' * (n != 1)} in mm_projector.bin")
 
 
 def _show(done: "Merged", as_json: bool) -> None:
     if as_json:
         print(json.dumps(asdict(done), ensure_ascii=False))
         return
+    from llava.tensors.atomic import size_text
+
     for name, digest in done.sha256.items():
         print(f"{digest}  {name}")
     rate = f"{done.n_bytes / 1e6 / done.seconds:.0f} MB/s"
-    more = f", {done.taken_over} files kept from an earlier run" if done.taken_over else ""
+    files = "1 file" if done.taken_over == 1 else f"{done.taken_over} files"
+    more = f", {files} kept from an earlier run" if done.taken_over else ""
     verified = ", verified bit by bit" if done.verified else ""
-    size = f"{done.n_bytes / 1e9:.2f} GB"
+    size = size_text(done.n_bytes)
     print(f"{done.folder}: {done.n_tensors} tensors, {size} in {done.seconds:.1f} s ({rate}){more}{verified}")

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from llava.cli.app import app, progress_bar
+from llava.cli.app import app, command_line, progress_bar
 from llava.cli.options import AsJson, Template
 from llava.errors import ConfigError
 
@@ -46,7 +46,8 @@ def train(
 
         print(draw(plot, out))
     elif listed:
-        print("\n".join(recipe_names()))
+        names = recipe_names()
+        print(json.dumps(names) if as_json else "\n".join(names))
     elif recipe is None:
         raise ConfigError("no recipe given; run llava train --list to see the shipped recipes")
     elif plan:
@@ -57,8 +58,14 @@ def train(
     else:
         from llava.train.loop import train as job
 
-        model = job(read_recipe(recipe, changes or ()), device=device, as_json=as_json)
-        if os.environ.get("RANK", "0") == "0" and not as_json:
+        is_main = os.environ.get("RANK", "0") == "0"
+        try:
+            model = job(read_recipe(recipe, changes or ()), device=device, as_json=as_json)
+        except KeyboardInterrupt:
+            if is_main:
+                print(f"llava: interrupted; to continue, run: {command_line()}", file=sys.stderr)
+            raise SystemExit(130) from None
+        if is_main and not as_json:
             print(f"{model}: the trained model")
 
 

@@ -12,7 +12,7 @@ from llava.errors import ConfigError
 from llava.formats import FORMATS
 from llava.formats.clip import own_tower
 from llava.formats.format import Checkpoint, Format, WriteJob
-from llava.tensors.atomic import new_file, new_folder
+from llava.tensors.atomic import free_folder, new_file, new_folder
 from llava.tensors.torch_zip import write_torch
 from llava.tensors.writer import Progress, byte_counter, no_progress
 from llava.zoo.bases import advice
@@ -36,16 +36,16 @@ def convert(
     compared. A report is written to conversion.md in `target`. Returns the source checkpoint, with the
     names of omitted tensors in `unused_names`. Raises LlavaError; a failed conversion leaves no files.
     """
-    options, format = options or LoadOptions(), _writable(to)
+    options, format, target = options or LoadOptions(), _writable(to), free_folder(Path(target))
     vision = options.vision and format.holds_vision
     options = replace(options, vision=vision, image_mode=format.image_mode or options.image_mode)
     opened = open_checkpoint(source, options)
     check_headers(opened)
     checkpoint = format.prepare(opened)
     outputs = [replace(out, force=options.force) for out in format.outputs(checkpoint)]
-    target = Path(target)
-    with new_folder(target, sum(out.n_bytes for out in outputs)) as folder:
-        format.write(WriteJob(checkpoint, opened, outputs, folder, target, progress))
+    config = format.write_config(checkpoint)
+    with new_folder(target, sum(out.n_bytes for out in outputs) + format.extra_bytes(opened)) as folder:
+        format.write(WriteJob(checkpoint, opened, outputs, config, folder, progress))
         check = check and not options.force
         written = _read_back(format, folder, checkpoint) if verify or check else None
         results = list(_compare(checkpoint, written, verify, check, progress)) if written else []

@@ -1,5 +1,6 @@
 """Merges a delta or LoRA with its base, using the original code's arithmetic, and writes a llava-format folder."""
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from llava.config import LoadOptions, projector_depth
 from llava.convert.resume import resumable_folder
 from llava.errors import CheckpointError
 from llava.formats import FORMATS
+from llava.formats.clip import OWN_TOWER, OWN_TOWER_NAME, own_tower
 from llava.formats.format import TEMPLATE_KEY, Checkpoint, CheckpointFiles, Detection, to_disk
 from llava.formats.llava import rules_for
 from llava.formats.on_base import described_by_itself
@@ -114,12 +116,18 @@ def merge(
         "max_shard_bytes": options.max_shard_bytes,
     }
     n_bytes = sum(out.n_bytes for out in outputs)
-    with resumable_folder(target, inputs, n_bytes) as partial:
+    tower = own_tower(files.path if files.config else base_folder)
+    tower_bytes = sum(file.stat().st_size for file in tower.iterdir()) if tower else 0
+    with resumable_folder(target, inputs, n_bytes + tower_bytes) as partial:
         taken_over = len(partial.sha256)
         shards = partial.write_shards(outputs, progress, options.max_shard_bytes)
         write_index(partial.folder / INDEX, shards)
-        write_json(partial.folder / "config.json", result.config)
+        write_json(
+            partial.folder / "config.json", result.config | ({"mm_vision_tower": OWN_TOWER_NAME} if tower else {})
+        )
         result.write_extra(whole, partial.folder)
+        if tower:
+            shutil.copytree(tower, partial.folder / OWN_TOWER, dirs_exist_ok=True)
         _check_reopens(partial.folder, whole)
         if options.verify:
             partial.verify(shards, progress)
@@ -174,7 +182,7 @@ def _as_llava(files: CheckpointFiles, base: Path, target: Path, options: MergeOp
     )
     config = replace(prepared.config, dtype="float16")
     prepared = replace(prepared, tensors=tensors, unused=unused, config=config)
-    return _Result(whole, llava.write_config(prepared, target), llava.outputs(prepared), llava.write_extra)
+    return _Result(whole, llava.write_config(prepared), llava.outputs(prepared), llava.write_extra)
 
 
 def _check_projector(whole: Checkpoint, files: CheckpointFiles) -> None:

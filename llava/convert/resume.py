@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import torch
 
 from llava.errors import CheckpointError, LlavaError
-from llava.tensors.atomic import check_space, free_folder, replacing
+from llava.tensors.atomic import check_space, free_folder, rename_in, replacing
 from llava.tensors.files import Weights, read_json_if_present
 from llava.tensors.lock import locked
 from llava.tensors.writer import OutputTensor, Progress, plan_shards, stream_safetensors, write_json
@@ -22,6 +22,7 @@ from llava.tensors.writer import OutputTensor, Progress, plan_shards, stream_saf
 log = logging.getLogger(__name__)
 
 _STATE = "merge.json"  # state file: inputs of the run and checksums of complete shards
+_LOCK = ".lock"
 SUMS = "SHA256SUMS"  # readable by sha256sum --check
 
 
@@ -88,6 +89,7 @@ def resumable_folder(target: Path, inputs: Mapping[str, Any], n_bytes: int) -> I
     """
     target = free_folder(target)
     folder = target.with_name(f"{target.name}.partial")
+    lock = folder / _LOCK  # inside, so that it does not stay behind when a user removes the folder of a killed run
     try:
         if target.exists():  # fail before the work starts if the target cannot be replaced
             target.rmdir()
@@ -95,7 +97,7 @@ def resumable_folder(target: Path, inputs: Mapping[str, Any], n_bytes: int) -> I
     except OSError as error:
         raise CheckpointError(f"{target}: cannot be written ({error.strerror}); choose another folder") from None
     busy = CheckpointError(f"{folder}: another process is writing to it; wait for that process or stop it")
-    with locked(folder, folder.with_name(f".{folder.name}.lock"), busy):
+    with locked(folder, lock, busy):
         partial = PartialFolder(folder=folder, inputs=inputs, sha256=_complete_shards(folder, inputs))
         done = sum((folder / name).stat().st_size for name in partial.sha256)
         try:
@@ -111,8 +113,9 @@ def resumable_folder(target: Path, inputs: Mapping[str, Any], n_bytes: int) -> I
             (folder / SUMS).write_text(sums, encoding="utf-8")
             if target.exists():
                 target.rmdir()
+            for name in (_STATE, _LOCK):  # last: without its state, the folder cannot be resumed any more
+                (folder / name).unlink(missing_ok=True)
             folder.rename(target)
-            (target / _STATE).unlink()  # removed last: the next run needs it if this run is killed before the rename
 
 
 @contextmanager
@@ -120,8 +123,9 @@ def _keeping_progress(folder: Path, target: Path) -> Iterator[None]:
     """Removes `folder` on a LlavaError, e.g. for invalid input. On OSError or Ctrl-C, keeps it for a later run."""
     try:
         yield
-    except LlavaError:
+    except LlavaError as error:
         shutil.rmtree(folder, ignore_errors=True)
+        rename_in(error, folder, target)
         raise
     except OSError as error:
         raise CheckpointError(
@@ -129,7 +133,8 @@ def _keeping_progress(folder: Path, target: Path) -> Iterator[None]:
             "the cause and run the same command again"
         ) from None
     except KeyboardInterrupt:
-        log.warning("complete files are kept in %s; run the same command again to resume", folder)
+        if folder.exists():  # otherwise, the target was already complete
+            log.warning("complete files are kept in %s; run the same command again to resume", folder)
         raise
 
 
@@ -138,9 +143,14 @@ def _complete_shards(folder: Path, inputs: Mapping[str, Any]) -> dict[str, str]:
 
     Raises CheckpointError if that run had different inputs.
     """
-    if not any(folder.iterdir()):
+    if {file.name for file in folder.iterdir()} <= {_LOCK}:
         return {}
     state = read_json_if_present(folder / _STATE)
+    if not state and (folder / SUMS).is_file():
+        raise CheckpointError(
+            f"{folder}: is a complete result, but the run was killed before it was renamed; rename it, "
+            "or remove it to start over"
+        )
     if state.get("inputs") != inputs:
         raise CheckpointError(
             f"{folder}: contains partial output of another job, or the inputs have changed; remove the folder "

@@ -68,7 +68,7 @@ def extract_projector(source: str | Path, folder: Path, options: LoadOptions | N
         folder,
         config,
         {name: tensor.read() for name, tensor in projector.items()},
-        vision_tower=tower_name(found, folder, separate=True) or "",
+        vision_tower=tower_name(found, separate=True) or "",
         base=base,
         recorded=base_record(base, found.tensors),
         start_end=rows,

@@ -23,6 +23,7 @@ from llava.data.pictures import is_data_url
 from llava.data.records import is_array
 from llava.data.repair import Fault
 from llava.data.samples import WORKERS_START, Samples, starting_workers
+from llava.data.workers import available_cpus, capped_workers
 from llava.data.write import check_target, write_samples
 from llava.errors import DataError
 
@@ -106,7 +107,7 @@ def check(
 
     images: location of the pictures; if None, only pictures in tars are read. measure: counts the tokens of a sample.
     workers: number of processes (0: run in this process; None: one per CPU). Raises DataError if the file cannot be
-    read or the copy cannot be written.
+    read or the copy cannot be written, or CheckpointError if the disk has no room for the copy.
     """
     started = time.perf_counter()
     if fix is not None:
@@ -178,7 +179,8 @@ def _examine_all(examiner: Examiner, workers: int | None, progress: Progress) ->
     """Yields the results of all samples, in order."""
     n = len(examiner.samples)
     chunks = [range(i, min(i + _CHUNK, n)) for i in range(0, n, _CHUNK)]
-    workers = min(len(chunks) if len(chunks) > 1 else 0, os.cpu_count() or 1 if workers is None else workers)
+    asked = available_cpus() if workers is None else capped_workers(workers, "--workers")
+    workers = min(len(chunks) if len(chunks) > 1 else 0, asked)
     for chunk, found in zip(chunks, _map_chunks(examiner, chunks, workers), strict=True):
         yield from found
         progress(chunk.stop, n)

@@ -110,6 +110,7 @@ PROCESSOR_KEYS = ConfigKeys(  # of preprocessor_config.json
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # from preprocessor_config.json of the `PUBLISHED` towers
 STD = (0.26862954, 0.26130258, 0.27577711)
 OWN_TOWER = "vision_tower"  # subfolder in which a checkpoint stores its own tower
+OWN_TOWER_NAME = f"./{OWN_TOWER}"  # `mm_vision_tower` of such a checkpoint: relative, because folders are moved
 
 
 class Clip(Format):

@@ -1,6 +1,7 @@
 """Deltas: models stored as the difference from a base model, so that they can be published without the base."""
 
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from llava.errors import CheckpointError
 from llava.formats.added_rows import VOCAB_TABLES
 from llava.formats.base_model import check_raw
+from llava.formats.clip import OWN_TOWER, own_tower
 from llava.formats.format import Checkpoint, CheckpointFiles, Resolved, to_disk
 from llava.formats.llava import WRITERS, FileType, rules_for
 from llava.formats.on_base import PartOfModel, base_tensors, llava_rules, read_part
@@ -91,6 +93,8 @@ def write_delta(
         )
         write_json(partial / "config.json", config)
         copy_tokenizer(model.path, partial)
+        if tower := own_tower(model.path):
+            shutil.copytree(tower, partial / OWN_TOWER)
 
 
 def _difference(name: str, tensor: LazyTensor, base: Checkpoint) -> LazyTensor:

@@ -92,6 +92,7 @@ class Checkpoint:
     vision_tower: str | None  # folder or hub id, from config.json or the caller
     tower_folder: Path | None  # folder with the tower's config and, unless `tower_inside`, its weights
     tower_inside: bool  # whether the checkpoint itself contains the tower's weights
+    tower_beside: bool = False  # whether the tower is in the checkpoint's own subfolder, which must be copied with it
 
     @property
     def unused_tower(self) -> dict[str, LazyTensor]:
@@ -118,8 +119,8 @@ class WriteJob(NamedTuple):
     checkpoint: Checkpoint  # as returned by `Format.prepare`
     source: Checkpoint  # the checkpoint before `Format.prepare`
     outputs: Sequence[OutputTensor]
+    config: Mapping[str, Any]  # as returned by `Format.write_config`
     folder: Path  # temporary folder to write into
-    target: Path  # final path of the folder
     progress: Progress
 
 
@@ -182,18 +183,25 @@ class Format(ABC):
         """Returns the tensors to write. Raises CheckpointError if the format cannot represent the model."""
         return to_disk(checkpoint.tensors, checkpoint.config, self.rules(checkpoint.config))
 
-    def write_config(self, checkpoint: Checkpoint, target: Path) -> dict[str, Any]:
-        """Returns config.json for a checkpoint whose final path is `target`."""
-        raise NotImplementedError
+    def write_config(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Returns config.json, or {} if the format has no such file.
+
+        Raises ConfigError or CheckpointError if it cannot represent the model.
+        """
+        return {}
 
     def write_extra(self, source: Checkpoint, folder: Path) -> None:
         """Writes all files except the weights and config.json. `source`: the checkpoint before `prepare`."""
         copy_tokenizer(source.tokenizer_folder, folder, source.new_tokens)
 
+    def extra_bytes(self, source: Checkpoint) -> int:
+        """Returns the size of the weights that `write_extra` writes."""
+        return 0
+
     def write(self, job: WriteJob) -> None:
         """Writes all files of a checkpoint into `job.folder`."""
         write_shards(job.folder, job.outputs, job.progress)
-        write_json(job.folder / "config.json", self.write_config(job.checkpoint, job.target))
+        write_json(job.folder / "config.json", job.config)
         self.write_extra(job.source, job.folder)
 
     def read_back(self, folder: Path, checkpoint: Checkpoint) -> Checkpoint | None:

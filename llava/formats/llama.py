@@ -12,6 +12,7 @@ from llava.formats import multimodal
 from llava.formats.added_rows import copy_plain_tokenizer, without_added_rows
 from llava.formats.config_keys import ConfigKeys, words
 from llava.formats.format import (
+    TEMPLATE_KEY,
     Checkpoint,
     CheckpointFiles,
     Format,
@@ -89,8 +90,9 @@ class Llama(Format):
         decoder = {ours: tensor for ours, tensor in checkpoint.tensors.items() if ours.startswith("decoder.")}
         return to_disk(decoder, checkpoint.config, RULES)
 
-    def write_config(self, checkpoint: Checkpoint, target: Path) -> dict[str, Any]:
-        return llama_config(checkpoint.config, checkpoint.tokenizer)
+    def write_config(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        template = checkpoint.template.template
+        return llama_config(checkpoint.config, checkpoint.tokenizer) | ({TEMPLATE_KEY: template} if template else {})
 
     def write_extra(self, source: Checkpoint, folder: Path) -> None:
         copy_plain_tokenizer(source, folder)

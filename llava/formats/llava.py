@@ -15,7 +15,7 @@ from llava.config import LlavaConfig, LoadOptions
 from llava.errors import CheckpointError
 from llava.formats import llama, mpt
 from llava.formats.added_rows import copy_plain_tokenizer, without_added_rows, write_added_rows
-from llava.formats.clip import OWN_TOWER, clip_config, published_id, write_tower
+from llava.formats.clip import OWN_TOWER, OWN_TOWER_NAME, clip_config, published_id, write_tower
 from llava.formats.format import (
     TEMPLATE_KEY,
     Checkpoint,
@@ -83,9 +83,12 @@ class Llava(Format):
             kept = checkpoint.tensors | checkpoint.unused_tower
         return to_disk(kept, checkpoint.config, rules_for(checkpoint.config))
 
-    def write_config(self, checkpoint: Checkpoint, target: Path) -> dict[str, Any]:
-        config = llava_config(checkpoint.config, checkpoint.tokenizer, tower_name(checkpoint, target))
+    def write_config(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        config = llava_config(checkpoint.config, checkpoint.tokenizer, tower_name(checkpoint))
         return config | {"unfreeze_mm_vision_tower": checkpoint.tower_inside}
+
+    def extra_bytes(self, source: Checkpoint) -> int:
+        return sum(tensor.n_bytes for tensor in own_tower_tensors(source).values())
 
     def write_extra(self, source: Checkpoint, folder: Path) -> None:
         copy_plain_tokenizer(source, folder)
@@ -101,9 +104,12 @@ def rules_for(config: LlavaConfig, *, linear: bool | None = None) -> tuple[Rule,
     return tuple(rule for rule in rules if not (linear and rule.ours and rule.ours.startswith("projector.*")))
 
 
-def from_memory(tensors: Mapping[str, Tensor], config: LlavaConfig) -> list[OutputTensor]:
-    """Returns in-memory tensors under this format's names, with their dtypes unchanged. A tied head is omitted."""
-    lazy: dict[str, LazyTensor] = {name: InMemory(tensor=tensor, origin=name) for name, tensor in tensors.items()}
+def from_memory(tensors: Mapping[str, Tensor | LazyTensor], config: LlavaConfig) -> list[OutputTensor]:
+    """Returns tensors under this format's names, with their dtypes unchanged. A tied head is omitted."""
+    lazy: dict[str, LazyTensor] = {
+        name: InMemory(tensor=tensor, origin=name) if isinstance(tensor, Tensor) else tensor
+        for name, tensor in tensors.items()
+    }
     if config.decoder.tied:
         lazy.pop("decoder.head.weight", None)
     return to_disk(lazy, config, rules_for(config))
@@ -132,29 +138,35 @@ def llava_config(config: LlavaConfig, tokenizer: Tokenizer | None, vision_tower:
 # --------------------------------------------------------------------------------------------------- the vision tower
 
 
-def tower_name(checkpoint: Checkpoint, target: Path, *, separate: bool = False) -> str | None:
-    """Returns `mm_vision_tower` for a checkpoint written to `target`, or None for a model without vision.
+def tower_name(checkpoint: Checkpoint, *, separate: bool = False) -> str | None:
+    """Returns `mm_vision_tower` for a copy of a checkpoint, or None for a model without vision.
 
-    If the checkpoint does not include the tower's weights, returns the recorded name. Otherwise, the shards contain the
-    weights and readers need only the tower's config, so returns the hub id of a published CLIP model of the same size,
-    or the path of the folder written by `write_own_tower` if there is none.
-    separate: true if no shards are written; readers then need the weights too, so always returns the folder's path.
+    If the tower is a model of its own, returns its recorded name. If the shards contain the tower's weights, readers
+    need only its config, so returns the hub id of a published CLIP model of the same size or, if there is none,
+    `OWN_TOWER_NAME`, which refers to the subfolder that `write_own_tower` writes.
+    separate: true if no shards are written; readers then need the weights too, so never returns a published id.
     """
-    if checkpoint.config.vision is None:
+    vision = checkpoint.config.vision
+    if vision is None:
         return None
-    if not checkpoint.tower_inside:
+    if not (checkpoint.tower_inside or checkpoint.tower_beside):
         return checkpoint.vision_tower
-    known = None if separate else published_id(clip_config(checkpoint.config.vision))
-    return known or str(target.expanduser().absolute() / OWN_TOWER)
+    known = None if separate or not checkpoint.tower_inside else published_id(clip_config(vision))
+    return known or OWN_TOWER_NAME
+
+
+def own_tower_tensors(checkpoint: Checkpoint, *, separate: bool = False) -> dict[str, LazyTensor]:
+    """Returns the tensors that `write_own_tower` writes; {} if it writes nothing."""
+    if tower_name(checkpoint, separate=separate) != OWN_TOWER_NAME:
+        return {}
+    every = checkpoint.tensors | checkpoint.unused_tower
+    return {name: tensor for name, tensor in every.items() if name.startswith("vision.")}
 
 
 def write_own_tower(checkpoint: Checkpoint, folder: Path, *, separate: bool = False) -> None:
-    """Writes the tower to `folder / OWN_TOWER` if `tower_name()` returns that path."""
-    vision = checkpoint.config.vision
-    if vision and checkpoint.tower_inside and (separate or published_id(clip_config(vision)) is None):
-        every = checkpoint.tensors | checkpoint.unused_tower
-        tower = {name: tensor.read() for name, tensor in every.items() if name.startswith("vision.")}
-        write_tower(folder / OWN_TOWER, checkpoint.config, tower)
+    """Writes the tower to `folder / OWN_TOWER` if `tower_name()` returns `OWN_TOWER_NAME`."""
+    if tower := own_tower_tensors(checkpoint, separate=separate):
+        write_tower(folder / OWN_TOWER, checkpoint.config, {name: tensor.read() for name, tensor in tower.items()})
 
 
 # -------------------------------------------------------------------------------------------------- a model in memory

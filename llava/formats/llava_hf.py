@@ -125,7 +125,7 @@ class LlavaHf(Format):
             tensors.setdefault(f"vision.post_norm.{param}", filled)
         return to_disk(tensors, checkpoint.config, RULES)
 
-    def write_config(self, checkpoint: Checkpoint, target: Path) -> dict[str, Any]:
+    def write_config(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Returns config.json. Raises CheckpointError for a model that this format cannot represent."""
         vision, _, image = _parts(checkpoint)
         tokenizer, anyres = checkpoint.tokenizer, image.aspect == "anyres"

@@ -6,7 +6,7 @@ O rows of a matrix   I columns of a matrix   r rank
 import logging
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,8 +143,8 @@ def _tell_where_the_projector_is(base: _Base, adapter: Adapter, lora: Path) -> N
         log.warning("%s: has no projector of its own; uses the projector of the base %s", lora, base.path)
     elif any("language_model." in name for name in adapter.factors):
         log.warning(
-            "%s: was made on a LLaVA, but the base %s is a language model without vision; pass a LLaVA as base= (--base) "
-            "to use images",
+            "%s: was made on a LLaVA, but the base %s is a language model without vision; pass a LLaVA as base= "
+            "(--base) to use images",
             lora, base.path,
         )  # fmt: skip
 
@@ -213,29 +213,38 @@ def write_lora(
     dropout: float,
     base: str,
     vision_tower: str | None,
-    non_lora: Mapping[str, Tensor],
+    non_lora: Mapping[str, Tensor | LazyTensor],
     tokenizer_from: Path | None = None,
     file_type: FileType = "safetensors",
     recorded: Mapping[str, Any] | None = None,
-) -> None:
+    write_extra: Callable[[Path], None] | None = None,
+    check_only: bool = False,
+) -> int:
     """Writes adapter_config.json, adapter_model, non_lora_trainables.bin and config.json; tensors keep their dtypes.
 
     lora: factors keyed by our module name and part, e.g. {"decoder.blocks.3.attn.qkv": {"q": (A, B), "v": (A, B)},
     "decoder.blocks.3.mlp.gate": {"": (A, B)}}. non_lora: tensors keyed by our names. base: the base model,
     recorded in the configs; if `tokenizer_from` is None, loading uses the base model's tokenizer. recorded: additional
-    keys for config.json. Raises ConfigError.
+    keys for config.json. write_extra: receives the folder being written and adds files to it. check_only: write
+    nothing; the tensors may then be on the meta device. Returns the number of bytes of the weights. Raises ConfigError.
     """
     adapter = list(_adapter_outputs(lora, config, r))
     trained = [replace(out, name=_PREFIX + out.name) for out in from_memory(non_lora, config)]
     tokenizer = load_tokenizer(tokenizer_from) if tokenizer_from else None
     settings = llava_config(config, tokenizer, vision_tower) | {"_name_or_path": base, **(recorded or {})}
-    with new_folder(folder, sum(out.n_bytes for out in (*adapter, *trained))) as partial:
+    n_bytes = sum(out.n_bytes for out in (*adapter, *trained))
+    if check_only:
+        return n_bytes
+    with new_folder(folder, n_bytes) as partial:
         WRITERS[file_type](partial / f"adapter_model.{file_type}", adapter, byte_counter(adapter, no_progress))
         write_torch(partial / NON_LORA_FILE, trained, byte_counter(trained, no_progress))
         write_json(partial / ADAPTER_CONFIG, _adapter_config(adapter, r, alpha, dropout, base))
         write_json(partial / "config.json", settings)
         if tokenizer_from:
             copy_tokenizer(tokenizer_from, partial)
+        if write_extra:
+            write_extra(partial)
+    return n_bytes
 
 
 def _adapter_outputs(lora: Mapping[str, Mapping[str, Factors]], config: LlavaConfig, r: int) -> Iterator[OutputTensor]:

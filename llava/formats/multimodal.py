@@ -136,6 +136,11 @@ def _tower(path: Path, config: Mapping[str, Any], tensors: Mapping[str, LazyTens
     if inline := section(config, "vision_config", where):
         return Tower(None, inline, processor_config(path))
     name = options.vision_tower or own_tower(path) or named
+    if str(name) == clip.OWN_TOWER_NAME:
+        raise CheckpointError(
+            f"{path / clip.OWN_TOWER}: is missing, and config.json says that the vision tower is there; copy the whole "
+            "folder again, or set vision_tower= (--vision-tower) to a CLIP folder or hub id"
+        )
     return find_tower(str(name), shapes_of(tensors), fetch=options.fetch_tower)
 
 

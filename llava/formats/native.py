@@ -61,7 +61,7 @@ class Native(Format):
         tensors = checkpoint.tensors | (checkpoint.unused_tower if checkpoint.tower_inside else {})
         return [output(name, tensor, name) for name, tensor in tensors.items()]
 
-    def write_config(self, checkpoint: Checkpoint, target: Path) -> dict[str, Any]:
+    def write_config(self, checkpoint: Checkpoint) -> dict[str, Any]:
         return {VERSION_KEY: VERSION, **checkpoint.config.to_dict()}
 
     def write_extra(self, source: Checkpoint, folder: Path) -> None:

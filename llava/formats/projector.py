@@ -160,21 +160,23 @@ def _with_token_rows(rows: LazyTensor, base: Checkpoint, tokenizer: Tokenizer, f
 def write_projector(
     folder: Path,
     config: LlavaConfig,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | LazyTensor],
     *,
     vision_tower: str,
     base: str | None,
-    start_end: Tensor | None = None,
+    start_end: Tensor | LazyTensor | None = None,
     tokenizer_from: Path | None = None,
     recorded: Mapping[str, Any] | None = None,
     write_extra: Callable[[Path], None] | None = None,
-) -> None:
+    check_only: bool = False,
+) -> int:
     """Writes config.json, and the tensors `projector.*` and `newline` to mm_projector.bin with unchanged dtypes.
 
     base: folder or hub id of the language model, recorded in config.json unless it is None. start_end: [2, D], trained
     embeddings of <im_start> and <im_end>; requires `tokenizer_from`, a folder whose tokenizer has both tokens.
     recorded: additional keys for config.json. write_extra: receives the folder being written and adds files to it.
-    Raises ConfigError.
+    check_only: write nothing; the tensors may then be on the meta device. Returns
+    the number of bytes of the weights. Raises ConfigError.
     """
     if start_end is not None and tokenizer_from is None:
         raise ConfigError(
@@ -187,10 +189,14 @@ def write_projector(
     settings = llava_config(config, tokenizer, vision_tower)
     settings |= {**({"_name_or_path": base} if base else {}), "tune_mm_mlp_adapter": True, **(recorded or {})}
     outputs = from_memory(kept, config)
-    with new_folder(folder, sum(out.n_bytes for out in outputs)) as partial:
+    n_bytes = sum(out.n_bytes for out in outputs)
+    if check_only:
+        return n_bytes
+    with new_folder(folder, n_bytes) as partial:
         write_torch(partial / PROJECTOR_FILE, outputs, byte_counter(outputs, no_progress))
         write_json(partial / "config.json", settings)
         if tokenizer_from:
             copy_tokenizer(tokenizer_from, partial)
         if write_extra:
             write_extra(partial)
+    return n_bytes

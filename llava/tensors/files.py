@@ -67,6 +67,8 @@ def read_json_if_present(file: Path) -> dict[str, Any]:
 def refuse_lfs_pointer(file: Path) -> None:
     """Raises CheckpointError if `git clone` without Git LFS left only a pointer to the file."""
     magic = b"version https://git-lfs"
+    if not file.is_file():  # a named pipe would block
+        return
     try:
         with file.open("rb") as start:
             found = start.read(len(magic))

@@ -107,7 +107,8 @@ def _complete_set(folder: Path, single: str, problems: list[str]) -> _FileSet | 
             present = f"; the folder contains {_some(names)}" if (names := weight_files(folder)) else ""
             problems.insert(
                 0,
-                f"{missing[0]}: is missing; download it ({index.name} maps {counted(n, 'tensor')} to this shard){present}",
+                f"{missing[0]}: is missing; download it ({index.name} maps {counted(n, 'tensor')} to this shard)"
+                f"{present}",
             )
         else:
             sharded = [_FileSet(files, index)]  # other numbered shards are left over

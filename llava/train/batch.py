@@ -59,7 +59,8 @@ class Batch:
     def pin_memory(self) -> "Batch":
         """Returns a copy of the batch in page-locked memory, for asynchronous copies to the GPU."""
         pinned: dict[str, Any] = {n: value.pin_memory() for n, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **pinned)
+        segments = self.segments and self.segments._replace(cu_seqlens=self.segments.cu_seqlens.pin_memory())
+        return replace(self, **pinned, segments=segments)
 
 
 def collate(

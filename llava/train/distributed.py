@@ -18,6 +18,7 @@ class World:
 
     rank: int
     size: int  # number of ranks
+    local_size: int  # number of ranks on this machine
     device: torch.device
     metrics_group: dist.ProcessGroup
     # a separate group, because another thread writes checkpoints, and two threads must not share a group
@@ -69,7 +70,8 @@ def join_world(device: str) -> Iterator[World]:
         dist.init_process_group(backend)
     try:
         groups = (dist.new_group(backend="gloo"), dist.new_group(backend="gloo"))
-        yield World(dist.get_rank(), dist.get_world_size(), chosen, *groups)
+        local_size = 1 if single else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        yield World(dist.get_rank(), dist.get_world_size(), local_size, chosen, *groups)
     finally:
         dist.destroy_process_group()
 
@@ -79,11 +81,12 @@ def _choose_device(device: str, local_rank: int) -> torch.device:
         raise ConfigError(f"unknown device {device!r}; expected auto, cpu or cuda")
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        n = torch.cuda.device_count()
+    if not (n := torch.cuda.device_count()):
+        raise ConfigError("no GPU was found that this PyTorch can use; to train on the CPU, pass --device cpu")
+    if local_rank >= n:
         raise ConfigError(
-            f"no GPU for local rank {local_rank} (number of GPUs on this machine: {n}); "
-            "start at most one process per GPU, or set the device to cpu"
+            f"no GPU for local rank {local_rank}: this machine has {n} GPU{'s' * (n != 1)}; start at most one process "
+            f"per GPU (--nproc-per-node {n}), or pass --device cpu"
         )
     chosen = torch.device("cuda", local_rank)
     torch.cuda.set_device(chosen)

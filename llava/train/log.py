@@ -9,6 +9,7 @@ import io
 import json
 import math
 import secrets
+import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
@@ -39,13 +40,20 @@ def open_logs(run: Path, names: Sequence[str], config: Mapping[str, Any], resume
     display `config`. The first log returned is the JSON Lines file. Raises ConfigError if a tracker is unknown, is
     not installed or fails to start. Like `JsonLines.write`, raises LlavaError if the log cannot be written.
     """
-    if unknown := [name for name in names if name not in TRACKERS]:
-        raise ConfigError(f"logs: unknown tracker {unknown[0]!r}; expected any of {', '.join(TRACKERS)}")
+    check_trackers(names)
     with explain_write_errors(run):
         run.mkdir(parents=True, exist_ok=True)
     # open the trackers first, so that the JSON Lines file stays untouched if one of them fails
     trackers = [TRACKERS[name](run, config, resume_step) for name in names]
     return [JsonLines(run / FILE, resume_step), *trackers]
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises ConfigError if a tracker is unknown or its package is not installed."""
+    if unknown := [name for name in names if name not in TRACKERS]:
+        raise ConfigError(f"logs: unknown tracker {unknown[0]!r}; expected any of {', '.join(TRACKERS)}")
+    for name in names:
+        import_optional(_PACKAGES[name])
 
 
 def import_optional(module: str) -> Any:
@@ -86,13 +94,15 @@ def read_rows(file: Path) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def explain_write_errors(path: Path) -> Iterator[None]:
-    """Converts an OSError (such as a full disk or missing permissions) into a LlavaError that includes the path."""
+    """Converts an OSError (such as a full disk or missing permissions) into a LlavaError that includes the path.
+
+    An error of SQLite, which trackio writes with, is also converted.
+    """
     try:
         yield
-    except OSError as error:
-        raise LlavaError(
-            f"{path}: cannot be written ({error.strerror}); free some space, or choose another folder"
-        ) from None
+    except (OSError, sqlite3.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise LlavaError(f"{path}: cannot be written ({reason}); free some space, or choose another folder") from None
 
 
 class JsonLines:
@@ -120,18 +130,23 @@ class TensorBoard:
     """Event files in RUN/tensorboard."""
 
     def __init__(self, run: Path, config: Mapping[str, Any], resume_step: int):
-        writer = import_optional("torch.utils.tensorboard").SummaryWriter
-        # TensorBoard ignores rows in earlier event files if their step is purge_step or later
-        self.writer = writer(str(run / "tensorboard"), purge_step=resume_step + 1)
-        self.writer.add_text("recipe", f"```json\n{json.dumps(dict(config), indent=2, default=str)}\n```", resume_step)
+        writer = import_optional(_PACKAGES["tensorboard"]).SummaryWriter
+        self.folder = run / "tensorboard"
+        text = f"```json\n{json.dumps(dict(config), indent=2, default=str)}\n```"
+        with explain_write_errors(self.folder):
+            # TensorBoard ignores rows in earlier event files if their step is purge_step or later
+            self.writer = writer(str(self.folder), purge_step=resume_step + 1)
+            self.writer.add_text("recipe", text, resume_step)
 
     def write(self, row: Row) -> None:
-        for name, value in scalars(row).items():
-            self.writer.add_scalar(name, value, row["step"])
-        self.writer.flush()
+        with explain_write_errors(self.folder):
+            for name, value in scalars(row).items():
+                self.writer.add_scalar(name, value, row["step"])
+            self.writer.flush()
 
     def close(self) -> None:
-        self.writer.close()
+        with explain_write_errors(self.folder):
+            self.writer.close()
 
 
 class Wandb:
@@ -142,7 +157,8 @@ class Wandb:
     """
 
     def __init__(self, run: Path, config: Mapping[str, Any], resume_step: int):
-        wandb = import_optional("wandb")
+        wandb = import_optional(_PACKAGES["wandb"])
+        self.folder = run / "wandb"
         try:
             self.run = wandb.init(
                 project=wandb.setup().settings.project or PROJECT,
@@ -158,10 +174,12 @@ class Wandb:
             raise ConfigError(f"wandb: {reason}; run `wandb login`, or set WANDB_MODE=offline") from None
 
     def write(self, row: Row) -> None:
-        self.run.log(scalars(row), step=row["step"])
+        with explain_write_errors(self.folder):
+            self.run.log(scalars(row), step=row["step"])
 
     def close(self) -> None:
-        self.run.finish()
+        with explain_write_errors(self.folder):
+            self.run.finish()
 
 
 class Trackio:
@@ -172,9 +190,13 @@ class Trackio:
     """
 
     def __init__(self, run: Path, config: Mapping[str, Any], resume_step: int):
-        self.trackio = import_optional("trackio")
+        self.trackio = import_optional(_PACKAGES["trackio"])
+        self.folder = run
         name = f"{run.resolve().name}-{tracker_id(run / 'trackio.id')}"
-        with redirect_stdout(io.StringIO()):  # keeps trackio's messages out of the rows printed by --json
+        with (
+            explain_write_errors(run),
+            redirect_stdout(io.StringIO()),
+        ):  # keeps trackio's messages out of the rows printed by --json
             self._delete(name)
             self.trackio.init(project=PROJECT, name=name, config=dict(config), embed=False)
         if resume_step and (run / FILE).exists():
@@ -192,13 +214,15 @@ class Trackio:
                 old.delete()
 
     def write(self, row: Row) -> None:
-        self.trackio.log(scalars(row), step=row["step"])
+        with explain_write_errors(self.folder):
+            self.trackio.log(scalars(row), step=row["step"])
 
     def close(self) -> None:
-        with redirect_stdout(io.StringIO()):
+        with explain_write_errors(self.folder), redirect_stdout(io.StringIO()):
             self.trackio.finish()
 
 
+_PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
 TRACKERS: dict[str, Callable[[Path, Mapping[str, Any], int], Log]] = {
     "tensorboard": TensorBoard,
     "wandb": Wandb,

@@ -5,6 +5,7 @@ import math
 import shlex
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,10 +19,12 @@ from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader
 
 from llava.data.samples import WORKERS_START, starting_workers
+from llava.data.workers import capped_workers
 from llava.errors import ConfigError, DataError, LlavaError
 from llava.formats.format import Checkpoint
 from llava.train import optim
 from llava.train.batch import Batch, BatchDataset
+from llava.train.checks import CHECKPOINTS, check_run
 from llava.train.distributed import World, join_world
 from llava.train.export import export
 from llava.train.flops import flops_per_token, peak_flops
@@ -29,15 +32,23 @@ from llava.train.log import open_logs
 from llava.train.loss import LlavaWithLoss
 from llava.train.order import MicroBatch, SampleOrder
 from llava.train.progress import TrainProgress
-from llava.train.recipe import Recipe, to_dict
-from llava.train.resume import Checkpointer
-from llava.train.run_folder import check_folder, locked_folder
-from llava.train.signals import explain_failures, init_worker, interrupt_on_sigterm, iterate_loader
+from llava.train.recipe import MODEL, Recipe, changed_keys, to_dict
+from llava.train.resume import Checkpointer, step_of
+from llava.train.run_folder import RECIPE_FILE, check_folder, locked_folder
+from llava.train.signals import (
+    AgreedStop,
+    StopRequest,
+    collect_stop,
+    defer_signals,
+    explain_failures,
+    init_worker,
+    interrupt_on_sigterm,
+    iterate_loader,
+)
 from llava.train.start import DTYPES, fill, row_ids, start, trainable
 
 log = logging.getLogger(__name__)
 
-MODEL = "model"  # subfolder of the run folder for the exported model
 _MAX_NAMED = 32  # maximum number of samples listed in an error message
 _MIN_SEEN = 100  # max_skipped is applied as if at least this many samples had been seen
 
@@ -69,6 +80,7 @@ class Run:
     dataset: BatchDataset
     checkpointer: Checkpointer
     state: TrainState = field(default_factory=TrainState)
+    stop: StopRequest = field(default_factory=StopRequest)
 
     @property
     def order(self) -> SampleOrder:
@@ -91,22 +103,33 @@ class StepCounts:
     too_long: int
     truncated: int
     lossy_pictures: int
+    stops: int  # ranks that received a signal to stop
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The outcome of a step's forward and backward passes. The gradients themselves are in the parameters."""
+
+    counts: StepCounts
+    loss: float  # mean over all target tokens on all ranks
+    norm: float  # before clipping
 
 
 def train(recipe: Recipe, *, device: str = "auto", as_json: bool = False) -> Path:
     """Trains a model from a recipe and returns the folder of the trained model.
 
-    If `recipe.output_dir` contains an unfinished run, resumes it. Under torchrun, every process must call this. Raises
-    LlavaError.
+    If `recipe.output_dir` contains an unfinished run, resumes it. Under torchrun, every process must call this. SIGINT
+    and SIGTERM save a checkpoint of the last complete step and raise KeyboardInterrupt. Raises LlavaError.
     """
     folder = Path(recipe.output_dir)
     with interrupt_on_sigterm(), explain_failures(), join_world(device) as world:
         check_folder(folder, recipe)
         if (folder / MODEL).is_dir():
-            log.warning("%s: this run is already finished; its model is in %s", folder, folder / MODEL)
+            _report_finished(folder, recipe)
             return folder / MODEL
         with locked_folder(folder, recipe, world):
             checkpoint = start(recipe, folder / "tokenizer")
+            check_run(folder, trainable(checkpoint, recipe), checkpoint, recipe)
             run = _set_up(recipe, checkpoint, folder, world)
             _train_steps(run, as_json)
             if world.is_main:
@@ -114,6 +137,12 @@ def train(recipe: Recipe, *, device: str = "auto", as_json: bool = False) -> Pat
             export(folder / MODEL, run.model.model, checkpoint, recipe, first=world.is_main)
             world.barrier()
     return folder / MODEL
+
+
+def _report_finished(folder: Path, recipe: Recipe) -> None:
+    log.warning("%s: this run is already finished; its model is in %s", folder, folder / MODEL)
+    if "export" in changed_keys(folder / RECIPE_FILE, recipe):
+        log.warning("to export it with export=%s, move that folder away and run the same command again", recipe.export)
 
 
 def _set_up(recipe: Recipe, checkpoint: Checkpoint, folder: Path, world: World) -> Run:
@@ -124,7 +153,7 @@ def _set_up(recipe: Recipe, checkpoint: Checkpoint, folder: Path, world: World) 
             "%d micro-batches per step do not divide evenly among %d ranks; some ranks will wait", n, world.size
         )
     model = _build_model(recipe, checkpoint, world)
-    checkpointer = Checkpointer(folder / "checkpoints", recipe.keep_last, world)
+    checkpointer = Checkpointer(folder / CHECKPOINTS, recipe.keep_last, world)
     if world.is_main:
         checkpointer.remove_partial()
     run = Run(recipe, folder, world, model, optim.build_optimizer(model, recipe), dataset, checkpointer)
@@ -183,20 +212,22 @@ def _train_steps(run: Run, as_json: bool) -> None:
     loader = iterate_loader(_loader(run))
     run_start = time.perf_counter() - state.elapsed_s
     try:
-        with run.checkpointer, TrainProgress(n_steps, state.step, as_json=as_json, is_main=is_main) as progress:
+        progress = TrainProgress(n_steps, state.step, as_json=as_json, is_main=is_main)
+        with run.checkpointer, progress, _saving_on_interrupt(run):
             while state.step < n_steps:
                 step_start = time.perf_counter()
-                tokens_before = state.tokens
-                row = _train_step(run, [next(loader) for _ in range(run.dataset.per_step)])
-                now = time.perf_counter()
-                state.elapsed_s = now - run_start
-                tokens_per_s = (state.tokens - tokens_before) / (now - step_start)
-                row |= {"tokens_per_s": tokens_per_s, "elapsed_s": state.elapsed_s}
-                if peak:
-                    row["mfu"] = tokens_per_s * flops / peak
-                for one in logs:
-                    one.write(row)
-                progress.update(row)
+                gradients = _accumulate(run, [next(loader) for _ in range(run.dataset.per_step)])
+                with defer_signals():  # a checkpoint saved after an interrupt holds whole steps, all of them logged
+                    row = _update(run, gradients)
+                    now = time.perf_counter()
+                    state.elapsed_s = now - run_start
+                    tokens_per_s = gradients.counts.tokens / (now - step_start)
+                    row |= {"tokens_per_s": tokens_per_s, "elapsed_s": state.elapsed_s}
+                    if peak:
+                        row["mfu"] = tokens_per_s * flops / peak
+                    for one in logs:
+                        one.write(row)
+                    progress.update(row)
                 _save_if_due(run)
     finally:
         for one in logs:
@@ -204,7 +235,7 @@ def _train_steps(run: Run, as_json: bool) -> None:
 
 
 def _loader(run: Run) -> Iterator[Batch]:
-    num_workers = run.recipe.num_workers
+    num_workers = capped_workers(run.recipe.num_workers, "num_workers", run.world.local_size)
     loader = DataLoader(
         run.dataset,
         batch_size=None,
@@ -219,14 +250,42 @@ def _loader(run: Run) -> Iterator[Batch]:
         return iter(loader)
 
 
-def _train_step(run: Run, batches: list[Batch]) -> dict[str, float]:
-    """Runs one optimizer step over this rank's micro-batches. Returns the row to log.
+@contextmanager
+def _saving_on_interrupt(run: Run) -> Iterator[None]:
+    """Saves a checkpoint of the last complete step when a signal ends the block.
 
-    The loss is the mean over all target tokens on all ranks. Raises LlavaError if the loss or the gradient
-    norm is not finite.
+    A single process abandons the current step at once. Several ranks end it at the start of the next step, where they
+    exchange their counts; a second signal ends them without a checkpoint, because they may be at different steps.
+    """
+    one = run.world.size == 1
+    try:
+        with nullcontext(run.stop) if one else collect_stop() as run.stop:
+            yield
+    except KeyboardInterrupt as interrupt:
+        if one or isinstance(interrupt, AgreedStop):
+            _save_last_step(run)
+        raise
+
+
+def _save_last_step(run: Run) -> None:
+    run.checkpointer.finish()
+    latest = run.checkpointer.latest()
+    if run.state.step > (step_of(latest) if latest else 0):
+        run.checkpointer.save(run.state.step, run.model, run.optimizer, vars(run.state))
+        run.checkpointer.finish()
+    if run.world.is_main and run.state.step:
+        log.warning("step %d of %d is saved in %s", run.state.step, run.order.n_steps, run.checkpointer.folder)
+
+
+def _accumulate(run: Run, batches: list[Batch]) -> Gradients:
+    """Runs the forward and backward passes of one step over this rank's micro-batches, and clips the gradients.
+
+    Raises LlavaError if the loss or the gradient norm is not finite, and AgreedStop if a rank received a signal.
     """
     recipe, state, world = run.recipe, run.state, run.world
-    counts = _count(batches, world)
+    counts = _count(run, batches)
+    if counts.stops:
+        raise AgreedStop
     _report_skipped(run, batches, counts)
     _report_losses(run, batches)
     losses = []
@@ -241,7 +300,13 @@ def _train_step(run: Run, batches: list[Batch]) -> dict[str, float]:
     grad_norm = optim.clip_gradients(run.parameters, recipe.max_grad_norm).item()
     if not math.isfinite(grad_norm):
         raise _not_finite(run, "gradient norm", grad_norm, run.order.micro_batches(state.step))
-    factor = optim.lr_factor(state.step, run.order.n_steps, recipe)
+    return Gradients(counts, total_loss / n_targets, grad_norm)
+
+
+def _update(run: Run, gradients: Gradients) -> dict[str, float]:
+    """Runs the optimizer on the accumulated gradients. Returns the row to log."""
+    state, counts = run.state, gradients.counts
+    factor = optim.lr_factor(state.step, run.order.n_steps, run.recipe)
     optim.set_lr(run.optimizer, factor)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
@@ -252,9 +317,9 @@ def _train_step(run: Run, batches: list[Batch]) -> dict[str, float]:
     return {
         "step": state.step,
         "epoch": state.step / run.order.steps_per_epoch,
-        "loss": total_loss / n_targets,
-        "lr": recipe.lr * factor,
-        "grad_norm": grad_norm,
+        "loss": gradients.loss,
+        "lr": run.recipe.lr * factor,
+        "grad_norm": gradients.norm,
         "target_tokens": counts.target_tokens,
         "tokens": state.tokens,
         "samples": state.samples,
@@ -262,11 +327,11 @@ def _train_step(run: Run, batches: list[Batch]) -> dict[str, float]:
         "too_long": state.too_long,
         "truncated": state.truncated,
         "lossy_pictures": state.lossy_pictures,
-        "memory_bytes": torch.cuda.max_memory_allocated() if world.device.type == "cuda" else 0,
+        "memory_bytes": torch.cuda.max_memory_allocated() if run.world.device.type == "cuda" else 0,
     }
 
 
-def _count(batches: list[Batch], world: World) -> StepCounts:
+def _count(run: Run, batches: list[Batch]) -> StepCounts:
     rows = [
         (
             len(one.targets),
@@ -279,7 +344,8 @@ def _count(batches: list[Batch], world: World) -> StepCounts:
         )
         for one in batches
     ]
-    return StepCounts(*map(int, world.sum([sum(column) for column in zip(*rows, strict=True)])))
+    counts = [sum(column) for column in zip(*rows, strict=True)]
+    return StepCounts(*map(int, run.world.sum([*counts, run.stop.received])))
 
 
 def _backward(run: Run, batch: Batch) -> Tensor:

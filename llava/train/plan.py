@@ -9,7 +9,9 @@ from tempfile import TemporaryDirectory
 from llava.config import IGNORE
 from llava.errors import ContextError, LlavaError
 from llava.model.llava import Llava
+from llava.tensors.atomic import size_text
 from llava.train.batch import BatchDataset
+from llava.train.checks import check_run
 from llava.train.export import export_format
 from llava.train.recipe import Recipe
 from llava.train.start import DTYPES, start, trainable
@@ -28,6 +30,7 @@ class Plan:
     frozen: dict[str, int]
     ranks: int
     memory_bytes: dict[str, int]  # per GPU, by purpose; activations are estimated
+    disk_bytes: dict[str, int]  # by purpose
     samples: int
     samples_looked_at: int  # number of samples used to compute the next three fields
     tokens_per_sample: float  # including image tokens
@@ -46,18 +49,22 @@ class Plan:
             rows = ", ".join(f"{part} {n:,}" for part, n in parts.items()) or "nothing"
             lines.append(f"{name:12} {sum(parts.values()):,} parameters: {rows}")
         total = sum(self.memory_bytes.values())
-        parts_text = ", ".join(f"{part} {n / 1e9:.2f}" for part, n in self.memory_bytes.items())
-        lines.append(f"memory       {total / 1e9:.2f} GB on each of {self.ranks} GPU(s): {parts_text}")
+        parts_text = ", ".join(f"{part} {size_text(n)}" for part, n in self.memory_bytes.items())
+        where = "on one GPU" if self.ranks == 1 else f"on each of {self.ranks} GPUs"
+        lines.append(f"memory       {size_text(total)} {where}: {parts_text}")
+        files = ", ".join(f"{part} {size_text(n)}" for part, n in self.disk_bytes.items())
+        lines.append(f"disk         {size_text(sum(self.disk_bytes.values()))}: {files}")
         lines.append(
-            f"samples      {self.samples:,}; {self.samples_looked_at} examined: {self.broken} broken, "
-            f"{self.too_long} longer than the model's context"
+            f"samples      {self.samples:,}; of the {self.samples_looked_at} examined, {self.broken} "
+            f"{'is' if self.broken == 1 else 'are'} broken and {self.too_long} longer than the model's context"
         )
         lines.append(
             f"tokens       about {self.tokens_per_sample:.0f} per sample, {self.target_tokens_per_sample:.0f} of them "
             f"targets; {self.tokens:,} in total"
         )
         lines.append(
-            f"steps        {self.steps:,} of {self.global_batch_size} samples, {self.steps_per_epoch:,} per epoch"
+            f"steps        {self.steps:,} of {self.global_batch_size} sample{'s' * (self.global_batch_size != 1)}, "
+            f"{self.steps_per_epoch:,} per epoch"
         )
         return "\n".join(lines)
 
@@ -67,6 +74,7 @@ def make_plan(recipe: Recipe, *, n_ranks: int = 1) -> Plan:
     with TemporaryDirectory() as folder:
         checkpoint = start(recipe, Path(folder) / "tokenizer")
         model = trainable(checkpoint, recipe)
+        disk = check_run(Path(recipe.output_dir), model, checkpoint, recipe)
     dataset = BatchDataset.open(recipe, checkpoint)
     n, order = len(dataset.samples), dataset.order
     chosen = random.Random(recipe.seed).sample(range(n), min(_SAMPLED, n))
@@ -75,11 +83,12 @@ def make_plan(recipe: Recipe, *, n_ranks: int = 1) -> Plan:
     mean = sum(tokens) / max(n_good, 1)
     return Plan(
         model=recipe.model,
-        format=export_format(recipe),
+        format=export_format(recipe, checkpoint),
         trained=_parameters_by_part(model, trained=True),
         frozen=_parameters_by_part(model, trained=False),
         ranks=n_ranks,
         memory_bytes=_memory(model, recipe, mean, n_ranks),
+        disk_bytes=disk,
         samples=n,
         samples_looked_at=len(chosen),
         tokens_per_sample=mean,

@@ -20,6 +20,7 @@ from llava.preprocess.inputs import find_template
 from llava.preprocess.labels import ImagePlace
 
 RECIPES = Path(__file__).parent.parent / "recipes"  # shipped recipes, named by relative path without .toml
+MODEL = "model"  # subfolder of OUTPUT_DIR for the trained model
 RENAMED = {  # old key -> new key
     "rate": "lr",
     "projector_rate": "projector_lr",
@@ -100,6 +101,8 @@ class Recipe:
 
     # Output
     output_dir: str = "runs/llava"
+    # format of OUTPUT_DIR/model; auto: a LoRA or a projector if only these are trained, else llava
+    export: Literal["auto", "llava", "llava-hf", "native"] = "auto"
     save_every: int = 500  # in steps; 0: save only at the end
     keep_last: int = 2  # number of most recent checkpoints to keep
     logs: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
@@ -252,8 +255,11 @@ def changed_keys(file: Path, recipe: Recipe) -> set[str]:
     except ConfigError as error:
         raise ConfigError(f"{error}, so this older run cannot be resumed; set output_dir=… to a new folder") from None
     current = json.loads(to_json(recipe))
-    defaults = {field.name: field.default for field in fields(Recipe)}  # for keys that are newer than the run
-    return {key for key in {*saved, *current} if saved.get(key, defaults.get(key)) != current.get(key)}
+    saved = json.loads(json.dumps(_DEFAULTS)) | saved  # a run of an earlier version has no value for newer keys
+    return {key for key in {*saved, *current} if saved.get(key) != current.get(key)}
+
+
+_DEFAULTS = {field.name: field.default for field in fields(Recipe) if field.default is not MISSING}
 
 
 def _parse_toml(text: str, where: str) -> dict[str, Any]:

@@ -21,12 +21,18 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.optim import Optimizer
 
 from llava.errors import CheckpointError
+from llava.tensors.atomic import size_text
 from llava.train.distributed import World
 from llava.train.log import explain_write_errors
 from llava.train.signals import defer_signals
 
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen weights come from the initial checkpoint
 _PROGRESS = "progress.json"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Returns the step of a checkpoint folder."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 class Checkpointer:
@@ -125,10 +131,14 @@ class Checkpointer:
             if self.world.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
-                f"{final}: cannot be written ({_reason(error)}); free some space and run the same command again to "
-                "resume from the previous checkpoint"
+                f"{final}: cannot be written ({_write_reason(error, self.folder)}); free some space and run the same "
+                f"command again to {self._continuation()}"
             ) from None
         self._pending = None
+
+    def _continuation(self) -> str:
+        latest = self.latest()
+        return f"continue from step {step_of(latest)}" if latest else "start from step 0, as no checkpoint is complete"
 
     def _complete(self) -> list[Path]:
         if not self.folder.is_dir():
@@ -136,8 +146,19 @@ class Checkpointer:
         return [path for path in self.folder.iterdir() if re.fullmatch(r"step-\d{8}", path.name)]
 
 
+def _write_reason(error: BaseException, folder: Path) -> str:
+    """Formats a write error. torch reports a full disk only as a failed check of its zip writer."""
+    reason = _reason(error)
+    if not re.search(r"enforce fail|PytorchStreamWriter|unexpected pos", reason):
+        return reason
+    free = next(shutil.disk_usage(path).free for path in (folder, *folder.parents) if path.exists())
+    return f"the write stopped short; the disk has {size_text(free)} free"
+
+
 def _reason(error: BaseException) -> str:
     """Formats an error as one line. If several ranks failed, uses the error from the first of them."""
     if isinstance(error, CheckpointException) and error.failures:
         error, _ = next(iter(error.failures.values()))
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

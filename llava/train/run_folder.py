@@ -12,14 +12,25 @@ from llava.train.distributed import World
 from llava.train.log import explain_write_errors
 from llava.train.recipe import Recipe, changed_keys, to_json
 
+RECIPE_FILE = "recipe.json"
 _MAY_CHANGE = frozenset(  # recipe keys that do not affect the trained model
-    {"num_workers", "logs", "compile", "gradient_checkpointing", "save_every", "keep_last", "max_skipped", "about"}
+    {
+        "about",
+        "compile",
+        "export",
+        "gradient_checkpointing",
+        "keep_last",
+        "logs",
+        "max_skipped",
+        "num_workers",
+        "save_every",
+    }
 )
 
 
 def check_folder(folder: Path, recipe: Recipe) -> None:
     """Raises ConfigError if the folder contains a run with a different recipe, or contains files but no run."""
-    file = folder / "recipe.json"
+    file = folder / RECIPE_FILE
     if file.is_file():
         keys = changed_keys(file, recipe) - _MAY_CHANGE
         if keys and _has_started(folder):
@@ -37,7 +48,7 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
 
 def _has_started(folder: Path) -> bool:
     """Returns whether the run got past loading its model. Until then, the folder may be reused for another recipe."""
-    return any(entry.name not in ("recipe.json", "tokenizer") for entry in _visible(folder))
+    return any(entry.name not in (RECIPE_FILE, "tokenizer") for entry in _visible(folder))
 
 
 def _visible(folder: Path) -> list[Path]:
@@ -60,7 +71,7 @@ def locked_folder(folder: Path, recipe: Recipe, world: World) -> Iterator[None]:
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
         if not _has_started(folder):  # the tokenizer from an earlier attempt may belong to a different model
             shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-        with new_file(folder / "recipe.json", 0) as file:
+        with new_file(folder / RECIPE_FILE, 0) as file:
             file.write_text(to_json(recipe) + "\n", encoding="utf-8")
         world.barrier()
         yield

@@ -53,6 +53,36 @@ def defer_signals() -> Iterator[None]:
         signal.raise_signal(signal_number)
 
 
+class StopRequest:
+    """Set by a signal in a run of several ranks, which must agree on the step after which they stop."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+
+class AgreedStop(KeyboardInterrupt):
+    """Raised by all ranks at the same step, so that they can save a checkpoint together."""
+
+
+@contextmanager
+def collect_stop() -> Iterator[StopRequest]:
+    """Records the first SIGINT or SIGTERM instead of raising KeyboardInterrupt. A second signal raises it."""
+    stop = StopRequest()
+
+    def record(number: int, frame: FrameType | None) -> None:
+        if stop.received:
+            _interrupt(number, frame)
+        stop.received = True
+
+    if not _in_main_thread():
+        yield stop
+        return
+    with _handlers_restored(*_STOP_SIGNALS):
+        for number in _STOP_SIGNALS:
+            signal.signal(number, record)
+        yield stop
+
+
 def init_worker(worker_id: int) -> None:
     """`worker_init_fn` for the DataLoader. Makes a worker ignore Ctrl-C and hides errors caused by the parent's exit.
 

@@ -1,5 +1,6 @@
 """Prepares the model for a run: opens the checkpoint, selects the trained weights, and initialises new weights."""
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -16,7 +17,7 @@ from llava.checkpoint.open import check_headers, open_checkpoint
 from llava.config import ImageConfig, LlavaConfig, LoadOptions, ProjectorConfig, projector_depth
 from llava.errors import CheckpointError, ConfigError
 from llava.formats.clip import find_tower, read_tower, vision_config
-from llava.formats.format import Checkpoint
+from llava.formats.format import Checkpoint, TemplateChoice
 from llava.formats.multimodal import image_config
 from llava.formats.native import VERSION_KEY
 from llava.formats.tokenizer import copy_tokenizer, load_tokenizer
@@ -28,8 +29,10 @@ from llava.tensors.files import parsing
 from llava.tensors.hub import absolute_if_local
 from llava.tensors.lazy import LazyTensor, MeanRows, WithRows
 from llava.train.lora import add_lora
-from llava.train.recipe import Recipe
+from llava.train.recipe import MODEL, Recipe, read_recipe, recipe_names
 from llava.zoo.bases import advice
+
+log = logging.getLogger(__name__)
 
 _NEW_TOKENS = ("<im_patch>", "<im_start>", "<im_end>")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -52,7 +55,14 @@ def start(recipe: Recipe, tokenizer_folder: Path) -> Checkpoint:
         checkpoint.config, template=recipe.template, start_end=recipe.start_end, image=_image(recipe, checkpoint.config)
     )
     missing = tuple(name for name in shapes(config) if name not in checkpoint.tensors)
-    checkpoint = replace(checkpoint, config=config, missing=missing)
+    tower = recipe.vision_tower or checkpoint.vision_tower
+    checkpoint = replace(
+        checkpoint,
+        config=config,
+        template=TemplateChoice(recipe.template, "the template of the recipe"),
+        vision_tower=tower and absolute_if_local(tower),  # the export must find it from any working directory
+        missing=missing,
+    )
     if lost := [name for name in missing if not name.startswith("projector.") and name != "newline"]:
         raise CheckpointError(
             f"{checkpoint.path}: {lost[0]} is missing; only projector weights can be newly initialised"
@@ -63,6 +73,7 @@ def start(recipe: Recipe, tokenizer_folder: Path) -> Checkpoint:
 
 def _open(recipe: Recipe) -> Checkpoint:
     options = LoadOptions(vision_tower=recipe.vision_tower)
+    _check_earlier_runs(recipe)
     if recipe.projector:
         return open_checkpoint(recipe.projector, replace(options, base=recipe.model))
     files = read_files(recipe.model)
@@ -75,6 +86,20 @@ def _open(recipe: Recipe) -> Checkpoint:
     if checkpoint.config.vision is None:
         raise ConfigError(f"{recipe.model}: is a language model without a vision tower; set vision_tower in the recipe")
     return checkpoint
+
+
+def _check_earlier_runs(recipe: Recipe) -> None:
+    """Raises ConfigError with the command of an earlier run, such as stage 1, if its result is needed but missing."""
+    for key in ("projector", "model", "base"):
+        source = getattr(recipe, key)
+        if source is None or Path(source).exists() or Path(source).name != MODEL:
+            continue
+        for name in recipe_names():
+            if read_recipe(name).output_dir == Path(source).parent.as_posix():
+                raise ConfigError(
+                    f"{source}: does not exist yet; {key} is the result of another recipe, so first run: llava train "
+                    f"{name}"
+                )
 
 
 def _with_tower(language: Checkpoint, recipe: Recipe) -> Checkpoint:
@@ -111,7 +136,15 @@ def _merge(recipe: Recipe) -> Literal["spatial_unpad", "flat"]:
 
 def _image(recipe: Recipe, config: LlavaConfig) -> ImageConfig:
     assert config.image
-    return replace(config.image, aspect=recipe.aspect, pinpoints=recipe.pinpoints, merge=_merge(recipe))
+    if config.image.mode != "original":
+        log.warning(
+            "%s: was saved with the image processing of transformers; trains and saves it with LLaVA's, aspect=%s",
+            recipe.model,
+            recipe.aspect,
+        )
+    return replace(
+        config.image, mode="original", aspect=recipe.aspect, pinpoints=recipe.pinpoints, merge=_merge(recipe)
+    )
 
 
 def _with_tokens(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
@@ -123,6 +156,8 @@ def _with_tokens(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
             tensors[name] = WithRows(table, MeanRows(table, len(_NEW_TOKENS)), first)
     decoder = replace(checkpoint.config.decoder, vocab_size=tensors["decoder.embed.weight"].shape[0])
     longer = replace(checkpoint, config=replace(checkpoint.config, decoder=decoder), tensors=tensors)
+    if checkpoint.format in ("llava-hf", "native"):  # llava-hf's rows are no longer the last ones, so they must be kept
+        longer = replace(longer, format="llava")
     return _with_tokenizer_files(longer, folder, {text: first + i for i, text in enumerate(_NEW_TOKENS)})
 
 

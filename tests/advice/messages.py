@@ -16,7 +16,8 @@ _VERBS = (
 )
 # An imperative at the start of a clause, an option, a command, or an argument with its option.
 _ADVICE = re.compile(
-    rf"(?:^|\{{\}}|[;:,(] |\b(?:or|and|then|first|so) )(?:{_VERBS})\b(?!,| is\b)|--[a-z]|\bllava [a-z]+ |\bpip install|\w= \("
+    rf"(?:^|\{{\}}|[;:,(] |\b(?:or|and|then|first|so) )(?:{_VERBS})\b(?!,| is\b)"
+    r"|--[a-z]|\bllava [a-z]+ |\bpip install|\w= \("
 )
 _DECLARATIONS = ("typer.Option", "typer.Argument", "typer.Typer", "re.compile")  # help texts and patterns
 

@@ -46,6 +46,12 @@ def test_the_config_survives_json(checkpoint: Path) -> None:
     assert LlavaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+@pytest.mark.parametrize("decoder", [None, 5, "llama"])
+def test_a_config_without_a_decoder_is_refused(decoder: object) -> None:
+    with pytest.raises(ConfigError, match="config: decoder is"):
+        LlavaConfig.from_dict({} if decoder is None else {"decoder": decoder})
+
+
 def test_a_table_read_back_and_forth_names_the_same_tensors() -> None:
     names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
     names += [f"model.layers.{i}.self_attn.{part}_proj.weight" for i in (0, 11) for part in "qkvo"]

@@ -168,3 +168,43 @@ def test_a_full_disk_is_one_line_and_leaves_no_target(raw: Path, delta: Path, tm
     assert not (tmp_path / "t").exists()
     run_well("--base", raw, "--target", tmp_path / "t", "--delta", delta, command=DOOR)
     assert_same(tmp_path / "t", originals(raw, delta))
+
+
+@pytest.mark.parametrize("renamed", [True, False])
+def test_a_kill_around_the_rename_leaves_a_clean_result(
+    raw: Path, delta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renamed: bool
+) -> None:
+    target, partial, rename = tmp_path / "t", tmp_path / "t.partial", Path.rename
+
+    def killed(path: Path, to: Path) -> Path:
+        if path.suffix != ".partial":
+            return rename(path, to)
+        if renamed:
+            rename(path, to)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            apply_delta(raw, target, delta)
+    if not renamed:
+        with pytest.raises(CheckpointError, match=r"t\.partial: is a complete result.*rename it"):
+            apply_delta(raw, target, delta)
+        partial.rename(target)
+    assert [path.name for path in tmp_path.iterdir()] == ["t"]  # no lock beside it
+    assert not {"merge.json", ".lock"} & {path.name for path in target.iterdir()}
+    assert_same(target, originals(raw, delta))
+
+
+def test_a_killed_merge_leaves_only_its_partial_folder(raw: Path, delta: Path, tmp_path: Path) -> None:
+    interrupted(raw, tmp_path / "t", delta)
+    assert [path.name for path in tmp_path.iterdir()] == ["t.partial"]
+
+
+def test_an_error_found_after_the_writing_names_the_target(
+    raw: Path, delta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llava.convert.resume._sha256", lambda file: "changed")
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path}/t/model.*: was changed by a disk error"):
+        apply_delta(raw, tmp_path / "t", delta, MergeOptions(verify=True))
+    assert not list(tmp_path.iterdir())

@@ -12,8 +12,10 @@ from torch import Tensor
 
 import llava
 from llava.model.attention import Segments, VarlenContext
+from llava.train.batch import BatchDataset
 from llava.train.loop import train
 from llava.train.recipe import Recipe, recipe_from, to_json
+from llava.train.start import start
 
 pytestmark = [
     pytest.mark.gpu,
@@ -59,19 +61,21 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
 
 
-def attention(segments: Segments, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention(segments: Segments, window: int | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     positions = torch.arange(q.shape[1], device=q.device)[None]  # not read by `attend`
-    return VarlenContext(positions=positions, seq_len=130, segments=segments).attend(0, q, k, v)
+    context = VarlenContext(positions=positions, seq_len=130, segments=segments)
+    return (context if window is None else context.with_sliding_window(window)).attend(0, q, k, v)
 
 
-def test_packed_attention_with_the_kernel_equals_plain_attention() -> None:
+@pytest.mark.parametrize("window", [None, 40])
+def test_packed_attention_with_the_kernel_equals_plain_attention(window: int | None) -> None:
     torch.manual_seed(0)
     lengths = (5, 130, 1, 0, 64)
     cu_seqlens = torch.tensor([0, 5, 135, 136, 136, 200], dtype=torch.int32)
     q, k, v = (torch.randn(1, 200, heads, 64, requires_grad=True) for heads in (4, 2, 2))
-    plain = attention(Segments(cu_seqlens, lengths, 130), q, k, v)
+    plain = attention(Segments(cu_seqlens, lengths, 130), window, q, k, v)
     there = [x.detach().to("cuda", torch.bfloat16).requires_grad_() for x in (q, k, v)]
-    kernel = attention(Segments(cu_seqlens.cuda(), (), 130), *there)
+    kernel = attention(Segments(cu_seqlens.cuda(), (), 130), window, *there)
     torch.testing.assert_close(kernel.float().cpu(), plain, atol=0.03, rtol=0.03)
     weight = torch.randn_like(plain)
     (plain * weight).sum().backward()
@@ -114,3 +118,11 @@ def test_two_gpus_give_the_same_losses_as_one(checkpoint: Path, data: Path, tmp_
         run = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={n}", "-m", "llava.cli"]
         subprocess.run([*run, "train", str(file)], check=True, timeout=200)
     assert losses(tmp_path / "run2") == pytest.approx(losses(tmp_path / "run1"), rel=1e-3)
+
+
+def test_a_pinned_batch_has_its_segments_in_page_locked_memory(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    asked = recipe(checkpoint, data, tmp_path / "run", packing=True)
+    batch = BatchDataset.open(asked, start(asked, tmp_path / "tokenizer"))[0].pin_memory()
+    assert batch.segments
+    assert batch.segments.cu_seqlens.is_pinned()
+    assert batch.ids.is_pinned()

@@ -9,6 +9,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ import torch
 from PIL import Image
 
 import llava
+from llava import features
 from llava.errors import LlavaError
 from tests import command, tiny
 from tests.command import assert_one_line_error, run
@@ -363,6 +365,22 @@ def test_features_on_a_full_disk_leave_no_files(checkpoint: Path, tmp_path: Path
     assert command.files(tmp_path) == before
 
 
+def test_features_that_do_not_fit_on_the_disk_are_refused_before_the_first_row(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    rows = [features.Row("Once upon a time there was a painter", None)] * 20
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=60_000))  # the header fits
+    with pytest.raises(llava.LlavaError, match=r"out\.safetensors: needs \d+\.\d\d kB"):
+        features.extract(
+            llava.load(checkpoint, device="cpu"), rows, [0, 1, -1], tmp_path / "out.safetensors",
+            progress=lambda done, total: told.append(done),
+        )  # fmt: skip
+    assert not told
+    assert command.files(tmp_path) == {}
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A mounted file system of 256 kB."""
@@ -405,17 +423,41 @@ def assert_interrupted(code: int, err: str) -> None:
     assert len([line for line in err.splitlines() if line.strip()]) <= 1, err
 
 
-def test_ctrl_c_while_converting_leaves_no_files(slow: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_converting_leaves_no_files(slow: Path, tmp_path: Path, kind: signal.Signals) -> None:
     process = command.start("convert", slow, tmp_path / "out")
     while process.poll() is None and not any(path.is_file() for path in tmp_path.rglob("*")):
         time.sleep(0.001)
     process.send_signal(signal.SIGSTOP)  # so that the signal arrives midway on any disk
     assert command.files(tmp_path)
     assert not (tmp_path / "out" / "config.json").exists()
+    process.send_signal(kind)
     process.send_signal(signal.SIGCONT)
-    code, _, err = command.interrupt(process)
-    assert_interrupted(code, err)
+    _, err = process.communicate(timeout=command.TIMEOUT_S)
+    assert_interrupted(process.returncode, err.decode())
     assert command.files(tmp_path) == {}
+
+
+EARLY = """if True:
+    import os, signal, sys
+    at = sys.argv.pop(1)
+
+    class Interrupter:
+        def find_spec(self, name, path=None, target=None):
+            if name == at:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    sys.meta_path.insert(0, Interrupter())
+    from llava.cli import main
+    main()"""
+
+
+@pytest.mark.parametrize("module", ["typer", "llava.cli.zoo", "llava.checkpoint.inspect", "torch", "safetensors"])
+def test_ctrl_c_during_an_import_is_quiet(module: str, slow: Path) -> None:
+    argv = [sys.executable, "-c", EARLY, module, "inspect", str(slow)]
+    done = subprocess.run(argv, capture_output=True, timeout=command.TIMEOUT_S, cwd=command.PROJECT, check=False)
+    assert_interrupted(done.returncode, done.stderr.decode())
+    assert done.stdout == b""
 
 
 def test_ctrl_c_while_the_script_writes_leaves_no_files(slow: Path, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Fixtures of the training tests."""
 
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,3 +47,15 @@ def finished(usual: tuple[Recipe, list[float]], tmp_path: Path) -> Recipe:
     file = tmp_path / "run" / "recipe.json"
     file.write_text(file.read_text().replace(usual[0].output_dir, asked.output_dir))
     return asked
+
+
+@pytest.fixture
+def hide(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes the import of a package fail."""
+
+    def absent(package: str) -> None:
+        for name in [name for name in sys.modules if name.split(".")[0] == package or package in name.split(".")]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, package, None)
+
+    return absent

@@ -122,3 +122,10 @@ def test_an_error_on_two_ranks_ends_both(assets: Assets, tmp_path: Path) -> None
     going = begin(recipe(assets, tmp_path / "run", lr=1e30, max_grad_norm=0, warmup_ratio=0), ranks=2)
     assert going.wait() == [2, 2]
     assert "the loss is" in going.output.read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_machine_without_a_gpu_names_the_option_to_train_on_the_cpu(assets: Assets, tmp_path: Path) -> None:
+    file = toml(tmp_path / "recipe.toml", recipe(assets, tmp_path / "run", max_steps=1))
+    command.assert_one_line_error(command.run("train", file, "--device", "cuda"), "no GPU was found", "--device cpu")
+    command.run_well("train", file, "--device", "cpu")

@@ -127,18 +127,6 @@ def test_a_folder_that_cannot_be_created_is_one_line(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- trackers
 
 
-@pytest.fixture
-def hide(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes the import of a package fail."""
-
-    def absent(package: str) -> None:
-        for name in [name for name in sys.modules if name.split(".")[0] == package or package in name.split(".")]:
-            monkeypatch.delitem(sys.modules, name)
-        monkeypatch.setitem(sys.modules, package, None)
-
-    return absent
-
-
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
 def test_a_tracker_that_is_not_installed_names_the_extra(tmp_path: Path, hide: Any, name: str) -> None:
     write(tmp_path, range(1, 4))

@@ -533,3 +533,9 @@ def test_a_toml_file_is_a_recipe(tmp_path: Path) -> None:
         read_recipe(str(file))
     with pytest.raises(ConfigError, match="closest key is 'projector_lr'"):
         recipe_from({"model": "a", "data": "b", "projector_lrr": 1}, "here")
+
+
+def test_the_list_of_recipes_is_also_available_as_json() -> None:
+    names = json.loads(run_well("train", "--list", "--json").stdout)
+    assert names == run_well("train", "--list").stdout.split()
+    assert "llava-v1.5/finetune" in names

@@ -11,6 +11,7 @@ import pytest
 from llava.errors import ConfigError, LlavaError
 from llava.train.loop import train
 from llava.train.recipe import Recipe
+from llava.train.run_folder import check_folder
 from tests import command
 from tests.training import Assets, recipe
 
@@ -84,3 +85,18 @@ def test_partial_files_of_killed_runs_are_removed_at_the_start(finished: Recipe)
     (out / "checkpoints" / ".step-00000003.partial").mkdir()
     train(finished, device="cpu")
     assert not [path for path in out.rglob(".*") if "partial" in path.name]
+
+
+@pytest.mark.parametrize(("changes", "same"), [({}, True), ({"export": "native"}, True), ({"seed": 7}, False)])
+def test_a_run_of_an_earlier_version_has_the_defaults_of_keys_that_it_did_not_know(
+    finished: Recipe, changes: dict[str, Any], same: bool
+) -> None:
+    file = Path(finished.output_dir) / "recipe.json"
+    saved = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in saved.items() if key not in ("export", "order", "eps")}))
+    shutil.rmtree(Path(finished.output_dir) / "model")
+    if same:
+        check_folder(Path(finished.output_dir), replace(finished, **changes))
+    else:
+        with pytest.raises(ConfigError, match="differs in seed"):
+            check_folder(Path(finished.output_dir), replace(finished, **changes))

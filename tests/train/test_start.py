@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from llava.config import LoadOptions
 from llava.convert.convert import convert
+from llava.errors import ConfigError
+from llava.train.recipe import read_recipe
 from llava.train.start import start
 from tests import tiny, training
 from tests.checkpoints import opened
@@ -25,6 +28,30 @@ def test_a_llava_keeps_its_projector_if_the_recipe_names_a_tower(form: str, asse
     whole = opened(model, vision_tower=assets.clip)
     for name in (name for name in whole.tensors if name.startswith(("projector.", "vision."))):
         assert torch.equal(found.tensors[name].read(), whole.tensors[name].read()), name
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [("llava-tiny/finetune", "llava-tiny/pretrain"), ("llava-tiny/polish", "llava-tiny/finetune")],
+)
+def test_a_recipe_that_needs_another_recipes_result_names_it(
+    name: str, first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"model: does not exist yet.*first run: llava train {first}"):
+        start(read_recipe(name), tmp_path / "tokenizer")
+
+
+def test_a_llava_hf_model_is_trained_with_the_image_processing_of_llava(
+    assets: Assets, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers crops the centre; LLaVA's models were trained with padding, and its config.json has no mode."""
+    convert(assets.llava, model := tmp_path / "hf", LoadOptions(image_mode="hf"), to="llava-hf", check=False)
+    assert opened(model).config.image.mode == "hf"  # type: ignore[union-attr]
+    found = start(recipe(assets, tmp_path / "run", model=str(model)), tmp_path / "tokenizer")
+    assert found.config.image
+    assert (found.config.image.mode, found.config.image.aspect) == ("original", "pad")
+    assert "was saved with the image processing of transformers" in caplog.text
 
 
 def test_a_language_model_with_a_tower_gets_a_new_projector(assets: Assets, tmp_path: Path) -> None:
