@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 
+from llava.formats.clip import OWN_TOWER, OWN_TOWER_NAME
 from tests import tiny
 from tests.advice.files import ask
 from tests.advice.table import Run, Steps, World, advice, say
@@ -269,3 +270,24 @@ def a_damaged_tokenizer(w: World) -> Steps:
     file.write_bytes(data[:at] + b"\xff" * len(piece) + data[at + len(piece) :])
     yield convert(folder, w / "out", "gguf", "--no-check")
     file.write_bytes(data)
+
+
+def with_its_own_tower(w: World) -> Path:
+    """A LLaVA whose tower is in a folder of its own inside, without that folder."""
+    folder = w.copy("single")
+    tiny.edit_json(folder / "config.json", mm_vision_tower=OWN_TOWER_NAME)
+    return folder
+
+
+@advice("copy the whole folder again, or set vision_tower= (--vision-tower) to a CLIP folder or hub id")
+def a_folder_that_was_copied_without_its_tower(w: World) -> Steps:
+    folder = with_its_own_tower(w)
+    yield ask(folder)
+    shutil.copytree(w.clip, folder / OWN_TOWER)
+
+
+@advice("copy the whole folder again, or set vision_tower= (--vision-tower) to a CLIP folder or hub id")
+def a_folder_without_its_tower_and_another_tower(w: World) -> Steps:
+    folder = with_its_own_tower(w)
+    yield ask(folder)
+    yield ask(folder, "--vision-tower", w.clip)

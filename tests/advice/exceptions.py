@@ -4,6 +4,7 @@ _ZOO = "part of a command that `llava zoo show` prints; tests/journeys/test_zoo.
 _LABEL = "no advice: a label"
 
 EXCEPTIONS = {
+    "start at most one process per GPU (--nproc-per-node {}), or pass --device cpu": "needs a machine with GPUs",
     "merge LoRA": _LABEL,
     "what --fix does": _LABEL,
     "start/end tokens": _LABEL,

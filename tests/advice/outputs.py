@@ -115,7 +115,7 @@ def a_merge_into_a_file(w: World) -> Steps:
 @advice("another process is writing to it; wait for that process or stop it")
 def two_merges_at_once(w: World) -> Steps:
     (w / "out.partial").mkdir()
-    with FileLock(w / ".out.partial.lock"):
+    with FileLock(w / "out.partial" / ".lock"):
         yield merge_lora(w, w / "out")
 
 
@@ -160,3 +160,20 @@ def a_conversion_that_was_changed(w: World) -> Steps:
     yield lambda: check_equal(open_checkpoint(w.llava), open_checkpoint(w / "out"))
     shutil.rmtree(w / "out")
     convert(w.llava, w / "out")
+
+
+@advice("but the run was killed before it was renamed; rename it, or remove it to start over")
+def a_merge_that_was_killed_at_its_end(w: World) -> Steps:
+    assert say(merge_lora(w, w / "out")).well
+    (w / "out").rename(w / "out.partial")
+    yield merge_lora(w, w / "out")
+    (w / "out.partial").rename(w / "out")
+    yield ("ask", "Hi", "--model", w / "out", "--max-new-tokens", 1)
+
+
+@advice("but the run was killed before it was renamed; rename it, or remove it to start over")
+def a_merge_that_was_killed_at_its_end_and_starts_over(w: World) -> Steps:
+    assert say(merge_lora(w, w / "out")).well
+    (w / "out").rename(w / "out.partial")
+    yield merge_lora(w, w / "out")
+    shutil.rmtree(w / "out.partial")

@@ -99,7 +99,12 @@ def say(run: Run, stdin: io.BytesIO | None = None) -> Said:
     log.addHandler(handler)
     pipe = io.TextIOWrapper(stdin or io.BytesIO())
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), mock.patch.object(sys, "stdin", pipe):
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(out),
+            mock.patch.object(sys, "stdin", pipe),
+            mock.patch.object(sys, "argv", ["llava", *line]),
+        ):
             return Said(_succeeds(run, line, out), out.getvalue())
     finally:
         log.removeHandler(handler)

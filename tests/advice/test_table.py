@@ -36,6 +36,7 @@ def test_following_the_advice_ends_the_error(
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     (message,) = matching(row.message)
+    monkeypatch.chdir(tmp_path)
     world = World(tmp_path, shared_folders)
     steps = row.follow(world)
     run = next(steps)

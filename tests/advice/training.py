@@ -84,7 +84,8 @@ def quantized_weights_without_a_lora(w: World) -> Steps:
 
 @advice('leave the model unquantized (in a recipe: quantize_base = "none")')
 def matrices_that_nf4_cannot_hold(w: World) -> Steps:
-    odd = tiny.write_llava(w / "odd", clip=w.clip, hidden_size=60, num_attention_heads=2, num_key_value_heads=2, intermediate_size=31)  # fmt: skip
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    odd = tiny.write_llava(w / "odd", clip=w.clip, hidden_size=60, intermediate_size=31, **heads)
     lora = {"model": odd, "train": ["projector", "decoder"], "lora_rank": 4}
     yield train(w, **lora, quantize_base="nf4")
     yield train(w, **lora, quantize_base="none")
@@ -218,12 +219,22 @@ def a_damaged_checkpoint(w: World) -> Steps:
     shutil.rmtree(newest)
 
 
-@advice("free some space and run the same command again to resume from the previous checkpoint")
+@advice("{}: cannot be written ({}); free some space and run the same command again to {}")
 def a_disk_that_fills_at_a_checkpoint(w: World) -> Steps:
-    with mock.patch.object(
-        torch.distributed.checkpoint.FileSystemWriter, "write_data", side_effect=OSError(28, "full")
-    ):
+    with full_at_checkpoints():
         yield train(w)
+
+
+@advice("start from step 0, as no checkpoint is complete")
+def a_disk_that_fills_at_the_first_checkpoint(w: World) -> Steps:
+    with full_at_checkpoints():
+        yield train(w)
+
+
+def full_at_checkpoints() -> Any:
+    """The disk fills while a checkpoint is written."""
+    writer = torch.distributed.checkpoint.FileSystemWriter
+    return mock.patch.object(writer, "write_data", side_effect=OSError(28, "No space left on device"))
 
 
 @advice("{}: cannot be written ({}); free some space, or choose another folder")
@@ -306,7 +317,7 @@ def an_image_after_the_limit(w: World) -> Steps:
     conversation = [{"from": role, "value": text} for role, text in turns]
     data = w / "data.json"
     data.write_text(json.dumps([{"id": "a", "image": "0.png", "conversations": conversation}] * 2))
-    yield train(w, data=data, max_length=70, max_skipped=1.0)
+    yield train(w, data=data, max_length=100, max_skipped=1.0)
     yield train(w, data=data, max_length=256, max_skipped=1.0, output_dir=w / "new")
 
 
@@ -331,11 +342,46 @@ def a_gpu_that_is_too_small(w: World) -> Steps:
     yield train(w, micro_batch_size=1, output_dir=w / "new")
 
 
-@advice("start at most one process per GPU, or set the device to cpu")
+@advice("no GPU was found that this PyTorch can use; to train on the CPU, pass --device cpu")
 def a_machine_without_gpus(w: World) -> Steps:
-    command = train(w)
-    yield [word if word != "cpu" else "cuda" for word in command]  # type: ignore[union-attr]
+    command = [str(word) for word in train(w)]  # type: ignore[union-attr]
+    yield ["cuda" if word == "cpu" else word for word in command]
     yield command
+
+
+@advice("llava: interrupted; to continue, run: {}")
+def a_run_that_is_interrupted(w: World) -> Steps:
+    with mock.patch("llava.train.loop.export", side_effect=KeyboardInterrupt):
+        said = yield train(w)
+    yield said.advised()
+
+
+@advice("to export it with export={}, move that folder away and run the same command again")
+def a_finished_run_with_another_export(w: World) -> Steps:
+    ran(w)
+    yield train(w, export="llava")
+    (w / "run" / "model").rename(w / "model")
+
+
+@advice("to save a whole model instead, pass export=llava (--set export=llava)")
+def a_projector_of_a_delta(w: World) -> Steps:
+    delta = {"model": w.delta, "base": w.raw, "start_end": True, "template": "v1"}
+    said = yield train(w, "--plan", **delta)
+    assert said.text.strip().endswith("pass --set export=llava")
+    yield train(w, "--plan", **delta, export="llava")
+
+
+@advice("{}: does not exist yet; {} is the result of another recipe, so first run: llava train {}")
+def the_second_stage_first(w: World) -> Steps:
+    def tiny_run(recipe: str) -> Run:
+        values = {"model": w.llama, "vision_tower": w.clip, "data": w.data, "images": w.images, "max_steps": 1}
+        values |= {"global_batch_size": 2, "micro_batch_size": 2, "max_length": 256, "num_workers": 0}
+        sets = [f"{key}={value}" for key, value in values.items()]
+        return ("train", recipe, "--device", "cpu", *(word for one in sets for word in ("--set", one)))
+
+    said = yield tiny_run("llava-v1.5/finetune")
+    assert say(tiny_run(said.advised()[1])).well
+    yield tiny_run("llava-v1.5/finetune")
 
 
 @advice("{} cannot be imported ({}); install it with {}")
