@@ -22,7 +22,7 @@ from llava.cli.options import (
     SamplingOptions,
     grouped,
 )
-from llava.errors import ConfigError, ImageError, PromptError
+from llava.errors import ConfigError, ImageError, PromptError, counted
 
 if TYPE_CHECKING:
     from llava.assistant import Assistant
@@ -109,7 +109,7 @@ def features(
     vlm = _load(checkpoint, loading, base=base, vision=any(row.image for row in rows))
     with progress_bar("features", unit="rows") as progress:
         job.extract(vlm, rows, numbers, out, template=loading.template, progress=progress)
-    print(f"{out}: {len(rows)} rows, layers {layers}")
+    print(f"{out}: {counted(len(rows), 'row')}, layers {layers}")
 
 
 def _load(

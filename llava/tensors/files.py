@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llava.errors import CheckpointError
+from llava.errors import CheckpointError, counted
 
 log = logging.getLogger(__name__)
 
@@ -233,7 +233,7 @@ def check_finite(tensor: Tensor, where: str, force: bool = False) -> None:
     bad = int((~tensor.isfinite()).sum())
     if not force:
         raise CheckpointError(
-            f"{where}: {bad} of {tensor.numel()} values are NaN or Inf; download the file again, or pass force=True "
+            f"{where}: contains NaN or Inf ({bad} of {counted(tensor.numel(), 'value')}); download the file again, or pass force=True "
             "(--force)"
         )
-    log.warning("%s: %d values are NaN or Inf", where, bad)
+    log.warning("%s: contains NaN or Inf (%s)", where, counted(bad, "value"))

@@ -360,7 +360,7 @@ def embeddings_without_a_tokenizer_in_python(w: World) -> Steps:
 
     def write(**more: Path) -> None:
         rows = torch.zeros(2, 64)
-        write_projector(w / "out", checkpoint.config, tensors, vision_tower="t", base=None, start_end=rows, **more)  # type: ignore[arg-type]
+        write_projector(w / "out", checkpoint.config, tensors, vision_tower="t", base=None, start_end=rows, **more)
 
     yield write
     tiny.write_tokenizer(w / "tokenizer", added=("<im_start>", "<im_end>"))

@@ -167,7 +167,7 @@ def params_of_another_model(w: World) -> Steps:
     yield from meta(w, lambda folder: tiny.edit_json(folder / "params.json", n_layers=3))
 
 
-@advice("rows of wq in {} shards, but dim is {}; download the missing shards")
+@advice("rows of wq in {}, but dim is {}; download the missing shards")
 def the_first_shard_of_meta_alone(w: World) -> Steps:
     yield from meta(w, lambda folder: (folder / "consolidated.01.pth").unlink())
 

@@ -220,12 +220,12 @@ def with_nan(file: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-@advice("values are NaN or Inf; download the file again, or pass")
+@advice("contains NaN or Inf ({} of {}); download the file again, or pass")
 def nan_in_a_file_that_is_downloaded(w: World) -> Steps:
     yield from restored(w, "single", "model.safetensors", with_nan)
 
 
-@advice("values are NaN or Inf; download the file again, or pass")
+@advice("contains NaN or Inf ({} of {}); download the file again, or pass")
 def nan_that_is_forced(w: World) -> Steps:
     folder = w.copy("single")
     with_nan(folder / "model.safetensors")

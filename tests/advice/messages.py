@@ -22,13 +22,13 @@ _ADVICE = re.compile(
 _DECLARATIONS = ("typer.Option", "typer.Argument", "typer.Typer", "re.compile")  # help texts and patterns
 
 
-def messages_with_advice() -> dict[str, str]:
-    """Every string in the package that gives advice, with {} for each inserted value -> its file."""
+def messages_with_advice(package: Path = PACKAGE) -> dict[str, str]:
+    """Every string in a package that gives advice, with {} for each inserted value -> its file."""
     found = {}
-    for file in sorted(PACKAGE.rglob("*.py")):
+    for file in sorted(package.rglob("*.py")):
         for text in _strings(ast.parse(file.read_text())):
             if " " in text and _ADVICE.search(text):
-                found[text] = str(file.relative_to(PACKAGE))
+                found[text] = str(file.relative_to(package))
     return found
 
 

@@ -18,7 +18,7 @@ def ask_about(model: object, picture: object, *more: object) -> Run:
 
 
 def in_python(model: object, messages: object, **options: object) -> Run:
-    return lambda: llava.load(model, **CPU).generate(messages, max_new_tokens=1, **options)  # type: ignore[arg-type]
+    return lambda: llava.load(model, **CPU).generate(messages, max_new_tokens=1, **options)
 
 
 @advice("this version does not support quantization; omit it")
@@ -130,7 +130,7 @@ def no_user_message(w: World) -> Steps:
 @advice("images= is only for raw prompts; in a conversation, put the images into the messages")
 def images_beside_a_conversation(w: World) -> Steps:
     def prepare(messages: object, **more: object) -> Run:
-        return lambda: llava.load(w.llava, **CPU).preprocessor.prepare(messages, **more)  # type: ignore[arg-type]
+        return lambda: llava.load(w.llava, **CPU).preprocessor.prepare(messages, **more)
 
     yield prepare([{"role": "user", "content": "Hi"}], images=[w.picture])
     content = [{"type": "image", "image": str(w.picture)}, {"type": "text", "text": "Hi"}]

@@ -44,7 +44,7 @@ def _of(w: World) -> tuple[object, ...]:
 
 @advice("For your own recipe, pass the path to a .toml file")
 def a_recipe_without_its_suffix(w: World) -> Steps:
-    _, file, *rest = train(w, "--plan")  # type: ignore[misc]
+    _, file, *rest = train(w, "--plan")
     yield ("train", Path(str(file)).with_suffix(""), *rest)
     yield ("train", file, *rest)
 
@@ -61,7 +61,7 @@ def a_recipe_without_its_model(w: World) -> Steps:
     file = w / "recipe.toml"
     file.write_text("".join(line for line in file.read_text().splitlines(True) if not line.startswith("model")))
     yield command
-    yield (*command, "--set", f"model={w.llava}")  # type: ignore[misc]
+    yield (*command, "--set", f"model={w.llava}")
 
 
 @advice('train does not include "decoder"; add "decoder", or set lora_rank=0')
@@ -344,7 +344,7 @@ def a_gpu_that_is_too_small(w: World) -> Steps:
 
 @advice("no GPU was found that this PyTorch can use; to train on the CPU, pass --device cpu")
 def a_machine_without_gpus(w: World) -> Steps:
-    command = [str(word) for word in train(w)]  # type: ignore[union-attr]
+    command = [str(word) for word in train(w)]
     yield ["cuda" if word == "cpu" else word for word in command]
     yield command
 
@@ -394,4 +394,4 @@ def a_tracker_that_is_not_installed(w: World) -> Steps:
 def a_key_of_an_older_version(w: World) -> Steps:
     said = yield train(w, "--plan", "--set", "rate=1e-3")
     assert "`rate` is now called `lr`" in said.text
-    yield (*train(w, "--plan")[:4], "--plan")  # type: ignore[index]
+    yield (*train(w, "--plan")[:4], "--plan")
