@@ -151,8 +151,8 @@ class Preprocessor:
         pictures = [image.views for image in images]
         if (n := sum(id == IMAGE for id, _ in tokens)) != len(pictures):
             raise PromptError(
-                f"the tokenizer and the prompt disagree: found {_counts(n, len(pictures))}; expected one placeholder "
-                "per image"
+                f"the tokenizer found {counted(n, f'{IMAGE_PLACEHOLDER} placeholder')} in a prompt with "
+                f"{counted(len(pictures), 'image')}; expected one placeholder per image"
             )
         image_tokens = iter([self._n_image_tokens(len(views.pixels), views.grid) for views in pictures])
         ids: list[int] = []

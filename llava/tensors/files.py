@@ -233,7 +233,7 @@ def check_finite(tensor: Tensor, where: str, force: bool = False) -> None:
     bad = int((~tensor.isfinite()).sum())
     if not force:
         raise CheckpointError(
-            f"{where}: contains NaN or Inf ({bad} of {counted(tensor.numel(), 'value')}); download the file again, or pass force=True "
-            "(--force)"
+            f"{where}: contains NaN or Inf ({bad} of {counted(tensor.numel(), 'value')}); download the file again, or "
+            "pass force=True (--force)"
         )
     log.warning("%s: contains NaN or Inf (%s)", where, counted(bad, "value"))
