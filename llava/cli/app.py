@@ -33,6 +33,7 @@ def guarded(command: Command | None = None) -> Iterator[None]:
         print(f"llava: {(command or Command()).render(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
+        sys.unraisablehook = lambda _: None  # objects that were interrupted in their constructor cannot be closed
         print("llava: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:  # the program reading the output closed the pipe

@@ -258,13 +258,13 @@ def _saving_on_interrupt(run: Run) -> Iterator[None]:
     exchange their counts; a second signal ends them without a checkpoint, because they may be at different steps.
     """
     one = run.world.size == 1
-    try:
-        with nullcontext(run.stop) if one else collect_stop() as run.stop:
+    with nullcontext(run.stop) if one else collect_stop() as run.stop:
+        try:
             yield
-    except KeyboardInterrupt as interrupt:
-        if one or isinstance(interrupt, AgreedStop):
-            _save_last_step(run)
-        raise
+        except KeyboardInterrupt as interrupt:
+            if one or isinstance(interrupt, AgreedStop):
+                _save_last_step(run)  # still collecting: a rank may receive its signal only now
+            raise
 
 
 def _save_last_step(run: Run) -> None:
@@ -273,6 +273,7 @@ def _save_last_step(run: Run) -> None:
     if run.state.step > (step_of(latest) if latest else 0):
         run.checkpointer.save(run.state.step, run.model, run.optimizer, vars(run.state))
         run.checkpointer.finish()
+    run.world.barrier()  # a rank that exits would break the connections of those that still write
     if run.world.is_main and run.state.step:
         log.warning("step %d of %d is saved in %s", run.state.step, run.order.n_steps, run.checkpointer.folder)
 
