@@ -37,7 +37,8 @@ class Command:
 
     def rewrite(self, text: str) -> str:
         """Replaces arguments and their options, as in "vision_tower= (--vision-tower)", with what the command takes."""
-        return re.sub(r"(\w+)=\S* \((--[\w-]+)( [^)]*)?\)", lambda match: self._option(*match.groups("")), text)
+        found = re.sub(r"(\w+)=\S* \((--[\w-]+)( [^)]*)?\)", lambda match: self._option(*match.groups("")), text)
+        return found.replace("set --set ", "pass --set ")
 
     def _option(self, argument: str, option: str, value: str) -> str:
         if option in self.options:

@@ -117,4 +117,4 @@ def test_the_value_of_an_option_is_kept() -> None:
 
 def test_a_recipe_takes_a_template_as_a_setting() -> None:
     command = Command(options=frozenset({"--set"}))
-    assert command.rewrite("set template= (--template) to one of v0, v1") == "set --set template=… to one of v0, v1"
+    assert command.rewrite("set template= (--template) to one of v0, v1") == "pass --set template=… to one of v0, v1"
