@@ -1,13 +1,15 @@
 """Messages that no row of the table follows, each with the reason."""
 
 _ZOO = "part of a command that `llava zoo show` prints; tests/journeys/test_zoo.py and tests/zoo check them"
-_LABEL = "no advice: a label"
+_LABEL = "no advice: a label, or words that are exchanged"
 
 EXCEPTIONS = {
     "start at most one process per GPU (--nproc-per-node {}), or pass --device cpu": "needs a machine with GPUs",
     "merge LoRA": _LABEL,
     "what --fix does": _LABEL,
     "start/end tokens": _LABEL,
+    "set --set ": _LABEL,
+    "pass --set ": _LABEL,
     "so this is a plain language model; select a template when loading it": "evidence in the output of inspect",
     "{}: ambiguous; specify one of {}": "at present, no two entries of the zoo have the same name",
     "wandb: {}; run `wandb login`, or set WANDB_MODE=offline": "wandb needs the network and an account",
