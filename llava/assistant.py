@@ -82,7 +82,7 @@ def load(
     """
     path = LLAVA_TINY if path is None else path
     if quantize is not None:
-        raise ConfigError(f"quantize={quantize!r}: this version does not support quantization; omit it")
+        raise ConfigError(f"quantize={quantize!r} (--quantize): this version does not support quantization; omit it")
     if image_mode not in (None, "original", "hf"):
         raise ConfigError(f"image_mode is {image_mode!r}; expected original or hf")
     pictures = PictureOptions(exif=exif, transparency=transparency)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.assistant import Assistant, question_about
-from llava.errors import LlavaError
+from llava.errors import LlavaError, counted
 from llava.preprocess.image import read_picture
 from llava.tensors.atomic import replacing
 
@@ -111,4 +111,4 @@ class Chat:
             raise LlavaError(
                 f"{file}: cannot be written ({reason}); choose another file, or create its folder"
             ) from None
-        print(f"wrote {len(self.messages)} messages to {file}")
+        print(f"wrote {counted(len(self.messages), 'message')} to {file}")

@@ -36,10 +36,10 @@ def _check(config: Any, what: str, *, signed: tuple[str, ...] = ()) -> None:
 def _check_number(value: Any, whole: bool, found: str, *, signed: bool) -> None:
     types = int if whole else (int, float)
     largest = _MAX_INT if whole else _MAX_FLOAT
-    if not isinstance(value, types) or isinstance(value, bool) or not (signed or value > 0):
-        raise ConfigError(f"{found}; expected a {'whole ' * whole}number above 0")
-    if not abs(value) <= largest:  # negated so that NaN also fails
-        raise ConfigError(f"{found}; expected at most {largest}")
+    limits = f"from -{largest} to {largest}" if signed else f"above 0, at most {largest}"
+    is_number = isinstance(value, types) and not isinstance(value, bool)
+    if not is_number or not (signed or value > 0) or not abs(value) <= largest:  # negated so that NaN also fails
+        raise ConfigError(f"{found}; expected a {'whole ' * whole}number {limits}")
 
 
 def _check_layers(n_layers: int, what: str) -> None:

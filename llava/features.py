@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llava.assistant import Assistant, question_about
 from llava.config import IMAGE_PLACEHOLDER
-from llava.errors import ConfigError, ImageError, PromptError
+from llava.errors import ConfigError, ImageError, PromptError, counted
 from llava.preprocess import placeholders
 from llava.tensors.atomic import new_file
 from llava.tensors.files import DTYPE_NAMES
@@ -91,11 +91,14 @@ def extract(
     Raises PromptError or ImageError with the row number, ConfigError if a layer does not exist or `out` exists, or
     CheckpointError if the file cannot be written. No file is left behind after an error.
     """
-    room = 64 + len(rows) * len(layers) * _entry_bytes(len(rows))
+    row_bytes = len(layers) * _entry_bytes(len(rows))
+    room = 64 + len(rows) * row_bytes
     if room > MAX_HEADER_BYTES:
+        most = (MAX_HEADER_BYTES - 64) // row_bytes
+        advice = f"split the input into parts of at most {counted(most, 'row')}" if most else "write fewer layers"
         raise PromptError(
-            f"{len(rows)} rows x {len(layers)} layers are too many tensors for one safetensors file; "
-            f"split the input into parts of at most {len(rows) * MAX_HEADER_BYTES // room} rows"
+            f"{counted(len(rows), 'row')} x {counted(len(layers), 'layer')} are too many tensors for one safetensors "
+            f"file; {advice}"
         )
     check_target(out)
     with new_file(out, room + _least_bytes(assistant, rows, layers)) as partial, partial.open("wb") as file:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from llava.checkpoint.open import check_headers
 from llava.config import LlavaConfig
-from llava.errors import ConfigError
+from llava.errors import ConfigError, counted
 from llava.formats.format import Checkpoint
 from llava.model.llava import Llava, meta_model, shapes
 from llava.model.lora import Adapter, LoraLinear
@@ -120,8 +120,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError:
         raise ConfigError(f"device is {device!r}; expected auto, cpu, cuda or cuda:N") from None
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device {device!r} does not exist: this machine has {torch.cuda.device_count()} GPUs")
+    if chosen.type == "cuda" and (chosen.index or 0) >= (n := torch.cuda.device_count()):
+        raise ConfigError(f"device {device!r} does not exist: this machine has {counted(n, 'GPU')}")
     return chosen
 
 

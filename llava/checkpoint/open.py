@@ -301,8 +301,8 @@ def _check_consistent(checkpoint: Checkpoint, n_found: int) -> None:
         )
     if config.decoder.n_layers > n_found > 0:
         raise CheckpointError(
-            f"{where}: specifies {config.decoder.n_layers} layers, but the files contain only {n_found} tensors; "
-            "config.json and the weights belong to different models"
+            f"{where}: specifies {config.decoder.n_layers} layers, but the files contain only "
+            f"{counted(n_found, 'tensor')}; config.json and the weights belong to different models"
         )
 
 

@@ -7,7 +7,7 @@ import logging
 import re
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from llava.errors import LlavaError, MissingBaseError
@@ -37,15 +37,16 @@ class Command:
 
     def rewrite(self, text: str) -> str:
         """Replaces arguments and their options, as in "vision_tower= (--vision-tower)", with what the command takes."""
-        return re.sub(r"(\w+)=\S* \((--[\w-]+)\)", lambda match: self._option(*match.groups()), text)
+        found = re.sub(r"(\w+)=\S* \((--[\w-]+)( [^)]*)?\)", lambda match: self._option(*match.groups("")), text)
+        return found.replace("set --set ", "pass --set ")
 
-    def _option(self, argument: str, option: str) -> str:
+    def _option(self, argument: str, option: str, value: str) -> str:
         if option in self.options:
-            return option
-        if "--set" in self.options:  # the recipe has the same keys
+            return option + value
+        if "--set" in self.options and _is_recipe_key(argument):
             return f"--set {argument}=…"
         having = [f"llava {name}" for name, options in self.others.items() if option in options]
-        return f"{option} (an option of {', '.join(having)})" if having else option
+        return f"{option}{value} (an option of {', '.join(having)})" if having else option + value
 
     def _with_base(self, error: MissingBaseError) -> str:
         """Completes the command with the missing base or, if it has no option for it, says what to run before."""
@@ -56,8 +57,15 @@ class Command:
             more = ["--set", f"base={error.example}"]
         if more:
             return f"{first}run: {shlex.join(['llava', *self.line, *more])}"
-        convert = ["llava", "convert", error.path, "OUT", "--to", "native", "--base", error.example]
+        to = "llava" if "--delta" in self.options else "native"  # the only format that deltas can be made of
+        convert = ["llava", "convert", error.path, "OUT", "--to", to, "--base", error.example]
         return f"{first}combine both with: {shlex.join(convert)}, and pass the folder OUT instead of {error.path}"
+
+
+def _is_recipe_key(name: str) -> bool:
+    from llava.train.recipe import Recipe
+
+    return name in {field.name for field in fields(Recipe)}
 
 
 def _options(group: Any, names: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], frozenset[str]]]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +22,7 @@ from llava.cli.options import (
     SamplingOptions,
     grouped,
 )
-from llava.errors import ConfigError, ImageError, PromptError
+from llava.errors import ConfigError, ImageError, PromptError, counted
 
 if TYPE_CHECKING:
     from llava.assistant import Assistant
@@ -108,7 +109,7 @@ def features(
     vlm = _load(checkpoint, loading, base=base, vision=any(row.image for row in rows))
     with progress_bar("features", unit="rows") as progress:
         job.extract(vlm, rows, numbers, out, template=loading.template, progress=progress)
-    print(f"{out}: {len(rows)} rows, layers {layers}")
+    print(f"{out}: {counted(len(rows), 'row')}, layers {layers}")
 
 
 def _load(
@@ -144,7 +145,7 @@ def _check_question(question: str) -> None:
     if named or question == "-" or _is_image(question):
         raise PromptError(
             f"{question:.200} is in the position of the question, but is an image; "
-            f'put the question last, in quotes: llava ask {question:.200} "What is this?"'
+            f'put the question last, in quotes: llava ask {shlex.quote(question)} "What is this?"'
         )
 
 
@@ -164,7 +165,9 @@ def _existing(path: str) -> Path:
     if os.path.isdir(path):
         raise ImageError(f"{path:.200}: is a folder; expected an image file")
     if not os.path.exists(path):
-        raise ImageError(f"{path:.200}: no such image file; put the question last, in quotes")
+        raise ImageError(
+            f"{path:.200}: no such image file; if it is part of the question, put the whole question in quotes"
+        )
     return Path(path)
 
 

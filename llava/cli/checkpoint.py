@@ -12,6 +12,7 @@ import typer
 
 from llava.cli.app import app, progress_bar
 from llava.cli.options import AsJson, Base, Checkpoint, Force, IgnoreTensors, Revision, VisionTower
+from llava.errors import counted
 
 if TYPE_CHECKING:
     from llava.checkpoint.inspect import Description, Scan
@@ -77,7 +78,7 @@ def convert(
         )
         source = job.convert(checkpoint, out, options, to=to, verify=verify, check=check, progress=progress)
     verified = ", verified bit by bit" if verify else ""
-    print(f"{out}: {len(source.tensors)} tensors as {to} in {time.perf_counter() - started:.1f} s{verified}")
+    print(f"{out}: {counted(len(source.tensors), 'tensor')} as {to} in {time.perf_counter() - started:.1f} s{verified}")
     if source.unused_names:
         print(left_out(source.unused_names))
 
@@ -86,7 +87,7 @@ def left_out(names: tuple[str, ...]) -> str:
     """Returns a one-line count of the tensors that a conversion left out, grouped by part of the model."""
     parts = ("projector", "text_model", "inv_freq", "vision")
     counts = Counter(next((part for part in parts if part in name), name) for name in names)
-    return "left out: " + ", ".join(f"{part} ({n} tensors)" if n > 1 else part for part, n in counts.items())
+    return "left out: " + ", ".join(f"{part} ({counted(n, 'tensor')})" if n > 1 else part for part, n in counts.items())
 
 
 def _show(found: "Description", values: "Scan | None") -> None:

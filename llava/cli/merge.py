@@ -9,6 +9,7 @@ import typer
 
 from llava.cli.app import app, progress_bar
 from llava.cli.options import AsJson, Base, Checkpoint, Force, Revision, VisionTower, grouped
+from llava.errors import counted
 
 if TYPE_CHECKING:
     from llava.convert.merge import Merged, MergeOptions
@@ -129,7 +130,7 @@ def extract_projector(
 
     options = LoadOptions(base=base, vision_tower=vision_tower, revision=revision)
     n = job.extract_projector(checkpoint, out, options)
-    print(f"{out}: {n} tensor{'s' * (n != 1)} in mm_projector.bin")
+    print(f"{out}: {counted(n, 'tensor')} in mm_projector.bin")
 
 
 def _show(done: "Merged", as_json: bool) -> None:
@@ -145,4 +146,6 @@ def _show(done: "Merged", as_json: bool) -> None:
     more = f", {files} kept from an earlier run" if done.taken_over else ""
     verified = ", verified bit by bit" if done.verified else ""
     size = size_text(done.n_bytes)
-    print(f"{done.folder}: {done.n_tensors} tensors, {size} in {done.seconds:.1f} s ({rate}){more}{verified}")
+    print(
+        f"{done.folder}: {counted(done.n_tensors, 'tensor')}, {size} in {done.seconds:.1f} s ({rate}){more}{verified}"
+    )

@@ -1,6 +1,7 @@
 """Extracts the delta between a model and its base, or the projector of a model."""
 
 import logging
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def extract_projector(source: str | Path, folder: Path, options: LoadOptions | N
         if found.new_tokens or start is None:
             raise CheckpointError(
                 f"{found.path}: the tokenizer files do not contain <im_start>; convert the checkpoint with its base, "
-                f"then extract the projector from the result: llava convert {found.path} OUT --to llava --base BASE"
+                f"then extract the projector from the result: {_conversion(source, options)}"
             )
         rows = found.tensors["decoder.embed.weight"].rows(start, start + 2)
     base = None if found.format in ("lora", "delta") else absolute_if_local(_base_of(found, source, options))
@@ -76,13 +77,15 @@ def extract_projector(source: str | Path, folder: Path, options: LoadOptions | N
     )
     if found.format in ("lora", "delta"):
         log.warning(
-            "%s: its base is %s merged into one model, as written by llava convert %s OUT --to llava --base %s",
-            folder,
-            source,
-            source,
-            options.base or "BASE",
-        )
+            "%s: its base is %s merged into one model; to write that model, run: %s",
+            folder, source, _conversion(source, options),
+        )  # fmt: skip
     return len(projector) + (rows is not None)
+
+
+def _conversion(source: str | Path, options: LoadOptions) -> str:
+    """Returns the command that combines a LoRA or delta with its base."""
+    return shlex.join(["llava", "convert", str(source), "OUT", "--to", "llava", "--base", str(options.base or "BASE")])
 
 
 def _base_of(found: Checkpoint, source: str | Path, options: LoadOptions) -> str | Path:

@@ -91,7 +91,9 @@ class Samples(Sequence[Sample]):
         if is_data_url(name):
             return decode_data_url(name)
         if self._pictures is None:
-            raise DataError(f"{name}: no location given for the pictures; specify a folder, a .zip or a .tar")
+            raise DataError(
+                f"{name}: no location given for the pictures; set images= (--images) to a folder, a .zip or a .tar"
+            )
         return self._pictures.read(name)
 
     def text(self, i: int) -> str:

@@ -1,5 +1,6 @@
 """Deltas: models stored as the difference from a base model, so that they can be published without the base."""
 
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -78,7 +79,9 @@ def write_delta(
     of the base, recorded in config.json with a few of its values. Raises CheckpointError.
     """
     if model.format != "llava":
-        raise CheckpointError(f"{model.path}: has format {model.format}; a delta requires the llava format")
+        command = shlex.join(["llava", "convert", str(model.path), "OUT", "--to", "llava"])
+        hint = f"; first run: {command}, and pass the folder OUT" if "projector.0.weight" in model.unused else ""
+        raise CheckpointError(f"{model.path}: has format {model.format}; a delta requires the llava format{hint}")
     check_raw(base, model.config.decoder, force=True)  # warn now: the delta cannot be loaded with an unsuitable base
     tensors = {name: _difference(name, tensor, base) for name, tensor in (model.tensors | model.unused).items()}
     rules = rules_for(model.config, linear="projector.2.weight" not in tensors)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llava.config import LlavaConfig
-from llava.errors import CheckpointError, ConfigError
+from llava.errors import CheckpointError, ConfigError, counted
 from llava.formats import gguf_vocab
 from llava.formats.format import Checkpoint, Format, WriteJob
 from llava.formats.llama import with_full_attention
@@ -125,7 +125,7 @@ class Gguf(Format):
         lines = ["Rows of q and k are in llama.cpp's order; matrices are float16 or bfloat16, the rest float32."]
         rounded = [t for n, t in source.tensors.items() if t.dtype == torch.float32 and _dtype(n, t) != torch.float32]
         if rounded:
-            lines.append(f"{len(rounded)} tensors were float32 and are rounded to float16.")
+            lines.append(f"Rounded from float32 to float16: {counted(len(rounded), 'tensor')}.")
         if window := source.config.decoder.sliding_window:
             lines.append(f"llama.cpp has no sliding window for this model, so the context ends at {window} tokens.")
         if source.config.image:

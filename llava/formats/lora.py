@@ -5,6 +5,7 @@ O rows of a matrix   I columns of a matrix   r rank
 
 import logging
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -131,7 +132,7 @@ class _Base(NamedTuple):
         if target and target.ours.startswith("vision."):
             why = (
                 f"the base only refers to its vision tower; first write both into one folder with llava convert "
-                f"{self.path} OUT --to native, and pass that folder as base= (--base)"
+                f"{shlex.quote(str(self.path))} OUT --to native, and pass that folder as base= (--base)"
             )
         raise CheckpointError(f"{lora}: adapts {name}, which {self.path} lacks; {why}")
 
@@ -141,8 +142,11 @@ def _tell_where_the_projector_is(base: _Base, adapter: Adapter, lora: Path) -> N
     if "projector.0.weight" in base.tensors:
         log.warning("%s: has no projector of its own; uses the projector of the base %s", lora, base.path)
     elif any("language_model." in name for name in adapter.factors):
-        text = "%s: was made on a LLaVA, but the base %s is a language model without vision; pass a LLaVA as base= "
-        log.warning(f"{text}(--base) to use images", lora, base.path)
+        log.warning(
+            "%s: was made on a LLaVA, but the base %s is a language model without vision; pass a LLaVA as base= "
+            "(--base) to use images",
+            lora, base.path,
+        )  # fmt: skip
 
 
 def _first_row(target: Target, n_rows: int, n_own: int) -> int | None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from llava.config import LlavaConfig, LoadOptions
-from llava.errors import CheckpointError
+from llava.errors import CheckpointError, counted
 from llava.formats import llama
 from llava.formats.config_keys import ConfigKeys, words
 from llava.formats.format import Checkpoint, CheckpointFiles, Format, ReadConfig, Resolved, shapes_of
@@ -152,7 +152,7 @@ def _check_sizes(files: CheckpointFiles, shards: _Shards, dim: int, n_heads: int
         )
     if (rows := _n_rows(files.weights, shards, "layers.0.attention.wq.weight")) != dim:
         raise CheckpointError(
-            f"{files.path}: found {rows} rows of wq in {len(shards.files)} shards, but dim is {dim}; "
+            f"{files.path}: found {rows} rows of wq in {counted(len(shards.files), 'shard')}, but dim is {dim}; "
             "download the missing shards"
         )
 

@@ -78,11 +78,12 @@ def read_model_config(
     path: checkpoint folder or single file. Raises CheckpointError or ConfigError.
     """
     where = path if path.is_file() else path / "config.json"
+    norm = tensors.get("decoder.norm.weight")
     language = LlavaConfig(
         decoder=decoder,
         start_end=bool(config.get("mm_use_im_start_end", False)),
         eos_ids=_eos_ids(path / "generation_config.json"),
-        dtype=_stored_dtype(config, tensors["decoder.norm.weight"].dtype if tensors else torch.float16),
+        dtype=_stored_dtype(config, torch.float16 if norm is None else norm.dtype),
         padding_side=config.get("tokenizer_padding_side") or "right",
         trained_seq=config.get("tokenizer_model_max_length"),
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llava.config import IGNORE, IMAGE, IMAGE_PLACEHOLDER, LlavaConfig, PictureOptions, TileGrid
-from llava.errors import ContextError, PromptError
+from llava.errors import ContextError, PromptError, counted
 from llava.preprocess import placeholders
 from llava.preprocess.conversation import Span, Style, Template, Turn, render
 from llava.preprocess.image import Picture, Size, Views, read_picture, to_views
@@ -103,8 +103,7 @@ class Preprocessor:
         marks = sum(placeholders.count(turn.text or "") for turn in turns)
         if marks != len(pictures):
             raise PromptError(
-                f"the sample has {marks} {IMAGE_PLACEHOLDER} placeholder(s) and {len(pictures)} image(s); "
-                f"expected one placeholder per image{_HINT}"
+                f"the sample has {_counts(marks, len(pictures))}; expected one placeholder per image{_HINT}"
             )
         tagged = template.tagged and template.style is not Style.PLAIN
         moved = move_marks(turns, place, start_end=self.config.start_end, tagged=tagged)
@@ -152,8 +151,8 @@ class Preprocessor:
         pictures = [image.views for image in images]
         if (n := sum(id == IMAGE for id, _ in tokens)) != len(pictures):
             raise PromptError(
-                f"the tokenizer found {n} {IMAGE_PLACEHOLDER} placeholder(s) in a prompt with "
-                f"{len(pictures)} image(s); expected one placeholder per image"
+                f"the tokenizer found {counted(n, f'{IMAGE_PLACEHOLDER} placeholder')} in a prompt with "
+                f"{counted(len(pictures), 'image')}; expected one placeholder per image"
             )
         image_tokens = iter([self._n_image_tokens(len(views.pixels), views.grid) for views in pictures])
         ids: list[int] = []
@@ -245,9 +244,10 @@ def _names() -> str:
 _HINT = f"; escape it as \\{IMAGE_PLACEHOLDER} where it is literal text"
 
 
+def _counts(n_marks: int, n_pictures: int) -> str:
+    return f"{counted(n_marks, f'{IMAGE_PLACEHOLDER} placeholder')} and {counted(n_pictures, 'image')}"
+
+
 def _check_marks(prompt: str, n_pictures: int) -> None:
     if (marks := placeholders.count(prompt)) != n_pictures:
-        raise PromptError(
-            f"the prompt has {marks} {IMAGE_PLACEHOLDER} placeholder(s) and {n_pictures} image(s): "
-            f"write one placeholder for each image{_HINT}"
-        )
+        raise PromptError(f"the prompt has {_counts(marks, n_pictures)}: write one placeholder for each image{_HINT}")

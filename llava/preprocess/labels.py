@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Literal
 
 from llava.config import IMAGE_PLACEHOLDER
-from llava.errors import PromptError
+from llava.errors import PromptError, counted
 from llava.preprocess import placeholders
 from llava.preprocess.conversation import Span, Style, Template, Turn, render
 
@@ -27,7 +27,7 @@ def training_spans(template: Template, turns: Sequence[Turn], system: str | None
     if template.style is Style.PLAIN:
         if len(turns) != 2:
             raise PromptError(
-                f"this sample has {len(turns)} turns; the plain template requires two, "
+                f"this sample has {counted(len(turns), 'turn')}; the plain template requires two, "
                 "one from the user and one from the assistant"
             )
         marks = turns[0]._replace(text=IMAGE_PLACEHOLDER * placeholders.count(turns[0].text or ""))

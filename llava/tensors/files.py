@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llava.errors import CheckpointError
+from llava.errors import CheckpointError, counted
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,8 @@ class Weights(Mapping[str, Tensor]):
                 headers = {f"{file.name}/{name}": header for name, header in headers.items()}
             if twice := sorted(set(headers) & set(self.headers)):
                 raise CheckpointError(
-                    f"{file}: tensor {twice[0]} is also in {self.headers[twice[0]].file.name}; remove one of the files"
+                    f"{file}: tensor {twice[0]} is also in {self.headers[twice[0]].file.name}; the files come from "
+                    "different saves: download them all again"
                 )
             self._readers[file] = reader
             self.headers.update(headers)
@@ -232,7 +233,7 @@ def check_finite(tensor: Tensor, where: str, force: bool = False) -> None:
     bad = int((~tensor.isfinite()).sum())
     if not force:
         raise CheckpointError(
-            f"{where}: {bad} of {tensor.numel()} values are NaN or Inf; download the file again, or pass force=True "
-            "(--force)"
+            f"{where}: contains NaN or Inf ({bad} of {counted(tensor.numel(), 'value')}); download the file again, or "
+            "pass force=True (--force)"
         )
-    log.warning("%s: %d values are NaN or Inf", where, bad)
+    log.warning("%s: contains NaN or Inf (%s)", where, counted(bad, "value"))

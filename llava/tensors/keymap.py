@@ -60,8 +60,8 @@ def plan(names: Iterable[str], rules: Iterable[Rule]) -> Plan:
                 parts = found.setdefault(ours, {})
                 if i in parts or rule_of.setdefault(ours, rule) != rule:
                     raise CheckpointError(
-                        f"{next(iter(parts.values()))} and {name} are names of the same tensor in two layouts; keep "
-                        "the files of only one of them in the folder"
+                        f"{next(iter(parts.values()))} and {name} are names of the same tensor in two layouts, so the "
+                        "files are a mixture; download them all again"
                     )
                 parts[i] = name
                 break
@@ -71,7 +71,8 @@ def plan(names: Iterable[str], rules: Iterable[Rule]) -> Plan:
     for ours, parts in found.items():
         if len(parts) < n_parts.get(_normalise(ours), 1):
             raise CheckpointError(
-                f"{ours}: found only {', '.join(parts.values())}; the other parts of this tensor are missing"
+                f"{ours}: found only {', '.join(parts.values())}; the other parts of this tensor are missing: download "
+                "the files again"
             )
     tensors = {ours: tuple(parts[i] for i in sorted(parts)) for ours, parts in found.items()}
     return Plan(tensors, tuple(dropped), tuple(unknown))

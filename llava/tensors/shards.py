@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from llava.errors import CheckpointError
+from llava.errors import CheckpointError, counted
 from llava.tensors.files import ADAPTER_FILES, ADDED_ROWS_FILE, Weights, read_json
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,9 @@ def _complete_set(folder: Path, single: str, problems: list[str]) -> _FileSet | 
             n = sum(name == missing[0].name for name in table.values())
             present = f"; the folder contains {_some(names)}" if (names := weight_files(folder)) else ""
             problems.insert(
-                0, f"{missing[0]}: is missing; download it ({index.name} maps {n} tensor(s) to this shard){present}"
+                0,
+                f"{missing[0]}: is missing; download it ({index.name} maps {counted(n, 'tensor')} to this shard)"
+                f"{present}",
             )
         else:
             sharded = [_FileSet(files, index)]  # other numbered shards are left over

@@ -246,7 +246,7 @@ class _Export:
     def _needs_whole(self, why: str) -> CheckpointError:
         return CheckpointError(
             f"{self._base_name()}: {why}, so the trained {self.format} cannot be saved for it; to save a whole model "
-            "instead, set export=llava (--set export=llava)"
+            "instead, pass export=llava (--set export=llava)"
         )
 
     def _own_tokenizer(self, base: Checkpoint) -> Path | None:

@@ -117,7 +117,10 @@ class Recipe:
                 'recipe: lora_rank is set, but train does not include "decoder"; add "decoder", or set lora_rank=0'
             )
         if self.quantize_base != "none" and not self.lora_rank:
-            raise ConfigError("recipe: quantize_base requires lora_rank > 0, because 4-bit weights cannot be trained")
+            raise ConfigError(
+                "recipe: quantize_base requires lora_rank > 0, because 4-bit weights cannot be trained; set lora_rank, "
+                'or set quantize_base="none"'
+            )
         if "rows" in self.train and not self.start_end:
             raise ConfigError('recipe: train includes "rows", which requires start_end; set start_end=true')
         if self.aspect == "anyres" and not self.pinpoints:
@@ -177,7 +180,7 @@ def find_recipe(name: str) -> Path:
     shipped = recipe_names()
     if name in shipped:
         return RECIPES / f"{name}.toml"
-    near = get_close_matches(name, shipped, n=1, cutoff=0.3)
+    near = get_close_matches(name, shipped, n=1)
     hint = f"the closest name is {near[0]}" if near else f"expected one of {', '.join(shipped)}"
     raise ConfigError(
         f"no shipped recipe is named {name!r}; {hint}. For your own recipe, pass the path to a .toml file"
@@ -216,8 +219,9 @@ def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
     check_renamed(values, where)
     for key in values:
         if key not in types:
-            near = get_close_matches(key, types, n=1, cutoff=0.0)
-            raise ConfigError(f"{where}: unknown recipe key {key!r}; the closest key is {near[0]!r}")
+            near = get_close_matches(key, types, n=1)
+            hint = f"the closest key is {near[0]!r}" if near else f"expected one of {', '.join(types)}"
+            raise ConfigError(f"{where}: unknown recipe key {key!r}; {hint}")
     for field in fields(Recipe):
         if field.default is MISSING and field.name not in values:
             raise ConfigError(f"{where}: {field.name} is missing; set it in the file or with --set {field.name}=…")

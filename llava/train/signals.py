@@ -129,7 +129,7 @@ def explain_failures() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise LlavaError(
             f"out of GPU memory ({str(error).split('. ')[0]:.100}); lower micro_batch_size or max_length, "
-            "or set gradient_checkpointing=true; run llava train --plan for a breakdown of memory use"
+            "or set gradient_checkpointing=true; add --plan to the command for a breakdown of memory use"
         ) from None
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):

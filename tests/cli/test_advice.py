@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from llava.cli.advice import Command
 from tests import tiny
 from tests.command import CONVERT_HF, assert_one_line_error, run, run_well
 
@@ -45,7 +46,7 @@ def test_a_command_whose_base_is_something_else_advises_to_combine_first(
     lora: Path, base: Path, tmp_path: Path
 ) -> None:
     done = run("make-delta", "--base", base, "--target", lora, "--delta", tmp_path / "delta")
-    assert_one_line_error(done, f"llava convert '{lora}' OUT --to native --base someone/the-base")
+    assert_one_line_error(done, f"llava convert '{lora}' OUT --to llava --base someone/the-base")
     assert not (tmp_path / "delta").exists()
 
 
@@ -93,3 +94,27 @@ def test_a_warning_names_the_option_too(clip: Path, base: Path, tmp_path: Path) 
     (projector / "config.json").unlink()
     done = run("ask", "Hi", "--model", projector / "mm_projector.bin", "--base", base, "--max-new-tokens", 1)
     assert not re.search(ARGUMENT, done.stderr), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"--force"}, "pass --force"),
+        ({"--set", "--device"}, "pass --force (an option of llava ask)"),  # the recipe has no key `force`
+        (set(), "pass --force (an option of llava ask)"),
+    ],
+)
+def test_an_argument_becomes_an_option_or_a_recipe_key_that_exists(options: set[str], said: str) -> None:
+    command = Command(options=frozenset(options), others={"ask": frozenset({"--force"})})
+    assert command.rewrite("NaN; pass force=True (--force)") == f"NaN; {said}"
+
+
+def test_the_value_of_an_option_is_kept() -> None:
+    command = Command(options=frozenset({"--ignore-tensors"}))
+    text = "pass ignore_tensors= (--ignore-tensors lm_head.weight) to use the table"
+    assert command.rewrite(text) == "pass --ignore-tensors lm_head.weight to use the table"
+
+
+def test_a_recipe_takes_a_template_as_a_setting() -> None:
+    command = Command(options=frozenset({"--set"}))
+    assert command.rewrite("set template= (--template) to one of v0, v1") == "pass --set template=… to one of v0, v1"

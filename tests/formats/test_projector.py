@@ -169,7 +169,7 @@ def test_a_projector_on_its_base_converts_to_native(clip: Path, base: Path, tmp_
 
 def test_a_lone_file_becomes_a_folder_by_way_of_a_whole_model(clip: Path, base: Path, tmp_path: Path) -> None:
     file = written(tmp_path / "x.bin", projector(rows=ROWS))
-    with pytest.raises(llava.LlavaError, match=r"llava convert .*x\.bin OUT --to llava --base BASE"):
+    with pytest.raises(llava.LlavaError, match=r"llava convert .*x\.bin OUT --to llava --base "):
         extract_projector(file, tmp_path / "folder", LoadOptions(base=base, vision_tower=clip))
     convert(file, tmp_path / "whole", LoadOptions(base=base, vision_tower=clip), to="llava")
     extract_projector(tmp_path / "whole", tmp_path / "folder")

@@ -252,7 +252,7 @@ def test_any_other_number_of_marks_is_text_in_messages_and_an_error_in_raw_promp
     front = "<image>\n" * pictures
     assert prepared.prompt == f"{SYSTEM} USER: {front}{literal} ASSISTANT:"
     assert prepared.token_ids.count(-200) == pictures
-    with pytest.raises(LlavaError, match=rf"{text.count('<image>')} <image> placeholder.s. and {pictures} image"):
+    with pytest.raises(LlavaError, match=rf"{text.count('<image>')} <image> placeholders? and {pictures} image"):
         vlm.prepare(text, images=images)
 
 

@@ -172,7 +172,7 @@ def test_a_rendered_prompt_given_raw_has_the_same_ids(
 
 def test_the_stand_in_of_the_placeholder_never_becomes_an_image(tokenizer: Callable[[str], Tokenizer]) -> None:
     ready = preprocessor(tokenizer("added token"), "hf")
-    with pytest.raises(PromptError, match=r"found 2 <image> placeholder.s. in a prompt with 1 image"):
+    with pytest.raises(PromptError, match=r"found 2 <image> placeholders in a prompt with 1 image"):
         ready.prepare("\\<image> <image> \ufdd0image\ufdd0", images=[PHOTO])
 
 
@@ -208,7 +208,7 @@ def test_a_sample_with_a_literal_mark_and_no_image_is_text_only(tokenizer: Calla
     ready = preprocessor(tokenizer("plain"))
     turns = [Turn("user", LITERAL), Turn("assistant", "A place.")]
     assert ready.prepare_training(turns, [], max_length=500).pixels is None
-    with pytest.raises(PromptError, match=r"1 <image> placeholder.s. and 0 image.*\\<image>"):
+    with pytest.raises(PromptError, match=r"1 <image> placeholder and 0 images.*\\<image>"):
         ready.prepare_training([Turn("user", QUESTION), turns[1]], [], max_length=500)
 
 

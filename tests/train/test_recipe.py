@@ -442,7 +442,7 @@ def test_the_shipped_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> N
     [
         (["llava-v1.5/finetune_lora"], ["llava-v1.5/finetune-lora", "finetune_lora"]),
         (["mine.toml"], ["mine.toml"]),
-        (["llava-v1.5/finetune", "--set", "learning_rate=1"], ["'learning_rate'", "closest"]),
+        (["llava-v1.5/finetune", "--set", "learning_rate=1"], ["'learning_rate'", "expected one of", " lr,"]),
         (["llava-v1.5/finetune", "--set", "epoch=3"], ["'epoch'", "'epochs'"]),
         (["llava-v1.5/finetune", "--set", "epochs"], ["epochs", "key=value"]),
     ],
