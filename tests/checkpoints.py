@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import llava
-from llava.checkpoint.open import check_headers, open_checkpoint
+from llava.checkpoint.consistency import check_headers
+from llava.checkpoint.open import open_checkpoint
 from llava.config import LoadOptions
 from llava.formats.format import Checkpoint
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava.checkpoint.consistency import check
 from llava.checkpoint.detect import UNKNOWN, choose_template, detect, read_files
-from llava.checkpoint.open import check, open_checkpoint, open_unchecked
+from llava.checkpoint.open import open_checkpoint, open_unchecked
 from llava.config import LlavaConfig, LoadOptions
 from llava.errors import LlavaError
 from llava.formats import FORMATS

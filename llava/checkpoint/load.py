@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from llava.checkpoint.open import check_headers
+from llava.checkpoint.consistency import check_headers
 from llava.config import LlavaConfig
 from llava.errors import ConfigError, counted
 from llava.formats.format import Checkpoint

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from llava.checkpoint.open import check_headers, open_checkpoint
+from llava.checkpoint.consistency import check_headers
+from llava.checkpoint.open import open_checkpoint
 from llava.config import LoadOptions
 from llava.convert.report import left_out, report
 from llava.convert.verify import check_equal, check_logits

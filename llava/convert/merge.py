@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 
 from llava.checkpoint.base_check import check_base_before_download
+from llava.checkpoint.consistency import check_headers
 from llava.checkpoint.detect import detect, read_files
-from llava.checkpoint.open import base_source, check_headers, open_checkpoint
+from llava.checkpoint.open import base_source, open_checkpoint
 from llava.config import LoadOptions, projector_depth
 from llava.convert.resume import resumable_folder
 from llava.errors import CheckpointError

@@ -5,8 +5,9 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
+from llava.checkpoint.consistency import check_headers
 from llava.checkpoint.detect import detect, read_files
-from llava.checkpoint.open import base_source, check_headers, open_checkpoint
+from llava.checkpoint.open import base_source, open_checkpoint
 from llava.config import LoadOptions
 from llava.errors import CheckpointError
 from llava.formats.delta import write_delta

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from llava.checkpoint.consistency import check_headers
 from llava.checkpoint.detect import read_files
 from llava.checkpoint.load import load_weights, read_finite
-from llava.checkpoint.open import check_headers, open_checkpoint
+from llava.checkpoint.open import open_checkpoint
 from llava.config import ImageConfig, LlavaConfig, LoadOptions, ProjectorConfig, projector_depth
 from llava.errors import CheckpointError, ConfigError
 from llava.formats.clip import find_tower, read_tower, vision_config

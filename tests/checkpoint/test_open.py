@@ -221,7 +221,8 @@ class Blocker:
             raise ImportError(f"{name} is blocked")
 
 sys.meta_path.insert(0, Blocker())
-from llava.checkpoint.open import check_headers, open_checkpoint
+from llava.checkpoint.consistency import check_headers
+from llava.checkpoint.open import open_checkpoint
 from llava.config import LoadOptions
 from llava.errors import CheckpointError
 

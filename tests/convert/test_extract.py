@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from llava.checkpoint.open import check_headers, open_checkpoint
+from llava.checkpoint.consistency import check_headers
+from llava.checkpoint.open import open_checkpoint
 from llava.config import LoadOptions
 from llava.convert.convert import convert
 from llava.convert.split import extract_projector

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import llava
-from llava.checkpoint.open import check_headers, open_checkpoint
+from llava.checkpoint.consistency import check_headers
+from llava.checkpoint.open import open_checkpoint
 from llava.config import LoadOptions
 from llava.convert.convert import convert
 from llava.convert.merge import MergeOptions, apply_delta, merge_lora

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import llava
+from llava.checkpoint.consistency import check_headers
 from llava.checkpoint.inspect import describe
-from llava.checkpoint.open import check_headers, open_checkpoint
+from llava.checkpoint.open import open_checkpoint
 from llava.config import LoadOptions
 from llava.convert.convert import convert
 from llava.errors import CheckpointError, LlavaError

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 import llava
+from llava.checkpoint.consistency import check_headers
 from llava.checkpoint.detect import detect, read_files
-from llava.checkpoint.open import check_headers, open_checkpoint
+from llava.checkpoint.open import open_checkpoint
 from llava.config import LoadOptions
 from llava.errors import CheckpointError
 from llava.zoo import catalogue as zoo
