@@ -397,7 +397,7 @@ def test_a_sample_longer_than_the_context_is_skipped_counted_and_named_but_does_
     train(recipe(short_context, tmp_path / "run", **one_epoch), device="cpu")
     last = rows(tmp_path / "run")[-1]
     assert (last["samples"], last["skipped"], last["too_long"]) == (8, 2, 2)
-    messages = sorted(record.message for record in caplog.records if record.name == "llava.train.loop")
+    messages = sorted(record.message for record in caplog.records if record.name == "llava.train.skipped")
     assert messages[0] == "samples not used: 2 of 10 (2 longer than the model's context, 0 broken)"
     for message, i in zip(messages[1:], (2, 9), strict=True):
         assert message.startswith(f"skipped: {short_context.data}, sample {i} (id s{i}): ")
