@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from llava.config import LlavaConfig, LoadOptions
+from llava.config import DecoderConfig, LlavaConfig, LoadOptions
 from llava.errors import CheckpointError, ConfigError
 from llava.formats.adapter_config import ADAPTER_CONFIG, LoraSettings, read_settings
 from llava.formats.adapter_tensors import Adapter, FactorPair, adapter_weights, read_adapter, without_wrappers
@@ -65,7 +65,7 @@ class Lora(PartOfModel):
         trained = read_part(weights, without_wrappers(weights), rules)
         adapter = read_adapter(adapter_weights(files.path), settings, rules)
         own = {**trained.tensors, **adapter.full.tensors}
-        under = _Base(base.path, {**base_tensors(base), **own}, rules)
+        under = _Base(base.path, {**base_tensors(base), **own}, rules, base.config.decoder)
         if "projector.0.weight" not in own:
             _tell_where_the_projector_is(under, adapter, files.path)
         tensors = {**under.tensors, **_with_replaced_parts(adapter.parts, under, files.path)}
@@ -113,6 +113,7 @@ class _Base(NamedTuple):
     path: Path
     tensors: dict[str, LazyTensor]
     rules: tuple[Rule, ...]
+    decoder: DecoderConfig
 
     def omits(self, name: str) -> bool:
         """Whether `name` belongs to a block of the vision tower that LLaVA does not use, and that the base omits."""
@@ -149,15 +150,12 @@ def _tell_where_the_projector_is(base: _Base, adapter: Adapter, lora: Path) -> N
         )  # fmt: skip
 
 
-def _first_row(target: Target, n_rows: int, n_own: int) -> int | None:
-    """Returns the row at which a part with `n_own` rows starts in a concatenated tensor, or None if it does not fit.
-
-    k and v may have fewer rows than q (grouped-query attention), so their first rows are counted from the end of qkv.
-    """
-    n_all = target.n_parts * n_own
-    fits = n_all <= n_rows if target.part else n_own <= n_rows <= n_all
-    first = n_rows - (target.n_parts - target.part) * n_own if target.part else 0
-    return first if fits else None
+def _first_row(target: Target, n_rows: int, n_own: int, decoder: DecoderConfig) -> int | None:
+    """Returns the row at which a part with `n_own` rows starts in a concatenated tensor, or None if it does not fit."""
+    heights = decoder.qkv_rows if target.ours.startswith("decoder.") else (n_rows // target.n_parts,) * target.n_parts
+    if target.n_parts == 1:
+        heights = (n_rows,)
+    return sum(heights[: target.part]) if n_own == heights[target.part] else None
 
 
 def _with_replaced_parts(parts: Mapping[str, LazyTensor], base: _Base, folder: Path) -> dict[str, LazyTensor]:
@@ -167,7 +165,7 @@ def _with_replaced_parts(parts: Mapping[str, LazyTensor], base: _Base, folder: P
         if base.omits(name):
             continue
         target, whole = base.find(name, folder)
-        first = _first_row(target, whole.shape[0], part.shape[0])
+        first = _first_row(target, whole.shape[0], part.shape[0], base.decoder)
         if first is None or part.shape[1:] != whole.shape[1:]:
             raise CheckpointError(
                 f"{part.where}: has shape {list(part.shape)}, but in {base.path} q, k and v together have "
@@ -188,7 +186,7 @@ def _place(name: str, factors: FactorPair, settings: LoraSettings, base: _Base, 
     if not len(matrix.shape) == len(a.shape) == len(b.shape) == 2:
         raise CheckpointError(f"{folder}: adapts {name}, which is not a matrix; only LoRAs of matrices are supported")
     rows, columns = matrix.shape
-    first = _first_row(target, rows, b.shape[0])
+    first = _first_row(target, rows, b.shape[0], base.decoder)
     if a.shape[1] != columns or a.shape[0] != b.shape[1] or first is None:
         raise CheckpointError(
             f"{folder}: adapts {name} as a {b.shape[0]} x {a.shape[1]} matrix, but in {base.path} it is "
