@@ -11,9 +11,11 @@ from llava.errors import CheckpointError, counted
 from llava.formats import FORMATS, clip
 from llava.formats.base_model import check_heads, check_raw, check_vocabulary, wrong_base
 from llava.formats.format import Checkpoint, CheckpointFiles, Detection, Resolved
+from llava.formats.projector import read_projector
 from llava.model.llava import shapes
+from llava.tensors.files import NON_LORA_FILE, PROJECTOR_FILE
 from llava.tensors.keymap import disk_names
-from llava.tensors.lazy import LazyTensor
+from llava.tensors.lazy import LazyTensor, same_values
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +42,27 @@ def check(opened: Opened, options: LoadOptions) -> None:
     _check_consistent(checkpoint, len(resolved.tensors))
     if opened.base:
         _check_base(checkpoint, opened.base, opened.files, resolved.tensors, options.force)
+    else:
+        _warn_about_leftovers(checkpoint)
     check_all_used(checkpoint, options)
+
+
+def _warn_about_leftovers(checkpoint: Checkpoint) -> None:
+    """Warns about trained weights beside a whole model that differ from those in the model.
+
+    Some published LLaVA folders contain mm_projector.bin as a copy.
+    """
+    folder, has = checkpoint.path, checkpoint.tensors | checkpoint.unused
+    if (file := folder / PROJECTOR_FILE).is_file():
+        try:
+            copies = read_projector(file)
+        except CheckpointError as error:
+            log.warning("%s; it is not needed, because the model has its own projector", error)
+            return
+        if any(name not in has or not same_values(copy, has[name]) for name, copy in copies.items()):
+            log.warning("%s: is not used; it differs from the projector in the weights of the model", file)
+    if (file := folder / NON_LORA_FILE).is_file():
+        log.warning("%s: is not used, because there is no LoRA beside it", file)
 
 
 def _check_consistent(checkpoint: Checkpoint, n_found: int) -> None:

@@ -77,6 +77,12 @@ class Projector(PartOfModel):
         return {name: first_id + i for i, name in enumerate(_AROUND_IMAGES if trained else ())}
 
 
+def read_projector(file: Path) -> dict[str, LazyTensor]:
+    """Returns the tensors of a projector file under our names. Raises CheckpointError."""
+    weights = Weights([file])
+    return read_part(weights, _without_prefixes(weights), RULES).tensors
+
+
 def read_single_file(file: Path) -> CheckpointFiles:
     """Reads a projector file, and the LLaVA config.json next to it, if any. Raises CheckpointError."""
     weights = Weights([file])

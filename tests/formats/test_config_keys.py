@@ -1,6 +1,7 @@
 """Keys of config files: those that change the computation are used or refused, and unknown ones are reported."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -375,3 +376,27 @@ def test_another_resize_than_the_crop_is_refused(tmp_path: Path) -> None:
     clip = tiny.write_clip(tmp_path / "clip", layout="safetensors")
     tiny.edit_json(clip / "preprocessor_config.json", size={"shortest_edge": 64})
     assert "size is 64 and crop_size is 56" in refused(tiny.write_llava(tmp_path / "llava", clip=clip))
+
+
+# ------------------------------------------------------------------------------------------------------- left-over files
+
+
+def test_a_copy_of_the_projector_beside_the_model_is_not_mentioned_and_another_projector_is(
+    tmp_path: Path, clip: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tiny.write_llava(tmp_path / "llava", clip=clip)
+    for seed, n_warnings in ((1, 0), (5, 1)):
+        projector = tiny.write_projector(tmp_path / f"p{seed}", clip=clip, seed=seed)
+        shutil.copy(projector / "mm_projector.bin", folder)
+        opened(folder)
+        assert len(caplog.records) == n_warnings
+    assert "mm_projector.bin: is not used; it differs" in caplog.text
+
+
+def test_fine_tuned_weights_of_a_lora_beside_a_whole_model_are_mentioned(
+    tmp_path: Path, clip: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tiny.write_llava(tmp_path / "llava", clip=clip)
+    shutil.copy(tiny.write_lora(tmp_path / "lora", clip=clip) / "non_lora_trainables.bin", folder)
+    opened(folder)
+    assert "non_lora_trainables.bin: is not used" in caplog.text
