@@ -12,7 +12,11 @@ from llava.formats import FORMATS, clip
 from llava.formats.base_model import check_heads, check_raw, check_vocabulary, wrong_base
 from llava.formats.format import Checkpoint, CheckpointFiles, Detection, Resolved
 from llava.formats.projector import read_projector
+from llava.formats.quantized import check_unknown
+from llava.formats.tokenizer import stored_chat_template
 from llava.model.llava import shapes
+from llava.preprocess.conversation import Turn, render
+from llava.preprocess.templates import TEMPLATES
 from llava.tensors.files import NON_LORA_FILE, PROJECTOR_FILE
 from llava.tensors.keymap import disk_names
 from llava.tensors.lazy import LazyTensor, same_values
@@ -33,6 +37,7 @@ class Opened:
 def check(opened: Opened, options: LoadOptions) -> None:
     """Checks that the config, tensors, tokenizer and base belong to the same model. Raises CheckpointError."""
     checkpoint, resolved = opened.checkpoint, opened.resolved
+    check_unknown(opened.files, resolved.unknown)
     if resolved.unknown:
         leave_out = "".join(f" --ignore-tensors {shlex.quote(name)}" for name in resolved.unknown)
         raise CheckpointError(
@@ -44,7 +49,18 @@ def check(opened: Opened, options: LoadOptions) -> None:
         _check_base(checkpoint, opened.base, opened.files, resolved.tensors, options.force)
     else:
         _warn_about_leftovers(checkpoint)
+        _warn_about_other_chat_template(checkpoint)
     check_all_used(checkpoint, options)
+
+
+def check_not_wrapped(files: CheckpointFiles) -> None:
+    """Raises CheckpointError if a wrapper of the model, such as torch.compile, has put its prefix before all names."""
+    for prefix in ("module.", "_orig_mod.", "_forward_module.", "_fsdp_wrapped_module."):
+        if files.weights and all(name.startswith(prefix) for name in files.weights):
+            raise CheckpointError(
+                f"{files.path}: all tensor names start with {prefix!r}, because the wrapper of a model was saved; save "
+                "the model inside it, or remove the prefix from the names"
+            )
 
 
 def _warn_about_leftovers(checkpoint: Checkpoint) -> None:
@@ -63,6 +79,25 @@ def _warn_about_leftovers(checkpoint: Checkpoint) -> None:
             log.warning("%s: is not used; it differs from the projector in the weights of the model", file)
     if (file := folder / NON_LORA_FILE).is_file():
         log.warning("%s: is not used, because there is no LoRA beside it", file)
+
+
+def _warn_about_other_chat_template(checkpoint: Checkpoint) -> None:
+    """Warns if the role marks in the folder's chat template are not those of the conversation template."""
+    choice = checkpoint.template
+    stored = stored_chat_template(checkpoint.tokenizer_folder)
+    if not stored or choice.template not in TEMPLATES or not checkpoint.config.vision or choice.recorded:
+        return
+    spans = render(TEMPLATES[choice.template], [Turn("user", "x"), Turn("assistant", None)])
+    chosen = "".join(span.text for span in spans)
+    if marks := [mark for mark in _ROLE_MARKS if (mark in chosen) != (mark in stored)]:
+        log.warning(
+            "%s: its chat template and the conversation template %s (%s) differ in %s; if answers are poor, set "
+            "template= (--template) to the one that the model was trained with",
+            checkpoint.path, choice.template, choice.because, ", ".join(marks),
+        )  # fmt: skip
+
+
+_ROLE_MARKS = ("[INST]", "<|im_start|>", "<|start_header_id|>", "<start_of_turn>")
 
 
 def _check_consistent(checkpoint: Checkpoint, n_found: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from llava.config import DecoderConfig, ProjectorConfig
 from llava.errors import CheckpointError
 from llava.formats import FORMATS
-from llava.formats.format import TEMPLATE_KEY, CheckpointFiles, Detection, TemplateChoice
+from llava.formats.format import RECORDED, TEMPLATE_KEY, CheckpointFiles, Detection, TemplateChoice
 from llava.formats.gpt_fast import MODEL_FILE
 from llava.formats.llama import is_mistral
 from llava.formats.native import VERSION_KEY
@@ -71,6 +71,12 @@ def _incomplete(folder: Path) -> CheckpointError:
                 f"{file}: is an export for {reader} and cannot be loaded by llava; use the checkpoint that it "
                 "was converted from"
             )
+    patterns = [f"{depth}/{name}" for name in _LOADABLE for depth in ("*", "*/*")]
+    if below := sorted({file.parent for pattern in patterns for file in folder.glob(pattern)}):
+        return CheckpointError(
+            f"{folder}: has no config.json itself, but contains checkpoints in folders; pass one of them, such as "
+            f"{below[0]}"
+        )
     return CheckpointError(f"{folder / 'config.json'}: is missing; the checkpoint is incomplete")
 
 
@@ -109,9 +115,9 @@ def choose_template(
     A repository id recorded in `config` is used only if the other rules do not match. The folder name is not used.
     """
     if VERSION_KEY in config:
-        return TemplateChoice(config.get("template"), "recorded in config.json")
+        return TemplateChoice(config.get("template"), RECORDED)
     if named := config.get(TEMPLATE_KEY):
-        return TemplateChoice(str(named), "recorded in config.json")
+        return TemplateChoice(str(named), RECORDED)
     if config.get("model_type") == "llava_mpt":
         return TemplateChoice("mpt", "model_type is llava_mpt")
     if decoder and decoder.kind == "mpt" and config.get("mm_vision_tower"):

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from llava.checkpoint.base_check import check_base_before_download
-from llava.checkpoint.consistency import Opened, check
+from llava.checkpoint.consistency import Opened, check, check_not_wrapped
 from llava.checkpoint.detect import UNKNOWN, choose_template, detect, no_weights, read_files
 from llava.config import LlavaConfig, LoadOptions
 from llava.errors import CheckpointError, ConfigError, counted
@@ -50,9 +50,12 @@ def open_unchecked(source: str | Path | CheckpointFiles, options: LoadOptions) -
     files = source if isinstance(source, CheckpointFiles) else read_files(source, options.revision)
     detection = detect(files)
     format = FORMATS.get(detection.format)
+    if format is None:
+        check_not_wrapped(files)
     if format is None or not format.reads:
         raise _unsupported(files, detection)
     check_not_quantized(files)
+    check_not_wrapped(files)
     base = resolve_base(files, detection, format, options)
     tokenizer = read_tokenizer(files, format, base, options)
     resolved = resolve_tensors(files, format, base, tokenizer.tokenizer, options)
@@ -70,6 +73,11 @@ def _with_absolute_tower(options: LoadOptions) -> LoadOptions:
 def _unsupported(files: CheckpointFiles, detection: Detection) -> CheckpointError:
     if detection.format == UNKNOWN and not files.weights:
         return no_weights(files.path)
+    if detection.format == UNKNOWN:
+        return CheckpointError(
+            f"{files.path}: has no tensors of a known format; the first is {next(iter(files.weights))}; a Llama has "
+            "model.embed_tokens.weight; if model. is missing, save the model together with its language model head"
+        )
     why = f"{files.path}: has format {detection.format} ({detection.evidence[0]}), which"
     if detection.format == "clip":
         return CheckpointError(

@@ -19,21 +19,21 @@ ADAPTER_CONFIG = "adapter_config.json"
 _READ = {
     "alpha_pattern",
     "base_model_name_or_path",
+    "ensure_weight_tying",
     "init_lora_weights",
     "lora_alpha",
     "modules_to_save",
     "peft_type",
     "r",
     "rank_pattern",
-    "target_modules",
     "use_rslora",
 }
 _IN_THE_TENSORS = {  # settings whose result shows in the names and shapes of the tensors
     "bias",
-    "ensure_weight_tying",
     "exclude_modules",
     "layers_pattern",
     "layers_to_transform",
+    "target_modules",
 }
 _TRAINING_ONLY = {  # settings of the initialisation, the backward pass or the framework
     "auto_mapping",
@@ -78,7 +78,7 @@ class LoraSettings:
     rslora: bool
     alpha_pattern: Mapping[str, float]  # regular expression for the end of a module's name -> its own alpha
     modules_to_save: tuple[str, ...]  # modules that PEFT saved in full
-    target_modules: tuple[str, ...]  # ends of the names of adapted modules; () if they are given by a pattern
+    ties_weights: bool  # whether tables saved in full stay tied to each other
     rank: int | None  # r; None if it is not stated
     rank_pattern: Mapping[str, int]  # like alpha_pattern
 
@@ -111,7 +111,7 @@ def read_settings(file: Path) -> LoraSettings:
             rslora=bool(config.get("use_rslora")),
             alpha_pattern=own,
             modules_to_save=tuple(map(str, config.get("modules_to_save") or ())),
-            target_modules=_names(config.get("target_modules")),
+            ties_weights=bool(config.get("ensure_weight_tying")),
             rank=None if config.get("r") is None else int(config["r"]),
             rank_pattern={str(key): int(rank) for key, rank in (config.get("rank_pattern") or {}).items()},
         )
@@ -119,11 +119,6 @@ def read_settings(file: Path) -> LoraSettings:
         for key in pattern:
             _check_pattern(name, key, file)
     return settings
-
-
-def _names(value: Any) -> tuple[str, ...]:
-    """Returns a list of module names. A string is a regular expression, or "all-linear", and names no module."""
-    return () if value is None or isinstance(value, str) else tuple(map(str, value))
 
 
 def _check_supported(config: Mapping[str, Any], file: Path) -> None:

@@ -77,12 +77,6 @@ def read_adapter(weights: Weights, settings: LoraSettings, rules: tuple[Rule, ..
             )
         else:
             full[re.sub(r"\.(modules_to_save(\.default)?|base_layer)\.", ".", plain)] = name
-    for module in settings.target_modules:
-        if not any(f".{pair.module}".endswith(f".{module}") for pair in factors.values()):
-            raise CheckpointError(
-                f"{settings.file}: target_modules contains {module!r}, but the adapter has no factors of such a "
-                "module; save the LoRA again"
-            )
     for module in settings.modules_to_save:
         if not any(f".{module}." in f".{plain}" for plain in full):
             raise CheckpointError(

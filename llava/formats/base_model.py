@@ -14,7 +14,12 @@ from llava.errors import CheckpointError, MissingBaseError
 from llava.formats.added_rows import without_added_rows
 from llava.formats.format import Checkpoint, CheckpointFiles, Detection, Format
 from llava.formats.native import VERSION_KEY
-from llava.formats.recorded_base import has_recorded_values, recorded_names, warn_about_other_values
+from llava.formats.recorded_base import (
+    find_recorded_base,
+    has_recorded_values,
+    recorded_names,
+    warn_about_other_values,
+)
 
 log = logging.getLogger(__name__)
 
@@ -216,15 +221,27 @@ def warn_if_recorded_otherwise(files: CheckpointFiles, format: str, base: Checkp
     """
     if has_recorded_values(files):
         warn_about_other_values(files, base)
-    elif format != "delta" and (evidence := _other_base(files, format, base, found)):
+    elif (
+        format != "delta"
+        and not _is_recorded(files, format, found)
+        and (evidence := _other_base(files, format, base, found))
+    ):
         log.warning("%s: %s; answers are worse with a different base", files.path, evidence)
+
+
+def _is_recorded(files: CheckpointFiles, format: str, base: CheckpointFiles) -> bool:
+    """Whether the base is the folder that is recorded. Its own config names its parent, if it was fine-tuned itself."""
+    recorded = find_recorded_base(files, format)
+    return recorded is not None and recorded.folder.resolve() == base.path.resolve()
 
 
 def _other_base(files: CheckpointFiles, format: str, base: Checkpoint, found: CheckpointFiles) -> str | None:
     """Returns evidence that the base is another one than recorded: by name or, if one has no name, by its config."""
     name, where, _ = next(recorded_names(files, format), ("", "", None))
     cached = next((part for part in found.path.parts if part.startswith("models--")), "")  # in the hub's cache
-    own = "/".join(cached.split("--")[1:]) or str(found.config.get("_name_or_path") or "")
+    # a LLaVA's own config names the model that it was trained from
+    named = "" if base.source_config.get("mm_vision_tower") else str(found.config.get("_name_or_path") or "")
+    own = "/".join(cached.split("--")[1:]) or named
     if not name or not own:
         return _other_numbers(files, base)
     if comparable_name(own) == comparable_name(name):

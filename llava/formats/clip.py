@@ -84,7 +84,8 @@ KEYS = ConfigKeys(  # of a tower's config.json or its vision_config
     ),
     only={"model_type": ("clip", "clip_vision_model"), "num_channels": (3,)},
     no_effect=words(
-        "projection_dim text_config text_config_dict vision_config_dict logit_scale_init_value text_projection_dim"
+        "projection_dim text_config text_config_dict vision_config_dict logit_scale_init_value text_projection_dim "
+        "vocab_size"
     ),  # of CLIP's text model and its comparison with images
 )
 PROCESSOR_KEYS = ConfigKeys(  # of preprocessor_config.json
@@ -182,24 +183,32 @@ _OTHER_FAMILIES = ("SigLIP", "DINOv2", "DINOv3", "EVA", "InternViT", "ConvNeXt",
 def processor_config(folder: Path) -> dict[str, Any]:
     """Returns preprocessor_config.json, or {} (meaning CLIP's published values) if there is none.
 
-    Transformers 5 stores it as `image_processor` in processor_config.json instead. Raises ConfigError for a processor
-    that does something else than CLIP's.
+    Transformers 5 stores it as `image_processor` in processor_config.json, which it prefers to an older file. Raises
+    ConfigError for a processor that does something else than CLIP's.
     """
     file, nested = folder / "preprocessor_config.json", folder / "processor_config.json"
-    if not file.is_file() and (own := section(read_json_if_present(nested), "image_processor", nested)):
+    if own := section(read_json_if_present(nested), "image_processor", nested):
         file, processor = nested, dict(own)
     else:
         processor = read_json_if_present(file)
     PROCESSOR_KEYS.check(processor, file)
-    size, crop = (side(processor.get(key)) for key in ("size", "crop_size"))
-    if size and crop and size != crop:
-        raise ConfigError(f"{file}: size is {size} and crop_size is {crop}; this version supports only equal sizes")
+    size, crop = processor.get("size"), processor.get("crop_size")
+    is_other_resize = isinstance(size, Mapping) and set(size) != {"shortest_edge"}
+    if is_other_resize or _is_oblong(crop) or (size and crop and side(size) != side(crop)):
+        raise ConfigError(
+            f"{file}: size is {size!r:.80} and crop_size is {crop!r:.80}; this version supports only a resize of the "
+            "shortest edge, and a square crop of the same size"
+        )
     return processor
 
 
 def side(size: Any) -> Any:
     """Returns the height or shortest edge in pixels of a size in preprocessor_config.json."""
     return size.get("height") or size.get("shortest_edge") if isinstance(size, Mapping) else size
+
+
+def _is_oblong(size: Any) -> bool:
+    return isinstance(size, Mapping) and size.get("height") != size.get("width")
 
 
 def read_tower(folder: Path, *, needed: bool = True) -> dict[str, LazyTensor]:
@@ -234,12 +243,14 @@ def vision_config(
 ) -> VisionConfig:
     """Combines CLIP's config.json (or its vision_config) with LLaVA's feature selection. Raises ConfigError."""
     sizes = section(tower, "vision_config", where) or tower
-    for part in (tower, sizes):
+    for part in (sizes,) if sizes is tower else (tower, sizes):
         if (model_type := part.get("model_type", "clip")) not in KEYS.only["model_type"]:
             raise ConfigError(
                 f"{where}: the vision tower has model_type {model_type!r:.60}; this version supports only CLIP towers"
             )
         KEYS.check(part, where)
+    if "model_type" in sizes:  # transformers may omit default values
+        sizes = {**DEFAULTS, **sizes}
     try:
         return VisionConfig(
             dim=sizes["hidden_size"],

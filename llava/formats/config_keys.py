@@ -23,7 +23,7 @@ _FILES = """
     chunk_size_feed_forward pretraining_tp attn_implementation _attn_implementation _attn_implementation_autoset
     _attn_implementation_internal _flash_attn_2_enabled use_flash_attn use_flash_attention
     _experts_implementation attn_impl verbose unsloth_version unsloth_fixed model_name use_kernels
-    gradient_checkpointing _commit_hash adapters
+    gradient_checkpointing _commit_hash adapters is_llama_config model_max_length
 """
 _GENERATION = """
     max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
@@ -35,6 +35,7 @@ _GENERATION = """
 _TRAINING = """
     initializer_range initializer_factor init_config init_device init_std attention_dropout hidden_dropout dropout
     embd_pdrop resid_pdrop emb_pdrop attn_pdrop classifier_dropout router_aux_loss_coef
+    neftune_noise_alpha
 """
 NO_EFFECT = frozenset(f"{_FILES} {_GENERATION} {_TRAINING}".split())
 _OURS = "llava_"  # prefix of the keys that this package adds

@@ -23,6 +23,7 @@ from llava.tensors.lazy import LazyTensor
 from llava.tensors.writer import OutputTensor, Progress, named_on_disk, write_json, write_shards
 
 Shapes = Mapping[str, tuple[int, ...]]  # our tensor names -> shapes
+RECORDED = "recorded in config.json"  # the reason for a template that `TEMPLATE_KEY` names
 TEMPLATE_KEY, IMAGE_MODE_KEY = "llava_template", "llava_image_mode"  # our additional keys in config.json
 
 
@@ -51,6 +52,11 @@ class TemplateChoice(NamedTuple):
 
     template: str | None
     because: str
+
+    @property
+    def recorded(self) -> bool:
+        """Whether config.json records the template, so that it is not inferred."""
+        return self.because == RECORDED
 
 
 class Resolved(NamedTuple):

@@ -71,7 +71,7 @@ KEYS = ConfigKeys(  # of the top level of config.json
         "use_image_newline_parameter": (True,),
     },
     no_effect=words(
-        "image_token_index image_token_id image_seq_length vocab_size ignore_index "
+        "image_token_index image_token_id image_seq_length vocab_size hidden_size ignore_index "
         "image_aspect_ratio tokenizer_model_max_length tokenizer_padding_side"  # added by this package
     ),
 )

@@ -66,9 +66,13 @@ class Lora(PartOfModel):
         adapter = read_adapter(adapter_weights(files.path), settings, rules)
         own = {**trained.tensors, **adapter.full.tensors}
         under = _Base(base.path, {**base_tensors(base), **own}, rules, base.config.decoder)
+        if base.config.decoder.tied and any(_is_head(name, rules) for name in adapter.factors):
+            under.tensors.setdefault("decoder.head.weight", base.tensors["decoder.embed.weight"])
         if "projector.0.weight" not in own:
             _tell_where_the_projector_is(under, adapter, files.path)
         tensors = {**under.tensors, **_with_replaced_parts(adapter.parts, under, files.path)}
+        if base.config.decoder.tied and not settings.ties_weights:
+            tensors = _with_the_bases_head(tensors, base)
         pairs: dict[str, list[LoraPair]] = {}
         unneeded: list[str] = []
         for name, factors in adapter.factors.items():
@@ -148,6 +152,22 @@ def _tell_where_the_projector_is(base: _Base, adapter: Adapter, lora: Path) -> N
             "(--base) to use images",
             lora, base.path,
         )  # fmt: skip
+
+
+def _is_head(name: str, rules: tuple[Rule, ...]) -> bool:
+    target = target_of(name, rules)
+    return target is not None and target.ours == "decoder.head.weight"
+
+
+def _with_the_bases_head(tensors: dict[str, LazyTensor], base: Checkpoint) -> dict[str, LazyTensor]:
+    """Returns the tensors with the table of a tied base as head, if the LoRA replaces the table but not the head.
+
+    PEFT trains a copy of the table, and its base keeps the old one as head. A table with new rows was tied again.
+    """
+    table, own = tensors["decoder.embed.weight"], base.tensors["decoder.embed.weight"]
+    if table is own or table.shape != own.shape or "decoder.head.weight" in tensors:
+        return tensors
+    return tensors | {"decoder.head.weight": own}
 
 
 def _first_row(target: Target, n_rows: int, n_own: int, decoder: DecoderConfig) -> int | None:

@@ -44,7 +44,7 @@ KEYS = ConfigKeys(
         "norm_type": _NORMS,
         "tie_word_embeddings": (True,),
     },
-    no_effect=words("hidden_size learned_pos_emb fc_type"),  # copies, replaced by ALiBi, and the implementation
+    no_effect=words("hidden_size learned_pos_emb fc_type ffn_config"),  # copies, or replaced by ALiBi
 )
 ATTENTION_KEYS = ConfigKeys(
     used=words("alibi_bias_max clip_qkv model_type"),
@@ -59,6 +59,7 @@ ATTENTION_KEYS = ConfigKeys(
         "rope": (False,),
         "sliding_window_size": (-1,),
     },
+    no_effect=words("rope_impl rope_theta rope_dail_config rope_hf_config"),  # without `rope`
 )
 
 

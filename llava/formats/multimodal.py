@@ -91,6 +91,11 @@ def read_model_config(
     if not options.vision or not (named or "projector.0.weight" in tensors):
         return ReadConfig(language, config, path)
     tower = _tower(path, config, tensors, options)
+    if "vision.cls" not in tensors and _trained_tower(config) and not (options.vision_tower or own_tower(path)):
+        log.warning(
+            "%s: states that the vision tower was trained, but its weights are not here; %s is used, and answers may "
+            "be worse", where, named,
+        )  # fmt: skip
     mode = options.image_mode or config.get(IMAGE_MODE_KEY)
     complete = _with_vision(language, config, tensors, tower, mode, where)
     return ReadConfig(complete, config, path, tower.folder)
@@ -142,6 +147,11 @@ def _tower(path: Path, config: Mapping[str, Any], tensors: Mapping[str, LazyTens
             "folder again, or set vision_tower= (--vision-tower) to a CLIP folder or hub id"
         )
     return find_tower(str(name), shapes_of(tensors), fetch=options.fetch_tower)
+
+
+def _trained_tower(config: Mapping[str, Any]) -> bool:
+    parts = str(config.get("mm_tunable_parts") or "").split(",")
+    return bool(config.get("unfreeze_mm_vision_tower")) or "mm_vision_tower" in parts
 
 
 def _projector_config(

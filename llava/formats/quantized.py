@@ -30,6 +30,10 @@ _SIGNS = (
     (r"\.weight_scales", "EETQ"),
     (r"\.W_q", "HQQ"),
     (r"\.weight\._(data|scale)", "quanto"),
+    (r"_weight_(qdata|scale|zero_point)", "torchao"),
+    (r"\.(codebooks|codes)", "AQLM"),
+    (r"\.(centroids|res_centroids)(\.weight)?", "VPTQ"),
+    (r"\.(dense_weights|dense_weights_strided)", "SpQR"),
 )
 _SAVED_AS = {"bitsandbytes": "bitsandbytes", "gptq": "GPTQ", "awq": "AWQ", "fp8": "fp8", "hqq": "HQQ", "eetq": "EETQ"}
 
@@ -45,6 +49,15 @@ def check_not_quantized(files: CheckpointFiles) -> None:
         raise CheckpointError(f"{where}: the weights are quantized ({scheme}; tensor {name}); {_ADVICE}")
     if settings and files.weights and not _compressed(files):
         log.warning("%s: quantization_config is ignored, because the weights are not quantized", files.config_file)
+
+
+def check_unknown(files: CheckpointFiles, unknown: Mapping[str, Any]) -> None:
+    """Raises CheckpointError if tensors are unknown, and config.json states a method of quantization."""
+    if unknown and (method := _settings(files.config).get("quant_method")):
+        raise CheckpointError(
+            f"{files.path}: the weights are quantized (config.json: quant_method = {method!r:.40}; tensor "
+            f"{next(iter(unknown))}); {_ADVICE}"
+        )
 
 
 def check_floating(tensors: Mapping[str, LazyTensor]) -> None:

@@ -39,6 +39,16 @@ def special_names(folder: Path) -> dict[str, str]:
     )
 
 
+def stored_chat_template(folder: Path) -> str | None:
+    """Returns the Jinja text of a folder's chat template, from any of the files in which transformers stores it."""
+    if (file := folder / "chat_template.jinja").is_file():
+        return file.read_text(encoding="utf-8", errors="replace")
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        if isinstance(text := read_json_if_present(folder / name).get("chat_template"), str):
+            return text
+    return None
+
+
 def load_tokenizer(
     folder: Path, *, legacy_strip: bool = False, fast: bool = False, more: Mapping[str, int] | None = None
 ) -> Tokenizer:
@@ -63,11 +73,11 @@ def load_tokenizer(
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder}: special or added tokens are malformed ({error})") from None
+    added |= {text: AddedToken(text, id, True, legacy_strip, legacy_strip) for text, id in (more or {}).items()}
     if whole.is_file() and (fast or not model.is_file()):
-        return JsonTokenizer(whole, eos=names["eos_token"], pad=names.get("pad_token"), more=more or {})
+        return JsonTokenizer(whole, eos=names["eos_token"], pad=names.get("pad_token"), more=added.values())
     if not model.is_file():
         raise CheckpointError(f"{folder}: has no tokenizer.model or tokenizer.json; add the base model's tokenizer")
-    added |= {text: AddedToken(text, id, True, legacy_strip, legacy_strip) for text, id in (more or {}).items()}
     try:
         return _sentencepiece(model.read_bytes(), added, names, settings)
     except (RuntimeError, ValueError, OSError) as error:

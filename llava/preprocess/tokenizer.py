@@ -7,7 +7,7 @@ not set in tokenizer_config.json, a dummy space is prepended to every stretch; o
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from itertools import accumulate
 from pathlib import Path
@@ -191,17 +191,29 @@ def _located(token: AddedToken, start: int) -> Token:
 class JsonTokenizer:
     """A tokenizer based on the `tokenizers` library, loaded from a `tokenizer.json` file."""
 
-    def __init__(self, file: Path, *, eos: str | None, pad: str | None = None, more: Mapping[str, int] | None = None):
-        """more: special tokens to add, with the next free ids. Other ids or an invalid `file` raise CheckpointError."""
+    def __init__(self, file: Path, *, eos: str | None, pad: str | None = None, more: Iterable[AddedToken] = ()):
+        """more: tokens to add unless `file` has them. Raises CheckpointError if they do not get their ids.
+
+        Truncation and padding, which the file may contain from the last call before it was saved, are ignored, as in
+        transformers.
+        """
         import tokenizers
 
         try:
             self._model = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises plain `Exception`
             raise CheckpointError(f"{file}: cannot be loaded by the tokenizers library ({error})") from None
-        self._model.add_special_tokens(sorted(more or {}, key=(more or {}).__getitem__))
-        if lost := [text for text, id in (more or {}).items() if self._model.token_to_id(text) != id]:
-            raise CheckpointError(f"{file}: token {lost[0]} cannot be added, because its id is not the next free id")
+        self._model.no_truncation()
+        self._model.no_padding()
+        for token in sorted(more, key=lambda token: token.id):
+            if self._model.token_to_id(token.text) is None:
+                flags = {"lstrip": token.strip_left, "rstrip": token.strip_right, "special": token.special}
+                self._model.add_tokens([tokenizers.AddedToken(token.text, normalized=False, **flags)])
+            if self._model.token_to_id(token.text) != token.id:
+                raise CheckpointError(
+                    f"{file}: token {token.text} cannot be added with id {token.id}, because it has another id in this "
+                    "file or another id is the next free one; put the tokenizer.json that belongs to the model here"
+                )
         added = self._model.get_added_tokens_decoder()
         self.size = self._model.get_vocab_size(with_added_tokens=True)
         self.special = frozenset(id for id, token in added.items() if token.special)

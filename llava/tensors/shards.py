@@ -55,14 +55,15 @@ def open_weights(folder: Path) -> Weights:
 
 def _lone_file(folder: Path) -> Path | None:
     """Returns the only safetensors file beside a config.json, such as model.fp16.safetensors."""
-    others = (*ADAPTER_FILES, ADDED_ROWS_FILE)
+    others = (*ADAPTER_FILES, ADDED_ROWS_FILE, "mm_projector.safetensors")
     files = [file for file in folder.glob("*.safetensors") if file.name not in others and file.is_file()]
     return files[0] if len(files) == 1 and (folder / "config.json").is_file() else None
 
 
 def weight_files(folder: Path) -> list[str]:
     """Returns the names of everything in `folder` that looks like weights, for error messages."""
-    names = {path.name for pattern in _WEIGHT_LIKE for path in folder.glob(pattern)}
+    found = [path for pattern in _WEIGHT_LIKE for path in folder.glob(pattern)]
+    names = {path.name + "/ (a folder)" * path.is_dir() for path in found}
     names -= {name for name in names if name.startswith(_TRAINER_STATE)}
     return sorted(names | {f"{path.name}/" for path in folder.glob("global_step*") if path.is_dir()})  # DeepSpeed
 

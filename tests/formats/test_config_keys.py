@@ -372,13 +372,7 @@ def test_an_image_processor_inside_processor_config_is_used(tmp_path: Path, clip
     assert image.mean == (0.5, 0.4, 0.3)
 
 
-def test_another_resize_than_the_crop_is_refused(tmp_path: Path) -> None:
-    clip = tiny.write_clip(tmp_path / "clip", layout="safetensors")
-    tiny.edit_json(clip / "preprocessor_config.json", size={"shortest_edge": 64})
-    assert "size is 64 and crop_size is 56" in refused(tiny.write_llava(tmp_path / "llava", clip=clip))
-
-
-# ------------------------------------------------------------------------------------------------------- left-over files
+# ----------------------------------------------------------------------------------------------------- left-over files
 
 
 def test_a_copy_of_the_projector_beside_the_model_is_not_mentioned_and_another_projector_is(
@@ -400,3 +394,78 @@ def test_fine_tuned_weights_of_a_lora_beside_a_whole_model_are_mentioned(
     shutil.copy(tiny.write_lora(tmp_path / "lora", clip=clip) / "non_lora_trainables.bin", folder)
     opened(folder)
     assert "non_lora_trainables.bin: is not used" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------- legitimate folders
+
+
+def test_keys_of_published_llava_hf_configs_are_not_mentioned(
+    tmp_path: Path, clip: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    convert(tiny.write_llava(tmp_path / "source", clip=clip), tmp_path / "hf", to="llava-hf", check=False)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    config["vision_config"]["vocab_size"] = 32000
+    tiny.write_json(tmp_path / "hf" / "config.json", {**config, "hidden_size": 64})
+    caplog.clear()
+    opened(tmp_path / "hf")
+    assert not caplog.records
+
+
+def test_the_keys_of_a_newer_mpt_are_not_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tiny.write_mpt(tmp_path / "mpt")
+    config = json.loads((folder / "config.json").read_text())
+    config["attn_config"] |= {"rope": False, "rope_theta": 10000, "rope_impl": "dail", "rope_hf_config": {"factor": 1}}
+    tiny.write_json(folder / "config.json", config | {"ffn_config": {"ffn_type": "mptmlp"}})
+    opened(folder)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"size": {"shortest_edge": 64}},
+        {"size": {"height": 56, "width": 56}},
+        {"size": {"shortest_edge": 56, "longest_edge": 100}},
+        {"crop_size": {"height": 56, "width": 28}},
+    ],
+)
+def test_a_resize_that_clip_does_not_do_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    clip = tiny.write_clip(tmp_path / "clip", layout="safetensors")
+    tiny.edit_json(clip / "preprocessor_config.json", **changes)
+    assert "a resize of the shortest edge" in refused(tiny.write_llava(tmp_path / "llava", clip=clip))
+
+
+def test_a_trained_tower_that_is_absent_is_mentioned(
+    tmp_path: Path, clip: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened(tiny.write_llava(tmp_path / "llava", clip=clip, unfreeze_mm_vision_tower=True))
+    assert "states that the vision tower was trained" in caplog.text
+    caplog.clear()
+    opened(tiny.write_llava(tmp_path / "whole", clip=clip, tower_seed=3, unfreeze_mm_vision_tower=True))
+    assert not caplog.records
+
+
+def test_a_chat_template_with_other_role_marks_is_mentioned(
+    tmp_path: Path, clip: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tiny.write_llava(tmp_path / "llava", clip=clip)
+    tiny.edit_json(folder / "tokenizer_config.json", chat_template="{{ '<|start_header_id|>' + messages[0].role }}")
+    opened(folder)
+    assert "llava_v1 (no other rule applies) differ in <|start_header_id|>" in caplog.text
+    caplog.clear()
+    tiny.edit_json(folder / "config.json", llava_template="llava_v1")
+    opened(folder)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_the_prefix_of_a_wrapper_is_named(llama: Path, prefix: str) -> None:
+    def wrap(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[prefix + name] = tensors.pop(name)
+
+    assert f"all tensor names start with {prefix!r}" in refused(changed(llama, wrap))
+
+
+def test_a_folder_above_the_checkpoint_names_it(llama: Path) -> None:
+    assert f"such as {llama}" in refused(llama.parent)

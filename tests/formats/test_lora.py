@@ -375,7 +375,6 @@ def test_an_adapter_without_tensors_is_refused(lora: Path, base: Path) -> None:
     [
         ({"r": 16}, "r is 16 for"),
         ({"rank_pattern": {"q_proj": 2}}, "r is 2 for model.layers.0.self_attn.q_proj"),
-        ({"target_modules": ["q_proj", "qkv_proj"]}, "target_modules contains 'qkv_proj'"),
     ],
 )
 def test_settings_that_the_factors_contradict_are_refused(

@@ -65,3 +65,10 @@ def test_floats_are_read_although_the_config_says_that_they_were_quantized_in_me
     settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     opened(tiny.write_llama(tmp_path / "llama", quantization_config=settings))
     assert "quantization_config is ignored" in caplog.text
+
+
+def test_unknown_tensors_beside_a_method_of_quantization_are_its_packed_weights(tmp_path: Path) -> None:
+    folder = tiny.write_llama(tmp_path / "llama", quantization_config={"quant_method": "newquant"})
+    text = refused(with_tensors(folder, {MATRIX + ".secret_codes": ONES}))
+    assert "quant_method = 'newquant'" in text
+    assert "--ignore-tensors" not in text

@@ -241,3 +241,32 @@ def test_training_starts_from_the_adapted_model(bases: Callable[[str], Path], as
     assert not found.missing
     for name, tensor in opened(tmp_path / "lora", base=base).tensors.items():
         assert torch.equal(found.tensors[name].read(), tensor.read()), name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},  # the head stays the base's table
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"]},
+    ],
+)
+def test_an_adapter_of_a_tied_llama_gives_the_logits_of_peft(tmp_path: Path, settings: dict[str, Any]) -> None:
+    base = tiny.write_llama(tmp_path / "base", tie_word_embeddings=True)
+    tensors = load_file(base / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=6, **settings)).eval()
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn_like(parameter) * 0.1
+    model.save_pretrained(tmp_path / "lora", save_embedding_layers=False)
+    ids = torch.tensor([[1, 20, 33, 47, 300]])
+    with torch.inference_mode():
+        expected = model(ids).logits[0]
+        for merge in (True, False):
+            vlm = llava.load(tmp_path / "lora", base=base, merge=merge, **FLOAT32)
+            found = vlm.model.decoder.logits(vlm.model.decoder(vlm.model.embed(ids[0])[None]))[0]
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
