@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llava.checkpoint.adapters import open_separately
+from llava.checkpoint.consistency import warn_about_other_chat_template
 from llava.checkpoint.load import Pool, build, resolve_device, resolve_dtype
 from llava.checkpoint.open import open_checkpoint
 from llava.config import LlavaConfig, LoadOptions, PictureOptions, Transparency
@@ -104,6 +105,9 @@ def load(
             checkpoints = open_separately(path, adapters or {}, options, merge=merge)
         else:
             checkpoints = {None: open_checkpoint(path, options)}
+    if template is None:
+        for checkpoint in checkpoints.values():
+            warn_about_other_chat_template(checkpoint)
     compute = resolve_dtype(dtype, next(iter(checkpoints.values())), target)
     pool: Pool | None = {} if separate else None
     loaded = {

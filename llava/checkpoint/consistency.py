@@ -49,7 +49,6 @@ def check(opened: Opened, options: LoadOptions) -> None:
         _check_base(checkpoint, opened.base, opened.files, resolved.tensors, options.force)
     else:
         _warn_about_leftovers(checkpoint)
-        _warn_about_other_chat_template(checkpoint)
     check_all_used(checkpoint, options)
 
 
@@ -81,7 +80,7 @@ def _warn_about_leftovers(checkpoint: Checkpoint) -> None:
         log.warning("%s: is not used, because there is no LoRA beside it", file)
 
 
-def _warn_about_other_chat_template(checkpoint: Checkpoint) -> None:
+def warn_about_other_chat_template(checkpoint: Checkpoint) -> None:
     """Warns if the role marks in the folder's chat template are not those of the conversation template."""
     choice = checkpoint.template
     stored = stored_chat_template(checkpoint.tokenizer_folder)

@@ -55,7 +55,8 @@ def open_unchecked(source: str | Path | CheckpointFiles, options: LoadOptions) -
     if format is None or not format.reads:
         raise _unsupported(files, detection)
     check_not_quantized(files)
-    check_not_wrapped(files)
+    if not format.needs_base:
+        check_not_wrapped(files)
     base = resolve_base(files, detection, format, options)
     tokenizer = read_tokenizer(files, format, base, options)
     resolved = resolve_tensors(files, format, base, tokenizer.tokenizer, options)

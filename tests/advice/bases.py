@@ -263,11 +263,6 @@ def a_lora_with_a_tensor_under_two_names(w: World) -> Steps:
     yield from saved_again(w, lambda folder: edit(folder / ADAPTER, add))
 
 
-@advice("has no factors of such a module; save the LoRA again")
-def a_lora_without_a_target(w: World) -> Steps:
-    yield from saved_again(w, lambda folder: tiny.edit_json(folder / SETTINGS, target_modules=["q_proj", "w1"]))
-
-
 @advice("has no tensors of this module; gather all parameters and save the LoRA again")
 def a_lora_without_a_module_to_save(w: World) -> Steps:
     yield from saved_again(w, lambda folder: tiny.edit_json(folder / SETTINGS, modules_to_save=["lm_head"]))

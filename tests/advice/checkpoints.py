@@ -291,3 +291,49 @@ def a_folder_without_its_tower_and_another_tower(w: World) -> Steps:
     folder = with_its_own_tower(w)
     yield ask(folder)
     yield ask(folder, "--vision-tower", w.clip)
+
+
+def renamed(folder: Path, change: Callable[[str], str]) -> Path:
+    tensors = {change(name): value for name, value in load_file(folder / WEIGHTS).items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    return folder
+
+
+@advice("because the wrapper of a model was saved; save the model inside it, or remove the prefix from the names")
+def a_model_saved_with_its_wrapper(w: World) -> Steps:
+    folder = renamed(w.copy("single"), lambda name: f"module.{name}")
+    yield ask(folder)
+    renamed(folder, lambda name: name.removeprefix("module."))
+
+
+@advice("if model. is missing, save the model together with its language model head")
+def a_model_saved_without_its_head(w: World) -> Steps:
+    folder = tiny.write_llama(w / "llama")
+    renamed(folder, lambda name: name.removeprefix("model."))
+    yield ask(folder, "--template", "v1")
+    renamed(folder, lambda name: name if name.startswith("lm_head") else f"model.{name}")
+
+
+@advice("if answers are poor, set template= (--template) to the one that the model was trained with")
+def a_chat_template_of_another_model(w: World) -> Steps:
+    folder = w.copy("single")
+    tiny.edit_json(folder / "tokenizer_config.json", chat_template="[INST] {{ messages[0].content }} [/INST]")
+    yield ask(folder)
+    yield ask(folder, "--template", "llava_llama_2")
+
+
+@advice("but contains checkpoints in folders; pass one of them, such as {}")
+def a_folder_above_a_checkpoint(w: World) -> Steps:
+    above = w / "above"
+    above.mkdir()
+    w.copy("single").rename(above / "model")
+    said = yield ask(above)
+    yield ask(said.text.strip().rpartition("such as ")[2])
+
+
+@advice("put the tokenizer.json that belongs to the model here")
+def an_added_token_without_a_place(w: World) -> Steps:
+    folder = w.copy("mpt")
+    tiny.write_json(folder / "added_tokens.json", {"<|new|>": 5000})
+    yield ask(folder)
+    (folder / "added_tokens.json").unlink()  # those of the model

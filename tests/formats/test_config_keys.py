@@ -450,11 +450,11 @@ def test_a_chat_template_with_other_role_marks_is_mentioned(
 ) -> None:
     folder = tiny.write_llava(tmp_path / "llava", clip=clip)
     tiny.edit_json(folder / "tokenizer_config.json", chat_template="{{ '<|start_header_id|>' + messages[0].role }}")
-    opened(folder)
+    llava.load(folder, device="cpu")
     assert "llava_v1 (no other rule applies) differ in <|start_header_id|>" in caplog.text
     caplog.clear()
     tiny.edit_json(folder / "config.json", llava_template="llava_v1")
-    opened(folder)
+    llava.load(folder, device="cpu")
     assert not caplog.records
 
 

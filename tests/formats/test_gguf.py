@@ -130,7 +130,7 @@ def test_the_report_lists_checks_and_caveats(written: Path) -> None:
         "`blk.N.attn_q.weight`",
         "every tensor has the same bits",
         "Logits of both",
-        "rounded to float16",
+        "Rounded from float32 to float16: ",
         "25814",
     ):
         assert line in text, line
