@@ -21,11 +21,17 @@ _DESCRIBING_LAST = re.compile(
 _DESCRIBING_FIRST = re.compile("num|n|nb|number|total|has|is|with")
 _NO_MEDIA = ("text", "text_only", "text-only", "none", "language")  # contents of keys such as media_type
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
-_PICTURE_FILE = re.compile(r"data:image/.*|[^\n]{1,400}\.(jpe?g|png|webp|bmp|gif|tiff?|heic|avif)", re.IGNORECASE)
-_OTHER_FILE = re.compile(
-    r"data:(audio|video)/.*|[^\n]{1,400}\.(mp4|mkv|avi|mov|webm|m4v|mpe?g|flv|wav|mp3|flac|ogg|opus|m4a|aac|pcd|ply|dcm)",
+_AFTER_SUFFIX = r"([?#][^\n]*)?"  # the query of a URL
+_PICTURE_FILE = re.compile(
+    rf"data:image/.*|[^\n]{{1,400}}\.(jpe?g|jpe|jfif|jp2|png|webp|bmp|gif|tiff?|hei[cf]|avif){_AFTER_SUFFIX}",
     re.IGNORECASE,
 )
+_OTHER_FILE = re.compile(
+    r"data:(audio|video)/.*|"
+    r"[^\n]{1,400}\.(mp4|mkv|avi|mov|webm|m4v|mpe?g|flv|wav|mp3|flac|ogg|opus|m4a|aac|pcd|ply|dcm)" + _AFTER_SUFFIX,
+    re.IGNORECASE,
+)
+_WEB = re.compile(r"https?://\S+", re.IGNORECASE)
 # Keys that change the prompt or the targets of a sample.
 _SAMPLE_SETTINGS = ("tools", "functions", "chosen", "rejected", "history", "system_prompt", "system_message")
 _TURN_SETTINGS = ("tool_calls", "function_call", "reasoning_content", "refusal")
@@ -69,16 +75,28 @@ def unread_mark(text: str) -> str | None:
     """Returns the first mark that stands for media other than <image>, or None.
 
     Text about HTML also contains <video>. A mark is therefore recognised only at the start or end of a line, and only
-    if the text does not contain its closing tag.
+    if the text does not contain its closing tag, or wherever its closing tag follows the path or URL of a file, as in
+    Qwen-VL's `<img>a.png</img>`.
     """
     if "<" not in text:
         return None
     for match in _MARK.finditer(text):
+        if _encloses_file(match[1], text[match.end() :]):
+            return match[0]
         at_start = match.start() == 0 or text[match.start() - 1] == "\n"
         at_end = text[match.end() :].partition("\n")[0].strip() == ""
         if (at_start or at_end) and f"</{match[1]}".lower() not in text.lower():
             return match[0]
     return None
+
+
+def _encloses_file(tag: str, rest: str) -> bool:
+    """Whether `rest`, the text after an opening tag, starts with a media file or URL and the closing tag."""
+    content, _, closing = rest.partition("</")
+    enclosed = content.strip()
+    return closing.lower().startswith(tag.lower()) and any(
+        file.fullmatch(enclosed) for file in (_PICTURE_FILE, _OTHER_FILE, _WEB)
+    )
 
 
 def _may_be_media(key: str, content: Any) -> str:

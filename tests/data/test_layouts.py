@@ -91,10 +91,10 @@ READ: dict[str, tuple[Json, Json]] = {  # a sample, and the same sample in LLaVA
     ),
     "other keys": (PLAIN | {"model": "gpt-4", "data_source": "clips", "score": 0.5, "media_type": "text"}, PLAIN),
     "a neutral weight": ({"messages": [*chat("q"), {"role": "assistant", "content": "a", "weight": 1}]}, PLAIN),
-    "HTML": (
-        PLAIN | {"conversations": talk("What is <video> in HTML?", "a", "<video>\n<source>\n</video>", "b")},
-        PLAIN | {"conversations": talk("What is <video> in HTML?", "a", "<video>\n<source>\n</video>", "b")},
-    ),
+    **{
+        html: ({"conversations": talk(html, "a")}, {"conversations": talk(html, "a")})
+        for html in ("What is <video> in HTML?", "<video>\n<source>\n</video>", "<audio>no sound, see a.txt</audio>")
+    },
 }
 
 
@@ -190,6 +190,18 @@ UNSUPPORTED: dict[str, tuple[Json, str]] = {  # a sample, and what the error nam
             "<|image_1|>",
             "<|video_pad|>",
             "<ImageHere>",
+        )
+    },
+    **{
+        enclosed: (
+            {"conversations": talk(f"{enclosed}\nWhat?", "a")},
+            enclosed[enclosed.index("<") :].partition(">")[0] + ">",
+        )
+        for enclosed in (
+            "Picture 1: <img>a.png</img>",
+            "<img>https://x.org/demo</img>",
+            "Audio 1: <audio>sub/my clip.flac</audio>",
+            "See <Image> a.jfif </Image>",
         )
     },
     "a mark at the end": ({"conversations": talk("q <video> ", "a")}, "the mark <video>"),
