@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote
 
 from llava.config import IMAGE_PLACEHOLDER
-from llava.data.unread import unread_in_sample, unread_in_turn, unread_mark
+from llava.data.unread import unread_in_sample, unread_in_turn, unread_mark, unread_media
 from llava.errors import DataError
 from llava.preprocess import placeholders
 from llava.preprocess.conversation import Turn
@@ -31,6 +31,8 @@ _KNOWN_IN_TURN = frozenset(("from", "value", "role", "content"))
 _PLAIN_TURN = frozenset(("from", "value"))
 _TEXT_PARTS, _PICTURE_PARTS = ("text", "input_text", "output_text"), ("image", "image_url", "input_image")
 _PICTURE_KEYS = ("image_url", "image", "url", "path")  # keys of a part that name its picture
+_KNOWN_IN_TEXT_PART = frozenset(("type", "text"))
+_KNOWN_IN_PICTURE_PART = frozenset(("type", *_PICTURE_KEYS))
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _MAX_NAME = 1024  # characters
 
@@ -77,7 +79,7 @@ def _parse(value: Any, where: str, fallback_id: str) -> Sample:
     messages = [_message(turn, where, i) for i, turn in enumerate(_turn_list(value, where))]
     system = _system(value.get("system"), messages, where)
     images = _images(value, messages, where)
-    if not value.keys() <= _KNOWN and (unread := unread_in_sample(value, _KNOWN, has_pictures=bool(images))):
+    if not value.keys() <= _KNOWN and (unread := unread_in_sample(value, _KNOWN, images)):
         raise UnsupportedError(
             f"{where}: {unread}; expected pictures under image or images; "
             "if the key is not part of the sample, remove it"
@@ -196,15 +198,41 @@ def _part(part: Any, where: str) -> _Part:
         return _Part(part, False, None)
     kind = part.get("type") if isinstance(part, dict) else None
     if kind in _TEXT_PARTS and isinstance(part.get("text"), str):
-        return _Part(part["text"], False, None)
+        return _text_part(part, where)
     if kind not in _PICTURE_PARTS:
         known = ", ".join((*_TEXT_PARTS, *_PICTURE_PARTS))
         raise UnsupportedError(f"{where} contains the part {part!r:.80}; expected one of the types {known}")
-    source = next((part[key] for key in _PICTURE_KEYS if part.get(key)), None)
-    source = source.get("url") if isinstance(source, dict) else source
-    if source is None and part.keys() <= {"type", "text", *_PICTURE_KEYS}:
+    return _picture_part(part, where)
+
+
+def _text_part(part: Mapping[str, Any], where: str) -> _Part:
+    if unread := unread_media(part, _KNOWN_IN_TEXT_PART, ()):
+        raise UnsupportedError(f"{where} contains a text part, of which {unread}; expected pictures in image parts")
+    return _Part(part["text"], False, None)
+
+
+def _picture_part(part: Mapping[str, Any], where: str) -> _Part:
+    if part.get("text"):
+        raise UnsupportedError(
+            f'{where} contains an image part, of which the key "text" is {part["text"]!r:.40} and is not read; '
+            "expected a part of its own for the text"
+        )
+    found = f"{where} contains the picture"
+    names = {key: _name(_url_of(part[key]), found) for key in _PICTURE_KEYS if part.get(key)}
+    if not names and part.keys() <= {"text", *_KNOWN_IN_PICTURE_PART}:
         return _Part(IMAGE_PLACEHOLDER, True, None)
-    return _Part(IMAGE_PLACEHOLDER, True, _name(source, f"{where} contains the picture"))
+    if not names:
+        raise UnsupportedError(f"{found} {part!r:.60}; expected its path or data: URL under image_url or image")
+    if len(set(names.values())) > 1:
+        raise UnsupportedError(f"{where} contains an image part whose {' and '.join(names)} differ; keep one of them")
+    name = next(iter(names.values()))
+    if unread := unread_media(part, _KNOWN_IN_PICTURE_PART, (name,)):
+        raise UnsupportedError(f"{where} contains an image part, of which {unread}; expected one picture in each part")
+    return _Part(IMAGE_PLACEHOLDER, True, name)
+
+
+def _url_of(source: Any) -> Any:
+    return source["url"] if isinstance(source, dict) and source.get("url") else source
 
 
 def _system(own: Any, messages: Sequence[_Message], where: str) -> str | None:

@@ -5,7 +5,7 @@ with media that are not read must not pass as text alone, so keys and marks are 
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _MEDIA = re.compile(
@@ -18,7 +18,7 @@ _DESCRIBING_LAST = re.compile(
     "description|license|hash|md|sha|category|label|score|similarity|url|aspect|ratio|quality|format|domain|dataset|"
     "fps|duration|length|tag|date|title"
 )
-_DESCRIBING_FIRST = re.compile("num|n|nb|number|total|has|is|with")
+_DESCRIBING_FIRST = re.compile("num|n|nb|number|total|has|is|with|min|max")
 _NO_MEDIA = ("text", "text_only", "text-only", "none", "language")  # contents of keys such as media_type
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _AFTER_SUFFIX = r"([?#][^\n]*)?"  # the query of a URL
@@ -43,31 +43,35 @@ _MARK = re.compile(
 )
 
 
-def unread_in_sample(value: Mapping[str, Any], known: frozenset[str], *, has_pictures: bool) -> str | None:
-    """Returns a description of the first key outside `known` that may be media or a setting, or None."""
+def unread_in_sample(value: Mapping[str, Any], known: frozenset[str], pictures: Sequence[str]) -> str | None:
+    """Returns a description of the first key outside `known` that may be media or a setting, or None.
+
+    pictures: the names of the pictures that are read.
+    """
     for key, content in value.items():
-        if key in known or _is_empty(content):
-            continue
-        if key in _SAMPLE_SETTINGS:
+        if key in _SAMPLE_SETTINGS and key not in known and not _is_empty(content):
             return f'the key "{key}" is not read, but changes the conversation'
-        if found := _media_key(key, content, has_pictures):
-            return _may_be_media(found, content)
-    return None
+    return unread_media(value, known, pictures)
 
 
 def unread_in_turn(turn: Mapping[str, Any], known: frozenset[str]) -> str | None:
     """Returns a description of the first key outside `known` that may be media or a setting, or None."""
     for key, content in turn.items():
-        if key in known:
-            continue
-        if key in _TURN_WEIGHTS and content is not None and content != 1:
+        if key in _TURN_WEIGHTS and key not in known and content is not None and content != 1:
             return f'the key "{key}" is {content!r:.20}, but weights of turns are not read'
-        if _is_empty(content):
-            continue
-        if key in _TURN_SETTINGS:
+        if key in _TURN_SETTINGS and key not in known and not _is_empty(content):
             return f'the key "{key}" is not read, but changes the conversation'
-        if found := _media_key(key, content, has_pictures=False):
-            return _may_be_media(found, content)
+    return unread_media(turn, known, ())
+
+
+def unread_media(value: Mapping[str, Any], known: frozenset[str], pictures: Sequence[str]) -> str | None:
+    """Returns a description of the first key outside `known` that may be media, or None.
+
+    pictures: the names of the pictures that are read.
+    """
+    for key, content in value.items():
+        if key not in known and not _is_empty(content) and (found := _media_key(key, content, pictures)):
+            return f'the key "{found}" is {content!r:.40} and may be media, which is not read from it'
     return None
 
 
@@ -99,35 +103,34 @@ def _encloses_file(tag: str, rest: str) -> bool:
     )
 
 
-def _may_be_media(key: str, content: Any) -> str:
-    return f'the key "{key}" is {content!r:.40} and may be media, which is not read from it'
-
-
 def _is_empty(content: Any) -> bool:
     return not content or content != content  # NaN, which pandas writes for missing values, differs from itself
 
 
-def _media_key(key: str, content: Any, has_pictures: bool) -> str | None:
+def _media_key(key: str, content: Any, pictures: Sequence[str]) -> str | None:
     """Returns the key, or the path of a nested key such as `meta.video`, if its name or content suggests media."""
     words = [word.lower() if len(word) < 4 else word.lower().removesuffix("s") for word in _WORD.findall(key)]
     describes = bool(words and (_DESCRIBING_LAST.fullmatch(words[-1]) or _DESCRIBING_FIRST.fullmatch(words[0])))
-    if describes and (has_pictures or (isinstance(content, str) and content.lower() in _NO_MEDIA)):
+    if describes and (pictures or (isinstance(content, str) and content.lower() in _NO_MEDIA)):
         return None
     if any(map(_MEDIA.fullmatch, words)):
         return key
-    if not has_pictures and isinstance(content, str) and _MEDIA.fullmatch(content.lower().removesuffix("s")):
+    if not pictures and isinstance(content, str) and _MEDIA.fullmatch(content.lower().removesuffix("s")):
         return key  # such as "type": "video"
-    files = (_OTHER_FILE,) if has_pictures else (_OTHER_FILE, _PICTURE_FILE)
+    files = (_OTHER_FILE,) if pictures else (_OTHER_FILE, _PICTURE_FILE)
     if any(file.fullmatch(text) for text in _texts(content) for file in files):
         return key
+    return _nested_media_key(key, content, pictures)
+
+
+def _nested_media_key(key: str, content: Any, pictures: Sequence[str]) -> str | None:
     if isinstance(content, dict):
-        inner = (_media_key(str(name), one, has_pictures) for name, one in content.items() if not _is_empty(one))
+        inner = (_media_key(str(name), one, pictures) for name, one in content.items() if not _is_empty(one))
         return next((f"{key}.{name}" for name in inner if name), None)
-    return None
+    nested = [one for one in content if isinstance(one, dict | list)] if isinstance(content, list) else []
+    return next((found for one in nested if (found := _media_key(key, one, pictures))), None)
 
 
-def _texts(content: Any) -> Iterator[str]:
-    if isinstance(content, str):
-        yield content
-    elif isinstance(content, list):
-        yield from (one for one in content if isinstance(one, str))
+def _texts(content: Any) -> list[str]:
+    texts = content if isinstance(content, list) else [content]
+    return [one for one in texts if isinstance(one, str)]

@@ -67,6 +67,8 @@ READ: dict[str, tuple[Json, Json]] = {  # a sample, and the same sample in LLaVA
     "image_url as text": (asked({"type": "image_url", "image_url": "a.png"}, TEXT), ONE),
     "image_url with detail": (asked({"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}, TEXT), ONE),
     "input_image": (asked({"type": "input_image", "image_url": "a.png"}, {"type": "input_text", "text": "q"}), ONE),
+    "two equal sources": (asked(url("a.png") | {"image": "a.png"}, TEXT), ONE),
+    "settings of a part": (asked({"type": "image", "image": "a.png", "max_pixels": 9, "resized_height": 2}, TEXT), ONE),
     "image": (asked({"type": "image", "image": "a.png"}, TEXT), ONE),
     "two images": (asked(url("a.png"), url("b.png"), TEXT), TWO),
     "the picture last": (asked(TEXT, url("a.png")), ONE | {"conversations": talk("q\n<image>", "a")}),
@@ -236,6 +238,28 @@ UNSUPPORTED: dict[str, tuple[Json, str]] = {  # a sample, and what the error nam
     "turns as a dictionary": ({"conversations": {"q": "a"}}, "conversations is {'q': 'a'}"),
     "keys of another layout": ({"conversations": [{"speaker": "human", "text": "q"}]}, "turn 1 is {'speaker'"),
     "a number as text": ({"conversations": [*talk("q"), {"from": "gpt", "value": 3}]}, "turn 2 is"),
+    "text in an image part": (asked({"type": "image", "image": "a.png", "text": "q"}), "the key \"text\" is 'q'"),
+    "text in a nameless image part": (asked({"type": "image", "text": "q"}) | {"images": ["a.png"]}, 'the key "text"'),
+    "a picture in a text part": (asked(TEXT | {"image": "a.png"}), "the key \"image\" is 'a.png'"),
+    "a path in a text part": (asked(TEXT | {"path": "a.png"}), "the key \"path\" is 'a.png'"),
+    "a video in an image part": (asked({"type": "image", "image": "a.png", "video": "0"}, TEXT), 'the key "video"'),
+    "two sources in a part": (asked(url("a.png") | {"image": "b.png"}, TEXT), "image_url and image differ"),
+    "a path as an object": (asked({"type": "image", "image": {"path": "a.png"}}) | {"images": ["b.png"]}, "'path'"),
+    "objects in a turn": (
+        {"messages": [{"role": "user", "content": "q", "attachments": [{"path": "a.png"}]}, *chat("q", "a")[1:]]},
+        'the key "attachments.path"',
+    ),
+    **{
+        repr(content): (PLAIN | {"files": content}, f'the key "files{inner}"')
+        for content, inner in (
+            ([{"path": "a.png"}], ".path"),
+            ([["a.png"]], ""),
+            ([{"data": [{"video": "0"}]}], ".data.video"),
+            ("https://x.org/a.jpg?width=3", ""),
+            ("a.jfif", ""),
+            ("a.mp4#t=3", ""),
+        )
+    },
     "a text part without text": (asked({"type": "text", "value": "q"}), "contains the part"),
     "pictures as objects": (ONE | {"image": {"bytes": "x", "path": "a.png"}}, "image is {'bytes'"),
     "image as a number": (ONE | {"image": 3}, "image is 3"),
