@@ -146,15 +146,16 @@ def _message(turn: Any, where: str, i: int) -> _Message:
     where = f"{where}: turn {i + 1}"
     from_key, text_key = ("from", "value") if isinstance(turn, dict) and "from" in turn else ("role", "content")
     name = turn.get(from_key) if isinstance(turn, dict) else None
+    is_answer = isinstance(name, str) and ROLES.get(name) == "assistant"
     if not isinstance(name, str) or not isinstance(turn.get(text_key), str | list):
-        if isinstance(turn, dict) and (unread := unread_in_turn(turn, _KNOWN_IN_TURN)):
+        if isinstance(turn, dict) and (unread := unread_in_turn(turn, _KNOWN_IN_TURN, is_answer=is_answer)):
             raise UnsupportedError(f"{where}: {unread}")
         error = DataError if isinstance(name, str) and turn.get(text_key) is None else UnsupportedError
         expected = '{"from": "human" or "gpt", "value": text}'
         raise error(f"{where} is {turn!r:.80}; expected {expected}")
     if name not in ROLES:
         raise UnsupportedError(f"{where} is from {name!r:.40}; expected one of {', '.join(ROLES)}")
-    if not turn.keys() <= _PLAIN_TURN and (unread := unread_in_turn(turn, _KNOWN_IN_TURN)):
+    if not turn.keys() <= _PLAIN_TURN and (unread := unread_in_turn(turn, _KNOWN_IN_TURN, is_answer=is_answer)):
         raise UnsupportedError(f"{where}: {unread}")
     content = turn[text_key]
     text, pictures = (content, []) if isinstance(content, str) else _parts(content, where)
@@ -267,6 +268,8 @@ def _images(value: Mapping[str, Any], messages: Sequence[_Message], where: str) 
 
 def _names(content: Any, key: str, where: str) -> tuple[str, ...]:
     names = content if isinstance(content, list) else [content]
+    if all(name is None or name == "" or name != name for name in names):  # NaN is pandas' missing value
+        return ()
     if not all(isinstance(name, str) and name for name in names):
         raise UnsupportedError(
             f"{where}: {key} is {content!r:.60}; expected a picture name, a list of picture names, or null"

@@ -91,7 +91,43 @@ READ: dict[str, tuple[Json, Json]] = {  # a sample, and the same sample in LLaVA
         ONE | {"image_id": 7, "image_size": [3, 4], "num_images": 1, "width": 3, "image_url": "https://x.org/a.png"},
         ONE,
     ),
+    **{
+        f"with a picture, {key}": (ONE | {key: content}, ONE)
+        for key, content in (
+            ("image_path", "a.png"),
+            ("image_files", ["a.png"]),
+            ("image_info", {"width": 1}),
+            ("image_metadata", {"format": "PNG", "name": "a.png"}),
+            ("image_split", "train"),
+            ("image_set", "train2017"),
+            ("image_class", "dog"),
+            ("image_text", "STOP"),
+            ("image_author", "x"),
+            ("imageDims", [1, 2]),
+            ("image_id", 7),
+        )
+    },
+    **{
+        f"without a picture, {key} {content!r}": (PLAIN | {key: content}, PLAIN)
+        for key, content in (
+            *(
+                (key, empty)
+                for key in ("image", "images", "img_path")
+                for empty in ("", [""], [None], float("nan"), [])
+            ),
+            ("videos", [None]),
+            ("photo", {"bytes": None, "path": None}),
+            ("tools", "[]"),
+            ("image_id", -1),
+            ("category", "movies"),
+            ("topic", "music"),
+            ("voice", "active"),
+            ("music_genre", "jazz"),
+            ("source", "http://x.org/y.jpg"),
+        )
+    },
     "other keys": (PLAIN | {"model": "gpt-4", "data_source": "clips", "score": 0.5, "media_type": "text"}, PLAIN),
+    "the weight of a question": ({"conversations": [talk("q")[0] | {"weight": 0}, *talk("q", "a")[1:]]}, PLAIN),
     "a neutral weight": ({"messages": [*chat("q"), {"role": "assistant", "content": "a", "weight": 1}]}, PLAIN),
     **{
         html: ({"conversations": talk(html, "a")}, {"conversations": talk(html, "a")})
@@ -159,6 +195,12 @@ UNSUPPORTED: dict[str, tuple[Json, str]] = {  # a sample, and what the error nam
         key: (PLAIN | {key: ["0", "1"]}, f'the key "{key}"')
         for key in ("videos", "audios", "media", "frames", "pictures")
     },
+    "another path beside a picture": (ONE | {"image_path": "b.png"}, 'the key "image_path"'),
+    "more pictures": (ONE | {"image_set": ["a.png", "b.png"]}, 'the key "image_set"'),
+    "a picture in an object": (ONE | {"image_info": {"image": "b.png"}}, 'the key "image_info.image"'),
+    "a name and no name": (ONE | {"image": ["a.png", ""]}, "image is ['a.png', '']"),
+    "a file named by a topic": (PLAIN | {"voice": "0017"}, 'the key "voice"'),
+    "modalities": (PLAIN | {"modalities": ["text", "image"]}, 'the key "modalities"'),
     "video beside a picture": (ONE | {"video": "0.mp4"}, 'the key "video"'),
     "has_image": (PLAIN | {"has_image": True}, 'the key "has_image"'),
     "type": (PLAIN | {"type": "video"}, 'the key "type"'),
