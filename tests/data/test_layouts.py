@@ -36,6 +36,7 @@ def url(source: Any) -> Json:
     return {"type": "image_url", "image_url": {"url": source}}
 
 
+INDEXED: Json = {"index": 0, "text": None, "type": "image"}  # as Hugging Face's tables fill parts
 TEXT = {"type": "text", "text": "q"}
 ONE: Json = {"image": "a.png", "conversations": GOOD}
 TWO: Json = {"image": ["a.png", "b.png"], "conversations": PAIR}
@@ -83,6 +84,20 @@ READ: dict[str, tuple[Json, Json]] = {  # a sample, and the same sample in LLaVA
             "images": ["a.png"],
         },
         ONE,
+    ),
+    "a table with indices": (
+        {"messages": chat([INDEXED, {"index": None, **TEXT}], [{"index": None, **TEXT, "text": "a"}])}
+        | {"images": ["a.png"]},
+        ONE,
+    ),
+    "the picture last, with an index": (
+        {"messages": chat([{"index": None, **TEXT}, INDEXED], "a"), "images": ["a.png"]},
+        ONE | {"conversations": talk("q\n<image>", "a")},
+    ),
+    "an index and no pictures": (asked(INDEXED, TEXT), {"conversations": GOOD}),
+    "indices in another order": (
+        asked(INDEXED | {"index": 1}, INDEXED, TEXT) | {"images": ["b.png", "a.png"]},
+        TWO,
     ),
     "a file URL": (asked(url("file:///data/my%20pictures/a.png"), TEXT), ONE | {"image": "/data/my pictures/a.png"}),
     "a data URL": (asked(url(PNG), TEXT), ONE | {"image": PNG}),
@@ -258,6 +273,13 @@ UNSUPPORTED: dict[str, tuple[Json, str]] = {  # a sample, and what the error nam
         asked(url("a.png"), {"type": "image"}) | {"images": ["a.png"]},
         "some image parts",
     ),
+    **{
+        f"indices {indices}": (
+            asked(*(INDEXED | {"index": index} for index in indices), TEXT) | {"images": ["a.png", "b.png"]},
+            f'"index" of its image parts is {indices}; expected each picture of images once, from 0 to 1',
+        )
+        for indices in ([0], [0, 0], [1, 2], [None, 0], ["0", "1"], [[], 0])
+    },
     "two lists": ({"messages": chat("q", "a"), "conversations": talk("q", "b")}, "conversations and messages differ"),
     "two system messages": ({"system": "A", "messages": chat("q", "a", system="B")}, "different system messages"),
     "a late system message": ({"messages": [*chat("q", "a"), {"role": "system", "content": "B"}]}, "before all other"),
