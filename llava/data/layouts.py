@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote
 
 from llava.config import IMAGE_PLACEHOLDER
-from llava.data.unread import unread_in_sample, unread_in_turn, unread_mark
+from llava.data.unread import unread_in_sample, unread_in_turn, unread_mark, unread_media
 from llava.errors import DataError
 from llava.preprocess import placeholders
 from llava.preprocess.conversation import Turn
@@ -31,6 +31,8 @@ _KNOWN_IN_TURN = frozenset(("from", "value", "role", "content"))
 _PLAIN_TURN = frozenset(("from", "value"))
 _TEXT_PARTS, _PICTURE_PARTS = ("text", "input_text", "output_text"), ("image", "image_url", "input_image")
 _PICTURE_KEYS = ("image_url", "image", "url", "path")  # keys of a part that name its picture
+_KNOWN_IN_TEXT_PART = frozenset(("type", "text"))
+_KNOWN_IN_PICTURE_PART = frozenset(("type", "index", *_PICTURE_KEYS))
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _MAX_NAME = 1024  # characters
 
@@ -49,10 +51,17 @@ class Sample:
     system: str | None = None  # replaces the system message of the template
 
 
+class _PictureRef(NamedTuple):
+    """An image part: names its picture, or only marks the position of one of `images`."""
+
+    name: str | None
+    index: Any = None  # of the picture in `images`; None if the parts are in the order of `images`
+
+
 class _Message(NamedTuple):
     role: Literal["user", "assistant", "system"]
     text: str
-    pictures: list[str | None]  # names in its content; None for a part that only marks the position of a picture
+    pictures: list[_PictureRef]  # of its content
 
 
 def parse(value: Any, where: str, fallback_id: str) -> Sample:
@@ -77,7 +86,7 @@ def _parse(value: Any, where: str, fallback_id: str) -> Sample:
     messages = [_message(turn, where, i) for i, turn in enumerate(_turn_list(value, where))]
     system = _system(value.get("system"), messages, where)
     images = _images(value, messages, where)
-    if not value.keys() <= _KNOWN and (unread := unread_in_sample(value, _KNOWN, has_pictures=bool(images))):
+    if not value.keys() <= _KNOWN and (unread := unread_in_sample(value, _KNOWN, images)):
         raise UnsupportedError(
             f"{where}: {unread}; expected pictures under image or images; "
             "if the key is not part of the sample, remove it"
@@ -144,15 +153,16 @@ def _message(turn: Any, where: str, i: int) -> _Message:
     where = f"{where}: turn {i + 1}"
     from_key, text_key = ("from", "value") if isinstance(turn, dict) and "from" in turn else ("role", "content")
     name = turn.get(from_key) if isinstance(turn, dict) else None
+    is_answer = isinstance(name, str) and ROLES.get(name) == "assistant"
     if not isinstance(name, str) or not isinstance(turn.get(text_key), str | list):
-        if isinstance(turn, dict) and (unread := unread_in_turn(turn, _KNOWN_IN_TURN)):
+        if isinstance(turn, dict) and (unread := unread_in_turn(turn, _KNOWN_IN_TURN, is_answer=is_answer)):
             raise UnsupportedError(f"{where}: {unread}")
         error = DataError if isinstance(name, str) and turn.get(text_key) is None else UnsupportedError
         expected = '{"from": "human" or "gpt", "value": text}'
         raise error(f"{where} is {turn!r:.80}; expected {expected}")
     if name not in ROLES:
         raise UnsupportedError(f"{where} is from {name!r:.40}; expected one of {', '.join(ROLES)}")
-    if not turn.keys() <= _PLAIN_TURN and (unread := unread_in_turn(turn, _KNOWN_IN_TURN)):
+    if not turn.keys() <= _PLAIN_TURN and (unread := unread_in_turn(turn, _KNOWN_IN_TURN, is_answer=is_answer)):
         raise UnsupportedError(f"{where}: {unread}")
     content = turn[text_key]
     text, pictures = (content, []) if isinstance(content, str) else _parts(content, where)
@@ -170,41 +180,66 @@ def _check_text(text: str, role: str, where: str) -> None:
         raise UnsupportedError(f"{where} contains the mark {mark}; only pictures are read, and their mark is <image>")
 
 
-def _parts(content: Sequence[Any], where: str) -> tuple[str, list[str | None]]:
-    """Returns the text of a list of parts, with a placeholder for each picture, and the names of its pictures.
+def _parts(content: Sequence[Any], where: str) -> tuple[str, list[_PictureRef]]:
+    """Returns the text of a list of parts, with a placeholder for each picture, and its pictures.
 
     If all pictures come first, the text may place them itself, with one placeholder for each. Otherwise, placeholders
     in the text are literal, as in `read_messages`.
     """
     parts = [_part(part, where) for part in content]
-    pictures_first = all(part.is_picture >= other.is_picture for part, other in pairwise(parts))
-    texts = [text for text, is_picture, _ in parts if not is_picture]
-    pictures = [name for _, is_picture, name in parts if is_picture]
+    pictures_first = all(bool(part.picture) >= bool(other.picture) for part, other in pairwise(parts))
+    texts = [text for text, picture in parts if not picture]
+    pictures = [picture for _, picture in parts if picture]
     if pictures_first and sum(map(placeholders.count, texts)) == len(pictures):
         return "\n".join(texts), pictures
-    return "\n".join(text if is_picture else placeholders.escape(text) for text, is_picture, _ in parts), pictures
+    return "\n".join(text if picture else placeholders.escape(text) for text, picture in parts), pictures
 
 
 class _Part(NamedTuple):
     text: str  # the placeholder for a picture
-    is_picture: bool
-    name: str | None
+    picture: _PictureRef | None = None  # None for text
 
 
 def _part(part: Any, where: str) -> _Part:
     if isinstance(part, str):
-        return _Part(part, False, None)
+        return _Part(part)
     kind = part.get("type") if isinstance(part, dict) else None
     if kind in _TEXT_PARTS and isinstance(part.get("text"), str):
-        return _Part(part["text"], False, None)
+        return _text_part(part, where)
     if kind not in _PICTURE_PARTS:
         known = ", ".join((*_TEXT_PARTS, *_PICTURE_PARTS))
         raise UnsupportedError(f"{where} contains the part {part!r:.80}; expected one of the types {known}")
-    source = next((part[key] for key in _PICTURE_KEYS if part.get(key)), None)
-    source = source.get("url") if isinstance(source, dict) else source
-    if source is None and part.keys() <= {"type", "text", *_PICTURE_KEYS}:
-        return _Part(IMAGE_PLACEHOLDER, True, None)
-    return _Part(IMAGE_PLACEHOLDER, True, _name(source, f"{where} contains the picture"))
+    return _picture_part(part, where)
+
+
+def _text_part(part: Mapping[str, Any], where: str) -> _Part:
+    if unread := unread_media(part, _KNOWN_IN_TEXT_PART, ()):
+        raise UnsupportedError(f"{where} contains a text part, of which {unread}; expected pictures in image parts")
+    return _Part(part["text"])
+
+
+def _picture_part(part: Mapping[str, Any], where: str) -> _Part:
+    if part.get("text"):
+        raise UnsupportedError(
+            f'{where} contains an image part, of which the key "text" is {part["text"]!r:.40} and is not read; '
+            "expected a part of its own for the text"
+        )
+    found = f"{where} contains the picture"
+    names = {key: _name(_url_of(part[key]), found) for key in _PICTURE_KEYS if part.get(key)}
+    if not names and part.keys() <= {"text", *_KNOWN_IN_PICTURE_PART}:
+        return _Part(IMAGE_PLACEHOLDER, _PictureRef(None, part.get("index")))
+    if not names:
+        raise UnsupportedError(f"{found} {part!r:.60}; expected its path or data: URL under image_url or image")
+    if len(set(names.values())) > 1:
+        raise UnsupportedError(f"{where} contains an image part whose {' and '.join(names)} differ; keep one of them")
+    name = next(iter(names.values()))
+    if unread := unread_media(part, _KNOWN_IN_PICTURE_PART, (name,)):
+        raise UnsupportedError(f"{where} contains an image part, of which {unread}; expected one picture in each part")
+    return _Part(IMAGE_PLACEHOLDER, _PictureRef(name))
+
+
+def _url_of(source: Any) -> Any:
+    return source["url"] if isinstance(source, dict) and source.get("url") else source
 
 
 def _system(own: Any, messages: Sequence[_Message], where: str) -> str | None:
@@ -223,10 +258,10 @@ def _system(own: Any, messages: Sequence[_Message], where: str) -> str | None:
 
 
 def _images(value: Mapping[str, Any], messages: Sequence[_Message], where: str) -> tuple[str, ...]:
-    in_parts = [name for message in messages for name in message.pictures]
+    refs = [ref for message in messages for ref in message.pictures]
     found = {key: _names(value[key], key, where) for key in ("image", "images") if value.get(key) is not None}
-    if named := tuple(name for name in in_parts if name is not None):
-        if len(named) < len(in_parts):
+    if named := tuple(ref.name for ref in refs if ref.name is not None):
+        if len(named) < len(refs):
             raise UnsupportedError(
                 f"{where}: some image parts name their picture and some do not; expected the same for all"
             )
@@ -234,11 +269,25 @@ def _images(value: Mapping[str, Any], messages: Sequence[_Message], where: str) 
     lists = {key: names for key, names in found.items() if names}
     if len(set(lists.values())) > 1:
         raise UnsupportedError(f"{where}: {' and '.join(lists)} name different pictures; keep one of them")
-    return next(iter(lists.values()), ())
+    return _in_order(next(iter(lists.values()), ()), [ref.index for ref in refs], where)
+
+
+def _in_order(names: tuple[str, ...], indices: Sequence[Any], where: str) -> tuple[str, ...]:
+    """Returns the names in the order of the image parts that refer to them by index."""
+    if not names or all(index is None for index in indices):
+        return names
+    if len(indices) != len(names) or any(indices.count(i) != 1 for i in range(len(names))):
+        raise UnsupportedError(
+            f'{where}: the "index" of its image parts is {indices!r:.60}; expected each picture of images once, '
+            f"from 0 to {len(names) - 1}"
+        )
+    return tuple(names[int(index)] for index in indices)
 
 
 def _names(content: Any, key: str, where: str) -> tuple[str, ...]:
     names = content if isinstance(content, list) else [content]
+    if all(name is None or name == "" or name != name for name in names):  # NaN is pandas' missing value
+        return ()
     if not all(isinstance(name, str) and name for name in names):
         raise UnsupportedError(
             f"{where}: {key} is {content!r:.60}; expected a picture name, a list of picture names, or null"

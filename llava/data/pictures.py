@@ -84,10 +84,12 @@ class Folder:
 
     def __init__(self, root: Path):
         self.root = root
+        given = {root.absolute(), Path(os.path.abspath(root)), root.resolve()}  # with and without "..", and real
+        self._prefixes = [path.as_posix().rstrip("/") + "/" for path in given if _same(path, root)]
 
     def read(self, name: str) -> bytes:
-        inside = name.removeprefix(f"{self.root.absolute().as_posix()}/")
-        path = self.root / _safe_name(inside)
+        prefix = next((prefix for prefix in self._prefixes if name.startswith(prefix)), "")
+        path = self.root / _safe_name(name.removeprefix(prefix))
         try:
             return path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
@@ -96,6 +98,10 @@ class Folder:
             raise DataError(f"{name}: no such picture in {self.root}; {hint}") from None
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); expected an image file") from None
+
+
+def _same(one: Path, two: Path) -> bool:
+    return one.exists() and one.samefile(two)
 
 
 class _Member(NamedTuple):

@@ -1,5 +1,6 @@
 """Finds and repairs faults in the turns and <image> placeholders of a sample."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -10,7 +11,7 @@ from llava.data.layouts import NAMES, Sample
 from llava.preprocess import placeholders
 from llava.preprocess.conversation import Turn
 
-_PLACEHOLDERS = "placeholders rewritten: one per picture, at the start of the first turn"
+_PLACEHOLDERS = "placeholders rewritten: one per picture, at the start of the first turn; within a text, made literal"
 LEFT = "sample left unchanged"
 RULES = {  # kind of fault -> what `--fix` does
     "malformed": "sample dropped",
@@ -31,6 +32,9 @@ RULES = {  # kind of fault -> what `--fix` does
     "too_long": "exchanges dropped from the end; sample dropped if even the first is too long",
     "refused": "sample dropped",
 }
+
+
+_FIRST = re.compile(rf"\A\s*(?:{IMAGE_PLACEHOLDER}\s*)+")
 
 
 class Fault(NamedTuple):
@@ -114,9 +118,28 @@ def _rewrite_marks(turns: Sequence[Turn], n_pictures: int) -> tuple[Turn, ...]:
     """Replaces faulty placeholders with one per picture at the start of the first turn. Turns may become empty."""
     if not any(_mark_faults(turns, n_pictures)):
         return tuple(turns)
-    unmarked = [placeholders.remove(turn.text or "").strip() for turn in turns]
+    unmarked = [_unmark(turn) for turn in turns]
     unmarked[:1] = [f"{IMAGE_PLACEHOLDER}\n" * n_pictures + text for text in unmarked[:1]]
     return tuple(Turn(turn.role, text) for turn, text in zip(turns, unmarked, strict=True))
+
+
+def _unmark(turn: Turn) -> str:
+    """Returns the text of a turn without placeholders.
+
+    Placeholders at the start of a question or on lines of their own at its end are removed. All others, such as the
+    word in "What does the <image> tag mean?", are part of a text and become literal.
+    """
+    text = turn.text or ""
+    if not placeholders.count(text):
+        return text
+    if not placeholders.replace(text, "").strip():
+        return ""
+    if turn.role == "user":
+        lines = _FIRST.sub("", text).split("\n")
+        while not placeholders.replace(lines[-1], "").strip():
+            lines.pop()
+        text = "\n".join(lines)
+    return placeholders.escape(text).strip()
 
 
 def _drop_empty(turns: Sequence[Turn]) -> list[Turn]:

@@ -5,7 +5,7 @@ with media that are not read must not pass as text alone, so keys and marks are 
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _MEDIA = re.compile(
@@ -18,14 +18,30 @@ _DESCRIBING_LAST = re.compile(
     "description|license|hash|md|sha|category|label|score|similarity|url|aspect|ratio|quality|format|domain|dataset|"
     "fps|duration|length|tag|date|title"
 )
-_DESCRIBING_FIRST = re.compile("num|n|nb|number|total|has|is|with")
+# The same, unless the content names files: image_info may be a size or a path.
+_DESCRIBING_UNLESS_FILE = re.compile(
+    "info|information|meta|metadata|split|set|subset|clas|classe|text|author|credit|attribution|dim|dimension|attribute|"
+    "annotation|object|region|mode|channel|color|colour|style|scene|topic|genre|kind|view|position|order|origin|"
+    "orientation|rotation|language|lang|ocr|prompt|key|status|valid|time|year"
+)
+_DESCRIBING_FIRST = re.compile("num|n|nb|number|total|has|is|with|min|max")
+_TOPIC = re.compile("voice|music|movie|sound|cloud|speech")  # media, or the topic of a text
+_WORDS = re.compile(r"[^\d_./\\:=]{1,80}")  # no path, id or base64
+_TYPE = re.compile("type|kind|modality|modalitie|format|mode")  # keys whose content may be the name of a medium
+_ORIGIN = re.compile("source|origin|reference|citation|license|credit|attribution")  # its URL is where a text is from
 _NO_MEDIA = ("text", "text_only", "text-only", "none", "language")  # contents of keys such as media_type
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
-_PICTURE_FILE = re.compile(r"data:image/.*|[^\n]{1,400}\.(jpe?g|png|webp|bmp|gif|tiff?|heic|avif)", re.IGNORECASE)
-_OTHER_FILE = re.compile(
-    r"data:(audio|video)/.*|[^\n]{1,400}\.(mp4|mkv|avi|mov|webm|m4v|mpe?g|flv|wav|mp3|flac|ogg|opus|m4a|aac|pcd|ply|dcm)",
+_AFTER_SUFFIX = r"([?#][^\n]*)?"  # the query of a URL
+_PICTURE_FILE = re.compile(
+    rf"data:image/.*|[^\n]{{1,400}}\.(jpe?g|jpe|jfif|jp2|png|webp|bmp|gif|tiff?|hei[cf]|avif){_AFTER_SUFFIX}",
     re.IGNORECASE,
 )
+_OTHER_FILE = re.compile(
+    r"data:(audio|video)/.*|"
+    r"[^\n]{1,400}\.(mp4|mkv|avi|mov|webm|m4v|mpe?g|flv|wav|mp3|flac|ogg|opus|m4a|aac|pcd|ply|dcm)" + _AFTER_SUFFIX,
+    re.IGNORECASE,
+)
+_WEB = re.compile(r"https?://\S+", re.IGNORECASE)
 # Keys that change the prompt or the targets of a sample.
 _SAMPLE_SETTINGS = ("tools", "functions", "chosen", "rejected", "history", "system_prompt", "system_message")
 _TURN_SETTINGS = ("tool_calls", "function_call", "reasoning_content", "refusal")
@@ -37,31 +53,38 @@ _MARK = re.compile(
 )
 
 
-def unread_in_sample(value: Mapping[str, Any], known: frozenset[str], *, has_pictures: bool) -> str | None:
-    """Returns a description of the first key outside `known` that may be media or a setting, or None."""
+def unread_in_sample(value: Mapping[str, Any], known: frozenset[str], pictures: Sequence[str]) -> str | None:
+    """Returns a description of the first key outside `known` that may be media or a setting, or None.
+
+    pictures: the names of the pictures that are read.
+    """
     for key, content in value.items():
-        if key in known or _is_empty(content):
-            continue
-        if key in _SAMPLE_SETTINGS:
+        if key in _SAMPLE_SETTINGS and key not in known and not _is_empty(content):
             return f'the key "{key}" is not read, but changes the conversation'
-        if found := _media_key(key, content, has_pictures):
-            return _may_be_media(found, content)
-    return None
+    return unread_media(value, known, pictures)
 
 
-def unread_in_turn(turn: Mapping[str, Any], known: frozenset[str]) -> str | None:
-    """Returns a description of the first key outside `known` that may be media or a setting, or None."""
+def unread_in_turn(turn: Mapping[str, Any], known: frozenset[str], *, is_answer: bool) -> str | None:
+    """Returns a description of the first key outside `known` that may be media or a setting, or None.
+
+    Weights are neutral in other turns than answers, because only answers are trained on.
+    """
     for key, content in turn.items():
-        if key in known:
-            continue
-        if key in _TURN_WEIGHTS and content is not None and content != 1:
+        if is_answer and key in _TURN_WEIGHTS and key not in known and content is not None and content != 1:
             return f'the key "{key}" is {content!r:.20}, but weights of turns are not read'
-        if _is_empty(content):
-            continue
-        if key in _TURN_SETTINGS:
+        if key in _TURN_SETTINGS and key not in known and not _is_empty(content):
             return f'the key "{key}" is not read, but changes the conversation'
-        if found := _media_key(key, content, has_pictures=False):
-            return _may_be_media(found, content)
+    return unread_media(turn, known, ())
+
+
+def unread_media(value: Mapping[str, Any], known: frozenset[str], pictures: Sequence[str]) -> str | None:
+    """Returns a description of the first key outside `known` that may be media, or None.
+
+    pictures: the names of the pictures that are read.
+    """
+    for key, content in value.items():
+        if key not in known and not _is_empty(content) and (found := _media_key(key, content, pictures)):
+            return f'the key "{found}" is {content!r:.40} and may be media, which is not read from it'
     return None
 
 
@@ -69,11 +92,14 @@ def unread_mark(text: str) -> str | None:
     """Returns the first mark that stands for media other than <image>, or None.
 
     Text about HTML also contains <video>. A mark is therefore recognised only at the start or end of a line, and only
-    if the text does not contain its closing tag.
+    if the text does not contain its closing tag, or wherever its closing tag follows the path or URL of a file, as in
+    Qwen-VL's `<img>a.png</img>`.
     """
     if "<" not in text:
         return None
     for match in _MARK.finditer(text):
+        if _encloses_file(match[1], text[match.end() :]):
+            return match[0]
         at_start = match.start() == 0 or text[match.start() - 1] == "\n"
         at_end = text[match.end() :].partition("\n")[0].strip() == ""
         if (at_start or at_end) and f"</{match[1]}".lower() not in text.lower():
@@ -81,35 +107,74 @@ def unread_mark(text: str) -> str | None:
     return None
 
 
-def _may_be_media(key: str, content: Any) -> str:
-    return f'the key "{key}" is {content!r:.40} and may be media, which is not read from it'
+def _encloses_file(tag: str, rest: str) -> bool:
+    """Whether `rest`, the text after an opening tag, starts with a media file or URL and the closing tag."""
+    content, _, closing = rest.partition("</")
+    enclosed = content.strip()
+    return closing.lower().startswith(tag.lower()) and any(
+        file.fullmatch(enclosed) for file in (_PICTURE_FILE, _OTHER_FILE, _WEB)
+    )
 
 
 def _is_empty(content: Any) -> bool:
-    return not content or content != content  # NaN, which pandas writes for missing values, differs from itself
-
-
-def _media_key(key: str, content: Any, has_pictures: bool) -> str | None:
-    """Returns the key, or the path of a nested key such as `meta.video`, if its name or content suggests media."""
-    words = [word.lower() if len(word) < 4 else word.lower().removesuffix("s") for word in _WORD.findall(key)]
-    describes = bool(words and (_DESCRIBING_LAST.fullmatch(words[-1]) or _DESCRIBING_FIRST.fullmatch(words[0])))
-    if describes and (has_pictures or (isinstance(content, str) and content.lower() in _NO_MEDIA)):
-        return None
-    if any(map(_MEDIA.fullmatch, words)):
-        return key
-    if not has_pictures and isinstance(content, str) and _MEDIA.fullmatch(content.lower().removesuffix("s")):
-        return key  # such as "type": "video"
-    files = (_OTHER_FILE,) if has_pictures else (_OTHER_FILE, _PICTURE_FILE)
-    if any(file.fullmatch(text) for text in _texts(content) for file in files):
-        return key
-    if isinstance(content, dict):
-        inner = (_media_key(str(name), one, has_pictures) for name, one in content.items() if not _is_empty(one))
-        return next((f"{key}.{name}" for name in inner if name), None)
-    return None
-
-
-def _texts(content: Any) -> Iterator[str]:
+    """Whether a content stands for a missing value: null, "", "[]", a negative number, or containers of these."""
+    if isinstance(content, dict | list):
+        return all(map(_is_empty, content.values() if isinstance(content, dict) else content))
     if isinstance(content, str):
-        yield content
-    elif isinstance(content, list):
-        yield from (one for one in content if isinstance(one, str))
+        return content.strip() in ("", "[]", "{}", "null")
+    return not content or not content >= 0  # NaN, which pandas writes for missing values, is not >= 0
+
+
+def _media_key(key: str, content: Any, pictures: Sequence[str]) -> str | None:
+    """Returns the key, or the path of a nested key such as `meta.video`, if its name or content suggests media."""
+    if content in pictures or (isinstance(content, list) and content and all(one in pictures for one in content)):
+        return None
+    words = [word.lower() if len(word) < 4 else word.lower().removesuffix("s") for word in _WORD.findall(key)]
+    texts = [content] if isinstance(content, str) else content if isinstance(content, list) else []
+    texts = [text for text in texts if isinstance(text, str)]
+    if not _describes(words, texts, pictures) and (
+        _is_named_media(words, texts)
+        or (not pictures and _is_type_of_media(words, texts))
+        or _are_files(texts, pictures)
+    ):
+        return key
+    return _nested_media_key(key, content, pictures)
+
+
+def _describes(words: Sequence[str], texts: Sequence[str], pictures: Sequence[str]) -> bool:
+    """Whether a key describes media or a text, judged by the words of its name and the texts of its content."""
+    if not words:
+        return False
+    is_topic = all(_TOPIC.fullmatch(word) for word in words if _MEDIA.fullmatch(word))
+    if is_topic and texts and _ORIGIN.fullmatch(words[-1]) and all(map(_WEB.fullmatch, texts)):
+        return True
+    if _DESCRIBING_LAST.fullmatch(words[-1]) or _DESCRIBING_FIRST.fullmatch(words[0]):
+        return bool(pictures) or (bool(texts) and all(text.lower() in _NO_MEDIA for text in texts))
+    return bool(pictures and _DESCRIBING_UNLESS_FILE.fullmatch(words[-1])) and not _are_files(texts, ())
+
+
+def _is_named_media(words: Sequence[str], texts: Sequence[str]) -> bool:
+    media = [word for word in words if _MEDIA.fullmatch(word)]
+    about = len(words) == 1 or _DESCRIBING_LAST.fullmatch(words[-1]) or _DESCRIBING_UNLESS_FILE.fullmatch(words[-1])
+    is_topic = about and all(map(_TOPIC.fullmatch, media)) and texts and all(map(_WORDS.fullmatch, texts))
+    return bool(media) and not is_topic
+
+
+def _is_type_of_media(words: Sequence[str], texts: Sequence[str]) -> bool:
+    """Whether this is a key such as type whose content is a medium, such as video."""
+    is_type = bool(words and _TYPE.fullmatch(words[-1]))
+    return is_type and any(_MEDIA.fullmatch(text.lower().removesuffix("s")) for text in texts)
+
+
+def _are_files(texts: Sequence[str], pictures: Sequence[str]) -> bool:
+    """Whether a text names a media file; with `pictures`, a media file other than a picture."""
+    files = (_OTHER_FILE,) if pictures else (_OTHER_FILE, _PICTURE_FILE)
+    return any(file.fullmatch(text) for text in texts for file in files)
+
+
+def _nested_media_key(key: str, content: Any, pictures: Sequence[str]) -> str | None:
+    if isinstance(content, dict):
+        inner = (_media_key(str(name), one, pictures) for name, one in content.items() if not _is_empty(one))
+        return next((f"{key}.{name}" for name in inner if name), None)
+    nested = [one for one in content if isinstance(one, dict | list)] if isinstance(content, list) else []
+    return next((found for one in nested if (found := _media_key(key, one, pictures))), None)

@@ -7,6 +7,8 @@ from pathlib import Path
 from llava.errors import DataError
 from llava.tensors.atomic import check_space, replacing
 
+_OTHER_FORMATS = (".tar", ".zip", ".gz", ".bz2", ".xz", ".zst", ".parquet", ".arrow")
+
 
 def check_target(file: Path, out: Path, name: str) -> None:
     """Raises LlavaError if a changed copy of the data file `file` cannot be written to `out`.
@@ -15,6 +17,8 @@ def check_target(file: Path, out: Path, name: str) -> None:
     """
     if file.is_dir() or file.suffix == ".tar":
         raise DataError(f"{file}: {name} cannot write tars; expected a .json or .jsonl file")
+    if out.suffix.lower() in _OTHER_FORMATS:
+        raise DataError(f"{out}: only JSON can be written; choose a .json or .jsonl file for {name}")
     if out.exists():
         raise DataError(f"{out}: already exists; choose another path for {name}")
     if not out.parent.is_dir():

@@ -74,6 +74,13 @@ def two_lists_of_pictures(w: World) -> Steps:
     )
 
 
+@advice("{} contains an image part whose {} differ; keep one of them")
+def two_sources_of_a_part(w: World) -> Steps:
+    part = {"type": "image", "image": "0.png"}
+    before, after = ([{"from": "human", "value": [one, "Hi"]}, TURNS[1]] for one in (part | {"path": "1.png"}, part))
+    yield from changed(w, {"conversations": before}, {"conversations": after}, "--images", w.images)
+
+
 @advice("nothing is downloaded: save the picture and write its path")
 def a_picture_on_the_web(w: World) -> Steps:
     yield from changed(
@@ -258,6 +265,12 @@ def a_fixed_copy_that_exists(w: World) -> Steps:
     out = write(w, {}, name="fixed.json")
     yield check(w.data, "--fix", out)
     yield check(w.data, "--fix", w / "other.json")
+
+
+@advice("{}: only JSON can be written; choose a .json or .jsonl file for {}")
+def a_fixed_copy_as_a_tar(w: World) -> Steps:
+    yield check(w.data, "--fix", w / "fixed.tar")
+    yield check(w.data, "--fix", w / "fixed.jsonl")
 
 
 @advice("the parent folder does not exist; create it first")

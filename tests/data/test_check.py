@@ -283,11 +283,13 @@ def test_a_copy_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         (file, file, "already exists"),
         (file, tmp_path / "absent" / "out.json", "the parent folder does not exist"),
         (tar, tmp_path / "out.json", "--fix cannot write tars"),
+        (file, tmp_path / "out.tar", r"only JSON can be written; choose a .json or .jsonl file for --fix"),
+        (file, tmp_path / "out.json.GZ", "only JSON can be written"),
         (write_lines(tmp_path / "bad.jsonl", ["x"]), tmp_path / "out.json", "no samples would remain"),
     ):
         with pytest.raises(DataError, match=message):
             check(data, fix=out, workers=0)
-    assert not (tmp_path / "out.json").exists()
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_free_space_is_checked_before_the_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

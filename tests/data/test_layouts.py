@@ -36,6 +36,7 @@ def url(source: Any) -> Json:
     return {"type": "image_url", "image_url": {"url": source}}
 
 
+INDEXED: Json = {"index": 0, "text": None, "type": "image"}  # as Hugging Face's tables fill parts
 TEXT = {"type": "text", "text": "q"}
 ONE: Json = {"image": "a.png", "conversations": GOOD}
 TWO: Json = {"image": ["a.png", "b.png"], "conversations": PAIR}
@@ -67,6 +68,8 @@ READ: dict[str, tuple[Json, Json]] = {  # a sample, and the same sample in LLaVA
     "image_url as text": (asked({"type": "image_url", "image_url": "a.png"}, TEXT), ONE),
     "image_url with detail": (asked({"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}, TEXT), ONE),
     "input_image": (asked({"type": "input_image", "image_url": "a.png"}, {"type": "input_text", "text": "q"}), ONE),
+    "two equal sources": (asked(url("a.png") | {"image": "a.png"}, TEXT), ONE),
+    "settings of a part": (asked({"type": "image", "image": "a.png", "max_pixels": 9, "resized_height": 2}, TEXT), ONE),
     "image": (asked({"type": "image", "image": "a.png"}, TEXT), ONE),
     "two images": (asked(url("a.png"), url("b.png"), TEXT), TWO),
     "the picture last": (asked(TEXT, url("a.png")), ONE | {"conversations": talk("q\n<image>", "a")}),
@@ -82,6 +85,20 @@ READ: dict[str, tuple[Json, Json]] = {  # a sample, and the same sample in LLaVA
         },
         ONE,
     ),
+    "a table with indices": (
+        {"messages": chat([INDEXED, {"index": None, **TEXT}], [{"index": None, **TEXT, "text": "a"}])}
+        | {"images": ["a.png"]},
+        ONE,
+    ),
+    "the picture last, with an index": (
+        {"messages": chat([{"index": None, **TEXT}, INDEXED], "a"), "images": ["a.png"]},
+        ONE | {"conversations": talk("q\n<image>", "a")},
+    ),
+    "an index and no pictures": (asked(INDEXED, TEXT), {"conversations": GOOD}),
+    "indices in another order": (
+        asked(INDEXED | {"index": 1}, INDEXED, TEXT) | {"images": ["b.png", "a.png"]},
+        TWO,
+    ),
     "a file URL": (asked(url("file:///data/my%20pictures/a.png"), TEXT), ONE | {"image": "/data/my pictures/a.png"}),
     "a data URL": (asked(url(PNG), TEXT), ONE | {"image": PNG}),
     "media that are missing": (PLAIN | {"video": None, "audio": [], "videos": "", "image_path": float("nan")}, PLAIN),
@@ -89,12 +106,48 @@ READ: dict[str, tuple[Json, Json]] = {  # a sample, and the same sample in LLaVA
         ONE | {"image_id": 7, "image_size": [3, 4], "num_images": 1, "width": 3, "image_url": "https://x.org/a.png"},
         ONE,
     ),
+    **{
+        f"with a picture, {key}": (ONE | {key: content}, ONE)
+        for key, content in (
+            ("image_path", "a.png"),
+            ("image_files", ["a.png"]),
+            ("image_info", {"width": 1}),
+            ("image_metadata", {"format": "PNG", "name": "a.png"}),
+            ("image_split", "train"),
+            ("image_set", "train2017"),
+            ("image_class", "dog"),
+            ("image_text", "STOP"),
+            ("image_author", "x"),
+            ("imageDims", [1, 2]),
+            ("image_id", 7),
+        )
+    },
+    **{
+        f"without a picture, {key} {content!r}": (PLAIN | {key: content}, PLAIN)
+        for key, content in (
+            *(
+                (key, empty)
+                for key in ("image", "images", "img_path")
+                for empty in ("", [""], [None], float("nan"), [])
+            ),
+            ("videos", [None]),
+            ("photo", {"bytes": None, "path": None}),
+            ("tools", "[]"),
+            ("image_id", -1),
+            ("category", "movies"),
+            ("topic", "music"),
+            ("voice", "active"),
+            ("music_genre", "jazz"),
+            ("source", "http://x.org/y.jpg"),
+        )
+    },
     "other keys": (PLAIN | {"model": "gpt-4", "data_source": "clips", "score": 0.5, "media_type": "text"}, PLAIN),
+    "the weight of a question": ({"conversations": [talk("q")[0] | {"weight": 0}, *talk("q", "a")[1:]]}, PLAIN),
     "a neutral weight": ({"messages": [*chat("q"), {"role": "assistant", "content": "a", "weight": 1}]}, PLAIN),
-    "HTML": (
-        PLAIN | {"conversations": talk("What is <video> in HTML?", "a", "<video>\n<source>\n</video>", "b")},
-        PLAIN | {"conversations": talk("What is <video> in HTML?", "a", "<video>\n<source>\n</video>", "b")},
-    ),
+    **{
+        html: ({"conversations": talk(html, "a")}, {"conversations": talk(html, "a")})
+        for html in ("What is <video> in HTML?", "<video>\n<source>\n</video>", "<audio>no sound, see a.txt</audio>")
+    },
 }
 
 
@@ -157,6 +210,12 @@ UNSUPPORTED: dict[str, tuple[Json, str]] = {  # a sample, and what the error nam
         key: (PLAIN | {key: ["0", "1"]}, f'the key "{key}"')
         for key in ("videos", "audios", "media", "frames", "pictures")
     },
+    "another path beside a picture": (ONE | {"image_path": "b.png"}, 'the key "image_path"'),
+    "more pictures": (ONE | {"image_set": ["a.png", "b.png"]}, 'the key "image_set"'),
+    "a picture in an object": (ONE | {"image_info": {"image": "b.png"}}, 'the key "image_info.image"'),
+    "a name and no name": (ONE | {"image": ["a.png", ""]}, "image is ['a.png', '']"),
+    "a file named by a topic": (PLAIN | {"voice": "0017"}, 'the key "voice"'),
+    "modalities": (PLAIN | {"modalities": ["text", "image"]}, 'the key "modalities"'),
     "video beside a picture": (ONE | {"video": "0.mp4"}, 'the key "video"'),
     "has_image": (PLAIN | {"has_image": True}, 'the key "has_image"'),
     "type": (PLAIN | {"type": "video"}, 'the key "type"'),
@@ -192,6 +251,18 @@ UNSUPPORTED: dict[str, tuple[Json, str]] = {  # a sample, and what the error nam
             "<ImageHere>",
         )
     },
+    **{
+        enclosed: (
+            {"conversations": talk(f"{enclosed}\nWhat?", "a")},
+            enclosed[enclosed.index("<") :].partition(">")[0] + ">",
+        )
+        for enclosed in (
+            "Picture 1: <img>a.png</img>",
+            "<img>https://x.org/demo</img>",
+            "Audio 1: <audio>sub/my clip.flac</audio>",
+            "See <Image> a.jfif </Image>",
+        )
+    },
     "a mark at the end": ({"conversations": talk("q <video> ", "a")}, "the mark <video>"),
     "image and images": (
         {"image": "a.png", "images": ["b.png"], "conversations": GOOD},
@@ -202,6 +273,13 @@ UNSUPPORTED: dict[str, tuple[Json, str]] = {  # a sample, and what the error nam
         asked(url("a.png"), {"type": "image"}) | {"images": ["a.png"]},
         "some image parts",
     ),
+    **{
+        f"indices {indices}": (
+            asked(*(INDEXED | {"index": index} for index in indices), TEXT) | {"images": ["a.png", "b.png"]},
+            f'"index" of its image parts is {indices}; expected each picture of images once, from 0 to 1',
+        )
+        for indices in ([0], [0, 0], [1, 2], [None, 0], ["0", "1"], [[], 0])
+    },
     "two lists": ({"messages": chat("q", "a"), "conversations": talk("q", "b")}, "conversations and messages differ"),
     "two system messages": ({"system": "A", "messages": chat("q", "a", system="B")}, "different system messages"),
     "a late system message": ({"messages": [*chat("q", "a"), {"role": "system", "content": "B"}]}, "before all other"),
@@ -224,6 +302,28 @@ UNSUPPORTED: dict[str, tuple[Json, str]] = {  # a sample, and what the error nam
     "turns as a dictionary": ({"conversations": {"q": "a"}}, "conversations is {'q': 'a'}"),
     "keys of another layout": ({"conversations": [{"speaker": "human", "text": "q"}]}, "turn 1 is {'speaker'"),
     "a number as text": ({"conversations": [*talk("q"), {"from": "gpt", "value": 3}]}, "turn 2 is"),
+    "text in an image part": (asked({"type": "image", "image": "a.png", "text": "q"}), "the key \"text\" is 'q'"),
+    "text in a nameless image part": (asked({"type": "image", "text": "q"}) | {"images": ["a.png"]}, 'the key "text"'),
+    "a picture in a text part": (asked(TEXT | {"image": "a.png"}), "the key \"image\" is 'a.png'"),
+    "a path in a text part": (asked(TEXT | {"path": "a.png"}), "the key \"path\" is 'a.png'"),
+    "a video in an image part": (asked({"type": "image", "image": "a.png", "video": "0"}, TEXT), 'the key "video"'),
+    "two sources in a part": (asked(url("a.png") | {"image": "b.png"}, TEXT), "image_url and image differ"),
+    "a path as an object": (asked({"type": "image", "image": {"path": "a.png"}}) | {"images": ["b.png"]}, "'path'"),
+    "objects in a turn": (
+        {"messages": [{"role": "user", "content": "q", "attachments": [{"path": "a.png"}]}, *chat("q", "a")[1:]]},
+        'the key "attachments.path"',
+    ),
+    **{
+        repr(content): (PLAIN | {"files": content}, f'the key "files{inner}"')
+        for content, inner in (
+            ([{"path": "a.png"}], ".path"),
+            ([["a.png"]], ""),
+            ([{"data": [{"video": "0"}]}], ".data.video"),
+            ("https://x.org/a.jpg?width=3", ""),
+            ("a.jfif", ""),
+            ("a.mp4#t=3", ""),
+        )
+    },
     "a text part without text": (asked({"type": "text", "value": "q"}), "contains the part"),
     "pictures as objects": (ONE | {"image": {"bytes": "x", "path": "a.png"}}, "image is {'bytes'"),
     "image as a number": (ONE | {"image": 3}, "image is 3"),

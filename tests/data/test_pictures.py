@@ -84,3 +84,23 @@ def test_an_archive_that_changed_after_indexing_is_an_error(tmp_path: Path) -> N
         path.write_bytes(path.read_bytes()[:520] if path.suffix == ".tar" else b"x" * 300)
         with pytest.raises(DataError, match=r"a\.jpg: cannot be read .*download the archive again"):
             pictures.read("a.jpg")
+
+
+@pytest.mark.parametrize(
+    "root", ["/", "images", "../{tmp}/images", "link", "link/../images", "far/../images", "{tmp_path}/images"]
+)
+def test_an_absolute_name_is_read_from_every_folder_that_contains_it(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path, {"images/sub/a.jpg": b"inside", "b.jpg": b"outside"})
+    (tmp_path / "link").symlink_to("images")
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "images").symlink_to(tmp_path / "images")
+    (tmp_path / "far").symlink_to("elsewhere/deep")  # the folder above it is not tmp_path
+    monkeypatch.chdir(tmp_path)
+    pictures = open_pictures(Path(root.format(tmp=tmp_path.name, tmp_path=tmp_path)))
+    assert pictures.read(f"{tmp_path}/images/sub/a.jpg") == b"inside"
+    if root != "/":
+        for name in (f"{tmp_path}/b.jpg", f"{tmp_path}/images/../b.jpg"):
+            with pytest.raises(DataError, match="not a valid picture name"):
+                pictures.read(name)

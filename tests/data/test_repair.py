@@ -34,15 +34,39 @@ REPAIRED: list[tuple[Sample, set[str], Sample | None]] = [
     (sample(("h", ""), A, ("h", "r"), A), {"empty_turn"}, sample(("h", "r"), A)),
     (sample(("h", "q"), A, images=ONE), {"missing_placeholder"}, sample(Q, A, images=ONE)),
     (sample(Q, A, images=TWO), {"missing_placeholder"}, sample(("h", "<image>\n<image>\nq"), A, images=TWO)),
-    (sample(("h", "<image>q<image>"), A, images=ONE), {"surplus_placeholder"}, sample(Q, A, images=ONE)),
+    (sample(("h", "<image>\n<image> q\n<image>"), A, images=ONE), {"surplus_placeholder"}, sample(Q, A, images=ONE)),
+    (
+        sample(("h", "<image>\nWhat is an <image> tag?"), A, images=ONE),
+        {"surplus_placeholder"},
+        sample(("h", "<image>\nWhat is an \\<image> tag?"), A, images=ONE),
+    ),
+    (
+        sample(Q, ("g", "<image> and\n<image>\n"), images=ONE),
+        {"surplus_placeholder", "late_placeholder"},
+        sample(Q, ("g", "\\<image> and\n\\<image>"), images=ONE),
+    ),
+    (
+        sample(("h", "Compare <image> and b"), A, images=TWO),
+        {"missing_placeholder"},
+        sample(("h", "<image>\n<image>\nCompare \\<image> and b"), A, images=TWO),
+    ),
     (sample(Q, A), {"no_picture"}, None),
     (sample(("h", "q"), A, Q, ("g", "<image>")), {"no_picture"}, None),
     (
-        sample(("h", "q"), A, ("h", "r <image>"), A, images=ONE),
+        sample(("h", "q"), A, ("h", "r\n<image>"), A, images=ONE),
         {"late_placeholder"},
         sample(Q, A, ("h", "r"), A, images=ONE),
     ),
-    (sample(("h", "q"), ("g", "a <image>"), images=ONE), {"late_placeholder"}, sample(Q, A, images=ONE)),
+    (
+        sample(("h", "q"), ("g", "a <image>"), images=ONE),
+        {"late_placeholder"},
+        sample(Q, ("g", r"a \<image>"), images=ONE),
+    ),
+    (
+        sample(Q, A, ("h", "r"), ("g", "<image>"), images=ONE),
+        {"surplus_placeholder", "late_placeholder"},
+        sample(Q, A, images=ONE),
+    ),
     (
         sample(Q, A, ("h", "<image>"), A, images=ONE),
         {"surplus_placeholder", "late_placeholder"},
@@ -79,3 +103,9 @@ def test_a_repaired_sample_never_has_a_fault() -> None:
         assert repaired is None or repaired.images == given.images
         asked = any(placeholders.count(turn.text or "") for turn in given.turns)
         assert repaired is None or not asked or "<image>" in (repaired.turns[0].text or "")
+
+
+@pytest.mark.parametrize("n", [1, 30_000])
+def test_a_long_row_of_placeholders_is_repaired_quickly(n: int) -> None:
+    given = sample(("h", "q" + "\n<image> <image>" * n + "."), A, images=ONE)
+    assert repair(given) == sample(("h", "<image>\nq" + "\n\\<image> \\<image>" * n + "."), A, images=ONE)

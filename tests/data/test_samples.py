@@ -104,8 +104,8 @@ BAD_SAMPLES: dict[str, tuple[Any, str]] = {
     "conversations as text": ({"id": "x", "conversations": "q"}, "conversations is 'q'"),
     "id": ({"id": ["x"], "conversations": GOOD}, r"the id is \['x'\]"),
     "id NaN": ({"id": float("nan"), "conversations": GOOD}, "the id is nan"),
-    "image NaN": ({"id": "x", "image": float("nan"), "conversations": GOOD}, "image is nan; expected a picture name"),
-    "image empty": ({"id": "x", "image": "", "conversations": GOOD}, "image is ''; expected a picture name"),
+    "image false": ({"id": "x", "image": False, "conversations": GOOD}, "image is False; expected a picture name"),
+    "a name empty": ({"id": "x", "image": ["a.jpg", ""], "conversations": GOOD}, r"image is \['a\.jpg', ''\]"),
     "images": ({"id": "x", "image": ["a.jpg", 3], "conversations": GOOD}, r"image is \['a\.jpg', 3\]"),
     "role": ({"id": "x", "conversations": [{"from": "bot", "value": "q"}]}, "turn 1 is .*expected"),
     "keys of two formats": (
