@@ -58,7 +58,7 @@ def _hidden(alpha: Image.Image) -> tuple[str, ...]:
         return ()
     return (
         f"{share:.0%} of its pixels are transparent, and the colours stored under them are used; to place it on a "
-        'background instead, set transparency to "white" or "black" (on the command line: --transparency white)',
+        "background instead, white or black, set transparency=white (--transparency white)",
     )
 
 

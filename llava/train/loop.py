@@ -54,8 +54,7 @@ def train(recipe: Recipe, *, device: str = "auto", as_json: bool = False) -> Pat
             check_run(folder, trainable(checkpoint, recipe), checkpoint, recipe)
             run = set_up(recipe, checkpoint, folder, world)
             _train_steps(run, as_json)
-            if world.is_main:
-                report_data_loss(run.state, recipe)
+            report_data_loss(run)
             export(folder / MODEL, run.model.model, checkpoint, recipe, first=world.is_main)
             world.barrier()
     return folder / MODEL

@@ -141,7 +141,7 @@ def _warn_about_other_values(checkpoint: Checkpoint, recipe: Recipe) -> None:
     changed = [key for key in after if key in known and before[key] != after[key]]
     if changed:
         log.warning(
-            "%s: was trained with %s; the values of the recipe, or its defaults, replace them: %s",
+            "%s: was trained with %s, but the recipe, which may leave keys at their defaults, has %s",
             recipe.model,
             ", ".join(f"{key}={_as_text(before[key])}" for key in changed),
             ", ".join(f"{key}={_as_text(after[key])}" for key in changed),

@@ -118,3 +118,11 @@ def test_the_value_of_an_option_is_kept() -> None:
 def test_a_recipe_takes_a_template_as_a_setting() -> None:
     command = Command(options=frozenset({"--set"}))
     assert command.rewrite("set template= (--template) to one of v0, v1") == "pass --set template=… to one of v0, v1"
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"), [("--set", "pass --set transparency=white"), ("--transparency", "set --transparency white")]
+)
+def test_a_value_is_advised_as_the_command_takes_it(option: str, expected: str) -> None:
+    rewritten = Command(options=frozenset({option})).rewrite("set transparency=white (--transparency white)")
+    assert rewritten == expected
