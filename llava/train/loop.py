@@ -9,7 +9,7 @@ from pathlib import Path
 from torch.utils.data import DataLoader
 
 from llava.data.samples import WORKERS_START, starting_workers
-from llava.data.workers import capped_workers
+from llava.data.workers import capped_workers, default_workers
 from llava.train.batch import Batch
 from llava.train.checks import check_run
 from llava.train.distributed import join_world
@@ -35,6 +35,8 @@ from llava.train.start import start, trainable
 from llava.train.step import accumulate, update
 
 log = logging.getLogger(__name__)
+
+_DEFAULT_WORKERS = 4  # per rank, if there are enough CPUs
 
 
 def train(recipe: Recipe, *, device: str = "auto", as_json: bool = False) -> Path:
@@ -99,7 +101,11 @@ def _train_steps(run: Run, as_json: bool) -> None:
 
 
 def _loader(run: Run) -> Iterator[Batch]:
-    num_workers = capped_workers(run.recipe.num_workers, "num_workers", run.world.local_size)
+    asked, local_size = run.recipe.num_workers, run.world.local_size
+    if asked is None:
+        num_workers = default_workers(_DEFAULT_WORKERS, local_size)
+    else:
+        num_workers = capped_workers(asked, "num_workers", local_size)
     loader = DataLoader(
         run.dataset,
         batch_size=None,
