@@ -102,6 +102,10 @@ def detect(files: CheckpointFiles) -> Detection:
     return Detection(UNKNOWN, ["no config.json and no weights in a known format"])
 
 
+# For v1 to v1.5, which were trained with llava_v1 or with vicuna_v1. Nothing in their files says with which.
+FALLBACK_TEMPLATE = TemplateChoice("llava_v1", "no other rule applies")
+
+
 def choose_template(
     format: str,
     config: Mapping[str, Any],
@@ -140,7 +144,7 @@ def choose_template(
         return TemplateChoice("llava_llama_2", "a linear projector and 4096 positions")
     if (base := config.get("_name_or_path")) and _is_llama_2_chat(str(base)):
         return TemplateChoice("llava_llama_2", f"config.json records {base} as the base")
-    return TemplateChoice("llava_v1", "no other rule applies")
+    return FALLBACK_TEMPLATE
 
 
 def _is_llama_2_chat(repository: str) -> bool:

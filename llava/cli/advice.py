@@ -44,7 +44,7 @@ class Command:
         if option in self.options:
             return option + value
         if "--set" in self.options and _is_recipe_key(argument):
-            return f"--set {argument}=…"
+            return f"--set {argument}={value.strip() or '…'}"
         having = [f"llava {name}" for name, options in self.others.items() if option in options]
         return f"{option}{value} (an option of {', '.join(having)})" if having else option + value
 

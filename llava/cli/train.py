@@ -3,15 +3,16 @@
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from llava.cli.advice import Command
 from llava.cli.app import app, command_line, progress_bar
-from llava.cli.options import AsJson, Template
+from llava.cli.options import AsJson, Base, Template, Transparency
 from llava.errors import ConfigError
 
 
@@ -75,6 +76,7 @@ app.add_typer(data, name="data")
 
 @data.command("check")
 def data_check(
+    context: typer.Context,
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="LLaVA .json or .jsonl file, .tar file, or folder of .tar files")
     ],
@@ -88,7 +90,9 @@ def data_check(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="folder or hub id of the model to count tokens for")
     ] = None,
+    base: Base = None,
     template: Template = None,
+    transparency: Transparency = "drop",
     max_length: Annotated[int, typer.Option("--max-length", min=2, help="maximum number of tokens per sample")] = 2048,
     image_tokens: Annotated[
         int | None, typer.Option("--image-tokens", min=1, help="tokens per image; default: from --model, else 576")
@@ -102,13 +106,27 @@ def data_check(
     as_json: AsJson = False,
 ) -> None:
     """Check every sample and image. The exit code is 1 if there are problems that no fixed copy resolves."""
+    from llava.config import PictureOptions
     from llava.data import check as job
     from llava.data.findings import render
     from llava.data.measure import open_measure
 
-    measure = open_measure(tokenizer, model, template=template, limit=max_length, picture_tokens=image_tokens)
+    command: Command = context.obj
+    pictures = PictureOptions(transparency=transparency)  # type: ignore[arg-type]  # checks the name
+    measure = open_measure(
+        tokenizer, model, template=template, limit=max_length, picture_tokens=image_tokens, base=base
+    )
     with progress_bar("check", unit="samples") as progress:
-        found = job.check(file, images, measure=measure, fix=fix, workers=workers, progress=progress)
+        found = job.check(
+            file,
+            images,
+            measure=measure,
+            fix=fix,
+            workers=workers,
+            transparency=pictures.transparency,
+            progress=progress,
+        )
+    found = replace(found, findings=[one._replace(text=command.rewrite(one.text)) for one in found.findings])
     if as_json:
         print(json.dumps(found.to_dict(), ensure_ascii=False))
     else:

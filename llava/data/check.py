@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
+from llava.config import PictureOptions, Transparency
 from llava.data.examine import Examined, Examiner
 from llava.data.findings import Change, Finding, Fixed, Report, TokenFigures
 from llava.data.layouts import Sample
@@ -101,19 +102,21 @@ def check(
     measure: Measure | None = None,
     fix: Path | None = None,
     workers: int | None = None,
+    transparency: Transparency = "drop",
     progress: Progress = lambda done, total: None,
 ) -> Report:
     """Checks every sample of a data file and, if `fix` is a path, writes a fixed copy there.
 
     images: location of the pictures; if None, only pictures in tars are read. measure: counts the tokens of a sample.
-    workers: number of processes (0: run in this process; None: one per CPU). Raises DataError if the file cannot be
-    read or the copy cannot be written, or CheckpointError if the disk has no room for the copy.
+    workers: number of processes (0: run in this process; None: one per CPU). transparency: as in the recipe.
+    Raises DataError if the file cannot be read or the copy cannot be written, or CheckpointError if the disk has no
+    room for the copy.
     """
     started = time.perf_counter()
     if fix is not None:
         check_target(file, fix, "--fix")
     samples = Samples([file], images)
-    examiner = Examiner(samples, samples.has_pictures, measure)
+    examiner = Examiner(samples, samples.has_pictures, measure, PictureOptions(transparency=transparency))
     if measure and measure.needs_sizes and not samples.has_pictures:
         raise DataError(
             "for this model, token counts depend on picture sizes; specify the location of the pictures with --images"

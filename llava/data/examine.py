@@ -3,8 +3,9 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from llava.config import PictureOptions
 from llava.data.layouts import Sample, UnsupportedError, to_llava
 from llava.data.measure import Measure, Tokens
 from llava.data.pictures import is_data_url
@@ -33,6 +34,7 @@ class Examiner:
     samples: Samples
     read_pictures: bool
     measure: Measure | None
+    pictures: PictureOptions = field(default_factory=PictureOptions)
 
     def __call__(self, indices: Sequence[int]) -> list[Examined]:
         return [self.examine(i) for i in indices]
@@ -67,7 +69,7 @@ class Examiner:
             if not self.read_pictures and not is_data_url(name):
                 continue
             try:
-                image, losses = read_picture(self.samples.picture(name))
+                image, losses = read_picture(self.samples.picture(name), self.pictures)
             except DataError as error:
                 return found.append(Fault("missing_picture", str(error)))
             except ImageError as error:

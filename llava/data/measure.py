@@ -104,7 +104,13 @@ class Measure:
 
 @advice()
 def open_measure(
-    tokenizer: Path | None, model: str | None, *, template: str | None, limit: int, picture_tokens: int | None
+    tokenizer: Path | None,
+    model: str | None,
+    *,
+    template: str | None,
+    limit: int,
+    picture_tokens: int | None,
+    base: str | None = None,
 ) -> Measure | None:
     """Creates a measure from a tokenizer folder or a model checkpoint, or returns None if neither is given.
 
@@ -118,7 +124,7 @@ def open_measure(
     if tokenizer:
         return Measure(load_tokenizer(tokenizer), None, template=template or "vicuna_v1", **options)
     assert model
-    opened = open_checkpoint(model, LoadOptions(fetch_tower=False))
+    opened = open_checkpoint(model, LoadOptions(fetch_tower=False, base=base))
     config = (
         opened.config if picture_tokens is None else replace(opened.config, vision=None, projector=None, image=None)
     )

@@ -55,6 +55,7 @@ class Samples(Sequence[Sample]):
         if tars and images is not None:
             raise DataError(f"{tars[0]}: a tar contains its own pictures; do not specify a separate location for them")
         self._pictures: Pictures | None = Archives(tars) if tars else open_pictures(images) if images else None
+        self.n_named = 0  # number of samples that name a picture, which needs a location, unlike a data: URL
         self._text = bytearray()
         ends, lengths, firsts = [0], list[int](), list[int]()
         for file in self.files:
@@ -62,7 +63,9 @@ class Samples(Sequence[Sample]):
             for record in records(file, self._pictures):
                 self._text += record.text.encode(errors="surrogatepass")
                 ends.append(len(self._text))
-                lengths.append(_signed_words(record.value))
+                sample = _parsed(record.value)
+                lengths.append(_signed_words(sample))
+                self.n_named += sample is not None and not all(map(is_data_url, sample.images))
             if len(lengths) == firsts[-1]:
                 raise DataError(f"{file}: contains no samples; expected at least one")
         self._ends = np.array(ends, np.int64)
@@ -113,18 +116,30 @@ class Samples(Sequence[Sample]):
     def where(self, i: int) -> str:
         """Returns the file that contains a sample and the sample's index in that file, for error messages."""
         i = range(len(self))[i]
-        file = int(np.searchsorted(self._firsts, i, "right")) - 1
+        file = self._file_index(i)
         return f"{self.files[file]}, sample {i - int(self._firsts[file])}"
 
+    def file(self, i: int) -> Path:
+        """Returns the file that contains a sample."""
+        return self.files[self._file_index(range(len(self))[i])]
 
-def _signed_words(value: Any) -> int:
-    """Returns a sample's entry in `Samples.lengths`, or -1 if it cannot be parsed; accessing it raises the error."""
-    try:
-        sample = parse(value, "", "")
-    except DataError:
+    def _file_index(self, i: int) -> int:
+        return int(np.searchsorted(self._firsts, i, "right")) - 1
+
+
+def _signed_words(sample: Sample | None) -> int:
+    """Returns a sample's entry in `Samples.lengths`, or -1 if it is malformed; accessing it raises the error."""
+    if sample is None:
         return -1
     n = max(1, sum(len((turn.text or "").split()) for turn in sample.turns))
     return n if sample.images else -n
+
+
+def _parsed(value: Any) -> Sample | None:
+    try:
+        return parse(value, "", "")
+    except DataError:
+        return None
 
 
 def _shards(file: Path) -> list[Path]:

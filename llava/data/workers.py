@@ -32,6 +32,11 @@ def _quota(cgroup: Path) -> float | None:
         return None
 
 
+def default_workers(most: int, n_processes: int) -> int:
+    """Returns the number of workers to start in each of `n_processes` on this machine if the user asks for none."""
+    return min(most, max(1, available_cpus() // n_processes))
+
+
 def capped_workers(asked: int, option: str, n_processes: int = 1) -> int:
     """Returns the number of workers to start in each of `n_processes` on this machine. Warns if it is less than asked.
 

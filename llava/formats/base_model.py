@@ -85,6 +85,8 @@ class NoBaseError(MissingBaseError):
 def _example(needed: NeededBase) -> tuple[str, str]:
     """Returns a base to pass, and the command that creates it or ""."""
     example = needed.names[0] if needed.names else "FOLDER_OR_HUB_ID"
+    if _is_path(example):  # of another machine, or moved since; passing it again would not help
+        return "BASE", ""
     if not example.endswith("-delta-v0"):
         return example, ""
     whole = example.split("/")[-1].replace("-delta", "")  # Vicuna v0 was published only as a delta
@@ -95,8 +97,19 @@ def _example(needed: NeededBase) -> tuple[str, str]:
 def recorded_base(files: CheckpointFiles, format: str) -> NeededBase:
     """Returns the base model recorded in the checkpoint's files; `names` is empty if none is recorded."""
     for name, where, _ in recorded_names(files, format):
-        return NeededBase([name], f"{where} = {name}")
+        return named_base(name, where)
     return NeededBase([], "its files do not say which")
+
+
+def named_base(name: str, where: str, hub_id: str | None = None) -> NeededBase:
+    """Returns the base with a name that is recorded in `where`. hub_id: what the catalogue calls it."""
+    lost = ", a folder that does not exist" if _is_path(name) and not Path(name).exists() else ""
+    return NeededBase([hub_id or name], f"{where} = {name}{lost}")
+
+
+def _is_path(name: str) -> bool:
+    """Returns whether a name can only be a folder: a hub id has one "/" at most."""
+    return name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1
 
 
 def comparable_name(name: str) -> str:

@@ -14,6 +14,9 @@ from llava.config import Transparency
 from llava.errors import ImageError
 
 _MAX_HIDDEN = 0.1  # fraction of transparent pixels above which dropping the alpha channel is reported
+_FEW_SHADES = 16  # a wider picture with fewer shades than this in 8 bits is reported
+_MIN_SHOWN = 0.1  # fraction of the visible pixels that must differ from a background, for the picture to be seen
+_UNNOTICED = 8  # difference in an 8-bit value that is not noticed
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 _WHITE_IS_ZERO, _UNSIGNED = 0, 1  # values of the last two
 _GREY_STEPS = {"L;2": 85, "L;4": 17}  # greys of fewer bits, which Pillow scales to 8, but not the transparent one
@@ -40,25 +43,33 @@ def to_rgb(image: Image.Image, transparency: Transparency) -> RgbPicture:
     """
     if image.mode in ("La", "RGBa"):  # premultiplied alpha
         image = image.convert(image.mode.upper())
+    is_wide = _has_16_bit_channels(image)
     alpha = _alpha(image)
     image, lost = _to_8_bits(image)
     rgb = image.convert("RGB")
+    lost += _too_dark(rgb) if is_wide else ()
     if alpha is None:
         return RgbPicture(rgb, lost)
     if transparency == "drop":
-        return RgbPicture(rgb, lost + _hidden(alpha))
+        return RgbPicture(rgb, lost + _hidden(rgb, alpha))
     background = Image.new("RGB", rgb.size, transparency)
     background.paste(rgb, mask=alpha)
     return RgbPicture(background, lost)
 
 
-def _hidden(alpha: Image.Image) -> tuple[str, ...]:
-    share = sum(alpha.histogram()[:128]) / (alpha.width * alpha.height)  # alpha below one half: mostly transparent
-    if share <= _MAX_HIDDEN:
+def _hidden(rgb: Image.Image, alpha: Image.Image) -> tuple[str, ...]:
+    """Reports transparent pixels, unless `rgb` shows the picture as a white or a black background would."""
+    hidden = np.asarray(alpha) < 128  # bool [height, width]; alpha below one half: mostly transparent
+    if hidden.mean() <= _MAX_HIDDEN:
         return ()
+    colours = np.asarray(rgb)
+    for background in (colours.min(-1) >= 255 - _UNNOTICED, colours.max(-1) <= _UNNOTICED):
+        shown = ~hidden & ~background  # a logo whose own colour is also the hidden one cannot be seen
+        if (hidden & ~background).mean() <= _MAX_HIDDEN and shown.sum() > _MIN_SHOWN * (~hidden).sum():
+            return ()
     return (
-        f"{share:.0%} of its pixels are transparent, and the colours stored under them are used; to place it on a "
-        'background instead, set transparency to "white" or "black" (on the command line: --transparency white)',
+        f"{hidden.mean():.0%} of its pixels are transparent, and the colours stored under them are used; to place it "
+        "on a background instead, white or black, set transparency=white (--transparency white)",
     )
 
 
@@ -83,6 +94,25 @@ def _alpha(image: Image.Image) -> Image.Image | None:
     return Image.fromarray(np.where(opaque, np.uint8(255), np.uint8(0)))
 
 
+def _has_16_bit_channels(image: Image.Image) -> bool:
+    """Returns whether a file that is not decoded yet has 16-bit values of which Pillow keeps only the high bytes."""
+    if image.mode not in ("RGB", "RGBA", "LA") or not (tile := getattr(image, "tile", None)):
+        return False
+    raw_mode = tile[0][3] if isinstance(tile[0][3], str) else tile[0][3][0]
+    return str(raw_mode).endswith((";16B", ";16L", ";16N"))
+
+
+def _too_dark(rgb: Image.Image) -> tuple[str, ...]:
+    high = max(high for _, high in rgb.getextrema())  # type: ignore[misc]  # (lowest, highest) of each of the 3 bands
+    if high >= _FEW_SHADES:
+        return ()
+    return (_dark(f"below {(high + 1) * 256}", 65535),)
+
+
+def _dark(end: str, max_value: int) -> str:
+    return f"its values end {end} of {max_value}, so few shades are left in 8 bits; scale its values up beforehand"
+
+
 def _to_8_bits(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
     """Returns a picture with 16-bit, 32-bit or float values in mode L, and any other picture as it is."""
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
@@ -105,11 +135,9 @@ def _scaled(values: NDArray[Any], max_value: int) -> tuple[NDArray[np.uint8], tu
     """Scales values from 0 to `max_value` to the range from 0 to 255, rounded to the nearest value."""
     table = ((np.arange(max_value + 1) * 255 + max_value // 2) // max_value).astype(np.uint8)
     highest = int(values.max())
-    if not 0 < highest < max_value // 16:
+    if not 0 < highest < max_value // _FEW_SHADES:
         return table[values], ()
-    return table[values], (
-        f"its values end at {highest} of {max_value}, so few shades are left in 8 bits; scale its values up beforehand",
-    )
+    return table[values], (_dark(f"at {highest}", max_value),)
 
 
 def _stretched(values: NDArray[Any]) -> tuple[NDArray[np.uint8], tuple[str, ...]]:

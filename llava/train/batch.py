@@ -42,9 +42,11 @@ class Batch:
     n_tokens: int  # including image tokens, excluding padding
     max_seqlen: int  # length of the longest sample
     skipped: list[str] = field(default_factory=list)  # one message per skipped sample: file, index, id and reason
+    skipped_files: list[str] = field(default_factory=list)  # data file of each skipped sample
     n_too_long: int = 0  # samples in `skipped` that are longer than the model's context
     n_truncated: int = 0  # samples cut to `max_length`
     losses: list[str] = field(default_factory=list)  # what reading the images lost, with the sample's file and index
+    lossy_files: list[str] = field(default_factory=list)  # data file of each loss
 
     def to(self, device: torch.device) -> "Batch":
         """Returns a copy of the batch on `device`."""
@@ -163,20 +165,26 @@ class BatchDataset(Dataset[Batch]):
         """Builds a micro-batch from the samples at `indices`. Unusable samples are left out and listed in `skipped`."""
         inputs: list[ModelInput] = []
         skipped: list[str] = []
+        skipped_files: list[str] = []
         losses: list[str] = []
+        lossy_files: list[str] = []
         n_too_long = 0
         for index in indices:
+            file = str(self.samples.file(index))
             try:
                 sample = self.samples[index]
             except DataError as error:
                 skipped.append(str(error))
+                skipped_files.append(file)
                 continue
             where = f"{self.samples.where(index)} (id {sample.id:.60})"
             try:
                 inputs.append(self._prepare(sample))
                 losses += [f"{where}: {loss}" for loss in inputs[-1].losses]
+                lossy_files += [file] * len(inputs[-1].losses)
             except (DataError, ImageError, PromptError) as error:
                 skipped.append(f"{where}: {error}")
+                skipped_files.append(file)
                 n_too_long += isinstance(error, ContextError)
         recipe = self.recipe
         batch = collate(
@@ -187,7 +195,15 @@ class BatchDataset(Dataset[Batch]):
             max_length=recipe.max_length,
         )
         n_truncated = sum(self._is_truncated(input) for input in inputs)
-        return replace(batch, skipped=skipped, losses=losses, n_too_long=n_too_long, n_truncated=n_truncated)
+        return replace(
+            batch,
+            skipped=skipped,
+            skipped_files=skipped_files,
+            losses=losses,
+            lossy_files=lossy_files,
+            n_too_long=n_too_long,
+            n_truncated=n_truncated,
+        )
 
     def _is_truncated(self, input: ModelInput) -> bool:
         n_whole = len(input.token_ids) - len(input.views) + self.preprocessor.n_image_tokens(input)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from llava.data.samples import Samples
+from llava.errors import ConfigError
 from llava.formats.format import Checkpoint
 from llava.model.llava import Llava
 from llava.tensors.atomic import check_space
@@ -10,6 +12,15 @@ from llava.train.log import check_trackers
 from llava.train.recipe import MODEL, Recipe
 
 CHECKPOINTS = "checkpoints"  # subfolder for resumable checkpoints
+
+
+def check_pictures(samples: Samples) -> None:
+    """Raises ConfigError if samples name pictures, but the recipe has no location for them."""
+    if samples.n_named and not samples.has_pictures:
+        raise ConfigError(
+            f"{samples.n_named} of {len(samples)} samples have a picture, but the recipe does not say where; "
+            "set images=… to their folder, .zip or .tar"
+        )
 
 
 def check_run(folder: Path, model: Llava, checkpoint: Checkpoint, recipe: Recipe) -> dict[str, int]:

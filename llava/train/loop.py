@@ -9,7 +9,7 @@ from pathlib import Path
 from torch.utils.data import DataLoader
 
 from llava.data.samples import WORKERS_START, starting_workers
-from llava.data.workers import capped_workers
+from llava.data.workers import capped_workers, default_workers
 from llava.train.batch import Batch
 from llava.train.checks import check_run
 from llava.train.distributed import join_world
@@ -36,6 +36,8 @@ from llava.train.step import accumulate, update
 
 log = logging.getLogger(__name__)
 
+_DEFAULT_WORKERS = 4  # per rank, if there are enough CPUs
+
 
 def train(recipe: Recipe, *, device: str = "auto", as_json: bool = False) -> Path:
     """Trains a model from a recipe and returns the folder of the trained model.
@@ -54,8 +56,7 @@ def train(recipe: Recipe, *, device: str = "auto", as_json: bool = False) -> Pat
             check_run(folder, trainable(checkpoint, recipe), checkpoint, recipe)
             run = set_up(recipe, checkpoint, folder, world)
             _train_steps(run, as_json)
-            if world.is_main:
-                report_data_loss(run.state, recipe)
+            report_data_loss(run)
             export(folder / MODEL, run.model.model, checkpoint, recipe, first=world.is_main)
             world.barrier()
     return folder / MODEL
@@ -100,7 +101,11 @@ def _train_steps(run: Run, as_json: bool) -> None:
 
 
 def _loader(run: Run) -> Iterator[Batch]:
-    num_workers = capped_workers(run.recipe.num_workers, "num_workers", run.world.local_size)
+    asked, local_size = run.recipe.num_workers, run.world.local_size
+    if asked is None:
+        num_workers = default_workers(_DEFAULT_WORKERS, local_size)
+    else:
+        num_workers = capped_workers(asked, "num_workers", local_size)
     loader = DataLoader(
         run.dataset,
         batch_size=None,

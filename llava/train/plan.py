@@ -11,7 +11,7 @@ from llava.errors import ContextError, LlavaError
 from llava.model.llava import Llava
 from llava.tensors.atomic import size_text
 from llava.train.batch import BatchDataset
-from llava.train.checks import check_run
+from llava.train.checks import check_pictures, check_run
 from llava.train.export import export_format
 from llava.train.recipe import Recipe
 from llava.train.start import DTYPES, start, trainable
@@ -76,6 +76,7 @@ def make_plan(recipe: Recipe, *, n_ranks: int = 1) -> Plan:
         model = trainable(checkpoint, recipe)
         disk = check_run(Path(recipe.output_dir), model, checkpoint, recipe)
     dataset = BatchDataset.open(recipe, checkpoint)
+    check_pictures(dataset.samples)
     n, order = len(dataset.samples), dataset.order
     chosen = random.Random(recipe.seed).sample(range(n), min(_SAMPLED, n))
     tokens, targets, too_long = _count_tokens(dataset, chosen)

@@ -96,7 +96,7 @@ class Recipe:
     gradient_checkpointing: bool = True  # recompute each block's activations in the backward pass
     compile: bool = False
     pad_to: int = 128  # pad packed rows to a multiple of this to limit the number of compiled shapes
-    num_workers: int = 4  # data loading processes per rank
+    num_workers: int | None = None  # data loading processes per rank; None: 4, or fewer on a machine with fewer CPUs
     max_skipped: float = 0.01  # stop the run if more than this fraction of samples is broken
 
     # Output
@@ -158,7 +158,7 @@ class Recipe:
             ("max_grad_norm", self.max_grad_norm >= 0, "0 or more"),
             ("seed", 0 <= self.seed < 2**32, "0 or more and below 2^32"),
             ("pad_to", self.pad_to >= 1, "1 or more"),
-            ("num_workers", self.num_workers >= 0, "0 or more"),
+            ("num_workers", self.num_workers is None or self.num_workers >= 0, "0 or more"),
             ("max_skipped", 0 <= self.max_skipped <= 1, "a value from 0 to 1"),
             ("save_every", self.save_every >= 0, "0 or more"),
             ("output_dir", bool(self.output_dir.strip()), "a folder"),

@@ -16,7 +16,7 @@ from llava.errors import ConfigError
 from llava.formats.format import Checkpoint
 from llava.train import optim
 from llava.train.batch import BatchDataset
-from llava.train.checks import CHECKPOINTS
+from llava.train.checks import CHECKPOINTS, check_pictures
 from llava.train.distributed import World
 from llava.train.loss import LlavaWithLoss
 from llava.train.order import SampleOrder
@@ -56,6 +56,9 @@ class Run:
     checkpointer: Checkpointer
     state: TrainState = field(default_factory=TrainState)
     stop: StopRequest = field(default_factory=StopRequest)
+    # data files of this rank's samples since the run was started or resumed, in the order of the samples
+    skipped_files: dict[str, None] = field(default_factory=dict)
+    lossy_files: dict[str, None] = field(default_factory=dict)
 
     @property
     def order(self) -> SampleOrder:
@@ -71,6 +74,7 @@ def set_up(recipe: Recipe, checkpoint: Checkpoint, folder: Path, world: World) -
     """Opens the data, builds the model and the optimizer, and loads the newest checkpoint. Raises LlavaError."""
     # open the data first, so that data errors are reported before the weights are read
     dataset = BatchDataset.open(recipe, checkpoint, rank=world.rank, world_size=world.size)
+    check_pictures(dataset.samples)
     if world.is_main and (n := dataset.order.n_micro_batches) % world.size:
         log.warning(
             "%d micro-batches per step do not divide evenly among %d ranks; some ranks will wait", n, world.size

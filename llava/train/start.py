@@ -1,5 +1,6 @@
 """Prepares the model for a run: opens the checkpoint, selects the trained weights, and initialises new weights."""
 
+import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llava.checkpoint.consistency import check_headers
-from llava.checkpoint.detect import read_files
+from llava.checkpoint.detect import FALLBACK_TEMPLATE, read_files
 from llava.checkpoint.load import load_weights, read_finite
 from llava.checkpoint.open import open_checkpoint
 from llava.config import ImageConfig, LlavaConfig, LoadOptions, ProjectorConfig, projector_depth
@@ -48,6 +49,8 @@ def start(recipe: Recipe, tokenizer_folder: Path) -> Checkpoint:
     Raises LlavaError.
     """
     checkpoint = _open(recipe)
+    if not recipe.projector:  # stage 1, which trains it, has a template and an aspect of its own
+        _warn_about_other_values(checkpoint, recipe)
     if recipe.start_end and checkpoint.new_tokens:
         checkpoint = _with_tokenizer_files(checkpoint, tokenizer_folder, checkpoint.new_tokens)
     if recipe.start_end and checkpoint.tokenizer.id_of("<im_start>") is None:
@@ -129,6 +132,47 @@ def _with_tower(language: Checkpoint, recipe: Recipe) -> Checkpoint:
         vision_tower=name,
         tower_folder=tower.folder,
     )
+
+
+def _warn_about_other_values(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Warns if a LLaVA was trained with other values than those of the recipe, which may just be its defaults."""
+    before, after = _prompt_and_image(checkpoint), _prompt_and_image_of(recipe)
+    known = {key for key, value in before.items() if value is not None and key in after}
+    changed = [key for key in after if key in known and before[key] != after[key]]
+    if changed:
+        log.warning(
+            "%s: was trained with %s, but the recipe, which may leave keys at their defaults, has %s",
+            recipe.model,
+            ", ".join(f"{key}={_as_text(before[key])}" for key in changed),
+            ", ".join(f"{key}={_as_text(after[key])}" for key in changed),
+        )
+
+
+def _prompt_and_image(checkpoint: Checkpoint) -> dict[str, object]:
+    """Returns the values with which a LLaVA was trained, by the recipe's keys; none for parts that have no projector.
+
+    A template that no rule found is not among them, nor that of a projector, which may be trained on plain captions.
+    """
+    config = checkpoint.config
+    known = checkpoint.format != "projector" and checkpoint.template != FALLBACK_TEMPLATE
+    if config.image is None or not any(name.startswith("projector.") for name in checkpoint.tensors):
+        return {}
+    return {
+        "aspect": config.image.aspect,
+        "pinpoints": config.image.pinpoints if config.image.aspect == "anyres" else None,
+        "mm_patch_merge_type": config.image.merge if config.image.aspect == "anyres" else None,
+        "start_end": config.start_end,
+        "template": checkpoint.template.template if known else None,
+    }
+
+
+def _prompt_and_image_of(recipe: Recipe) -> dict[str, object]:
+    image = {"pinpoints": recipe.pinpoints, "mm_patch_merge_type": _merge(recipe)} if recipe.aspect == "anyres" else {}
+    return {"aspect": recipe.aspect, **image, "start_end": recipe.start_end, "template": recipe.template}
+
+
+def _as_text(value: object) -> str:
+    return json.dumps(value) if isinstance(value, bool | tuple) else str(value)
 
 
 def _merge(recipe: Recipe) -> Literal["spatial_unpad", "flat"]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from llava.errors import LlavaError
-from llava.formats.base_model import BaseModelError, NeededBase, NoBaseError, comparable_name
+from llava.formats.base_model import BaseModelError, NeededBase, NoBaseError, comparable_name, named_base
 from llava.formats.format import CheckpointFiles, Detection
 from llava.formats.recorded_base import recorded_names
 from llava.zoo import catalogue
@@ -17,7 +17,7 @@ def needed_base(files: CheckpointFiles, detection: Detection) -> NeededBase:
     If the files record no base, returns the bases of the matching catalogue entries.
     """
     for name, where, _ in recorded_names(files, detection.format):
-        return NeededBase([known_bases().get(comparable_name(name), name)], f"{where} = {name}")
+        return named_base(name, where, known_bases().get(comparable_name(name)))
     try:
         found = match(files, detection)
     except LlavaError:  # must not replace the BaseModelError being reported

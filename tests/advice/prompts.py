@@ -233,7 +233,7 @@ def a_dark_picture_of_16_bits(w: World) -> Steps:
     Image.fromarray(pixels * 1000).save(w / "dark.png")
 
 
-@advice('set transparency to "white" or "black" (on the command line: --transparency white)')
+@advice("white or black, set transparency=white (--transparency white)")
 def a_transparent_picture(w: World) -> Steps:
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(w / "clear.png")
     yield ask_about(w.llava, w / "clear.png")

@@ -109,7 +109,7 @@ def a_language_model_alone(w: World) -> Steps:
     yield train(w, "--plan", model=w.llama, vision_tower=w.clip)
 
 
-@advice("--set {}=…")
+@advice("--set {}={}")
 def a_lora_without_its_base(w: World) -> Steps:
     folder = w.copy("single")
     tiny.edit_json(folder / "config.json", mm_vision_tower=tiny.ABSENT)
@@ -291,6 +291,15 @@ def broken_samples(w: World) -> Steps:
     assert "missing.png: no such picture" in say(check).text
     assert say((*check, "--fix", w / "fixed.json")).well is False  # no sample would remain
     yield train(w, data=w.data, output_dir=w / "new")
+
+
+@advice("samples have a picture, but the recipe does not say where; set images=… to")
+def pictures_without_a_location(w: World) -> Steps:
+    _, file, *rest = train(w)
+    text = Path(str(file)).read_text()
+    Path(str(file)).write_text("".join(line for line in text.splitlines(True) if not line.startswith("images")))
+    yield ("train", file, *rest)
+    yield ("train", file, *rest, "--set", f"images={w.images}")
 
 
 @advice("are skipped, {} of them because they are longer than the model's context; to see why, run: {}")

@@ -42,6 +42,27 @@ def test_an_error_about_a_missing_base_ends_with_the_completed_command_which_the
     run_well(*advised[1:-1], base)
 
 
+@pytest.mark.parametrize("command", ["ask", "train"])
+def test_a_recorded_folder_that_is_gone_is_not_advised_again(
+    command: str, clip: Path, base: Path, tmp_path: Path
+) -> None:
+    lora = tiny.write_lora(tmp_path / "lora", clip=clip, base=str(tmp_path / "gone"))
+    (tmp_path / "data.json").write_text('[{"conversations": [{"from": "human", "value": "a"}]}]')
+    changes = {"model": lora, "data": tmp_path / "data.json", "images": tmp_path, "output_dir": tmp_path / "run"}
+    sets = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+    line = {
+        "ask": ["ask", "Hi there", "--model", lora, "--max-new-tokens", 2],
+        "train": ["train", "custom/finetune-lora", "--plan", *sets],
+    }[command]
+    done = run(*line)
+    assert_one_line_error(done, f"= {tmp_path / 'gone'}, a folder that does not exist")
+    advised = shlex.split(done.stderr.strip().rpartition("run: ")[2])
+    added = {"ask": ["--base", "BASE"], "train": ["--set", "base=BASE"]}[command]
+    assert advised == ["llava", *map(str, line), *added]
+    again = run(*(word.replace("BASE", str(base)) for word in advised[1:]))
+    assert "does not exist" not in again.stderr
+
+
 def test_a_command_whose_base_is_something_else_advises_to_combine_first(
     lora: Path, base: Path, tmp_path: Path
 ) -> None:
@@ -118,3 +139,11 @@ def test_the_value_of_an_option_is_kept() -> None:
 def test_a_recipe_takes_a_template_as_a_setting() -> None:
     command = Command(options=frozenset({"--set"}))
     assert command.rewrite("set template= (--template) to one of v0, v1") == "pass --set template=… to one of v0, v1"
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"), [("--set", "pass --set transparency=white"), ("--transparency", "set --transparency white")]
+)
+def test_a_value_is_advised_as_the_command_takes_it(option: str, expected: str) -> None:
+    rewritten = Command(options=frozenset({option})).rewrite("set transparency=white (--transparency white)")
+    assert rewritten == expected

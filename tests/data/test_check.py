@@ -165,6 +165,11 @@ def test_pictures_that_lose_transparency_or_values_are_reported_and_kept(tmp_pat
     assert done.returncode == 1
     assert "2 of 3 samples with problems" in done.stdout
     assert "--fix OUT" not in done.stdout  # it would not help
+    advised = run("data", "check", tmp_path / "data.json", "--images", folder, "--transparency", "white", "--json")
+    assert "transparency" not in advised.stdout
+    assert json.loads(advised.stdout)["problems"] == {"lossy_picture": 1}
+    told = json.loads(run("data", "check", tmp_path / "data.json", "--images", folder, "--json").stdout)
+    assert told["findings"][0]["text"].endswith("white or black, set --transparency white")
 
 
 def test_literal_placeholders_are_text_in_the_check(tmp_path: Path, tokenizer: Path) -> None:

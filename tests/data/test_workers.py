@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llava.data.workers import available_cpus, capped_workers
+from llava.data.workers import available_cpus, capped_workers, default_workers
 
 
 def no_limits(monkeypatch: pytest.MonkeyPatch, cpus: int) -> None:
@@ -43,3 +43,12 @@ def test_workers_beyond_the_cpus_are_not_started_and_one_line_says_so(
     assert len(caplog.records) == (asked > started)
     if asked > started:
         assert f"num_workers is {asked}" in caplog.text
+
+
+@pytest.mark.parametrize(("cpus", "processes", "started"), [(16, 1, 4), (2, 1, 2), (16, 8, 2), (2, 8, 1)])
+def test_a_number_that_nobody_asked_for_is_lowered_without_a_word(
+    cpus: int, processes: int, started: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    no_limits(monkeypatch, cpus)
+    assert default_workers(4, processes) == started
+    assert not caplog.records

@@ -114,6 +114,19 @@ def test_greys_that_use_little_of_their_16_bits_are_reported(values: list[int], 
     assert [("4094 of 65535" in loss) for loss in losses] == [True] * warned
 
 
+@pytest.mark.parametrize(("colour_type", "channels"), [(2, 3), (4, 2), (6, 4)], ids=["RGB", "LA", "RGBA"])
+@pytest.mark.parametrize(("highest", "warned"), [(255, True), (4094, True), (4096, False)])
+def test_colours_that_use_little_of_their_16_bits_are_reported(
+    colour_type: int, channels: int, highest: int, warned: bool
+) -> None:
+    values = np.full((2, channels), highest)
+    values[0] = 0
+    if colour_type != 2:
+        values[:, -1] = 65535  # opaque
+    _, losses = converted(png(2, 16, colour_type, values.astype(">u2").tobytes()))
+    assert [" of 65535, so few shades are left" in loss for loss in losses] == [True] * warned
+
+
 def test_the_channels_of_16_bit_colours_and_alpha_are_reduced_to_8_bits() -> None:
     image = png(2, 16, 2, struct.pack(">6H", 0x1234, 0x5678, 0x9ABC, 65535, 0, 65535))
     assert np.asarray(converted(image).image).tolist() == [[[0x12, 0x56, 0x9A], [255, 0, 255]]]
@@ -231,7 +244,8 @@ def test_every_kind_of_alpha_is_found(mode: str) -> None:
     assert picture.mode == mode.split(maxsplit=1)[0]
     image, losses = converted(picture)
     assert reds(image)[4:] == [GREY] * 4
-    assert [loss[:3] for loss in losses] == ["50%"]
+    premultiplied = mode in ("La", "RGBa")  # their transparent pixels are black, from which the grey stands out
+    assert [loss[:3] for loss in losses] == ["50%"] * (not premultiplied)
     for background, value in (("white", 255), ("black", 0)):
         image, losses = converted(picture, background)
         assert reds(image) == [value] * 4 + [GREY] * 4
@@ -254,7 +268,7 @@ def test_a_transparent_colour_is_found(form: str) -> None:
     first, second = {"four bits": (51, 102), "two bits": (85, 170), "one bit": (0, 255)}.get(form, (10, 90))
     image, losses = converted(KEYED[form]())
     assert reds(image) == [first, second]
-    assert [loss[:3] for loss in losses] == ["50%"]
+    assert [loss[:3] for loss in losses] == ["50%"] * (form != "one bit")  # white on a hidden black can be seen
     assert reds(converted(KEYED[form](), "white").image) == [255, second]
 
 
@@ -265,6 +279,26 @@ def test_more_than_a_tenth_of_transparent_pixels_is_reported(transparent: int, w
     picture = Image.new("RGBA", (10, 10), "red")
     picture.putalpha(Image.fromarray(alpha))
     assert len(converted(picture).losses) == warned
+
+
+@pytest.mark.parametrize(
+    ("hidden", "shown", "warned"),
+    [
+        ((255, 255, 255), (210, 30, 40), False),  # as a viewer shows it
+        ((250, 255, 248), (0, 0, 0), False),
+        ((0, 0, 0), (210, 30, 40), False),  # as on black
+        ((0, 0, 0), (0, 0, 0), True),  # nothing can be seen
+        ((255, 255, 255), (255, 255, 255), True),
+        ((90, 140, 220), (210, 30, 40), True),  # as on no usual background
+    ],
+)
+def test_transparency_is_reported_unless_the_picture_looks_as_on_white_or_black(
+    hidden: tuple[int, int, int], shown: tuple[int, int, int], warned: bool
+) -> None:
+    picture = Image.new("RGBA", (20, 20), (*hidden, 0))
+    picture.paste((*shown, 255), (5, 5, 15, 15))
+    _, losses = converted(picture)
+    assert [loss[:3] for loss in losses] == ["75%"] * warned
 
 
 def test_dropping_alpha_keeps_the_hidden_colours_of_the_original() -> None:

@@ -7,6 +7,7 @@ import shlex
 import shutil
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -453,6 +454,64 @@ def test_a_run_stops_if_no_sample_fits_in_the_context(short_context: Assets, tmp
         DataError, match=r"all 4 samples so far are skipped, 4 of them .* longer than the model's context"
     ):
         train(asked, device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["too long", "broken"])
+def test_a_short_run_that_used_no_sample_saves_no_model(short_context: Assets, tmp_path: Path, kind: str) -> None:
+    """Its steps are over before enough samples have been seen to stop the run."""
+    change = LONG if kind == "too long" else {"image": "nowhere.png", "conversations": GOOD}
+    data = write_data(tmp_path / "data.json", [{"id": f"s{i}", **change} for i in range(50)])
+    here = replace(short_context, data=data)
+    asked = recipe(here, tmp_path / "run", max_steps=2, global_batch_size=2, micro_batch_size=2, max_skipped=1.0)
+    for _ in range(2):  # the run itself, and the same command again
+        with pytest.raises(DataError, match=r"^all 4 samples so far are skipped, [40] of them"):
+            train(asked, device="cpu")
+        assert not (tmp_path / "run" / "model").exists()
+
+
+GOOD = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
+
+
+def test_the_advised_check_is_of_the_files_with_broken_samples(assets: Assets, tmp_path: Path) -> None:
+    bad = [
+        write_data(tmp_path / f"bad {i}.json", [{"id": "x", "image": "no.png", "conversations": GOOD}]) for i in "ab"
+    ]
+    data = [str(file) for file in (assets.data, *bad)]
+    with pytest.raises(DataError, match="are broken, more than 1%") as raised:
+        train(recipe(assets, tmp_path / "run", data=data, global_batch_size=36, micro_batch_size=36), device="cpu")
+    commands = [shlex.split(one)[3:] for one in str(raised.value).partition("run: ")[2].split("; ")]
+    assert sorted(words[0] for words in commands) == sorted(map(str, bad))
+    for words in commands:
+        checked = command.run("data", "check", *words, "--json")
+        assert json.loads(checked.stdout)["problems"] == {"missing_picture": 1}, checked.stderr
+
+
+@pytest.mark.parametrize("kind", ["on a base", "from parts"])
+def test_the_advised_check_counts_the_tokens_of_the_run(assets: Assets, tmp_path: Path, kind: str) -> None:
+    """A projector needs its base, and a language model does not say how many tokens an image has."""
+    changes = training.from_parts(assets)
+    if kind == "on a base":
+        projector = tiny.write_projector(tmp_path / "projector", clip=assets.clip)
+        changes = {"model": str(projector), "base": str(assets.llama), "train": ["projector"]}
+    data = write_data(tmp_path / "data.json", [{"id": "x", "image": "0.png", "conversations": GOOD}])
+    asked = recipe(replace(assets, data=data), tmp_path / "run", **changes, max_length=30, max_steps=1)
+    with pytest.raises(DataError, match=r"samples are broken") as raised:
+        train(asked, device="cpu")
+    checked = command.run(*shlex.split(str(raised.value).partition("run: llava ")[2]), "--json")
+    _, dataset = net_and_dataset(replace(asked, max_length=4096))
+    assert json.loads(checked.stdout)["tokens"]["total"] == len(dataset.prepare(0).ids), checked.stderr
+
+
+def test_a_recipe_without_the_location_of_its_pictures_is_refused_before_the_weights_are_read(
+    assets: Assets, tmp_path: Path
+) -> None:
+    asked = replace(recipe(assets, tmp_path / "run"), images=None)
+    for call in (make_plan, partial(train, device="cpu")):
+        with pytest.raises(ConfigError, match=r"^22 of 34 samples have a picture, .*; set images=…"):
+            call(asked)
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+    text = [{"id": "x", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}]
+    make_plan(replace(asked, data=(str(write_data(tmp_path / "text.json", text)),)))
 
 
 # ----------------------------------------------------------------------------------- samples that are not understood

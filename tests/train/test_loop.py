@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -162,6 +163,14 @@ def again(usual: tuple[Recipe, list[float]], out: Path, **changes: Any) -> tuple
 def test_gradient_checkpointing_does_not_change_the_losses(usual: tuple[Recipe, list[float]], tmp_path: Path) -> None:
     ours, wanted = again(usual, tmp_path / "run", gradient_checkpointing=True)
     assert ours == wanted
+
+
+def test_a_recipe_without_num_workers_is_trained_without_a_warning(
+    assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0}, raising=False)
+    train(replace(recipe(assets, tmp_path / "run", max_steps=1), num_workers=None), device="cpu")
+    assert not [record.message for record in caplog.records if "num_workers" in record.message]
 
 
 def test_worker_processes_do_not_change_the_losses(usual: tuple[Recipe, list[float]], tmp_path: Path) -> None:

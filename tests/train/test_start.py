@@ -1,6 +1,7 @@
 """What training starts from."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,3 +59,62 @@ def test_a_language_model_with_a_tower_gets_a_new_projector(assets: Assets, tmp_
     found = start(recipe(assets, tmp_path / "run", **training.from_parts(assets)), tmp_path / "tokenizer")
     assert found.missing
     assert all(name.startswith("projector.") for name in found.missing)
+
+
+ANYRES = {
+    "image_aspect_ratio": "anyres",
+    "image_grid_pinpoints": [[112, 56]],
+    "mm_patch_merge_type": "spatial",
+}
+START_END = {"mm_use_im_start_end": True, "added": ("<im_patch>", "<im_start>", "<im_end>")}
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "before", "after"),
+    [
+        (ANYRES, {}, "aspect=anyres", "aspect=pad"),
+        (
+            ANYRES,
+            {"aspect": "anyres", "pinpoints": [[112, 56]]},
+            "mm_patch_merge_type=spatial",
+            "mm_patch_merge_type=spatial_unpad",
+        ),
+        (
+            ANYRES | {"mm_patch_merge_type": "spatial_unpad"},
+            {"aspect": "anyres", "pinpoints": [[56, 112]]},
+            "pinpoints=[[112, 56]]",
+            "pinpoints=[[56, 112]]",
+        ),
+        (START_END, {}, "start_end=true", "start_end=false"),
+        ({"llava_template": "llava_llama_2"}, {}, "template=llava_llama_2", "template=vicuna_v1"),
+    ],
+    ids=["aspect", "merge", "pinpoints", "start_end", "template"],
+)
+def test_a_value_that_differs_from_that_of_the_model_is_reported(
+    source: dict[str, Any],
+    changes: dict[str, Any],
+    before: str,
+    after: str,
+    assets: Assets,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = tiny.write_llava(tmp_path / "model", clip=assets.clip, **source)
+    start(recipe(assets, tmp_path / "run", model=str(model), **changes), tmp_path / "tokenizer")
+    assert f"{model}: was trained with {before}, but the recipe" in caplog.text
+    assert caplog.text.strip().endswith(f" has {after}")
+
+
+@pytest.mark.parametrize("kind", ["the same values", "a language model", "stage 1", "a projector"])
+def test_a_model_without_other_values_is_trained_without_a_warning(
+    kind: str, assets: Assets, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    projector = tiny.write_projector(tmp_path / "projector", clip=assets.clip)
+    changes: dict[str, Any] = {
+        "the same values": {},
+        "a language model": training.from_parts(assets) | {"template": "llava_v0", "aspect": "square"},
+        "stage 1": {"model": str(assets.llama), "projector": str(projector), "aspect": "square"},
+        "a projector": {"model": str(projector), "base": str(assets.llama)},
+    }[kind]
+    start(recipe(assets, tmp_path / "run", **changes), tmp_path / "tokenizer")
+    assert "was trained with" not in caplog.text
