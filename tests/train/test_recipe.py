@@ -20,7 +20,7 @@ from llava.config import LoadOptions
 from llava.errors import ConfigError, LlavaError
 from llava.formats.format import Checkpoint
 from llava.model.llava import Llava
-from llava.train import loop
+from llava.train import loop, run
 from llava.train.plan import make_plan
 from llava.train.recipe import (
     RECIPES,
@@ -250,9 +250,9 @@ class Workspace:
             seen.update(after=state(model))
             real_export(folder, model, *rest, **options)
 
-        real_fill, real_export = loop.fill, loop.export
+        real_fill, real_export = run.fill, loop.export
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "fill", fill)
+            patch.setattr(run, "fill", fill)
             patch.setattr(loop, "export", export)
             folder = loop.train(recipe, device="cpu")
         return Trained(recipe=recipe, folder=folder, **seen)
