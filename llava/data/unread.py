@@ -5,7 +5,7 @@ with media that are not read must not pass as text alone, so keys and marks are 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 _MEDIA = re.compile(
@@ -51,6 +51,7 @@ _MARK = re.compile(
     r"[ _-]?(pad|start|end|token|placeholder|here|bos|eos)?[ _-]?\d*\|?>",
     re.IGNORECASE,
 )
+_LINE_END = re.compile(r"[^\S\n]*(?:\n|\Z)")
 
 
 def unread_in_sample(value: Mapping[str, Any], known: frozenset[str], pictures: Sequence[str]) -> str | None:
@@ -97,23 +98,25 @@ def unread_mark(text: str) -> str | None:
     """
     if "<" not in text:
         return None
+    lowered = text.lower()
     for match in _MARK.finditer(text):
-        if _encloses_file(match[1], text[match.end() :]):
+        if _encloses_file(match, text):
             return match[0]
         at_start = match.start() == 0 or text[match.start() - 1] == "\n"
-        at_end = text[match.end() :].partition("\n")[0].strip() == ""
-        if (at_start or at_end) and f"</{match[1]}".lower() not in text.lower():
+        at_end = _LINE_END.match(text, match.end())
+        if (at_start or at_end) and f"</{match[1]}".lower() not in lowered:
             return match[0]
     return None
 
 
-def _encloses_file(tag: str, rest: str) -> bool:
-    """Whether `rest`, the text after an opening tag, starts with a media file or URL and the closing tag."""
-    content, _, closing = rest.partition("</")
-    enclosed = content.strip()
-    return closing.lower().startswith(tag.lower()) and any(
-        file.fullmatch(enclosed) for file in (_PICTURE_FILE, _OTHER_FILE, _WEB)
-    )
+def _encloses_file(tag: re.Match[str], text: str) -> bool:
+    """Whether an opening tag is followed by a media file or URL and its closing tag."""
+    end = text.find("<", tag.end())
+    closing = f"</{tag[1]}".lower()
+    if end < 0 or text[end : end + len(closing)].lower() != closing:
+        return False
+    enclosed = text[tag.end() : end].strip()
+    return any(file.fullmatch(enclosed) for file in (_PICTURE_FILE, _OTHER_FILE, _WEB))
 
 
 def _is_empty(content: Any) -> bool:
@@ -130,15 +133,17 @@ def _media_key(key: str, content: Any, pictures: Sequence[str]) -> str | None:
     if content in pictures or (isinstance(content, list) and content and all(one in pictures for one in content)):
         return None
     words = [word.lower() if len(word) < 4 else word.lower().removesuffix("s") for word in _WORD.findall(key)]
-    texts = [content] if isinstance(content, str) else content if isinstance(content, list) else []
-    texts = [text for text in texts if isinstance(text, str)]
+    leaves = [*_leaves(content)]
+    texts = [leaf for leaf in leaves if isinstance(leaf, str)]
     if not _describes(words, texts, pictures) and (
         _is_named_media(words, texts)
         or (not pictures and _is_type_of_media(words, texts))
         or _are_files(texts, pictures)
     ):
         return key
-    return _nested_media_key(key, content, pictures)
+    inner = (item for leaf in leaves if isinstance(leaf, dict) for item in leaf.items() if not _is_empty(item[1]))
+    nested = (_media_key(str(name), one, pictures) for name, one in inner)
+    return next((f"{key}.{found}" for found in nested if found), None)
 
 
 def _describes(words: Sequence[str], texts: Sequence[str], pictures: Sequence[str]) -> bool:
@@ -172,9 +177,10 @@ def _are_files(texts: Sequence[str], pictures: Sequence[str]) -> bool:
     return any(file.fullmatch(text) for text in texts for file in files)
 
 
-def _nested_media_key(key: str, content: Any, pictures: Sequence[str]) -> str | None:
-    if isinstance(content, dict):
-        inner = (_media_key(str(name), one, pictures) for name, one in content.items() if not _is_empty(one))
-        return next((f"{key}.{name}" for name in inner if name), None)
-    nested = [one for one in content if isinstance(one, dict | list)] if isinstance(content, list) else []
-    return next((found for one in nested if (found := _media_key(key, one, pictures))), None)
+def _leaves(content: Any) -> Iterator[str | dict[str, Any]]:
+    """Yields the texts and objects in a content and its nested lists."""
+    for one in content if isinstance(content, list) else (content,):
+        if isinstance(one, list):
+            yield from _leaves(one)
+        elif isinstance(one, str | dict):
+            yield one

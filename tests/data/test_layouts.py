@@ -3,6 +3,7 @@
 import base64
 import json
 import random
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -385,6 +386,14 @@ def test_a_deeply_nested_sample_is_refused_or_read(depth: int) -> None:
     for value in (nested, {"conversations": [nested]}, PLAIN | {"meta": nested}, asked(nested)):
         with suppress(DataError):
             parse(value, "", "0")
+
+
+def test_many_tags_and_many_boxes_are_read_quickly() -> None:
+    started = time.perf_counter()
+    parse({"conversations": talk("q <img> x " * 20_000, "a")}, "", "0")
+    for _ in range(100):
+        parse(ONE | {"boxes": [[0.1, 0.2, 0.3, 0.4]] * 1000}, "", "0")
+    assert time.perf_counter() - started < 3
 
 
 def test_a_check_reports_what_is_not_read_and_its_copy_keeps_it(tmp_path: Path) -> None:
