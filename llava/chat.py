@@ -1,6 +1,7 @@
 """The interactive chat in the terminal."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ class Chat:
         self.options = options
         self.messages: list[dict[str, Any]] = []
         self.images: list[str] = []
+        self._saved: set[Path] = set()  # files written by /save, which it may write again
 
     def run(self) -> None:
         """Reads and handles lines until /quit or the end of the input."""
@@ -102,6 +104,8 @@ class Chat:
         if file == Path():
             print("specify a file: /save FILE")
             return
+        if os.path.lexists(file) and file.resolve() not in self._saved and not file.is_dir():
+            raise LlavaError(f"{file}: already exists and is not from this chat; choose another file")
         try:
             data = (json.dumps(self.messages, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogateescape")
             with replacing(file) as partial:
@@ -111,4 +115,5 @@ class Chat:
             raise LlavaError(
                 f"{file}: cannot be written ({reason}); choose another file, or create its folder"
             ) from None
+        self._saved.add(file.resolve())
         print(f"wrote {counted(len(self.messages), 'message')} to {file}")

@@ -5,7 +5,8 @@ S sequence length   D dim
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from llava.assistant import Assistant, question_about
 from llava.config import IMAGE_PLACEHOLDER
 from llava.errors import ConfigError, ImageError, PromptError, counted
 from llava.preprocess import placeholders
+from llava.preprocess.image import Picture
+from llava.preprocess.inputs import Messages
 from llava.tensors.atomic import new_file
 from llava.tensors.files import DTYPE_NAMES
 from llava.tensors.writer import Progress, no_progress
@@ -88,8 +91,9 @@ def extract(
     Each text is a raw prompt, or a user message if `template` is given. If a text contains no image placeholder, the
     image is placed before the text. The file starts with space reserved for the header, which is written last.
 
-    Raises PromptError or ImageError with the row number, ConfigError if a layer does not exist or `out` exists, or
-    CheckpointError if the file cannot be written. No file is left behind after an error.
+    All rows are prepared once before the model runs. Raises PromptError or ImageError with the row number, ConfigError
+    if a layer does not exist or `out` exists, or CheckpointError if the file cannot be written. No file is left behind
+    after an error.
     """
     row_bytes = len(layers) * _entry_bytes(len(rows))
     room = 64 + len(rows) * row_bytes
@@ -101,7 +105,8 @@ def extract(
             f"file; {advice}"
         )
     check_target(out)
-    with new_file(out, room + _least_bytes(assistant, rows, layers)) as partial, partial.open("wb") as file:
+    n_bytes = _check_rows(assistant, rows, template) * len(set(layers)) * assistant.config.decoder.dim
+    with new_file(out, room + n_bytes * assistant.dtype.itemsize) as partial, partial.open("wb") as file:
         file.write(room.to_bytes(8, "little") + b" " * room)
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
@@ -119,12 +124,14 @@ def extract(
         file.write(text.ljust(room))
 
 
-def _least_bytes(assistant: Assistant, rows: Sequence[Row], layers: Sequence[int]) -> int:
-    """Returns the size of the hidden states without the tokens of a template and with one view per image."""
-    config, tokenizer = assistant.config, assistant.preprocessor.tokenizer
-    per_image = config.vision.n_features if config.vision else 0
-    n_tokens = sum(len(tokenizer.encode(row.text)) + (per_image if row.image else 0) for row in rows)
-    return n_tokens * len(set(layers)) * config.decoder.dim * assistant.dtype.itemsize
+def _check_rows(assistant: Assistant, rows: Sequence[Row], template: str | None) -> int:
+    """Prepares all rows, so that a bad one is reported before the model runs. Returns the number of tokens."""
+    n_tokens = 0
+    for i, row in enumerate(rows):
+        messages, images = _request(row, template)
+        with _naming(i):
+            n_tokens += len(assistant.preprocessor.prepare(messages, images=images, template=template).ids)
+    return n_tokens
 
 
 def _entry_bytes(n_rows: int) -> int:
@@ -135,12 +142,24 @@ def _entry_bytes(n_rows: int) -> int:
 def _states(
     assistant: Assistant, row: Row, number: int, layers: Sequence[int], template: str | None
 ) -> dict[int, Tensor]:
+    messages, images = _request(row, template)
+    with _naming(number):
+        return assistant.hidden_states(messages, layers, images=images, template=template)
+
+
+def _request(row: Row, template: str | None) -> tuple[Messages, list[Picture] | None]:
+    """Returns a conversation, or a raw prompt and its images if there is no template."""
+    if template:
+        return question_about(row.image, row.text), None
+    if row.image is None:
+        return row.text, []
+    return row.text if placeholders.count(row.text) else f"{IMAGE_PLACEHOLDER}\n{row.text}", [row.image]
+
+
+@contextmanager
+def _naming(number: int) -> Iterator[None]:
+    """Adds the number of the row to an error."""
     try:
-        if template:
-            return assistant.hidden_states(question_about(row.image, row.text), layers, template=template)
-        if row.image is None:
-            return assistant.hidden_states(row.text, layers, images=[])
-        text = row.text if placeholders.count(row.text) else f"{IMAGE_PLACEHOLDER}\n{row.text}"
-        return assistant.hidden_states(text, layers, images=[row.image])
+        yield
     except (PromptError, ImageError) as error:
         raise type(error)(f"row {number}: {error}") from None

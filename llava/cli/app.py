@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,6 +111,8 @@ def main(args: list[str] | None = None) -> None:
     line = sys.argv[1:] if args is None else args
     try:
         with guarded():  # also while the commands are put together
+            # Pillow warns about large photos, which are read nevertheless; it refuses those of twice that size
+            warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")
             handler = logging.StreamHandler()
             handler.setFormatter(AdviceFormatter(Command.running(typer.main.get_command(app), line)))
             logging.basicConfig(handlers=[handler], level=logging.WARNING)

@@ -263,6 +263,14 @@ def a_file_without_a_path(w: World) -> Steps:
     yield chat(w, f"/save {w / 'messages.json'}")
 
 
+@advice("{}: already exists and is not from this chat; choose another file")
+def messages_over_another_file(w: World) -> Steps:
+    (w / "notes.txt").write_text("mine")
+    yield chat(w, "Hi", f"/save {w / 'notes.txt'}")
+    assert (w / "notes.txt").read_text() == "mine"
+    yield chat(w, "Hi", f"/save {w / 'messages.json'}")
+
+
 @advice("{}: cannot be written ({}); choose another file, or create its folder")
 def messages_in_no_folder(w: World) -> Steps:
     yield chat(w, "Hi", f"/save {w / 'new' / 'messages.json'}")

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import llava
+from llava.errors import ImageError, PromptError
+from llava.features import Row, extract
 from tests import command, tiny
 from tests.command import run, run_well
 
@@ -220,6 +222,30 @@ def test_chat_keeps_the_conversation_and_saves_it(checkpoint: Path, vlm: llava.A
     assert "Say hello." in record
     assert "What is on it?" in record
     assert "no such" not in done.stderr
+
+
+def test_chat_saves_over_its_own_file_only(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text("[]")
+    lines = f"/save {tmp_path}/a.json\nSay hello.\n/save {tmp_path}/a.json\n/save {tmp_path}/data.json\n"
+    done = run_well("chat", "--model", checkpoint, "--max-new-tokens", 2, stdin=lines.encode())
+    assert len(json.loads((tmp_path / "a.json").read_text())) == 2
+    assert done.stderr.strip().startswith(f"llava: {tmp_path}/data.json: already exists")
+    assert (tmp_path / "data.json").read_text() == "[]"
+
+
+def test_a_photo_of_108_megapixels_is_read_without_a_warning(checkpoint: Path, tmp_path: Path) -> None:
+    Image.new("1", (12000, 9000)).save(tmp_path / "photo.png")
+    done = run_well("ask", tmp_path / "photo.png", "What is it?", "--model", checkpoint, "--max-new-tokens", 2)
+    assert done.stderr == ""
+
+
+def test_features_report_a_bad_last_row_before_the_model_runs(vlm: llava.Assistant, tmp_path: Path) -> None:
+    bad = {"none.png: no such image": Row("Hi", str(tmp_path / "none.png")), "placeholder": Row("<image>\nHi", None)}
+    good, done = [Row("Hi", None)] * 2, list[int]()
+    for message, row in (bad | {"context": Row("dog " * 5000, None)}).items():
+        with pytest.raises((ImageError, PromptError), match=f"^row 2: .*{message}"):
+            extract(vlm, [*good, row], [0], tmp_path / "f.safetensors", progress=lambda n, _: done.append(n))
+    assert not done
 
 
 def test_chat_continues_after_a_missing_picture(checkpoint: Path) -> None:
