@@ -30,7 +30,8 @@ from torch import Tensor
 
 import llava
 from llava.assistant import LLAVA_TINY, Assistant
-from llava.checkpoint.open import check_headers, open_checkpoint
+from llava.checkpoint.consistency import check_headers
+from llava.checkpoint.open import open_checkpoint
 from llava.convert.convert import convert
 from llava.convert.split import make_delta
 from llava.errors import LlavaError
