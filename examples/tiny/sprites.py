@@ -33,7 +33,7 @@ class Sprites:
     A picture is a glyph by one artist or a word in one font. They are ordered by artist, with the words at the end.
     """
 
-    pixels: Tensor  # int32 [all]: premultiplied RGBA, red in the lowest byte; one level after another
+    pixels: Tensor  # int32 [n_pixels]: premultiplied RGBA with red in the low byte; mip levels are concatenated
     extent: Tensor  # float32 [pictures, 2]: half width and height of the visible part; half the canvas height is 1
     drawable: Tensor  # int64: classes of glyphs that at least one artist drew
     turnable: Tensor  # bool [classes]: may be mirrored

@@ -249,7 +249,7 @@ def _is_recorded(files: CheckpointFiles, format: str, base: CheckpointFiles) -> 
 
 
 def _other_base(files: CheckpointFiles, format: str, base: Checkpoint, found: CheckpointFiles) -> str | None:
-    """Returns evidence that the base is another one than recorded: by name or, if one has no name, by its config."""
+    """Returns evidence that the base is not the recorded one: its name or, if either has none, its config."""
     name, where, _ = next(recorded_names(files, format), ("", "", None))
     cached = next((part for part in found.path.parts if part.startswith("models--")), "")  # in the hub's cache
     # a LLaVA's own config names the model that it was trained from

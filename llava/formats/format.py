@@ -164,7 +164,10 @@ class Format(ABC):
     def read_config(
         self, files: CheckpointFiles, tensors: Mapping[str, LazyTensor], base: Checkpoint | None, options: LoadOptions
     ) -> ReadConfig:
-        """Reads the model's config. `tensors`: as returned by `resolve`. Raises CheckpointError or ConfigError."""
+        """Reads the model's config. Every format with `reads` overrides this method.
+
+        tensors: as returned by `resolve`. Raises CheckpointError or ConfigError.
+        """
         raise NotImplementedError
 
     def tokenizer_folder(self, files: CheckpointFiles) -> Path:

@@ -69,7 +69,7 @@ class Lora(PartOfModel):
         if base.config.decoder.tied and any(_is_head(name, rules) for name in adapter.factors):
             under.tensors.setdefault("decoder.head.weight", base.tensors["decoder.embed.weight"])
         if "projector.0.weight" not in own:
-            _tell_where_the_projector_is(under, adapter, files.path)
+            _warn_about_projector(under, adapter, files.path)
         tensors = {**under.tensors, **_with_replaced_parts(adapter.parts, under, files.path)}
         if base.config.decoder.tied and not settings.ties_weights:
             tensors = _with_the_bases_head(tensors, base)
@@ -88,14 +88,17 @@ class Lora(PartOfModel):
     def read_config(
         self, files: CheckpointFiles, tensors: Mapping[str, LazyTensor], base: Checkpoint | None, options: LoadOptions
     ) -> ReadConfig:
-        read = super().read_config(files, tensors, base, options)
-        if base and read.config.vision and "projector.0.weight" not in tensors:
+        assert base
+        config = files.config or base.source_config
+        describes_llava = bool(config.get("mm_vision_tower") or config.get("vision"))
+        has_projector = "projector.0.weight" in tensors or config.get("mm_projector_type") == "identity"
+        if options.vision and describes_llava and not has_projector:  # before its vision tower is looked for
             raise CheckpointError(
                 f"{files.path}: describes a LLaVA, but has no {NON_LORA_FILE} with its projector, and the base "
                 f"{base.path} is a language model without a projector; download {NON_LORA_FILE} from where the LoRA "
                 "came from, or pass a LLaVA as base= (--base)"
             )
-        return read
+        return super().read_config(files, tensors, base, options)
 
     def new_tokens(self, files: CheckpointFiles, first_id: int) -> dict[str, int]:
         extra = files.path / NON_LORA_FILE
@@ -142,8 +145,8 @@ class _Base(NamedTuple):
         raise CheckpointError(f"{lora}: adapts {name}, which {self.path} lacks; {why}")
 
 
-def _tell_where_the_projector_is(base: _Base, adapter: Adapter, lora: Path) -> None:
-    """Logs a line about a LoRA without a projector of its own, unless it belongs to a plain language model."""
+def _warn_about_projector(base: _Base, adapter: Adapter, lora: Path) -> None:
+    """Warns that a LoRA has no projector, unless it was trained on a plain language model."""
     if "projector.0.weight" in base.tensors:
         log.warning("%s: has no projector of its own; uses the projector of the base %s", lora, base.path)
     elif any("language_model." in name for name in adapter.factors):

@@ -103,7 +103,7 @@ def _has_16_bit_channels(image: Image.Image) -> bool:
 
 
 def _too_dark(rgb: Image.Image) -> tuple[str, ...]:
-    high = max(high for _, high in rgb.getextrema())  # type: ignore[misc]  # (lowest, highest) of each of the 3 bands
+    high = max(high for _, high in rgb.getextrema())  # type: ignore[misc]  # (min, max) per band
     if high >= _FEW_SHADES:
         return ()
     return (_dark(f"below {(high + 1) * 256}", 65535),)
