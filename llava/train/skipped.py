@@ -1,4 +1,4 @@
-"""Reports the samples and pictures that a run does not use as they are."""
+"""Reports the samples that a run skips or truncates, and the pictures that lose values when they are read."""
 
 import logging
 import shlex

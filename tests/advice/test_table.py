@@ -1,4 +1,4 @@
-"""Advice works: whoever does what a message says sees it no more."""
+"""Advice works: following the advice of a message ends the message."""
 
 from collections.abc import Mapping
 from contextlib import suppress
