@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -16,8 +16,10 @@ from llava.checkpoint.adapters import open_separately
 from llava.checkpoint.consistency import warn_about_other_chat_template
 from llava.checkpoint.load import Pool, build, resolve_device, resolve_dtype
 from llava.checkpoint.open import open_checkpoint
-from llava.config import LlavaConfig, LoadOptions, PictureOptions, Transparency
-from llava.engine.engine import Engine
+from llava.config import EngineOptions, LlavaConfig, LoadOptions, PictureOptions, Transparency
+from llava.engine.adapters import Variant
+from llava.engine.capture import Capture
+from llava.engine.engine import Engine, Request
 from llava.engine.reply import Reply, Stream
 from llava.engine.sampling import SamplingParams
 from llava.errors import ConfigError, PromptError
@@ -29,8 +31,6 @@ from llava.zoo.bases import advice
 
 log = logging.getLogger(__name__)
 LLAVA_TINY = Path(__file__).parent / "weights" / "llava-tiny"  # a small LLaVA model that recognises drawn objects
-
-Request = Messages | tuple[str, Sequence[Picture]]  # a conversation, a raw prompt, or a raw prompt with its images
 
 
 def load(
@@ -52,6 +52,7 @@ def load(
     legacy_strip: bool = False,
     merge: bool = True,
     adapters: Mapping[str, str | Path] | None = None,
+    engine: EngineOptions | None = None,
 ) -> "Assistant":
     """Loads a checkpoint from a folder or the Hugging Face hub. Without `path`, loads the included llava-tiny.
 
@@ -77,6 +78,7 @@ def load(
     exif: rotate images according to their EXIF orientation, which the original LLaVA code ignores.
     transparency: what to do with transparent pixels: "drop" uses the colours stored under them, as the original LLaVA
         code does; "white" or "black" places images on a background of this colour.
+    engine: how many requests run at the same time, how much memory their keys and values get, and the like.
     legacy_strip: strip white space around <im_start> and other added tokens, as LLaVA v0 and v1.1 did in training.
 
     Raises LlavaError.
@@ -111,20 +113,15 @@ def load(
     compute = resolve_dtype(dtype, next(iter(checkpoints.values())), target)
     pool: Pool | None = {} if separate else None
     loaded = {
-        name: Loaded(
+        name: Variant(
             build(checkpoint, dtype=compute, device=target, force=force, pool=pool),
             Preprocessor(checkpoint.config, checkpoint.tokenizer, template=template, pictures=pictures),
         )
         for name, checkpoint in checkpoints.items()
     }
-    return Assistant(*loaded[None], adapters={name: one for name, one in loaded.items() if name is not None})
-
-
-class Loaded(NamedTuple):
-    """A model and its preprocessor."""
-
-    model: Llava
-    preprocessor: Preprocessor
+    return Assistant(
+        *loaded[None], adapters={name: one for name, one in loaded.items() if name is not None}, options=engine
+    )
 
 
 class Assistant:
@@ -132,7 +129,6 @@ class Assistant:
 
     model: Llava
     preprocessor: Preprocessor
-    engine: Engine
     active: str | None  # name of the active adapter
 
     def __init__(
@@ -140,16 +136,13 @@ class Assistant:
         model: Llava,
         preprocessor: Preprocessor,
         *,
-        compile: bool = False,
-        adapters: Mapping[str, Loaded] | None = None,
+        adapters: Mapping[str, Variant] | None = None,
+        options: EngineOptions | None = None,
     ):
         """adapters: variants of the model, by name; they share all unchanged weights with `model`."""
-        named: Iterable[tuple[str | None, Loaded]] = (adapters or {}).items()
-        self._reported: set[str] = set()  # losses that have been logged
-        self._loaded = dict([*named, (None, Loaded(model, preprocessor))])
-        self._engines = {
-            name: Engine(one.model, one.preprocessor.tokenizer, compile=compile) for name, one in self._loaded.items()
-        }
+        named: Iterable[tuple[str | None, Variant]] = (adapters or {}).items()
+        self._loaded = dict([*named, (None, Variant(model, preprocessor))])
+        self.engine = Engine(self._loaded, options)
         self.adapter(next(iter(self._loaded)))
 
     @property
@@ -166,7 +159,7 @@ class Assistant:
         if name not in self._loaded:
             available = ", ".join(self.adapters) or "none; load with at least one adapter"
             raise ConfigError(f"unknown adapter {name!r}; available: {available}")
-        self.active, self.engine = name, self._engines[name]
+        self.active = name
         self.model, self.preprocessor = self._loaded[name]
 
     @property
@@ -184,16 +177,11 @@ class Assistant:
     def prepare(
         self, messages: Messages, *, images: Sequence[Picture] | None = None, template: str | None = None
     ) -> ModelInput:
-        """Returns the model input: prompt, ids and pixels. Raises PromptError, ImageError.
+        """Returns the model input for the active adapter: prompt, ids and pixels. Raises PromptError, ImageError.
 
         Logs one warning for each image whose values or transparency were lost.
         """
-        input = self.preprocessor.prepare(messages, images=images, template=template)
-        for loss in input.losses:
-            if loss not in self._reported:  # the images of a conversation are read again in every turn
-                log.warning("%s", loss)
-            self._reported.add(loss)
-        return input
+        return self.engine.prepare(messages, images=images, template=template, adapter=self.active)
 
     def ask(self, image: Picture | Sequence[Picture] | None, question: str, **options: Any) -> str:
         """Answers a question about any number of images and returns the reply text. Options: see `generate`."""
@@ -208,24 +196,23 @@ class Assistant:
         **options: Any,
     ) -> Reply:
         """Generates a reply. Options: `SamplingParams` fields (max_new_tokens, temperature, top_p, seed, stop, …)."""
-        (reply,) = self._replies([(messages, images)], template, SamplingParams.from_options(**options))
-        return reply
+        stream = self.begin(messages, images=images, template=template, **options)
+        for _ in stream:
+            pass
+        return stream.reply()
 
     def generate_batch(
-        self, requests: Sequence[Request], *, template: str | None = None, batch_size: int = 32, **options: Any
+        self, requests: Sequence[Request], *, template: str | None = None, batch_size: int | None = None, **options: Any
     ) -> list[Reply]:
-        """Generates replies to many requests, `batch_size` at a time. In float32, they match the replies of `generate`.
+        """Generates replies to many requests, in order. In float32, they match the replies of `generate`.
 
+        batch_size: how many requests are prepared and run at the same time; default: as many as the engine allows.
         `template` does not apply to raw prompts. Other options: see `generate`.
         """
         params = SamplingParams.from_options(**options)
-        if batch_size < 1:
+        if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; expected 1 or more")
-        pairs = [_messages_and_images(request) for request in requests]
-        replies: list[Reply] = []
-        for i in range(0, len(pairs), batch_size):
-            replies += self._replies(pairs[i : i + batch_size], template, params)
-        return replies
+        return self.engine.generate(requests, params, adapter=self.active, at_once=batch_size, template=template)
 
     def stream(
         self,
@@ -247,27 +234,10 @@ class Assistant:
         **options: Any,
     ) -> Stream:
         """Like `stream`, but the returned iterator also has a `reply()` method that returns the reply so far."""
-        input, prepare_s = self._prepare_timed(messages, images, template)
-        return Stream(self.engine, input, prepare_s, SamplingParams.from_options(**options))
-
-    def _prepare_timed(
-        self, messages: Messages, images: Sequence[Picture] | None, template: str | None
-    ) -> tuple[ModelInput, float]:
-        """Returns the model input and the time spent preparing it, in seconds."""
-        start = time.perf_counter()
-        return self.prepare(messages, images=images, template=template), time.perf_counter() - start
-
-    def _replies(
-        self,
-        requests: Sequence[tuple[Messages, Sequence[Picture] | None]],
-        template: str | None,
-        params: SamplingParams,
-    ) -> list[Reply]:
-        prepared = [self._prepare_timed(messages, images, template) for messages, images in requests]
-        sequences = [self.engine.start(input, params) for input, _ in prepared]
-        for _ in self.engine.run(sequences, params):
-            pass
-        return [Reply.of(one, prepare_s, params) for one, (_, prepare_s) in zip(sequences, prepared, strict=True)]
+        params = SamplingParams.from_options(**options)
+        started = time.perf_counter()
+        input = self.prepare(messages, images=images, template=template)
+        return self.engine.stream(input, params, adapter=self.active, prepare_s=time.perf_counter() - started)
 
     @torch.inference_mode()
     def logits(
@@ -277,7 +247,6 @@ class Assistant:
         x = self._embedded(messages, images, template)
         return self.model.decoder.logits(self.model.decoder(x))[0]
 
-    @torch.inference_mode()
     def hidden_states(
         self,
         messages: Messages,
@@ -297,16 +266,14 @@ class Assistant:
                 raise ConfigError(
                     f"layer {layer} does not exist: this model has layers 0 to {n_states - 1} (-1: the last)"
                 )
-        wanted = {layer % n_states for layer in layers}
-        x = self._embedded(messages, images, template)
-        states = {0: x[0]}
-        after_blocks = wanted - {0, n_states - 1}
-        for i, state in enumerate(self.model.decoder.states(x), start=1):
-            if i in after_blocks:
-                states[i] = state[0]
-            last = state
-        states[n_states - 1] = last[0]  # output of the final norm, not of the last block, as in transformers
-        return {layer: states[layer % n_states] for layer in layers}
+        capture = Capture(hidden_states=tuple({layer % n_states for layer in layers}))
+        input = self.prepare(messages, images=images, template=template)
+        params = SamplingParams(max_new_tokens=0)
+        stream = self.engine.stream(input, params, adapter=self.active, capture=capture)
+        for _ in stream:
+            pass
+        states = stream.captured()
+        return {layer: states.hidden_states(layer % n_states).to(self.device) for layer in layers}
 
     @torch.inference_mode()
     def vision_features(self, pixels: Tensor) -> Tensor:
@@ -332,21 +299,20 @@ class Assistant:
         self, messages: Messages, *, images: Sequence[Picture] | None = None, template: str | None = None
     ) -> list[Tensor]:
         """Returns one tensor [tokens, D] per image: all embeddings that represent the image in the input sequence."""
-        return self.engine.encode([self.prepare(messages, images=images, template=template)])
+        return self._encode(self.prepare(messages, images=images, template=template))
+
+    def _encode(self, input: ModelInput) -> list[Tensor]:
+        if input.pixels is None:
+            return []
+        return self.model.encode_images(input.pixels.to(self.device, self.dtype), input.views, input.grids)
 
     def _embedded(self, messages: Messages, images: Sequence[Picture] | None, template: str | None) -> Tensor:
         """Returns the embeddings [1, S, D] of the prompt, including its images."""
-        return self.engine.embed([self.prepare(messages, images=images, template=template)])
+        input = self.prepare(messages, images=images, template=template)
+        return self.model.embed(input.ids.to(self.device), self._encode(input))[None]
 
 
 _WITHOUT_VISION = "(or was loaded without it)"
-
-
-def _messages_and_images(request: Request) -> tuple[Messages, Sequence[Picture] | None]:
-    """Splits a request into (messages, images); images is None unless the request is a (raw prompt, images) pair."""
-    if isinstance(request, tuple) and len(request) == 2 and isinstance(request[0], str):
-        return request[0], request[1]
-    return cast(Messages, request), None
 
 
 def question_about(image: Picture | Sequence[Picture] | None, question: str) -> list[dict[str, Any]]:

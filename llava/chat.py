@@ -94,6 +94,7 @@ class Chat:
                 print(piece, end="", flush=True)
                 answer += piece
         except KeyboardInterrupt:
+            stream.close()
             print(" [stopped]", end="")
         print()
         if answer.strip():  # the turn is discarded if the reply was stopped before its first word

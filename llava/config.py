@@ -349,3 +349,50 @@ class PictureOptions:
 
     def __post_init__(self) -> None:
         _check(self, "images")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How the engine runs requests. The replies do not depend on them, apart from rounding."""
+
+    max_batch: int = 64  # requests that run at the same time; others wait
+    # memory for keys and values: bytes, a size such as "8GiB", or a fraction of the free memory such as 0.9;
+    # None: as much as `max_batch` requests of full length need, but at most half of the free memory
+    cache_memory: int | float | str | None = None
+    page_size: int = 16  # tokens per page of the cache
+    chunk_tokens: int | None = None  # tokens computed in a step; None: 512 on a CPU, 2048 on a GPU
+    prefix_cache: bool = True  # reuse the keys and values of earlier requests that start in the same way
+    batch_invariant: bool = False  # compute exactly the same logits whatever other requests run; slower
+    graphs: bool = True  # capture decoding steps as CUDA graphs, where supported; has no effect on a CPU
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "page_size", "chunk_tokens"):
+            value = getattr(self, name)
+            if name == "chunk_tokens" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"engine: {name} is {value!r}; expected a whole number of at least 1")
+        for name in ("prefix_cache", "batch_invariant", "graphs"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"engine: {name} is {getattr(self, name)!r}; expected True or False")
+        self.cache_bytes(0)
+
+    def cache_bytes(self, free: int) -> int | None:
+        """Returns the bytes for keys and values if `free` bytes are free, or None if `cache_memory` is not set."""
+        value = self.cache_memory
+        if value is None:
+            return None
+        if isinstance(value, str):
+            match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?", value.strip())
+            if match and match[2]:
+                base = 1024 if "i" in match[2] else 1000
+                return int(float(match[1]) * base ** ("BKMGT".index(match[2][0]) if match[2] != "B" else 0))
+            value = (float(match[1]) if "." in match[1] else int(match[1])) if match else value
+        if isinstance(value, float) and 0 < value <= 1:
+            return int(value * free)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 1:
+            return value
+        raise ConfigError(
+            f"engine: cache_memory is {self.cache_memory!r}; expected a number of bytes, a size such as 8GiB, or a "
+            "fraction of the free memory such as 0.9"
+        )

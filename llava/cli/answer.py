@@ -17,6 +17,7 @@ from llava.cli.options import (
     Base,
     ChatOptions,
     Checkpoint,
+    EngineFlags,
     Model,
     ModelOptions,
     SamplingOptions,
@@ -42,6 +43,7 @@ def ask(
     base: Base = None,
     adapter: Adapters = None,
     loading: ModelOptions,
+    engine: EngineFlags,
     sampling: SamplingOptions,
     as_json: AsJson = False,
 ) -> None:
@@ -50,7 +52,7 @@ def ask(
     _check_question(question)
     images = [_from_stdin() if path == "-" else _existing(path) for path in paths]
     sampling.check()
-    vlm = _load(model, loading, base=base, adapters=adapter)
+    vlm = _load(model, loading, base=base, adapters=adapter, engine=engine)
     from llava.assistant import question_about
 
     answer = vlm.begin(question_about(images, question), **vars(sampling))
@@ -68,11 +70,12 @@ def chat(
     base: Base = None,
     adapter: Adapters = None,
     loading: ModelOptions,
+    engine: EngineFlags,
     sampling: ChatOptions,
 ) -> None:
     """Chat in the terminal. Commands: /image PATH, /adapter NAME, /reset, /save FILE, /quit; Ctrl-C stops a reply."""
     sampling.check()
-    vlm = _load(model, loading, base=base, adapters=adapter)
+    vlm = _load(model, loading, base=base, adapters=adapter, engine=engine)
     from llava.chat import Chat
 
     Chat(vlm, vars(sampling)).run()
@@ -119,7 +122,9 @@ def _load(
     base: str | None,
     adapters: list[str] | None = None,
     vision: bool = True,
+    engine: EngineFlags = EngineFlags(),  # noqa: B008 (frozen)
 ) -> "Assistant":
+    options_of_engine = engine.options()
     import llava
 
     if path is None:
@@ -129,7 +134,7 @@ def _load(
             file=sys.stderr,
         )
     named = dict(map(_name_and_folder, adapters or ()))
-    return llava.load(path, base=base, adapters=named, vision=vision, **vars(options))
+    return llava.load(path, base=base, adapters=named, vision=vision, engine=options_of_engine, **vars(options))
 
 
 def _name_and_folder(adapter: str) -> tuple[str, str]:

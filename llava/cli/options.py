@@ -4,11 +4,14 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from llava.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llava.config import EngineOptions
 
 Model = Annotated[
     str | None,
@@ -46,6 +49,15 @@ Transparency = Annotated[
 LegacyStrip = Annotated[
     bool, typer.Option("--legacy-strip", help="strip white space around added tokens, as v0 and v1.1 did in training")
 ]
+BatchInvariant = Annotated[
+    bool,
+    typer.Option("--batch-invariant", help="compute exactly the same logits alone and beside other requests; slower"),
+]
+MaxBatch = Annotated[int, typer.Option("--max-batch", help="requests that run at the same time; others wait")]
+CacheMemory = Annotated[
+    str | None,
+    typer.Option("--cache-memory", help="memory for keys and values: a size such as 8GiB, or a share of what is free"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
 
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="maximum length of the reply, in tokens")]
@@ -81,6 +93,25 @@ class ModelOptions:
     exif: Exif = False
     transparency: Transparency = "drop"
     legacy_strip: LegacyStrip = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineFlags:
+    """Options for all commands that generate text, with the same names as the fields of `EngineOptions`."""
+
+    batch_invariant: BatchInvariant = False
+    max_batch: MaxBatch = 64
+    cache_memory: CacheMemory = None
+
+    def options(self) -> "EngineOptions":
+        """Returns the engine's options. Raises ConfigError, with the name of the command-line option."""
+        from llava.config import EngineOptions
+
+        try:
+            return EngineOptions(**vars(self))
+        except ConfigError as error:
+            name, _, rest = str(error).removeprefix("engine: ").partition(" ")
+            raise ConfigError(f"--{name.replace('_', '-')} {rest}") from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ class Detokenizer:
         self._anchor = -1  # index of the last id in `_settled`; -1: none yet
         self.ids: list[int] = []
         self.text = ""  # the part of the reply that can no longer change
+        self.n_final = 0  # leading ids whose text can no longer change
         self.stopped = False  # a stop string was found; no more ids are accepted
 
     def append(self, id: int) -> str:
@@ -31,10 +32,14 @@ class Detokenizer:
             self.stopped = True
             return self._truncate(text, min(found))
         self._move_anchor(text)
-        return self._send(text[: len(text) - self._n_held(text)])
+        n_held = self._n_held(text)
+        if not n_held:
+            self.n_final = len(self.ids)
+        return self._send(text[: len(text) - n_held])
 
     def finish(self) -> str:
         """Returns the remaining text. Call it after the last id."""
+        self.n_final = len(self.ids)
         return "" if self.stopped else self._send(self._decode(self.ids))
 
     def _decoded(self, n: int) -> str:

@@ -1,13 +1,23 @@
-"""The result of a request: a finished reply or a stream of text."""
+"""The results of requests: outputs of a step, finished replies, and streams of text."""
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
-from llava.engine.engine import Engine
-from llava.engine.sampling import SamplingParams
-from llava.engine.sequence import Sequence
-from llava.preprocess.inputs import ModelInput
+from llava.engine.capture import Captured
+from llava.engine.sequence import FinishReason, Sequence
+from llava.errors import LlavaError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What a step added to the reply of one request. Concatenated, the outputs of a request form its reply."""
+
+    request: int
+    text: str  # new text that can no longer change; may be ""
+    token_ids: list[int]  # new ids whose text can no longer change, without those of an end token or stop string
+    finish_reason: FinishReason | None  # None: the reply goes on
+    error: LlavaError | None = None  # if the finish reason is "error"
 
 
 @dataclass(frozen=True)
@@ -21,12 +31,11 @@ class Usage:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds spent on a request, or on the whole batch that contains it."""
+    """Seconds spent on a request, including the time spent on other requests in the same steps."""
 
     prepare_s: float  # opening and resizing images, encoding text
-    first_token_s: float  # from the end of preparation to the first token: vision tower and prefill
+    first_token_s: float  # from the end of preparation to the first token: waiting, vision tower and prefill
     decode_s: float  # from the first to the last token
-
     tokens_per_s: float | None  # decoding speed; None for replies of at most one token
 
 
@@ -36,46 +45,60 @@ class Reply:
 
     text: str
     token_ids: list[int]  # without the end token or the tokens of a stop string
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
     usage: Usage
     timings: Timings
     logprobs: list[float] | None = None  # one per token, if requested
     top_logprobs: list[dict[int, float]] | None = None
+    # of each token of the prompt but the first, if requested; None for image tokens
+    prompt_logprobs: list[float | None] | None = None
+    prompt_top_logprobs: list[dict[int, float] | None] | None = None
 
     @classmethod
-    def of(cls, sequence: Sequence, prepare_s: float, params: SamplingParams) -> "Reply":
-        """Builds a reply from a sequence, which may be unfinished. prepare_s: seconds spent preparing the request."""
+    def of(cls, sequence: Sequence) -> "Reply":
+        """Builds a reply from a sequence, which may be unfinished; the finish reason is then "stop"."""
         decode_s = sequence.ended - sequence.first_token
         steps = sequence.n_generated - 1
-        n_text = len(sequence.input.token_ids) - len(sequence.input.views)
         ids = list(sequence.detokenizer.ids)
+        n_image_tokens = sum(image.end - image.start for image in sequence.images)
+        params = sequence.params
         return cls(
             text=sequence.detokenizer.text,
             token_ids=ids,
             finish_reason=sequence.finish_reason or "stop",
-            usage=Usage(sequence.n_prompt, sequence.n_prompt - n_text, len(ids)),
+            usage=Usage(sequence.n_prompt, n_image_tokens, len(ids)),
             timings=Timings(
-                prepare_s,
+                sequence.prepare_s,
                 sequence.first_token - sequence.started,
                 decode_s,
                 steps / decode_s if steps > 0 < decode_s else None,
             ),
             logprobs=sequence.logprobs if params.logprobs else None,
             top_logprobs=sequence.top_logprobs if params.logprobs else None,
+            prompt_logprobs=sequence.prompt_logprobs if params.prompt_logprobs else None,
+            prompt_top_logprobs=sequence.prompt_top_logprobs if params.prompt_logprobs else None,
         )
 
 
 class Stream(Iterator[str]):
-    """Yields the text of a reply piece by piece as it is generated."""
+    """Yields the text of a reply piece by piece as it is generated. A stream that is dropped is aborted."""
 
-    def __init__(self, engine: Engine, input: ModelInput, prepare_s: float, params: SamplingParams):
-        self._prepare_s, self._params = prepare_s, params
-        self._sequence = engine.start(input, params)
-        self._pieces = (piece for _, piece in engine.run([self._sequence], params) if piece)
+    def __init__(self, sequence: Sequence, outputs: Iterator[Output], abort: Callable[[int], None]):
+        self._sequence = sequence
+        self._pieces = (output.text for output in outputs if output.text)
+        self._abort = weakref.finalize(self, abort, sequence.request)
 
     def __next__(self) -> str:
         return next(self._pieces)
 
+    def close(self) -> None:
+        """Aborts the request if it has not finished."""
+        self._abort()
+
     def reply(self) -> Reply:
         """Returns the reply so far. If the reply is unfinished, its finish_reason is "stop"."""
-        return Reply.of(self._sequence, self._prepare_s, self._params)
+        return Reply.of(self._sequence)
+
+    def captured(self) -> Captured:
+        """Returns the intermediate results that the request asked for."""
+        return self._sequence.captured

@@ -1,47 +1,145 @@
-"""A request whose reply is being generated."""
+"""A request whose reply is being generated: its tokens, its pages in the cache, and its own options.
 
+D dim
+"""
+
+import hashlib
 import time
+from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor
 
+from llava.config import IMAGE, TileGrid
+from llava.engine.beam import BeamSearch
+from llava.engine.block_manager import PageKey
+from llava.engine.capture import Capture, Captured
 from llava.engine.detokenize import Detokenizer
+from llava.engine.sampling import SamplingParams
+from llava.errors import LlavaError
 from llava.preprocess.inputs import ModelInput
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PlacedImage:
+    """A picture with its position in the sequence."""
+
+    start: int  # position of its first token
+    end: int  # position after its last token
+    digest: bytes  # SHA-256 of the preprocessed pixels and the tile grid: what the tower and the projector depend on
+    pixels: Tensor  # [views, 3, size, size]
+    grid: TileGrid | None
 
 
 @dataclass(eq=False, kw_only=True)
 class Sequence:
-    """A prompt and the tokens generated for it so far."""
+    """A prompt and the tokens generated for it so far.
 
-    input: ModelInput
-    detokenizer: Detokenizer
-    stop_ids: frozenset[int]
+    There are no phases: `computed` counts the tokens whose keys and values are in the cache, `total` all tokens. Each
+    step raises `computed`; when it reaches `total`, a token is sampled. Preemption sets it back to 0.
+    """
+
+    id: int  # unique; the members of a beam search have ids of their own
+    request: int  # the number that `Engine.add_request` returns
+    params: SamplingParams
+    adapter: str | None
+    order: int  # requests with a lower number are scheduled first and preempted last
+    seed: int
     max_new_tokens: int
-    generator: torch.Generator | None  # None: greedy sampling
+    stop_ids: frozenset[int]
+    detokenizer: Detokenizer
+    tokens: list[int]  # prompt ids, with IMAGE for each image token, and generated ids
     n_prompt: int
-    seen: Tensor  # ids in the prompt and the reply, for the repetition penalty
-    n_generated: int = 0
-    finish_reason: Literal["stop", "length"] | None = None
+    images: list[PlacedImage]
+    capture: Capture | None = None
+    beams: "Beams | None" = None
+
+    computed: int = 0
+    block_table: list[int] = field(default_factory=list)
+    page_keys: list[PageKey] = field(default_factory=list)  # of the full pages; see `keys`
+    salt: bytes = b""  # what else the keys and values depend on: the adapter
+    n_taken: int = 0  # ids that `take_final_ids` has returned
+    n_registered: int = 0  # leading pages that have been offered to the prefix cache
+
+    finish_reason: FinishReason | None = None
+    error: LlavaError | None = None
     logprobs: list[float] = field(default_factory=list)  # one per generated token
     top_logprobs: list[dict[int, float]] = field(default_factory=list)  # per token: {likely id: log-probability}
+    prompt_logprobs: list[float | None] = field(default_factory=list)  # of the tokens after the first; None: an image's
+    prompt_top_logprobs: list[dict[int, float] | None] = field(default_factory=list)
+    captured: Captured = field(default_factory=Captured)
 
+    prepare_s: float = 0.0  # seconds spent on the input
     # `time.perf_counter` timestamps in seconds; 0: not reached yet
     started: float = field(default_factory=time.perf_counter)
     first_token: float = 0.0
     ended: float = 0.0
 
     @property
-    def position(self) -> int:
-        """Position of the newest token, which is the input to the next step."""
-        return self.n_prompt + self.n_generated - 1
+    def total(self) -> int:
+        """Number of tokens in the prompt and the reply."""
+        return len(self.tokens)
+
+    @property
+    def n_pending(self) -> int:
+        """Number of tokens that are not in the cache yet."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether only the newest generated token is pending."""
+        return self.n_pending == 1 and self.n_generated > 0
+
+    @property
+    def n_generated(self) -> int:
+        """Number of generated tokens, which is the index of the next one in the reply."""
+        return len(self.tokens) - self.n_prompt
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """Ids of the prompt, with IMAGE for each image token."""
+        return self.tokens[: self.n_prompt]
+
+    @property
+    def reply_ids(self) -> list[int]:
+        """Generated ids, including those of an end token or stop string."""
+        return self.tokens[self.n_prompt :]
+
+    @property
+    def uses_prefix_cache(self) -> bool:
+        """Whether cached pages may stand for tokens of this prompt: not if something is asked about each token."""
+        return self.capture is None and not self.params.prompt_logprobs
+
+    def keys(self, page_size: int, n_tokens: int) -> list[PageKey]:
+        """Returns the keys of the full pages among the first `n_tokens` tokens."""
+        n_pages = n_tokens // page_size
+        for page in range(len(self.page_keys), n_pages):
+            start, end = page * page_size, (page + 1) * page_size
+            previous = self.page_keys[-1].hash if self.page_keys else hashlib.sha256(self.salt).digest()
+            pictures = [(one.digest, one.start - start) for one in self.images_in(start, end)]
+            self.page_keys.append(PageKey.of(previous, array("q", self.tokens[start:end]).tobytes(), pictures))
+        return self.page_keys[:n_pages]
+
+    def images_in(self, start: int, end: int) -> Iterator[PlacedImage]:
+        """Yields the pictures that have tokens at positions from `start` up to, excluding, `end`."""
+        return (one for one in self.images if one.start < end and start < one.end)
+
+    def forget_computed(self) -> None:
+        """Sets the counters back, so that all tokens are computed again; drops what has been recorded about them."""
+        self.computed = self.n_registered = 0
+        self.captured = Captured()
+        self.prompt_logprobs.clear()
+        self.prompt_top_logprobs.clear()
 
     def append(self, id: int) -> str:
         """Adds a generated token and returns the newly finalized text. Sets `finish_reason` after the last token."""
         now = time.perf_counter()
         self.first_token = self.first_token or now
-        self.n_generated += 1
+        self.tokens.append(id)
         piece = ""
         if id in self.stop_ids:
             self.finish_reason = "stop"
@@ -52,8 +150,48 @@ class Sequence:
             elif self.n_generated >= self.max_new_tokens:
                 self.finish_reason = "length"
         if self.finish_reason:
-            self.ended = now
             piece += self.detokenizer.finish()
-            n = len(self.detokenizer.ids)
-            del self.logprobs[n:], self.top_logprobs[n:]
+            self.end(self.finish_reason)
         return piece
+
+    def take_final_ids(self) -> list[int]:
+        """Returns the ids of the reply that can no longer change and have not been returned before."""
+        first, self.n_taken = self.n_taken, self.detokenizer.n_final
+        return self.detokenizer.ids[first : self.n_taken]
+
+    def end(self, reason: FinishReason, error: LlavaError | None = None) -> None:
+        """Marks the reply as finished. Drops the log-probabilities of tokens that are not part of it."""
+        self.finish_reason, self.error, self.ended = reason, error, time.perf_counter()
+        self.first_token = self.first_token or self.ended
+        n = len(self.detokenizer.ids)
+        del self.logprobs[n:], self.top_logprobs[n:]
+
+
+@dataclass(eq=False, kw_only=True)
+class Beams:
+    """The sequences of one beam search. They are computed like any others; the search advances when all are."""
+
+    search: BeamSearch
+    leader: Sequence  # the request's own sequence, which becomes the first beam
+    live: list[Sequence]
+    logprobs: dict[int, Tensor] = field(default_factory=dict)  # by sequence id: [V] of the token after it
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next token's log-probabilities are known for every beam."""
+        return all(one.id in self.logprobs for one in self.live)
+
+
+def placed_images(input: ModelInput, n_features: int) -> list[PlacedImage]:
+    """Returns the pictures of an input with their positions and digests. n_features: feature vectors per view."""
+    if input.pixels is None:
+        return []
+    ids: list[int] = input.ids.tolist()
+    placed, position = [], 0
+    for pixels, grid in zip(input.pixels.split(input.views), input.grids, strict=True):
+        start = ids.index(IMAGE, position)
+        position = start + (n_features + grid.n_tokens if grid else n_features * len(pixels))
+        digest = hashlib.sha256(repr((grid, tuple(pixels.shape))).encode())
+        digest.update(pixels.contiguous().numpy().data)
+        placed.append(PlacedImage(start=start, end=position, digest=digest.digest(), pixels=pixels, grid=grid))
+    return placed

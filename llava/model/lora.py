@@ -39,11 +39,38 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O]"""
+        return self.base(x) + self.update(x)
+
+    def update(self, x: Tensor) -> Tensor:
+        """Returns what the adapters add to the output of the base layer: x [..., I] -> [..., O]."""
         updates = [self._update(name, x) for name in self.names]
-        return self.base(x) + (torch.cat(updates, dim=-1) if len(updates) > 1 else updates[0])
+        return torch.cat(updates, dim=-1) if len(updates) > 1 else updates[0]
 
     def _update(self, name: str, x: Tensor) -> Tensor:
         if name in self.plain_rows:
             return x.new_zeros(*x.shape[:-1], self.plain_rows[name])
         update: Tensor = self.adapters[name](F.dropout(x, self.dropout, self.training))
         return update
+
+
+class Routing:
+    """Which of the tokens in a packed row [1, S, ...] belong to which adapter. The engine sets it before each step."""
+
+    def __init__(self) -> None:
+        self.slices: list[tuple[str | None, slice]] = []  # adapter and a range of its tokens; None: the base
+
+
+class RoutedLora(nn.Module):
+    """A linear layer that adds to each token the update of the adapter that the token belongs to."""
+
+    def __init__(self, base: nn.Module, loras: Mapping[str | None, LoraLinear], routing: Routing):
+        super().__init__()
+        self.base, self.loras, self.routing = base, dict(loras), routing
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [1, S, I] -> [1, S, O]"""
+        y: Tensor = self.base(x)
+        for name, tokens in self.routing.slices:
+            if name in self.loras:
+                y[:, tokens] += self.loras[name].update(x[:, tokens])
+        return y

@@ -1,0 +1,112 @@
+"""Builds the tensors of a step: one packed row of new tokens from all scheduled sequences.
+
+S new tokens
+"""
+
+from collections.abc import Sequence as Rest
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+
+import torch
+from torch import Tensor
+
+from llava.engine.scheduler import Scheduled
+from llava.engine.sequence import Sequence
+from llava.model.paged import Chunk, PagedCache, PagedContext, Row, Rows, paged_rows
+from llava.model.row_cache import RowCaches
+
+_ROWS = 64  # decoding rows whose pages are gathered together, to limit the memory for the copies
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Batch:
+    """The scheduled sequences of one decoder, decoding rows first, and the tensors for its forward pass."""
+
+    scheduled: Rest[Scheduled]
+    starts: Rest[int]  # index of each sequence's first new token in the packed row
+    context: PagedContext
+
+    @property
+    def observed(self) -> bool:
+        """Whether a request asks for something about its prompt or for intermediate results."""
+        return any(one.sequence.capture or one.sequence.params.prompt_logprobs for one in self.scheduled)
+
+    def adapters(self) -> list[tuple[str | None, slice]]:
+        """Returns the ranges of consecutive tokens that belong to the same adapter."""
+        ranges = []
+        pairs = list(zip(self.scheduled, self.starts, strict=True))
+        for name, group in groupby(pairs, key=lambda pair: pair[0].sequence.adapter):
+            members = list(group)
+            last, start = members[-1]
+            ranges.append((name, slice(members[0][1], start + last.n_tokens)))
+        return ranges
+
+
+def new_ids(scheduled: Rest[Scheduled]) -> list[int]:
+    """Returns the ids of the new tokens, with IMAGE for image tokens."""
+    ids: list[int] = []
+    for one in scheduled:
+        start = one.sequence.computed
+        ids += one.sequence.tokens[start : start + one.n_tokens]
+    return ids
+
+
+def build(
+    scheduled: Rest[Scheduled], cache: PagedCache, dense: RowCaches | None, *, dynamic_rope: bool
+) -> Batch:
+    """Builds the batch. dense: copies of the decoding rows, on a CPU. dynamic_rope: whether the rotation of a token depends on the length of its sequence."""
+    n_decoding = sum(one.sequence.is_decoding for one in scheduled)
+    decoding, chunks = scheduled[:n_decoding], scheduled[n_decoding:]
+    starts = [0, *accumulate(one.n_tokens for one in scheduled)]
+    device = cache.k.device
+    positions = torch.tensor([i for one in scheduled for i in _positions(one)], device=device)[None]
+    context = PagedContext(
+        cache=cache,
+        positions=positions,
+        seq_len=_seq_lens(scheduled, device) if dynamic_rope else max(one.sequence.total for one in scheduled),
+        slots=torch.tensor([slot for one in scheduled for slot in _new_slots(one, cache.page_size)], device=device),
+        rows=_rows([one.sequence for one in decoding], cache, dense),
+        chunks=[_chunk(one, start, cache) for one, start in zip(chunks, starts[n_decoding:], strict=False)],
+        watched=[
+            _chunk(one, start, cache)
+            for one, start in zip(scheduled, starts, strict=False)
+            if one.sequence.capture and one.sequence.capture.attention
+        ],
+    )
+    return Batch(scheduled=scheduled, starts=starts[:-1], context=context)
+
+
+def _positions(one: Scheduled) -> range:
+    return range(one.sequence.computed, one.sequence.computed + one.n_tokens)
+
+
+def _new_slots(one: Scheduled, page_size: int) -> list[int]:
+    table = one.sequence.block_table
+    return [table[i // page_size] * page_size + i % page_size for i in _positions(one)]
+
+
+def _seq_lens(scheduled: Rest[Scheduled], device: torch.device) -> Tensor:
+    """Returns [1, S]: for a prompt token, the length of the prompt; for a generated one, the length up to it.
+
+    These are the lengths that a prompt at once, followed by single steps, would have, whatever the chunks are.
+    """
+    lengths = [max(one.sequence.n_prompt, i + 1) for one in scheduled for i in _positions(one)]
+    return torch.tensor(lengths, device=device)[None]
+
+
+def _chunk(one: Scheduled, start: int, cache: PagedCache) -> Chunk:
+    return Chunk(
+        start=start,
+        n=one.n_tokens,
+        position=one.sequence.computed,
+        pages=torch.tensor(one.sequence.block_table, device=cache.k.device),
+    )
+
+
+def _rows(decoding: Rest[Sequence], cache: PagedCache, dense: RowCaches | None) -> Rest[Rows]:
+    """Groups the decoding rows by their lengths, so that little of what is read is padding."""
+    rows = [Row(one.id, one.block_table, one.computed) for one in decoding]
+    if dense is not None:
+        return dense.rows(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].pages))
+    return [paged_rows(cache, rows, order[i : i + _ROWS]) for i in range(0, len(order), _ROWS)]

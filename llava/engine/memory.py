@@ -1,0 +1,38 @@
+"""How much memory the cache of keys and values gets."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from llava.config import DecoderConfig, EngineOptions
+from llava.errors import ConfigError
+from llava.model.paged import cache_bytes_per_token
+
+
+def n_pages(config: DecoderConfig, options: EngineOptions, dtype: torch.dtype, device: torch.device) -> int:
+    """Returns the number of pages of the cache. Raises ConfigError if `cache_memory` holds less than one page."""
+    page_bytes = options.page_size * cache_bytes_per_token(config, dtype)
+    pages_per_request = -(-config.max_seq // options.page_size)
+    free = free_bytes(device)
+    n_bytes = options.cache_bytes(free)
+    if n_bytes is None:
+        return max(1, min(options.max_batch * pages_per_request, free // 2 // page_bytes))
+    if n_bytes < page_bytes:
+        raise ConfigError(
+            f"engine: cache_memory={options.cache_memory} (--cache-memory) is less than one page of "
+            f"{options.page_size} tokens, which takes {page_bytes} bytes: raise it"
+        )
+    return n_bytes // page_bytes
+
+
+def free_bytes(device: torch.device) -> int:
+    """Returns the free memory of a device: for a CPU, what the system can provide without swapping."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

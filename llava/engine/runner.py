@@ -1,0 +1,173 @@
+"""Runs the model for one step: encodes pictures, computes the scheduled tokens and returns the logits that are needed.
+
+S new tokens   D dim   V vocabulary size
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Rest
+from dataclasses import replace
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llava.engine import batch
+from llava.engine.adapters import Joined, Variant, join
+from llava.engine.batch import Batch
+from llava.engine.feature_cache import FeatureCache
+from llava.engine.observe import record_attention, record_prompt_logprobs, record_states
+from llava.engine.scheduler import Scheduled, feature_key
+from llava.engine.sequence import PlacedImage, Sequence
+from llava.model.decoder import Decoder
+from llava.model.paged import PagedCache
+from llava.model.row_cache import RowCaches
+
+
+class Logits(NamedTuple):
+    """Logits of the token after each of some sequences."""
+
+    sequences: Rest[Sequence]
+    values: Tensor  # [sequences, V] float32
+
+
+class Runner:
+    """Computes tokens with the model and keeps their keys and values in a paged cache."""
+
+    def __init__(
+        self,
+        variants: Mapping[str | None, Variant],
+        cache: PagedCache,
+        features: FeatureCache,
+        *,
+        batch_invariant: bool = False,
+    ):
+        self.variants, self.cache, self.features = variants, cache, features
+        self.batch_invariant = batch_invariant
+        self.joined = join(variants)
+        on_cpu = cache.k.device.type == "cpu"
+        self.dense = {joined.names[0]: RowCaches(cache) for joined in self.joined} if on_cpu else {}
+        self.dynamic_rope = has_dynamic_rope(variants)
+        self.seconds: dict[str, float] = defaultdict(float)  # spent on vision, prefill and decode
+        self.seconds_per_view = 0.0  # of the most recent pictures
+
+    @torch.inference_mode()
+    def run(self, scheduled: Rest[Scheduled]) -> list[Logits]:
+        """Computes the scheduled tokens. Returns logits for the sequences of which all tokens are then computed."""
+        started = time.perf_counter()
+        if pairs := [one.copy for one in scheduled if one.copy]:
+            self.cache.copy_pages(pairs)
+        self._encode_images(scheduled)
+        encoded = time.perf_counter()
+        results = [logits for joined in self.joined for logits in self._run_joined(joined, scheduled)]
+        kind = "decode" if all(one.sequence.is_decoding for one in scheduled) else "prefill"
+        self.seconds[kind] += time.perf_counter() - encoded
+        self.seconds["vision"] += encoded - started
+        return results
+
+    def _encode_images(self, scheduled: Rest[Scheduled]) -> None:
+        """Adds the features of the pictures in the scheduled tokens to the feature cache."""
+        missing: dict[str | None, dict[bytes, tuple[PlacedImage, list[Sequence]]]] = {}
+        for one in scheduled:
+            sequence = one.sequence
+            for image in sequence.images_in(sequence.computed, sequence.computed + one.n_tokens):
+                if self.features.acquire(feature_key(sequence, image), sequence.id) is None:
+                    images = missing.setdefault(sequence.adapter, {})
+                    images.setdefault(image.digest, (image, []))[1].append(sequence)
+        for adapter, images in missing.items():
+            started = time.perf_counter()
+            features = self._encode(adapter, [image for image, _ in images.values()])
+            for (image, sequences), one in zip(images.values(), features, strict=True):
+                for sequence in sequences:
+                    self.features.add(feature_key(sequence, image), one, sequence.id)
+            n_views = sum(len(image.pixels) for image, _ in images.values())
+            self.seconds_per_view = (time.perf_counter() - started) / n_views
+
+    def _encode(self, adapter: str | None, images: list[PlacedImage]) -> list[Tensor]:
+        model = self.variants[adapter].model
+        pixels = torch.cat([image.pixels for image in images]).to(model.device, model.dtype)
+        return model.encode_images(pixels, [len(image.pixels) for image in images], [image.grid for image in images])
+
+    def _run_joined(self, joined: Joined, scheduled: Rest[Scheduled]) -> Iterator[Logits]:
+        """Runs the tokens of the variants whose decoders are joined."""
+        rank = {name: i for i, name in enumerate(joined.names)}
+        mine = [one for one in scheduled if one.sequence.adapter in rank]
+        if not mine:
+            return
+        mine.sort(key=lambda one: (not one.sequence.is_decoding, rank[one.sequence.adapter]))
+        step = batch.build(mine, self.cache, self.dense.get(joined.names[0]), dynamic_rope=self.dynamic_rope)
+        joined.routing.slices = step.adapters()
+        x = torch.cat([self._embed(name, members) for name, members in _by_adapter(mine)])[None]
+        states, ends = self._states(joined.decoder, step, x)
+        for name, members in _by_adapter([mine[i] for i in ends]):
+            n = len(members)
+            head = self.variants[name].model.decoder
+            yield Logits([one.sequence for one in members], head.logits(states[:n]))
+            states = states[n:]
+
+    def _embed(self, adapter: str | None, scheduled: Rest[Scheduled]) -> Tensor:
+        """Returns the embeddings [S, D] of the new tokens of some sequences with the same adapter."""
+        model = self.variants[adapter].model
+        x = model.decoder.lookup(torch.tensor(batch.new_ids(scheduled), device=model.device))
+        start = 0
+        for one in scheduled:
+            first, end = one.sequence.computed, one.sequence.computed + one.n_tokens
+            for image in one.sequence.images_in(first, end):
+                features = self.features.acquire(feature_key(one.sequence, image), one.sequence.id)
+                assert features is not None
+                a, b = max(first, image.start), min(end, image.end)
+                x[start + a - first : start + b - first] = features[a - image.start : b - image.start].to(x.dtype)
+            start += one.n_tokens
+        return x
+
+    def _states(self, decoder: Decoder, step: Batch, x: Tensor) -> tuple[Tensor, list[int]]:
+        """Runs the decoder. Returns the states [ends, D] of the last tokens of the sequences in `ends`.
+
+        `ends` are the indices of the sequences of which no token is pending afterwards. Records what the requests ask
+        for about their tokens.
+        """
+        ends = [i for i, one in enumerate(step.scheduled) if one.n_tokens == one.sequence.n_pending]
+        last = torch.tensor([step.starts[i] + step.scheduled[i].n_tokens - 1 for i in ends], device=x.device)
+        if step.observed:
+            return self._observed_states(decoder, step, x)[last], ends
+        if len(ends) == x.shape[1]:
+            return decoder(x, step.context)[0], ends
+        if len(step.adapters()) > 1:  # adapters are routed by the index in the packed row, so no token may be dropped
+            return decoder(x, step.context)[0, last], ends
+        return decoder(x, step.context, last), ends
+
+    def _observed_states(self, decoder: Decoder, step: Batch, x: Tensor) -> Tensor:
+        """Returns the states [S, D] of all tokens, and records states, attention and log-probabilities on the way."""
+        by_start = dict(zip(step.starts, step.scheduled, strict=True))
+
+        def keep(layer: int, states: Tensor) -> None:
+            for start, one in by_start.items():
+                record_states(one, layer, states[0, start : start + one.n_tokens])
+
+        context = replace(
+            step.context, observe=lambda block, chunk, p: record_attention(by_start[chunk.start], block, p)
+        )
+        keep(0, x)
+        for layer, states in enumerate(decoder.states(x, context), start=1):
+            if layer != len(decoder.blocks):  # the last layer is the output of the norm, as in transformers
+                keep(min(layer, len(decoder.blocks)), states)
+        for start, one in by_start.items():
+            if one.sequence.params.prompt_logprobs:
+                head = self.variants[one.sequence.adapter].model.decoder
+                record_prompt_logprobs(one, states[0, start : start + one.n_tokens], head)
+        final: Tensor = states[0]
+        return final
+
+
+def has_dynamic_rope(variants: Mapping[str | None, Variant]) -> bool:
+    """Returns whether the rotation of a token depends on the length of its sequence."""
+    scaling = next(iter(variants.values())).model.config.decoder.rope_scaling
+    return scaling is not None and scaling.kind == "dynamic"
+
+
+def _by_adapter(scheduled: Rest[Scheduled]) -> Iterator[tuple[str | None, list[Scheduled]]]:
+    """Yields each adapter with its consecutive sequences."""
+    for name, members in groupby(scheduled, key=lambda one: one.sequence.adapter):
+        yield name, list(members)

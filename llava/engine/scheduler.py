@@ -1,0 +1,231 @@
+"""Chooses what each step computes: which sequences, and how many of their tokens.
+
+A step has a budget of tokens. Every sequence that it contains raises its `computed` count, so a decode step, a chunk
+of a long prompt, a prompt whose beginning is cached and a request that was preempted all take the same path.
+"""
+
+from bisect import insort
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from llava.engine.block_manager import BlockManager, PageKey
+from llava.engine.feature_cache import FeatureCache, FeatureKey
+from llava.engine.sequence import PlacedImage, Sequence
+
+
+@dataclass(eq=False, kw_only=True)
+class Scheduled:
+    """The part of a sequence that a step computes."""
+
+    sequence: Sequence
+    n_tokens: int  # the tokens from `computed` on
+    copy: tuple[int, int] | None = None  # (from, to): a page shared with another sequence, copied before it is written
+
+
+@dataclass(eq=False, kw_only=True)
+class Step:
+    """What one step computes."""
+
+    scheduled: dict[int, Scheduled] = field(default_factory=dict)  # by sequence id
+    n_tokens: int = 0
+    n_views: int = 0  # views that the vision tower has to encode
+    to_encode: set[FeatureKey] = field(default_factory=set)
+    page_hashes: set[bytes] = field(default_factory=set)  # hashes of the pages that this step completes
+
+    def add(self, one: Scheduled, page_size: int) -> None:
+        sequence = one.sequence
+        self.scheduled[sequence.id] = one
+        self.n_tokens += one.n_tokens
+        first, end = sequence.computed // page_size, (sequence.computed + one.n_tokens) // page_size
+        if end > first:
+            self.page_hashes.update(key.hash for key in sequence.keys(page_size, end * page_size)[first:])
+
+    def drop(self, sequence: Sequence) -> None:
+        one = self.scheduled.pop(sequence.id, None)
+        if one is not None:
+            self.n_tokens -= one.n_tokens
+
+
+class Scheduler:
+    """Keeps the waiting and the running sequences, each in the order in which they are served."""
+
+    def __init__(self, blocks: BlockManager, features: FeatureCache, *, max_batch: int, chunk_tokens: int):
+        """max_batch: running sequences; chunk_tokens: tokens computed in a step, at least one per running sequence."""
+        self.blocks, self.features = blocks, features
+        self.max_batch, self.chunk_tokens = max_batch, max(chunk_tokens, max_batch)
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.prefix_hit_tokens = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Adds a sequence to the waiting ones."""
+        insort(self.waiting, sequence, key=_order)
+
+    def add_running(self, sequence: Sequence) -> None:
+        """Adds a sequence that already has pages: a new beam."""
+        insort(self.running, sequence, key=_order)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Removes a sequence that has finished, and gives back its pages and features."""
+        for sequences in (self.waiting, self.running):
+            if sequence in sequences:
+                sequences.remove(sequence)
+        self.release(sequence)
+
+    def release(self, sequence: Sequence) -> None:
+        """Gives back the pages and features of a sequence."""
+        self.blocks.release(sequence.block_table)
+        sequence.block_table = []
+        self.features.release([feature_key(sequence, one) for one in sequence.images], sequence.id)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Makes a running sequence wait again."""
+        self.running.remove(sequence)
+        self.release(sequence)
+        sequence.forget_computed()
+        self.add(sequence)
+
+    def schedule(self, view_budget: int | None = None) -> Step:
+        """Plans the next step and allocates its pages.
+
+        view_budget: number of views that the tower may encode, so that pictures do not delay the running replies; at
+        least one picture is always encoded. None: no limit.
+        """
+        step = Step()
+        running = [one for one in self.running if one.n_pending]
+        for sequence in [one for one in running if one.is_decoding]:
+            if sequence.block_table:  # empty: preempted by a sequence before it
+                self._extend(step, sequence, 1)
+        for sequence in [one for one in running if not one.is_decoding]:
+            if sequence.block_table:
+                self._extend(step, sequence, self._chunk(step, sequence, view_budget))
+        self._admit(step, view_budget)
+        return step
+
+    def _admit(self, step: Step, view_budget: int | None) -> None:
+        """Starts waiting sequences, in order, while there is room."""
+        for sequence in list(self.waiting):
+            if step.n_tokens >= self.chunk_tokens:
+                return
+            pages = self.blocks.match(self._reusable(sequence))
+            if self._is_being_computed(step, sequence, len(pages)):
+                continue  # in the next step, its beginning is in the prefix cache
+            if not self._make_room(step, sequence, pages):
+                return
+            self._start(sequence, pages)
+            self._extend(step, sequence, self._chunk(step, sequence, view_budget))
+            if sequence.id in step.scheduled:
+                self.prefix_hit_tokens += len(pages) * self.blocks.page_size
+            elif sequence in self.running:  # the picture at its start exceeds the budget
+                self.preempt(sequence)
+
+    def _start(self, sequence: Sequence, pages: list[int]) -> None:
+        """Moves a waiting sequence to the running ones, with the pages of its cached prefix."""
+        self.waiting.remove(sequence)
+        insort(self.running, sequence, key=_order)
+        self.blocks.acquire(pages)
+        sequence.block_table = list(pages)
+        sequence.computed = len(pages) * self.blocks.page_size
+        sequence.n_registered = len(pages)
+
+    def _reusable(self, sequence: Sequence) -> list[PageKey]:
+        """Returns the keys of the pages that may be taken from the prefix cache: at least one token is computed."""
+        return sequence.keys(self.blocks.page_size, sequence.total - 1) if sequence.uses_prefix_cache else []
+
+    def _is_being_computed(self, step: Step, sequence: Sequence, n_pages: int) -> bool:
+        """Returns whether this step computes the first page that `sequence` could not reuse."""
+        missing = self._reusable(sequence)[n_pages : n_pages + 1] if self.blocks.prefix_cache else []
+        return any(key.hash in step.page_hashes for key in missing)
+
+    def _make_room(self, step: Step, sequence: Sequence, pages: list[int]) -> bool:
+        """Makes room for all pending tokens of a waiting sequence, preempting later ones if there are any."""
+        while True:
+            n_cached = sum(not self.blocks.in_use(page) for page in pages)
+            reserve = len(self.running) // 4  # pages that the running replies are about to need
+            needed = self._n_pages(sequence.total) - len(pages) + n_cached + reserve
+            if len(self.running) < self.max_batch and (needed <= self.blocks.n_free or not self.running):
+                return True
+            if not self.running or self.running[-1].order <= sequence.order:
+                return False
+            self._preempt_last(step)
+
+    def _chunk(self, step: Step, sequence: Sequence, view_budget: int | None) -> int:
+        """Returns how many tokens of a sequence to compute, which may end before a picture that exceeds the budget."""
+        start = sequence.computed
+        n = min(sequence.n_pending, self.chunk_tokens - step.n_tokens)
+        for image in sequence.images_in(start, start + n):
+            key = feature_key(sequence, image)
+            if key in step.to_encode or self.features.acquire(key, sequence.id) is not None:
+                continue
+            n_views = len(image.pixels)
+            if view_budget is not None and step.n_views and step.n_views + n_views > view_budget:
+                return max(0, image.start - start)
+            step.n_views += n_views
+            step.to_encode.add(key)
+        return n
+
+    def _extend(self, step: Step, sequence: Sequence, n: int) -> None:
+        """Schedules `n` tokens of a running sequence. If pages run out, preempts the last sequence, or this one."""
+        if n <= 0:
+            return
+        scheduled = Scheduled(sequence=sequence, n_tokens=n)
+        table, size = sequence.block_table, self.blocks.page_size
+        shared = sequence.computed % size and self.blocks.is_shared(table[sequence.computed // size])
+        missing = self._n_pages(sequence.computed + n) - len(table) + bool(shared)
+        while self.blocks.n_free < missing:
+            last = self._preempt_last(step)
+            if last is sequence:
+                return
+        if shared:
+            page = sequence.computed // size
+            scheduled.copy = (table[page], self.blocks.allocate())
+            self.blocks.release([table[page]])
+            table[page] = scheduled.copy[1]
+        while len(table) < self._n_pages(sequence.computed + n):
+            table.append(self.blocks.allocate())
+        step.add(scheduled, size)
+
+    def _preempt_last(self, step: Step) -> Sequence:
+        last = self.running[-1]
+        step.drop(last)
+        self.preempt(last)
+        return last
+
+    def commit(self, scheduled: Scheduled) -> None:
+        """Records that the tokens of a step have been computed, and offers full pages to the prefix cache."""
+        sequence = scheduled.sequence
+        sequence.computed += scheduled.n_tokens
+        if sequence.computed // self.blocks.page_size > sequence.n_registered:
+            keys = sequence.keys(self.blocks.page_size, sequence.computed)
+            for page in range(sequence.n_registered, len(keys)):
+                self.blocks.register(sequence.block_table[page], keys[page])
+            sequence.n_registered = len(keys)
+        touched = sequence.images_in(sequence.computed - scheduled.n_tokens, sequence.computed)
+        if done := [feature_key(sequence, one) for one in touched if one.end <= sequence.computed]:
+            self.features.release(done, sequence.id)
+
+    def restart(self, sequences: Iterable[Sequence]) -> None:
+        """Forgets all pages and features, and makes these sequences wait: the unfinished ones of an interrupted step."""
+        self.blocks.reset()
+        self.features.reset()
+        self.waiting, self.running = [], []
+        for sequence in sequences:
+            sequence.block_table = []
+            sequence.forget_computed()
+            self.add(sequence)
+
+    def _n_pages(self, n_tokens: int) -> int:
+        return -(-n_tokens // self.blocks.page_size)
+
+    def tables(self) -> Iterator[list[int]]:
+        """Yields the block tables of all sequences."""
+        return (one.block_table for one in [*self.running, *self.waiting])
+
+
+def _order(sequence: Sequence) -> tuple[int, int]:
+    return sequence.order, sequence.id
+
+
+def feature_key(sequence: Sequence, image: PlacedImage) -> FeatureKey:
+    """Returns the key of a picture's features for the adapter of a sequence."""
+    return FeatureKey(sequence.adapter, image.digest)
