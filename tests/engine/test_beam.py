@@ -111,9 +111,9 @@ def test_beams_find_a_reply_that_greedy_search_misses() -> None:
     assert beams.best() == [1, 2]
 
 
-def test_all_beams_stay_live_where_every_stop_id_is_likelier_than_other_tokens() -> None:
+def test_all_beams_stay_live_where_most_of_the_best_candidates_end() -> None:
     beams = BeamSearch(2, [0, 1, 2], 10)
-    assert beams.advance(torch.tensor([[-1.0, -2.0, -3.0, -5.0, -4.0, -6.0]])) == [(0, 4), (0, 3)]
+    assert beams.advance(torch.tensor([[-2.0, -3.0, -4.0, -1.0, -5.0, -6.0]])) == [(0, 3), (0, 4)]
 
 
 def test_only_the_best_candidates_of_a_step_become_hypotheses() -> None:
