@@ -188,6 +188,17 @@ def top_logprobs(logits: Tensor, chosen: Tensor, n: int) -> tuple[Tensor, Tensor
     return logprobs.gather(1, chosen.clamp(min=0)[:, None])[:, 0], values, ids
 
 
+def warp(logits: Tensor, top: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Applies temperature, top-k, top-p and min-p: logits [R, V], the highest of each row [R] -> a new tensor [R, V].
+
+    The softmax of the result has the probabilities of a draw. Its highest value is 0; tokens left out have -inf.
+    """
+    temperature = _tensor([p.temperature for p in params], torch.float32, logits.device)
+    scaled = (logits - top[:, None]).div_(temperature[:, None])
+    lowest = _lowest_kept(logits, top, temperature, params)
+    return scaled if lowest is None else torch.where(logits < lowest[:, None], -torch.inf, scaled)
+
+
 def gumbel_noise(seed: Tensor, index: Tensor, n_vocab: int) -> Tensor:
     """Standard Gumbel noise [R, V] float32 for seeds [R] and indices of tokens [R], both int64.
 
@@ -220,14 +231,10 @@ def _shifted(z: Tensor, bits: int) -> Tensor:
 
 def _draw(logits: Tensor, top: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Draws ids [R] from logits [R, V] with the highest values top [R]: the Gumbel-max trick."""
-    params, device = [row.params for row in rows], logits.device
-    temperature = _tensor([p.temperature for p in params], torch.float32, device)
-    scaled = (logits - top[:, None]).div_(temperature[:, None])
-    lowest = _lowest_kept(logits, top, temperature, params)
-    if lowest is not None:
-        scaled = torch.where(logits < lowest[:, None], -torch.inf, scaled)
-    seed, index = _tensor([[row.seed for row in rows], [row.n_generated for row in rows]], torch.int64, device)
-    return scaled.add_(gumbel_noise(seed, index, logits.shape[-1])).argmax(-1)
+    seeds, indices = [row.seed for row in rows], [row.n_generated for row in rows]
+    seed, index = _tensor([seeds, indices], torch.int64, logits.device)
+    weights = warp(logits, top, [row.params for row in rows])
+    return weights.add_(gumbel_noise(seed, index, logits.shape[-1])).argmax(-1)
 
 
 def _lowest_kept(logits: Tensor, top: Tensor, temperature: Tensor, params: Sequence[SamplingParams]) -> Tensor | None:
