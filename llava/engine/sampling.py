@@ -1,16 +1,32 @@
-"""Samples the next token. The order of operations matches transformers: penalty, temperature, top-k, top-p, min-p.
+"""Selects the next token of each row of a batch, by the row's own options.
 
-B batch   V vocabulary size
+The order of operations is that of transformers: repetition penalty (prompt and reply), presence and frequency
+penalties (reply) together with logit_bias, logits_mask, temperature, top-k, top-p, min-p, draw. The filters find the
+lowest logit that a row keeps, so tokens that are exactly as likely as the last one kept are kept too.
+
+A draw depends on the logits and options of its row, its seed and the index of the token, never on the rest of the
+batch. On the CPU and on a GPU, a row gives bit-identical results alone and in company, given equal logits. Nothing
+here waits for the device.
+
+B rows of the batch   R rows that an operation applies to   V vocabulary size   K most likely tokens looked at
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llava.errors import ConfigError
+
+_MAX = torch.finfo(torch.float32).max
+_GREEDY_BELOW = 1e-5  # below this temperature, sampling is effectively greedy, and dividing the logits could overflow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,84 +35,306 @@ class SamplingParams:
 
     max_new_tokens: int = 512
     temperature: float = 0.0
-    top_p: float | None = None  # keep the smallest set of most likely tokens whose total probability reaches this
+    top_p: float | None = None  # keep the most likely tokens until their total probability reaches this
     top_k: int | None = None  # keep this many of the most likely tokens
     min_p: float | None = None  # keep tokens whose probability is at least this fraction of the highest one
     repetition_penalty: float = 1.0  # above 1: makes tokens in the prompt or the reply less likely
+    presence_penalty: float = 0.0  # subtracted from the logits of tokens in the reply
+    frequency_penalty: float = 0.0  # the same, times the number of occurrences
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # added to logits; -inf bans a token
+    logits_mask: Callable[[Sequence[int]], Tensor] | None = None  # ids of the reply so far -> allowed [V], bool
     seed: int | None = None  # None: results differ from run to run
     stop: tuple[str, ...] = ()  # strings that end the reply and are excluded from it
     logprobs: int = 0  # n > 0: return the log-probabilities of each generated token and of the n most likely tokens
+    prompt_logprobs: int = 0  # the same for the tokens of the prompt
+    num_beams: int = 1  # above 1: beam search, which returns the most likely of the replies it has found
 
     @classmethod
     def from_options(cls, *, stop: str | Sequence[str] | None = None, **options: Any) -> "SamplingParams":
         """Builds parameters from options. `stop`: one string or several. Raises ConfigError if an option is invalid."""
         try:
-            return cls(stop=(stop,) if isinstance(stop, str) else tuple(stop or ()), **options)
+            return cls(stop=(stop,) if isinstance(stop, str) else stop or (), **options)  # type: ignore[arg-type]
         except TypeError as error:
             raise ConfigError(f"sampling options: {str(error).split('__init__() ')[-1]}") from None
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "top_k", "seed", "logprobs"):
-            if not isinstance(getattr(self, name), int | None):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected a whole number")
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
-            if not isinstance(getattr(self, name), int | float | None):
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected a number")
-        if not all(isinstance(stop, str) for stop in self.stop):
-            raise ConfigError(f"stop is {self.stop!r}; expected one or more strings")
+        self._check_types()
         for name, valid, expected in (
             ("max_new_tokens", self.max_new_tokens >= 0, "0 or more"),
-            ("temperature", self.temperature >= 0, "0 or more"),
+            ("temperature", 0 <= self.temperature <= _MAX, "a finite number, 0 or more"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0, at most 1"),
             ("top_k", self.top_k is None or self.top_k >= 1, "1 or more"),
             ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
-            ("logprobs", self.logprobs >= 0, "0 or more"),
+            ("repetition_penalty", 0 < self.repetition_penalty <= _MAX, "a finite number above 0"),
+            ("presence_penalty", abs(self.presence_penalty) <= _MAX, "a finite number"),
+            ("frequency_penalty", abs(self.frequency_penalty) <= _MAX, "a finite number"),
+            ("logits_mask", self.logits_mask is None or callable(self.logits_mask), "a function of the reply's ids"),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "from 0 to 2**63 - 1"),
             ("stop", all(self.stop), "non-empty strings"),
+            ("logprobs", self.logprobs >= 0, "0 or more"),
+            ("prompt_logprobs", self.prompt_logprobs >= 0, "0 or more"),
+            ("num_beams", self.num_beams >= 1, "1 or more"),
+            ("temperature", self.num_beams == 1 or self.temperature == 0, "0, as num_beams is above 1"),
+            ("logprobs", self.num_beams == 1 or self.logprobs == 0, "0, as num_beams is above 1"),
         ):
             if not valid:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {expected}")
 
+    @cached_property
+    def changes_logits(self) -> bool:
+        """Whether a penalty, a bias or a mask changes the logits before the token is selected."""
+        penalties = self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty
+        return bool(penalties or self.logit_bias or self.logits_mask)
 
-_GREEDY_BELOW = 1e-5  # below this temperature, sampling is effectively greedy, and dividing the logits could overflow
+    def _check_types(self) -> None:
+        """Raises ConfigError if a value has the wrong type. Copies `stop` and `logit_bias`."""
+        optional = ("top_p", "top_k", "min_p", "seed")
+        for name in ("max_new_tokens", "top_k", "seed", "logprobs", "prompt_logprobs", "num_beams"):
+            value = getattr(self, name)
+            if not (_is_number(value, int) or (value is None and name in optional)):
+                raise ConfigError(f"{name} is {value!r}; expected a whole number")
+        penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+        for name in ("temperature", "top_p", "min_p", *penalties):
+            value = getattr(self, name)
+            if not (_is_number(value, int | float) or (value is None and name in optional)):
+                raise ConfigError(f"{name} is {value!r}; expected a number")
+        stop, bias = self.stop, self.logit_bias
+        if isinstance(stop, str) or not isinstance(stop, Iterable) or not all(isinstance(s, str) for s in stop):
+            raise ConfigError(f"stop is {stop!r}; expected a tuple of strings")
+        if not isinstance(bias, Mapping):
+            raise ConfigError(f"logit_bias is {bias!r}; expected a mapping of token ids to numbers")
+        for id, value in bias.items():
+            if not _is_number(id, int) or id < 0:
+                raise ConfigError(f"logit_bias has the key {id!r}; expected token ids, whole numbers from 0")
+            if not _is_number(value, int | float) or not (-_MAX <= value <= _MAX or value == -math.inf):
+                raise ConfigError(f"logit_bias of token {id} is {value!r}; expected a finite number or -inf")
+        object.__setattr__(self, "stop", tuple(stop))
+        object.__setattr__(self, "logit_bias", dict(bias))
 
 
-def sample(
-    logits: Tensor, params: SamplingParams, seen: Sequence[Tensor], generators: Sequence[torch.Generator | None]
-) -> Tensor:
-    """Samples one id per row: logits [B, V] float32 -> ids [B].
+def _is_number(value: object, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
-    seen: ids in each row's prompt and reply so far; generators: one per row, or None for greedy sampling.
+
+class SamplingRow(Protocol):
+    """What `sample` reads of a request. Ids outside of the vocabulary, such as image placeholders, are ignored."""
+
+    @property
+    def params(self) -> SamplingParams: ...
+    @property
+    def seed(self) -> int: ...  # from 0 to 2**63 - 1
+    @property
+    def n_generated(self) -> int: ...  # index in the reply of the token to be selected
+    @property
+    def prompt_ids(self) -> Sequence[int]: ...
+    @property
+    def reply_ids(self) -> Sequence[int]: ...  # generated so far
+
+
+class RowError(ConfigError):
+    """The option of one row fails. The other rows can be sampled without it. row: its index in the batch."""
+
+    def __init__(self, row: int, message: str):
+        super().__init__(message)
+        self.row = row
+
+
+def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Selects one id per row: logits [B, V] float32 -> ids [B] int64, on the same device.
+
+    A row's id is -1 if its largest logit is not finite: the logits contain NaN or +inf, or no token is allowed.
+    Raises RowError if a row's `logits_mask` fails.
     """
-    if params.repetition_penalty != 1:
-        logits = torch.stack([_penalised(row, ids, params) for row, ids in zip(logits, seen, strict=True)])
-    if params.temperature < _GREEDY_BELOW:
-        return logits.argmax(-1)
-    probs = _filtered(logits / params.temperature, params).softmax(-1)
-    return torch.cat([torch.multinomial(p, 1, generator=g) for p, g in zip(probs, generators, strict=True)])
+    logits = process(logits.detach(), rows)
+    top, ids = logits.max(-1)
+    drawn = [i for i, row in enumerate(rows) if row.params.temperature >= _GREEDY_BELOW]
+    if drawn:
+        chosen = _draw(_select(logits, drawn), _select(top, drawn), [rows[i] for i in drawn])
+        ids = ids.index_copy(0, _tensor(drawn, torch.int64, logits.device), chosen)
+    return ids.masked_fill_(~top.isfinite(), -1)
 
 
-def _penalised(logits: Tensor, ids: Tensor, params: SamplingParams) -> Tensor:
-    """Returns logits [V] with the repetition penalty applied once to each distinct id in ids [n]."""
-    ids = ids[(ids >= 0) & (ids < len(logits))].unique().to(logits.device)
-    hit = logits[ids]
-    penalty = params.repetition_penalty
-    return logits.index_copy(0, ids, torch.where(hit > 0, hit / penalty, hit * penalty))
+def process(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Returns logits [B, V] after penalties, logit_bias and logits_mask: a new tensor, or the same if no row has any.
 
-
-def _filtered(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Returns logits [B, V] with excluded tokens set to -inf. At least one token remains in each row."""
-    if params.top_k is not None and params.top_k < logits.shape[-1]:
-        lowest = logits.topk(params.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < lowest, -torch.inf)
-    if params.top_p is not None and params.top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        probs = ordered.softmax(-1)
-        excluded = probs.cumsum(-1) - probs >= params.top_p  # the more likely tokens already add up to top_p
-        excluded[:, 0] = False
-        logits = logits.masked_fill(excluded.scatter(1, order, excluded), -torch.inf)
-    if params.min_p:
-        probs = logits.softmax(-1)
-        logits = logits.masked_fill(probs < params.min_p * probs.amax(-1, keepdim=True), -torch.inf)
+    Beam search applies this to log-probabilities, with one row per beam. Raises RowError as `sample` does.
+    """
+    if not any(row.params.changes_logits for row in rows):
+        return logits
+    divisors, changes = [_divisors(row) for row in rows], [_changes(row) for row in rows]
+    masks = {i: _mask(i, row, logits.shape[-1]) for i, row in enumerate(rows) if row.params.logits_mask}
+    if any(divisors):
+        at, divisor = _entries(divisors, logits)
+        hit = logits.flatten()[at]
+        logits = _put(logits, at, torch.where(hit > 0, hit / divisor, hit * divisor))
+    if any(changes):
+        at, change = _entries(changes, logits)
+        logits = _put(logits, at, logits.flatten()[at] + change)
+    if masks:
+        logits = logits.clone()
+        for i, mask in masks.items():
+            logits[i].masked_fill_(~mask.to(logits.device, non_blocking=True), -torch.inf)
     return logits
+
+
+def top_logprobs(logits: Tensor, chosen: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities before any option is applied, of the chosen ids [B] and of the n most likely tokens.
+
+    logits [B, V] -> (those of the chosen ids [B], the n highest [B, n], their ids [B, n]); n is at most V. The values
+    for a chosen id of -1 mean nothing.
+    """
+    logprobs = logits.log_softmax(-1)
+    values, ids = logprobs.topk(min(n, logits.shape[-1]))
+    return logprobs.gather(1, chosen.clamp(min=0)[:, None])[:, 0], values, ids
+
+
+def warp(logits: Tensor, top: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Applies temperature, top-k, top-p and min-p: logits [R, V], the highest of each row [R] -> a new tensor [R, V].
+
+    The softmax of the result has the probabilities of a draw. Its highest value is 0; tokens left out have -inf.
+    """
+    temperature = _tensor([p.temperature for p in params], torch.float32, logits.device)
+    scaled = (logits - top[:, None]).div_(temperature[:, None])
+    lowest = _lowest_kept(logits, top, temperature, params)
+    return scaled if lowest is None else torch.where(logits < lowest[:, None], -torch.inf, scaled)
+
+
+def gumbel_noise(seed: Tensor, index: Tensor, n_vocab: int) -> Tensor:
+    """Standard Gumbel noise [R, V] float32 for seeds [R] and indices of tokens [R], both int64.
+
+    Noise is a function of seed, index and vocabulary row alone: two rounds of SplitMix64. The noise is -ln(-ln(1 - w))
+    for a uniform w in 63 bits, rounded to the 24 bits of a float32 and kept from 2**-63 to 1 - 2**-24. So it lies
+    between -2.8 and 43.7, is exact in the upper tail, which decides a draw, and takes the lower limit with probability
+    1e-7. A token can win over another that is up to e**46 times as likely.
+    """
+    key = _split_mix(seed, index)
+    bits = _split_mix(key[:, None], torch.arange(n_vocab, device=seed.device))
+    w = bits.bitwise_and_(2**63 - 1).float().clamp_(1, 2.0**63 - 2.0**39)
+    return w.mul_(-(2.0**-63)).log1p_().neg_().log_().neg_()
+
+
+def _split_mix(state: Tensor, n: Tensor) -> Tensor:
+    """Output n of the SplitMix64 generator that starts at `state`. Steele et al., doi:10.1145/2714064.2660195."""
+    z = state + (n + 1) * (0x9E3779B97F4A7C15 - 2**64)  # int64 arithmetic wraps around, like the original's uint64
+    z ^= _shifted(z, 30)
+    z *= 0xBF58476D1CE4E5B9 - 2**64
+    z ^= _shifted(z, 27)
+    z *= 0x94D049BB133111EB - 2**64
+    z ^= _shifted(z, 31)
+    return z
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    """Shifts to the right and fills with zeros, where >> repeats the sign."""
+    return (z >> bits).bitwise_and_(2 ** (64 - bits) - 1)
+
+
+def _draw(logits: Tensor, top: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Draws ids [R] from logits [R, V] with the highest values top [R]: the Gumbel-max trick."""
+    seeds, indices = [row.seed for row in rows], [row.n_generated for row in rows]
+    seed, index = _tensor([seeds, indices], torch.int64, logits.device)
+    weights = warp(logits, top, [row.params for row in rows])
+    return weights.add_(gumbel_noise(seed, index, logits.shape[-1])).argmax(-1)
+
+
+def _lowest_kept(logits: Tensor, top: Tensor, temperature: Tensor, params: Sequence[SamplingParams]) -> Tensor | None:
+    """Returns the lowest logit [R] that top-k, top-p and min-p keep, or None if no row has any of them."""
+    n_vocab, device, lowest = logits.shape[-1], logits.device, None
+    if any(p.min_p for p in params):
+        margins = [p.temperature * math.log(p.min_p) if p.min_p else -math.inf for p in params]
+        lowest = top + _tensor(margins, torch.float32, device)
+    narrow = [i for i, p in enumerate(params) if (p.top_k or n_vocab) < n_vocab or (p.top_p or 1) < 1]
+    if narrow:
+        logits, scale = _select(logits, narrow), _select(temperature, narrow)
+        found = _lowest_ranked(logits, _select(top, narrow), scale, [params[i] for i in narrow])
+        at = _tensor(narrow, torch.int64, device)
+        ranked = torch.full_like(top, -torch.inf).index_copy_(0, at, found)
+        lowest = ranked if lowest is None else torch.maximum(lowest, ranked)
+    return lowest
+
+
+def _lowest_ranked(logits: Tensor, top: Tensor, temperature: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Returns the lowest logit [R] that top-k and top-p keep.
+
+    Probabilities are summed as integers: float sums depend on the order of summation, which on a GPU depends on the
+    number of rows.
+    """
+    n_vocab, device = logits.shape[-1], logits.device
+    counts = [min(p.top_k or n_vocab, n_vocab) for p in params]
+    ordered = _highest(logits, max(counts))  # [R, K]
+    n_kept = _tensor(counts, torch.int64, device)[:, None]
+    if any((p.top_p or 1) < 1 for p in params):
+        kept = torch.arange(ordered.shape[-1], device=device) < n_kept
+        mass = ((ordered - top[:, None]) / temperature[:, None]).exp_().mul_(2.0**40).mul_(kept.float()).long()
+        before = mass.cumsum(-1) - mass
+        limits = [p.top_p if (p.top_p or 1) < 1 else 2 for p in params]  # 2: keep all, even those without mass
+        limit = _tensor(limits, torch.float32, device)[:, None] * mass.sum(-1, keepdim=True)
+        n_kept = kept.logical_and_(before < limit.ceil().long()).sum(-1, keepdim=True).clamp_(min=1)
+    return ordered.gather(1, n_kept - 1)[:, 0]
+
+
+def _highest(logits: Tensor, n: int) -> Tensor:
+    """Returns the n highest logits [R, n] of each row in descending order."""
+    cpu = logits.device.type == "cpu"
+    if n * (64 if cpu else 4) <= logits.shape[-1]:
+        return logits.topk(n).values
+    if cpu:  # numpy sorts rows 3 to 8 times as fast as torch
+        return torch.from_numpy(np.sort(-logits.numpy())[:, :n]).neg_()
+    return logits.sort(descending=True).values[:, :n]
+
+
+def _divisors(row: SamplingRow) -> dict[int, float]:
+    """Returns {id: repetition penalty} for the ids in the prompt and the reply."""
+    penalty = row.params.repetition_penalty
+    return dict.fromkeys(chain(row.prompt_ids, row.reply_ids), penalty) if penalty != 1 else {}
+
+
+def _changes(row: SamplingRow) -> dict[int, float]:
+    """Returns {id: what is added to its logit} for the bias and the presence and frequency penalties."""
+    params = row.params
+    changes = dict(params.logit_bias)
+    if params.presence_penalty or params.frequency_penalty:
+        for id, count in Counter(row.reply_ids).items():
+            penalty = params.presence_penalty + params.frequency_penalty * count
+            changes[id] = min(changes.get(id, 0) - penalty, _MAX)
+    return changes
+
+
+def _mask(index: int, row: SamplingRow, n_vocab: int) -> Tensor:
+    """Returns the tokens [V] that a row's `logits_mask` allows. Raises RowError if it fails."""
+    assert row.params.logits_mask
+    try:
+        mask = row.params.logits_mask(row.reply_ids)
+    except Exception as error:  # the caller's own code, which must not end the other requests
+        raise RowError(index, f"logits_mask failed: {type(error).__name__}: {error}") from error
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (n_vocab,):
+        found = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise RowError(index, f"logits_mask returned {found}; expected a tensor torch.bool [{n_vocab}]")
+    return mask
+
+
+def _entries(values: Sequence[Mapping[int, float]], logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Turns one {id: value} per row into positions in the flattened logits and the values there."""
+    n_rows, n_vocab = logits.shape
+    sizes = [len(row) for row in values]
+    ids = np.fromiter(chain.from_iterable(values), np.int64, sum(sizes))
+    flat = np.fromiter(chain.from_iterable(row.values() for row in values), np.float64, sum(sizes))
+    at = ids + np.repeat(np.arange(n_rows) * n_vocab, sizes)
+    valid = (ids >= 0) & (ids < n_vocab)
+    return _tensor(at[valid], torch.int64, logits.device), _tensor(flat[valid], torch.float32, logits.device)
+
+
+def _put(logits: Tensor, at: Tensor, values: Tensor) -> Tensor:
+    """Returns a copy of the logits with these values, kept finite except for -inf, at flat positions."""
+    return logits.flatten().index_copy(0, at, values.clamp_(max=_MAX)).view_as(logits)
+
+
+def _select(x: Tensor, rows: list[int]) -> Tensor:
+    """Returns these rows of x, without a copy if they are all."""
+    return x if len(rows) == len(x) else x.index_select(0, _tensor(rows, torch.int64, x.device))
+
+
+def _tensor(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Makes a small tensor from numbers. From pinned memory, a copy to a GPU does not wait for earlier work there."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
