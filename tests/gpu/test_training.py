@@ -64,7 +64,7 @@ def losses(run: Path) -> list[float]:
 def attention(segments: Segments, window: int | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     positions = torch.arange(q.shape[1], device=q.device)[None]  # not read by `attend`
     context = VarlenContext(positions=positions, seq_len=130, segments=segments)
-    return (context if window is None else context.with_sliding_window(window)).attend(0, q, k, v)
+    return context.with_scores(sliding_window=window, dtype=q.dtype).attend(0, q, k, v)
 
 
 @pytest.mark.parametrize("window", [None, 40])
