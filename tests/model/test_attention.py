@@ -160,8 +160,9 @@ def test_every_context_gives_what_a_sequence_alone_and_uncached_gives(
             torch.testing.assert_close(result, decoder(one[None])[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("member", ["causal", "varlen", "cache, prefill"])
+@pytest.mark.parametrize(
+    ("member", "compiled"), [("causal", False), ("varlen", False), ("cache, prefill", False), ("cache, prefill", True)]
+)
 def test_select_gives_the_states_of_these_tokens_only(
     member: str, compiled: bool, decoder: Decoder, config: DecoderConfig, sequences: Sequences
 ) -> None:
@@ -213,6 +214,12 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, window: int | None, slopes: Tensor 
                 scores = scores - slopes[head] * (i - torch.arange(first, i + 1))
             y[i, head] = scores.softmax(0) @ v[first : i + 1, kv]
     return y
+
+
+def test_the_mask_of_a_packed_row_is_causal_within_each_sample() -> None:
+    segments = Segments(torch.tensor([0, 2, 2, 5, 6], dtype=torch.int32), (2, 0, 3, 1), 3)
+    expected = torch.block_diag(*(torch.ones(n, n).tril() for n in (2, 3, 1))).bool()
+    assert torch.equal(segments.mask(6)[0, 0], expected)
 
 
 @pytest.mark.parametrize("alibi", [False, True], ids=["no biases", "ALiBi"])
