@@ -19,11 +19,10 @@ from report import OURS, PEER, Commit, Out, Result, Save, benchmark_name
 from shapes import IdsAsWords, Layers, Size, llava_config, random_llava
 from timing import Device, DType, Runs, Target, Threads, alternate
 
-from llava.engine import step
 from llava.engine.engine import Engine
 from llava.engine.sampling import SamplingParams
 from llava.engine.sequence import Sequence as Generated
-from llava.model.attention import CacheContext
+from llava.model.attention import DenseCacheContext
 from llava.model.kv_cache import KVCache
 from llava.preprocess.inputs import ModelInput
 
@@ -57,9 +56,9 @@ def logits(model: Any, ids: torch.Tensor, target: Target) -> torch.Tensor:
     """Our logits after the prompt."""
     n = len(ids)
     cache = KVCache(model.config.decoder, 1, n, dtype=target.dtype, device=target.device)
-    positions, last = torch.arange(n, device=target.device), torch.tensor([[n - 1]], device=target.device)
-    context = CacheContext(positions=positions, seq_len=n, last=last, cache=cache, window=n)
-    return step.prefill(model, model.embed(ids)[None], context)
+    positions = torch.arange(n, device=target.device)
+    context = DenseCacheContext(positions=positions, seq_len=n, cache=cache, window=n)
+    return model.decoder.logits(model.decoder(model.embed(ids)[None], context, positions[-1:]))
 
 
 def main(

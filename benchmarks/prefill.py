@@ -18,10 +18,9 @@ from shapes import IdsAsWords, Layers, Size, llava_config, random_llava
 from timing import Device, DType, Runs, Target, Threads, alternate
 
 from llava.config import IMAGE, LlavaConfig
-from llava.engine import step
 from llava.engine.engine import Engine
 from llava.engine.sampling import SamplingParams
-from llava.model.attention import CacheContext
+from llava.model.attention import DenseCacheContext
 from llava.model.kv_cache import KVCache
 from llava.model.llava import Llava
 from llava.preprocess.inputs import ModelInput
@@ -68,9 +67,10 @@ def logits(engine: Engine, input: ModelInput, target: Target) -> torch.Tensor:
     x = engine.embed([input])
     n = x.shape[1]
     cache = KVCache(engine.model.config.decoder, 1, n, dtype=target.dtype, device=target.device)
-    positions, last = torch.arange(n, device=target.device), torch.tensor([[n - 1]], device=target.device)
-    context = CacheContext(positions=positions, seq_len=n, last=last, cache=cache, window=n)
-    return step.prefill(engine.model, x, context)
+    positions = torch.arange(n, device=target.device)
+    context = DenseCacheContext(positions=positions, seq_len=n, cache=cache, window=n)
+    decoder = engine.model.decoder
+    return decoder.logits(decoder(x, context, positions[-1:]))
 
 
 @torch.inference_mode()

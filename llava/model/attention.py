@@ -1,14 +1,14 @@
 """Attention contexts: which tokens a query attends to, and where keys and values come from.
 
 The caller builds one context per forward pass. It contains the positions of the new tokens and, depending on its
-class, a cache, a mask or the boundaries of packed samples. Every block calls `context.attend`, so training, prefill and
-decoding run the same block code.
+class, a cache or the boundaries of packed samples. The decoder calls `with_scores` once per forward pass, and every
+block calls `attend`, so training, prefill and decoding run the same block code.
 
-| Context          | Used for                                            |
-|------------------|-----------------------------------------------------|
-| `CausalContext`  | whole sequences without a cache; padded training    |
-| `VarlenContext`  | training on several samples packed into one row     |
-| `CacheContext`   | prefill and decode steps with a dense `KVCache`     |
+| Context             | Used for                                            |
+|---------------------|-----------------------------------------------------|
+| `CausalContext`     | whole sequences without a cache; padded training    |
+| `VarlenContext`     | several samples packed into one row                 |
+| `DenseCacheContext` | prefill and decode steps with a dense `KVCache`     |
 
 B batch   S new tokens   T tokens attended to   N packed samples   D dim
 H query heads   K key/value heads   E head_dim
@@ -36,115 +36,91 @@ class AttentionContext(Protocol):
         ...
 
     @property
-    def seq_len(self) -> int:
-        """Number of tokens in the longest sequence, including the new ones. Dynamic RoPE scaling depends on it."""
+    def seq_len(self) -> int | Tensor:
+        """Number of tokens in the sequence that each new token belongs to, including the new ones.
+
+        An int if it is the same for all tokens, else int64 of the shape of `positions`. Only dynamic RoPE scaling
+        depends on it.
+        """
         ...
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [B, S, H, E], k and v [B, S, K, E] of the new tokens -> y [B, S, H, E], one vector per query."""
+        """q [B, S, H, E], k and v [B, S, K, E] of the new tokens -> y [B, S, H, E]"""
         ...
 
-    def queries(self, x: Tensor) -> Tensor:
-        """Selects the tokens of x [B, S, ...] that are queries: all tokens, or only the last token of each sequence."""
-        ...
+    def with_scores(
+        self, *, sliding_window: int | None = None, alibi_slopes: Tensor | None = None, dtype: torch.dtype
+    ) -> "AttentionContext":
+        """Returns the context that a decoder's blocks use; called once per forward pass, before `attend`.
 
-    def last_token_only(self) -> "AttentionContext":
-        """Returns a context in which only each sequence's last token is a query; keys and values cover all tokens."""
-        ...
-
-    def with_alibi(self, slopes: Tensor, dtype: torch.dtype) -> "AttentionContext":
-        """Returns a context that adds linear biases of type `dtype` to the scores. slopes: [H] float32."""
-        ...
-
-    def with_sliding_window(self, n: int) -> "AttentionContext":
-        """Returns a context in which a query attends only to the last `n` tokens, its own token included."""
+        sliding_window: a query attends only to this many tokens, its own token included; None: to all up to its own.
+        alibi_slopes: [H] float32, slopes of the linear biases added to the scores. dtype: type of these biases.
+        """
         ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CausalContext:
-    """Causal attention among the new tokens, without a cache."""
+    """Causal attention among the new tokens of rows that start at position 0, without a cache."""
 
     positions: Tensor  # int64 [S] or [B, S]
-    seq_len: int
-    mask: Tensor | None = None  # [B or 1, 1 or H, S, T], bool (True: attend) or a bias; None: causal from position 0
-    last: Tensor | None = None  # int64 [B, L], indices of the last tokens of the L sequences in each row
-    last_only: bool = False  # only the tokens at `last` are queries
+    seq_len: int | Tensor
+    bias: Tensor | None = None  # [1, 1 or H, S, S], set by `with_scores`; None: plain causal attention
 
     @classmethod
     def of(cls, x: Tensor) -> "CausalContext":
         """Returns the context for x [B, S, D], whose rows start at position 0."""
         return CausalContext(positions=torch.arange(x.shape[1], device=x.device), seq_len=x.shape[1])
 
-    @property
-    def n_slots(self) -> int:
-        """T, the number of tokens that a query can attend to."""
-        return self.positions.shape[-1]
-
-    def keys_and_values(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v [B, S, K, E] of the new tokens -> keys, values [B, K, T, E] of all tokens attended to."""
-        return k.transpose(1, 2), v.transpose(1, 2)
-
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `AttentionContext`."""
-        keys, values = self.keys_and_values(layer, k, v)
-        q = self.queries(q).transpose(1, 2)
-        is_causal = False
-        # The `if` makes `is_causal` a bool: in torch.compile, the comparison can be a SymBool, which SDPA rejects.
-        if self.mask is None and q.shape[2] > 1:
-            is_causal = True
-        grouped = q.shape[1] != keys.shape[1]
-        y = F.scaled_dot_product_attention(
-            q, keys, values, attn_mask=self.mask, is_causal=is_causal, enable_gqa=grouped
-        )
-        return y.transpose(1, 2)
+        return attention(q, k.transpose(1, 2), v.transpose(1, 2), self.bias)
 
-    def queries(self, x: Tensor) -> Tensor:
+    def with_scores(
+        self, *, sliding_window: int | None = None, alibi_slopes: Tensor | None = None, dtype: torch.dtype
+    ) -> "CausalContext":
         """See `AttentionContext`."""
-        return x if self.last is None or not self.last_only else _take(x, self.last)
-
-    def last_token_only(self) -> "CausalContext":
-        """See `AttentionContext`. Requires `last`. With the new context, `attend` returns [B, L, H, E]."""
-        assert self.last is not None
-        if self.mask is None:
-            mask = decode_mask(self.last, self.n_slots)
-        else:
-            by_query = self.mask.expand(len(self.last), -1, -1, -1).transpose(1, 2)  # [B, S, 1 or H, T]
-            mask = _take(by_query, self.last).transpose(1, 2)
-        return replace(self, mask=mask, last_only=True)
-
-    def with_alibi(self, slopes: Tensor, dtype: torch.dtype) -> "CausalContext":
-        """See `AttentionContext`."""
-        mask = decode_mask(self.positions, self.n_slots) if self.mask is None else self.mask
-        return replace(self, mask=alibi_bias(mask, slopes, dtype))
-
-    def with_sliding_window(self, n: int) -> "CausalContext":
-        """See `AttentionContext`. Without a mask, the context stays as it is if all tokens fit into the window."""
-        if self.n_slots <= n:
+        n = self.positions.shape[-1]
+        if alibi_slopes is None and (sliding_window is None or sliding_window >= n):
             return self
-        mask = decode_mask(self.positions, self.n_slots) if self.mask is None else self.mask
-        return replace(self, mask=within_window(mask, n))
+        return replace(self, bias=score_bias(_causal_mask(n, self.positions), sliding_window, alibi_slopes, dtype))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CacheContext(CausalContext):
-    """Attention over a dense cache, for prefill (`mask` is None) or a decode step with one token per row.
+class DenseCacheContext:
+    """Attention over the first `window` slots of a dense cache; a new token attends to the slots up to its position.
 
-    A decode step for several rows requires `decode_mask`; a single row that attends to the whole window needs no mask.
+    Needs `with_scores` before `attend`, except for a prefill of the whole window and for a single token that attends
+    to the whole window. Both are recognised without reading `positions`, which would wait for the device.
     """
 
+    positions: Tensor  # int64 [S] or [B, S]
+    seq_len: int | Tensor
     cache: KVCache
     window: int  # number of slots read, starting at slot 0
+    bias: Tensor | None = None  # [B or 1, 1 or H, S, T], set by `with_scores`
 
     @property
-    def n_slots(self) -> int:
-        """T, the number of tokens that a query can attend to."""
-        return self.window
+    def is_plain(self) -> bool:
+        """Whether the new tokens fill the window from position 0, or are the last token of equally long rows."""
+        n = self.positions.shape[-1]
+        if n == 1 and self.positions.dim() == 1 and not isinstance(self.seq_len, Tensor):
+            return self.seq_len == self.window
+        return n == self.window
 
-    def keys_and_values(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k, v [B, S, K, E] in the cache -> keys, values [B, K, T, E] of the window."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `AttentionContext`. Stores k and v in the cache."""
         keys, values = self.cache.write(layer, self.positions, k, v)
-        return keys[:, :, : self.window], values[:, :, : self.window]
+        return attention(q, keys[:, :, : self.window], values[:, :, : self.window], self.bias)
+
+    def with_scores(
+        self, *, sliding_window: int | None = None, alibi_slopes: Tensor | None = None, dtype: torch.dtype
+    ) -> "DenseCacheContext":
+        """See `AttentionContext`."""
+        if alibi_slopes is None and (sliding_window is None or sliding_window >= self.window) and self.is_plain:
+            return self
+        mask = decode_mask(self.positions, self.window)
+        return replace(self, bias=score_bias(mask, sliding_window, alibi_slopes, dtype))
 
 
 class Segments(NamedTuple):
@@ -154,15 +130,10 @@ class Segments(NamedTuple):
     lengths: tuple[int, ...]  # sample lengths; may be () if the varlen kernel is used
     max_seqlen: int  # upper bound on the length of a sample
 
-    def last(self) -> Tensor:
-        """Index of each sample's last token, int64 [1, N]. For an empty sample, the index just before its start."""
-        return self.cu_seqlens[None, 1:].long() - 1
-
-    def mask(self) -> Tensor:
-        """Returns the equivalent dense mask, bool [1, 1, S, S]: causal within each sample."""
-        sample = torch.repeat_interleave(self.cu_seqlens.diff())  # [S], the sample index of each token
-        index = torch.arange(len(sample), device=sample.device)
-        return ((sample[:, None] == sample) & (index[:, None] >= index))[None, None]
+    def mask(self, n: int) -> Tensor:
+        """Returns the equivalent dense mask of a row of n tokens, bool [1, 1, n, n]: causal within each sample."""
+        sample = torch.repeat_interleave(self.cu_seqlens.diff(), output_size=n)  # [S], the sample index of each token
+        return _causal_mask(n, sample) & (sample[:, None] == sample)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -170,67 +141,82 @@ class VarlenContext:
     """Causal attention within each sample of a packed row (B = 1), without a cache."""
 
     positions: Tensor  # int64 [1, S], starting from 0 in each sample
-    seq_len: int
+    seq_len: int | Tensor
     segments: Segments
-    last_only: bool = False  # only the last token of each sample is a query
-    sliding_window: int | None = None  # number of tokens that a query attends to; None: all up to its own
+    sliding_window: int | None = None  # set by `with_scores`, like `bias`
+    bias: Tensor | None = None  # [1, 1 or H, L, L] for the longest sample; shorter ones use its top left corner
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `AttentionContext`."""
-        if q.shape[2] != k.shape[2]:
-            k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
-        on_gpu = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-        return self.queries(self._kernel(q, k, v) if on_gpu else self._one_by_one(q, k, v))
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+            return self._kernel(q, k, v)
+        samples = zip(*(x.split(self.segments.lengths, dim=1) for x in (q, k, v)), strict=True)
+        return torch.cat([self._attend_one(q, k, v) for q, k, v in samples], dim=1)
 
     def _kernel(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        if self.sliding_window is not None and not _kernel_has_windows():
-            return self._dense(q, k, v, self.sliding_window)
+        if q.shape[2] != k.shape[2]:
+            k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
         cu_seqlens, max_seqlen = self.segments.cu_seqlens, self.segments.max_seqlen
         causal = _causal(self.sliding_window)
         y = varlen_attn(q[0], k[0], v[0], cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **causal)
         assert isinstance(y, Tensor)
         return y[None]
 
-    def _dense(self, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        mask = within_window(self.segments.mask(), window)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-
-    def _one_by_one(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        samples = zip(*(x.transpose(1, 2).split(self.segments.lengths, dim=2) for x in (q, k, v)), strict=True)
-        ys = [self._attend_one(q, k, v) for q, k, v in samples]
-        return torch.cat(ys, dim=2).transpose(1, 2)
-
     def _attend_one(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v [1, H, L, E] of one sample -> [1, H, L, E]"""
-        n, mask = q.shape[2], None
-        if self.sliding_window is not None and n > self.sliding_window:
-            mask = within_window(decode_mask(torch.arange(n, device=q.device), n), self.sliding_window)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        """q [1, L, H, E], k and v [1, L, K, E] of one sample -> [1, L, H, E]"""
+        n = q.shape[1]
+        bias = None if self.bias is None else self.bias[..., :n, :n]
+        return attention(q, k.transpose(1, 2), v.transpose(1, 2), bias)
 
-    def queries(self, x: Tensor) -> Tensor:
-        """See `AttentionContext`."""
-        return _take(x, self.segments.last()) if self.last_only else x
+    def with_scores(
+        self, *, sliding_window: int | None = None, alibi_slopes: Tensor | None = None, dtype: torch.dtype
+    ) -> "VarlenContext | CausalContext":
+        """See `AttentionContext`. What the varlen kernel does not support becomes a dense bias over the whole row."""
+        if alibi_slopes is None and (sliding_window is None or sliding_window >= self.segments.max_seqlen):
+            return self
+        if self.positions.is_cuda and (alibi_slopes is not None or not _kernel_has_windows()):
+            mask = self.segments.mask(self.positions.shape[-1])
+            bias = score_bias(mask, sliding_window, alibi_slopes, dtype)
+            return CausalContext(positions=self.positions, seq_len=self.seq_len, bias=bias)
+        mask = _causal_mask(max(self.segments.lengths, default=0), self.positions)
+        bias = score_bias(mask, sliding_window, alibi_slopes, dtype)
+        return replace(self, sliding_window=sliding_window, bias=bias)
 
-    def last_token_only(self) -> "VarlenContext":
-        """See `AttentionContext`. With the new context, `attend` returns [1, N, H, E]."""
-        return replace(self, last_only=True)
 
-    def with_alibi(self, slopes: Tensor, dtype: torch.dtype) -> CausalContext:
-        """See `AttentionContext`. The varlen kernel does not support biases, so the new context uses a dense mask."""
-        mask = alibi_bias(self.segments.mask(), slopes, dtype)
-        return CausalContext(positions=self.positions, seq_len=self.seq_len, mask=mask, last=self.segments.last())
+def attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    """Scaled dot-product attention: q [B, S, H, E], keys and values [B, K, T, E] -> [B, S, H, E].
 
-    def with_sliding_window(self, n: int) -> "VarlenContext":
-        """See `AttentionContext`."""
-        return replace(self, sliding_window=n) if self.segments.max_seqlen > n else self
+    bias: [B or 1, 1 or H, S, T], added to the scores. None: causal attention if S = T; a single token attends to all T.
+    """
+    is_causal = False
+    # The `if` makes `is_causal` a bool: in torch.compile, the comparison can be a SymBool, which SDPA rejects.
+    if bias is None and q.shape[1] > 1:
+        is_causal = True
+    grouped = q.shape[2] != keys.shape[1]
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2), keys, values, attn_mask=bias, is_causal=is_causal, enable_gqa=grouped
+    )
+    return y.transpose(1, 2)
 
 
 def decode_mask(positions: Tensor, n_slots: int) -> Tensor:
     """positions [B, S] or [S] -> mask [B or 1, 1, S, T], True for slots up to and including each position."""
     return torch.arange(n_slots, device=positions.device) <= torch.atleast_2d(positions)[:, None, :, None]
+
+
+def score_bias(mask: Tensor, sliding_window: int | None, alibi_slopes: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Returns what to add to the scores: mask [B or 1, 1, S, T] (True: attend) -> [B or 1, 1 or H, S, T].
+
+    The bias is -inf where the mask is False or the slot is outside the window. Attention would convert a bool mask to
+    this form in each layer.
+    """
+    if sliding_window is not None:
+        mask = within_window(mask, sliding_window)
+    if alibi_slopes is not None:
+        return alibi_bias(mask, alibi_slopes, dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
 
 
 def alibi_bias(mask: Tensor, slopes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -255,9 +241,9 @@ def within_window(mask: Tensor, n: int) -> Tensor:
     return mask & (slots > (slots * mask).amax(-1, keepdim=True) - n)
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """x [B, S, ...], index [B, L] -> [B, L, ...]"""
-    return x[torch.arange(len(x), device=x.device)[:, None], index]
+def _causal_mask(n: int, like: Tensor) -> Tensor:
+    """Returns the mask [1, 1, n, n] of n tokens that start at position 0, on the device of `like`."""
+    return decode_mask(torch.arange(n, device=like.device), n)
 
 
 def _causal(sliding_window: int | None) -> dict[str, Any]:

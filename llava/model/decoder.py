@@ -30,32 +30,30 @@ class Decoder(nn.Module):
         if config.tied:
             self.head.weight = self.embed.weight
 
-    def forward(self, x: Tensor, context: AttentionContext | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext | None = None, select: Tensor | None = None) -> Tensor:
         """x [B, S, D] -> hidden states [B, S, D] after the final norm.
 
         Without a context, attention is causal and the rows of x start at position 0.
+        select: int64 [L], indices into the tokens of x flattened to [B * S]; the result is then [L, D], the hidden
+        states of these tokens only, and the last block's MLP skips the others.
         """
-        *_, last = self.states(x, context)
-        return last
+        for state in self.states(x, context, select):  # keeps only one state at a time
+            x = state
+        return x
 
-    def states(self, x: Tensor, context: AttentionContext | None = None) -> Iterator[Tensor]:
-        """Like `forward`, but yields the hidden states after each block and, as the last item, after the final norm."""
+    def states(
+        self, x: Tensor, context: AttentionContext | None = None, select: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """Like `forward`, but yields the hidden states after each block and, as the last item, after the final norm.
+
+        `select` applies from the last block on.
+        """
         rope, context = self.positions(CausalContext.of(x) if context is None else context, x.dtype)
-        for block in self.blocks:
-            x = block(x, rope, context)
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, context, select if i == last else None)
             yield x
         yield self.norm(x)
-
-    def last_token_only(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """x [B, S, D] -> [sequences, D], the last token's hidden state in each sequence, after the final norm.
-
-        Used for prefill: the last block computes keys and values for all tokens, but outputs only for the last tokens.
-        """
-        rope, context = self.positions(context, x.dtype)
-        for block in self.blocks[:-1]:
-            x = block(x, rope, context)
-        x = self.blocks[-1](x, rope, context.last_token_only())
-        return self.norm(x).flatten(0, 1)
 
     def logits(self, x: Tensor) -> Tensor:
         """x [..., D] after the final norm -> logits [..., V] float32"""

@@ -34,8 +34,3 @@ class KVCache:
             keys[self.rows, :, positions] = k
             values[self.rows, :, positions] = v
         return keys, values
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps only the rows at the indices `rows` [B'], in this order."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
-        self.rows = self.rows[: len(rows)]

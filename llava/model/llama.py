@@ -13,7 +13,7 @@ from llava.config import DecoderConfig, RopeScaling
 from llava.model.attention import AttentionContext
 from llava.model.linear import Linear
 
-Rotation = tuple[Tensor, Tensor]  # cosines and sines of the rotary angles, each [..., S, 1, E/2]
+Rotation = tuple[Tensor, Tensor]  # cosines and sines of the rotary angles, each [..., S, 1, E]; see `rotate`
 
 
 class RMSNorm(nn.Module):
@@ -26,8 +26,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]"""
-        x32 = x.float()
-        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
 
 
 class Rope(nn.Module):
@@ -44,22 +43,35 @@ class Rope(nn.Module):
 
         If the config has a sliding window (Mistral, arXiv:2310.06825), the context is limited to it.
         """
-        if self.sliding_window is not None:
-            context = context.with_sliding_window(self.sliding_window)
+        context = context.with_scores(sliding_window=self.sliding_window, dtype=dtype)
         angles = context.positions[..., None].float() * self.frequencies(context.seq_len, context.positions.device)
-        return (angles.cos().to(dtype).unsqueeze(-2), angles.sin().to(dtype).unsqueeze(-2)), context
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        return (torch.cat([cos, cos], -1).unsqueeze(-2), torch.cat([-sin, sin], -1).unsqueeze(-2)), context
 
-    def frequencies(self, seq_len: int, device: torch.device) -> Tensor:
-        """Returns the frequencies in radians per token, [E/2] float32, for sequences of `seq_len` tokens."""
-        theta, scaling = self.theta, self.scaling
-        if scaling and scaling.kind == "dynamic" and seq_len > scaling.original_max_seq:
-            stretch = scaling.factor * seq_len / scaling.original_max_seq - (scaling.factor - 1)
-            theta *= stretch ** (self.head_dim / (self.head_dim - 2))
+    def frequencies(self, seq_len: int | Tensor, device: torch.device) -> Tensor:
+        """Returns the frequencies in radians per token, float32, for sequences of `seq_len` tokens.
+
+        The result is [E/2]; with dynamic scaling and a tensor `seq_len` [...], it is [..., E/2].
+        """
+        scaling = self.scaling
+        theta = self._dynamic_theta(seq_len, device) if scaling and scaling.kind == "dynamic" else self.theta
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.int64, device=device).float() / self.head_dim
         frequencies = 1.0 / (theta**exponents)
         if scaling and scaling.kind == "linear":
             return frequencies / scaling.factor
         return _llama3(frequencies, scaling) if scaling and scaling.kind == "llama3" else frequencies
+
+    def _dynamic_theta(self, seq_len: int | Tensor, device: torch.device) -> Tensor:
+        """Dynamic NTK scaling: seq_len [...] -> theta [..., 1] float32, larger for sequences beyond `original_max_seq`.
+
+        An int becomes a tensor, so that it gives the same values as the same length in a tensor.
+        """
+        assert self.scaling is not None
+        if not isinstance(seq_len, Tensor):
+            seq_len = torch.full((), seq_len, device=device)
+        factor, relative = self.scaling.factor, seq_len.float() / self.scaling.original_max_seq
+        stretch = (factor * relative - (factor - 1)).clamp(min=1)
+        return (self.theta * stretch ** (self.head_dim / (self.head_dim - 2)))[..., None]
 
 
 def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
@@ -71,10 +83,13 @@ def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def rotate(x: Tensor, rope: Rotation) -> Tensor:
-    """x [B, S, H, E] -> [B, S, H, E]: rotates each pair of components (i, i + E/2) by its angle."""
+    """x [B, S, H, E] -> [B, S, H, E]: rotates each pair of components (i, i + E/2) by its angle.
+
+    Component i becomes x[i] cos - x[i + E/2] sin, and component i + E/2 becomes x[i + E/2] cos + x[i] sin. `rope`
+    contains each cosine twice, and each sine first with a minus sign, because few wide operations are faster.
+    """
     cos, sin = rope  # float32 in mixed-precision training even if x is 16-bit, hence the cast below
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -89,10 +104,7 @@ class Attention(nn.Module):
         self.out = Linear(config.n_heads * config.head_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, rope: Rotation, context: AttentionContext) -> Tensor:
-        """x [B, S, D] -> [B, S, D], or only the tokens that `context.queries` selects.
-
-        `context` contains the positions and any cache, and determines which tokens a query attends to.
-        """
+        """x [B, S, D] -> [B, S, D]. `context` holds any cache and determines which tokens a query attends to."""
         qk, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.rotated, dim=-2)  # [B, S, H + K | K, E]
         q, k = rotate(qk, rope).split(self.heads, dim=-2)  # [B, S, H | K, E]
         y = context.attend(self.layer, q, k, v)  # [B, S, H, E]
@@ -123,7 +135,9 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.dim, config.eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: Rotation, context: AttentionContext) -> Tensor:
-        """x [B, S, D] -> [B, S, D], or only the tokens that `context.queries` selects."""
-        x = context.queries(x) + self.attn(self.attn_norm(x), rope, context)
+    def forward(self, x: Tensor, rope: Rotation, context: AttentionContext, select: Tensor | None = None) -> Tensor:
+        """x [B, S, D] -> [B, S, D], or [L, D] for the tokens of the flattened x at the indices `select` [L]."""
+        x = x + self.attn(self.attn_norm(x), rope, context)
+        if select is not None:
+            x = x.flatten(0, 1)[select]
         return x + self.mlp(self.mlp_norm(x))

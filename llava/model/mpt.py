@@ -33,7 +33,7 @@ class Alibi(nn.Module):
 
     def forward(self, context: AttentionContext, dtype: torch.dtype) -> tuple[None, AttentionContext]:
         """Returns None (ALiBi has no rotary embedding), and a context that adds the biases to the attention scores."""
-        return None, context.with_alibi(self.slopes(context.positions.device), dtype)
+        return None, context.with_scores(alibi_slopes=self.slopes(context.positions.device), dtype=dtype)
 
     def slopes(self, device: torch.device) -> Tensor:
         """Returns the slopes [H], float32: 2^(-bias_max * i / H) for i = 1, …, H.
@@ -56,7 +56,7 @@ class Attention(nn.Module):
         self.out = Linear(config.n_heads * config.head_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """x [B, S, D] -> [B, S, D], or only the tokens that `context.queries` selects."""
+        """x [B, S, D] -> [B, S, D]"""
         qkv = self.qkv(x)
         if self.limit < math.inf:
             qkv = qkv.clamp(-self.limit, self.limit)
@@ -87,7 +87,12 @@ class Block(nn.Module):
         self.mlp_norm = LayerNorm(config.dim, config.eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: None, context: AttentionContext) -> Tensor:
-        """x [B, S, D] -> [B, S, D], or only the tokens that `context.queries` selects. MPT does not use `rope`."""
-        x = context.queries(x) + self.attn(self.attn_norm(x), context)
+    def forward(self, x: Tensor, rope: None, context: AttentionContext, select: Tensor | None = None) -> Tensor:
+        """x [B, S, D] -> [B, S, D], or [L, D] for the tokens of the flattened x at the indices `select` [L].
+
+        MPT does not use `rope`.
+        """
+        x = x + self.attn(self.attn_norm(x), context)
+        if select is not None:
+            x = x.flatten(0, 1)[select]
         return x + self.mlp(self.mlp_norm(x))

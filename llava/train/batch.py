@@ -31,6 +31,7 @@ class Batch:
 
     ids: Tensor  # int64 [B, S], IMAGE at the positions of image features
     positions: Tensor  # int64 [B, S], counted from 0 in each sample
+    seq_len: Tensor  # int64 [B, S], length of the sample that each token belongs to
     segments: Segments | None  # sample boundaries of a packed row
     target_positions: Tensor  # int64 [T], positions that predict a target, as indices into the flattened [B * S]
     targets: Tensor  # int64 [T], token ids
@@ -40,7 +41,6 @@ class Batch:
     grids: list[TileGrid | None]  # tile arrangement of each image, or None to concatenate the views
     n_samples: int
     n_tokens: int  # including image tokens, excluding padding
-    max_seqlen: int  # length of the longest sample
     skipped: list[str] = field(default_factory=list)  # one message per skipped sample: file, index, id and reason
     skipped_files: list[str] = field(default_factory=list)  # data file of each skipped sample
     n_too_long: int = 0  # samples in `skipped` that are longer than the model's context
@@ -78,18 +78,21 @@ def collate(
             torch.cat([*rows, torch.full((padding,), fill)])[None] for rows, fill in ((ids, 0), (labels, IGNORE))
         )
         positions = torch.cat([torch.arange(n) for n in (*lengths, padding)])[None]
+        seq_len = torch.cat([torch.full((n,), n) for n in (*lengths, padding)])[None]
     else:
         segments = None
         all_ids, all_labels = (
             pad_sequence(rows, batch_first=True, padding_value=fill) for rows, fill in ((ids, 0), (labels, IGNORE))
         )
-        positions = torch.arange(max(lengths)).repeat(len(ids), 1)
+        positions = torch.arange(max(lengths)).repeat(len(lengths), 1)
+        seq_len = torch.tensor(lengths)[:, None].repeat(1, max(lengths))
     flat_labels = all_labels.flatten()
     target_positions = (flat_labels != IGNORE).nonzero()[:, 0]
     pixels = [input.pixels for input in inputs if input.pixels is not None]
     return Batch(
         ids=all_ids,
         positions=positions,
+        seq_len=seq_len,
         segments=segments,
         target_positions=target_positions,
         targets=flat_labels[target_positions],
@@ -99,7 +102,6 @@ def collate(
         grids=[grid for input in inputs for grid in input.grids],
         n_samples=len(inputs),
         n_tokens=sum(lengths) if inputs else 0,
-        max_seqlen=max(lengths),
     )
 
 

@@ -68,8 +68,8 @@ class LlavaWithLoss(nn.Module):
 def attention_context(batch: Batch) -> AttentionContext:
     """Returns the attention context of a batch: causal within each packed sample or each padded row."""
     if batch.segments is None:
-        return CausalContext(positions=batch.positions[0], seq_len=batch.max_seqlen)
-    return VarlenContext(positions=batch.positions, seq_len=batch.max_seqlen, segments=batch.segments)
+        return CausalContext(positions=batch.positions, seq_len=batch.seq_len)
+    return VarlenContext(positions=batch.positions, seq_len=batch.seq_len, segments=batch.segments)
 
 
 def cross_entropy(decoder: Decoder, x: Tensor, targets: Tensor, *, train_head: bool = True) -> Tensor:

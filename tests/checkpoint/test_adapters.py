@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 import llava
 from llava.assistant import Assistant, question_about
-from llava.engine import step
 from llava.errors import ConfigError, PromptError
-from llava.model.attention import CacheContext, decode_mask
+from llava.model.attention import DenseCacheContext
 from llava.model.kv_cache import KVCache
+from llava.model.llava import Llava
 from llava.model.lora import LoraLinear
 from tests import tiny
 from tests.command import assert_one_line_error, run, run_well
@@ -158,20 +158,26 @@ def test_adapters_are_of_the_type_that_is_asked_for(folders: dict[str, Path], pi
 
 def test_compiled_steps_switch_too(several: Assistant) -> None:
     """Traces without a compiler; tests/gpu compiles. A trace must not be reused for another adapter."""
-    prefill, decode = (torch.compile(one, backend="eager") for one in (step.prefill, step.decode_step))
-    ids, at = torch.tensor([[1, 40, 50, 60]]), torch.tensor([[4]])
+
+    def states_of(model: Llava, ids: Tensor, context: DenseCacheContext) -> Tensor:
+        return model.decoder(model.decoder.lookup(ids), context)
+
+    traced = torch.compile(states_of, backend="eager")
     for name in ("cats", "june", "dogs", None, "cats"):
         several.adapter(name)
         model = several.model
-        logits = []
-        for first, then in ((prefill, decode), (step.prefill, step.decode_step)):
+        states = []
+        for forward in (traced, states_of):
             cache = KVCache(model.config.decoder, 1, 8, dtype=model.dtype, device=model.device)
-            prompt = CacheContext(positions=torch.arange(4), seq_len=4, last=at - 1, cache=cache, window=4)
-            newest = CacheContext(positions=at, seq_len=5, mask=decode_mask(at, 8), cache=cache, window=8)
+            prompt = DenseCacheContext(positions=torch.arange(4), seq_len=4, cache=cache, window=4)
+            newest = DenseCacheContext(positions=torch.tensor([[4]]), seq_len=5, cache=cache, window=8)
             with torch.inference_mode():
-                made = [first(model, model.decoder.lookup(ids), prompt), then(model, torch.tensor([70]), newest)]
-            logits.append(torch.cat(made))
-        torch.testing.assert_close(*logits)
+                made = [
+                    forward(model, torch.tensor([[1, 40, 50, 60]]), prompt),
+                    forward(model, torch.tensor([[70]]), newest),
+                ]
+            states.append(torch.cat(made, dim=1))
+        torch.testing.assert_close(*states)
 
 
 def test_switching_leaves_the_base_matrices_alone(several: Assistant) -> None:

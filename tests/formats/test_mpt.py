@@ -17,9 +17,8 @@ from llava.checkpoint.open import open_checkpoint
 from llava.config import DecoderConfig, LlavaConfig
 from llava.convert.convert import convert, write_gpt_fast
 from llava.convert.verify import check_equal
-from llava.engine import step
 from llava.errors import CheckpointError, ConfigError
-from llava.model.attention import CacheContext, alibi_bias, decode_mask
+from llava.model.attention import DenseCacheContext, alibi_bias, decode_mask
 from llava.model.decoder import Decoder
 from llava.model.kv_cache import KVCache
 from llava.model.mpt import Alibi
@@ -312,21 +311,19 @@ def test_pictures_and_text_of_all_lengths_answer_in_a_batch_like_single_requests
 def test_traced_steps_of_several_rows_in_two_windows_equal_plain_ones(assistant: Assistant) -> None:
     """Without a compiler backend: checks what is traced, and when it is traced again."""
     model = assistant.model
-    prefill, decode = (torch.compile(one, backend="eager") for one in (step.prefill, step.decode_step))
+    traced = torch.compile(model.decoder.forward, backend="eager")
     for n, window in ((4, 8), (11, 16)):
-        x, lengths = model.decoder.lookup(torch.arange(2 * n).view(2, n) + 9), torch.tensor([n - 2, n])
-        logits = []
-        for first, then in ((prefill, decode), (step.prefill, step.decode_step)):
+        x, at = model.decoder.lookup(torch.arange(2 * n).view(2, n) + 9), torch.tensor([[n - 2], [n]])
+        newest = model.decoder.lookup(torch.tensor([[70], [71]]))
+        states = []
+        for forward in (traced, model.decoder.forward):
             cache = KVCache(model.config.decoder, 2, window, dtype=model.dtype, device=model.device)
+            prompts = DenseCacheContext(positions=torch.arange(n), seq_len=n, cache=cache, window=n)
+            step = DenseCacheContext(positions=at, seq_len=at + 1, cache=cache, window=window)
             with torch.inference_mode():
-                at = lengths[:, None]
-                prompts = CacheContext(positions=torch.arange(n), seq_len=n, last=at - 1, cache=cache, window=n)
-                newest = CacheContext(
-                    positions=at, seq_len=n + 1, mask=decode_mask(at, window), cache=cache, window=window
-                )
-                made = [first(model, x, prompts), then(model, torch.tensor([70, 71]), newest)]
-            logits.append(torch.cat(made))
-        torch.testing.assert_close(*logits)
+                first = forward(x, prompts, torch.tensor([n - 3, 2 * n - 1]))  # the last token of each prompt
+                states.append(torch.cat([first, forward(newest, step)[:, 0]]))
+        torch.testing.assert_close(*states)
 
 
 def test_transformers_pads_on_either_side_and_computes_the_same(tmp_path: Path) -> None:

@@ -61,21 +61,23 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
 
 
-def attention(segments: Segments, window: int | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention(segments: Segments, window: int | None, alibi: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     positions = torch.arange(q.shape[1], device=q.device)[None]  # not read by `attend`
     context = VarlenContext(positions=positions, seq_len=130, segments=segments)
-    return (context if window is None else context.with_sliding_window(window)).attend(0, q, k, v)
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625], device=q.device) if alibi else None
+    return context.with_scores(sliding_window=window, alibi_slopes=slopes, dtype=q.dtype).attend(0, q, k, v)
 
 
+@pytest.mark.parametrize("alibi", [False, True], ids=["no biases", "ALiBi"])
 @pytest.mark.parametrize("window", [None, 40])
-def test_packed_attention_with_the_kernel_equals_plain_attention(window: int | None) -> None:
+def test_packed_attention_in_16_bits_on_the_gpu_equals_plain_attention(window: int | None, alibi: bool) -> None:
     torch.manual_seed(0)
     lengths = (5, 130, 1, 0, 64)
     cu_seqlens = torch.tensor([0, 5, 135, 136, 136, 200], dtype=torch.int32)
     q, k, v = (torch.randn(1, 200, heads, 64, requires_grad=True) for heads in (4, 2, 2))
-    plain = attention(Segments(cu_seqlens, lengths, 130), window, q, k, v)
+    plain = attention(Segments(cu_seqlens, lengths, 130), window, alibi, q, k, v)
     there = [x.detach().to("cuda", torch.bfloat16).requires_grad_() for x in (q, k, v)]
-    kernel = attention(Segments(cu_seqlens.cuda(), (), 130), window, *there)
+    kernel = attention(Segments(cu_seqlens.cuda(), (), 130), window, alibi, *there)
     torch.testing.assert_close(kernel.float().cpu(), plain, atol=0.03, rtol=0.03)
     weight = torch.randn_like(plain)
     (plain * weight).sum().backward()

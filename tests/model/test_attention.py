@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from llava.config import DecoderConfig
-from llava.model.attention import AttentionContext, CacheContext, CausalContext, Segments, VarlenContext, decode_mask
+from llava.model.attention import AttentionContext, CausalContext, DenseCacheContext, Segments, VarlenContext
 from llava.model.decoder import Decoder
 from llava.model.kv_cache import KVCache
 
@@ -35,17 +35,12 @@ class Member(NamedTuple):
     """One way to run sequences through a decoder."""
 
     run: Callable[[DecoderConfig, Forward, Sequences], Sequences]
-    prompts: Callable[[DecoderConfig, Sequences], tuple[Tensor, AttentionContext]]  # for `last_token_only`
-
-
-def padded(sequences: Sequences) -> tuple[Tensor, Tensor]:
-    """x [B, S, D] and the index of each row's last token, [B, 1]."""
-    return pad_sequence(sequences, batch_first=True), torch.tensor([[len(one) - 1] for one in sequences])
+    prompts: Callable[[DecoderConfig, Sequences], tuple[Tensor, AttentionContext]]  # x [B, S, D] and its context
 
 
 def causal_prompts(config: DecoderConfig, sequences: Sequences) -> tuple[Tensor, AttentionContext]:
-    x, last = padded(sequences)
-    return x, CausalContext(positions=torch.arange(x.shape[1]), seq_len=x.shape[1], last=last)
+    x = pad_sequence(sequences, batch_first=True)
+    return x, CausalContext.of(x)
 
 
 def causal(config: DecoderConfig, forward: Forward, sequences: Sequences) -> Sequences:
@@ -66,11 +61,14 @@ def varlen(config: DecoderConfig, forward: Forward, sequences: Sequences) -> Seq
     return list(y[0].split(list(map(len, sequences))))
 
 
+def new_cache(config: DecoderConfig, x: Tensor, slots: int = 16) -> KVCache:
+    return KVCache(config, len(x), slots, dtype=x.dtype, device=x.device)
+
+
 def cache_prompts(config: DecoderConfig, sequences: Sequences) -> tuple[Tensor, AttentionContext]:
-    x, last = padded(sequences)
+    x = pad_sequence(sequences, batch_first=True)
     n = x.shape[1]
-    cache = KVCache(config, len(x), 16, dtype=x.dtype, device=x.device)
-    return x, CacheContext(positions=torch.arange(n), seq_len=n, last=last, cache=cache, window=n)
+    return x, DenseCacheContext(positions=torch.arange(n), seq_len=n, cache=new_cache(config, x), window=n)
 
 
 def prefill(config: DecoderConfig, forward: Forward, sequences: Sequences) -> Sequences:
@@ -78,14 +76,27 @@ def prefill(config: DecoderConfig, forward: Forward, sequences: Sequences) -> Se
     return [row[: len(one)] for row, one in zip(y, sequences, strict=True)]
 
 
+def in_chunks(config: DecoderConfig, forward: Forward, sequences: Sequences) -> Sequences:
+    """Prefills two tokens at a time; the window grows with the chunks."""
+    x = pad_sequence(sequences, batch_first=True)
+    cache, chunks = new_cache(config, x), []
+    for start in range(0, x.shape[1], 2):
+        chunk = x[:, start : start + 2]
+        end = start + chunk.shape[1]
+        context = DenseCacheContext(positions=torch.arange(start, end), seq_len=end, cache=cache, window=end)
+        chunks.append(forward(chunk, context))
+    return [row[: len(one)] for row, one in zip(torch.cat(chunks, dim=1), sequences, strict=True)]
+
+
 def decode_alone(config: DecoderConfig, forward: Forward, sequences: Sequences) -> Sequences:
-    """Decodes token by token, one sequence at a time, without a mask."""
+    """Decodes token by token, one sequence at a time; even tokens with a window that reaches beyond the token."""
     results = []
     for one in sequences:
-        cache = KVCache(config, 1, len(one), dtype=one.dtype, device=one.device)
+        cache = new_cache(config, one[None])
         steps = []
         for i, token in enumerate(one):
-            context = CacheContext(positions=torch.tensor([i]), seq_len=i + 1, cache=cache, window=i + 1)
+            window = i + 1 if i % 2 else 16
+            context = DenseCacheContext(positions=torch.tensor([i]), seq_len=i + 1, cache=cache, window=window)
             steps.append(forward(token[None, None], context)[0])
         results.append(torch.cat(steps))
     return results
@@ -96,11 +107,10 @@ def decode_together(config: DecoderConfig, forward: Forward, sequences: Sequence
     prompts, newest = [one[:-1] for one in sequences], torch.stack([one[-1:] for one in sequences])
     x = pad_sequence(prompts, batch_first=True)
     n = x.shape[1]
-    cache = KVCache(config, len(x), 16, dtype=x.dtype, device=x.device)
-    first = forward(x, CacheContext(positions=torch.arange(n), seq_len=n, cache=cache, window=n))
+    cache = new_cache(config, x)
+    first = forward(x, DenseCacheContext(positions=torch.arange(n), seq_len=n, cache=cache, window=n))
     positions = torch.tensor([[len(prompt)] for prompt in prompts])
-    mask = decode_mask(positions, 16)
-    last = forward(newest, CacheContext(positions=positions, seq_len=n + 1, mask=mask, cache=cache, window=16))
+    last = forward(newest, DenseCacheContext(positions=positions, seq_len=positions + 1, cache=cache, window=16))
     return [torch.cat([a[: len(prompt)], b]) for a, b, prompt in zip(first, last, prompts, strict=True)]
 
 
@@ -108,6 +118,7 @@ MEMBERS = {
     "causal": Member(causal, causal_prompts),
     "varlen": Member(varlen, varlen_prompts),
     "cache, prefill": Member(prefill, cache_prompts),
+    "cache, chunks": Member(in_chunks, cache_prompts),
     "cache, one row": Member(decode_alone, cache_prompts),
     "cache, many rows": Member(decode_together, cache_prompts),
 }
@@ -149,19 +160,20 @@ def test_every_context_gives_what_a_sequence_alone_and_uncached_gives(
             torch.testing.assert_close(result, decoder(one[None])[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("member", ["causal", "varlen", "cache, prefill"])
-def test_last_token_only_gives_each_sequences_last_state(
+@pytest.mark.parametrize(
+    ("member", "compiled"), [("causal", False), ("varlen", False), ("cache, prefill", False), ("cache, prefill", True)]
+)
+def test_select_gives_the_states_of_these_tokens_only(
     member: str, compiled: bool, decoder: Decoder, config: DecoderConfig, sequences: Sequences
 ) -> None:
     torch._dynamo.reset()
-    run = decoder.last_token_only
-    if compiled:
-        run = torch.compile(run, backend="aot_eager", dynamic=True)
+    forward = torch.compile(decoder.forward, backend="aot_eager", dynamic=True) if compiled else decoder.forward
     with torch.inference_mode():
-        results = run(*MEMBERS[member].prompts(config, sequences))
-        expected = torch.stack([decoder(one[None])[0, -1] for one in sequences])
-    torch.testing.assert_close(results, expected, rtol=1e-4, atol=1e-4)
+        x, context = MEMBERS[member].prompts(config, sequences)
+        select = torch.tensor([x.shape[0] * x.shape[1] - 1, 2, 2, 0])
+        found = forward(x, context, select)
+        expected = decoder(*MEMBERS[member].prompts(config, sequences)).flatten(0, 1)[select]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("member", ["causal", "varlen"])
@@ -179,14 +191,53 @@ def test_gradients_are_those_of_each_sequence_alone(
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
 
 
-def test_the_cache_continues_with_the_rows_that_are_selected(decoder: Decoder, config: DecoderConfig) -> None:
-    x = torch.randn(3, 6, SIZES["dim"], generator=torch.Generator().manual_seed(2))
-    cache = KVCache(config, 3, 6, dtype=x.dtype, device=x.device)
-    decoder(x[:, :5], CacheContext(positions=torch.arange(5), seq_len=5, cache=cache, window=5))
-    rows = torch.tensor([2, 0])
-    cache.select(rows)
-    positions = torch.tensor([[5], [5]])
-    mask = decode_mask(positions, 6)
-    context = CacheContext(positions=positions, seq_len=6, mask=mask, cache=cache, window=6)
-    step = decoder(x[rows, 5:], context)
-    torch.testing.assert_close(step[:, 0], decoder(x[rows])[:, -1], rtol=1e-4, atol=1e-4)
+def test_gradients_of_selected_tokens_are_those_of_picking_them_afterwards(decoder: Decoder) -> None:
+    decoder.requires_grad_(True)
+    x, select = torch.randn(2, 5, SIZES["dim"], generator=torch.Generator().manual_seed(2)), torch.tensor([4, 7])
+    parameters = list(decoder.blocks.parameters())
+    found = torch.autograd.grad(decoder(x, select=select).square().sum(), parameters)
+    wanted = torch.autograd.grad(decoder(x).flatten(0, 1)[select].square().sum(), parameters)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
+
+
+def by_hand(q: Tensor, k: Tensor, v: Tensor, window: int | None, slopes: Tensor | None) -> Tensor:
+    """Attention of one sequence, query by query: q [n, H, E], k and v [n, K, E] -> [n, H, E]"""
+    n, heads, width = q.shape
+    y = torch.zeros_like(q)
+    for i in range(n):
+        first = 0 if window is None else max(0, i + 1 - window)
+        for head in range(heads):
+            kv = head * k.shape[1] // heads
+            scores = k[first : i + 1, kv] @ q[i, head] / width**0.5
+            if slopes is not None:
+                scores = scores - slopes[head] * (i - torch.arange(first, i + 1))
+            y[i, head] = scores.softmax(0) @ v[first : i + 1, kv]
+    return y
+
+
+def test_the_mask_of_a_packed_row_is_causal_within_each_sample() -> None:
+    segments = Segments(torch.tensor([0, 2, 2, 5, 6], dtype=torch.int32), (2, 0, 3, 1), 3)
+    expected = torch.block_diag(*(torch.ones(n, n).tril() for n in (2, 3, 1))).bool()
+    assert torch.equal(segments.mask(6)[0, 0], expected)
+
+
+@pytest.mark.parametrize("alibi", [False, True], ids=["no biases", "ALiBi"])
+@pytest.mark.parametrize("window", [None, 1, 3, 64])
+@pytest.mark.parametrize("member", MEMBERS)
+def test_scores_follow_window_and_slopes_in_every_context(member: str, window: int | None, alibi: bool) -> None:
+    """The decoder is only attention here: a token's vector contains its query, key and value."""
+    config = DecoderConfig(**SIZES | {"n_kv_heads": 2})
+    sizes = [48, 24, 24]  # 4 heads of queries, 2 of keys, 2 of values, 12 wide each
+    generator = torch.Generator().manual_seed(3)
+    sequences = [torch.randn(n, sum(sizes), generator=generator) for n in LENGTHS]
+    slopes = torch.tensor([1.0, 0.5, 0.25, 0.125]) if alibi else None
+
+    def forward(x: Tensor, context: AttentionContext) -> Tensor:
+        scored = context.with_scores(sliding_window=window, alibi_slopes=slopes, dtype=x.dtype)
+        q, k, v = (part.unflatten(-1, (-1, 12)) for part in x.split(sizes, dim=-1))
+        return scored.attend(0, q, k, v).flatten(-2)
+
+    for found, one in zip(MEMBERS[member].run(config, forward, sequences), sequences, strict=True):
+        q, k, v = (part.unflatten(-1, (-1, 12)) for part in one.split(sizes, dim=-1))
+        torch.testing.assert_close(found, by_hand(q, k, v, window, slopes).flatten(-2), rtol=1e-4, atol=1e-5)

@@ -40,8 +40,13 @@ def assets(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Assets:
 
 # ------------------------------------------------------------------------------------------------------ packing
 
+SIZES: dict[str, dict[str, Any]] = {
+    "grouped heads": {"num_key_value_heads": 2},
+    "dynamic rope": {"rope_scaling": {"type": "dynamic", "factor": 16.0}, "max_position_embeddings": 32},
+}
 
-@pytest.fixture(scope="module", params=["llama", "grouped heads", "anyres", "mpt"])
+
+@pytest.fixture(scope="module", params=["llama", "grouped heads", "dynamic rope", "anyres", "mpt"])
 def trained(
     request: pytest.FixtureRequest, assets: Assets, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[LlavaWithLoss, BatchDataset]:
@@ -53,8 +58,7 @@ def trained(
         model = tiny.write_llava(folder / "model", clip=assets.clip, **tiny.ANYRES)
         changes = {"aspect": "anyres", "pinpoints": tiny.ANYRES["image_grid_pinpoints"]}
     else:
-        heads = {"num_key_value_heads": 2} if request.param == "grouped heads" else {}
-        model, changes = tiny.write_llava(folder / "model", clip=assets.clip, **heads), {}
+        model, changes = tiny.write_llava(folder / "model", clip=assets.clip, **SIZES.get(request.param, {})), {}
     values = {"model": str(model), "train": ["projector", "decoder", "vision"], "max_length": 512}
     return net_and_dataset(recipe(assets, folder / "run", **values, **changes))
 
