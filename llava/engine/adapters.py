@@ -7,9 +7,9 @@ from typing import NamedTuple
 from torch import nn
 
 from llava.model.decoder import Decoder
+from llava.model.llava import Llava
 from llava.model.lora import LoraLinear, RoutedLora, Routing
 from llava.preprocess.inputs import Preprocessor
-from llava.model.llava import Llava
 
 
 class Variant(NamedTuple):

@@ -6,12 +6,15 @@ S new tokens
 from collections.abc import Sequence as Rest
 from dataclasses import dataclass
 from itertools import accumulate, groupby
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llava.engine.scheduler import Scheduled
 from llava.engine.sequence import Sequence
+from llava.model.batch_invariant import InvariantContext, round_up
 from llava.model.paged import Chunk, PagedCache, PagedContext, Row, Rows, paged_rows
 from llava.model.row_cache import RowCaches
 
@@ -24,7 +27,7 @@ class Batch:
 
     scheduled: Rest[Scheduled]
     starts: Rest[int]  # index of each sequence's first new token in the packed row
-    context: PagedContext
+    context: PagedContext | InvariantContext
 
     @property
     def observed(self) -> bool:
@@ -52,35 +55,58 @@ def new_ids(scheduled: Rest[Scheduled]) -> list[int]:
 
 
 def build(
-    scheduled: Rest[Scheduled], cache: PagedCache, dense: RowCaches | None, *, dynamic_rope: bool
+    scheduled: Rest[Scheduled],
+    cache: PagedCache,
+    dense: RowCaches | None,
+    *,
+    dynamic_rope: bool = False,
+    batch_invariant: bool = False,
 ) -> Batch:
-    """Builds the batch. dense: copies of the decoding rows, on a CPU. dynamic_rope: whether the rotation of a token depends on the length of its sequence."""
+    """Builds the batch.
+
+    dense: copies of the decoding rows, on a CPU. dynamic_rope: whether the rotation of a token depends on the length of
+    its sequence.
+    """
     n_decoding = sum(one.sequence.is_decoding for one in scheduled)
-    decoding, chunks = scheduled[:n_decoding], scheduled[n_decoding:]
-    starts = [0, *accumulate(one.n_tokens for one in scheduled)]
+    starts = [0, *accumulate(one.n_tokens for one in scheduled)][:-1]
+    placed = list(zip(scheduled, starts, strict=True))
     device = cache.k.device
-    positions = torch.tensor([i for one in scheduled for i in _positions(one)], device=device)[None]
-    context = PagedContext(
-        cache=cache,
-        positions=positions,
-        seq_len=_seq_lens(scheduled, device) if dynamic_rope else max(one.sequence.total for one in scheduled),
-        slots=torch.tensor([slot for one in scheduled for slot in _new_slots(one, cache.page_size)], device=device),
-        rows=_rows([one.sequence for one in decoding], cache, dense),
-        chunks=[_chunk(one, start, cache) for one, start in zip(chunks, starts[n_decoding:], strict=False)],
-        watched=[
-            _chunk(one, start, cache)
-            for one, start in zip(scheduled, starts, strict=False)
-            if one.sequence.capture and one.sequence.capture.attention
-        ],
-    )
-    return Batch(scheduled=scheduled, starts=starts[:-1], context=context)
+    new: Any = {
+        "cache": cache,
+        "positions": torch.tensor([i for one in scheduled for i in _positions(one)], device=device)[None],
+        "seq_len": _seq_lens(scheduled, device) if dynamic_rope else max(one.sequence.total for one in scheduled),
+        "slots": torch.tensor([slot for one in scheduled for slot in _slots(one, cache.page_size)], device=device),
+        "watched": [_chunk(*pair, cache) for pair in placed if _is_watched(pair[0].sequence)],
+    }
+    context: PagedContext | InvariantContext
+    if batch_invariant:
+        context = InvariantContext(**new, past=_past(scheduled, cache))
+    else:
+        rows = _rows([one.sequence for one in scheduled[:n_decoding]], cache, dense)
+        context = PagedContext(**new, rows=rows, chunks=[_chunk(*pair, cache) for pair in placed[n_decoding:]])
+    return Batch(scheduled=scheduled, starts=starts, context=context)
+
+
+def _is_watched(sequence: Sequence) -> bool:
+    return sequence.capture is not None and bool(sequence.capture.attention)
+
+
+def _past(scheduled: Rest[Scheduled], cache: PagedCache) -> Tensor:
+    """Returns the slots of the tokens that each new token can attend to, [S, T], padded with slot 0."""
+    n = round_up(max(one.sequence.computed + one.n_tokens for one in scheduled))
+    offsets = torch.arange(cache.page_size)
+    rows = []
+    for one in scheduled:
+        slots = (torch.tensor(one.sequence.block_table)[:, None] * cache.page_size + offsets).flatten()[:n]
+        rows.append(F.pad(slots, (0, n - len(slots))).expand(one.n_tokens, -1))
+    return torch.cat(rows).to(cache.k.device)
 
 
 def _positions(one: Scheduled) -> range:
     return range(one.sequence.computed, one.sequence.computed + one.n_tokens)
 
 
-def _new_slots(one: Scheduled, page_size: int) -> list[int]:
+def _slots(one: Scheduled, page_size: int) -> list[int]:
     table = one.sequence.block_table
     return [table[i // page_size] * page_size + i % page_size for i in _positions(one)]
 

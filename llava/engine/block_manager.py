@@ -20,8 +20,9 @@ class PageKey(NamedTuple):
     @classmethod
     def of(cls, previous: bytes, token_ids: bytes, pictures: Iterable[tuple[bytes, int]]) -> "PageKey":
         """previous: hash of the page before; pictures: (digest, start relative to the page) of each that overlaps."""
-        content = b"".join([previous, token_ids, *(digest + start.to_bytes(8, "little", signed=True)
-                                                   for digest, start in pictures)])
+        content = b"".join(
+            [previous, token_ids, *(digest + start.to_bytes(8, "little", signed=True) for digest, start in pictures)]
+        )
         return cls(hashlib.sha256(content).digest(), content)
 
 
@@ -37,7 +38,9 @@ class BlockManager:
         self._n_references = [0] * self.n_pages
         self._key: list[PageKey | None] = [None] * self.n_pages
         self._page_of: dict[bytes, int] = {}
-        self._cached: OrderedDict[int, None] = OrderedDict()  # registered, without references; least recently used first
+        self._cached: OrderedDict[int, None] = (
+            OrderedDict()
+        )  # registered, without references; least recently used first
         self._unused = list(reversed(range(self.n_pages)))  # a stack: recently used memory is used again first
 
     @property

@@ -25,7 +25,7 @@ class Capture:
 
 @dataclass(eq=False, kw_only=True)
 class Captured:
-    """The results that a `Capture` asks for, on the CPU, one piece for each step that computed a part of the request."""
+    """The results that a `Capture` asks for, on the CPU, in one piece per step."""
 
     states: dict[int, list[Tensor]] = field(default_factory=dict)  # by layer: [S, D]
     attention: dict[int, list[Tensor]] = field(default_factory=dict)  # by block: [H, S, T] float32

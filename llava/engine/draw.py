@@ -10,7 +10,7 @@ import torch
 
 from llava.engine.beam import BeamSearch
 from llava.engine.runner import Logits
-from llava.engine.sampling import sample, top_logprobs
+from llava.engine.sampling import process, sample, top_logprobs
 from llava.engine.sequence import Beams, Sequence
 
 
@@ -30,7 +30,8 @@ def draw(logits: Logits) -> list[Token]:
     kinds = [_kind(sequence) for sequence in logits.sequences]
     for sequence, kind, values in zip(logits.sequences, kinds, logits.values, strict=True):
         if kind == "beam":
-            _beams(sequence).logprobs[sequence.id] = values.log_softmax(-1)
+            logprobs = process(values.log_softmax(-1)[None], [sequence])[0]
+            _beams(sequence).logprobs[sequence.id] = logprobs
     sampled = [i for i, kind in enumerate(kinds) if kind == "sample"]
     if not sampled:
         return []
@@ -46,9 +47,7 @@ def _kind(sequence: Sequence) -> str:
 
 def _beams(sequence: Sequence) -> Beams:
     if sequence.beams is None:
-        search = BeamSearch(
-            sequence.params.num_beams, sequence.n_prompt, sequence.stop_ids, sequence.max_new_tokens
-        )
+        search = BeamSearch(sequence.params.num_beams, sequence.stop_ids, sequence.max_new_tokens)
         sequence.beams = Beams(search=search, leader=sequence, live=[sequence])
     return sequence.beams
 

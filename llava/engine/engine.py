@@ -26,11 +26,11 @@ from llava.engine.adapters import Variant
 from llava.engine.block_manager import BlockManager
 from llava.engine.capture import Capture
 from llava.engine.detokenize import Detokenizer
+from llava.engine.draw import Token, draw
 from llava.engine.feature_cache import FeatureCache
 from llava.engine.memory import n_pages
 from llava.engine.reply import Output, Reply, Stream
 from llava.engine.runner import Runner
-from llava.engine.draw import Token, draw
 from llava.engine.sampling import SamplingParams
 from llava.engine.scheduler import Scheduled, Scheduler
 from llava.engine.sequence import Beams, FinishReason, Sequence, placed_images
@@ -73,7 +73,9 @@ class Engine:
         if self.context < config.max_seq:
             log.warning(
                 "the cache holds %d tokens, fewer than the model's context of %d: requests are limited to it; "
-                "raise cache_memory= (--cache-memory) for longer ones", self.context, config.max_seq,
+                "raise cache_memory= (--cache-memory) for longer ones",
+                self.context,
+                config.max_seq,
             )
         self.blocks = BlockManager(pages, self.options.page_size, prefix_cache=self.options.prefix_cache)
         self.features = FeatureCache(_FEATURE_BYTES // (config.dim * dtype.itemsize))
@@ -332,7 +334,9 @@ class Engine:
             for one in scheduled:
                 if one.sequence.max_new_tokens == 0 == one.sequence.n_pending and not one.sequence.finish_reason:
                     self._finish(one.sequence, "length")
-            for group in {id(one.sequence.beams): one.sequence.beams for one in scheduled if one.sequence.beams}.values():
+            for group in {
+                id(one.sequence.beams): one.sequence.beams for one in scheduled if one.sequence.beams
+            }.values():
                 self._advance_beams(group)
         except BaseException:
             self._recover()
@@ -346,9 +350,9 @@ class Engine:
             else:
                 self.scheduler.add(sequence)
         while self._aborted:
-            sequence = self._unfinished.get(self._aborted.popleft())
-            if sequence is not None:
-                self._finish(sequence, "abort")
+            unfinished = self._unfinished.get(self._aborted.popleft())
+            if unfinished is not None:
+                self._finish(unfinished, "abort")
 
     def _view_budget(self) -> int | None:
         """Returns how many views a step may encode without stalling replies, or None if none is being generated."""

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Rest
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import groupby
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from llava.engine.feature_cache import FeatureCache
 from llava.engine.observe import record_attention, record_prompt_logprobs, record_states
 from llava.engine.scheduler import Scheduled, feature_key
 from llava.engine.sequence import PlacedImage, Sequence
+from llava.model.batch_invariant import BatchInvariant
 from llava.model.decoder import Decoder
 from llava.model.paged import PagedCache
 from llava.model.row_cache import RowCaches
@@ -56,6 +58,10 @@ class Runner:
     @torch.inference_mode()
     def run(self, scheduled: Rest[Scheduled]) -> list[Logits]:
         """Computes the scheduled tokens. Returns logits for the sequences of which all tokens are then computed."""
+        with BatchInvariant() if self.batch_invariant else nullcontext():
+            return self._run(scheduled)
+
+    def _run(self, scheduled: Rest[Scheduled]) -> list[Logits]:
         started = time.perf_counter()
         if pairs := [one.copy for one in scheduled if one.copy]:
             self.cache.copy_pages(pairs)
@@ -79,13 +85,15 @@ class Runner:
         for adapter, images in missing.items():
             started = time.perf_counter()
             features = self._encode(adapter, [image for image, _ in images.values()])
-            for (image, sequences), one in zip(images.values(), features, strict=True):
+            for (image, sequences), of_image in zip(images.values(), features, strict=True):
                 for sequence in sequences:
-                    self.features.add(feature_key(sequence, image), one, sequence.id)
+                    self.features.add(feature_key(sequence, image), of_image, sequence.id)
             n_views = sum(len(image.pixels) for image, _ in images.values())
             self.seconds_per_view = (time.perf_counter() - started) / n_views
 
     def _encode(self, adapter: str | None, images: list[PlacedImage]) -> list[Tensor]:
+        if self.batch_invariant and len(images) > 1:
+            return [features for image in images for features in self._encode(adapter, [image])]
         model = self.variants[adapter].model
         pixels = torch.cat([image.pixels for image in images]).to(model.device, model.dtype)
         return model.encode_images(pixels, [len(image.pixels) for image in images], [image.grid for image in images])
@@ -97,7 +105,13 @@ class Runner:
         if not mine:
             return
         mine.sort(key=lambda one: (not one.sequence.is_decoding, rank[one.sequence.adapter]))
-        step = batch.build(mine, self.cache, self.dense.get(joined.names[0]), dynamic_rope=self.dynamic_rope)
+        step = batch.build(
+            mine,
+            self.cache,
+            self.dense.get(joined.names[0]),
+            dynamic_rope=self.dynamic_rope,
+            batch_invariant=self.batch_invariant,
+        )
         joined.routing.slices = step.adapters()
         x = torch.cat([self._embed(name, members) for name, members in _by_adapter(mine)])[None]
         states, ends = self._states(joined.decoder, step, x)
@@ -129,7 +143,9 @@ class Runner:
         for about their tokens.
         """
         ends = [i for i, one in enumerate(step.scheduled) if one.n_tokens == one.sequence.n_pending]
-        last = torch.tensor([step.starts[i] + step.scheduled[i].n_tokens - 1 for i in ends], device=x.device)
+        last = torch.tensor(
+            [step.starts[i] + step.scheduled[i].n_tokens - 1 for i in ends], dtype=torch.int64, device=x.device
+        )
         if step.observed:
             return self._observed_states(decoder, step, x)[last], ends
         if len(ends) == x.shape[1]:

@@ -205,7 +205,7 @@ class Scheduler:
             self.features.release(done, sequence.id)
 
     def restart(self, sequences: Iterable[Sequence]) -> None:
-        """Forgets all pages and features, and makes these sequences wait: the unfinished ones of an interrupted step."""
+        """Forgets all pages and features, and makes these sequences wait: the unfinished ones after an interrupt."""
         self.blocks.reset()
         self.features.reset()
         self.waiting, self.running = [], []

@@ -37,6 +37,11 @@ class BatchInvariant(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+def round_up(n_slots: int) -> int:
+    """Returns the next multiple of the block size of `InvariantContext.past`."""
+    return -(-n_slots // _SLOTS) * _SLOTS
+
+
 def _tiled(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """x [..., I] -> [..., O]"""
     rows = x.reshape(-1, x.shape[-1])
@@ -75,7 +80,7 @@ class InvariantContext:
         bias = self.bias.expand(-1, q.shape[2], -1, -1)
         tiles = zip(q[0].split(_TOKENS), self.past.split(_TOKENS), bias.split(_TOKENS), strict=True)
         y = torch.cat([self._tile(layer, *tile) for tile in tiles])
-        observe_chunks(self, layer, q)
+        observe_chunks(self.cache, self.watched, self.observe, layer, q)
         return y[None]
 
     def _tile(self, layer: int, q: Tensor, past: Tensor, bias: Tensor) -> Tensor:

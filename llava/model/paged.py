@@ -187,26 +187,20 @@ class PagedContext:
         for rows in self.rows:
             y[0, rows.index] = rows.attend(layer, q[0, rows.index], k[0, rows.index], v[0, rows.index])
         for one in self.chunks:
-            past = self.cache.past(layer, one) if one.position else (k[:, one.tokens], v[:, one.tokens])
-            y[:, one.tokens] = attention(q[:, one.tokens], *(x.transpose(1, 2) for x in past), one.bias)
-        observe_chunks(self, layer, q)
+            past_k, past_v = self.cache.past(layer, one) if one.position else (k[:, one.tokens], v[:, one.tokens])
+            y[:, one.tokens] = attention(q[:, one.tokens], past_k.transpose(1, 2), past_v.transpose(1, 2), one.bias)
+        observe_chunks(self.cache, self.watched, self.observe, layer, q)
         return y
 
 
-class Observed(Protocol):
-    """A context whose attention probabilities can be observed."""
-
-    cache: PagedCache
-    watched: Sequence[Chunk]
-    observe: Observer | None
-
-
-def observe_chunks(context: Observed, layer: int, q: Tensor) -> None:
-    """Calls `context.observe` with the attention probabilities of the watched tokens. q [1, S, H, E]"""
-    for one in context.watched if context.observe else ():
-        assert context.observe
-        k, _ = context.cache.past(layer, one)
-        context.observe(layer, one, _probabilities(q[:, one.tokens], k, one.bias)[0])
+def observe_chunks(
+    cache: PagedCache, watched: Sequence[Chunk], observe: Observer | None, layer: int, q: Tensor
+) -> None:
+    """Calls `observe` with the attention probabilities of the watched tokens. q [1, S, H, E]"""
+    for one in watched if observe else ():
+        assert observe
+        k, _ = cache.past(layer, one)
+        observe(layer, one, _probabilities(q[:, one.tokens], k, one.bias)[0])
 
 
 def with_bias(one: Chunk, sliding_window: int | None, alibi_slopes: Tensor | None, dtype: torch.dtype) -> Chunk:
