@@ -5,7 +5,7 @@ writes everything once more. So the rows that are decoding are kept in dense ten
 when it starts to decode, and from then on each step adds a token to both. Rows that begin with the same pages, such as
 questions about one picture, keep only their later tokens; their common beginning is read once for all of them.
 
-B rows   T slots   P common tokens   H query heads   K key/value heads   E head_dim
+B rows   T slots   P tokens in common   H query heads   K key/value heads   E head_dim
 """
 
 from collections.abc import Sequence
@@ -77,10 +77,11 @@ class RowCache:
 
 
 class Common(NamedTuple):
-    """Pages with which several rows begin."""
+    """The beginning that several rows have in common."""
 
-    pages: Tensor  # int64 [1, number of pages]
-    rows: Tensor  # int64 [rows], indices in the row cache
+    k: Tensor  # [n_layers, 1, K, P, E]
+    v: Tensor
+    n_rows: int
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -92,12 +93,13 @@ class DenseRows:
     slots: Tensor  # int64 [B], where the new tokens are stored
     window: int  # slots read: the largest number of own tokens of a row
     common: Sequence[Common] = ()
+    grouped: Tensor | None = None  # int64, the rows with common beginnings, in the order of `common`
     bias: Tensor | None = None  # [B, 1 or H, 1, window], set by `with_scores`
 
     def with_scores(
         self, *, sliding_window: int | None = None, alibi_slopes: Tensor | None = None, dtype: torch.dtype
     ) -> "DenseRows":
-        """See `AttentionContext`. Rows with common pages must have neither a window nor slopes."""
+        """See `AttentionContext`. Rows with common beginnings must have neither a window nor slopes."""
         assert not self.common or (sliding_window is None and alibi_slopes is None)
         mask = decode_mask(self.slots[:, None], self.window)
         return replace(self, bias=score_bias(mask, sliding_window, alibi_slopes, dtype))
@@ -106,24 +108,27 @@ class DenseRows:
         """q [B, H, E], k and v [B, K, E] of the new tokens -> y [B, H, E]"""
         keys, values = self.cache.write(layer, self.slots, k, v)
         keys, values = keys[:, :, : self.window], values[:, :, : self.window]
-        if not self.common:
+        if self.grouped is None:
             return attention(q[:, None], keys, values, self.bias)[:, 0]
-        own, own_weight = _flash(q[:, :, None], keys, values, attn_mask=self.bias)  # [B, H, 1, E], [B, H, 1]
-        shared, weight = torch.zeros_like(own), torch.full_like(own_weight, -torch.inf)
-        for pages, rows in self.common:
-            past_k, past_v = self.cache.pages.read(layer, pages)  # [1, P, K, E]
-            y, sums = _flash(q[rows].transpose(0, 1)[None], past_k.transpose(1, 2), past_v.transpose(1, 2))
-            shared.index_copy_(0, rows, y.permute(2, 1, 0, 3))
-            weight.index_copy_(0, rows, sums.permute(2, 1, 0))
-        return torch.lerp(own, shared, (weight - own_weight).sigmoid()[..., None])[:, :, 0]
+        y, weight = _flash(q[:, :, None], keys, values, self.bias)  # [B, H, 1, E], [B, H, 1]
+        y, weight = y[:, :, 0], weight[:, :, 0]
+        of_group = q[self.grouped].split([one.n_rows for one in self.common])
+        found = [
+            _flash(q.transpose(0, 1)[None], one.k[layer], one.v[layer])  # [1, H, rows, E], [1, H, rows]
+            for q, one in zip(of_group, self.common, strict=True)
+        ]
+        shared = torch.cat([y for y, _ in found], dim=2)[0].transpose(0, 1)
+        share = (torch.cat([sums for _, sums in found], dim=2)[0].T - weight[self.grouped]).sigmoid_()
+        y[self.grouped] = torch.lerp(y[self.grouped], shared, share[..., None])
+        return y
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, **options: Tensor | None) -> tuple[Tensor, Tensor]:
+def _flash(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The CPU's attention kernel: q [B, H, S, E], k and v [B, H, T, E] -> y [B, H, S, E], log of the sums [B, H, S].
 
     `scaled_dot_product_attention` calls the same kernel, but does not return the sums.
     """
-    y, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, **options)
+    y, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
     return y, sums
 
 
@@ -139,6 +144,7 @@ class RowCaches:
         self._n_start = -(-_WORTH_SHARING // pages.page_size)
         self._by_size: dict[int, RowCache] = {}
         self._common: dict[int, Pages] = {}  # common pages of each sequence, from when it started to decode
+        self._copies: dict[Pages, tuple[Tensor, Tensor]] = {}  # keys and values of common pages
 
     def rows(self, rows: Sequence[Row]) -> list[DenseRows | PagedRows]:
         """Returns the decoding rows, which are the first ones in the packed row, grouped by length."""
@@ -170,6 +176,13 @@ class RowCaches:
                 fits = self.share and len(start) == self._n_start and row.n_reused >= len(pages)
                 common[row.id] = pages if fits and tuple(row.pages[: len(pages)]) == pages else ()
         self._common = common
+        self._copies = {pages: self._copies.get(pages) or self._copy(pages) for pages in set(common.values()) if pages}
+
+    def _copy(self, pages: Pages) -> tuple[Tensor, Tensor]:
+        """Returns the keys and values of pages, each [n_layers, 1, K, P, E]."""
+        index = torch.tensor(pages)
+        k, v = (x[:, index].flatten(1, 2)[:, None].transpose(2, 3).contiguous() for x in (self.pages.k, self.pages.v))
+        return k, v
 
     def _group(self, size: int, rows: Sequence[Row], members: Sequence[int]) -> DenseRows | None:
         if size not in self._by_size:
@@ -188,12 +201,14 @@ class RowCaches:
             slots.append(rows[i].position - len(pages) * self.pages.page_size)
             if pages:
                 by_pages.setdefault(pages, []).append(b)
+        grouped = [b for group in by_pages.values() for b in group]
         return DenseRows(
             cache=cache,
             index=torch.tensor(order),
             slots=torch.tensor(slots),
             window=max(slots) + 1,
-            common=[Common(torch.tensor([pages]), torch.tensor(group)) for pages, group in by_pages.items()],
+            common=[Common(*self._copies[pages], len(group)) for pages, group in by_pages.items()],
+            grouped=torch.tensor(grouped) if grouped else None,
         )
 
 
