@@ -2,10 +2,12 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import nn
 
+from llava.config import DecoderConfig
 from llava.model.decoder import Decoder
 from llava.model.llava import Llava
 from llava.model.lora import LoraLinear, RoutedLora, Routing
@@ -30,11 +32,14 @@ class Joined(NamedTuple):
 def join(variants: Mapping[str | None, Variant]) -> list[Joined]:
     """Groups variants whose blocks and final norms share all weights except LoRAs, and joins each group's decoders.
 
-    Embedding tables and heads may differ, since `Joined.decoder` is only used from embeddings to hidden states.
+    Embedding tables and heads may differ, since `Joined.decoder` is only used from embeddings to hidden states. An
+    adapter's own config.json can change how these are computed, such as the RoPE scaling; it is then in another group.
     """
-    groups: dict[tuple[int, ...], list[str | None]] = {}
+    groups: dict[tuple[DecoderConfig, tuple[int, ...]], list[str | None]] = {}
     for name, variant in variants.items():
-        groups.setdefault(_weights(variant.model.decoder), []).append(name)
+        model = variant.model
+        config = replace(model.config.decoder, vocab_size=1, max_seq=1, tied=False)  # these do not affect the blocks
+        groups.setdefault((config, _weights(model.decoder)), []).append(name)
     return [_join({name: variants[name].model.decoder for name in names}) for names in groups.values()]
 
 

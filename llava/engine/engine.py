@@ -67,14 +67,16 @@ class Engine:
         self.options = options or EngineOptions()
         self.variants = dict(variants)
         self.model = self.variants[None].model
-        config, device, dtype = self.model.config.decoder, self.model.device, self.model.dtype
+        longest = max(variant.model.config.decoder.max_seq for variant in variants.values())  # adapters may differ
+        config = replace(self.model.config.decoder, max_seq=longest)
+        device, dtype = self.model.device, self.model.dtype
         pages = n_pages(config, self.options, dtype, device)
-        self.context = min(config.max_seq, pages * self.options.page_size)
-        if self.context < config.max_seq:
+        self.capacity = pages * self.options.page_size  # tokens that the cache holds
+        if self.capacity < config.max_seq:
             log.warning(
                 "the cache holds %d tokens, fewer than the model's context of %d: requests are limited to it; "
                 "raise cache_memory= (--cache-memory) for longer ones",
-                self.context,
+                self.capacity,
                 config.max_seq,
             )
         self.blocks = BlockManager(pages, self.options.page_size, prefix_cache=self.options.prefix_cache)
@@ -249,7 +251,8 @@ class Engine:
             messages, images = split_request(input)
             input = self.prepare(messages, images=images, template=template, adapter=adapter)
         tokens: list[int] = input.ids.tolist()
-        self._check_length(len(tokens), params)
+        context = min(model.config.decoder.max_seq, self.capacity)
+        self._check_length(len(tokens), params, context)
         number = next(self._numbers)
         stops = [*params.stop, *([input.stop] if input.stop else [])]
         tokenizer = preprocessor.tokenizer
@@ -261,7 +264,7 @@ class Engine:
             adapter=adapter,
             order=number + _LATER * priority,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
-            max_new_tokens=min(params.max_new_tokens, self.context - len(tokens)),
+            max_new_tokens=min(params.max_new_tokens, context - len(tokens)),
             stop_ids=frozenset(id for id in ids if id is not None),
             detokenizer=Detokenizer(tokenizer.decode, stops),
             tokens=tokens,
@@ -272,14 +275,15 @@ class Engine:
             prepare_s=time.perf_counter() - started,
         )
 
-    def _check_length(self, n_prompt: int, params: SamplingParams) -> None:
-        if n_prompt > self.context or (n_prompt == self.context and params.max_new_tokens):
+    def _check_length(self, n_prompt: int, params: SamplingParams, context: int) -> None:
+        """Raises PromptError if a prompt does not fit. context: maximum length of a request, in tokens."""
+        if n_prompt > context or (n_prompt == context and params.max_new_tokens):
             raise PromptError(
                 f"the prompt has {n_prompt} tokens, which leaves no room for a reply in the model's context of "
-                f"{self.context} tokens; shorten the prompt"
+                f"{context} tokens; shorten the prompt"
             )
         size = self.options.page_size
-        per_beam = -(-min(params.max_new_tokens, self.context - n_prompt) // size) + 2
+        per_beam = -(-min(params.max_new_tokens, context - n_prompt) // size) + 2
         if params.num_beams > 1 and (needed := n_prompt // size + params.num_beams * per_beam) > self.blocks.n_pages:
             raise PromptError(
                 f"{params.num_beams} beams of {params.max_new_tokens} tokens need {needed} pages of the cache, which "

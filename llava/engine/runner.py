@@ -51,7 +51,6 @@ class Runner:
         self.joined = join(variants)
         on_cpu = cache.k.device.type == "cpu"
         self.dense = {joined.names[0]: RowCaches(cache) for joined in self.joined} if on_cpu else {}
-        self.dynamic_rope = has_dynamic_rope(variants)
         self.seconds: dict[str, float] = defaultdict(float)  # spent on vision, prefill and decode
         self.seconds_per_view = 0.0  # of the most recent pictures
 
@@ -109,7 +108,7 @@ class Runner:
             mine,
             self.cache,
             self.dense.get(joined.names[0]),
-            dynamic_rope=self.dynamic_rope,
+            dynamic_rope=has_dynamic_rope(self.variants[joined.names[0]]),
             batch_invariant=self.batch_invariant,
         )
         joined.routing.slices = step.adapters()
@@ -177,9 +176,9 @@ class Runner:
         return final
 
 
-def has_dynamic_rope(variants: Mapping[str | None, Variant]) -> bool:
+def has_dynamic_rope(variant: Variant) -> bool:
     """Returns whether the rotation of a token depends on the length of its sequence."""
-    scaling = next(iter(variants.values())).model.config.decoder.rope_scaling
+    scaling = variant.model.config.decoder.rope_scaling
     return scaling is not None and scaling.kind == "dynamic"
 
 
