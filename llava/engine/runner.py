@@ -161,8 +161,9 @@ class Runner:
             for start, one in by_start.items():
                 record_states(one, layer, states[0, start : start + one.n_tokens])
 
+        watched = {start + batch.n_skipped(one): one for start, one in by_start.items()}
         context = replace(
-            step.context, observe=lambda block, chunk, p: record_attention(by_start[chunk.start], block, p)
+            step.context, observe=lambda block, chunk, p: record_attention(watched[chunk.start], block, p)
         )
         keep(0, x)
         for layer, states in enumerate(decoder.states(x, context), start=1):
