@@ -11,8 +11,13 @@ from llava.model.paged import cache_bytes_per_token
 
 
 def n_pages(config: DecoderConfig, options: EngineOptions, dtype: torch.dtype, device: torch.device) -> int:
-    """Returns the number of pages of the cache. Raises ConfigError if `cache_memory` holds less than one page."""
-    page_bytes = options.page_size * cache_bytes_per_token(config, dtype)
+    """Returns the number of pages of the cache. Raises ConfigError if `cache_memory` holds less than one page.
+
+    On a CPU, half of the memory is for the dense copies of the decoding rows, which take up at most as much as the
+    pages; see `model/row_cache.py`.
+    """
+    n_copies = 2 if has_dense_copies(options, device) else 1
+    page_bytes = n_copies * options.page_size * cache_bytes_per_token(config, dtype)
     pages_per_request = -(-config.max_seq // options.page_size)
     free = free_bytes(device)
     n_bytes = options.cache_bytes(free)
@@ -24,6 +29,11 @@ def n_pages(config: DecoderConfig, options: EngineOptions, dtype: torch.dtype, d
             f"{options.page_size} tokens, which takes {page_bytes} bytes: raise it"
         )
     return n_bytes // page_bytes
+
+
+def has_dense_copies(options: EngineOptions, device: torch.device) -> bool:
+    """Returns whether decoding rows are copied from the pages to dense tensors."""
+    return device.type == "cpu" and not options.batch_invariant
 
 
 def free_bytes(device: torch.device) -> int:

@@ -1,5 +1,6 @@
 """Beam search in the engine equals that of transformers, whatever else the engine does."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ from tests.oracles.test_transformers import PICTURE, PROMPT, random_llama, rando
 
 transformers = pytest.importorskip("transformers")
 
-NEW = 12
+NEW = 40
+
+
+def pages(n: int) -> int:
+    """Returns the memory for n pages of 4 tokens and their dense copies: 3 layers with 2 heads of 16 values."""
+    return n * 2 * 4 * 2 * 3 * 2 * 16 * 4
+
+
 ABOUT_PICTURE = "USER: <image>\nWhat is in the picture? ASSISTANT:"
 ENGINES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -24,11 +32,11 @@ ENGINES: dict[str, dict[str, Any]] = {
     "no prefix cache": {"page_size": 3, "prefix_cache": False},
     "fewer requests at a time than beams": {"max_batch": 2, "page_size": 4},
     "batch-invariant": {"batch_invariant": True, "page_size": 5},
-    "a tight cache": {"page_size": 4, "cache_memory": 110 * 4 * 1536 * 2, "max_batch": 6},
+    "a tight cache": {"page_size": 4, "cache_memory": pages(72), "max_batch": 6},
     "a tight cache without prefixes": {
         "page_size": 4,
-        "cache_memory": 150 * 4 * 1536 * 2,
-        "max_batch": 2,
+        "cache_memory": pages(112),
+        "max_batch": 6,
         "prefix_cache": False,
     },
 }
@@ -124,7 +132,7 @@ def test_a_stop_string_ends_the_best_beam(llama: tuple[Path, Any]) -> None:
 
 def test_beams_have_the_log_probabilities_of_the_prompt_once(llama: tuple[Path, Any]) -> None:
     params = {"max_new_tokens": NEW, "prompt_logprobs": 1}
-    vlm = opened(llama[0], page_size=4, cache_memory=190 * 4 * 1536 * 2, max_batch=3)
+    vlm = opened(llama[0], page_size=4, cache_memory=pages(100), max_batch=3)
     expected = vlm.generate(PROMPT, **params).prompt_logprobs
     assert expected
     beams = [SamplingParams(**params, num_beams=k) for k in (3, 4, 2)]
@@ -157,3 +165,25 @@ def test_an_error_in_beams_ends_only_their_request(llama: tuple[Path, Any]) -> N
         assert message in errors[numbers[1]]
         assert ids[numbers[0]] == ids[numbers[2]] == expected
         vlm.engine.check()
+
+
+@pytest.mark.parametrize("engine", [{"max_batch": 2}, {"max_batch": 3, "prefix_cache": False}, {"max_batch": 64}])
+def test_preempted_beams_go_on_where_they_were(llama: tuple[Path, Any], engine: dict[str, Any]) -> None:
+    """Preempts a random sequence after most steps, also beams that wait for the others."""
+    vlm = opened(llama[0], page_size=4, cache_memory=pages(112), **engine)
+    params = [SamplingParams(max_new_tokens=NEW, num_beams=k) for k in (4, 1, 3)]
+    expected = [reply.token_ids for reply in opened(llama[0]).engine.generate(prompts(3), params)]
+    chosen = random.Random(0)
+    numbers = [vlm.engine.add_request(*request) for request in zip(prompts(3), params, strict=True)]
+    ids: dict[int, list[int]] = {number: [] for number in numbers}
+    for _ in range(2000):
+        for output in vlm.engine.step():
+            assert output.error is None
+            ids[output.request] += output.token_ids
+        vlm.engine.check()
+        if running := vlm.engine.scheduler.running:
+            if chosen.random() < 0.6:
+                vlm.engine.scheduler.preempt(chosen.choice(running))
+        elif not vlm.engine.has_requests:
+            break
+    assert list(ids.values()) == expected
