@@ -289,9 +289,12 @@ class Engine:
     def _check_length(self, n_prompt: int, params: SamplingParams, context: int) -> None:
         """Raises PromptError if a prompt does not fit. context: maximum length of a request, in tokens."""
         if n_prompt > context or (n_prompt == context and params.max_new_tokens):
+            limit, advice = f"the model's context of {context} tokens", "shorten the prompt"
+            if context == self.capacity:
+                limit = f"the {context} tokens that the cache holds"
+                advice += ", or raise cache_memory= (--cache-memory)"
             raise PromptError(
-                f"the prompt has {n_prompt} tokens, which leaves no room for a reply in the model's context of "
-                f"{context} tokens; shorten the prompt"
+                f"the prompt has {n_prompt} tokens, which leaves no room for a reply in {limit}; {advice}"
             )
 
     def _check_beams(self, n_prompt: int, params: SamplingParams, context: int) -> None:

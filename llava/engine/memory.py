@@ -11,7 +11,9 @@ from llava.model.paged import cache_bytes_per_token
 
 
 def n_pages(config: DecoderConfig, options: EngineOptions, dtype: torch.dtype, device: torch.device) -> int:
-    """Returns the number of pages of the cache. Raises ConfigError if `cache_memory` holds less than one page.
+    """Returns the number of pages of the cache.
+
+    Raises ConfigError if `cache_memory` is less than one page or more than the free memory.
 
     On a CPU, half of the memory is for the dense copies of the decoding rows, which take up at most as much as the
     pages; see `model/row_cache.py`.
@@ -25,8 +27,13 @@ def n_pages(config: DecoderConfig, options: EngineOptions, dtype: torch.dtype, d
         return max(1, min(options.max_batch * pages_per_request, free // 2 // page_bytes))
     if n_bytes < page_bytes:
         raise ConfigError(
-            f"engine: cache_memory={options.cache_memory} (--cache-memory) is less than one page of "
-            f"{options.page_size} tokens, which takes {page_bytes} bytes: raise it"
+            f"engine: found {n_bytes} bytes for keys and values, less than one page of {options.page_size} tokens "
+            f"takes ({page_bytes} bytes); raise cache_memory= (--cache-memory)"
+        )
+    if n_bytes > free:
+        raise ConfigError(
+            f"engine: found {n_bytes} bytes for keys and values, more than the free memory ({free} bytes); lower "
+            "cache_memory= (--cache-memory)"
         )
     return n_bytes // page_bytes
 
