@@ -1,11 +1,13 @@
 """Runs several adapters of one base in the same batch: their decoders are joined where they differ only in LoRAs."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
+from llava.config import DecoderConfig
 from llava.model.decoder import Decoder
 from llava.model.linear import Linear, PackedLinear, can_pack
 from llava.model.llava import Llava
@@ -34,11 +36,14 @@ class Joined(NamedTuple):
 def join(variants: Mapping[str | None, Variant]) -> list[Joined]:
     """Groups variants whose blocks and final norms share all weights except LoRAs, and joins each group's decoders.
 
-    Embedding tables and heads may differ, since `Joined.decoder` is only used from embeddings to hidden states.
+    Embedding tables and heads may differ, since `Joined.decoder` is only used from embeddings to hidden states. An
+    adapter's own config.json can change how these are computed, such as the RoPE scaling; it is then in another group.
     """
-    groups: dict[tuple[int, ...], list[str | None]] = {}
+    groups: dict[tuple[DecoderConfig, tuple[int, ...]], list[str | None]] = {}
     for name, variant in variants.items():
-        groups.setdefault(_weights(variant.model.decoder), []).append(name)
+        model = variant.model
+        config = replace(model.config.decoder, vocab_size=1, max_seq=1, tied=False)  # these do not affect the blocks
+        groups.setdefault((config, _weights(model.decoder)), []).append(name)
     return [_join({name: variants[name].model.decoder for name in names}) for names in groups.values()]
 
 

@@ -24,6 +24,7 @@ from llava.engine.scheduler import Scheduled, feature_key
 from llava.engine.sequence import PlacedImage, Sequence
 from llava.model.batch_invariant import BatchInvariant
 from llava.model.decoder import Decoder
+from llava.model.llava import Llava
 from llava.model.paged import PagedCache
 from llava.model.row_cache import RowCaches, can_share
 
@@ -56,7 +57,6 @@ class Runner:
         self.dense = (
             {joined.names[0]: RowCaches(cache, share=can_share(config)) for joined in self.joined} if on_cpu else {}
         )
-        self.dynamic_rope = has_dynamic_rope(variants)
         self.seconds: dict[str, float] = defaultdict(float)  # spent on vision, prefill and decode
         self.seconds_per_view = 0.0  # of the most recent pictures
 
@@ -114,7 +114,7 @@ class Runner:
             mine,
             self.cache,
             self.dense.get(joined.names[0]),
-            dynamic_rope=self.dynamic_rope,
+            dynamic_rope=has_dynamic_rope(self.models[joined.names[0]]),
             batch_invariant=self.batch_invariant,
         )
         joined.routing.slices = step.adapters()
@@ -167,8 +167,9 @@ class Runner:
             for start, one in by_start.items():
                 record_states(one, layer, states[0, start : start + one.n_tokens])
 
+        watched = {start + batch.n_skipped(one): one for start, one in by_start.items()}
         context = replace(
-            step.context, observe=lambda block, chunk, p: record_attention(by_start[chunk.start], block, p)
+            step.context, observe=lambda block, chunk, p: record_attention(watched[chunk.start], block, p)
         )
         keep(0, x)
         for layer, states in enumerate(decoder.states(x, context), start=1):
@@ -182,9 +183,9 @@ class Runner:
         return final
 
 
-def has_dynamic_rope(variants: Mapping[str | None, Variant]) -> bool:
+def has_dynamic_rope(model: Llava) -> bool:
     """Returns whether the rotation of a token depends on the length of its sequence."""
-    scaling = next(iter(variants.values())).model.config.decoder.rope_scaling
+    scaling = model.config.decoder.rope_scaling
     return scaling is not None and scaling.kind == "dynamic"
 
 
