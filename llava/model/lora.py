@@ -68,9 +68,9 @@ class RoutedLora(nn.Module):
         self.base, self.loras, self.routing = base, dict(loras), routing
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [1, S, I] -> [1, S, O]"""
+        """x [1, S, I] -> [1, S, O]. If all tokens belong to the same adapter, x may also be a selection [L, I]."""
         y: Tensor = self.base(x)
         for name, tokens in self.routing.slices:
             if name in self.loras:
-                y[:, tokens] += self.loras[name].update(x[:, tokens])
+                y[..., tokens, :] += self.loras[name].update(x[..., tokens, :])
         return y
