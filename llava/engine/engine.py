@@ -31,7 +31,7 @@ from llava.engine.feature_cache import FeatureCache
 from llava.engine.memory import n_pages
 from llava.engine.reply import Output, Reply, Stream
 from llava.engine.runner import Runner
-from llava.engine.sampling import SamplingParams
+from llava.engine.sampling import NONE_ALLOWED, NOT_FINITE, SamplingParams
 from llava.engine.scheduler import Scheduled, Scheduler
 from llava.engine.sequence import Beams, FinishReason, Sequence, placed_images
 from llava.errors import ConfigError, LlavaError, PromptError
@@ -274,9 +274,11 @@ class Engine:
 
     def _check_length(self, n_prompt: int, params: SamplingParams) -> None:
         if n_prompt > self.context or (n_prompt == self.context and params.max_new_tokens):
+            is_smaller = self.context < self.model.config.decoder.max_seq
+            limit = "the cache" if is_smaller else "the model's context"
             raise PromptError(
-                f"the prompt has {n_prompt} tokens, which leaves no room for a reply in the model's context of "
-                f"{self.context} tokens; shorten the prompt"
+                f"the prompt has {n_prompt} tokens, which leaves no room for a reply in {limit} of {self.context} "
+                f"tokens; shorten the prompt{', or raise cache_memory= (--cache-memory)' if is_smaller else ''}"
             )
         size = self.options.page_size
         per_beam = -(-min(params.max_new_tokens, self.context - n_prompt) // size) + 2
@@ -394,10 +396,8 @@ class Engine:
         if sequence.finish_reason:
             return
         if token.id < 0:
-            error = LlavaError(
-                "no token can be drawn: the logits contain NaN, or logits_mask= excludes all tokens; check the mask, "
-                "or load with dtype=float32 (--dtype float32)"
-            )
+            params = sequence.params
+            error = LlavaError(NONE_ALLOWED if params.logits_mask or params.logit_bias else NOT_FINITE)
             self._finish(sequence, "error", error)
             return
         if sequence.params.logprobs:
@@ -444,7 +444,11 @@ class Engine:
             return
         logprobs = torch.stack([beams.logprobs.pop(one.id) for one in beams.live])
         parents = beams.live
-        chosen = beams.search.advance(logprobs)
+        try:
+            chosen = beams.search.advance(logprobs)
+        except LlavaError as error:
+            self._finish(beams.leader, "error", error)
+            return
         beams.live = [] if beams.search.finished else [self._fork(parents[parent], id) for parent, id in chosen]
         for one in beams.live:
             self.scheduler.add_running(one)

@@ -11,7 +11,7 @@ from llava.model.paged import cache_bytes_per_token
 
 
 def n_pages(config: DecoderConfig, options: EngineOptions, dtype: torch.dtype, device: torch.device) -> int:
-    """Returns the number of pages of the cache. Raises ConfigError if `cache_memory` holds less than one page."""
+    """Returns the number of pages of the cache. Raises ConfigError if `cache_memory` is too little or too much."""
     page_bytes = options.page_size * cache_bytes_per_token(config, dtype)
     pages_per_request = -(-config.max_seq // options.page_size)
     free = free_bytes(device)
@@ -20,8 +20,13 @@ def n_pages(config: DecoderConfig, options: EngineOptions, dtype: torch.dtype, d
         return max(1, min(options.max_batch * pages_per_request, free // 2 // page_bytes))
     if n_bytes < page_bytes:
         raise ConfigError(
-            f"engine: cache_memory={options.cache_memory} (--cache-memory) is less than one page of "
-            f"{options.page_size} tokens, which takes {page_bytes} bytes: raise it"
+            f"cache_memory= (--cache-memory) is {options.cache_memory!r}, less than the {page_bytes} bytes of a page "
+            f"of {options.page_size} tokens; raise it"
+        )
+    if n_bytes > free:
+        raise ConfigError(
+            f"cache_memory= (--cache-memory) is {options.cache_memory!r}, but only {free / 2**30:.1f} GiB are free; "
+            "lower it"
         )
     return n_bytes // page_bytes
 
