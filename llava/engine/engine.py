@@ -31,7 +31,7 @@ from llava.engine.feature_cache import FeatureCache
 from llava.engine.memory import n_pages
 from llava.engine.reply import Output, Reply, Stream
 from llava.engine.runner import Runner
-from llava.engine.sampling import SamplingParams
+from llava.engine.sampling import NONE_ALLOWED, NOT_FINITE, SamplingParams
 from llava.engine.scheduler import Scheduled, Scheduler
 from llava.engine.sequence import Beams, FinishReason, Sequence, placed_images
 from llava.errors import ConfigError, LlavaError, PromptError
@@ -289,12 +289,11 @@ class Engine:
     def _check_length(self, n_prompt: int, params: SamplingParams, context: int) -> None:
         """Raises PromptError if a prompt does not fit. context: maximum length of a request, in tokens."""
         if n_prompt > context or (n_prompt == context and params.max_new_tokens):
-            limit, advice = f"the model's context of {context} tokens", "shorten the prompt"
-            if context == self.capacity:
-                limit = f"the {context} tokens that the cache holds"
-                advice += ", or raise cache_memory= (--cache-memory)"
+            by_cache = context == self.capacity
+            limit = "the cache" if by_cache else "the model's context"
             raise PromptError(
-                f"the prompt has {n_prompt} tokens, which leaves no room for a reply in {limit}; {advice}"
+                f"the prompt has {n_prompt} tokens, which leaves no room for a reply in {limit} of {context} tokens; "
+                f"shorten the prompt{', or raise cache_memory= (--cache-memory)' if by_cache else ''}"
             )
 
     def _check_beams(self, n_prompt: int, params: SamplingParams, context: int) -> None:
@@ -418,10 +417,8 @@ class Engine:
         if sequence.finish_reason:
             return
         if token.id < 0:
-            error = LlavaError(
-                "no token can be drawn: the logits contain NaN, or logits_mask= excludes all tokens; check the mask, "
-                "or load with dtype=float32 (--dtype float32)"
-            )
+            params = sequence.params
+            error = LlavaError(NONE_ALLOWED if params.logits_mask or params.logit_bias else NOT_FINITE)
             self._finish(sequence, "error", error)
             return
         if sequence.params.logprobs:

@@ -27,13 +27,13 @@ def n_pages(config: DecoderConfig, options: EngineOptions, dtype: torch.dtype, d
         return max(1, min(options.max_batch * pages_per_request, free // 2 // page_bytes))
     if n_bytes < page_bytes:
         raise ConfigError(
-            f"engine: found {n_bytes} bytes for keys and values, less than one page of {options.page_size} tokens "
-            f"takes ({page_bytes} bytes); raise cache_memory= (--cache-memory)"
+            f"cache_memory= (--cache-memory) is {options.cache_memory!r}, less than the {page_bytes} bytes of a page "
+            f"of {options.page_size} tokens; raise it"
         )
     if n_bytes > free:
         raise ConfigError(
-            f"engine: found {n_bytes} bytes for keys and values, more than the free memory ({free} bytes); lower "
-            "cache_memory= (--cache-memory)"
+            f"cache_memory= (--cache-memory) is {options.cache_memory!r}, but only {free / 2**30:.1f} GiB are free; "
+            "lower it"
         )
     return n_bytes // page_bytes
 
