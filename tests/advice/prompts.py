@@ -132,7 +132,7 @@ def a_cache_larger_than_the_memory(w: World) -> Steps:
 
 @advice("reduce num_beams= (--num-beams) or max_new_tokens= (--max-new-tokens)")
 def beams_that_need_more_memory(w: World) -> Steps:
-    asked = ("ask", "Hi", "--model", w.llava, "--cache-memory", "256KiB", "--num-beams", 50, "--max-new-tokens")
+    asked = ("ask", "Hi", "--model", w.llava, "--cache-memory", "512KiB", "--num-beams", 50, "--max-new-tokens")
     yield (*asked, 50)
     yield (*asked[:-2], 2, "--max-new-tokens", 4)
 
