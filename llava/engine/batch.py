@@ -137,7 +137,7 @@ def _chunk(one: Scheduled, start: int, cache: PagedCache, skip: int = 0) -> Chun
 
 def _rows(decoding: Rest[Sequence], cache: PagedCache, dense: RowCaches | None) -> Rest[Rows]:
     """Groups the decoding rows by their lengths, so that little of what is read is padding."""
-    rows = [Row(one.id, one.block_table, one.computed) for one in decoding]
+    rows = [Row(one.id, one.block_table, one.computed, one.n_reused) for one in decoding]
     if dense is not None:
         return dense.rows(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].pages))

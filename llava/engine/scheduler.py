@@ -126,7 +126,7 @@ class Scheduler:
         self.blocks.acquire(pages)
         sequence.block_table = list(pages)
         sequence.computed = len(pages) * self.blocks.page_size
-        sequence.n_registered = len(pages)
+        sequence.n_reused = sequence.n_registered = len(pages)
 
     def _reusable(self, sequence: Sequence) -> list[PageKey]:
         """Returns the keys of the pages that may be taken from the prefix cache: at least one token is computed."""

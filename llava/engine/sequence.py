@@ -63,6 +63,7 @@ class Sequence:
     page_keys: list[PageKey] = field(default_factory=list)  # of the full pages; see `keys`
     salt: bytes = b""  # what else the keys and values depend on: the adapter
     n_taken: int = 0  # ids that `take_final_ids` has returned
+    n_reused: int = 0  # leading pages that came from the prefix cache
     n_registered: int = 0  # leading pages that have been offered to the prefix cache
 
     finish_reason: FinishReason | None = None
@@ -131,7 +132,7 @@ class Sequence:
 
     def forget_computed(self) -> None:
         """Sets the counters back, so that all tokens are computed again; drops what has been captured about them."""
-        self.computed = self.n_registered = 0
+        self.computed = self.n_reused = self.n_registered = 0
         self.captured.states.clear()
         self.captured.attention.clear()
 

@@ -137,6 +137,7 @@ class Row(NamedTuple):
     id: int
     pages: Sequence[int]
     position: int  # of the newest token, which is the number of tokens before it
+    n_reused: int = 0  # leading pages that came from the prefix cache, which other sequences may share
 
 
 def paged_rows(cache: PagedCache, rows: Sequence[Row], index: Sequence[int]) -> PagedRows:
