@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llava.config import DecoderConfig
 from llava.engine import batch
 from llava.engine.adapters import Joined, Packer, Variant, join
 from llava.engine.batch import Batch
@@ -24,7 +25,6 @@ from llava.engine.scheduler import Scheduled, feature_key
 from llava.engine.sequence import PlacedImage, Sequence
 from llava.model.batch_invariant import BatchInvariant
 from llava.model.decoder import Decoder
-from llava.model.llava import Llava
 from llava.model.paged import PagedCache
 from llava.model.row_cache import RowCaches, can_share
 
@@ -52,11 +52,11 @@ class Runner:
         packer = Packer({} if batch_invariant else variants)
         self.models = {name: packer.pack(one.model) for name, one in variants.items()}
         self.joined = [one._replace(decoder=packer.pack(one.decoder)) for one in join(variants)]
-        config = variants[None].model.config.decoder
         on_cpu = cache.k.device.type == "cpu"
-        self.dense = (
-            {joined.names[0]: RowCaches(cache, share=can_share(config)) for joined in self.joined} if on_cpu else {}
-        )
+        firsts = [joined.names[0] for joined in self.joined] if on_cpu else []
+        self.dense = {
+            first: RowCaches(cache, share=can_share(variants[first].model.config.decoder)) for first in firsts
+        }
         self.seconds: dict[str, float] = defaultdict(float)  # spent on vision, prefill and decode
         self.seconds_per_view = 0.0  # of the most recent pictures
 
@@ -114,7 +114,7 @@ class Runner:
             mine,
             self.cache,
             self.dense.get(joined.names[0]),
-            dynamic_rope=has_dynamic_rope(self.models[joined.names[0]]),
+            dynamic_rope=has_dynamic_rope(self.models[joined.names[0]].config.decoder),
             batch_invariant=self.batch_invariant,
         )
         joined.routing.slices = step.adapters()
@@ -183,9 +183,9 @@ class Runner:
         return final
 
 
-def has_dynamic_rope(model: Llava) -> bool:
+def has_dynamic_rope(config: DecoderConfig) -> bool:
     """Returns whether the rotation of a token depends on the length of its sequence."""
-    scaling = model.config.decoder.rope_scaling
+    scaling = config.rope_scaling
     return scaling is not None and scaling.kind == "dynamic"
 
 

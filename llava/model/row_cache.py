@@ -8,7 +8,7 @@ questions about one picture, keep only their later tokens; their common beginnin
 B rows   T slots   P tokens in common   H query heads   K key/value heads   E head_dim
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import NamedTuple
@@ -34,6 +34,7 @@ class RowCache:
         shape = (n_layers, n_rows, n_kv_heads, n_slots, head_dim)
         self.k, self.v = (lazy_zeros(shape, pages.k.dtype, pages.k.device) for _ in range(2))
         self.rows: list[tuple[int, Pages]] = []  # sequence in each row, and the pages that are not copied
+        self.n_touched = 0  # rows that have been used at some time and therefore take up memory
 
     def place(self, rows: Sequence[Row], common: Sequence[Pages]) -> list[int]:
         """Makes the cache hold the tokens before the newest one of exactly these rows. Returns the order they have.
@@ -61,6 +62,7 @@ class RowCache:
     def _append(self, row: Row, common: Pages) -> None:
         b, size = len(self.rows), self.pages.page_size
         self.rows.append((row.id, common))
+        self.n_touched = max(self.n_touched, len(self.rows))
         own = torch.tensor(row.pages[len(common) : -(-row.position // size)], dtype=torch.int64)
         n = row.position - len(common) * size
         for dense, paged in ((self.k, self.pages.k), (self.v, self.pages.v)):
@@ -150,13 +152,15 @@ class RowCaches:
         """Returns the decoding rows, which are the first ones in the packed row, grouped by length."""
         self._find_common(rows)
         by_size: dict[int, list[int]] = {size: [] for size in self._by_size}
-        room = self.pages.n_pages * self.pages.page_size
+        capacity = self.pages.n_pages * self.pages.page_size - sum(k.shape[3] for k, _ in self._copies.values())
+        room = capacity * 3 // 4  # the rest is for rows that are no longer used, see `_drop_unused`
         paged: list[int] = []
         for i, row in enumerate(rows):
             own = row.position - len(self._common[row.id]) * self.pages.page_size
             size = max(_SHORT, 1 << own.bit_length())
             room -= size
             (by_size.setdefault(size, []) if room >= 0 else paged).append(i)
+        self._drop_unused({size: len(members) for size, members in by_size.items()}, capacity)
         groups: list[DenseRows | PagedRows] = [
             dense for size, members in by_size.items() if (dense := self._group(size, rows, members))
         ]
@@ -177,6 +181,16 @@ class RowCaches:
                 common[row.id] = pages if fits and tuple(row.pages[: len(pages)]) == pages else ()
         self._common = common
         self._copies = {pages: self._copies.get(pages) or self._copy(pages) for pages in set(common.values()) if pages}
+
+    def _drop_unused(self, n_rows: Mapping[int, int], capacity: int) -> None:
+        """Drops caches with unused rows if the tokens of used and unused rows exceed the capacity.
+
+        What is still needed of them is copied again.
+        """
+        unused = {size: one.n_touched - n_rows[size] for size, one in self._by_size.items()}
+        n_tokens = sum(size * (n + max(0, unused.get(size, 0))) for size, n in n_rows.items())
+        if n_tokens > capacity:
+            self._by_size = {size: one for size, one in self._by_size.items() if unused[size] <= 0}
 
     def _copy(self, pages: Pages) -> tuple[Tensor, Tensor]:
         """Returns the keys and values of pages, each [n_layers, 1, K, P, E]."""

@@ -10,6 +10,7 @@ import torch
 import llava
 from llava.config import EngineOptions
 from llava.engine.memory import free_bytes, n_pages
+from llava.engine.sampling import SamplingParams
 from llava.errors import ConfigError, PromptError
 from tests.command import assert_one_line_error, run, run_well
 from tests.oracles.test_transformers import PICTURE, PROMPT
@@ -122,3 +123,18 @@ def test_a_prompt_that_exceeds_a_small_cache_is_refused_with_the_name_of_the_opt
     done = run("ask", "--model", checkpoint, "--dtype", "float32", "--cache-memory", 4 * PAGE, "Hello " * 40)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith("shorten the prompt, or raise --cache-memory")
+
+
+def test_dense_copies_of_rows_that_grow_and_end_never_exceed_the_pages(checkpoint: Path) -> None:
+    """Rows of many lengths; each length has its own dense tensors, whose memory is only given back when dropped."""
+    vlm = opened(checkpoint, cache_memory=2 * 512 * PAGE, max_batch=64, prefix_cache=False)
+    engine, lengths = vlm.engine, (3, 90, 10, 200, 30)
+    for i in range(60):
+        engine.add_request("sea " * lengths[i % 5] + str(i), SamplingParams(max_new_tokens=10 + 7 * (i % 9)))
+    used = []
+    while engine.has_requests:
+        engine.step()
+        caches = [cache for dense in engine.runner.dense.values() for cache in dense._by_size.values()]
+        used.append(sum(cache.n_touched * cache.k.shape[3] for cache in caches))
+    capacity = engine.blocks.n_pages * engine.blocks.page_size
+    assert capacity // 4 < max(used) <= capacity
