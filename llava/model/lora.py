@@ -76,5 +76,5 @@ class RoutedLora(nn.Module):
             return y + self.loras[name].update(x) if name in self.loras else y
         for name, tokens in slices:
             if name in self.loras:
-                y[..., tokens, :] += self.loras[name].update(x[..., tokens, :])
+                y[:, tokens] += self.loras[name].update(x[:, tokens])
         return y
