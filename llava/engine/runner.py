@@ -70,6 +70,8 @@ class Runner:
         started = time.perf_counter()
         if pairs := [one.copy for one in scheduled if one.copy]:
             self.cache.copy_pages(pairs)
+            for one in scheduled:
+                one.copy = None  # if the step is computed again, the source may have been written by then
         self._encode_images(scheduled)
         encoded = time.perf_counter()
         results = [logits for joined in self.joined for logits in self._run_joined(joined, scheduled)]
