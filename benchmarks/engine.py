@@ -87,14 +87,14 @@ def ours() -> Work:
 
     def engine(**options: Any) -> Any:
         made = llava.load(engine=llava.EngineOptions(**options)).engine
-        original = made._sequence
+        original = made.inputs.sequence
 
         def without_end(*args: Any, **more: Any) -> Any:
             sequence = original(*args, **more)
             sequence.stop_ids = frozenset()
             return sequence
 
-        made._sequence = without_end
+        made.inputs.sequence = without_end
         return made
 
     engines = {False: engine(), True: engine(chunk_tokens=2**14)}  # the latter computes all prompts before it decodes

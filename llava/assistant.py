@@ -19,7 +19,8 @@ from llava.checkpoint.open import open_checkpoint
 from llava.config import EngineOptions, LlavaConfig, LoadOptions, PictureOptions, Transparency
 from llava.engine.adapters import Variant
 from llava.engine.capture import Capture
-from llava.engine.engine import Engine, Request
+from llava.engine.engine import Engine
+from llava.engine.input_processor import Request
 from llava.engine.reply import Reply, Stream
 from llava.engine.sampling import SamplingParams
 from llava.errors import ConfigError, PromptError
