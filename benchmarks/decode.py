@@ -1,41 +1,35 @@
 """How many tokens per second does one answer get, and what share of the memory bandwidth is that?
 
-Batch 1, greedy, without the prefill. Ours is the engine's own loop, including detokenization and the stop check;
-transformers' is a plain loop over its model with its default cache, which is faster than its `generate`. Both copy
-each id to the host.
+Batch 1, greedy, without the prefill. Ours are the engine's steps, from the first token to the last one, including
+scheduling, detokenization and the stop check; transformers' is a plain loop over its model with its default cache,
+which is faster than its `generate`. Both copy each id to the host.
 
     python benchmarks/decode.py --size tiny
 """
 
 import time
 from collections.abc import Sequence
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import torch
 import typer
 from ceilings import best, memory_ceilings, rates
 from peers import check_agreement, hub_tensors, peer, peer_configs
 from report import OURS, PEER, Commit, Out, Result, Save, benchmark_name
-from shapes import IdsAsWords, Layers, Size, llava_config, random_llava
+from shapes import Layers, Size, engine_for, engine_logits, llava_config, random_llava
 from timing import Device, DType, Runs, Target, Threads, alternate
 
 from llava.engine.engine import Engine
+from llava.engine.reply import Reply
 from llava.engine.sampling import SamplingParams
-from llava.engine.sequence import Sequence as Generated
-from llava.model.attention import DenseCacheContext
-from llava.model.kv_cache import KVCache
 from llava.preprocess.inputs import ModelInput
 
 
-def answered(engine: Engine, ids: torch.Tensor, n: int) -> Generated:
+def answered(engine: Engine, input: ModelInput, n: int) -> Reply:
     """Runs our engine on a prompt for n + 1 tokens, the first of which comes from the prefill."""
-    params = SamplingParams(max_new_tokens=n + 1)
-    input = ModelInput(prompt="", token_ids=ids.tolist(), ids=ids, labels=ids)
-    sequence = engine.start(input, params)
-    for _ in engine.run([sequence], params):
-        pass
-    assert sequence.n_generated == n + 1
-    return sequence
+    (reply,) = engine.generate([input], SamplingParams(max_new_tokens=n + 1))
+    assert len(reply.token_ids) == n + 1
+    return reply
 
 
 @torch.inference_mode()
@@ -51,16 +45,6 @@ def peer_answered(model: Any, ids: torch.Tensor, n: int) -> tuple[float, list[in
     return time.perf_counter() - started, written
 
 
-@torch.inference_mode()
-def logits(model: Any, ids: torch.Tensor, target: Target) -> torch.Tensor:
-    """Our logits after the prompt."""
-    n = len(ids)
-    cache = KVCache(model.config.decoder, 1, n, dtype=target.dtype, device=target.device)
-    positions = torch.arange(n, device=target.device)
-    context = DenseCacheContext(positions=positions, seq_len=n, cache=cache, window=n)
-    return model.decoder.logits(model.decoder(model.embed(ids)[None], context, positions[-1:]))
-
-
 def main(
     device: Device = "auto",
     dtype: DType = "bfloat16",
@@ -70,7 +54,6 @@ def main(
     threads: Threads = None,
     prompt: Annotated[int, typer.Option("--prompt", help="prompt tokens")] = 32,
     new: Annotated[int | None, typer.Option("--new", help="timed steps; default: 16 (on a GPU: 128)")] = None,
-    compile: Annotated[bool, typer.Option("--compile", help="run ours with torch.compile")] = False,
     out: Out = None,
     save: Save = False,
     commit: Commit = None,
@@ -84,32 +67,34 @@ def main(
     model = random_llava(config, target)
     tensors = hub_tensors(model.state_dict())
     theirs = peer(LlamaForCausalLM, peer_configs(config)[0], tensors, target)
-    engine = Engine(model, cast(Any, IdsAsWords()), compile=compile)
+    engine = engine_for(model)
     ids = torch.randint(3, config.decoder.vocab_size, (prompt,), generator=torch.Generator().manual_seed(1))
+    input = ModelInput(prompt="", token_ids=ids.tolist(), ids=ids, labels=ids)
     here = ids.to(target.device)
     with torch.inference_mode():
-        error = check_agreement(logits(model, here, target), theirs(here[None], logits_to_keep=1).logits[:, -1], target)
-    same = same_tokens(answered(engine, ids, n).detokenizer.ids, peer_answered(theirs, here, n)[1])
+        error = check_agreement(
+            engine_logits(engine, input), theirs(here[None], logits_to_keep=1).logits[:, -1], target
+        )
+    same = same_tokens(answered(engine, input, n).token_ids, peer_answered(theirs, here, n)[1])
     print(f"first {same} of {n + 1} tokens are the same")
 
-    def ours() -> float:
-        answer = answered(engine, ids, n)
-        return answer.ended - answer.first_token
-
     ceilings = memory_ceilings(target, size)
-    contestants = {OURS: ours, PEER: lambda: peer_answered(theirs, here, n)[0]}
+    contestants = {
+        OURS: lambda: answered(engine, input, n).timings.decode_s,
+        PEER: lambda: peer_answered(theirs, here, n)[0],
+    }
     seconds = alternate({**contestants, **{c.name: c.run for c in ceilings}}, runs)
     read = sum(t.nbytes for name, t in model.state_dict().items() if name != "decoder.embed.weight")
     ceiling = best(ceilings, seconds)
     speeds = rates(read * n, contestants, ceilings, seconds)
     Result(
-        benchmark=benchmark_name("decode", layers=layers, size=size, extra="compiled" if compile else ""),
+        benchmark=benchmark_name("decode", layers=layers, size=size),
         question="How many tokens per second does one answer get?",
         device=target.device.type,
         dtype=target.dtype_name,
         settings={
             "size": size, "layers": config.decoder.n_layers, "batch": 1, "prompt_tokens": prompt, "steps": n,
-            "runs": runs, "compile": compile, "peer_attention": theirs.config._attn_implementation,
+            "runs": runs, "peer_attention": theirs.config._attn_implementation,
         },
         seconds=seconds,
         unit="tokens/s",

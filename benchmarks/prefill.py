@@ -1,7 +1,9 @@
 """How long does the first token of an answer take? Compared with transformers.
 
 Batch 1, from pixels (with --no-image: token ids) on the host through tower, projector and decoder, which fills the
-cache, to the most likely next id on the host. Opening and resizing pictures and encoding text are not included.
+cache, to the most likely next id on the host. Ours are the engine's steps for a new request, in chunks of its default
+size; its caches of prefixes and features are not used. Opening and resizing pictures and encoding text are not
+included.
 
     python benchmarks/prefill.py --size tiny
 """
@@ -14,14 +16,12 @@ import typer
 from ceilings import best, decoder_flops, matmul_ceilings, rates, tower_flops
 from peers import check_agreement, hub_tensors, peer, peer_configs
 from report import OURS, PEER, Commit, Out, Result, Save, benchmark_name
-from shapes import IdsAsWords, Layers, Size, llava_config, random_llava
+from shapes import Layers, Size, engine_for, engine_logits, llava_config, random_llava
 from timing import Device, DType, Runs, Target, Threads, alternate
 
 from llava.config import IMAGE, LlavaConfig
 from llava.engine.engine import Engine
 from llava.engine.sampling import SamplingParams
-from llava.model.attention import DenseCacheContext
-from llava.model.kv_cache import KVCache
 from llava.model.llava import Llava
 from llava.preprocess.inputs import ModelInput
 
@@ -62,18 +62,6 @@ def build_peer(config: LlavaConfig, model: Llava, target: Target) -> Any:
 
 
 @torch.inference_mode()
-def logits(engine: Engine, input: ModelInput, target: Target) -> torch.Tensor:
-    """Our logits after the prompt."""
-    x = engine.embed([input])
-    n = x.shape[1]
-    cache = KVCache(engine.model.config.decoder, 1, n, dtype=target.dtype, device=target.device)
-    positions = torch.arange(n, device=target.device)
-    context = DenseCacheContext(positions=positions, seq_len=n, cache=cache, window=n)
-    decoder = engine.model.decoder
-    return decoder.logits(decoder(x, context, positions[-1:]))
-
-
-@torch.inference_mode()
 def peer_logits(model: Any, input: ModelInput, target: Target) -> torch.Tensor:
     """transformers' logits after the prompt."""
     pictures = {} if input.pixels is None else {"pixel_values": input.pixels.to(target.device, target.dtype)}
@@ -82,11 +70,13 @@ def peer_logits(model: Any, input: ModelInput, target: Target) -> torch.Tensor:
 
 
 def first_token(engine: Engine, input: ModelInput) -> list[int]:
-    params = SamplingParams(max_new_tokens=1)
-    sequence = engine.start(input, params)
-    for _ in engine.run([sequence], params):
-        pass
-    return sequence.detokenizer.ids
+    """Our first token after the prompt."""
+    engine.features.reset()
+    engine.add_request(input, SamplingParams(max_new_tokens=1))
+    ids = []
+    while engine.has_requests:
+        ids += [id for output in engine.step() for id in output.token_ids]
+    return ids
 
 
 def main(
@@ -109,9 +99,10 @@ def main(
     input = request(config, n)
     model = random_llava(config, target)
     theirs = build_peer(config, model, target)
-    engine = Engine(model, cast(Any, IdsAsWords()))
-    error = check_agreement(logits(engine, input, target), peer_logits(theirs, input, target), target)
+    engine = engine_for(model)
+    error = check_agreement(engine_logits(engine, input), peer_logits(theirs, input, target), target)
     ceilings = matmul_ceilings(target, size)
+    assert len(first_token(engine, input)) == 1
     contestants = {
         OURS: lambda: target.seconds(lambda: first_token(engine, input)),
         PEER: lambda: target.seconds(lambda: peer_logits(theirs, input, target).argmax(-1).tolist()),
@@ -128,6 +119,7 @@ def main(
         settings={
             "size": size, "layers": config.decoder.n_layers, "batch": 1, "tokens": n,
             "image_tokens": int((input.ids == IMAGE).sum()), "runs": runs,
+            "chunk_tokens": engine.scheduler.chunk_tokens,
             "peer_attention": theirs.config.get_text_config()._attn_implementation,
         },
         seconds=seconds,

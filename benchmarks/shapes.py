@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import report  # noqa: F401  (makes llava importable)
 import torch
@@ -10,8 +10,13 @@ import typer
 from timing import Target
 from torch import Tensor, nn
 
-from llava.config import DecoderConfig, ImageConfig, LlavaConfig, ProjectorConfig, VisionConfig
+from llava.config import DecoderConfig, EngineOptions, ImageConfig, LlavaConfig, ProjectorConfig, VisionConfig
+from llava.engine.adapters import Variant
+from llava.engine.capture import Capture
+from llava.engine.engine import Engine
+from llava.engine.sampling import SamplingParams
 from llava.model.llava import Llava, meta_model
+from llava.preprocess.inputs import ModelInput, Preprocessor
 
 Layers = Annotated[int | None, typer.Option("--layers", help="blocks; default: the model's full depth")]
 Size = Annotated[str, typer.Option("--size", help="7b or 13b: LLaVA-1.5's shapes; tiny: a self-test in seconds")]
@@ -113,6 +118,22 @@ class IdsAsWords:
 
     def id_of(self, text: str) -> int | None:
         return None
+
+
+def engine_for(model: Llava) -> Engine:
+    """An engine for one request at a time, which computes the same prompt again each time."""
+    options = EngineOptions(max_batch=1, prefix_cache=False)
+    return Engine({None: Variant(model, Preprocessor(model.config, cast(Any, IdsAsWords())))}, options)
+
+
+def engine_logits(engine: Engine, input: ModelInput) -> Tensor:
+    """The logits [1, V] after a prompt, which the engine computes as for any request."""
+    last = engine.model.config.decoder.n_layers
+    stream = engine.stream(input, SamplingParams(max_new_tokens=0), capture=Capture(hidden_states=(last,)))
+    for _ in stream:
+        pass
+    with torch.inference_mode():
+        return engine.model.decoder.logits(stream.captured().hidden_states(last)[-1:].to(engine.model.device))
 
 
 def hub_sizes(decoder: DecoderConfig) -> dict[str, int]:

@@ -73,6 +73,9 @@ MinP = Annotated[
     float | None, typer.Option("--min-p", help="minimum probability, as a fraction of the highest probability")
 ]
 RepetitionPenalty = Annotated[float, typer.Option("--repetition-penalty", help="values above 1 reduce repetition")]
+NumBeams = Annotated[
+    int, typer.Option("--num-beams", help="above 1: beam search with this many beams, which needs temperature 0")
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="random seed, for reproducible replies")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="string that ends the reply; repeatable")]
 
@@ -124,6 +127,7 @@ class SamplingOptions:
     top_k: TopK = None
     min_p: MinP = None
     repetition_penalty: RepetitionPenalty = 1.0
+    num_beams: NumBeams = 1
     seed: Seed = None
     stop: Stop = None
 

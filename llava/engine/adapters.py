@@ -1,15 +1,21 @@
 """Runs several adapters of one base in the same batch: their decoders are joined where they differ only in LoRAs."""
 
-import copy
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
 
+import torch
 from torch import nn
 
+from llava.config import DecoderConfig
 from llava.model.decoder import Decoder
+from llava.model.linear import Linear, PackedLinear, can_pack
 from llava.model.llava import Llava
 from llava.model.lora import LoraLinear, RoutedLora, Routing
+from llava.model.shallow import shallow_copy
 from llava.preprocess.inputs import Preprocessor
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Variant(NamedTuple):
@@ -30,11 +36,14 @@ class Joined(NamedTuple):
 def join(variants: Mapping[str | None, Variant]) -> list[Joined]:
     """Groups variants whose blocks and final norms share all weights except LoRAs, and joins each group's decoders.
 
-    Embedding tables and heads may differ, since `Joined.decoder` is only used from embeddings to hidden states.
+    Embedding tables and heads may differ, since `Joined.decoder` is only used from embeddings to hidden states. An
+    adapter's own config.json can change how these are computed, such as the RoPE scaling; it is then in another group.
     """
-    groups: dict[tuple[int, ...], list[str | None]] = {}
+    groups: dict[tuple[DecoderConfig, tuple[int, ...]], list[str | None]] = {}
     for name, variant in variants.items():
-        groups.setdefault(_weights(variant.model.decoder), []).append(name)
+        model = variant.model
+        config = replace(model.config.decoder, vocab_size=1, max_seq=1, tied=False)  # these do not affect the blocks
+        groups.setdefault((config, _weights(model.decoder)), []).append(name)
     return [_join({name: variants[name].model.decoder for name in names}) for names in groups.values()]
 
 
@@ -58,17 +67,35 @@ def _join(decoders: Mapping[str | None, Decoder]) -> Joined:
                 loras.setdefault(path, {})[name] = module
     if not loras:
         return Joined(first, routing, list(decoders))
-    joined = _shallow_copy(first)
+    joined = shallow_copy(first)
     for path, by_name in loras.items():
         parent, _, leaf = path.rpartition(".")
         base = next(iter(by_name.values())).base
         setattr(joined.get_submodule(parent), leaf, RoutedLora(base, by_name, routing))
-    assert isinstance(joined, Decoder)
     return Joined(joined, routing, list(decoders))
 
 
-def _shallow_copy(module: nn.Module) -> nn.Module:
-    """Returns a copy of a module tree that shares all weights, so that submodules can be replaced."""
-    result = copy.copy(module)
-    result._modules = {name: child and _shallow_copy(child) for name, child in module._modules.items()}
-    return result
+_PACKED_BYTES = 2**30  # weights in total up to which a second copy is worth its memory
+
+
+class Packer:
+    """Replaces the linear layers of models on a CPU by `PackedLinear`, those with the same weight by the same one."""
+
+    def __init__(self, variants: Mapping[str | None, Variant]):
+        self._packed: dict[int, PackedLinear] = {}
+        weights = {weight.data_ptr(): weight for one in variants.values() for weight in one.model.parameters()}
+        small = sum(weight.nbytes for weight in weights.values()) <= _PACKED_BYTES
+        fits = all(weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in weights.values())
+        self._active = small and fits and can_pack()
+
+    def pack(self, module: M) -> M:
+        """Returns the module, or a copy of it with packed linear layers."""
+        return shallow_copy(module, self._replace) if self._active else module
+
+    def _replace(self, module: nn.Module) -> nn.Module | None:
+        if not isinstance(module, Linear):
+            return None
+        key = module.weight.data_ptr()
+        if key not in self._packed:
+            self._packed[key] = PackedLinear(module)
+        return self._packed[key]

@@ -76,7 +76,9 @@ def build(
         "positions": torch.tensor([i for one in scheduled for i in _positions(one)], device=device)[None],
         "seq_len": _seq_lens(scheduled, device) if dynamic_rope else max(one.sequence.total for one in scheduled),
         "slots": torch.tensor([slot for one in scheduled for slot in _slots(one, cache.page_size)], device=device),
-        "watched": [_chunk(*pair, cache) for pair in placed if _is_watched(pair[0].sequence)],
+        "watched": [
+            _chunk(*pair, cache, n_skipped(pair[0])) for pair in placed if n_skipped(pair[0]) < pair[0].n_tokens
+        ],
     }
     context: PagedContext | InvariantContext
     if batch_invariant:
@@ -87,8 +89,12 @@ def build(
     return Batch(scheduled=scheduled, starts=starts, context=context)
 
 
-def _is_watched(sequence: Sequence) -> bool:
-    return sequence.capture is not None and bool(sequence.capture.attention)
+def n_skipped(one: Scheduled) -> int:
+    """Returns how many of the first new tokens of a sequence are not watched: their attention is not captured."""
+    capture = one.sequence.capture
+    if capture is None or not capture.attention:
+        return one.n_tokens
+    return min(one.n_tokens, max(0, capture.first_query - one.sequence.computed))
 
 
 def _past(scheduled: Rest[Scheduled], cache: PagedCache) -> Tensor:
@@ -120,18 +126,18 @@ def _seq_lens(scheduled: Rest[Scheduled], device: torch.device) -> Tensor:
     return torch.tensor(lengths, device=device)[None]
 
 
-def _chunk(one: Scheduled, start: int, cache: PagedCache) -> Chunk:
+def _chunk(one: Scheduled, start: int, cache: PagedCache, skip: int = 0) -> Chunk:
     return Chunk(
-        start=start,
-        n=one.n_tokens,
-        position=one.sequence.computed,
+        start=start + skip,
+        n=one.n_tokens - skip,
+        position=one.sequence.computed + skip,
         pages=torch.tensor(one.sequence.block_table, device=cache.k.device),
     )
 
 
 def _rows(decoding: Rest[Sequence], cache: PagedCache, dense: RowCaches | None) -> Rest[Rows]:
     """Groups the decoding rows by their lengths, so that little of what is read is padding."""
-    rows = [Row(one.id, one.block_table, one.computed) for one in decoding]
+    rows = [Row(one.id, one.block_table, one.computed, one.n_reused) for one in decoding]
     if dense is not None:
         return dense.rows(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].pages))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llava.engine.sampling import NONE_ALLOWED, NOT_FINITE
 from llava.errors import LlavaError
 
 
@@ -83,10 +84,10 @@ class BeamSearch:
         found = zip(places.tolist(), values.tolist(), per_token, strict=True)
         candidates = [(*divmod(place, logprobs.shape[-1]), *both) for place, *both in found]
         if math.isnan(candidates[0][2]):
-            raise LlavaError('the logits contain NaN; load the model with dtype="float32" (--dtype float32)')
+            raise LlavaError(NOT_FINITE)
         candidates = [c for c in candidates if c[2] > -math.inf]
         if not candidates and not self._ended:
-            raise LlavaError("no token is allowed: logits_mask and logit_bias exclude the whole vocabulary")
+            raise LlavaError(NONE_ALLOWED)
         return candidates
 
     def _is_settled(self, best_live: float) -> bool:

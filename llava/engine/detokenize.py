@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 INCOMPLETE = "\ufffd"  # placeholder for a character whose remaining bytes have not arrived yet
-_STRIDE = 32  # minimum distance between anchors, in ids; ids before the latest anchor are not decoded again
+_STRIDE = 8  # minimum distance between anchors, in ids; ids before the latest anchor are not decoded again
 
 
 class Detokenizer:
@@ -18,6 +18,7 @@ class Detokenizer:
         self._stops = stops
         self._settled = ""  # text of the ids up to and including the anchor
         self._anchor = -1  # index of the last id in `_settled`; -1: none yet
+        self._anchor_length = 0  # characters that the anchor id decodes to by itself
         self.ids: list[int] = []
         self.text = ""  # the part of the reply that can no longer change
         self.n_final = 0  # leading ids whose text can no longer change
@@ -47,7 +48,7 @@ class Detokenizer:
         if self._anchor < 0 or n <= self._anchor:
             return self._decode(self.ids[:n])
         tail = self._decode(self.ids[self._anchor : n])
-        return self._settled + tail[len(self._decode([self.ids[self._anchor]])) :]
+        return self._settled + tail[self._anchor_length :]
 
     def _move_anchor(self, text: str) -> None:
         """Moves the anchor to the newest id if that id decodes to text on its own and completes a character."""
@@ -55,7 +56,7 @@ class Detokenizer:
         if last - self._anchor >= _STRIDE and not text.endswith(INCOMPLETE):
             newest = self._decode(self.ids[last:])
             if newest and text.endswith(newest):
-                self._settled, self._anchor = text, last
+                self._settled, self._anchor, self._anchor_length = text, last, len(newest)
 
     def _send(self, text: str) -> str:
         text = text.strip()

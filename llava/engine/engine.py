@@ -24,14 +24,14 @@ import torch
 from llava.config import EngineOptions, LlavaConfig
 from llava.engine.adapters import Variant
 from llava.engine.block_manager import BlockManager
-from llava.engine.capture import Capture
+from llava.engine.capture import Capture, Captured
 from llava.engine.detokenize import Detokenizer
 from llava.engine.draw import Token, draw
 from llava.engine.feature_cache import FeatureCache
 from llava.engine.memory import n_pages
 from llava.engine.reply import Output, Reply, Stream
 from llava.engine.runner import Runner
-from llava.engine.sampling import SamplingParams
+from llava.engine.sampling import NONE_ALLOWED, NOT_FINITE, SamplingParams
 from llava.engine.scheduler import Scheduled, Scheduler
 from llava.engine.sequence import Beams, FinishReason, Sequence, placed_images
 from llava.errors import ConfigError, LlavaError, PromptError
@@ -67,14 +67,16 @@ class Engine:
         self.options = options or EngineOptions()
         self.variants = dict(variants)
         self.model = self.variants[None].model
-        config, device, dtype = self.model.config.decoder, self.model.device, self.model.dtype
+        longest = max(variant.model.config.decoder.max_seq for variant in variants.values())  # adapters may differ
+        config = replace(self.model.config.decoder, max_seq=longest)
+        device, dtype = self.model.device, self.model.dtype
         pages = n_pages(config, self.options, dtype, device)
-        self.context = min(config.max_seq, pages * self.options.page_size)
-        if self.context < config.max_seq:
+        self.capacity = pages * self.options.page_size  # tokens that the cache holds
+        if self.capacity < config.max_seq:
             log.warning(
                 "the cache holds %d tokens, fewer than the model's context of %d: requests are limited to it; "
                 "raise cache_memory= (--cache-memory) for longer ones",
-                self.context,
+                self.capacity,
                 config.max_seq,
             )
         self.blocks = BlockManager(pages, self.options.page_size, prefix_cache=self.options.prefix_cache)
@@ -120,7 +122,6 @@ class Engine:
         *,
         adapter: str | None = None,
         priority: int = 0,
-        capture: Capture | None = None,
     ) -> int:
         """Adds a request and returns its number. Its outputs are returned by `step`.
 
@@ -129,7 +130,7 @@ class Engine:
 
         Raises LlavaError if the input cannot be prepared or does not fit.
         """
-        sequence = self._sequence(input, params or SamplingParams(), adapter, priority=priority, capture=capture)
+        sequence = self._sequence(input, params or SamplingParams(), adapter, priority=priority)
         self._submit(sequence)
         return sequence.request
 
@@ -246,12 +247,20 @@ class Engine:
         started = time.perf_counter()
         model, preprocessor = self._variant(adapter)
         if not isinstance(input, ModelInput):
-            messages, images = split_request(input)
-            input = self.prepare(messages, images=images, template=template, adapter=adapter)
+            messages, pictures = split_request(input)
+            input = self.prepare(messages, images=pictures, template=template, adapter=adapter)
         tokens: list[int] = input.ids.tolist()
-        self._check_length(len(tokens), params)
+        context = min(model.config.decoder.max_seq, self.capacity)
+        self._check_length(len(tokens), params, context)
+        self._check_beams(len(tokens), params, context)
         number = next(self._numbers)
         stops = [*params.stop, *([input.stop] if input.stop else [])]
+        images = placed_images(input, model.config.vision.n_features) if model.config.vision else []
+        if capture:
+            if params.num_beams > 1:
+                raise ConfigError(f"num_beams is {params.num_beams}; expected 1, as intermediate results are captured")
+            capture = capture.resolve(model.config.decoder, len(tokens))
+        n_asked = len(tokens) - 1 if params.prompt_logprobs else 0
         tokenizer = preprocessor.tokenizer
         ids = {tokenizer.eos_id, *model.config.eos_ids, *map(tokenizer.id_of, stops)}
         return Sequence(
@@ -261,26 +270,39 @@ class Engine:
             adapter=adapter,
             order=number + _LATER * priority,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
-            max_new_tokens=min(params.max_new_tokens, self.context - len(tokens)),
+            max_new_tokens=min(params.max_new_tokens, context - len(tokens)),
             stop_ids=frozenset(id for id in ids if id is not None),
             detokenizer=Detokenizer(tokenizer.decode, stops),
             tokens=tokens,
             n_prompt=len(tokens),
-            images=placed_images(input, model.config.vision.n_features) if model.config.vision else [],
+            images=images,
             salt=_salt(adapter, model.config, len(tokens)),
             capture=capture,
+            captured=Captured(
+                images=[range(one.start, one.end) for one in images], images_only=bool(capture and capture.images_only)
+            ),
+            prompt_logprobs=[None] * n_asked,
+            prompt_top_logprobs=[None] * n_asked,
             prepare_s=time.perf_counter() - started,
         )
 
-    def _check_length(self, n_prompt: int, params: SamplingParams) -> None:
-        if n_prompt > self.context or (n_prompt == self.context and params.max_new_tokens):
+    def _check_length(self, n_prompt: int, params: SamplingParams, context: int) -> None:
+        """Raises PromptError if a prompt does not fit. context: maximum length of a request, in tokens."""
+        if n_prompt > context or (n_prompt == context and params.max_new_tokens):
+            by_cache = context == self.capacity
+            limit = "the cache" if by_cache else "the model's context"
             raise PromptError(
-                f"the prompt has {n_prompt} tokens, which leaves no room for a reply in the model's context of "
-                f"{self.context} tokens; shorten the prompt"
+                f"the prompt has {n_prompt} tokens, which leaves no room for a reply in {limit} of {context} tokens; "
+                f"shorten the prompt{', or raise cache_memory= (--cache-memory)' if by_cache else ''}"
             )
-        size = self.options.page_size
-        per_beam = -(-min(params.max_new_tokens, self.context - n_prompt) // size) + 2
-        if params.num_beams > 1 and (needed := n_prompt // size + params.num_beams * per_beam) > self.blocks.n_pages:
+
+    def _check_beams(self, n_prompt: int, params: SamplingParams, context: int) -> None:
+        """Raises PromptError if the beams of a request may not fit into the cache together."""
+        size, n_new = self.options.page_size, min(params.max_new_tokens, context - n_prompt)
+        shares_prompt = self.options.prefix_cache and not params.prompt_logprobs  # also after preemption
+        n_shared = n_prompt // size if shares_prompt else 0
+        needed = n_shared + params.num_beams * (-(-(n_prompt - n_shared * size + n_new) // size) + 1)
+        if params.num_beams > 1 and needed > self.blocks.n_pages:
             raise PromptError(
                 f"{params.num_beams} beams of {params.max_new_tokens} tokens need {needed} pages of the cache, which "
                 f"has {self.blocks.n_pages}; reduce num_beams= (--num-beams) or max_new_tokens= (--max-new-tokens)"
@@ -327,7 +349,7 @@ class Engine:
             scheduled = list(self.scheduler.schedule(self._view_budget()).scheduled.values())
             drawn = self._compute(scheduled)
             for one in scheduled:
-                if not one.sequence.finish_reason:
+                if one.sequence.request in self._unfinished:
                     self.scheduler.commit(one)
             for token in drawn:
                 self._append(token)
@@ -365,6 +387,7 @@ class Engine:
 
         So an error in one request, whatever it is, ends only this request.
         """
+        scheduled = [one for one in scheduled if one.sequence.request in self._unfinished]
         if not scheduled:
             return []
         try:
@@ -394,10 +417,8 @@ class Engine:
         if sequence.finish_reason:
             return
         if token.id < 0:
-            error = LlavaError(
-                "no token can be drawn: the logits contain NaN, or logits_mask= excludes all tokens; check the mask, "
-                "or load with dtype=float32 (--dtype float32)"
-            )
+            params = sequence.params
+            error = LlavaError(NONE_ALLOWED if params.logits_mask or params.logit_bias else NOT_FINITE)
             self._finish(sequence, "error", error)
             return
         if sequence.params.logprobs:
@@ -444,10 +465,14 @@ class Engine:
             return
         logprobs = torch.stack([beams.logprobs.pop(one.id) for one in beams.live])
         parents = beams.live
-        chosen = beams.search.advance(logprobs)
+        try:
+            chosen = beams.search.advance(logprobs)
+        except LlavaError as error:
+            self._finish(beams.leader, "error", error)
+            return
         beams.live = [] if beams.search.finished else [self._fork(parents[parent], id) for parent, id in chosen]
         for one in beams.live:
-            self.scheduler.add_running(one)
+            self.scheduler.add_beam(one)
         for one in parents:
             self.scheduler.remove(one)
         if beams.search.finished:

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llava.config import DecoderConfig
 from llava.engine import batch
-from llava.engine.adapters import Joined, Variant, join
+from llava.engine.adapters import Joined, Packer, Variant, join
 from llava.engine.batch import Batch
 from llava.engine.feature_cache import FeatureCache
 from llava.engine.observe import record_attention, record_prompt_logprobs, record_states
@@ -25,7 +26,7 @@ from llava.engine.sequence import PlacedImage, Sequence
 from llava.model.batch_invariant import BatchInvariant
 from llava.model.decoder import Decoder
 from llava.model.paged import PagedCache
-from llava.model.row_cache import RowCaches
+from llava.model.row_cache import RowCaches, can_share
 
 
 class Logits(NamedTuple):
@@ -46,12 +47,16 @@ class Runner:
         *,
         batch_invariant: bool = False,
     ):
-        self.variants, self.cache, self.features = variants, cache, features
+        self.cache, self.features = cache, features
         self.batch_invariant = batch_invariant
-        self.joined = join(variants)
+        packer = Packer({} if batch_invariant else variants)
+        self.models = {name: packer.pack(one.model) for name, one in variants.items()}
+        self.joined = [one._replace(decoder=packer.pack(one.decoder)) for one in join(variants)]
         on_cpu = cache.k.device.type == "cpu"
-        self.dense = {joined.names[0]: RowCaches(cache) for joined in self.joined} if on_cpu else {}
-        self.dynamic_rope = has_dynamic_rope(variants)
+        firsts = [joined.names[0] for joined in self.joined] if on_cpu else []
+        self.dense = {
+            first: RowCaches(cache, share=can_share(variants[first].model.config.decoder)) for first in firsts
+        }
         self.seconds: dict[str, float] = defaultdict(float)  # spent on vision, prefill and decode
         self.seconds_per_view = 0.0  # of the most recent pictures
 
@@ -94,7 +99,7 @@ class Runner:
     def _encode(self, adapter: str | None, images: list[PlacedImage]) -> list[Tensor]:
         if self.batch_invariant and len(images) > 1:
             return [features for image in images for features in self._encode(adapter, [image])]
-        model = self.variants[adapter].model
+        model = self.models[adapter]
         pixels = torch.cat([image.pixels for image in images]).to(model.device, model.dtype)
         return model.encode_images(pixels, [len(image.pixels) for image in images], [image.grid for image in images])
 
@@ -109,7 +114,7 @@ class Runner:
             mine,
             self.cache,
             self.dense.get(joined.names[0]),
-            dynamic_rope=self.dynamic_rope,
+            dynamic_rope=has_dynamic_rope(self.models[joined.names[0]].config.decoder),
             batch_invariant=self.batch_invariant,
         )
         joined.routing.slices = step.adapters()
@@ -117,13 +122,13 @@ class Runner:
         states, ends = self._states(joined.decoder, step, x)
         for name, members in _by_adapter([mine[i] for i in ends]):
             n = len(members)
-            head = self.variants[name].model.decoder
+            head = self.models[name].decoder
             yield Logits([one.sequence for one in members], head.logits(states[:n]))
             states = states[n:]
 
     def _embed(self, adapter: str | None, scheduled: Rest[Scheduled]) -> Tensor:
         """Returns the embeddings [S, D] of the new tokens of some sequences with the same adapter."""
-        model = self.variants[adapter].model
+        model = self.models[adapter]
         x = model.decoder.lookup(torch.tensor(batch.new_ids(scheduled), device=model.device))
         start = 0
         for one in scheduled:
@@ -162,8 +167,9 @@ class Runner:
             for start, one in by_start.items():
                 record_states(one, layer, states[0, start : start + one.n_tokens])
 
+        watched = {start + batch.n_skipped(one): one for start, one in by_start.items()}
         context = replace(
-            step.context, observe=lambda block, chunk, p: record_attention(by_start[chunk.start], block, p)
+            step.context, observe=lambda block, chunk, p: record_attention(watched[chunk.start], block, p)
         )
         keep(0, x)
         for layer, states in enumerate(decoder.states(x, context), start=1):
@@ -171,15 +177,15 @@ class Runner:
                 keep(min(layer, len(decoder.blocks)), states)
         for start, one in by_start.items():
             if one.sequence.params.prompt_logprobs:
-                head = self.variants[one.sequence.adapter].model.decoder
+                head = self.models[one.sequence.adapter].decoder
                 record_prompt_logprobs(one, states[0, start : start + one.n_tokens], head)
         final: Tensor = states[0]
         return final
 
 
-def has_dynamic_rope(variants: Mapping[str | None, Variant]) -> bool:
+def has_dynamic_rope(config: DecoderConfig) -> bool:
     """Returns whether the rotation of a token depends on the length of its sequence."""
-    scaling = next(iter(variants.values())).model.config.decoder.rope_scaling
+    scaling = config.rope_scaling
     return scaling is not None and scaling.kind == "dynamic"
 
 

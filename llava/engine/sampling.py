@@ -26,6 +26,11 @@ from torch import Tensor
 from llava.errors import ConfigError
 
 _MAX = torch.finfo(torch.float32).max
+NOT_FINITE = (
+    "the logits contain NaN or infinity; load with dtype=float32 (--dtype float32) if the model overflows in 16 bits, "
+    "or look for NaN in its weights with: llava inspect --scan"
+)
+NONE_ALLOWED = "no token is allowed: logits_mask and logit_bias exclude the whole vocabulary, or the logits are NaN"
 _GREEDY_BELOW = 1e-5  # below this temperature, sampling is effectively greedy, and dividing the logits could overflow
 
 
@@ -45,7 +50,8 @@ class SamplingParams:
     logits_mask: Callable[[Sequence[int]], Tensor] | None = None  # ids of the reply so far -> allowed [V], bool
     seed: int | None = None  # None: results differ from run to run
     stop: tuple[str, ...] = ()  # strings that end the reply and are excluded from it
-    logprobs: int = 0  # n > 0: return the log-probabilities of each generated token and of the n most likely tokens
+    # n > 0: return the log-probabilities of each generated token and of the n most likely tokens; True means 1
+    logprobs: int = 0
     prompt_logprobs: int = 0  # the same for the tokens of the prompt
     num_beams: int = 1  # above 1: beam search, which returns the most likely of the replies it has found
 
@@ -74,7 +80,7 @@ class SamplingParams:
             ("logprobs", self.logprobs >= 0, "0 or more"),
             ("prompt_logprobs", self.prompt_logprobs >= 0, "0 or more"),
             ("num_beams", self.num_beams >= 1, "1 or more"),
-            ("temperature", self.num_beams == 1 or self.temperature == 0, "0, as num_beams is above 1"),
+            ("temperature", self.num_beams == 1 or self.temperature == 0, "0, as num_beams= (--num-beams) is above 1"),
             ("logprobs", self.num_beams == 1 or self.logprobs == 0, "0, as num_beams is above 1"),
         ):
             if not valid:
@@ -87,8 +93,11 @@ class SamplingParams:
         return bool(penalties or self.logit_bias or self.logits_mask)
 
     def _check_types(self) -> None:
-        """Raises ConfigError if a value has the wrong type. Copies `stop` and `logit_bias`."""
+        """Raises ConfigError if a value has the wrong type. Normalizes log-probability counts, `stop`, `logit_bias`."""
         optional = ("top_p", "top_k", "min_p", "seed")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is True:
+                object.__setattr__(self, name, 1)
         for name in ("max_new_tokens", "top_k", "seed", "logprobs", "prompt_logprobs", "num_beams"):
             value = getattr(self, name)
             if not (_is_number(value, int) or (value is None and name in optional)):

@@ -61,9 +61,9 @@ class Scheduler:
         """Adds a sequence to the waiting ones."""
         insort(self.waiting, sequence, key=_order)
 
-    def add_running(self, sequence: Sequence) -> None:
-        """Adds a sequence that already has pages: a new beam."""
-        insort(self.running, sequence, key=_order)
+    def add_beam(self, sequence: Sequence) -> None:
+        """Adds a new beam, which has the pages of the beam that it continues, unless that one has been preempted."""
+        insort(self.running if sequence.block_table else self.waiting, sequence, key=_order)
 
     def remove(self, sequence: Sequence) -> None:
         """Removes a sequence that has finished, and gives back its pages and features."""
@@ -126,7 +126,7 @@ class Scheduler:
         self.blocks.acquire(pages)
         sequence.block_table = list(pages)
         sequence.computed = len(pages) * self.blocks.page_size
-        sequence.n_registered = len(pages)
+        sequence.n_reused = sequence.n_registered = len(pages)
 
     def _reusable(self, sequence: Sequence) -> list[PageKey]:
         """Returns the keys of the pages that may be taken from the prefix cache: at least one token is computed."""
@@ -141,9 +141,10 @@ class Scheduler:
         """Makes room for all pending tokens of a waiting sequence, preempting later ones if there are any."""
         while True:
             n_cached = sum(not self.blocks.in_use(page) for page in pages)
-            reserve = len(self.running) // 4  # pages that the running replies are about to need
+            others = [one for one in self.running if one.request != sequence.request]  # not beams of the same search
+            reserve = len(others) // 4  # pages that the running replies are about to need
             needed = self._n_pages(sequence.total) - len(pages) + n_cached + reserve
-            if len(self.running) < self.max_batch and (needed <= self.blocks.n_free or not self.running):
+            if len(others) < self.max_batch and (needed <= self.blocks.n_free or not self.running):
                 return True
             if not self.running or self.running[-1].order <= sequence.order:
                 return False

@@ -63,13 +63,15 @@ class Sequence:
     page_keys: list[PageKey] = field(default_factory=list)  # of the full pages; see `keys`
     salt: bytes = b""  # what else the keys and values depend on: the adapter
     n_taken: int = 0  # ids that `take_final_ids` has returned
+    n_reused: int = 0  # leading pages that came from the prefix cache
     n_registered: int = 0  # leading pages that have been offered to the prefix cache
 
     finish_reason: FinishReason | None = None
     error: LlavaError | None = None
     logprobs: list[float] = field(default_factory=list)  # one per generated token
     top_logprobs: list[dict[int, float]] = field(default_factory=list)  # per token: {likely id: log-probability}
-    prompt_logprobs: list[float | None] = field(default_factory=list)  # of the tokens after the first; None: an image's
+    # of the prompt's tokens after the first, if requested; None: an image token, or not computed yet
+    prompt_logprobs: list[float | None] = field(default_factory=list)
     prompt_top_logprobs: list[dict[int, float] | None] = field(default_factory=list)
     captured: Captured = field(default_factory=Captured)
 
@@ -129,11 +131,10 @@ class Sequence:
         return (one for one in self.images if one.start < end and start < one.end)
 
     def forget_computed(self) -> None:
-        """Sets the counters back, so that all tokens are computed again; drops what has been recorded about them."""
-        self.computed = self.n_registered = 0
-        self.captured = Captured()
-        self.prompt_logprobs.clear()
-        self.prompt_top_logprobs.clear()
+        """Sets the counters back, so that all tokens are computed again; drops what has been captured about them."""
+        self.computed = self.n_reused = self.n_registered = 0
+        self.captured.states.clear()
+        self.captured.attention.clear()
 
     def append(self, id: int) -> str:
         """Adds a generated token and returns the newly finalized text. Sets `finish_reason` after the last token."""

@@ -2,7 +2,8 @@
 
 The libraries choose the order of additions by the shapes of a product, so a row's result changes with the number of
 rows beside it. Here, all products have fixed shapes: rows are computed in tiles of `_ROWS`, padded with zeros, and each
-query reads the cache in blocks of `_SLOTS`. Nothing else in the decoder mixes rows.
+query reads the cache in blocks of `_SLOTS`. Activation functions are padded too, because the last elements of a tensor
+are computed by other instructions if they do not fill a vector register. Nothing else in the decoder mixes rows.
 
 S new tokens   N tokens of a tile   T tokens attended to   H query heads   K key/value heads   E head_dim
 """
@@ -25,7 +26,7 @@ _SLOTS = 64  # cache slots of a block in attention
 
 
 class BatchInvariant(TorchFunctionMode):
-    """While active, computes all linear layers in tiles."""
+    """While active, computes all linear layers in tiles, and activation functions in whole vector registers."""
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -34,6 +35,8 @@ class BatchInvariant(TorchFunctionMode):
             return _tiled(lambda x: F.linear(x, *args[1:], **(kwargs or {})), args[0])
         if function in (Tensor.matmul, Tensor.__matmul__) and args[1].dim() == 2:
             return _tiled(lambda x: x @ args[1], args[0])
+        if function in (F.silu, F.gelu):
+            return _tiled(lambda x: function(x, *args[1:], **(kwargs or {})), args[0])
         return function(*args, **(kwargs or {}))
 
 
@@ -42,12 +45,12 @@ def round_up(n_slots: int) -> int:
     return -(-n_slots // _SLOTS) * _SLOTS
 
 
-def _tiled(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """x [..., I] -> [..., O]"""
+def _tiled(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """x [..., I] -> [..., O], for a function that maps each row by itself."""
     rows = x.reshape(-1, x.shape[-1])
     n = len(rows)
     padded = F.pad(rows, (0, 0, 0, -n % _ROWS))
-    y = torch.cat([product(tile) for tile in padded.split(_ROWS)])[:n]
+    y = torch.cat([function(tile) for tile in padded.split(_ROWS)])[:n]
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

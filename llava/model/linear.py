@@ -59,3 +59,34 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O]"""
         return linear(x, self.weight, self.bias)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer for float32 inference on a CPU, with a second copy of the weight in oneDNN's blocked layout.
+
+    With few rows, `torch.nn.functional.linear` spends much of its time on bringing the weight into such a layout.
+    Measured on one AVX-512 core with a decoder of width 256: 1.7 times as fast with 8 rows, 1.3 with 34, 1.1 with 512.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., I] -> [..., O]"""
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        return y
+
+
+@cache
+def can_pack() -> bool:
+    """Returns whether this build of PyTorch has the operators that `PackedLinear` uses, which are not public."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        layer = nn.Linear(16, 16).requires_grad_(False)
+        x = torch.ones(2, 16)
+        return torch.allclose(PackedLinear(layer)(x), layer(x), atol=1e-5)
+    except (AttributeError, RuntimeError, TypeError):
+        return False

@@ -68,9 +68,13 @@ class RoutedLora(nn.Module):
         self.base, self.loras, self.routing = base, dict(loras), routing
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [1, S, I] -> [1, S, O]"""
+        """x [1, S, I] -> [1, S, O], or [L, I] -> [L, O] for some of the tokens if all belong to the same adapter."""
         y: Tensor = self.base(x)
-        for name, tokens in self.routing.slices:
+        slices = self.routing.slices
+        if len(slices) == 1:
+            (name, _), *_ = slices
+            return y + self.loras[name].update(x) if name in self.loras else y
+        for name, tokens in slices:
             if name in self.loras:
                 y[:, tokens] += self.loras[name].update(x[:, tokens])
         return y

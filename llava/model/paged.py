@@ -9,6 +9,7 @@ S new tokens   R decoding rows   P pages   T tokens attended to   H query heads 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -136,6 +137,7 @@ class Row(NamedTuple):
     id: int
     pages: Sequence[int]
     position: int  # of the newest token, which is the number of tokens before it
+    n_reused: int = 0  # leading pages that came from the prefix cache, which other sequences may share
 
 
 def paged_rows(cache: PagedCache, rows: Sequence[Row], index: Sequence[int]) -> PagedRows:
@@ -151,7 +153,8 @@ def paged_rows(cache: PagedCache, rows: Sequence[Row], index: Sequence[int]) -> 
     )
 
 
-Observer = Callable[[int, Chunk, Tensor], None]  # receives a layer, a chunk and its probabilities [H, n, T]
+# receives a layer, a chunk and a function that computes the attention probabilities of its tokens, [H, n, T]
+Observer = Callable[[int, Chunk, Callable[[], Tensor]], None]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -196,11 +199,10 @@ class PagedContext:
 def observe_chunks(
     cache: PagedCache, watched: Sequence[Chunk], observe: Observer | None, layer: int, q: Tensor
 ) -> None:
-    """Calls `observe` with the attention probabilities of the watched tokens. q [1, S, H, E]"""
+    """Offers the attention probabilities of the watched tokens to `observe`. q [1, S, H, E]"""
     for one in watched if observe else ():
         assert observe
-        k, _ = cache.past(layer, one)
-        observe(layer, one, _probabilities(q[:, one.tokens], k, one.bias)[0])
+        observe(layer, one, partial(_probabilities, cache, layer, one, q))
 
 
 def with_bias(one: Chunk, sliding_window: int | None, alibi_slopes: Tensor | None, dtype: torch.dtype) -> Chunk:
@@ -209,8 +211,10 @@ def with_bias(one: Chunk, sliding_window: int | None, alibi_slopes: Tensor | Non
     return replace(one, bias=score_bias(decode_mask(positions, one.end), sliding_window, alibi_slopes, dtype))
 
 
-def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    """q [B, S, H, E], k [B, T, K, E], bias [B, 1 or H, S, T] -> probabilities [B, H, S, T] float32"""
+def _probabilities(cache: PagedCache, layer: int, one: Chunk, q: Tensor) -> Tensor:
+    """q [1, S, H, E] of all new tokens -> probabilities [H, n, T] float32 of those of the chunk"""
+    assert one.bias is not None
+    k, _ = cache.past(layer, one)
     k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
-    scores = q.transpose(1, 2).float() @ k.permute(0, 2, 3, 1).float() * q.shape[-1] ** -0.5
-    return (scores if bias is None else scores + bias).softmax(-1)
+    scores = q[:, one.tokens].transpose(1, 2).float() @ k.permute(0, 2, 3, 1).float() * q.shape[-1] ** -0.5
+    return (scores + one.bias).softmax(-1)[0]

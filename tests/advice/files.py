@@ -228,6 +228,8 @@ def nan_in_a_file_that_is_downloaded(w: World) -> Steps:
 @advice("contains NaN or Inf ({} of {}); download the file again, or pass")
 def nan_that_is_forced(w: World) -> Steps:
     folder = w.copy("single")
-    with_nan(folder / "model.safetensors")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][-1] = torch.nan  # of a token that is not in the question
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     yield ask(folder)
     yield ask(folder, "--force")

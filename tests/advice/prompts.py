@@ -1,9 +1,12 @@
 """Advice about questions, pictures and options of the commands that ask a model."""
 
+import re
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import llava
 from tests import tiny
@@ -93,6 +96,70 @@ def an_unknown_entry(w: World) -> Steps:
     yield ("zoo",)
 
 
+@advice("0, as num_beams= (--num-beams) is above 1")
+def beams_at_a_temperature(w: World) -> Steps:
+    yield ask(w.llava, "--num-beams", 2, "--temperature", 0.5)
+    yield ask(w.llava, "--num-beams", 2, "--temperature", 0)
+
+
+# ------------------------------------------------------------------------------------------------------------ engine
+
+
+@advice("requests are limited to it; raise cache_memory= (--cache-memory) for longer ones")
+def a_cache_shorter_than_the_context(w: World) -> Steps:
+    yield ask(w.llava, "--cache-memory", "64KiB")
+    yield ask(w.llava, "--cache-memory", "64MiB")
+
+
+@advice("less than one page of {} tokens takes ({} bytes); raise cache_memory= (--cache-memory)")
+def a_cache_smaller_than_a_page(w: World) -> Steps:
+    said = yield ask(w.llava, "--cache-memory", "1KB")
+    page_bytes = int(re.findall(r"takes \((\d+) bytes", said.text)[0])
+    yield ask(w.llava, "--cache-memory", 8 * page_bytes)
+
+
+@advice(", or raise cache_memory= (--cache-memory)")
+def a_prompt_longer_than_the_cache(w: World) -> Steps:
+    yield ask(w.llava, "--cache-memory", "48KiB")
+    yield ask(w.llava, "--cache-memory", "64MiB")
+
+
+@advice("more than the free memory ({} bytes); lower cache_memory= (--cache-memory)")
+def a_cache_larger_than_the_memory(w: World) -> Steps:
+    yield ask(w.llava, "--cache-memory", "900TiB")
+    yield ask(w.llava, "--cache-memory", "64MiB")
+
+
+@advice("reduce num_beams= (--num-beams) or max_new_tokens= (--max-new-tokens)")
+def beams_that_need_more_memory(w: World) -> Steps:
+    asked = ("ask", "Hi", "--model", w.llava, "--cache-memory", "512KiB", "--num-beams", 50, "--max-new-tokens")
+    yield (*asked, 50)
+    yield (*asked[:-2], 2, "--max-new-tokens", 4)
+
+
+def overflowing(w: World) -> Path:
+    """A model whose states exceed the range of float16."""
+    folder = w.copy("single")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][:] = 60_000
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@advice("the logits contain NaN or infinity; load with dtype=float32 (--dtype float32) if the model overflows")
+def a_model_that_overflows(w: World) -> Steps:
+    folder = overflowing(w)
+    yield ask(folder, "--dtype", "float16")
+    yield ask(folder, "--dtype", "float32")
+
+
+@advice("the logits contain NaN or infinity; load with dtype=float32 (--dtype float32) if the model overflows")
+def a_model_that_overflows_in_a_beam_search(w: World) -> Steps:
+    folder = overflowing(w)
+    yield ask(folder, "--dtype", "float16", "--num-beams", 2)
+    yield ask(folder, "--dtype", "float32", "--num-beams", 2)
+
+
 # ----------------------------------------------------------------------------------------------------------- prompts
 
 
@@ -164,7 +231,7 @@ def a_prompt_longer_than_the_context(w: World) -> Steps:
     yield ask(w.llava)
 
 
-@advice("which leaves no room for a reply in the model's context of {} tokens; shorten the prompt")
+@advice("shorten the prompt")
 def a_prompt_as_long_as_the_context(w: World) -> Steps:
     vlm = llava.load(w.llava, **CPU)
     n = 1

@@ -23,7 +23,6 @@ from llava.model.decoder import Decoder
 from llava.model.kv_cache import KVCache
 from llava.model.mpt import Alibi
 from tests import tiny
-from tests.engine.test_compile import COMPILER
 
 SIZES: dict[str, Any] = {"n_layers": 2, "dim": 48, "n_heads": 4, "n_kv_heads": 4, "head_dim": 12, "mlp_dim": 96}
 SIZES |= {"kind": "mpt", "vocab_size": 40, "max_seq": 64, "eps": 1e-5, "rope_theta": None, "alibi_bias_max": 8.0}
@@ -283,17 +282,6 @@ def test_greedy_answers_follow_from_logits_without_a_cache(assistant: Assistant)
             last = assistant.model.decoder.logits(assistant.model.decoder(x))[0, -1]
         assert int(last.argmax()) == id
         ids.append(id)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(COMPILER is None, reason="torch.compile on a CPU needs a C++ compiler; found none")
-def test_compiled_steps_equal_eager_ones_in_two_shapes(assistant: Assistant) -> None:
-    compiled = Assistant(assistant.model, assistant.preprocessor, compile=True)
-    for prompt in (PROMPTS[2], LONG):
-        assert (
-            compiled.generate(prompt, max_new_tokens=6).token_ids
-            == assistant.generate(prompt, max_new_tokens=6).token_ids
-        )
 
 
 def test_pictures_and_text_of_all_lengths_answer_in_a_batch_like_single_requests(

@@ -42,7 +42,7 @@ def test_each_row_of_the_originals_padded_batch_is_ours_without_padding(
         kept = batch["attention_mask"][i].bool()
         n = int(kept.sum())
         assert n == min(len(input.ids), 40 if length == "40" else len(input.ids))
-        embedded = assistant.engine.embed([input])[0, :n]
+        embedded = assistant.hidden_states(prompt, [0], images=images)[0][:n]
         torch.testing.assert_close(embedded, batch["inputs_embeds"][i][kept], atol=5e-5, rtol=0)
         logits = assistant.logits(prompt, images=images)[:n]
         torch.testing.assert_close(logits[:, vocab_ids], batch["logits_at_ids"][i][kept], atol=1e-4, rtol=0)

@@ -9,8 +9,9 @@ from PIL import Image
 from torch import Tensor
 
 import llava
-from llava.assistant import Assistant, Loaded
-from llava.engine.engine import Engine
+from llava.assistant import Assistant
+from llava.config import EngineOptions
+from llava.engine.sampling import SamplingParams
 from llava.model.attention import AttentionContext, DenseCacheContext
 from llava.model.kv_cache import KVCache
 from llava.model.llava import Llava
@@ -83,25 +84,28 @@ def test_a_seed_makes_sampling_reproducible(gpu: Assistant) -> None:
     assert first == second != other
 
 
-def test_compiled_steps_equal_eager_ones(gpu: Assistant, picture: Path) -> None:
-    compiled = Assistant(gpu.model, gpu.preprocessor)
-    compiled.engine = Engine(gpu.model, gpu.preprocessor.tokenizer, compile=True)
-    for messages in (conversation(picture, "What is in the picture?"), "Once upon a time there was"):
-        expected = gpu.generate(messages, max_new_tokens=16).token_ids
-        assert compiled.generate(messages, max_new_tokens=16).token_ids == expected
+@pytest.mark.parametrize(
+    "options", [EngineOptions(chunk_tokens=24), EngineOptions(page_size=5), EngineOptions(max_batch=2)]
+)
+def test_chunks_pages_and_waiting_change_nothing(
+    cpu: Assistant, gpu: Assistant, picture: Path, options: EngineOptions
+) -> None:
+    requests = [conversation(picture, "What is it?"), "Once upon a time there was", conversation(None, LONG), "Hello"]
+    expected = [cpu.generate(request, max_new_tokens=16).token_ids for request in requests]
+    engine = Assistant(gpu.model, gpu.preprocessor, options=options).engine
+    for _ in range(2):  # the second time, from the prefix cache
+        replies = engine.generate(requests, SamplingParams(max_new_tokens=16))
+        assert [reply.token_ids for reply in replies] == expected
+    engine.check()
 
 
-def test_an_mpts_compiled_steps_equal_eager_ones(clip: Path, picture: Path, tmp_path: Path) -> None:
+def test_an_mpt_answers_alone_and_in_a_batch_as_on_the_cpu(clip: Path, picture: Path, tmp_path: Path) -> None:
     mpt = tiny.write_mpt(tmp_path / "mpt", clip=clip)
-    eager = llava.load(mpt, device="cuda", dtype="float32")
-    compiled = Assistant(eager.model, eager.preprocessor, compile=True)
+    on_gpu, on_cpu = (llava.load(mpt, device=device, dtype="float32") for device in ("cuda", "cpu"))
     requests = [conversation(picture, "What is it?"), "Once upon a time there was", conversation(None, LONG)]
-    expected = [eager.generate(request, max_new_tokens=16).token_ids for request in requests]
-    assert [compiled.generate(request, max_new_tokens=16).token_ids for request in requests] == expected
-    for batched in (eager, compiled):
-        assert [reply.token_ids for reply in batched.generate_batch(requests, max_new_tokens=16)] == expected
-    on_cpu = llava.load(mpt, device="cpu", dtype="float32")
-    assert [on_cpu.generate(request, max_new_tokens=16).token_ids for request in requests] == expected
+    expected = [on_cpu.generate(request, max_new_tokens=16).token_ids for request in requests]
+    assert [on_gpu.generate(request, max_new_tokens=16).token_ids for request in requests] == expected
+    assert [reply.token_ids for reply in on_gpu.generate_batch(requests, max_new_tokens=16)] == expected
 
 
 def test_an_mpt_in_bfloat16_stays_near_float32(clip: Path, picture: Path, tmp_path: Path) -> None:
@@ -129,7 +133,7 @@ def next_logits(model: Llava, run: Callable[..., Tensor]) -> Tensor:
         return torch.cat([run(model, ids, prompt), run(model, after, newest)]).cpu()
 
 
-def test_adapters_switch_in_eager_and_in_compiled_steps(clip: Path, picture: Path, tmp_path: Path) -> None:
+def test_adapters_switch_in_eager_and_in_compiled_forward_passes(clip: Path, picture: Path, tmp_path: Path) -> None:
     """Compares bfloat16 with merged float32 weights. A wrong adapter would be off by as much as two adapters differ."""
     base = tiny.write_llama(tmp_path / "base")
     folders = {
@@ -172,23 +176,21 @@ def test_switching_adapters_allocates_no_memory(clip: Path, tmp_path: Path) -> N
     )
 
 
-def test_adapters_answer_through_compiled_engines(clip: Path, tmp_path: Path) -> None:
+def test_adapters_answer_in_one_batch_as_alone(clip: Path, tmp_path: Path) -> None:
     base = tiny.write_llama(tmp_path / "base")
     folders = {
         name: tiny.write_lora(tmp_path / name, clip=clip, seed=seed) for name, seed in (("cats", 3), ("dogs", 5))
     }
-    eager = llava.load(base, adapters=folders, device="cuda", dtype="float32")
-    loaded = {}
-    for name in ("cats", "dogs"):
-        eager.adapter(name)
-        loaded[name] = Loaded(eager.model, eager.preprocessor)
-    eager.adapter(None)
-    compiled = Assistant(eager.model, eager.preprocessor, compile=True, adapters=loaded)
-    answers = []
-    for name in ("cats", "dogs", None, "cats"):
-        eager.adapter(name)
-        compiled.adapter(name)
-        answers.append(eager.generate("Once upon a time", max_new_tokens=16).token_ids)
-        assert compiled.generate("Once upon a time", max_new_tokens=16).token_ids == answers[-1]
-    assert answers[0] == answers[3]
-    assert len(set(map(tuple, answers))) == 3
+    vlm = llava.load(base, adapters=folders, device="cuda", dtype="float32")
+    names = ("cats", "dogs", None, "cats")
+    alone = []
+    for name in names:
+        vlm.adapter(name)
+        alone.append(vlm.generate("Once upon a time", max_new_tokens=16).token_ids)
+    params = SamplingParams(max_new_tokens=16)
+    together = {vlm.engine.add_request("Once upon a time", params, adapter=name): [] for name in names}
+    while vlm.engine.has_requests:
+        for output in vlm.engine.step():
+            together[output.request] += output.token_ids
+    assert list(together.values()) == alone
+    assert len(set(map(tuple, alone))) == 3
