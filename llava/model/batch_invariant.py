@@ -2,8 +2,8 @@
 
 The libraries choose the order of additions by the shapes of a product, so a row's result changes with the number of
 rows beside it. Here, all products have fixed shapes: rows are computed in tiles of `_ROWS`, padded with zeros, and each
-query reads the cache in blocks of `_SLOTS`. Activation functions are padded too, because the last elements of a tensor
-are computed by other instructions if they do not fill a vector register. Nothing else in the decoder mixes rows.
+query reads the cache in blocks of `_SLOTS`. Activation functions and powers are padded too, because the last elements of
+a tensor are computed by other instructions if they do not fill a vector register. Nothing else in the decoder mixes rows.
 
 S new tokens   N tokens of a tile   T tokens attended to   H query heads   K key/value heads   E head_dim
 """
@@ -23,10 +23,12 @@ from llava.model.paged import Chunk, Observer, PagedCache, observe_chunks, with_
 _ROWS = 32  # rows of a tile in a linear layer
 _TOKENS = 8  # queries of a tile in attention
 _SLOTS = 64  # cache slots of a block in attention
+_REGISTERS = 64  # elements, a multiple of what any vector register holds
+_PIECE = 2**15  # elements of an elementwise operation that PyTorch does not divide among threads
 
 
 class BatchInvariant(TorchFunctionMode):
-    """While active, computes all linear layers in tiles, and activation functions in whole vector registers."""
+    """While active, computes linear layers in tiles, and activation functions and powers in whole vector registers."""
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -36,7 +38,11 @@ class BatchInvariant(TorchFunctionMode):
         if function in (Tensor.matmul, Tensor.__matmul__) and args[1].dim() == 2:
             return _tiled(lambda x: x @ args[1], args[0])
         if function in (F.silu, F.gelu):
-            return _tiled(lambda x: function(x, *args[1:], **(kwargs or {})), args[0])
+            return _elementwise(lambda x: function(x, *args[1:], **(kwargs or {})), args[0])
+        if function in (torch.pow, Tensor.pow, Tensor.__pow__) and isinstance(args[1], Tensor):
+            return _elementwise(function, *args)
+        if function in (torch.pow, Tensor.pow, Tensor.__pow__):
+            return _elementwise(lambda x: function(x, args[1]), args[0])
         return function(*args, **(kwargs or {}))
 
 
@@ -52,6 +58,14 @@ def _tiled(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     padded = F.pad(rows, (0, 0, 0, -n % _ROWS))
     y = torch.cat([function(tile) for tile in padded.split(_ROWS)])[:n]
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _elementwise(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Applies a function to the elements of its inputs, all of which fill vector registers thanks to padding."""
+    inputs = torch.broadcast_tensors(*inputs)
+    n = inputs[0].numel()
+    padded = [F.pad(x.flatten(), (0, -n % _REGISTERS), value=1.0).split(_PIECE) for x in inputs]
+    return torch.cat([function(*pieces) for pieces in zip(*padded, strict=True)])[:n].view(inputs[0].shape)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
