@@ -32,8 +32,6 @@ from llava.engine.scheduler import Scheduled, Scheduler
 from llava.engine.sequence import Beams, FinishReason, Sequence
 from llava.errors import ConfigError, LlavaError
 from llava.model.paged import PagedCache
-from llava.preprocess.image import Picture
-from llava.preprocess.inputs import Messages, ModelInput
 
 log = logging.getLogger(__name__)
 
@@ -80,20 +78,6 @@ class Engine:
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
-    def prepare(
-        self,
-        messages: Messages,
-        *,
-        images: Rest[Picture] | None = None,
-        template: str | None = None,
-        adapter: str | None = None,
-    ) -> ModelInput:
-        """Returns the model input: prompt, ids and pixels. Raises PromptError, ImageError, ConfigError.
-
-        Logs each kind of loss in reading the images once, and once that there are several.
-        """
-        return self.inputs.prepare(messages, images=images, template=template, adapter=adapter)
-
     def add_request(
         self,
         input: Request,
@@ -104,7 +88,7 @@ class Engine:
     ) -> int:
         """Adds a request and returns its number. Its outputs are returned by `step`.
 
-        input: a conversation, a raw prompt, (raw prompt, pictures), or what `prepare` returns.
+        input: a conversation, a raw prompt, (raw prompt, pictures), or a prepared input.
         priority: requests with lower numbers are served first, but none waits for ever.
 
         Raises LlavaError if the input cannot be prepared or does not fit.

@@ -58,7 +58,7 @@ class InputProcessor:
 
         Logs each kind of loss in reading the images once, and once that there are several.
         """
-        input = self._variant(adapter).preprocessor.prepare(messages, images=images, template=template)
+        input = self.variant(adapter).preprocessor.prepare(messages, images=images, template=template)
         losses = [*input.losses, _SEVERAL_IMAGES] if len(input.views) > 1 else input.losses
         for loss in losses:
             if loss not in self._reported:  # the images of a conversation are read again in every turn
@@ -78,7 +78,7 @@ class InputProcessor:
     ) -> Sequence:
         """Prepares a request. Raises LlavaError."""
         started = time.perf_counter()
-        model, preprocessor = self._variant(adapter)
+        model, preprocessor = self.variant(adapter)
         if not isinstance(input, ModelInput):
             messages, pictures = split_request(input)
             input = self.prepare(messages, images=pictures, template=template, adapter=adapter)
@@ -141,7 +141,8 @@ class InputProcessor:
                 f"has {self.n_pages}; reduce num_beams= (--num-beams) or max_new_tokens= (--max-new-tokens)"
             )
 
-    def _variant(self, adapter: str | None) -> Variant:
+    def variant(self, adapter: str | None) -> Variant:
+        """Returns the model with an adapter, or the base for None. Raises ConfigError if there is none."""
         if adapter not in self.variants:
             names = ", ".join(name for name in self.variants if name is not None)
             available = names or "none; load with at least one adapter"
