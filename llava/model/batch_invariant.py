@@ -2,8 +2,9 @@
 
 The libraries choose the order of additions by the shapes of a product, so a row's result changes with the number of
 rows beside it. Here, all products have fixed shapes: rows are computed in tiles of `_ROWS`, padded with zeros, and each
-query reads the cache in blocks of `_SLOTS`. Activation functions and powers are padded too, because the last elements of
-a tensor are computed by other instructions if they do not fill a vector register. Nothing else in the decoder mixes rows.
+query reads the cache in blocks of `_SLOTS`. Activation functions and powers are padded too, because the last elements
+of a tensor are computed by other instructions if they do not fill a vector register. Nothing else in the decoder mixes
+rows.
 
 S new tokens   N tokens of a tile   T tokens attended to   H query heads   K key/value heads   E head_dim
 """
