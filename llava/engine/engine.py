@@ -336,6 +336,9 @@ class Engine:
         """Starts over with all unfinished requests and an empty cache."""
         unfinished = self._unfinished.values()
         self.scheduler.restart([live for one in unfinished for live in (one.beams.live if one.beams else [one])])
+        for one in list(unfinished):
+            if one.finish_reason:  # interrupted between its end and its removal
+                self._finish(one, one.finish_reason, one.error)
 
     def _advance_beams(self, beams: Beams) -> None:
         """Advances a beam search by one token if the log-probabilities after all of its beams are known."""

@@ -300,6 +300,30 @@ def test_an_interrupted_step_is_computed_again(vlm: Assistant, error: BaseExcept
     engine.check()
 
 
+@pytest.mark.parametrize("part", ["scheduler.remove", "scheduler.release", "blocks.release"])
+def test_an_interrupt_while_a_request_ends_does_not_make_it_wait_for_ever(
+    vlm: Assistant, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = alone(vlm, [RAW, MESSAGES], greedy(4))
+    engine = opened().engine
+    owner, name = part.split(".")
+    original, left = getattr(getattr(engine, owner), name), [KeyboardInterrupt()]
+
+    def interrupted(*args: Any) -> None:
+        if left:
+            raise left.pop()
+        original(*args)
+
+    numbers = [engine.add_request(request, greedy(4)) for request in (RAW, MESSAGES)]
+    monkeypatch.setattr(getattr(engine, owner), name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        outputs(engine)
+    found = outputs(engine)
+    assert [found[number][-1].finish_reason for number in numbers] == ["length", "length"]
+    # the first three steps of each were taken by the call that has been interrupted
+    assert [ids(found[number]) for number in numbers] == [own[3:] for own in expected]
+
+
 # ----------------------------------------------------------------------------------------------------------- streams
 
 
