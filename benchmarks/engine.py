@@ -30,7 +30,8 @@ if "LLAVA_CHECKOUT" in os.environ:  # after `report`, which puts this checkout f
 
 Split = dict[str, float]  # seconds by part of the work
 Work = Callable[[Sequence[Any], Sequence[int], bool], Split]  # (messages, lengths, decoding only)
-BEFORE, PEER, OURS = "before", "transformers", "llava"
+BEFORE, PEER, OURS, INVARIANT = "before", "transformers", "llava", "llava, batch-invariant"
+_WARM_UP = 3  # rounds, until all memory of the cache has been written once
 PARTS = ("prepare", "vision", "prefill", "decode", "other")
 QUESTIONS = (
     "What is in the picture?",
@@ -82,19 +83,19 @@ def _picture(i: int, workload: Workload, round: int) -> Any:
     return picture
 
 
-def ours() -> Work:
+def ours(**more: bool) -> Work:
     import llava
 
     def engine(**options: Any) -> Any:
-        made = llava.load(engine=llava.EngineOptions(**options)).engine
-        original = made._sequence
+        made = llava.load(engine=llava.EngineOptions(**options, **more)).engine
+        original = made.inputs.sequence
 
         def without_end(*args: Any, **more: Any) -> Any:
             sequence = original(*args, **more)
             sequence.stop_ids = frozenset()
             return sequence
 
-        made._sequence = without_end
+        made.inputs.sequence = without_end
         return made
 
     engines = {False: engine(), True: engine(chunk_tokens=2**14)}  # the latter computes all prompts before it decodes
@@ -234,7 +235,8 @@ class Worker:
 
 def serve(name: str) -> None:
     """Runs the workloads that arrive on the standard input, one JSON line each."""
-    work = {OURS: ours, BEFORE: before, PEER: transformers}[name]()
+    contestants = {OURS: ours, INVARIANT: lambda: ours(batch_invariant=True), BEFORE: before, PEER: transformers}
+    work = contestants[name]()
     for line in sys.stdin:
         workload, round = json.loads(line)
         chosen = WORKLOADS[workload]
@@ -259,18 +261,18 @@ def main(
     if worker:
         serve(worker)
         return
-    workers = {OURS: Worker(OURS, ROOT, threads)}
+    workers = {name: Worker(name, ROOT, threads) for name in (OURS, INVARIANT)}
     if before:
         workers[BEFORE] = Worker(BEFORE, before.resolve(), threads)
     if peer:
         workers[PEER] = Worker(PEER, ROOT, threads)
     splits: dict[str, list[Split]] = {}
-    for round in range(runs + 1):
+    for round in range(_WARM_UP + runs):
         for workload in WORKLOADS:
             names = list(workers) if round % 2 else list(reversed(workers))
             for name in names:
                 split = workers[name].run(workload, round)
-                if round:  # the first one warms up
+                if round >= _WARM_UP:
                     splits.setdefault(f"{workload}, {name}", []).append(split)
     for one in workers.values():
         one.process.stdin.close()

@@ -19,7 +19,8 @@ from llava.checkpoint.open import open_checkpoint
 from llava.config import EngineOptions, LlavaConfig, LoadOptions, PictureOptions, Transparency
 from llava.engine.adapters import Variant
 from llava.engine.capture import Capture
-from llava.engine.engine import Engine, Request
+from llava.engine.engine import Engine
+from llava.engine.input_processor import Request
 from llava.engine.reply import Reply, Stream
 from llava.engine.sampling import SamplingParams
 from llava.errors import ConfigError, PromptError
@@ -156,11 +157,8 @@ class Assistant:
         Nothing is loaded or copied, and streams that have already started are not affected. Raises ConfigError if
         there is no adapter with this name.
         """
-        if name not in self._loaded:
-            available = ", ".join(self.adapters) or "none; load with at least one adapter"
-            raise ConfigError(f"unknown adapter {name!r}; available: {available}")
+        self.model, self.preprocessor = self.engine.inputs.variant(name)
         self.active = name
-        self.model, self.preprocessor = self._loaded[name]
 
     @property
     def config(self) -> LlavaConfig:
@@ -181,7 +179,7 @@ class Assistant:
 
         Logs one warning for each image whose values or transparency were lost.
         """
-        return self.engine.prepare(messages, images=images, template=template, adapter=self.active)
+        return self.engine.inputs.prepare(messages, images=images, template=template, adapter=self.active)
 
     def ask(self, image: Picture | Sequence[Picture] | None, question: str, **options: Any) -> str:
         """Answers a question about any number of images and returns the reply text. Options: see `generate`."""

@@ -12,7 +12,9 @@ from llava.model.decoder import Decoder
 from llava.model.linear import Linear, PackedLinear, can_pack
 from llava.model.llava import Llava
 from llava.model.lora import LoraLinear, RoutedLora, Routing
+from llava.model.projector import Projector
 from llava.model.shallow import shallow_copy
+from llava.model.vision import Vision
 from llava.preprocess.inputs import Preprocessor
 
 M = TypeVar("M", bound=nn.Module)
@@ -79,7 +81,7 @@ _PACKED_BYTES = 2**30  # weights in total up to which a second copy is worth its
 
 
 class Packer:
-    """Replaces the linear layers of models on a CPU by `PackedLinear`, those with the same weight by the same one."""
+    """Replaces the linear layers of decoders on a CPU by `PackedLinear`, those with the same weight by the same one."""
 
     def __init__(self, variants: Mapping[str | None, Variant]):
         self._packed: dict[int, PackedLinear] = {}
@@ -89,10 +91,12 @@ class Packer:
         self._active = small and fits and can_pack()
 
     def pack(self, module: M) -> M:
-        """Returns the module, or a copy of it with packed linear layers."""
+        """Returns the module, or a copy of it with packed linear layers outside of the tower and the projector."""
         return shallow_copy(module, self._replace) if self._active else module
 
     def _replace(self, module: nn.Module) -> nn.Module | None:
+        if isinstance(module, Vision | Projector):  # always have many rows
+            return module
         if not isinstance(module, Linear):
             return None
         key = module.weight.data_ptr()

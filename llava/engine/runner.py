@@ -70,6 +70,8 @@ class Runner:
         started = time.perf_counter()
         if pairs := [one.copy for one in scheduled if one.copy]:
             self.cache.copy_pages(pairs)
+            for one in scheduled:
+                one.copy = None  # if the step is computed again, the source may have been written by then
         if new := list(_partial_new_pages(scheduled, self.cache.page_size)):
             self.cache.clear_pages(new)
         self._encode_images(scheduled)

@@ -180,7 +180,9 @@ class VarlenContext:
             mask = self.segments.mask(self.positions.shape[-1])
             bias = score_bias(mask, sliding_window, alibi_slopes, dtype)
             return CausalContext(positions=self.positions, seq_len=self.seq_len, bias=bias)
-        mask = _causal_mask(max(self.segments.lengths, default=0), self.positions)
+        if not self.segments.lengths:  # only the varlen kernel is used, which has windows
+            return replace(self, sliding_window=sliding_window)
+        mask = _causal_mask(max(self.segments.lengths), self.positions)
         bias = score_bias(mask, sliding_window, alibi_slopes, dtype)
         return replace(self, sliding_window=sliding_window, bias=bias)
 

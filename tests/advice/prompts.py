@@ -111,10 +111,10 @@ def a_cache_shorter_than_the_context(w: World) -> Steps:
     yield ask(w.llava, "--cache-memory", "64MiB")
 
 
-@advice("less than one page of {} tokens takes ({} bytes); raise cache_memory= (--cache-memory)")
+@advice("less than the {} bytes of a page of {} tokens; raise it")
 def a_cache_smaller_than_a_page(w: World) -> Steps:
     said = yield ask(w.llava, "--cache-memory", "1KB")
-    page_bytes = int(re.findall(r"takes \((\d+) bytes", said.text)[0])
+    page_bytes = int(re.findall(r"less than the (\d+) bytes", said.text)[0])
     yield ask(w.llava, "--cache-memory", 8 * page_bytes)
 
 
@@ -124,7 +124,7 @@ def a_prompt_longer_than_the_cache(w: World) -> Steps:
     yield ask(w.llava, "--cache-memory", "64MiB")
 
 
-@advice("more than the free memory ({} bytes); lower cache_memory= (--cache-memory)")
+@advice("GiB are free; lower it")
 def a_cache_larger_than_the_memory(w: World) -> Steps:
     yield ask(w.llava, "--cache-memory", "900TiB")
     yield ask(w.llava, "--cache-memory", "64MiB")

@@ -160,7 +160,7 @@ def test_logprobs_are_bit_equal_alone_and_beside_other_adapters(folders: dict[st
 def test_an_adapter_is_limited_by_its_own_context(folders: dict[str, Path]) -> None:
     vlm = on(folders, "stretched")
     long = "sea " * 2040
-    n_prompt = vlm.engine.prepare(long).ids.numel()
+    n_prompt = vlm.engine.inputs.prepare(long).ids.numel()
     params = SamplingParams(max_new_tokens=20)
     assert [len(ids) for ids in replies(vlm, [(None, long), ("stretched", long)], params)] == [20, 2048 - n_prompt]
 

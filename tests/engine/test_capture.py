@@ -119,7 +119,7 @@ def test_a_reply_is_explained_by_the_tokens_of_each_picture(checkpoint: Path, en
     vlm = opened(checkpoint, **ENGINES[engine])
     request: Request = ("<image> and <image>\nWhat is in the pictures?", [PICTURE, PICTURE.rotate(90)])
     ids, whole = captured(vlm.engine, request, Capture(attention=(1,)), 5)
-    n_prompt = len(vlm.engine.prepare(request[0], images=request[1]).ids)
+    n_prompt = len(vlm.engine.inputs.prepare(request[0], images=request[1]).ids)
     only = Capture(attention=(1,), heads=(0, 3), first_query=-1, images_only=True)
     again, found = captured(vlm.engine, request, only, 5)
     assert again == ids
