@@ -98,13 +98,13 @@ def n_skipped(one: Scheduled) -> int:
 
 
 def _past(scheduled: Rest[Scheduled], cache: PagedCache) -> Tensor:
-    """Returns the slots of the tokens that each new token can attend to, [S, T], padded with slot 0."""
+    """Returns the slots of the tokens that each new token can attend to, [S, T], padded with the sequence's first slot."""
     n = round_up(max(one.sequence.computed + one.n_tokens for one in scheduled))
     offsets = torch.arange(cache.page_size)
     rows = []
     for one in scheduled:
         slots = (torch.tensor(one.sequence.block_table)[:, None] * cache.page_size + offsets).flatten()[:n]
-        rows.append(F.pad(slots, (0, n - len(slots))).expand(one.n_tokens, -1))
+        rows.append(F.pad(slots, (0, n - len(slots)), value=int(slots[0])).expand(one.n_tokens, -1))
     return torch.cat(rows).to(cache.k.device)
 
 

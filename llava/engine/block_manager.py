@@ -103,6 +103,15 @@ class BlockManager:
             self._key[page] = key
             self._page_of[key.hash] = page
 
+    def forget(self, pages: Iterable[int]) -> None:
+        """Removes pages from the prefix cache. Block tables that contain them keep them."""
+        for page in pages:
+            if self._key[page] is not None:
+                self._unregister(page)
+                if page in self._cached:
+                    del self._cached[page]
+                    self._unused.append(page)
+
     def _unregister(self, page: int) -> None:
         key = self._key[page]
         assert key is not None

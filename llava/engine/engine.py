@@ -296,14 +296,27 @@ class Engine:
         if sequence.finish_reason:
             return
         if token.id < 0:
-            params = sequence.params
-            error = LlavaError(NONE_ALLOWED if params.logits_mask or params.logit_bias else NOT_FINITE)
-            self._finish(sequence, "error", error)
+            self._reject(sequence)
             return
         if sequence.params.logprobs:
             sequence.logprobs.append(token.logprob)
             sequence.top_logprobs.append(token.top)
         self._emit(sequence, sequence.append(token.id))
+
+    def _reject(self, sequence: Sequence) -> None:
+        """Ends a request for which no token can be drawn, or computes it again without pages of other requests.
+
+        Through attention, NaN spreads to earlier tokens of the same step, and these may be in the prefix cache.
+        """
+        self.blocks.forget(sequence.block_table)
+        if sequence.n_reused:
+            self.runner.forget_rows()
+            sequence.distrusts_cache = True
+            self.scheduler.preempt(sequence)
+            return
+        params = sequence.params
+        error = LlavaError(NONE_ALLOWED if params.logits_mask or params.logit_bias else NOT_FINITE)
+        self._finish(sequence, "error", error)
 
     def _emit(self, sequence: Sequence, text: str) -> None:
         """Outputs what has been added to a reply, and removes the request if it has finished."""
@@ -323,6 +336,8 @@ class Engine:
             self._streams.pop(sequence.request, None)
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: LlavaError | None = None) -> None:
+        if error and self._runner:
+            self._runner.forget_rows()
         text = sequence.detokenizer.finish()
         sequence.end(reason, error)
         self._emit(sequence, text)
@@ -349,6 +364,8 @@ class Engine:
         try:
             chosen = beams.search.advance(logprobs)
         except LlavaError as error:
+            for one in parents:
+                self.blocks.forget(one.block_table)
             self._finish(beams.leader, "error", error)
             return
         beams.live = [] if beams.search.finished else [self._fork(parents[parent], id) for parent, id in chosen]

@@ -72,6 +72,8 @@ class Runner:
             self.cache.copy_pages(pairs)
             for one in scheduled:
                 one.copy = None  # if the step is computed again, the source may have been written by then
+        if new := list(_partial_new_pages(scheduled, self.cache.page_size)):
+            self.cache.clear_pages(new)
         self._encode_images(scheduled)
         encoded = time.perf_counter()
         results = [logits for joined in self.joined for logits in self._run_joined(joined, scheduled)]
@@ -79,6 +81,10 @@ class Runner:
         self.seconds[kind] += time.perf_counter() - encoded
         self.seconds["vision"] += encoded - started
         return results
+
+    def forget_rows(self) -> None:
+        """Drops the dense copies of decoding rows, which may contain NaN after an error."""
+        self.dense = {name: RowCaches(self.cache, share=one.share) for name, one in self.dense.items()}
 
     def _encode_images(self, scheduled: Rest[Scheduled]) -> None:
         """Adds the features of the pictures in the scheduled tokens to the feature cache."""
@@ -183,6 +189,15 @@ class Runner:
                 record_prompt_logprobs(one, states[0, start : start + one.n_tokens], head)
         final: Tensor = states[0]
         return final
+
+
+def _partial_new_pages(scheduled: Rest[Scheduled], page_size: int) -> Iterator[int]:
+    """Yields the pages of which this step writes the first tokens, but not the last."""
+    for one in scheduled:
+        end = one.sequence.computed + one.n_tokens
+        start = end // page_size * page_size  # of the last page
+        if one.sequence.computed <= start < end:
+            yield one.sequence.block_table[start // page_size]
 
 
 def has_dynamic_rope(config: DecoderConfig) -> bool:

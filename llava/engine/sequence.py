@@ -61,6 +61,7 @@ class Sequence:
     computed: int = 0
     block_table: list[int] = field(default_factory=list)
     page_keys: list[PageKey] = field(default_factory=list)  # of the full pages; see `keys`
+    distrusts_cache: bool = False  # cached pages are not used, because they may contain another request's NaN
     salt: bytes = b""  # what else the keys and values depend on: the adapter
     n_taken: int = 0  # ids that `take_final_ids` has returned
     n_reused: int = 0  # leading pages that came from the prefix cache
@@ -114,7 +115,7 @@ class Sequence:
     @property
     def uses_prefix_cache(self) -> bool:
         """Whether cached pages may stand for tokens of this prompt: not if something is asked about each token."""
-        return self.capture is None and not self.params.prompt_logprobs
+        return self.capture is None and not self.params.prompt_logprobs and not self.distrusts_cache
 
     def keys(self, page_size: int, n_tokens: int) -> list[PageKey]:
         """Returns the keys of the full pages among the first `n_tokens` tokens."""

@@ -77,7 +77,7 @@ class InvariantContext:
     positions: Tensor  # int64 [1, S]
     seq_len: int | Tensor
     slots: Tensor  # int64 [S], where the keys and values of the new tokens are stored
-    past: Tensor  # int64 [S, T], the slots that each token reads, padded with any slots to a multiple of `_SLOTS`
+    past: Tensor  # int64 [S, T], the slots that each token reads, padded with own slots to a multiple of `_SLOTS`
     bias: Tensor | None = None  # [S, 1 or H, 1, T], set by `with_scores`
     watched: Sequence[Chunk] = ()  # see `PagedContext`
     observe: Observer | None = None

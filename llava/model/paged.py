@@ -36,6 +36,12 @@ class PagedCache:
         for cache in (self.k, self.v):
             cache[:, target] = cache[:, source]
 
+    def clear_pages(self, pages: Sequence[int]) -> None:
+        """Fills pages with zeros in all layers. NaN that an earlier sequence has left would pass every mask."""
+        index = torch.tensor(pages, device=self.k.device)
+        for cache in (self.k, self.v):
+            cache[:, index] = 0
+
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Stores k and v [S, K, E] in slots [S]. Slot s is the token s % page_size of the page s // page_size."""
         self.k[layer].flatten(0, 1).index_copy_(0, slots, k)
