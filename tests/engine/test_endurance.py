@@ -17,9 +17,7 @@ from tests import tiny
 
 N = 10_000
 EVERY = 500  # requests between checks
-# Bytes by which the process may grow in the second half. 8.3 MiB were measured; the cause is not known. The number of
-# Python objects and tensors is constant, and the growth depends on how many different shapes the steps have.
-GROWTH = 16 * 2**20
+GROWTH = 12 * 2**20  # bytes by which the process may grow in the second half
 
 
 def resident_bytes() -> int:
