@@ -12,6 +12,7 @@ alone in an engine, without exception.
 
 import argparse
 import json
+import logging
 import os
 import platform
 import random
@@ -20,7 +21,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Rest
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -39,12 +41,12 @@ from llava.engine.beam import BeamSearch
 from llava.engine.engine import Engine
 from llava.engine.reply import Output
 from llava.engine.sampling import SamplingParams, gumbel_noise, process, sample, warp
-from llava.engine.sequence import FinishReason
+from llava.engine.sequence import FinishReason, Sequence
 from llava.errors import LlavaError
 from llava.model.attention import CausalContext
 from llava.model.paged import cache_bytes_per_token
 from llava.preprocess.inputs import ModelInput
-from tests import fuzz, tiny
+from tests import tiny
 
 TIE = 1e-4  # logits closer than this may be ordered either way
 MAX_STEPS = 20_000  # of a schedule; more means that a request waits for ever
@@ -160,8 +162,8 @@ class Row:
 
     params: SamplingParams
     seed: int
-    prompt_ids: Sequence[int]
-    reply_ids: Sequence[int]
+    prompt_ids: Rest[int]
+    reply_ids: Rest[int]
 
     @property
     def n_generated(self) -> int:
@@ -178,7 +180,7 @@ class Reference:
         self.is_dynamic = scaling is not None and scaling.kind == "dynamic"
 
     @torch.inference_mode()
-    def logits(self, input: ModelInput, reply: Sequence[int]) -> Tensor:
+    def logits(self, input: ModelInput, reply: Rest[int]) -> Tensor:
         """The logits after the prompt and after each token of the reply, [1 + len(reply), V]."""
         states = self._states(input, reply)
         return self.model.decoder.logits(states[len(input.ids) - 1 :])
@@ -190,7 +192,7 @@ class Reference:
         following: list[int] = input.ids.tolist()[1:]
         return [None if id == IMAGE else logprobs[i, id].item() for i, id in enumerate(following)]
 
-    def _states(self, input: ModelInput, reply: Sequence[int]) -> Tensor:
+    def _states(self, input: ModelInput, reply: Rest[int]) -> Tensor:
         if id(input) not in self._prompts:
             images: list[Tensor] = []
             if input.pixels is not None:
@@ -222,7 +224,7 @@ class Reference:
         best = search.best()
         return best, self.mean_logprob(request, best)
 
-    def mean_logprob(self, request: "Asked", reply: Sequence[int]) -> float:
+    def mean_logprob(self, request: "Asked", reply: Rest[int]) -> float:
         logits = self.logits(request.input, reply)[:-1]
         rows = [request.row(reply[:i]) for i in range(len(reply))]
         logprobs = process(logits.log_softmax(-1), rows)
@@ -236,15 +238,15 @@ class Planned(Exception):
     """Raised by a logits_mask on purpose."""
 
 
-def even_ids(n_vocab: int) -> Callable[[Sequence[int]], Tensor]:
+def even_ids(n_vocab: int) -> Callable[[Rest[int]], Tensor]:
     """A logits_mask that allows ids by turns: even ones, then those divisible by three."""
     return lambda ids: torch.arange(n_vocab) % (2 + len(ids) % 2) == 0
 
 
-def failing(after: int, n_vocab: int) -> Callable[[Sequence[int]], Tensor]:
+def failing(after: int, n_vocab: int) -> Callable[[Rest[int]], Tensor]:
     """A logits_mask that raises after some tokens."""
 
-    def mask(ids: Sequence[int]) -> Tensor:
+    def mask(ids: Rest[int]) -> Tensor:
         if len(ids) >= after:
             raise Planned("on purpose")
         return torch.ones(n_vocab, dtype=torch.bool)
@@ -265,7 +267,7 @@ class Asked:
     aborted: int | None = None  # step
     key: tuple[Any, ...] = ()  # equal for equal requests
 
-    def row(self, reply: Sequence[int]) -> Row:
+    def row(self, reply: Rest[int]) -> Row:
         return Row(self.params, self.params.seed or 0, self.input.ids.tolist(), reply)
 
 
@@ -292,7 +294,7 @@ KINDS = {"greedy": 6, "logprobs": 2, "sampled": 3, "penalties": 2, "masked": 1, 
 INVARIANT_KINDS = {"logprobs": 6, "sampled": 2, "penalties": 1, "prompt_logprobs": 1}
 
 
-def random_params(rng: random.Random, kind: str, n_vocab: int, stop: Sequence[str]) -> SamplingParams:
+def random_params(rng: random.Random, kind: str, n_vocab: int, stop: Rest[str]) -> SamplingParams:
     n = rng.choice((1, 3, 8, 20, 40))
     if kind == "logprobs":
         return SamplingParams(max_new_tokens=n, logprobs=rng.choice((1, 3)))
@@ -344,7 +346,7 @@ def random_request(rng: random.Random, world: World, invariant: bool) -> Asked:
     )
 
 
-def random_options(rng: random.Random, world: World, requests: Sequence[Asked], invariant: bool) -> EngineOptions:
+def random_options(rng: random.Random, world: World, requests: Rest[Asked], invariant: bool) -> EngineOptions:
     page_size = rng.randint(1, 32)
     config = world.variants[None].model.config.decoder
     longest = max(len(one.input.ids) + one.params.max_new_tokens for one in requests)
@@ -366,19 +368,25 @@ class Failure(Exception):
     """The engine did something wrong."""
 
 
-def run(engine: Engine, requests: Sequence[Asked]) -> list[Replied]:
+def run(engine: Engine, requests: Rest[Asked]) -> list[Replied]:
     """Runs a schedule. Raises Failure if requests are lost or pages are not given back."""
     replies = [Replied() for _ in requests]
     by_number: dict[int, int] = {}
     numbers: dict[int, int] = {}
+    sequences: dict[int, Sequence] = {}  # outputs have no log-probabilities
     for step in range(MAX_STEPS):
         for i, one in enumerate(requests):
             if one.arrives == step:
-                _add(engine, i, one, replies, by_number, numbers)
+                try:
+                    numbers[i] = engine.add_request(one.input, one.params, adapter=one.adapter, priority=one.priority)
+                    by_number[numbers[i]] = i
+                    sequences[numbers[i]] = engine._inbox[-1]
+                except LlavaError as error:
+                    if one.params.num_beams == 1:
+                        raise Failure(f"refused: {error}") from None
+                    replies[i].finish_reason, replies[i].error = "error", error  # too many beams for the cache
             if one.aborted == step and i in numbers:
                 engine.abort(numbers[i])
-        # log-probabilities are only in replies, so the sequences are kept
-        sequences = {number: one for number, one in engine._unfinished.items() if number in by_number}
         for output in engine.step():
             reply = replies[by_number[output.request]]
             reply.add(output)
@@ -390,18 +398,6 @@ def run(engine: Engine, requests: Sequence[Asked]) -> list[Replied]:
             if all(one.arrives <= step for one in requests):
                 return replies
     raise Failure(f"requests wait for ever: {engine.stats()}")
-
-
-def _add(
-    engine: Engine, i: int, one: Asked, replies: list[Replied], by_number: dict[int, int], numbers: dict[int, int]
-) -> None:
-    try:
-        numbers[i] = engine.add_request(one.input, one.params, adapter=one.adapter, priority=one.priority)
-        by_number[numbers[i]] = i
-    except LlavaError as error:
-        if one.params.num_beams == 1:
-            raise Failure(f"refused: {error}") from None
-        replies[i].finish_reason, replies[i].error = "error", error  # too many beams for the cache
 
 
 def _check_idle(engine: Engine) -> None:
@@ -530,7 +526,7 @@ def run_case(seed: int, number: int, worlds: dict[str, World]) -> dict[str, Any]
     invariant = rng.random() < 0.2
     requests = [random_request(rng, world, invariant) for _ in range(rng.choice((1, 3, 6, 10, 16)))]
     options = random_options(rng, world, requests, invariant)
-    result: dict[str, Any] = {"case": number, "layout": world.name, "what": str(options), "invariant": invariant}
+    result: dict[str, Any] = {"case": number, "model": world.name, "options": str(options), "invariant": invariant}
     started = time.monotonic()
     counts: Counter[str] = Counter()
     detail = ""
@@ -582,7 +578,7 @@ def summary(results: list[dict[str, Any]], seed: int, took: float) -> dict[str, 
     """The figures of a run for the result file."""
     counts: Counter[str] = Counter()
     for result in results:
-        counts.update(result.get("counts", {}))
+        counts.update(result["counts"])
     return {
         "schedules": len(results),
         "seed": seed,
@@ -590,17 +586,17 @@ def summary(results: list[dict[str, Any]], seed: int, took: float) -> dict[str, 
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "llava": llava.__version__},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "tie": TIE,
-        "batch_invariant": sum(result.get("invariant", False) for result in results),
+        "batch_invariant": sum(result["invariant"] for result in results),
         "outcomes": dict(Counter(result["outcome"] for result in results)),
         "ties_per_request": counts["ties"] / max(1, counts["requests"]),
         "counts": dict(sorted(counts.items())),
-        "models": dict(Counter(result["layout"] for result in results)),
+        "models": dict(Counter(result["model"] for result in results)),
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "failures": [result for result in results if result["outcome"] != "equal"],
     }
 
 
-def load_worlds(folder: Path, names: Sequence[str] = tuple(MODELS)) -> dict[str, World]:
+def load_worlds(folder: Path, names: Rest[str] = tuple(MODELS)) -> dict[str, World]:
     return {name: World(name, folder / name) for name in names}
 
 
@@ -608,7 +604,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--out", type=Path, help="JSON file for the counts and failures")
     parser.add_argument("--case", type=int, help="run only this schedule and show its details")
     options = parser.parse_args()
@@ -616,18 +611,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="schedules-") as scratch:
         worlds = load_worlds(Path(scratch))
 
-        def case(number: int) -> dict[str, Any]:
-            return run_case(options.seed, number, worlds)
-
         if options.case is not None:
-            print(json.dumps(case(options.case), indent=1))
+            print(json.dumps(run_case(options.seed, options.case, worlds), indent=1))
             return 0
+        logging.disable(logging.CRITICAL)
         started, results = time.perf_counter(), []
-        for result in fuzz.run_all(options.n, options.workers, case):
-            results.append(result)
+        for number in range(options.n):
+            results.append(result := run_case(options.seed, number, worlds))
             if result["outcome"] != "equal":
-                print(result["case"], result["layout"], result["what"], "\n ", result["detail"], flush=True)
-    results.sort(key=lambda result: result["case"])
+                print(number, result["model"], result["options"], "\n ", result["detail"], flush=True)
     report = summary(results, options.seed, time.perf_counter() - started)
     if options.out:
         options.out.write_text(json.dumps(report, indent=1) + "\n")

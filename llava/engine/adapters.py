@@ -83,12 +83,13 @@ _PACKED_BYTES = 2**30  # weights in total up to which a second copy is worth its
 class Packer:
     """Replaces the linear layers of decoders on a CPU by `PackedLinear`, those with the same weight by the same one."""
 
-    def __init__(self, variants: Mapping[str | None, Variant]):
+    def __init__(self, variants: Mapping[str | None, Variant], *, active: bool):
+        """active: False leaves all modules as they are."""
         self._packed: dict[int, PackedLinear] = {}
         weights = {weight.data_ptr(): weight for one in variants.values() for weight in one.model.parameters()}
         small = sum(weight.nbytes for weight in weights.values()) <= _PACKED_BYTES
         fits = all(weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in weights.values())
-        self._active = small and fits and can_pack()
+        self._active = active and small and fits and can_pack()
 
     def pack(self, module: M) -> M:
         """Returns the module, or a copy of it with packed linear layers outside of the tower and the projector."""

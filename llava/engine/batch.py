@@ -98,7 +98,7 @@ def n_skipped(one: Scheduled) -> int:
 
 
 def _past(scheduled: Rest[Scheduled], cache: PagedCache) -> Tensor:
-    """Returns the slots of the tokens that each new token can attend to, [S, T], padded with the sequence's first slot."""
+    """Returns the slots that each new token can attend to, [S, T], padded with the first slot of its sequence."""
     n = round_up(max(one.sequence.computed + one.n_tokens for one in scheduled))
     offsets = torch.arange(cache.page_size)
     rows = []

@@ -49,7 +49,7 @@ class Runner:
     ):
         self.cache, self.features = cache, features
         self.batch_invariant = batch_invariant
-        packer = Packer({} if batch_invariant else variants)
+        packer = Packer(variants, active=not batch_invariant)
         self.models = {name: packer.pack(one.model) for name, one in variants.items()}
         self.joined = [one._replace(decoder=packer.pack(one.decoder)) for one in join(variants)]
         on_cpu = cache.k.device.type == "cpu"
