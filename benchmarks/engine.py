@@ -31,7 +31,7 @@ if "LLAVA_CHECKOUT" in os.environ:  # after `report`, which puts this checkout f
 Split = dict[str, float]  # seconds by part of the work
 Work = Callable[[Sequence[Any], Sequence[int], bool], Split]  # (messages, lengths, decoding only)
 BEFORE, PEER, OURS, INVARIANT = "before", "transformers", "llava", "llava, batch-invariant"
-_WARM_UP = 3  # rounds, until all memory of the cache has been written once
+_WARM_UP = 2  # rounds, until all memory of the cache has been written once
 PARTS = ("prepare", "vision", "prefill", "decode", "other")
 QUESTIONS = (
     "What is in the picture?",
