@@ -24,6 +24,13 @@ class Detokenizer:
         self.n_final = 0  # leading ids whose text can no longer change
         self.stopped = False  # a stop string was found; no more ids are accepted
 
+    def restarted(self, ids: Sequence[int]) -> "Detokenizer":
+        """Returns a new detokenizer to which these ids have been added."""
+        detokenizer = Detokenizer(self._decode, self._stops)
+        for id in ids:
+            detokenizer.append(id)
+        return detokenizer
+
     def append(self, id: int) -> str:
         """Adds the next id and returns the newly finalized text, which may be ""."""
         self.ids.append(id)

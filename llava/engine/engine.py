@@ -251,9 +251,10 @@ class Engine:
             if sequence.max_new_tokens == 0 and not sequence.capture and not sequence.params.prompt_logprobs:
                 self._finish(sequence, "length")
         while self._aborted:
-            unfinished = self._unfinished.get(self._aborted.popleft())
+            unfinished = self._unfinished.get(self._aborted[0])
             if unfinished is not None:
                 self._finish(unfinished, "abort")
+            self._aborted.popleft()
 
     def _view_budget(self) -> int | None:
         """Returns how many views a step may encode without stalling replies, or None if none is being generated."""
@@ -301,7 +302,8 @@ class Engine:
         if sequence.params.logprobs:
             sequence.logprobs.append(token.logprob)
             sequence.top_logprobs.append(token.top)
-        self._emit(sequence, sequence.append(token.id))
+        sequence.append(token.id)
+        self._emit(sequence)
 
     def _reject(self, sequence: Sequence) -> None:
         """Ends a request for which no token can be drawn, or computes it again without pages of other requests.
@@ -318,11 +320,10 @@ class Engine:
         error = LlavaError(NONE_ALLOWED if params.logits_mask or params.logit_bias else NOT_FINITE)
         self._finish(sequence, "error", error)
 
-    def _emit(self, sequence: Sequence, text: str) -> None:
+    def _emit(self, sequence: Sequence) -> None:
         """Outputs what has been added to a reply, and removes the request if it has finished."""
-        if sequence.finish_reason:
-            self._remove(sequence)
-        ids = sequence.take_final_ids()
+        reply = sequence.detokenizer
+        text, ids = reply.text[sequence.n_sent :], reply.ids[sequence.n_sent_ids : reply.n_final]
         if text or ids or sequence.finish_reason:
             output = Output(
                 request=sequence.request,
@@ -332,28 +333,30 @@ class Engine:
                 error=sequence.error,
             )
             self._streams.get(sequence.request, self._unread).append(output)
+        sequence.n_sent, sequence.n_sent_ids = len(reply.text), reply.n_final
         if sequence.finish_reason:
-            self._streams.pop(sequence.request, None)
+            self._remove(sequence)
+        sequence.n_appended = sequence.n_generated
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: LlavaError | None = None) -> None:
         if error and self._runner:
             self._runner.forget_rows()
-        text = sequence.detokenizer.finish()
         sequence.end(reason, error)
-        self._emit(sequence, text)
+        self._emit(sequence)
 
     def _remove(self, sequence: Sequence) -> None:
+        self._unfinished.pop(sequence.request, None)
+        self._streams.pop(sequence.request, None)
         for one in sequence.beams.live if sequence.beams else [sequence]:
             self.scheduler.remove(one)
-        self._unfinished.pop(sequence.request, None)
 
     def _recover(self) -> None:
         """Starts over with all unfinished requests and an empty cache."""
-        unfinished = self._unfinished.values()
-        self.scheduler.restart([live for one in unfinished for live in (one.beams.live if one.beams else [one])])
-        for one in list(unfinished):
-            if one.finish_reason:  # interrupted between its end and its removal
-                self._finish(one, one.finish_reason, one.error)
+        for one in self._unfinished.values():
+            one.rewind()
+        self.scheduler.restart(self._unfinished.values())
+        if self._runner:
+            self._runner.forget_rows()
 
     def _advance_beams(self, beams: Beams) -> None:
         """Advances a beam search by one token if the log-probabilities after all of its beams are known."""
@@ -374,12 +377,12 @@ class Engine:
         for one in parents:
             self.scheduler.remove(one)
         if beams.search.finished:
-            text = ""
             for id in beams.search.best():
-                text += beams.leader.append(id) if not beams.leader.finish_reason else ""
+                if not beams.leader.finish_reason:
+                    beams.leader.append(id)
             if not beams.leader.finish_reason:
                 beams.leader.end("length")
-            self._emit(beams.leader, text)
+            self._emit(beams.leader)
 
     def _fork(self, parent: Sequence, id: int) -> Sequence:
         """Returns a copy of a beam with one more token, which shares the pages of the beam."""

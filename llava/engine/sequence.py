@@ -63,7 +63,9 @@ class Sequence:
     page_keys: list[PageKey] = field(default_factory=list)  # of the full pages; see `keys`
     distrusts_cache: bool = False  # cached pages are not used, because they may contain another request's NaN
     salt: bytes = b""  # what else the keys and values depend on: the adapter
-    n_taken: int = 0  # ids that `take_final_ids` has returned
+    n_appended: int = 0  # generated tokens that have been added and output; see `rewind`
+    n_sent_ids: int = 0  # ids of the reply that have been output
+    n_sent: int = 0  # characters of the reply that have been output
     n_reused: int = 0  # leading pages that came from the prefix cache
     n_registered: int = 0  # leading pages that have been offered to the prefix cache
 
@@ -137,32 +139,37 @@ class Sequence:
         self.captured.states.clear()
         self.captured.attention.clear()
 
-    def append(self, id: int) -> str:
-        """Adds a generated token and returns the newly finalized text. Sets `finish_reason` after the last token."""
+    def rewind(self) -> None:
+        """After an interrupt, takes back what a step may have done by half: its token, and the end of the reply.
+
+        The token is drawn again, as draws depend only on the seed and the index of the token. A beam search starts
+        over.
+        """
+        n = min(self.n_appended, len(self.logprobs)) if self.params.logprobs else self.n_appended
+        del self.tokens[self.n_prompt + n :], self.logprobs[n:], self.top_logprobs[n:]
+        self.n_appended = n
+        self.finish_reason = self.error = self.beams = None
+        self.detokenizer = self.detokenizer.restarted(self.reply_ids)
+
+    def append(self, id: int) -> None:
+        """Adds a generated token. Sets `finish_reason` after the last one."""
         now = time.perf_counter()
         self.first_token = self.first_token or now
         self.tokens.append(id)
-        piece = ""
         if id in self.stop_ids:
             self.finish_reason = "stop"
         else:
-            piece = self.detokenizer.append(id)
+            self.detokenizer.append(id)
             if self.detokenizer.stopped:
                 self.finish_reason = "stop"
             elif self.n_generated >= self.max_new_tokens:
                 self.finish_reason = "length"
         if self.finish_reason:
-            piece += self.detokenizer.finish()
             self.end(self.finish_reason)
-        return piece
-
-    def take_final_ids(self) -> list[int]:
-        """Returns the ids of the reply that can no longer change and have not been returned before."""
-        first, self.n_taken = self.n_taken, self.detokenizer.n_final
-        return self.detokenizer.ids[first : self.n_taken]
 
     def end(self, reason: FinishReason, error: LlavaError | None = None) -> None:
         """Marks the reply as finished. Drops the log-probabilities of tokens that are not part of it."""
+        self.detokenizer.finish()
         self.finish_reason, self.error, self.ended = reason, error, time.perf_counter()
         self.first_token = self.first_token or self.ended
         n = len(self.detokenizer.ids)
