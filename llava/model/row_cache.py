@@ -168,7 +168,12 @@ class RowCaches:
 
     def _find_common(self, rows: Sequence[Row]) -> None:
         """Decides for rows that start to decode which pages to share: those that all rows with the same start reuse."""
-        common = {row.id: self._common[row.id] for row in rows if row.id in self._common}
+        common = {
+            row.id: pages
+            for row in rows
+            # a row that was preempted since its last step may have other pages
+            if (pages := self._common.get(row.id)) is not None and tuple(row.pages[: len(pages)]) == pages
+        }
         starts = {pages[: self._n_start]: pages for pages in common.values() if pages}
         new: dict[Pages, list[Row]] = {}
         for row in rows:
