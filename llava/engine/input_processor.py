@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Rest
 from typing import cast
 
-from llava.config import EngineOptions, LlavaConfig
+from llava.config import IMAGE, EngineOptions, LlavaConfig
 from llava.engine.adapters import Variant
 from llava.engine.capture import Capture, Captured
 from llava.engine.detokenize import Detokenizer
@@ -16,7 +16,7 @@ from llava.engine.sampling import SamplingParams
 from llava.engine.sequence import Sequence, placed_images
 from llava.errors import ConfigError, PromptError
 from llava.preprocess.image import Picture
-from llava.preprocess.inputs import Messages, ModelInput
+from llava.preprocess.inputs import Messages, ModelInput, Preprocessor
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +83,7 @@ class InputProcessor:
             messages, pictures = split_request(input)
             input = self.prepare(messages, images=pictures, template=template, adapter=adapter)
         tokens: list[int] = input.ids.tolist()
+        _check_belongs(input, tokens, model.config, preprocessor)
         context = min(model.config.decoder.max_seq, self.capacity)
         self._check_length(len(tokens), params, context)
         self._check_beams(len(tokens), params, context)
@@ -169,3 +170,15 @@ def _salt(adapter: str | None, config: LlavaConfig, n_prompt: int) -> bytes:
     scaling = config.decoder.rope_scaling
     is_scaled = scaling is not None and scaling.kind == "dynamic" and n_prompt > scaling.original_max_seq
     return repr((adapter, n_prompt if is_scaled else None)).encode()
+
+
+def _check_belongs(input: ModelInput, tokens: Rest[int], config: LlavaConfig, preprocessor: Preprocessor) -> None:
+    """Raises PromptError if a prepared input cannot be one for this model: its adapters may differ in both respects."""
+    n, expected = tokens.count(IMAGE), preprocessor.n_image_tokens(input) if config.vision else 0
+    if n == expected and max(tokens, default=0) < config.decoder.vocab_size:
+        return
+    found = f"{n} image tokens, where this model has {expected}" if n != expected else "ids beyond the vocabulary"
+    raise PromptError(
+        f"the input has {found}: it was prepared for another model or adapter; prepare it with the adapter= of the "
+        "request"
+    )
