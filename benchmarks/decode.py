@@ -21,7 +21,7 @@ from timing import Device, DType, Runs, Target, Threads, alternate
 
 from llava.engine.engine import Engine
 from llava.engine.reply import Reply
-from llava.engine.sampling import SamplingParams
+from llava.engine.sampling_params import SamplingParams
 from llava.preprocess.inputs import ModelInput
 
 

@@ -21,7 +21,7 @@ from timing import Device, DType, Runs, Target, Threads, alternate
 
 from llava.config import IMAGE, LlavaConfig
 from llava.engine.engine import Engine
-from llava.engine.sampling import SamplingParams
+from llava.engine.sampling_params import SamplingParams
 from llava.model.llava import Llava
 from llava.preprocess.inputs import ModelInput
 

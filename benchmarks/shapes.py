@@ -14,7 +14,7 @@ from llava.config import DecoderConfig, EngineOptions, ImageConfig, LlavaConfig,
 from llava.engine.adapters import Variant
 from llava.engine.capture import Capture
 from llava.engine.engine import Engine
-from llava.engine.sampling import SamplingParams
+from llava.engine.sampling_params import SamplingParams
 from llava.model.llava import Llava, meta_model
 from llava.preprocess.inputs import ModelInput, Preprocessor
 

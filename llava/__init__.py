@@ -12,7 +12,7 @@ from llava.errors import CheckpointError, ConfigError, ImageError, LlavaError, P
 
 if TYPE_CHECKING:
     from llava.assistant import Assistant, load
-    from llava.engine.sampling import SamplingParams
+    from llava.engine.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
 __all__ = [
@@ -36,7 +36,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(assistant, name)
     if name == "SamplingParams":
-        from llava.engine.sampling import SamplingParams
+        from llava.engine.sampling_params import SamplingParams
 
         return SamplingParams
     raise AttributeError(f"module 'llava' has no attribute {name!r}")

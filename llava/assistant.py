@@ -22,7 +22,7 @@ from llava.engine.capture import Capture
 from llava.engine.engine import Engine
 from llava.engine.input_processor import Request
 from llava.engine.reply import Reply, Stream
-from llava.engine.sampling import SamplingParams
+from llava.engine.sampling_params import SamplingParams
 from llava.errors import ConfigError, PromptError
 from llava.formats.format import Checkpoint
 from llava.model.llava import Llava

@@ -40,7 +40,8 @@ from llava.engine.adapters import Variant
 from llava.engine.beam import BeamSearch
 from llava.engine.engine import Engine
 from llava.engine.reply import Output
-from llava.engine.sampling import SamplingParams, gumbel_noise, process, sample, warp
+from llava.engine.sampling import gumbel_noise, process, sample, warp
+from llava.engine.sampling_params import SamplingParams
 from llava.engine.sequence import FinishReason, Sequence
 from llava.errors import LlavaError
 from llava.model.attention import CausalContext

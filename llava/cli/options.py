@@ -135,7 +135,7 @@ class SamplingOptions:
         """Raises ConfigError, with the name of the command-line option, if a value is invalid."""
         if self.max_new_tokens < 1:
             raise ConfigError(f"--max-new-tokens is {self.max_new_tokens}; expected 1 or more")
-        from llava.engine.sampling import SamplingParams
+        from llava.engine.sampling_params import SamplingParams
 
         try:
             SamplingParams.from_options(**vars(self))

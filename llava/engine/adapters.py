@@ -2,22 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple, TypeVar
-
-import torch
-from torch import nn
+from typing import NamedTuple
 
 from llava.config import DecoderConfig
 from llava.model.decoder import Decoder
-from llava.model.linear import Linear, PackedLinear, can_pack
 from llava.model.llava import Llava
 from llava.model.lora import LoraLinear, RoutedLora, Routing
-from llava.model.projector import Projector
 from llava.model.shallow import shallow_copy
-from llava.model.vision import Vision
 from llava.preprocess.inputs import Preprocessor
-
-M = TypeVar("M", bound=nn.Module)
 
 
 class Variant(NamedTuple):
@@ -75,32 +67,3 @@ def _join(decoders: Mapping[str | None, Decoder]) -> Joined:
         base = next(iter(by_name.values())).base
         setattr(joined.get_submodule(parent), leaf, RoutedLora(base, by_name, routing))
     return Joined(joined, routing, list(decoders))
-
-
-_PACKED_BYTES = 2**30  # weights in total up to which a second copy is worth its memory
-
-
-class Packer:
-    """Replaces the linear layers of decoders on a CPU by `PackedLinear`, those with the same weight by the same one."""
-
-    def __init__(self, variants: Mapping[str | None, Variant], *, active: bool):
-        """active: False leaves all modules as they are."""
-        self._packed: dict[int, PackedLinear] = {}
-        weights = {weight.data_ptr(): weight for one in variants.values() for weight in one.model.parameters()}
-        small = sum(weight.nbytes for weight in weights.values()) <= _PACKED_BYTES
-        fits = all(weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in weights.values())
-        self._active = active and small and fits and can_pack()
-
-    def pack(self, module: M) -> M:
-        """Returns the module, or a copy of it with packed linear layers outside of the tower and the projector."""
-        return shallow_copy(module, self._replace) if self._active else module
-
-    def _replace(self, module: nn.Module) -> nn.Module | None:
-        if isinstance(module, Vision | Projector):  # always have many rows
-            return module
-        if not isinstance(module, Linear):
-            return None
-        key = module.weight.data_ptr()
-        if key not in self._packed:
-            self._packed[key] = PackedLinear(module)
-        return self._packed[key]

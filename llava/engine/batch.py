@@ -120,7 +120,7 @@ def _slots(one: Scheduled, page_size: int) -> list[int]:
 def _seq_lens(scheduled: Rest[Scheduled], device: torch.device) -> Tensor:
     """Returns [1, S]: for a prompt token, the length of the prompt; for a generated one, the length up to it.
 
-    These are the lengths that a prompt at once, followed by single steps, would have, whatever the chunks are.
+    The lengths are those of a whole prompt followed by single steps, whatever the chunks are.
     """
     lengths = [max(one.sequence.n_prompt, i + 1) for one in scheduled for i in _positions(one)]
     return torch.tensor(lengths, device=device)[None]

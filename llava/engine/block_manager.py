@@ -80,7 +80,7 @@ class BlockManager:
             self._cached.pop(page, None)
 
     def release(self, pages: Sequence[int]) -> None:
-        """Gives back one reference to each page. The last pages of a prefix are evicted before the first."""
+        """Drops one reference to each page. The last pages of a prefix are evicted before the first."""
         for page in reversed(pages):
             self._n_references[page] -= 1
             if self._n_references[page] == 0:

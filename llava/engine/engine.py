@@ -27,7 +27,8 @@ from llava.engine.input_processor import InputProcessor, Request
 from llava.engine.memory import n_pages
 from llava.engine.reply import Output, Reply, Stream
 from llava.engine.runner import Runner
-from llava.engine.sampling import NONE_ALLOWED, NOT_FINITE, SamplingParams
+from llava.engine.sampling import NONE_ALLOWED, NOT_FINITE
+from llava.engine.sampling_params import SamplingParams
 from llava.engine.scheduler import Scheduled, Scheduler
 from llava.engine.sequence import Beams, FinishReason, Sequence
 from llava.errors import ConfigError, LlavaError
@@ -89,7 +90,7 @@ class Engine:
         """Adds a request and returns its number. Its outputs are returned by `step`.
 
         input: a conversation, a raw prompt, (raw prompt, pictures), or a prepared input.
-        priority: requests with lower numbers are served first, but none waits for ever.
+        priority: requests with lower numbers are served first, but no request waits forever.
 
         Raises LlavaError if the input cannot be prepared or does not fit.
         """
@@ -233,10 +234,9 @@ class Engine:
             for one in scheduled:
                 if one.sequence.max_new_tokens == 0 == one.sequence.n_pending and not one.sequence.finish_reason:
                     self._finish(one.sequence, "length")
-            for group in {
-                id(one.sequence.beams): one.sequence.beams for one in scheduled if one.sequence.beams
-            }.values():
-                self._advance_beams(group)
+            for beams in dict.fromkeys(one.sequence.beams for one in scheduled):
+                if beams:
+                    self._advance_beams(beams)
         except BaseException:
             self._recover()
             raise
@@ -265,7 +265,7 @@ class Engine:
     def _compute(self, scheduled: list[Scheduled]) -> list[Token]:
         """Computes the scheduled tokens and draws the next ones. If this fails, computes each sequence separately.
 
-        So an error in one request, whatever it is, ends only this request.
+        An error in one request therefore ends only that request.
         """
         scheduled = [one for one in scheduled if one.sequence.request in self._unfinished]
         if not scheduled:
@@ -351,7 +351,7 @@ class Engine:
             self.scheduler.remove(one)
 
     def _recover(self) -> None:
-        """Starts over with all unfinished requests and an empty cache."""
+        """Restarts all unfinished requests with an empty cache."""
         for one in self._unfinished.values():
             one.rewind()
         self.scheduler.restart(self._unfinished.values())

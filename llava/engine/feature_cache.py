@@ -44,7 +44,7 @@ class FeatureCache:
         self._users.setdefault(key, set()).add(sequence)
 
     def release(self, keys: list[FeatureKey], sequence: int) -> None:
-        """Gives back the references of a sequence, then evicts unreferenced features beyond the capacity."""
+        """Drops the references of a sequence, then evicts unreferenced features beyond the capacity."""
         for key in keys:
             users = self._users.get(key)
             if users is not None:

@@ -12,7 +12,7 @@ from llava.config import IMAGE, EngineOptions, LlavaConfig
 from llava.engine.adapters import Variant
 from llava.engine.capture import Capture, Captured
 from llava.engine.detokenize import Detokenizer
-from llava.engine.sampling import SamplingParams
+from llava.engine.sampling_params import SamplingParams
 from llava.engine.sequence import Sequence, placed_images
 from llava.errors import ConfigError, PromptError
 from llava.preprocess.image import Picture

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from llava.config import DecoderConfig
 from llava.engine import batch
-from llava.engine.adapters import Joined, Packer, Variant, join
+from llava.engine.adapters import Joined, Variant, join
 from llava.engine.batch import Batch
 from llava.engine.feature_cache import FeatureCache
 from llava.engine.observe import record_attention, record_prompt_logprobs, record_states
+from llava.engine.packing import Packer
 from llava.engine.scheduler import Scheduled, feature_key
 from llava.engine.sequence import PlacedImage, Sequence
 from llava.model.batch_invariant import BatchInvariant

@@ -66,14 +66,14 @@ class Scheduler:
         insort(self.running if sequence.block_table else self.waiting, sequence, key=_order)
 
     def remove(self, sequence: Sequence) -> None:
-        """Removes a sequence that has finished, and gives back its pages and features."""
+        """Removes a finished sequence and releases its pages and features."""
         for sequences in (self.waiting, self.running):
             if sequence in sequences:
                 sequences.remove(sequence)
         self.release(sequence)
 
     def release(self, sequence: Sequence) -> None:
-        """Gives back the pages and features of a sequence."""
+        """Releases the pages and features of a sequence."""
         self.blocks.release(sequence.block_table)
         sequence.block_table = []
         self.features.release([feature_key(sequence, one) for one in sequence.images], sequence.id)
@@ -133,7 +133,7 @@ class Scheduler:
         return sequence.keys(self.blocks.page_size, sequence.total - 1) if sequence.uses_prefix_cache else []
 
     def _is_being_computed(self, step: Step, sequence: Sequence, n_pages: int) -> bool:
-        """Returns whether this step computes the first page that `sequence` could not reuse."""
+        """Returns whether this step computes the first page that is missing from the prefix cache for `sequence`."""
         missing = self._reusable(sequence)[n_pages : n_pages + 1] if self.blocks.prefix_cache else []
         return any(key.hash in step.page_hashes for key in missing)
 

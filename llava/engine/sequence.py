@@ -17,7 +17,7 @@ from llava.engine.beam import BeamSearch
 from llava.engine.block_manager import PageKey
 from llava.engine.capture import Capture, Captured
 from llava.engine.detokenize import Detokenizer
-from llava.engine.sampling import SamplingParams
+from llava.engine.sampling_params import SamplingParams
 from llava.errors import LlavaError
 from llava.preprocess.inputs import ModelInput
 
@@ -130,17 +130,17 @@ class Sequence:
         return self.page_keys[:n_pages]
 
     def images_in(self, start: int, end: int) -> Iterator[PlacedImage]:
-        """Yields the pictures that have tokens at positions from `start` up to, excluding, `end`."""
+        """Yields the pictures that have tokens at positions from `start` up to but not including `end`."""
         return (one for one in self.images if one.start < end and start < one.end)
 
     def forget_computed(self) -> None:
-        """Sets the counters back, so that all tokens are computed again; drops what has been captured about them."""
+        """Resets the counters, so that all tokens are computed again, and drops what has been captured about them."""
         self.computed = self.n_reused = self.n_registered = 0
         self.captured.states.clear()
         self.captured.attention.clear()
 
     def rewind(self) -> None:
-        """After an interrupt, takes back what a step may have done by half: its token, and the end of the reply.
+        """After an interrupt, undoes what a step may have left half done: its token, and the end of the reply.
 
         The token is drawn again, as draws depend only on the seed and the index of the token. A beam search starts
         over.

@@ -1,4 +1,4 @@
-"""Computes each token in the same way whatever else is in the batch, so that its logits are equal bit by bit.
+"""Computes each token independently of the rest of the batch, so that its logits are bit-identical.
 
 The libraries choose the order of additions by the shapes of a product, so a row's result changes with the number of
 rows beside it. Here, all products have fixed shapes: rows are computed in tiles of `_ROWS`, padded with zeros, and each

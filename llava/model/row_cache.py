@@ -1,7 +1,7 @@
 """Dense copies of the keys and values of decoding sequences, for CPUs.
 
 A CPU decodes at the speed at which it reads the cache, and gathering scattered pages for each step and layer reads and
-writes everything once more. So the rows that are decoding are kept in dense tensors beside the pages: a row is copied
+writes everything once more. The rows that are decoding are therefore also kept in dense tensors: a row is copied
 when it starts to decode, and from then on each step adds a token to both. Rows that begin with the same pages, such as
 questions about one picture, keep only their later tokens; their common beginning is read once for all of them.
 

@@ -13,7 +13,7 @@ from llava.assistant import Assistant, question_about
 from llava.config import EngineOptions
 from llava.engine.adapters import join
 from llava.engine.engine import Request
-from llava.engine.sampling import SamplingParams
+from llava.engine.sampling_params import SamplingParams
 from llava.errors import ConfigError
 from tests import tiny
 

@@ -10,7 +10,7 @@ import torch
 import llava
 from llava.config import IMAGE, EngineOptions
 from llava.engine.engine import Request
-from llava.engine.sampling import SamplingParams
+from llava.engine.sampling_params import SamplingParams
 from tests import tiny
 from tests.oracles.test_transformers import PICTURE, PROMPT, random_llama, random_llava
 

@@ -11,7 +11,7 @@ import llava
 from llava.config import EngineOptions
 from llava.engine.capture import Capture, Captured
 from llava.engine.engine import Engine, Request
-from llava.engine.sampling import SamplingParams
+from llava.engine.sampling_params import SamplingParams
 from llava.errors import ConfigError
 from tests import tiny
 from tests.oracles.test_transformers import PICTURE, PROMPT, random_llama

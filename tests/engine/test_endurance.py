@@ -11,7 +11,7 @@ from PIL import Image
 import llava
 from llava.config import EngineOptions
 from llava.engine.engine import Engine, Request
-from llava.engine.sampling import SamplingParams
+from llava.engine.sampling_params import SamplingParams
 from llava.model.paged import cache_bytes_per_token
 from tests import tiny
 

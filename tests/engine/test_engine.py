@@ -19,7 +19,7 @@ from llava.config import EngineOptions
 from llava.engine import input_processor
 from llava.engine.engine import Engine, Request
 from llava.engine.reply import Output
-from llava.engine.sampling import SamplingParams
+from llava.engine.sampling_params import SamplingParams
 from llava.errors import ConfigError, ImageError, LlavaError, PromptError
 from llava.model.paged import cache_bytes_per_token
 

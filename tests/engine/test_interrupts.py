@@ -14,7 +14,7 @@ from llava.assistant import Assistant
 from llava.config import EngineOptions
 from llava.engine.engine import Engine
 from llava.engine.reply import Reply
-from llava.engine.sampling import SamplingParams
+from llava.engine.sampling_params import SamplingParams
 from tests.asking import opened
 
 FOLDER = str(Path(llava.engine.__file__).parent)

@@ -10,7 +10,7 @@ import torch
 import llava
 from llava.config import EngineOptions
 from llava.engine.memory import free_bytes, n_pages
-from llava.engine.sampling import SamplingParams
+from llava.engine.sampling_params import SamplingParams
 from llava.errors import ConfigError, PromptError
 from tests.command import assert_one_line_error, run, run_well
 from tests.oracles.test_transformers import PICTURE, PROMPT

@@ -11,7 +11,7 @@ import llava
 from llava.assistant import Assistant, question_about
 from llava.config import EngineOptions
 from llava.engine.engine import Engine
-from llava.engine.sampling import SamplingParams
+from llava.engine.sampling_params import SamplingParams
 from llava.errors import LlavaError, PromptError
 from llava.model.paged import cache_bytes_per_token
 from llava.preprocess.inputs import ModelInput

@@ -19,7 +19,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from llava.engine.sampling import RowError, SamplingParams, gumbel_noise, process, sample, top_logprobs, warp
+from llava.engine.sampling import RowError, gumbel_noise, process, sample, top_logprobs, warp
+from llava.engine.sampling_params import SamplingParams
 from llava.errors import ConfigError
 
 

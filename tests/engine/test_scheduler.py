@@ -6,7 +6,7 @@ import torch
 from llava.engine.block_manager import BlockManager
 from llava.engine.detokenize import Detokenizer
 from llava.engine.feature_cache import FeatureCache
-from llava.engine.sampling import SamplingParams
+from llava.engine.sampling_params import SamplingParams
 from llava.engine.scheduler import Scheduler, Step, feature_key
 from llava.engine.sequence import PlacedImage, Sequence
 

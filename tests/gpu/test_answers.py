@@ -11,7 +11,7 @@ from torch import Tensor
 import llava
 from llava.assistant import Assistant
 from llava.config import EngineOptions
-from llava.engine.sampling import SamplingParams
+from llava.engine.sampling_params import SamplingParams
 from llava.model.attention import AttentionContext, DenseCacheContext
 from llava.model.kv_cache import KVCache
 from llava.model.llava import Llava
