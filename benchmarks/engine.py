@@ -113,7 +113,7 @@ def ours(**more: bool) -> Work:
 def before() -> Work:
     """The engine of the checkout, which comes first in this process's path."""
     import llava
-    from llava.engine.sampling_params import SamplingParams
+    from llava.engine.sampling import SamplingParams  # where it was in that commit
 
     vlm = llava.load()
     engine: Any = vlm.engine
