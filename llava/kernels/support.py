@@ -1,0 +1,64 @@
+"""Which kernels can run here, and the parts of Triton that their files use.
+
+A kernel file contains the Triton kernel, an eager twin and one function that calls whichever can run. With Triton's
+interpreter (environment variable TRITON_INTERPRET=1), the kernels run on a CPU, for tests.
+"""
+
+import shutil
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+
+
+def _imported(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError:
+        return None
+
+
+triton, tl = _imported("triton"), _imported("triton.language")
+_cuda = _imported("triton.language.extra.cuda")
+gdc_wait, gdc_launch_dependents = (getattr(_cuda, name, None) for name in ("gdc_wait", "gdc_launch_dependents"))
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """Compiles a Triton kernel at its first launch. Without Triton, returns the function, which cannot be called."""
+    return function if triton is None else triton.jit(function)
+
+
+def is_interpreted() -> bool:
+    """Returns whether Triton's interpreter runs the kernels, on any device."""
+    return triton is not None and triton.knobs.runtime.interpret
+
+
+@cache
+def why_not(device: torch.device) -> str | None:
+    """Returns why Triton kernels cannot run on a device, or None if they can."""
+    if triton is None:
+        return "Triton is not installed, or cannot be imported"
+    if is_interpreted():
+        return None
+    if device.type != "cuda":
+        return f"the device is {device.type}, not cuda"
+    if not any(map(shutil.which, ("gcc", "clang", "cc"))):
+        return "there is no C compiler, which Triton needs"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    return None
+
+
+def can_run(device: torch.device) -> bool:
+    """Returns whether Triton kernels can run on a device."""
+    return why_not(device) is None
+
+
+@cache
+def has_dependent_launch(device: torch.device) -> bool:
+    """Returns whether a kernel can start while its predecessor drains (programmatic dependent launch; Hopper)."""
+    if gdc_wait is None or is_interpreted() or device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
