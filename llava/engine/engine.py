@@ -289,7 +289,13 @@ class Engine:
             cache = PagedCache(
                 model.config.decoder, self.blocks.n_pages, self.blocks.page_size, dtype=model.dtype, device=model.device
             )
-            self._runner = Runner(self.variants, cache, self.features, batch_invariant=self.options.batch_invariant)
+            self._runner = Runner(
+                self.variants,
+                cache,
+                self.features,
+                batch_invariant=self.options.batch_invariant,
+                graphs=self.options.graphs,
+            )
         return self._runner
 
     def _append(self, token: Token) -> None:
