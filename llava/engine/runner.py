@@ -26,6 +26,7 @@ from llava.engine.observe import record_attention, record_prompt_logprobs, recor
 from llava.engine.packing import Packer
 from llava.engine.scheduler import Scheduled, feature_key
 from llava.engine.sequence import PlacedImage, Sequence
+from llava.engine.vision_graphs import VisionGraphs
 from llava.model.batch_invariant import BatchInvariant
 from llava.model.decoder import Decoder
 from llava.model.paged import PagedCache
@@ -44,7 +45,9 @@ class Runner:
         *,
         max_batch: int,
         batch_invariant: bool = False,
+        graphs: bool = False,
     ):
+        """graphs: whether to run the vision towers as CUDA graphs, on a GPU."""
         self.cache, self.features = cache, features
         # the newest token of each running sequence, in its `pool_slot`; -1: none could be drawn
         self.pool = torch.zeros(max_batch, dtype=torch.int64, device=cache.k.device)
@@ -57,6 +60,7 @@ class Runner:
         self.dense = {
             first: RowCaches(cache, share=can_share(variants[first].model.config.decoder)) for first in firsts
         }
+        self.graphs = VisionGraphs() if graphs and cache.k.device.type == "cuda" else None
         self.seconds: dict[str, float] = defaultdict(float)  # spent on vision, prefill and decode
         self.seconds_per_view = 0.0  # of the most recent pictures
 
@@ -120,8 +124,12 @@ class Runner:
         if self.batch_invariant and len(images) > 1:
             return [features for image in images for features in self._encode(adapter, [image])]
         model = self.models[adapter]
-        pixels = to_device(torch.cat([image.pixels for image in images]), model.dtype, model.device)
-        return model.encode_images(pixels, [len(image.pixels) for image in images], [image.grid for image in images])
+        pixels = _joined([image.pixels for image in images], page_locked=model.device.type == "cuda")
+        if self.graphs:
+            features = self.graphs.features(model, pixels)
+        else:
+            features = model.view_features(pixels.to(model.device, model.dtype, non_blocking=True))
+        return model.pack_images(features, [len(image.pixels) for image in images], [image.grid for image in images])
 
     def _run_joined(self, joined: Joined, scheduled: Rest[Scheduled]) -> Iterator[Logits]:
         """Runs the tokens of the variants whose decoders are joined."""
@@ -203,6 +211,15 @@ class Runner:
                 record_prompt_logprobs(one, states[0, start : start + one.n_tokens], head)
         final: Tensor = states[0]
         return final
+
+
+def _joined(pixels: Rest[Tensor], *, page_locked: bool) -> Tensor:
+    """Concatenates the views of pictures. A GPU copies from page-locked memory while the CPU goes on."""
+    if not page_locked:
+        return torch.cat(list(pixels))
+    n_views = sum(map(len, pixels))
+    joined = torch.empty(n_views, *pixels[0].shape[1:], dtype=pixels[0].dtype, pin_memory=True)
+    return torch.cat(list(pixels), out=joined)
 
 
 def _partial_new_pages(scheduled: Rest[Scheduled], page_size: int) -> Iterator[int]:
