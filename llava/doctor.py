@@ -204,7 +204,7 @@ def _triton() -> Iterator[Finding]:
     device = resolve_device("auto")
     problem = why_not(device)
     how = "in Triton's interpreter, for tests" if is_interpreted() else f"on {device}"
-    text = f"do not run, as {problem}; eager twins do" if problem else f"run {how}"
+    text = f"not in use, as {problem}; their eager twins are" if problem else how
     yield Finding("triton kernels", text, {"run": problem is None, "why_not": problem})
     launch = has_dependent_launch(device)
     text = (

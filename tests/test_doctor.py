@@ -67,7 +67,7 @@ def test_a_gpu_is_reported_with_its_memory():
 
 @pytest.mark.skipif(triton is None, reason="needs Triton: pip install triton -c constraints.txt")
 def test_the_interpreter_is_named():
-    assert "run in Triton's interpreter" in report(command=LLAVA, TRITON_INTERPRET=1)
+    assert "in Triton's interpreter, for tests" in report(command=LLAVA, TRITON_INTERPRET=1)
 
 
 @pytest.mark.parametrize(
