@@ -23,5 +23,5 @@ EXCEPTIONS = {
     "llava {} --base {} --target {}-merged --{} {}": _ZOO,
     "llava convert {} {}-native --to native{}": _ZOO,
     "pip install '{}[{}]'": "a line of the doctor's report, which would install packages",
-    "the folder for compiled kernels {}": "needs other environment variables; tests/cli/test_kernel_cache.py follows it",
+    "the folder for compiled kernels {}": "needs environment variables; tests/cli/test_kernel_cache.py follows it",
 }
