@@ -1,0 +1,465 @@
+"""Our cases of `gpu.py`, measured through the engine of an `Assistant` with a random model of the published shapes."""
+
+import gc
+import io
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ceilings import tower_flops
+from gpu_profile import profiled, table
+from gpu_setup import CLIP_BATCHES, DECODE_ROWS, Lengths, Measured, Setup, Skipped, Work, random_ids
+from PIL import Image
+from prefill import flops
+from result import OURS
+from shapes import Noise, llava_config, mpt_config, random_llava
+from timing import Target
+
+from llava.assistant import LLAVA_TINY, Assistant, question_about
+from llava.checkpoint.open import open_checkpoint
+from llava.config import IMAGE, EngineOptions, LlavaConfig
+from llava.engine.engine import Engine
+from llava.engine.memory import free_bytes
+from llava.engine.sampling_params import SamplingParams
+from llava.model.paged import cache_bytes_per_token
+from llava.preprocess.inputs import ModelInput, Preprocessor
+from llava.preprocess.tokenizer import Token
+
+HIDE = "GPU_BENCHMARK_WITHOUT_SIMPLEJPEG"  # set in the process of `first-token-jpeg-pillow`
+_SLACK = 32  # tokens that a row of the cache has beyond the longest request: partly filled pages, steps in flight
+
+
+class EndlessTokenizer:
+    """The tokenizer of llava-tiny, in which no id ends a reply, and every id below the model's vocabulary is a token."""
+
+    bos_id = eos_id = pad = None
+    special: frozenset[int] = frozenset()
+
+    def __init__(self, vocab_size: int):
+        self.real, self.size = open_checkpoint(LLAVA_TINY).tokenizer, vocab_size
+
+    def encode_tokens(self, text: str) -> list[Token]:
+        return [token._replace(id=token.id % self.size) for token in self.real.encode_tokens(text)]
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        return self.real.decode([id % self.real.size for id in ids], skip_special)
+
+    def id_of(self, text: str) -> int | None:
+        return None
+
+
+class Ours:
+    """A random model and the engine of the current case. Cases with the same engine share it."""
+
+    def __init__(self, setup: Setup, config: LlavaConfig):
+        self.setup, self.target, self.lengths, self.config = setup, setup.target, setup.lengths, config
+        self.model = random_llava(config, self.target)
+        state = self.model.state_dict()
+        self.weight_bytes = sum(
+            t.nbytes
+            for name, t in state.items()
+            if name.startswith("decoder.") and (config.decoder.tied or name != "decoder.embed.weight")
+        )
+        self._key: Any = None
+        self._assistant: Assistant | None = None
+
+    def assistant(self, rows: int, row_tokens: int, *, prefix_cache: bool = False) -> Assistant:
+        """An assistant that runs `rows` requests of `row_tokens` tokens at once. Kept until another one is needed."""
+        key = (rows, row_tokens, prefix_cache)
+        if self._assistant is None or self._key != key:
+            self.free()
+            options = EngineOptions(
+                max_batch=rows, prefix_cache=prefix_cache, cache_memory=self.cache_bytes(rows * (row_tokens + _SLACK))
+            )
+            tokenizer: Any = EndlessTokenizer(self.config.decoder.vocab_size)
+            preprocessor = Preprocessor(self.config, tokenizer, template="vicuna_v1")
+            self._assistant, self._key = Assistant(self.model, preprocessor, options=options), key
+        return self._assistant
+
+    def cache_bytes(self, tokens: int) -> int:
+        copies = 1 if self.target.on_gpu else 2
+        return copies * tokens * cache_bytes_per_token(self.config.decoder, self.target.dtype)
+
+    def rows_that_fit(self, rows: int, row_tokens: int) -> int:
+        """At most `rows`, as many as 85 % of the free memory holds."""
+        self.free()
+        return max(1, min(rows, int(0.85 * free_bytes(self.target.device)) // self.cache_bytes(row_tokens + _SLACK)))
+
+    def free(self) -> None:
+        """Frees the engine with its cache and graphs."""
+        self._assistant = self._key = None
+        gc.collect()
+        if self.target.on_gpu:
+            torch.cuda.empty_cache()
+
+    @contextmanager
+    def timed(self, case: str) -> Iterator[None]:
+        """Surrounds what is timed; with --profile, records it."""
+        if not self.setup.profile:
+            yield
+            return
+        with profiled(self.target) as spans:
+            yield
+        raise Skipped(f"profiled, not timed: {case}\n{table(spans)}")
+
+    def measured(self, case: str, unit: str, values: Sequence[float], work: Work | None, **figures: Any) -> Measured:
+        return Measured(case=case, contestant=OURS, values=values, unit=unit, work=work, figures=figures)
+
+    # --- decoding ---------------------------------------------------------------------------------------------------
+
+    def decode_work(self, rows: int, cached: float, steps: int = 1) -> Work:
+        """The least for `steps` steps of `rows` rows with `cached` tokens in the cache of each."""
+        decoder = self.config.decoder
+        read = self.weight_bytes + rows * cached * cache_bytes_per_token(decoder, self.target.dtype)
+        weights = self.weight_bytes / self.target.dtype.itemsize
+        attention = 4.0 * cached * decoder.n_heads * decoder.head_dim * decoder.n_layers
+        return Work(n_bytes=steps * read, flops=steps * rows * (2 * weights + attention), amount=steps * rows)
+
+    def decode_one(self, case: str, cached: int) -> Measured:
+        """Tokens per second of one reply, from its first to its last token, with `cached` tokens in the middle."""
+        room = 2 * (self.config.decoder.max_seq - cached) - 2
+        steps = min(self.lengths.steps, room)
+        prompt = cached - steps // 2
+        engine = self.shared_engine() if self.config.vision else self.assistant(1, prompt + steps).engine
+        input = text_input(self.config, prompt, seed=1)
+
+        def tokens_per_s(n: int) -> float:
+            (reply,) = engine.generate([input], SamplingParams(max_new_tokens=n + 1))
+            assert len(reply.token_ids) == n + 1
+            return n / reply.timings.decode_s
+
+        tokens_per_s(min(16, steps))
+        if self.setup.profile:
+            self.profile_rows(case, engine, 1, prompt)
+        values = [tokens_per_s(steps) for _ in range(self.lengths.runs)]
+        return self.measured(case, "tok/s", values, self.decode_work(1, prompt + steps / 2), prompt=prompt, steps=steps)
+
+    def decode_many(self, case: str, rows: int) -> Measured:
+        """Tokens per second of `rows` requests, over steps in which all of them decode."""
+        n = self.lengths
+        prompt = n.cached - n.row_steps // 2 - lead_in(rows, n) // 2
+        decoding = Decoding(self.shared_engine(), self.config, rows, prompt, self.max_new(rows))
+        decoding.warm_up()
+        self.target.synchronize()
+        cached = decoding.tokens_cached()
+        with self.timed(case):
+            per_chunk = 2 if self.setup.profile else max(1, n.row_steps // 8)
+            seconds = [decoding.seconds(per_chunk) for _ in range(8)]
+        cached = (cached + decoding.tokens_cached()) / 2
+        steps = len(seconds) * per_chunk
+        decoding.stop(steps)
+        values = [rows * per_chunk / s for s in seconds]
+        return self.measured(case, "tok/s", values, self.decode_work(rows, cached), cached=round(cached), steps=steps)
+
+    def profile_rows(self, case: str, engine: Engine, rows: int, prompt: int) -> None:
+        decoding = Decoding(engine, self.config, rows, prompt, 64)
+        decoding.warm_up()
+        with self.timed(case):
+            decoding.seconds(10)
+
+    def max_new(self, rows: int) -> int:
+        return self.lengths.row_steps + 2 * lead_in(rows, self.lengths) + 24
+
+    def shared_engine(self) -> Engine:
+        """The engine of all cases without prefix cache: 128 requests at once."""
+        n, rows = self.lengths, max(DECODE_ROWS.values())
+        return self.assistant(rows, n.cached + n.row_steps // 2 + lead_in(rows, n) + 16).engine
+
+    # --- pictures ---------------------------------------------------------------------------------------------------
+
+    def picture_input(self, seed: int) -> ModelInput:
+        """A picture of random pixels and random text tokens."""
+        assert self.config.vision
+        n, text = self.config.vision.n_features, self.lengths.text
+        ids = random_ids(text, self.config.decoder.vocab_size, seed)
+        side = self.config.vision.image_size
+        pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(seed))
+        return picture_input(ids, pixels, n)
+
+    def first_token(self, case: str) -> Measured:
+        """Milliseconds from preprocessed pixels on the host and token ids to the first token. No cache can help."""
+        engine, n = self.shared_engine(), self.lengths.first_tokens
+        inputs = [self.picture_input(seed) for seed in range(n + 3)]
+        values = self.first_tokens(case, engine, inputs)
+        return self.measured(case, "ms", values, Work(flops=flops(self.config, len(inputs[0].ids))))
+
+    def first_tokens(self, case: str, engine: Engine, inputs: Sequence[Any]) -> list[float]:
+        """Milliseconds to the first token of each request, except for three that warm up."""
+
+        def ms(input: Any) -> float:
+            started = time.perf_counter()
+            stream = engine.stream(input, SamplingParams(max_new_tokens=1))
+            for _ in stream:
+                pass
+            seconds = time.perf_counter() - started
+            assert len(stream.reply().token_ids) == 1
+            return 1e3 * seconds
+
+        for input in inputs[:3]:
+            ms(input)
+        with self.timed(case):
+            return [ms(input) for input in inputs[3:][: 5 if self.setup.profile else None]]
+
+    def first_token_jpeg(self, case: str) -> Measured:
+        """Milliseconds from the bytes of a JPEG file and a question to the first token."""
+        decoder = jpeg_decoder()
+        assistant, n = self._shared_assistant(), self.lengths.first_tokens
+        pictures = jpegs(n + 3, self.lengths.jpeg)
+        requests = [question_about(picture, "What is unusual about this picture?") for picture in pictures]
+        wrong = sum(self.differing_values(assistant, *pair) for pair in zip(requests[:3], pictures, strict=False))
+        if wrong:
+            raise AssertionError(f"{wrong} of the values of three pictures differ from Pillow's")
+        values = self.first_tokens(case, assistant.engine, requests)
+        figures = {"decoder": decoder, "megabytes": round(len(pictures[0]) / 1e6, 2), "values_unlike_pillow": wrong}
+        return self.measured(case, "ms", values, None, **figures)
+
+    def _shared_assistant(self) -> Assistant:
+        self.shared_engine()
+        assert self._assistant
+        return self._assistant
+
+    def differing_values(self, assistant: Assistant, messages: Any, jpeg: bytes) -> int:
+        """Compares the 8-bit values of the prepared picture with those of Pillow, which decodes and resizes it."""
+        image = self.config.image
+        assert image
+        pixels = assistant.prepare(messages).pixels
+        assert pixels is not None
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (image.mean, image.std))
+        ours = ((pixels[0].float().cpu() * std + mean) * 255).round().to(torch.uint8)
+        picture = Image.open(io.BytesIO(jpeg)).convert("RGB")
+        side = max(picture.size)
+        canvas = Image.new("RGB", (side, side), tuple(int(255 * channel) for channel in image.mean))
+        canvas.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+        resized = np.array(canvas.resize((image.size, image.size), Image.Resampling.BICUBIC))
+        return int((ours != torch.from_numpy(resized).permute(2, 0, 1)).sum())
+
+    @torch.inference_mode()
+    def clip(self, case: str, batch: int) -> Measured:
+        """Pictures per second through the tower, several batches of pixels on the device one after the other."""
+        tower = self.config.vision
+        assert tower
+        encode, n = tower_of(self._shared_assistant()), self.lengths.clip_batches
+        shape = (batch, 3, tower.image_size, tower.image_size)
+        pixels = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(
+            self.target.device, self.target.dtype
+        )
+        for _ in range(3):
+            encode(pixels)
+        with self.timed(case):
+            seconds = [self.target.seconds(lambda: [encode(pixels) for _ in range(n)]) for _ in range(5)]
+        work = Work(flops=tower_flops(tower) * batch, amount=batch)
+        return self.measured(case, "images/s", [batch * n / s for s in seconds], work)
+
+    # --- many requests ----------------------------------------------------------------------------------------------
+
+    def requests(self, case: str) -> Measured:
+        """Requests per second: many at once, each about a picture of its own."""
+        engine, n = self.shared_engine(), self.lengths
+        length = len(self.picture_input(0).ids)
+
+        def seconds(first: int, new: int) -> float:
+            inputs = [self.picture_input(seed) for seed in range(first, first + n.requests)]
+            started = time.perf_counter()
+            replies = engine.generate(inputs, SamplingParams(max_new_tokens=new))
+            elapsed = time.perf_counter() - started
+            assert all(len(reply.token_ids) == new for reply in replies)
+            return elapsed
+
+        seconds(1000, min(8, n.new))
+        with self.timed(case):
+            runs = [seconds(2000 + 1000 * i, n.new) for i in range(1 if self.setup.profile else 2)]
+        steps = self.decode_work(n.requests, length + n.new / 2, n.new - 1)
+        work = Work(
+            n_bytes=steps.n_bytes, flops=n.requests * flops(self.config, length), amount=n.requests, in_turn=True
+        )
+        return self.measured(case, "requests/s", [n.requests / s for s in runs], work, prompt=length, new=n.new)
+
+    def prefix(self, case: str) -> Measured:
+        """How many times as fast questions about one picture are answered with the prefix cache as without it."""
+        runs = {use: self.questions_per_s(case, use) for use in (True, False)}
+        values = [a / b for a, b in zip(runs[True], runs[False], strict=True)]
+        return self.measured(case, "times", values, None, with_cache=max(runs[True]), without=max(runs[False]))
+
+    def questions_per_s(self, case: str, prefix_cache: bool) -> list[float]:
+        n, vocab = self.lengths, self.config.decoder.vocab_size
+        assert self.config.vision
+        length = self.config.vision.n_features + n.text
+        own = length + n.question_new if not prefix_cache else n.text + n.question_new + 16
+        rows = self.rows_that_fit(n.questions, own)
+        engine = self.assistant(
+            rows, own if prefix_cache else length + n.question_new, prefix_cache=prefix_cache
+        ).engine
+
+        def seconds(seed: int, new: int) -> float:
+            picture = self.picture_input(seed).pixels
+            assert picture is not None and self.config.vision
+            inputs = [
+                picture_input(random_ids(n.text, vocab, seed + i + 1), picture, self.config.vision.n_features)
+                for i in range(n.questions)
+            ]
+            started = time.perf_counter()
+            engine.generate(inputs, SamplingParams(max_new_tokens=new))
+            return time.perf_counter() - started
+
+        seconds(10**6, 3)
+        with self.timed(f"{case}, prefix_cache={prefix_cache}"):
+            return [n.questions / seconds(2 * 10**6, n.question_new)]
+
+    # --- ceilings ---------------------------------------------------------------------------------------------------
+
+    def ceilings(self, case: str) -> list[Measured]:
+        """Bytes per second read, and operations per second of a matrix product."""
+        tiny, target = self.setup.size == "tiny", self.target
+        n_bytes, side, repeats = (2**24, 256, 1) if tiny else (2**32, 8192, 10)
+        values = torch.empty(n_bytes // target.dtype.itemsize, dtype=target.dtype, device=target.device)
+        Noise(target).fill(values)
+        read = [best_rate(target, values.max, repeats), best_rate(target, values.view(torch.int32).max, repeats)]
+        del values
+        a, b = (torch.randn(side, side, device=target.device).to(target.dtype) for _ in "ab")
+        product = best_rate(target, lambda: a @ b, repeats)
+        return [
+            self.measured("bandwidth", "TB/s", [n_bytes * rate / 1e12 for rate in max(read)], None),
+            self.measured("product", "TFLOP/s", [2 * side**3 * rate / 1e12 for rate in product], None, side=side),
+        ]
+
+    def measure(self, case: str) -> list[Measured]:
+        n = self.lengths
+        cases: dict[str, Callable[[str], Measured | list[Measured]]] = {
+            "ceilings": self.ceilings,
+            "decode-1": partial(self.decode_one, cached=n.cached),
+            "decode-4000": partial(self.decode_one, cached=n.long),
+            **{name: partial(self.decode_many, rows=rows) for name, rows in DECODE_ROWS.items()},
+            "first-token": self.first_token,
+            "first-token-jpeg": self.first_token_jpeg,
+            "first-token-jpeg-pillow": self.first_token_jpeg,
+            **{name: partial(self.clip, batch=batch) for name, batch in CLIP_BATCHES.items()},
+            "requests-128": self.requests,
+            "prefix": self.prefix,
+            "mpt": partial(self.decode_one, cached=n.cached),
+        }
+        found = cases[case](case)
+        return found if isinstance(found, list) else [found]
+
+
+class Decoding:
+    """Requests that decode together."""
+
+    def __init__(self, engine: Engine, config: LlavaConfig, rows: int, prompt: int, new: int):
+        self.engine, self.rows, self.prompt = engine, rows, prompt
+        self.params = SamplingParams(max_new_tokens=new)
+        inputs = [text_input(config, prompt, seed=i) for i in range(rows)]
+        self.requests = [engine.add_request(input, self.params) for input in inputs]
+        self.generated: Counter[int] = Counter()
+
+    def step(self) -> None:
+        for output in self.engine.step():
+            if output.finish_reason:
+                raise AssertionError(f"a request ended during the measurement: {output}")
+            self.generated[output.request] += len(output.token_ids)
+
+    def warm_up(self) -> None:
+        """Computes the prompts, and the first steps in which all rows decode."""
+        while len(self.generated) < self.rows:
+            self.step()
+        for _ in range(8):
+            self.step()
+        self.counted = self.generated.total()
+
+    def seconds(self, steps: int) -> float:
+        started = time.perf_counter()
+        for _ in range(steps):
+            self.step()
+        return time.perf_counter() - started
+
+    def tokens_cached(self) -> float:
+        """Tokens in the cache of a row, on average."""
+        return self.prompt + self.generated.total() / self.rows
+
+    def stop(self, steps: int) -> None:
+        """Ends the requests. Raises AssertionError if not every row decoded in each of the `steps` timed steps."""
+        new = self.generated.total() - self.counted
+        for request in self.requests:
+            self.engine.abort(request)
+        while self.engine.has_requests:
+            self.engine.step()
+        # the detokenizer keeps up to a few ids of each row back, until their text is final
+        if not self.rows * (steps - 4) <= new <= self.rows * (steps + 4):
+            raise AssertionError(f"{steps} steps of {self.rows} rows returned {new} tokens")
+
+
+def lead_in(rows: int, lengths: Lengths) -> int:
+    """About how many tokens the first row decodes while the prompts of the others are computed."""
+    return -(-rows * lengths.cached // 2048)
+
+
+def text_input(config: LlavaConfig, n: int, seed: int) -> ModelInput:
+    ids = random_ids(n, config.decoder.vocab_size, seed)
+    return ModelInput(prompt="", token_ids=ids.tolist(), ids=ids, labels=ids)
+
+
+def picture_input(text_ids: torch.Tensor, pixels: torch.Tensor, n_features: int) -> ModelInput:
+    """A prompt with a picture from its fifth position on."""
+    ids = torch.cat([text_ids[:4], torch.full((n_features,), IMAGE), text_ids[4:]])
+    token_ids = [*text_ids[:4].tolist(), IMAGE, *text_ids[4:].tolist()]
+    return ModelInput(prompt="", token_ids=token_ids, ids=ids, labels=ids, pixels=pixels, views=[1], grids=[None])
+
+
+def tower_of(assistant: Assistant) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What computes the features of pixels [views, 3, size, size] for the engine."""
+    return assistant.vision_features
+
+
+def best_rate(target: Target, work: Callable[[], object], repeats: int) -> list[float]:
+    """Calls of `work` per second, in several runs."""
+    work()
+    return [repeats / target.seconds(lambda: [work() for _ in range(repeats)]) for _ in range(10)]
+
+
+def jpeg_decoder() -> str:
+    """The library that decodes JPEG files: simplejpeg if it can be imported."""
+    try:
+        import simplejpeg  # type: ignore[import-not-found]
+    except ImportError as error:
+        if os.environ.get(HIDE):
+            return "Pillow"
+        raise Skipped("simplejpeg is not installed") from error
+    return f"simplejpeg {getattr(simplejpeg, '__version__', '')}".strip()
+
+
+def hide_simplejpeg(folder: Path) -> None:
+    """Writes a module that fails when it is imported in place of simplejpeg, for a process with `folder` in its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "simplejpeg.py").write_text("raise ImportError('hidden by the benchmark')\n")
+
+
+def jpegs(n: int, size: tuple[int, int]) -> list[bytes]:
+    """Files of quality 90 with smooth gradients, noise and shapes, each with a rectangle of its own."""
+    generator = np.random.default_rng(1)
+    coarse = generator.integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    picture = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+    grain = generator.normal(0, 4, (size[1], size[0], 1))
+    picture = Image.fromarray((np.asarray(picture) + grain).clip(0, 255).astype(np.uint8))
+    found = []
+    for _ in range(n):
+        x, y = (int(generator.integers(0, side // 2)) for side in size)
+        colour = tuple(int(value) for value in generator.integers(0, 256, 3))
+        picture.paste(colour, (x, y, x + size[0] // 5, y + size[1] // 4))
+        out = io.BytesIO()
+        picture.save(out, "JPEG", quality=90)
+        found.append(out.getvalue())
+    return found
+
+
+def llava(setup: Setup) -> Ours:
+    return Ours(setup, llava_config(setup.size, setup.layers, vision=True))
+
+
+def mpt(setup: Setup) -> Ours:
+    return Ours(setup, LlavaConfig(decoder=mpt_config(setup.size, setup.layers)))
