@@ -24,7 +24,7 @@ from typing import IO, Annotated, Any
 
 import typer
 from gpu_aims import Card, Failure, rows
-from gpu_ours import HIDE, hide_simplejpeg
+from gpu_inputs import HIDE, hide_simplejpeg
 from gpu_setup import CLIP_BATCHES, DECODE_ROWS, Measured, Setup
 from gpu_worker import Worker, WorkerFailed, python_path
 from result import OURS, PEER, ROOT, Commit, Out, command, machine
@@ -239,21 +239,8 @@ def print_table(found: dict[str, Any]) -> None:
     """Prints the rows. The JSON is left to the file: it is too long for a terminal."""
     title = f"{found['card']['name']}, commit {found['commit']}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    columns = (
-        "case",
-        "llava",
-        "unit",
-        "min",
-        "max",
-        "runs",
-        "peers",
-        "limit",
-        "share",
-        "required",
-        "stretch",
-        "reached",
-    )
-    for i, column in enumerate(columns):
+    measured, judged = "case llava unit min max runs peers", "limit share required stretch reached"
+    for i, column in enumerate(f"{measured} {judged}".split()):
         table.add_column(column, justify="left" if i in (0, 2, 6) else "right", overflow="fold")
     for one in found["rows"]:
         table.add_row(*cells(one))

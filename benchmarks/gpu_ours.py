@@ -1,58 +1,42 @@
 """Our cases of `gpu.py`, measured through the engine of an `Assistant` with a random model of the published shapes."""
 
 import gc
-import io
-import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from ceilings import tower_flops
+from gpu_decoding import Decoding, lead_in
+from gpu_inputs import (
+    EndlessTokenizer,
+    jpeg_decoder,
+    jpegs,
+    picture_input,
+    random_ids,
+    random_picture_input,
+    random_pixels,
+    text_input,
+    values_unlike_pillow,
+)
 from gpu_profile import profiled, table
-from gpu_setup import CLIP_BATCHES, DECODE_ROWS, Lengths, Measured, Setup, Skipped, Work, random_ids
-from PIL import Image
+from gpu_setup import CLIP_BATCHES, DECODE_ROWS, Measured, Setup, Skipped, Work
 from prefill import flops
 from result import OURS
 from shapes import Noise, llava_config, mpt_config, random_llava
 from timing import Target
 
-from llava.assistant import LLAVA_TINY, Assistant, question_about
-from llava.checkpoint.open import open_checkpoint
-from llava.config import IMAGE, EngineOptions, LlavaConfig
+from llava.assistant import Assistant, question_about
+from llava.config import EngineOptions, LlavaConfig
 from llava.engine.engine import Engine
 from llava.engine.memory import free_bytes
 from llava.engine.sampling_params import SamplingParams
 from llava.model.paged import cache_bytes_per_token
-from llava.preprocess.inputs import ModelInput, Preprocessor
-from llava.preprocess.tokenizer import Token
+from llava.preprocess.inputs import Preprocessor
 
-HIDE = "GPU_BENCHMARK_WITHOUT_SIMPLEJPEG"  # set in the process of `first-token-jpeg-pillow`
 _SLACK = 32  # tokens that a row of the cache has beyond the longest request: partly filled pages, steps in flight
-
-
-class EndlessTokenizer:
-    """The tokenizer of llava-tiny, in which no id ends a reply, and every id below the model's vocabulary is a token."""
-
-    bos_id = eos_id = pad = None
-    special: frozenset[int] = frozenset()
-
-    def __init__(self, vocab_size: int):
-        self.real, self.size = open_checkpoint(LLAVA_TINY).tokenizer, vocab_size
-
-    def encode_tokens(self, text: str) -> list[Token]:
-        return [token._replace(id=token.id % self.size) for token in self.real.encode_tokens(text)]
-
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        return self.real.decode([id % self.real.size for id in ids], skip_special)
-
-    def id_of(self, text: str) -> int | None:
-        return None
 
 
 class Ours:
@@ -174,19 +158,10 @@ class Ours:
 
     # --- pictures ---------------------------------------------------------------------------------------------------
 
-    def picture_input(self, seed: int) -> ModelInput:
-        """A picture of random pixels and random text tokens."""
-        assert self.config.vision
-        n, text = self.config.vision.n_features, self.lengths.text
-        ids = random_ids(text, self.config.decoder.vocab_size, seed)
-        side = self.config.vision.image_size
-        pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(seed))
-        return picture_input(ids, pixels, n)
-
     def first_token(self, case: str) -> Measured:
         """Milliseconds from preprocessed pixels on the host and token ids to the first token. No cache can help."""
         engine, n = self.shared_engine(), self.lengths.first_tokens
-        inputs = [self.picture_input(seed) for seed in range(n + 3)]
+        inputs = [random_picture_input(self.config, self.lengths.text, seed) for seed in range(n + 3)]
         values = self.first_tokens(case, engine, inputs)
         return self.measured(case, "ms", values, Work(flops=flops(self.config, len(inputs[0].ids))))
 
@@ -213,32 +188,23 @@ class Ours:
         assistant, n = self._shared_assistant(), self.lengths.first_tokens
         pictures = jpegs(n + 3, self.lengths.jpeg)
         requests = [question_about(picture, "What is unusual about this picture?") for picture in pictures]
-        wrong = sum(self.differing_values(assistant, *pair) for pair in zip(requests[:3], pictures, strict=False))
+        wrong = sum(self.unlike_pillow(assistant, *pair) for pair in zip(requests[:3], pictures, strict=False))
         if wrong:
-            raise AssertionError(f"{wrong} of the values of three pictures differ from Pillow's")
+            raise AssertionError(f"{wrong} values of three pictures differ from Pillow's")
         values = self.first_tokens(case, assistant.engine, requests)
         figures = {"decoder": decoder, "megabytes": round(len(pictures[0]) / 1e6, 2), "values_unlike_pillow": wrong}
         return self.measured(case, "ms", values, None, **figures)
+
+    def unlike_pillow(self, assistant: Assistant, messages: Any, jpeg: bytes) -> int:
+        pixels = assistant.prepare(messages).pixels
+        assert pixels is not None
+        assert self.config.image
+        return values_unlike_pillow(pixels, self.config.image, jpeg)
 
     def _shared_assistant(self) -> Assistant:
         self.shared_engine()
         assert self._assistant
         return self._assistant
-
-    def differing_values(self, assistant: Assistant, messages: Any, jpeg: bytes) -> int:
-        """Compares the 8-bit values of the prepared picture with those of Pillow, which decodes and resizes it."""
-        image = self.config.image
-        assert image
-        pixels = assistant.prepare(messages).pixels
-        assert pixels is not None
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (image.mean, image.std))
-        ours = ((pixels[0].float().cpu() * std + mean) * 255).round().to(torch.uint8)
-        picture = Image.open(io.BytesIO(jpeg)).convert("RGB")
-        side = max(picture.size)
-        canvas = Image.new("RGB", (side, side), tuple(int(255 * channel) for channel in image.mean))
-        canvas.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-        resized = np.array(canvas.resize((image.size, image.size), Image.Resampling.BICUBIC))
-        return int((ours != torch.from_numpy(resized).permute(2, 0, 1)).sum())
 
     @torch.inference_mode()
     def clip(self, case: str, batch: int) -> Measured:
@@ -246,10 +212,7 @@ class Ours:
         tower = self.config.vision
         assert tower
         encode, n = tower_of(self._shared_assistant()), self.lengths.clip_batches
-        shape = (batch, 3, tower.image_size, tower.image_size)
-        pixels = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(
-            self.target.device, self.target.dtype
-        )
+        pixels = random_pixels(batch, tower.image_size, 1).to(self.target.device, self.target.dtype)
         for _ in range(3):
             encode(pixels)
         with self.timed(case):
@@ -262,10 +225,12 @@ class Ours:
     def requests(self, case: str) -> Measured:
         """Requests per second: many at once, each about a picture of its own."""
         engine, n = self.shared_engine(), self.lengths
-        length = len(self.picture_input(0).ids)
+        length = len(random_picture_input(self.config, self.lengths.text, 0).ids)
 
         def seconds(first: int, new: int) -> float:
-            inputs = [self.picture_input(seed) for seed in range(first, first + n.requests)]
+            inputs = [
+                random_picture_input(self.config, self.lengths.text, seed) for seed in range(first, first + n.requests)
+            ]
             started = time.perf_counter()
             replies = engine.generate(inputs, SamplingParams(max_new_tokens=new))
             elapsed = time.perf_counter() - started
@@ -290,20 +255,14 @@ class Ours:
     def questions_per_s(self, case: str, prefix_cache: bool) -> list[float]:
         n, vocab = self.lengths, self.config.decoder.vocab_size
         assert self.config.vision
-        length = self.config.vision.n_features + n.text
-        own = length + n.question_new if not prefix_cache else n.text + n.question_new + 16
-        rows = self.rows_that_fit(n.questions, own)
-        engine = self.assistant(
-            rows, own if prefix_cache else length + n.question_new, prefix_cache=prefix_cache
-        ).engine
+        side, n_features = self.config.vision.image_size, self.config.vision.n_features
+        own = n.text + n.question_new + (16 if prefix_cache else n_features)  # tokens of a row in the cache
+        engine = self.assistant(self.rows_that_fit(n.questions, own), own, prefix_cache=prefix_cache).engine
 
         def seconds(seed: int, new: int) -> float:
-            picture = self.picture_input(seed).pixels
-            assert picture is not None and self.config.vision
-            inputs = [
-                picture_input(random_ids(n.text, vocab, seed + i + 1), picture, self.config.vision.n_features)
-                for i in range(n.questions)
-            ]
+            picture = random_pixels(1, side, seed)
+            texts = [random_ids(n.text, vocab, seed + i) for i in range(n.questions)]
+            inputs = [picture_input(text, picture, n_features) for text in texts]
             started = time.perf_counter()
             engine.generate(inputs, SamplingParams(max_new_tokens=new))
             return time.perf_counter() - started
@@ -348,69 +307,6 @@ class Ours:
         return found if isinstance(found, list) else [found]
 
 
-class Decoding:
-    """Requests that decode together."""
-
-    def __init__(self, engine: Engine, config: LlavaConfig, rows: int, prompt: int, new: int):
-        self.engine, self.rows, self.prompt = engine, rows, prompt
-        self.params = SamplingParams(max_new_tokens=new)
-        inputs = [text_input(config, prompt, seed=i) for i in range(rows)]
-        self.requests = [engine.add_request(input, self.params) for input in inputs]
-        self.generated: Counter[int] = Counter()
-
-    def step(self) -> None:
-        for output in self.engine.step():
-            if output.finish_reason:
-                raise AssertionError(f"a request ended during the measurement: {output}")
-            self.generated[output.request] += len(output.token_ids)
-
-    def warm_up(self) -> None:
-        """Computes the prompts, and the first steps in which all rows decode."""
-        while len(self.generated) < self.rows:
-            self.step()
-        for _ in range(8):
-            self.step()
-        self.counted = self.generated.total()
-
-    def seconds(self, steps: int) -> float:
-        started = time.perf_counter()
-        for _ in range(steps):
-            self.step()
-        return time.perf_counter() - started
-
-    def tokens_cached(self) -> float:
-        """Tokens in the cache of a row, on average."""
-        return self.prompt + self.generated.total() / self.rows
-
-    def stop(self, steps: int) -> None:
-        """Ends the requests. Raises AssertionError if not every row decoded in each of the `steps` timed steps."""
-        new = self.generated.total() - self.counted
-        for request in self.requests:
-            self.engine.abort(request)
-        while self.engine.has_requests:
-            self.engine.step()
-        # the detokenizer keeps up to a few ids of each row back, until their text is final
-        if not self.rows * (steps - 4) <= new <= self.rows * (steps + 4):
-            raise AssertionError(f"{steps} steps of {self.rows} rows returned {new} tokens")
-
-
-def lead_in(rows: int, lengths: Lengths) -> int:
-    """About how many tokens the first row decodes while the prompts of the others are computed."""
-    return -(-rows * lengths.cached // 2048)
-
-
-def text_input(config: LlavaConfig, n: int, seed: int) -> ModelInput:
-    ids = random_ids(n, config.decoder.vocab_size, seed)
-    return ModelInput(prompt="", token_ids=ids.tolist(), ids=ids, labels=ids)
-
-
-def picture_input(text_ids: torch.Tensor, pixels: torch.Tensor, n_features: int) -> ModelInput:
-    """A prompt with a picture from its fifth position on."""
-    ids = torch.cat([text_ids[:4], torch.full((n_features,), IMAGE), text_ids[4:]])
-    token_ids = [*text_ids[:4].tolist(), IMAGE, *text_ids[4:].tolist()]
-    return ModelInput(prompt="", token_ids=token_ids, ids=ids, labels=ids, pixels=pixels, views=[1], grids=[None])
-
-
 def tower_of(assistant: Assistant) -> Callable[[torch.Tensor], torch.Tensor]:
     """What computes the features of pixels [views, 3, size, size] for the engine."""
     return assistant.vision_features
@@ -420,41 +316,6 @@ def best_rate(target: Target, work: Callable[[], object], repeats: int) -> list[
     """Calls of `work` per second, in several runs."""
     work()
     return [repeats / target.seconds(lambda: [work() for _ in range(repeats)]) for _ in range(10)]
-
-
-def jpeg_decoder() -> str:
-    """The library that decodes JPEG files: simplejpeg if it can be imported."""
-    try:
-        import simplejpeg  # type: ignore[import-not-found]
-    except ImportError as error:
-        if os.environ.get(HIDE):
-            return "Pillow"
-        raise Skipped("simplejpeg is not installed") from error
-    return f"simplejpeg {getattr(simplejpeg, '__version__', '')}".strip()
-
-
-def hide_simplejpeg(folder: Path) -> None:
-    """Writes a module that fails when it is imported in place of simplejpeg, for a process with `folder` in its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "simplejpeg.py").write_text("raise ImportError('hidden by the benchmark')\n")
-
-
-def jpegs(n: int, size: tuple[int, int]) -> list[bytes]:
-    """Files of quality 90 with smooth gradients, noise and shapes, each with a rectangle of its own."""
-    generator = np.random.default_rng(1)
-    coarse = generator.integers(0, 256, (9, 12, 3), dtype=np.uint8)
-    picture = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
-    grain = generator.normal(0, 4, (size[1], size[0], 1))
-    picture = Image.fromarray((np.asarray(picture) + grain).clip(0, 255).astype(np.uint8))
-    found = []
-    for _ in range(n):
-        x, y = (int(generator.integers(0, side // 2)) for side in size)
-        colour = tuple(int(value) for value in generator.integers(0, 256, 3))
-        picture.paste(colour, (x, y, x + size[0] // 5, y + size[1] // 4))
-        out = io.BytesIO()
-        picture.save(out, "JPEG", quality=90)
-        found.append(out.getvalue())
-    return found
 
 
 def llava(setup: Setup) -> Ours:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from decode import answered, peer_answered, same_tokens
-from gpu_ours import picture_input, text_input
-from gpu_setup import CLIP_BATCHES, DECODE_ROWS, Measured, Setup, Skipped, random_ids
+from gpu_inputs import random_ids, random_picture_input, random_pixels, text_input
+from gpu_setup import CLIP_BATCHES, DECODE_ROWS, Measured, Setup, Skipped
 from peers import check_agreement, hub_tensors, peer, peer_configs
 from prefill import build_peer, peer_logits
 from result import PEER
@@ -40,11 +40,7 @@ class Transformers:
         self.llama = peer(LlamaForCausalLM, text, hub_tensors(self.ours.state_dict()), self.target)
 
     def input(self, seed: int) -> ModelInput:
-        assert self.config.vision
-        ids = random_ids(self.lengths.text, self.config.decoder.vocab_size, seed)
-        side = self.config.vision.image_size
-        pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(seed))
-        return picture_input(ids, pixels, self.config.vision.n_features)
+        return random_picture_input(self.config, self.lengths.text, seed)
 
     def agreement(self, case: str) -> Measured:
         """The relative difference of our logits after a picture, and how many greedy tokens are the same."""
@@ -89,10 +85,7 @@ class Transformers:
     def clip(self, case: str, batch: int) -> Measured:
         tower = self.config.vision
         assert tower
-        shape = (batch, 3, tower.image_size, tower.image_size)
-        pixels = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(
-            self.target.device, self.target.dtype
-        )
+        pixels = random_pixels(batch, tower.image_size, 1).to(self.target.device, self.target.dtype)
 
         def features() -> torch.Tensor:
             states = self.llava.model.vision_tower(pixels, output_hidden_states=True).hidden_states

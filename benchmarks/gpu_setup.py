@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
-import torch
 from timing import Target
 
 DECODE_ROWS = {"decode-8": 8, "decode-32": 32, "decode-128": 128}  # requests that decode together
@@ -102,8 +101,3 @@ class Measured:
     @property
     def value(self) -> float:
         return median(self.values)
-
-
-def random_ids(n: int, vocab_size: int, seed: int) -> torch.Tensor:
-    """Token ids [n]. The last id of the vocabulary is left out: the peers use it as the image token."""
-    return torch.randint(3, vocab_size - 1, (n,), generator=torch.Generator().manual_seed(seed))
