@@ -27,6 +27,7 @@ from gpu_aims import Card, Failure, rows
 from gpu_inputs import HIDE, hide_simplejpeg
 from gpu_setup import CLIP_BATCHES, DECODE_ROWS, Measured, Setup
 from gpu_worker import Worker, WorkerFailed, python_path
+from processes import Folder
 from result import OURS, PEER, ROOT, Commit, Out, command, machine
 from result import commit as commit_of
 from result import versions as versions_of
@@ -149,14 +150,14 @@ class Series:
         return Card(name=name, bandwidth=speeds.get("bandwidth"), product=speeds.get("product"))
 
 
-def chosen(cases: str | None, skip_peers: bool, with_start: bool) -> dict[str, list[str]]:
+def chosen(cases: str | None, peers: Sequence[str], with_start: bool) -> dict[str, list[str]]:
     """The cases to run, by kind of process. The ceilings are always measured."""
     names = {case for of_kind in PLAN.values() for case in of_kind}
     wanted = set(cases.split(",")) if cases else names
     if unknown := sorted(wanted - names):
         raise typer.BadParameter(f"--cases {','.join(unknown)}: expected some of {', '.join(sorted(names))}")
     wanted |= {"ceilings"} | ({"decode-1"} if "mpt" in wanted else set())
-    kinds = [kind for kind in PLAN if not (skip_peers and kind in CONTESTANTS)]
+    kinds = [kind for kind in PLAN if kind in peers or kind not in CONTESTANTS]
     plan = {kind: [case for case in PLAN[kind] if case in wanted] for kind in kinds}
     return {kind: found for kind, found in plan.items() if found and (with_start or kind != "start")}
 
@@ -168,12 +169,14 @@ def main(
     size: Size = "7b",
     cases: Annotated[str | None, typer.Option("--cases", help="cases to run, with commas; default: all")] = None,
     skip_peers: Annotated[bool, typer.Option("--skip-peers", help="measure only llava")] = False,
+    only_peer: Annotated[str | None, typer.Option("--only-peer", help="transformers or gpt-fast")] = None,
     gpt_fast: Annotated[Path | None, typer.Option("--gpt-fast", help="folder with gpt-fast's source")] = None,
     seconds: Annotated[float, typer.Option("--seconds", help="time for all cases")] = 720,
     peer_seconds: Annotated[float, typer.Option("--peer-seconds", help="time for the peers' cases")] = 240,
     join: Annotated[Path | None, typer.Option("--join", help="result of a run on this card, to be completed")] = None,
     profile: Annotated[str | None, typer.Option("--profile", help="one case: list its kernels, time nothing")] = None,
     start: Annotated[bool, typer.Option("--start/--no-start", help="with the case `start`, which writes 28 GB")] = True,
+    folder: Folder = None,
     log: Annotated[Path | None, typer.Option("--log", help="file for what the processes print")] = None,
     out: Out = None,
     save: Annotated[bool, typer.Option("--save", help="write the result to benchmarks/results/")] = False,
@@ -181,7 +184,8 @@ def main(
 ) -> None:
     """Measures all cases and prints them as a table."""
     target = Target.from_options(device, dtype, None)
-    plan = chosen(profile or cases, skip_peers, start)
+    peers = [] if skip_peers else [only_peer] if only_peer else list(CONTESTANTS)
+    plan = chosen(profile or cases, peers, start)
     if profile:
         plan = {kind: [profile] for kind, found in plan.items() if kind not in CONTESTANTS and profile in found}
     earlier = json.loads(join.read_text()) if join else None
@@ -189,10 +193,10 @@ def main(
     if earlier and earlier["machine"].get("gpu", "CPU") != name:
         raise typer.BadParameter(f"--join {join}: measured on {earlier['machine'].get('gpu', 'CPU')}, not on {name}")
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="llava-benchmark-") as folder:
-        path = log or Path(folder) / "log"
+    with tempfile.TemporaryDirectory(prefix="llava-benchmark-", dir=folder) as scratch:
+        path = log or Path(scratch) / "log"
         setup = Setup(
-            size=size, layers=layers, device=str(target.device), dtype=dtype, folder=folder,
+            size=size, layers=layers, device=str(target.device), dtype=dtype, folder=scratch,
             gpt_fast=str(gpt_fast.resolve()) if gpt_fast else None, profile=bool(profile),
         )  # fmt: skip
         with path.open("w") as log_file:

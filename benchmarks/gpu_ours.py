@@ -51,6 +51,7 @@ class Ours:
             for name, t in state.items()
             if name.startswith("decoder.") and (config.decoder.tied or name != "decoder.embed.weight")
         )
+        self.tower_bytes = sum(t.nbytes for name, t in state.items() if name.startswith("vision."))
         self._key: Any = None
         self._assistant: Assistant | None = None
 
@@ -163,7 +164,8 @@ class Ours:
         engine, n = self.shared_engine(), self.lengths.first_tokens
         inputs = [random_picture_input(self.config, self.lengths.text, seed) for seed in range(n + 3)]
         values = self.first_tokens(case, engine, inputs)
-        return self.measured(case, "ms", values, Work(flops=flops(self.config, len(inputs[0].ids))))
+        work = Work(n_bytes=self.weight_bytes, flops=flops(self.config, len(inputs[0].ids)))
+        return self.measured(case, "ms", values, work)
 
     def first_tokens(self, case: str, engine: Engine, inputs: Sequence[Any]) -> list[float]:
         """Milliseconds to the first token of each request, except for three that warm up."""
@@ -217,7 +219,7 @@ class Ours:
             encode(pixels)
         with self.timed(case):
             seconds = [self.target.seconds(lambda: [encode(pixels) for _ in range(n)]) for _ in range(5)]
-        work = Work(flops=tower_flops(tower) * batch, amount=batch)
+        work = Work(n_bytes=self.tower_bytes, flops=tower_flops(tower) * batch, amount=batch)
         return self.measured(case, "images/s", [batch * n / s for s in seconds], work)
 
     # --- many requests ----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import random_checkpoint
-from gpu_setup import Measured, Setup
+from gpu_setup import Measured, Setup, Skipped
 from PIL import Image
 from processes import LLAVA
 from result import OURS, PEER
@@ -24,7 +24,9 @@ class Starts:
 
     def __init__(self, setup: Setup):
         self.setup = setup
-        folder = Path(setup.folder)
+        folder, need = Path(setup.folder), 2.1 * random_checkpoint.n_bytes(setup.size, setup.layers)
+        if (free := shutil.disk_usage(folder).free) < need:
+            raise Skipped(f"{folder.parent} has {free / 1e9:.0f} GB free, of {need / 1e9:.0f}; give another --folder")
         source = random_checkpoint.write_llava(folder, setup.size, setup.layers)
         self.checkpoint, self.picture = folder / "hf", folder / "picture.png"
         convert(source, self.checkpoint, to="llava-hf", check=False)
