@@ -25,7 +25,7 @@ from typing import IO, Annotated, Any
 import typer
 from gpu_aims import Card, Failure, rows
 from gpu_inputs import HIDE, hide_simplejpeg
-from gpu_setup import CLIP_BATCHES, DECODE_ROWS, Measured, Setup
+from gpu_setup import CLIP_BATCHES, DECODE_ROWS, INVARIANT_ROWS, Measured, Setup
 from gpu_worker import Worker, WorkerFailed, python_path
 from processes import Folder
 from result import OURS, PEER, ROOT, Commit, Out, command, machine
@@ -39,7 +39,7 @@ from timing import Device, DType, Target
 
 GPT_FAST = "gpt-fast"
 LLAVA_CASES = ("decode-1", "decode-4000", *DECODE_ROWS, "first-token", "first-token-jpeg", *CLIP_BATCHES,
-               "requests-128", "prefix")  # fmt: skip
+               "requests-128", "prefix", *INVARIANT_ROWS)  # fmt: skip
 PEER_CASES = ("agreement", "decode-1", "decode-4000", *DECODE_ROWS, "first-token", *CLIP_BATCHES, "requests-128")
 PLAN = {  # kind of process -> its cases, in the order in which they run
     "llava": ("ceilings", *LLAVA_CASES),
@@ -175,6 +175,8 @@ def main(
     peer_seconds: Annotated[float, typer.Option("--peer-seconds", help="time for the peers' cases")] = 240,
     join: Annotated[Path | None, typer.Option("--join", help="result of a run on this card, to be completed")] = None,
     profile: Annotated[str | None, typer.Option("--profile", help="one case: list its kernels, time nothing")] = None,
+    graphs: Annotated[bool, typer.Option("--graphs/--no-graphs", help="CUDA graphs in our engine")] = True,
+    batch_invariant: Annotated[bool, typer.Option("--batch-invariant", help="in our engine, in all cases")] = False,
     start: Annotated[bool, typer.Option("--start/--no-start", help="with the case `start`, which writes 28 GB")] = True,
     folder: Folder = None,
     log: Annotated[Path | None, typer.Option("--log", help="file for what the processes print")] = None,
@@ -197,7 +199,8 @@ def main(
         path = log or Path(scratch) / "log"
         setup = Setup(
             size=size, layers=layers, device=str(target.device), dtype=dtype, folder=scratch,
-            gpt_fast=str(gpt_fast.resolve()) if gpt_fast else None, profile=bool(profile),
+            gpt_fast=str(gpt_fast.resolve()) if gpt_fast else None,
+            graphs=graphs, batch_invariant=batch_invariant, profile=bool(profile),
         )  # fmt: skip
         with path.open("w") as log_file:
             series = Series(setup, Clock(seconds, peer_seconds), log_file)
@@ -208,7 +211,10 @@ def main(
     if earlier:
         series.join(earlier)
     card = series.card(name)
-    settings = {"size": size, "layers": layers, "device": str(target.device), "dtype": dtype}
+    settings = {
+        "size": size, "layers": layers, "device": str(target.device), "dtype": dtype, "graphs": graphs,
+        "batch_invariant": batch_invariant,
+    }  # fmt: skip
     found = {
         "benchmark": "gpu",
         "date": datetime.date.today().isoformat(),

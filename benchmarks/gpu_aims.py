@@ -77,6 +77,8 @@ AIMS = {
     "decode-8": Aim(title="decode, batch 8", unit="tok/s", of_limit=_ROWS),
     "decode-32": Aim(title="decode, batch 32", unit="tok/s", of_limit=_ROWS),
     "decode-128": Aim(title="decode, batch 128", unit="tok/s", of_limit=_ROWS),
+    "invariant-1": Aim(title="decode, batch 1, batch_invariant", unit="tok/s"),
+    "invariant-8": Aim(title="decode, batch 8, batch_invariant", unit="tok/s"),
     "first-token": Aim(title="first token, pixels", unit="ms", required=19, stretch=16, scale="product"),
     "first-token-jpeg": Aim(title="first token, JPEG, simplejpeg", unit="ms", required=60),
     "first-token-jpeg-pillow": Aim(title="first token, JPEG, Pillow", unit="ms", required=80),

@@ -4,7 +4,6 @@ import time
 from collections import Counter
 
 from gpu_inputs import text_input
-from gpu_setup import Lengths
 
 from llava.config import LlavaConfig
 from llava.engine.engine import Engine
@@ -57,6 +56,6 @@ class Decoding:
             raise AssertionError(f"{steps} steps of {self.rows} rows returned {new} tokens")
 
 
-def lead_in(rows: int, lengths: Lengths) -> int:
+def lead_in(rows: int, cached: int, chunk_tokens: int) -> int:
     """About how many tokens the first row decodes while the prompts of the others are computed."""
-    return -(-rows * lengths.cached // 2048)
+    return -(-rows * cached // chunk_tokens)

@@ -22,7 +22,7 @@ from gpu_inputs import (
     values_unlike_pillow,
 )
 from gpu_profile import profiled, table
-from gpu_setup import CLIP_BATCHES, DECODE_ROWS, Measured, Setup, Skipped, Work
+from gpu_setup import CLIP_BATCHES, DECODE_ROWS, INVARIANT_ROWS, Measured, Setup, Skipped, Work
 from prefill import flops
 from result import OURS
 from shapes import Noise, llava_config, mpt_config, random_llava
@@ -52,20 +52,24 @@ class Ours:
             if name.startswith("decoder.") and (config.decoder.tied or name != "decoder.embed.weight")
         )
         self.tower_bytes = sum(t.nbytes for name, t in state.items() if name.startswith("vision."))
-        self._key: Any = None
+        self._options: EngineOptions | None = None
         self._assistant: Assistant | None = None
 
-    def assistant(self, rows: int, row_tokens: int, *, prefix_cache: bool = False) -> Assistant:
+    def assistant(self, rows: int, row_tokens: int, **options: bool) -> Assistant:
         """An assistant that runs `rows` requests of `row_tokens` tokens at once. Kept until another one is needed."""
-        key = (rows, row_tokens, prefix_cache)
-        if self._assistant is None or self._key != key:
+        settings = {
+            "max_batch": rows,
+            "cache_memory": self.cache_bytes(rows * (row_tokens + _SLACK)),
+            "prefix_cache": False,
+            "graphs": self.setup.graphs,
+            "batch_invariant": self.setup.batch_invariant,
+        }
+        chosen = EngineOptions(**settings | options)
+        if self._assistant is None or self._options != chosen:
             self.free()
-            options = EngineOptions(
-                max_batch=rows, prefix_cache=prefix_cache, cache_memory=self.cache_bytes(rows * (row_tokens + _SLACK))
-            )
             tokenizer: Any = EndlessTokenizer(self.config.decoder.vocab_size)
             preprocessor = Preprocessor(self.config, tokenizer, template="vicuna_v1")
-            self._assistant, self._key = Assistant(self.model, preprocessor, options=options), key
+            self._assistant, self._options = Assistant(self.model, preprocessor, options=chosen), chosen
         return self._assistant
 
     def cache_bytes(self, tokens: int) -> int:
@@ -79,7 +83,7 @@ class Ours:
 
     def free(self) -> None:
         """Frees the engine with its cache and graphs."""
-        self._assistant = self._key = None
+        self._assistant = self._options = None
         gc.collect()
         if self.target.on_gpu:
             torch.cuda.empty_cache()
@@ -126,11 +130,12 @@ class Ours:
         values = [tokens_per_s(steps) for _ in range(self.lengths.runs)]
         return self.measured(case, "tok/s", values, self.decode_work(1, prompt + steps / 2), prompt=prompt, steps=steps)
 
-    def decode_many(self, case: str, rows: int) -> Measured:
+    def decode_many(self, case: str, rows: int, engine: Engine | None = None) -> Measured:
         """Tokens per second of `rows` requests, over steps in which all of them decode."""
-        n = self.lengths
-        prompt = n.cached - n.row_steps // 2 - lead_in(rows, n) // 2
-        decoding = Decoding(self.shared_engine(), self.config, rows, prompt, self.max_new(rows))
+        n, engine = self.lengths, engine or self.shared_engine()
+        lead = lead_in(rows, n.cached, engine.scheduler.chunk_tokens)
+        prompt = n.cached - n.row_steps // 2 - lead // 2
+        decoding = Decoding(engine, self.config, rows, prompt, n.row_steps + 2 * lead + 24)
         decoding.warm_up()
         self.target.synchronize()
         cached = decoding.tokens_cached()
@@ -143,19 +148,22 @@ class Ours:
         values = [rows * per_chunk / s for s in seconds]
         return self.measured(case, "tok/s", values, self.decode_work(rows, cached), cached=round(cached), steps=steps)
 
+    def invariant(self, case: str, rows: int) -> Measured:
+        """The same with an engine whose replies do not depend on the batch."""
+        row_tokens = self.lengths.cached + self.lengths.row_steps
+        return self.decode_many(case, rows, self.assistant(rows, row_tokens, batch_invariant=True).engine)
+
     def profile_rows(self, case: str, engine: Engine, rows: int, prompt: int) -> None:
         decoding = Decoding(engine, self.config, rows, prompt, 64)
         decoding.warm_up()
         with self.timed(case):
             decoding.seconds(10)
 
-    def max_new(self, rows: int) -> int:
-        return self.lengths.row_steps + 2 * lead_in(rows, self.lengths) + 24
-
     def shared_engine(self) -> Engine:
         """The engine of all cases without prefix cache: 128 requests at once."""
         n, rows = self.lengths, max(DECODE_ROWS.values())
-        return self.assistant(rows, n.cached + n.row_steps // 2 + lead_in(rows, n) + 16).engine
+        lead = lead_in(rows, n.cached, 2048 if self.target.on_gpu else 512)
+        return self.assistant(rows, n.cached + (n.row_steps + lead) // 2 + 16).engine
 
     # --- pictures ---------------------------------------------------------------------------------------------------
 
@@ -250,11 +258,13 @@ class Ours:
 
     def prefix(self, case: str) -> Measured:
         """How many times as fast questions about one picture are answered with the prefix cache as without it."""
-        runs = {use: self.questions_per_s(case, use) for use in (True, False)}
-        values = [a / b for a, b in zip(runs[True], runs[False], strict=True)]
-        return self.measured(case, "times", values, None, with_cache=max(runs[True]), without=max(runs[False]))
+        with_cache, hits = self.questions_per_s(case, True)
+        without, _ = self.questions_per_s(case, False)
+        figures = {"questions_per_s": with_cache, "without_cache": without, "tokens_from_cache": hits}
+        return self.measured(case, "times", [with_cache / without], None, **figures)
 
-    def questions_per_s(self, case: str, prefix_cache: bool) -> list[float]:
+    def questions_per_s(self, case: str, prefix_cache: bool) -> tuple[float, int]:
+        """Questions per second, and how many tokens of each came from the prefix cache on average."""
         n, vocab = self.lengths, self.config.decoder.vocab_size
         assert self.config.vision
         side, n_features = self.config.vision.image_size, self.config.vision.n_features
@@ -263,15 +273,19 @@ class Ours:
 
         def seconds(seed: int, new: int) -> float:
             picture = random_pixels(1, side, seed)
-            texts = [random_ids(n.text, vocab, seed + i) for i in range(n.questions)]
-            inputs = [picture_input(text, picture, n_features) for text in texts]
+            start = random_ids(4, vocab, seed)  # the tokens before the picture
+            rests = [random_ids(n.text - 4, vocab, seed + 1 + i) for i in range(n.questions)]
+            inputs = [picture_input(torch.cat([start, rest]), picture, n_features) for rest in rests]
             started = time.perf_counter()
             engine.generate(inputs, SamplingParams(max_new_tokens=new))
             return time.perf_counter() - started
 
-        seconds(10**6, 3)
+        seconds(10**6, min(3, n.question_new))
         with self.timed(f"{case}, prefix_cache={prefix_cache}"):
-            return [n.questions / seconds(2 * 10**6, n.question_new)]
+            before = engine.stats().prefix_hit_tokens
+            elapsed = seconds(2 * 10**6, n.question_new)
+            hits = engine.stats().prefix_hit_tokens - before
+            return n.questions / elapsed, hits // n.questions
 
     # --- ceilings ---------------------------------------------------------------------------------------------------
 
@@ -303,6 +317,7 @@ class Ours:
             **{name: partial(self.clip, batch=batch) for name, batch in CLIP_BATCHES.items()},
             "requests-128": self.requests,
             "prefix": self.prefix,
+            **{name: partial(self.invariant, rows=rows) for name, rows in INVARIANT_ROWS.items()},
             "mpt": partial(self.decode_one, cached=n.cached),
         }
         found = cases[case](case)

@@ -8,6 +8,7 @@ from typing import Any
 from timing import Target
 
 DECODE_ROWS = {"decode-8": 8, "decode-32": 32, "decode-128": 128}  # requests that decode together
+INVARIANT_ROWS = {"invariant-1": 1, "invariant-8": 8}  # the same with `batch_invariant`
 CLIP_BATCHES = {"clip-1": 1, "clip-64": 64}  # pictures per batch
 
 
@@ -47,6 +48,8 @@ class Setup:
     dtype: str
     folder: str  # for checkpoints
     gpt_fast: str | None  # folder with its source
+    graphs: bool = True  # for our engine
+    batch_invariant: bool = False  # the same
     profile: bool = False
 
     @property

@@ -154,7 +154,7 @@ def draw_roofline(axes: Axes, found: Mapping[str, Any]) -> None:
     axes.grid(alpha=0.3)
     if not card["bandwidth"] or not card["product"]:
         return
-    intensities = [10**exponent for exponent in (x / 10 for x in range(-5, 41))]
+    intensities = [10**exponent for exponent in (x / 10 for x in range(-5, 51))]
     roof = [min(x * card["bandwidth"], card["product"]) / 1e12 for x in intensities]
     axes.plot(intensities, roof, color="grey")
     work = {one.case: one.work for one in map(Measured.from_dict, found["measured"]) if one.contestant == OURS}

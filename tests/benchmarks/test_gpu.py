@@ -52,6 +52,7 @@ def test_every_case_passes_with_two_layers(tmp_path: Path) -> None:
         "agreement", "decode-1", "decode-4000", "decode-8", "decode-32", "decode-128", "first-token", "clip-1",
         "clip-64", "requests-128", "start",
     }  # fmt: skip
+    assert rows["prefix"]["figures"]["tokens_from_cache"] > 0
     for name in ("first-token-jpeg", "first-token-jpeg-pillow"):
         assert rows[name].get("figures", {}).get("values_unlike_pillow", 0) == 0
     assert rows["decode-1"]["peers"]["gpt-fast"] == {
