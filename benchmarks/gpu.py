@@ -16,8 +16,9 @@ import datetime
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Annotated, Any
@@ -145,21 +146,35 @@ class Series:
         self.measured += [one for one in found if (one.case, one.contestant) not in known]
         self.failures += [one for one in failed if (one.case, one.contestant) not in known]
 
-    def card(self, name: str) -> Card:
+    def result(self, card_name: str, earlier: dict[str, Any] | None) -> dict[str, Any]:
+        """The card, the rows and what they are made of, completed by an earlier run."""
+        if earlier:
+            self.join(earlier)
         speeds = {one.case: one.value * 1e12 for one in self.measured if one.case in ("bandwidth", "product")}
-        return Card(name=name, bandwidth=speeds.get("bandwidth"), product=speeds.get("product"))
+        card = Card(name=card_name, bandwidth=speeds.get("bandwidth"), product=speeds.get("product"))
+        return {
+            "joined": {key: earlier[key] for key in ("command", "commit", "settings")} if earlier else None,
+            "card": asdict(card),
+            "rows": rows(self.measured, self.failures, card),
+            "measured": [one.to_dict() for one in self.measured],
+            "failures": [asdict(one) for one in self.failures],
+        }
 
 
-def chosen(cases: str | None, peers: Sequence[str], with_start: bool) -> dict[str, list[str]]:
-    """The cases to run, by kind of process. The ceilings are always measured."""
+def chosen(cases: str | None, kinds: Sequence[str]) -> dict[str, list[str]]:
+    """The cases to run, by kind of process. Ours start with the ceilings."""
     names = {case for of_kind in PLAN.values() for case in of_kind}
     wanted = set(cases.split(",")) if cases else names
-    if unknown := sorted(wanted - names):
-        raise typer.BadParameter(f"--cases {','.join(unknown)}: expected some of {', '.join(sorted(names))}")
+    check_known("--cases", wanted, names)
+    check_known("--kinds", kinds, PLAN)
     wanted |= {"ceilings"} | ({"decode-1"} if "mpt" in wanted else set())
-    kinds = [kind for kind in PLAN if kind in peers or kind not in CONTESTANTS]
-    plan = {kind: [case for case in PLAN[kind] if case in wanted] for kind in kinds}
-    return {kind: found for kind, found in plan.items() if found and (with_start or kind != "start")}
+    plan = {kind: [case for case in PLAN[kind] if case in wanted] for kind in PLAN if kind in kinds}
+    return {kind: found for kind, found in plan.items() if found}
+
+
+def check_known(option: str, given: Collection[str], names: Collection[str]) -> None:
+    if unknown := sorted(set(given) - set(names)):
+        raise typer.BadParameter(f"{option} {','.join(unknown)}: expected some of {', '.join(sorted(names))}")
 
 
 def main(
@@ -169,7 +184,7 @@ def main(
     size: Size = "7b",
     cases: Annotated[str | None, typer.Option("--cases", help="cases to run, with commas; default: all")] = None,
     skip_peers: Annotated[bool, typer.Option("--skip-peers", help="measure only llava")] = False,
-    only_peer: Annotated[str | None, typer.Option("--only-peer", help="transformers or gpt-fast")] = None,
+    kinds: Annotated[str | None, typer.Option("--kinds", help=f"with commas: {', '.join(PLAN)}")] = None,
     gpt_fast: Annotated[Path | None, typer.Option("--gpt-fast", help="folder with gpt-fast's source")] = None,
     seconds: Annotated[float, typer.Option("--seconds", help="time for all cases")] = 720,
     peer_seconds: Annotated[float, typer.Option("--peer-seconds", help="time for the peers' cases")] = 240,
@@ -177,7 +192,6 @@ def main(
     profile: Annotated[str | None, typer.Option("--profile", help="one case: list its kernels, time nothing")] = None,
     graphs: Annotated[bool, typer.Option("--graphs/--no-graphs", help="CUDA graphs in our engine")] = True,
     batch_invariant: Annotated[bool, typer.Option("--batch-invariant", help="in our engine, in all cases")] = False,
-    start: Annotated[bool, typer.Option("--start/--no-start", help="with the case `start`, which writes 28 GB")] = True,
     folder: Folder = None,
     log: Annotated[Path | None, typer.Option("--log", help="file for what the processes print")] = None,
     out: Out = None,
@@ -186,47 +200,42 @@ def main(
 ) -> None:
     """Measures all cases and prints them as a table."""
     target = Target.from_options(device, dtype, None)
-    peers = [] if skip_peers else [only_peer] if only_peer else list(CONTESTANTS)
-    plan = chosen(profile or cases, peers, start)
+    of_kinds = kinds.split(",") if kinds else list(PLAN)
+    plan = chosen(profile or cases, [kind for kind in of_kinds if not (skip_peers and kind in CONTESTANTS)])
     if profile:
         plan = {kind: [profile] for kind, found in plan.items() if kind not in CONTESTANTS and profile in found}
-    earlier = json.loads(join.read_text()) if join else None
-    name = machine(str(target.device)).get("gpu", "CPU")
-    if earlier and earlier["machine"].get("gpu", "CPU") != name:
-        raise typer.BadParameter(f"--join {join}: measured on {earlier['machine'].get('gpu', 'CPU')}, not on {name}")
+    here = machine(str(target.device))
+    earlier = read_earlier(join, here) if join else None
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="llava-benchmark-", dir=folder) as scratch:
-        path = log or Path(scratch) / "log"
         setup = Setup(
-            size=size, layers=layers, device=str(target.device), dtype=dtype, folder=scratch,
+            size=size,
+            layers=layers,
+            device=str(target.device),
+            dtype=dtype,
+            folder=scratch,
             gpt_fast=str(gpt_fast.resolve()) if gpt_fast else None,
-            graphs=graphs, batch_invariant=batch_invariant, profile=bool(profile),
-        )  # fmt: skip
-        with path.open("w") as log_file:
+            graphs=graphs,
+            batch_invariant=batch_invariant,
+            profile=bool(profile),
+        )
+        with (log or Path(scratch) / "log").open("w") as log_file:
             series = Series(setup, Clock(seconds, peer_seconds), log_file)
             for kind, of_kind in plan.items():
                 series.run(kind, of_kind)
     if profile:
         return
-    if earlier:
-        series.join(earlier)
-    card = series.card(name)
-    settings = {
-        "size": size, "layers": layers, "device": str(target.device), "dtype": dtype, "graphs": graphs,
-        "batch_invariant": batch_invariant,
-    }  # fmt: skip
+    settings = {"size": size, "layers": layers, "device": str(target.device), "dtype": dtype, "graphs": graphs}
+    settings |= {"batch_invariant": batch_invariant, "seconds": round(time.monotonic() - started)}
     found = {
         "benchmark": "gpu",
         "date": datetime.date.today().isoformat(),
         "command": command(),
         "commit": commit_of(commit),
-        "machine": machine(str(target.device)),
+        "machine": here,
         "versions": versions(),
-        "settings": settings | {"seconds": round(time.monotonic() - started)},
-        "card": {"name": name, "bandwidth": card.bandwidth, "product": card.product},
-        "rows": rows(series.measured, series.failures, card),
-        "measured": [one.to_dict() for one in series.measured],
-        "failures": [vars(one) for one in series.failures],
+        "settings": settings,
+        **series.result(here.get("gpu", "CPU"), earlier),
     }
     if save and not out:
         out = ROOT / "benchmarks" / "results" / f"{found['date']}-gpu-{target.device.type}-{dtype}.json"
@@ -234,6 +243,15 @@ def main(
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(found, indent=2) + "\n")
     print_table(found)
+
+
+def read_earlier(file: Path, here: dict[str, Any]) -> dict[str, Any]:
+    """Reads the result of a run on this card. Ends the program if it was another card."""
+    earlier = json.loads(file.read_text())
+    card, mine = (one.get("gpu", "CPU") for one in (earlier["machine"], here))
+    if card != mine:
+        raise typer.BadParameter(f"--join {file}: was measured on {card}; expected {mine}, as here")
+    return earlier
 
 
 def versions() -> dict[str, str]:

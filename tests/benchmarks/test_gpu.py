@@ -73,7 +73,9 @@ def test_a_case_that_fails_is_a_row_and_the_next_goes_on(
     tmp_path: Path, generate: str, options: tuple[str, ...], reason: str
 ) -> None:
     option = gpt_fast(tmp_path / "gpt-fast", generate)
-    found = run(tmp_path / "result.json", "--cases", "mpt,decode-4000", option, "--only-peer", "gpt-fast", *options)
+    found = run(
+        tmp_path / "result.json", "--cases", "mpt,decode-4000", option, "--kinds", "llava,mpt,gpt-fast", *options
+    )
     rows = by_case(found)
     assert rows["decode-4000"]["value"] > 0
     assert rows["mpt-share"]["value"] > 0
@@ -87,6 +89,14 @@ def test_a_result_is_completed_by_another_run(tmp_path: Path) -> None:
     both = run(tmp_path / "both.json", "--cases", "first-token", "--skip-peers", "--join", str(tmp_path / "first.json"))
     assert {"clip-1", "first-token"} <= set(by_case(both))
     assert by_case(both)["clip-1"]["value"] == by_case(first)["clip-1"]["value"]
+    assert both["joined"]["command"] == first["command"]
+    elsewhere = json.loads((tmp_path / "first.json").read_text())
+    elsewhere["machine"]["gpu"] = "NVIDIA H200"
+    (tmp_path / "elsewhere.json").write_text(json.dumps(elsewhere))
+    command = [sys.executable, str(SCRIPT), "--device", "cpu", "--join", str(tmp_path / "elsewhere.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "NVIDIA H200" in done.stderr
 
 
 def test_a_profile_lists_where_the_time_goes(tmp_path: Path) -> None:
