@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from ceilings import tower_flops
+from gpu_ceilings import ceilings
 from gpu_decoding import Decoding, lead_in
 from gpu_inputs import (
     EndlessTokenizer,
@@ -25,8 +26,7 @@ from gpu_profile import profiled, table
 from gpu_setup import CLIP_BATCHES, DECODE_ROWS, INVARIANT_ROWS, Measured, Setup, Skipped, Work
 from prefill import flops
 from result import OURS
-from shapes import Noise, llava_config, mpt_config, random_llava
-from timing import Target
+from shapes import llava_config, mpt_config, random_llava
 
 from llava.assistant import Assistant, question_about
 from llava.config import EngineOptions, LlavaConfig
@@ -287,27 +287,10 @@ class Ours:
             hits = engine.stats().prefix_hit_tokens - before
             return n.questions / elapsed, hits // n.questions
 
-    # --- ceilings ---------------------------------------------------------------------------------------------------
-
-    def ceilings(self, case: str) -> list[Measured]:
-        """Bytes per second read, and operations per second of a matrix product."""
-        tiny, target = self.setup.size == "tiny", self.target
-        n_bytes, side, repeats = (2**24, 256, 1) if tiny else (2**32, 8192, 10)
-        values = torch.empty(n_bytes // target.dtype.itemsize, dtype=target.dtype, device=target.device)
-        Noise(target).fill(values)
-        read = [best_rate(target, values.max, repeats), best_rate(target, values.view(torch.int32).max, repeats)]
-        del values
-        a, b = (torch.randn(side, side, device=target.device).to(target.dtype) for _ in "ab")
-        product = best_rate(target, lambda: a @ b, repeats)
-        return [
-            self.measured("bandwidth", "TB/s", [n_bytes * rate / 1e12 for rate in max(read)], None),
-            self.measured("product", "TFLOP/s", [2 * side**3 * rate / 1e12 for rate in product], None, side=side),
-        ]
-
     def measure(self, case: str) -> list[Measured]:
         n = self.lengths
         cases: dict[str, Callable[[str], Measured | list[Measured]]] = {
-            "ceilings": self.ceilings,
+            "ceilings": lambda case: ceilings(self.target, tiny=self.setup.size == "tiny"),
             "decode-1": partial(self.decode_one, cached=n.cached),
             "decode-4000": partial(self.decode_one, cached=n.long),
             **{name: partial(self.decode_many, rows=rows) for name, rows in DECODE_ROWS.items()},
@@ -327,12 +310,6 @@ class Ours:
 def tower_of(assistant: Assistant) -> Callable[[torch.Tensor], torch.Tensor]:
     """What computes the features of pixels [views, 3, size, size] for the engine."""
     return assistant.vision_features
-
-
-def best_rate(target: Target, work: Callable[[], object], repeats: int) -> list[float]:
-    """Calls of `work` per second, in several runs."""
-    work()
-    return [repeats / target.seconds(lambda: [work() for _ in range(repeats)]) for _ in range(10)]
 
 
 def llava(setup: Setup) -> Ours:
