@@ -19,7 +19,6 @@ from llava.preprocess.rgb import RgbPicture, to_rgb
 
 Picture = str | Path | bytes | BinaryIO | Image.Image
 Size = tuple[int, int]
-Box = tuple[float, float, float, float]  # left, top, right, bottom
 _DEFAULTS = PictureOptions()
 _ORIENTATION = ExifTags.Base.Orientation
 
@@ -99,7 +98,7 @@ def to_views(image: Image.Image, config: ImageConfig, patches: int) -> Views:
     if config.aspect == "anyres":
         canvas = choose_canvas(image.size, config)
         grid = tile_grid(image.size, canvas, config, patches)
-        views = [resize(image, (config.size, config.size)), *_tiles(image, canvas, config)]
+        views = [image.resize((config.size, config.size)), *_tiles(image, canvas, config)]
     elif config.aspect == "pad" and config.mode == "original":
         views = [_pad_to_square(image, config)]
     else:
@@ -112,17 +111,6 @@ def normalise(image: Image.Image, config: ImageConfig) -> Tensor:
     scaled = (np.asarray(image, dtype=np.uint8) * (1 / 255)).astype(np.float32)
     pixels = (scaled - np.array(config.mean, np.float32)) / np.array(config.std, np.float32)
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).unsqueeze(0)
-
-
-def resize(image: Image.Image, size: Size, box: Box | None = None) -> Image.Image:
-    """Resizes an RGB image, or the part of it in `box` (left, top, right, bottom), by bicubic interpolation.
-
-    The width is resized first, as in the versions of Pillow that LLaVA was trained with. Pillow 13 resizes the height
-    of tall images first, which gives other pixels, because values are rounded in between.
-    """
-    left, top, right, bottom = box or (0, 0, *image.size)
-    narrow = image.resize((size[0], image.height), Image.Resampling.BICUBIC, box=(left, 0, right, image.height))
-    return narrow.resize(size, Image.Resampling.BICUBIC, box=(0, top, size[0], bottom))
 
 
 def _crop(image: Image.Image, size: int) -> Image.Image:
@@ -138,9 +126,9 @@ def _crop(image: Image.Image, size: int) -> Image.Image:
     low, high = (max(start - margin, 0), min(stop + margin, long_after)) if margin else (0, long_after)
     a, b, length = low * long / long_after, high * long / long_after, high - low
     if axis:
-        resized = resize(image, (size, length), (0, a, image.width, b))
+        resized = image.resize((size, length), Image.Resampling.BICUBIC, box=(0, a, image.width, b))
         return resized.crop((0, start - low, size, stop - low))
-    resized = resize(image, (length, size), (a, 0, b, image.height))
+    resized = image.resize((length, size), Image.Resampling.BICUBIC, box=(a, 0, b, image.height))
     return resized.crop((start - low, 0, stop - low, size))
 
 
@@ -179,7 +167,7 @@ def _fitted(size: Size, canvas: Size) -> Size:
 def _tiles(image: Image.Image, canvas: Size, config: ImageConfig) -> list[Image.Image]:
     fitted = _fitted(image.size, canvas)
     padded = Image.new("RGB", canvas, (0, 0, 0))
-    padded.paste(resize(image, fitted), ((canvas[0] - fitted[0]) // 2, (canvas[1] - fitted[1]) // 2))
+    padded.paste(image.resize(fitted), ((canvas[0] - fitted[0]) // 2, (canvas[1] - fitted[1]) // 2))
     s = config.size
     corners = [(x, y) for y in range(0, canvas[1], s) for x in range(0, canvas[0], s)]
     return [padded.crop((x, y, x + s, y + s)) for x, y in corners]
