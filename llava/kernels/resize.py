@@ -1,6 +1,6 @@
 """Pillow's bicubic resize of 8-bit pictures as two matrix products, with the same bits, on any device.
 
-Pillow (src/libImaging/Resample.c) resizes the width, rounds to 8 bits, and then resizes the height. Its weights are
+Pillow (src/libImaging/Resample.c) resizes one axis, rounds to 8 bits, and then resizes the other. Its weights are
 integers, scaled by 2^22, so that every sum is an integer below 2^53: float64 holds it exactly, in any order of
 additions. All operations are PyTorch's own: its matrix product is what a GPU does best.
 
@@ -62,18 +62,22 @@ def _bicubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(x < 1, near, np.where(x < 2, far, 0.0))
 
 
-def resize(picture: Tensor, size: tuple[int, int], box: Box | None = None) -> Tensor:
-    """uint8 [H, W, C] -> uint8 [height, width, C], equal to Pillow's bicubic resize, width first.
+def resize(picture: Tensor, size: tuple[int, int], box: Box | None = None, *, height_first: bool = False) -> Tensor:
+    """uint8 [H, W, C] -> uint8 [height, width, C], equal to Pillow's bicubic resize.
 
-    size: (width, height). box: the part of the picture to resize, in source pixels; default: all.
+    size: (width, height). box: the part of the picture to resize, in source pixels; default: all. height_first: which
+        axis is resized first; values are rounded in between.
     """
     height, width = picture.shape[:2]
     left, top, right, bottom = box or (0, 0, width, height)
-    rows = weights(height, top, bottom, size[1])
-    first, last = rows.source(slice(None))
-    planes = _resize_last(picture[first:last].transpose(1, 2), weights(width, left, right, size[0]), 0)
-    columns = _resize_last(planes.permute(1, 2, 0), rows, first)  # [C, width, height]
-    return columns.permute(2, 1, 0).contiguous()
+    rows, columns = weights(height, top, bottom, size[1]), weights(width, left, right, size[0])
+    if height_first:
+        a, b = columns.source(slice(None))
+        high = _resize_last(picture[:, a:b].permute(1, 2, 0), rows, 0)  # [b - a, C, height]
+        return _resize_last(high.permute(2, 1, 0), columns, a).transpose(1, 2)
+    a, b = rows.source(slice(None))
+    wide = _resize_last(picture[a:b].transpose(1, 2), columns, 0)  # [b - a, C, width]
+    return _resize_last(wide.permute(2, 1, 0), rows, a).permute(2, 0, 1)
 
 
 def _resize_last(x: Tensor, weights: Weights, first: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from llava.kernels.resize import resize
-from llava.preprocess.image import resize as pillow_resize
+from llava.preprocess.raster import resizes_height_first
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -36,8 +36,9 @@ def picture(rng, width, height):
 
 def differing(pixels, size, box, device):
     """Number of values that differ from Pillow's."""
-    expected = np.asarray(pillow_resize(Image.fromarray(pixels), size, box))
-    found = resize(torch.from_numpy(pixels).to(device), size, box).cpu().numpy()
+    expected = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC, box=box))
+    height_first = resizes_height_first((pixels.shape[1], pixels.shape[0]), size)
+    found = resize(torch.from_numpy(pixels).to(device), size, box, height_first=height_first).cpu().numpy()
     assert found.shape == expected.shape
     return int((found != expected).sum())
 
@@ -62,6 +63,7 @@ def test_a_thousand_random_sizes_equal_pillow(place):
         ((1, 700), (336, 5000)),
         ((5000, 3), (400, 336)),
         ((336, 336), (336, 336)),
+        ((400, 1200), (336, 1008)),
         ((336, 900), (336, 336)),
         ((900, 336), (336, 336)),
     ],

@@ -12,7 +12,7 @@ from PIL import Image
 
 from llava.config import PictureOptions
 from llava.errors import ConfigError, ImageError
-from llava.preprocess.image import read_picture, resize
+from llava.preprocess.image import read_picture
 
 
 def stripes(width: int = 3, height: int = 2) -> Image.Image:
@@ -74,16 +74,3 @@ def test_orientation_is_applied_after_wide_values_are_scaled(orientation: int) -
 def test_wrong_picture_options_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(values))):
         PictureOptions(**values)
-
-
-@pytest.mark.parametrize("size", [(90, 40), (336, 336), (200, 30)])
-def test_the_width_is_resized_before_the_height(size: tuple[int, int]) -> None:
-    """As before Pillow 13, which resizes the height of tall images first."""
-    pixels = np.random.default_rng(3).integers(0, 256, (400, 100, 3), dtype=np.uint8)
-    rows = [Image.fromarray(pixels[i : i + 1]).resize((size[0], 1), Image.Resampling.BICUBIC) for i in range(400)]
-    narrow = np.concatenate([np.asarray(row) for row in rows])
-    columns = [
-        Image.fromarray(narrow[:, i : i + 1]).resize((1, size[1]), Image.Resampling.BICUBIC) for i in range(size[0])
-    ]
-    expected = np.concatenate([np.asarray(column) for column in columns], axis=1)
-    assert np.array_equal(np.asarray(resize(Image.fromarray(pixels), size)), expected)
