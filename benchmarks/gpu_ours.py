@@ -31,9 +31,12 @@ from shapes import llava_config, mpt_config, random_llava
 from llava.assistant import Assistant, question_about
 from llava.config import EngineOptions, LlavaConfig
 from llava.engine.engine import Engine
+from llava.engine.graphs import Graphs
 from llava.engine.memory import free_bytes
 from llava.engine.sampling_params import SamplingParams
+from llava.engine.vision_graphs import VisionGraphs
 from llava.model.paged import cache_bytes_per_token
+from llava.model.shallow import shallow_copy
 from llava.preprocess.inputs import Preprocessor
 
 _SLACK = 32  # tokens that a row of the cache has beyond the longest request: partly filled pages, steps in flight
@@ -307,8 +310,14 @@ class Ours:
 
 
 def tower_of(assistant: Assistant) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What computes the features of pixels [views, 3, size, size] for the engine."""
-    return assistant.vision_features
+    """What computes the features of pixels [views, 3, size, size] for the engine: CLIP without the projector."""
+    graphs = Graphs(assistant.device, active=assistant.engine.options.graphs)
+    if not graphs.active:
+        return assistant.vision_features
+    tower = shallow_copy(assistant.model)
+    tower.projector = torch.nn.Identity()
+    vision = VisionGraphs(graphs)
+    return lambda pixels: vision.features(tower, pixels)
 
 
 def llava(setup: Setup) -> Ours:
