@@ -156,24 +156,28 @@ class Engine:
         each = list(params) if isinstance(params, Rest) else [params or SamplingParams()] * len(inputs)
         if len(each) != len(inputs):
             raise ConfigError(f"params: found {len(each)} for {len(inputs)} inputs; expected one, or one per input")
-        waiting = deque(enumerate(zip(inputs, each, strict=True)))
+        limit = at_once or 2 * self.options.max_batch
+        waiting = deque(enumerate(each))
         sequences: dict[int, Sequence] = {}
         errors: dict[int, LlavaError] = {}
         unfinished: list[Sequence] = []
         try:
-            while waiting or unfinished:
-                while waiting and len(unfinished) < (at_once or 2 * self.options.max_batch):
-                    i, (input, own_params) = waiting.popleft()
-                    try:
-                        sequences[i] = self.inputs.sequence(input, own_params, adapter, template=template)
-                    except LlavaError as error:
-                        errors[i] = error
-                        continue
-                    self._submit_private(sequences[i])
-                    unfinished.append(sequences[i])
-                with self._stepping:
-                    self._advance()
-                unfinished = [one for one in unfinished if not one.finish_reason]
+            with self.inputs.prefetch(inputs, adapter, template=template, n_ahead=limit) as prefetch:
+                while waiting or unfinished:
+                    while waiting and len(unfinished) < limit and (prefetch.is_ready or not unfinished):
+                        i, own_params = waiting.popleft()
+                        try:
+                            prepared = prefetch.take()
+                            sequences[i] = self.inputs.sequence(prepared.input, own_params, adapter)
+                        except LlavaError as error:
+                            errors[i] = error
+                            continue
+                        sequences[i].prepare_s += prepared.seconds
+                        self._submit_private(sequences[i])
+                        unfinished.append(sequences[i])
+                    with self._stepping:
+                        self._advance()
+                    unfinished = [one for one in unfinished if not one.finish_reason]
         finally:
             for one in unfinished:
                 self.abort(one.request)

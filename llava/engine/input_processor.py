@@ -15,6 +15,7 @@ from llava.engine.adapters import Variant
 from llava.engine.capture import Capture, Captured
 from llava.engine.detokenize import Detokenizer
 from llava.engine.picture_memory import GpuPictureMemory
+from llava.engine.prefetch import Prefetch, n_preparing_threads
 from llava.engine.sampling_params import SamplingParams
 from llava.engine.sequence import Sequence, placed_images
 from llava.errors import ConfigError, PromptError
@@ -73,6 +74,23 @@ class InputProcessor:
             self._reported.add(loss)
         return input
 
+    def prefetch(
+        self, inputs: Rest[Request], adapter: str | None, *, template: str | None = None, n_ahead: int
+    ) -> Prefetch[Request, ModelInput]:
+        """Returns the prepared inputs of many requests. While a GPU computes, threads prepare up to `n_ahead` of them.
+
+        On a CPU, each is prepared when it is taken, because the model already uses all cores.
+        """
+
+        def prepare(input: Request) -> ModelInput:
+            if isinstance(input, ModelInput):
+                return input
+            messages, pictures = split_request(input)
+            return self.prepare(messages, images=pictures, template=template, adapter=adapter)
+
+        n_threads = n_preparing_threads(len(inputs)) if self.memory else 0
+        return Prefetch(prepare, inputs, n_threads=n_threads, n_ahead=n_ahead)
+
     def _prepare_on_gpu(
         self, preprocessor: Preprocessor, messages: Messages, images: Rest[Picture] | None, template: str | None
     ) -> ModelInput | None:
@@ -92,14 +110,13 @@ class InputProcessor:
         *,
         priority: int = 0,
         capture: Capture | None = None,
-        template: str | None = None,
     ) -> Sequence:
         """Prepares a request. Raises LlavaError."""
         started = time.perf_counter()
         model, preprocessor = self.variant(adapter)
         if not isinstance(input, ModelInput):
             messages, pictures = split_request(input)
-            input = self.prepare(messages, images=pictures, template=template, adapter=adapter)
+            input = self.prepare(messages, images=pictures, adapter=adapter)
         tokens: list[int] = input.ids.tolist()
         _check_belongs(input, tokens, model.config, preprocessor)
         context = min(model.config.decoder.max_seq, self.capacity)

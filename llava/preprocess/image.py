@@ -58,9 +58,9 @@ def decode(source: Picture, options: PictureOptions = _DEFAULTS, memory: Picture
         if 0 in image.size:
             raise ImageError("has no pixels")
         memory = memory if memory and memory.accepts(image.size) else None
-        pixels = _decode_jpeg(image, source, options, memory)
-        if pixels is not None:
-            return Decoded(memory.upload(pixels) if memory else Image.fromarray(pixels), ())
+        pixels = _decode_jpeg(image, source, options, memory) if memory else None
+        if memory and pixels is not None:
+            return Decoded(memory.upload(pixels), ())
         rgb, losses = to_rgb(image, options.transparency)
         if options.exif:
             rgb.getexif()[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)
@@ -81,7 +81,7 @@ def decode(source: Picture, options: PictureOptions = _DEFAULTS, memory: Picture
 
 
 def _decode_jpeg(
-    image: Image.Image, source: Picture, options: PictureOptions, memory: PictureMemory | None
+    image: Image.Image, source: Picture, options: PictureOptions, memory: PictureMemory
 ) -> NDArray[np.uint8] | None:
     """Returns the pixels of an opened JPEG file, or None if Pillow has to decode it."""
     if not isinstance(source, str | Path | bytes) or not jpeg.can_decode(image):
@@ -89,11 +89,7 @@ def _decode_jpeg(
     if options.exif and image.getexif().get(_ORIENTATION, 1) != 1:
         return None
     contents = source if isinstance(source, bytes) else Path(source).read_bytes()
-    return jpeg.decode(contents, image.size, memory.empty if memory else _empty)
-
-
-def _empty(size: Size) -> NDArray[np.uint8]:
-    return np.empty((size[1], size[0], 3), np.uint8)
+    return jpeg.decode(contents, image.size, memory.empty)
 
 
 def _upload(image: Image.Image, memory: PictureMemory) -> Raster:

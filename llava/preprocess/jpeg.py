@@ -1,7 +1,9 @@
 """Decodes JPEG files with simplejpeg (the extra `fast-jpeg`), to the same pixels as Pillow.
 
-Both use libjpeg-turbo with its exact options. simplejpeg decodes a 12-megapixel photo in 28 ms instead of 39 ms, and to
-memory of the caller. Whatever it does not decode without a warning is left to Pillow.
+Both use libjpeg-turbo with its exact options. simplejpeg decodes to memory of the caller, from which a GPU can read: a
+photo of 12 megapixels takes 23 to 28 ms, where Pillow takes 27 to 39 ms and another 15 to copy its pixels. To make an
+image of Pillow from them takes longer than is gained, so Pillow decodes what it resizes. Whatever simplejpeg does not
+decode without a warning is left to Pillow as well.
 """
 
 from collections.abc import Callable

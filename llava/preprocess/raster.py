@@ -22,6 +22,7 @@ Size = tuple[int, int]  # (width, height)
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 _HEIGHT_MAY_BE_FIRST = int(PIL.__version__.partition(".")[0]) >= 13
 _MAX_THREADS = 8
+_STRIP_ROWS = 64  # copied at a time: small enough for a CPU's cache
 
 
 class PictureMemory(Protocol):
@@ -82,12 +83,14 @@ def resizes_height_first(size: Size, new_size: Size) -> bool:
 
 
 def copy_pixels(image: Image.Image, target: NDArray[np.uint8]) -> None:
-    """Copies the pixels of an RGB image to `target` [H, W, 3], in threads: one needs 30 ms for 12 megapixels."""
-    n_strips = min(_MAX_THREADS, os.cpu_count() or 1)
-    edges = [image.height * i // n_strips for i in range(n_strips + 1)]
+    """Copies the pixels of an RGB image to `target` [H, W, 3], in several threads.
 
-    def copy(top: int, bottom: int) -> None:
+    For 12 megapixels, `numpy.asarray(image)` needs 30 to 55 ms, and two threads 15 ms.
+    """
+
+    def copy(top: int) -> None:
+        bottom = min(top + _STRIP_ROWS, image.height)
         target[top:bottom] = np.asarray(image.crop((0, top, image.width, bottom)))
 
-    with ThreadPoolExecutor(n_strips) as threads:
-        list(threads.map(copy, edges, edges[1:]))
+    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as threads:
+        list(threads.map(copy, range(0, image.height, _STRIP_ROWS)))
