@@ -25,9 +25,12 @@ _cuda = _imported("triton.language.extra.cuda")
 gdc_wait, gdc_launch_dependents = (getattr(_cuda, name, None) for name in ("gdc_wait", "gdc_launch_dependents"))
 
 
-def jit(function: Callable[..., Any]) -> Any:
-    """Compiles a Triton kernel at its first launch. Without Triton, returns the function, which cannot be called."""
-    return function if triton is None else triton.jit(function)
+def jit(function: Callable[..., Any], **options: Any) -> Any:
+    """Compiles a Triton kernel at its first launch. Without Triton, returns the function, which cannot be called.
+
+    options: those of `triton.jit`, such as `do_not_specialize`.
+    """
+    return function if triton is None else triton.jit(function, **options)
 
 
 def is_interpreted() -> bool:
