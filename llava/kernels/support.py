@@ -22,7 +22,8 @@ def _imported(name: str) -> Any:
 
 triton, tl = _imported("triton"), _imported("triton.language")
 _cuda = _imported("triton.language.extra.cuda")
-gdc_wait, gdc_launch_dependents = (getattr(_cuda, name, None) for name in ("gdc_wait", "gdc_launch_dependents"))
+gdc_wait: Any = getattr(_cuda, "gdc_wait", None)
+gdc_launch_dependents: Any = getattr(_cuda, "gdc_launch_dependents", None)
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Any:
@@ -65,3 +66,14 @@ def has_dependent_launch(device: torch.device) -> bool:
     if gdc_wait is None or is_interpreted() or device.type != "cuda":
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def launch_options(device: torch.device, **options: Any) -> dict[str, Any]:
+    """Returns the last arguments of a launch: PDL, which is whether it is a dependent launch, and Triton's options."""
+    dependent = has_dependent_launch(device)
+    return {"PDL": dependent, **options, **({"launch_pdl": True} if dependent else {})}
+
+
+def next_power_of_2(n: int) -> int:
+    """Returns the smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()

@@ -154,15 +154,8 @@ class VarlenContext:
         return torch.cat([self._attend_one(q, k, v) for q, k, v in samples], dim=1)
 
     def _kernel(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        if q.shape[2] != k.shape[2]:
-            k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
-        cu_seqlens, max_seqlen = self.segments.cu_seqlens, self.segments.max_seqlen
-        causal = _causal(self.sliding_window)
-        y = varlen_attn(q[0], k[0], v[0], cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **causal)
-        assert isinstance(y, Tensor)
-        return y[None]
+        bounds, longest = self.segments.cu_seqlens, self.segments.max_seqlen
+        return varlen_attention(q[0], k[0], v[0], (bounds, bounds), (longest, longest), self.sliding_window)[None]
 
     def _attend_one(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [1, L, H, E], k and v [1, L, K, E] of one sample -> [1, L, H, E]"""
@@ -201,6 +194,22 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> T
         q.transpose(1, 2), keys, values, attn_mask=bias, is_causal=is_causal, enable_gqa=grouped
     )
     return y.transpose(1, 2)
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[Tensor, Tensor], max_seqlen: tuple[int, int], window: int | None
+) -> Tensor:
+    """Causal attention of samples in a packed row, by PyTorch's kernel for GPUs: q [S, H, E], k and v [T, K, E] -> q's.
+
+    cu_seqlens: of queries and of keys, int32 [N + 1]. A sample's last query attends to all of its keys.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    if q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    y = varlen_attn(q, k, v, *cu_seqlens, *max_seqlen, **_causal(window))
+    assert isinstance(y, Tensor)
+    return y
 
 
 def decode_mask(positions: Tensor, n_slots: int) -> Tensor:

@@ -1,0 +1,53 @@
+"""The most likely token of each row, in one kernel.
+
+B rows   V vocabulary size
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llava.kernels.support import can_run, gdc_launch_dependents, gdc_wait, jit, launch_options, tl
+
+_BLOCK = 4096
+
+
+@jit
+def greedy_kernel(logits_ptr, out_ptr, V: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """One row per program."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    best_id = tl.zeros([BLOCK], tl.int32)
+    is_nan = tl.zeros([BLOCK], tl.int32)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    for start in range(0, V, BLOCK):
+        id = start + at
+        x = tl.load(logits_ptr + row * V + id, mask=id < V, other=float("-inf"))
+        is_nan = tl.where(x != x, 1, is_nan)
+        better = x > best  # the first of equal logits wins
+        best = tl.where(better, x, best)
+        best_id = tl.where(better, id, best_id)
+    highest = tl.max(best, 0)
+    id = tl.min(tl.where(best == highest, best_id, V), 0)
+    finite = (tl.max(is_nan, 0) == 0) & (tl.abs(highest) < float("inf"))
+    tl.store(out_ptr + row, tl.where(finite, id, -1).to(tl.int64))
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """logits [B, V] float32 -> ids [B] int64 of the highest logits; -1 if that is not finite or any logit is NaN."""
+    if not can_run(logits.device):
+        return eager_greedy(logits)
+    n_rows, vocab_size = logits.shape
+    out = torch.empty(n_rows, dtype=torch.int64, device=logits.device)
+    greedy_kernel[(n_rows,)](logits, out, vocab_size, _BLOCK, **launch_options(logits.device, num_warps=16))
+    return out
+
+
+def eager_greedy(logits: Tensor) -> Tensor:
+    """The twin of `greedy`."""
+    highest, ids = logits.max(-1)
+    return ids.masked_fill(~highest.isfinite(), -1)

@@ -1,0 +1,179 @@
+"""The decoder's forward pass for inference on a GPU, in few kernels. It shares the weights of a `Decoder`.
+
+Computes what `Decoder.forward` computes, up to rounding: norms, rotations and activations are part of the kernels
+beside them, and are not rounded in between. Only for plain weights in 16 bits; `why_not` says what else is in the way.
+
+S new tokens, one packed row   R decoding rows, first in it   D dim   H query heads   K key/value heads   E head_dim
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llava.config import DecoderConfig
+from llava.kernels.fused_linear import Activation, Norm, fused_linear
+from llava.kernels.paged_attention import Positions, Scratch, paged_attention
+from llava.kernels.rotary import rotate_and_store_
+from llava.model import llama, mpt
+from llava.model.attention import varlen_attention
+from llava.model.decoder import Decoder
+from llava.model.linear import Linear
+from llava.model.paged import PagedCache
+
+Attend = Callable[[int, Tensor], Tensor]  # layer, qkv [S, (H + 2 K) E] before the rotation -> y [S, H E]
+
+
+class Layer(NamedTuple):
+    """The weights of a block."""
+
+    attn_norm: Norm
+    qkv: Tensor
+    clip: float | None
+    out: Tensor
+    mlp_norm: Norm
+    up: Tensor
+    gate: Tensor | None
+    activation: Activation
+    down: Tensor
+
+
+class FusedDecoder:
+    """Blocks, final norm and head of a decoder."""
+
+    def __init__(self, decoder: Decoder, config: DecoderConfig):
+        self.config = config
+        self.layers = [_layer(block) for block in decoder.blocks]
+        self.norm, self.head = _norm(decoder.norm), decoder.head.weight.detach()
+        self.how = _positions(decoder, config)
+
+    def __call__(self, x: Tensor, attend: Attend, select: Tensor | None = None) -> Tensor:
+        """x [S, D] -> states [S, D] before the final norm, or [L, D] of the tokens at the indices `select` [L]."""
+        for i, layer in enumerate(self.layers):
+            qkv = fused_linear(x, layer.qkv, norm=layer.attn_norm, clip=layer.clip)
+            y = attend(i, qkv)
+            if select is not None and i == len(self.layers) - 1:
+                x, y = x[select], y[select]
+            x = fused_linear(y, layer.out, residual=x)
+            y = fused_linear(x, layer.up, norm=layer.mlp_norm, gate=layer.gate, activation=layer.activation)
+            x = fused_linear(y, layer.down, residual=x)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x [S, D] before the final norm -> logits [S, V] float32"""
+        return fused_linear(x, self.head, norm=self.norm, out=x.new_empty(len(x), len(self.head), dtype=torch.float32))
+
+
+def why_not(decoder: Decoder, config: DecoderConfig) -> str | None:
+    """Returns why a decoder cannot be fused, or None if it can."""
+    if decoder.norm.weight.dtype not in (torch.bfloat16, torch.float16):
+        return "its weights are not in bfloat16 or float16"
+    layers = [module for module in decoder.modules() if isinstance(module, torch.nn.Linear)]
+    plain = all(type(one) is Linear and one.bias is None for one in layers)
+    if not plain or len(layers) != 1 + config.n_layers * (5 if config.kind == "llama" else 4):
+        return "its linear layers have adapters or are quantized"
+    if config.rope_scaling is not None and config.rope_scaling.kind == "dynamic":
+        return "its rotation depends on the length of the sequence"
+    return None
+
+
+def _layer(block: torch.nn.Module) -> Layer:
+    if isinstance(block, llama.Block):
+        gate, activation, clip = block.mlp.gate.weight.detach(), "silu", None
+    else:
+        assert isinstance(block, mpt.Block)
+        gate, activation, clip = None, "gelu", block.attn.limit
+    return Layer(
+        attn_norm=_norm(block.attn_norm),
+        qkv=block.attn.qkv.weight.detach(),
+        clip=clip if clip is not None and clip < torch.inf else None,
+        out=block.attn.out.weight.detach(),
+        mlp_norm=_norm(block.mlp_norm),
+        up=block.mlp.up.weight.detach(),
+        gate=gate,
+        activation=activation,  # type: ignore[arg-type]
+        down=block.mlp.down.weight.detach(),
+    )
+
+
+def _norm(norm: torch.nn.Module) -> Norm:
+    assert isinstance(norm, llama.RMSNorm | mpt.LayerNorm)
+    return Norm("rms" if isinstance(norm, llama.RMSNorm) else "layer", norm.weight.detach(), norm.eps)
+
+
+def _positions(decoder: Decoder, config: DecoderConfig) -> Positions:
+    device = decoder.norm.weight.device
+    positions = decoder.positions
+    if isinstance(positions, mpt.Alibi):
+        return Positions(slopes=positions.slopes(device))
+    frequencies = positions.frequencies(config.max_seq, device)
+    angles = torch.arange(config.max_seq, device=device).float()[:, None] * frequencies
+    return Positions(cos=angles.cos(), sin=angles.sin(), window=config.sliding_window)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RowAttention:
+    """Attention of decoding rows, one new token each."""
+
+    decoder: FusedDecoder
+    cache: PagedCache
+    tables: Tensor  # int32 [R, P]
+    positions: Tensor  # int32 [R], of the new tokens; -1: the row only fills the batch
+    max_tokens: int  # no row has more
+    scratch: Scratch
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        """qkv [R, (H + 2 K) E] -> y [R, H E]. Stores the new keys and values."""
+        return paged_attention(
+            qkv,
+            self.cache.k[layer],
+            self.cache.v[layer],
+            self.tables,
+            self.positions,
+            self.decoder.how,
+            self.scratch,
+            n_heads=self.decoder.config.n_heads,
+            max_tokens=self.max_tokens,
+        )
+
+
+class Chunks(NamedTuple):
+    """Chunks of prompts in a packed row, and the tokens they attend to, which end with their own."""
+
+    cu_seqlens: Tensor  # int32 [N + 1], cumulative numbers of new tokens
+    max_seqlen: int
+    past: Tensor | None  # int64 [T], slots of all tokens attended to; None: no chunk has earlier tokens
+    cu_seqlens_past: Tensor  # int32 [N + 1], cumulative numbers of these tokens
+    max_seqlen_past: int
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PackedAttention:
+    """Attention of a packed row: decoding rows, then chunks of prompts."""
+
+    decoder: FusedDecoder
+    cache: PagedCache
+    slots: Tensor  # int64 [S - R], where the keys and values of the chunks are stored
+    positions: Tensor  # int64 [S - R]
+    chunks: Chunks
+    n_rows: int = 0
+    rows: RowAttention | None = None
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        """qkv [S, (H + 2 K) E] -> y [S, H E]. Stores the new keys and values."""
+        config, n = self.decoder.config, self.n_rows
+        keys, values = self.cache.k[layer], self.cache.v[layer]
+        new = qkv[n:]
+        rotate_and_store_(new, keys, values, self.slots, self.positions, self.decoder.how, n_heads=config.n_heads)
+        heads = [config.n_heads, config.n_kv_heads, config.n_kv_heads]
+        q, k, v = new.unflatten(-1, (-1, config.head_dim)).split(heads, dim=1)
+        chunks = self.chunks
+        if chunks.past is not None:
+            k, v = (x.flatten(0, 1).index_select(0, chunks.past) for x in (keys, values))
+        y = varlen_attention(
+            q, k, v, (chunks.cu_seqlens, chunks.cu_seqlens_past), (chunks.max_seqlen, chunks.max_seqlen_past),
+            config.sliding_window,
+        ).flatten(1)  # fmt: skip
+        return y if self.rows is None else torch.cat([self.rows(layer, qkv[:n]), y])
