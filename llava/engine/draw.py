@@ -10,7 +10,7 @@ import torch
 
 from llava.engine.beam import BeamSearch
 from llava.engine.runner import Logits
-from llava.engine.sampling import process, sample, top_logprobs
+from llava.engine.sampling import log_softmax, process, sample, top_logprobs
 from llava.engine.sequence import Beams, Sequence
 
 
@@ -30,7 +30,7 @@ def draw(logits: Logits) -> list[Token]:
     kinds = [_kind(sequence) for sequence in logits.sequences]
     for sequence, kind, values in zip(logits.sequences, kinds, logits.values, strict=True):
         if kind == "beam":
-            logprobs = process(values.log_softmax(-1)[None], [sequence])[0]
+            logprobs = process(log_softmax(values)[None], [sequence])[0]
             _beams(sequence).logprobs[sequence.id] = logprobs
     sampled = [i for i, kind in enumerate(kinds) if kind == "sample"]
     if not sampled:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from llava.kernels.invariant_attention import Queries, eager_invariant_attention, invariant_attention
+from llava.kernels.support import is_interpreted
 
 CPU = torch.device("cpu")
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+# of results, relative to the largest one; 16-bit ones are rounded once, where Triton's interpreter truncates bfloat16
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7 if is_interpreted() else 2**-8, torch.float16: 2**-11}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 # (new tokens, position of the first) of each sequence: decoding rows, a prompt, a chunk in the middle of a prompt
 BATCH = ((1, 0), (1, 63), (1, 64), (1, 150), (5, 0), (3, 126))

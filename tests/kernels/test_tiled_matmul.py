@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from llava.kernels.support import is_interpreted
 from llava.kernels.tiled_matmul import eager_tiled_matmul, tiled_matmul
 
 CPU = torch.device("cpu")
-# of the result, relative to the largest one; 16-bit results are rounded once
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+# of results, relative to the largest one; 16-bit ones are rounded once, where Triton's interpreter truncates bfloat16
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7 if is_interpreted() else 2**-8, torch.float16: 2**-11}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 Product = Callable[..., Tensor]
 
