@@ -520,8 +520,8 @@ def compare_alone(world: World, request: Asked, reply: Replied) -> None:
         raise Failure("with batch_invariant=True, another text than alone")
 
 
-def run_case(seed: int, number: int, worlds: dict[str, World]) -> dict[str, Any]:
-    """Runs one schedule and returns its result: counts, and what went wrong."""
+def run_case(seed: int, number: int, worlds: dict[str, World], *, overlap: bool = False) -> dict[str, Any]:
+    """Runs one schedule and returns its result: counts, and what went wrong. overlap: see `Engine`."""
     rng = random.Random(f"{seed}/{number}")
     world = worlds[tuple(worlds)[number % len(worlds)]]
     invariant = rng.random() < 0.2
@@ -532,7 +532,7 @@ def run_case(seed: int, number: int, worlds: dict[str, World]) -> dict[str, Any]
     counts: Counter[str] = Counter()
     detail = ""
     try:
-        engine = Engine(world.variants, options)
+        engine = Engine(world.variants, options, overlap=overlap)
         preempted = _count_preemptions(engine)
         replies = run(engine, requests)
         counts.update({"preemptions": len(preempted), "prefix_hit_tokens": engine.stats().prefix_hit_tokens})
@@ -607,18 +607,19 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file for the counts and failures")
     parser.add_argument("--case", type=int, help="run only this schedule and show its details")
+    parser.add_argument("--overlap", action="store_true", help="launch a step before the tokens of the last are read")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="schedules-") as scratch:
         worlds = load_worlds(Path(scratch))
 
         if options.case is not None:
-            print(json.dumps(run_case(options.seed, options.case, worlds), indent=1))
+            print(json.dumps(run_case(options.seed, options.case, worlds, overlap=options.overlap), indent=1))
             return 0
         logging.disable(logging.CRITICAL)
         started, results = time.perf_counter(), []
         for number in range(options.n):
-            results.append(result := run_case(options.seed, number, worlds))
+            results.append(result := run_case(options.seed, number, worlds, overlap=options.overlap))
             if result["outcome"] != "equal":
                 print(number, result["model"], result["options"], "\n ", result["detail"], flush=True)
     report = summary(results, options.seed, time.perf_counter() - started)

@@ -17,6 +17,7 @@ from llava.kernels.invariant_attention import Queries
 from llava.model.batch_invariant import InvariantContext
 from llava.model.paged import Chunk, PagedCache, PagedContext, Row, Rows, paged_rows
 from llava.model.row_cache import RowCaches
+from llava.model.staging import to_device
 
 _ROWS = 64  # decoding rows whose pages are gathered together, to limit the memory for the copies
 
@@ -46,12 +47,25 @@ class Batch:
 
 
 def new_ids(scheduled: Rest[Scheduled]) -> list[int]:
-    """Returns the ids of the new tokens, with IMAGE for image tokens."""
+    """Returns the ids of the new tokens, with IMAGE for image tokens and PENDING for tokens in flight."""
     ids: list[int] = []
     for one in scheduled:
         start = one.sequence.computed
         ids += one.sequence.tokens[start : start + one.n_tokens]
     return ids
+
+
+def in_flight(scheduled: Rest[Scheduled]) -> list[tuple[int, int]]:
+    """Returns (index among the new tokens, slot in the token pool) of those whose ids only the device knows.
+
+    Only the newest token of a decoding sequence can be one.
+    """
+    found, start = [], 0
+    for one in scheduled:
+        if one.sequence.n_in_flight:
+            found.append((start, one.sequence.pool_slot))
+        start += one.n_tokens
+    return found
 
 
 def build(
@@ -73,9 +87,9 @@ def build(
     device = cache.k.device
     new: Any = {
         "cache": cache,
-        "positions": torch.tensor([i for one in scheduled for i in _positions(one)], device=device)[None],
+        "positions": to_device([i for one in scheduled for i in _positions(one)], torch.int64, device)[None],
         "seq_len": _seq_lens(scheduled, device) if dynamic_rope else max(one.sequence.total for one in scheduled),
-        "slots": torch.tensor([slot for one in scheduled for slot in _slots(one, cache.page_size)], device=device),
+        "slots": to_device([i for one in scheduled for i in _slots(one, cache.page_size)], torch.int64, device),
         "watched": [
             _chunk(*pair, cache, n_skipped(pair[0])) for pair in placed if n_skipped(pair[0]) < pair[0].n_tokens
         ],
@@ -105,10 +119,8 @@ def _queries(scheduled: Rest[Scheduled], positions: Tensor) -> Queries:
     device = positions.device
     return Queries(
         positions=positions.int(),
-        rows=torch.tensor(rows, dtype=torch.int32, device=device),
-        pages=torch.tensor(
-            [[*table, *[0] * (longest - len(table))] for table in tables], dtype=torch.int32, device=device
-        ),
+        rows=to_device(rows, torch.int32, device),
+        pages=to_device([[*one, *[0] * (longest - len(one))] for one in tables], torch.int32, device),
     )
 
 
@@ -127,7 +139,7 @@ def _seq_lens(scheduled: Rest[Scheduled], device: torch.device) -> Tensor:
     The lengths are those of a whole prompt followed by single steps, whatever the chunks are.
     """
     lengths = [max(one.sequence.n_prompt, i + 1) for one in scheduled for i in _positions(one)]
-    return torch.tensor(lengths, device=device)[None]
+    return to_device(lengths, torch.int64, device)[None]
 
 
 def _chunk(one: Scheduled, start: int, cache: PagedCache, skip: int = 0) -> Chunk:
@@ -135,7 +147,7 @@ def _chunk(one: Scheduled, start: int, cache: PagedCache, skip: int = 0) -> Chun
         start=start + skip,
         n=one.n_tokens - skip,
         position=one.sequence.computed + skip,
-        pages=torch.tensor(one.sequence.block_table, device=cache.k.device),
+        pages=to_device(one.sequence.block_table, torch.int64, cache.k.device),
     )
 
 

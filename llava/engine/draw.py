@@ -1,17 +1,27 @@
-"""Draws the next tokens from the logits of a step.
+"""Draws the next tokens from the logits of a step. The host reads them later, when the device has computed them.
 
-V vocabulary size
+B sequences   V vocabulary size
 """
 
 from collections.abc import Iterator
+from collections.abc import Sequence as Rest
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from llava.engine.beam import BeamSearch
-from llava.engine.runner import Logits
 from llava.engine.sampling import log_softmax, process, sample, top_logprobs
 from llava.engine.sequence import Beams, Sequence
+from llava.model.staging import to_device, to_host
+
+
+class Logits(NamedTuple):
+    """Logits of the token after each of some sequences."""
+
+    sequences: Rest[Sequence]
+    values: Tensor  # [B, V] float32
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -24,19 +34,59 @@ class Token:
     top: dict[int, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Drawn:
+    """The next tokens of some sequences, on their way to the host."""
+
+    sequences: Rest[Sequence]
+    epochs: Rest[int]  # of the sequences when their tokens were drawn
+    ids: Tensor  # int64 [B] on the device
+    on_host: Rest[Tensor]  # ids; with log-probabilities also those of the ids, and the highest [B, n] with their ids
+    ready: torch.cuda.Event | None  # when `on_host` has its values; None: it has
+
+    @classmethod
+    def of(cls, sequences: Rest[Sequence], ids: Tensor, logits: Tensor) -> "Drawn":
+        """Starts to copy the ids [B] that were drawn from logits [B, V], and log-probabilities if a request asks."""
+        n = max(sequence.params.logprobs for sequence in sequences)
+        on_host = [to_host(x) for x in (ids, *(top_logprobs(logits, ids, n) if n else ()))]
+        ready = None
+        if ids.device.type == "cuda":
+            ready = torch.cuda.Event()
+            ready.record(torch.cuda.current_stream(ids.device))
+        return cls(sequences=sequences, epochs=[one.epoch for one in sequences], ids=ids, on_host=on_host, ready=ready)
+
+    def read(self) -> Iterator["Token"]:
+        """Waits for the device and yields the tokens, except those of sequences that have dropped them."""
+        if self.ready:
+            self.ready.synchronize()
+        ids, *found = (x.tolist() for x in self.on_host)
+        for i, sequence in enumerate(self.sequences):
+            if sequence.epoch != self.epochs[i]:
+                continue
+            k = sequence.params.logprobs
+            if not k:
+                yield Token(sequence=sequence, id=ids[i])
+                continue
+            own, likely, likely_ids = (values[i] for values in found)
+            top = dict(zip(likely_ids[:k], likely[:k], strict=True))
+            yield Token(sequence=sequence, id=ids[i], logprob=own, top=top)
+
+
 @torch.inference_mode()
-def draw(logits: Logits) -> list[Token]:
+def draw(logits: Logits) -> Drawn | None:
     """Draws the next token of each sequence. For beams, records the log-probabilities [V] instead."""
     kinds = [_kind(sequence) for sequence in logits.sequences]
-    for sequence, kind, values in zip(logits.sequences, kinds, logits.values, strict=True):
-        if kind == "beam":
-            logprobs = process(log_softmax(values)[None], [sequence])[0]
+    for i, sequence in enumerate(logits.sequences):
+        if kinds[i] == "beam":
+            logprobs = process(log_softmax(logits.values[i])[None], [sequence])[0]
             _beams(sequence).logprobs[sequence.id] = logprobs
     sampled = [i for i, kind in enumerate(kinds) if kind == "sample"]
     if not sampled:
-        return []
-    values = logits.values if len(sampled) == len(kinds) else logits.values[sampled]
-    return list(_sampled([logits.sequences[i] for i in sampled], values))
+        return None
+    sequences, values = [logits.sequences[i] for i in sampled], logits.values
+    if len(sampled) < len(kinds):
+        values = values.index_select(0, to_device(sampled, torch.int64, values.device))
+    return Drawn.of(sequences, sample(values, sequences), values)
 
 
 def _kind(sequence: Sequence) -> str:
@@ -50,17 +100,3 @@ def _beams(sequence: Sequence) -> Beams:
         search = BeamSearch(sequence.params.num_beams, sequence.stop_ids, sequence.max_new_tokens)
         sequence.beams = Beams(search=search, leader=sequence, live=[sequence])
     return sequence.beams
-
-
-def _sampled(sequences: list[Sequence], values: torch.Tensor) -> Iterator[Token]:
-    chosen = sample(values, sequences)
-    ids: list[int] = chosen.tolist()
-    n = max(sequence.params.logprobs for sequence in sequences)
-    if not n:
-        yield from (Token(sequence=one, id=id) for one, id in zip(sequences, ids, strict=True))
-        return
-    own, likely, likely_ids = (x.tolist() for x in top_logprobs(values, chosen.clamp(min=0), n))
-    for i, (sequence, id) in enumerate(zip(sequences, ids, strict=True)):
-        k = sequence.params.logprobs
-        top = dict(zip(likely_ids[i][:k], likely[i][:k], strict=True))
-        yield Token(sequence=sequence, id=id, logprob=own[i], top=top)

@@ -21,7 +21,7 @@ from llava.config import EngineOptions
 from llava.engine.adapters import Variant
 from llava.engine.block_manager import BlockManager
 from llava.engine.capture import Capture
-from llava.engine.draw import Token, draw
+from llava.engine.draw import Drawn, Token
 from llava.engine.feature_cache import FeatureCache
 from llava.engine.input_processor import InputProcessor, Request
 from llava.engine.memory import n_pages
@@ -52,11 +52,29 @@ class Stats:
     feature_hits: int  # pictures that did not have to be encoded
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Launched:
+    """A step in flight: the device has been told to compute it, and the host has not read its tokens."""
+
+    sequences: list[Sequence]
+    drawn: list[Drawn]
+
+
 class Engine:
     """Generates replies to many requests at once."""
 
-    def __init__(self, variants: Mapping[str | None, Variant], options: EngineOptions | None = None):
-        """variants: the base under the key None, and the same model with each adapter."""
+    def __init__(
+        self,
+        variants: Mapping[str | None, Variant],
+        options: EngineOptions | None = None,
+        *,
+        overlap: bool | None = None,
+    ):
+        """variants: the base under the key None, and the same model with each adapter.
+
+        overlap: whether the next step is launched before the tokens of a step are read, so that a GPU does not wait
+            for the host. Replies do not depend on it. Default: only on a GPU.
+        """
         self.options = options or EngineOptions()
         self.variants = dict(variants)
         self.model = self.variants[None].model
@@ -74,6 +92,8 @@ class Engine:
         self._inbox: deque[Sequence] = deque()  # new requests
         self._aborted: deque[int] = deque()
         self._streams: dict[int, deque[Output]] = {}  # outputs of the requests that have a reader of their own
+        self.overlap = device.type == "cuda" if overlap is None else overlap
+        self._in_flight: deque[Launched] = deque()  # at most one between two calls
         self._unread: list[Output] = []  # outputs that the next call of `step` returns
         self._stepping = threading.RLock()
 
@@ -221,25 +241,49 @@ class Engine:
         return outputs
 
     def _advance(self) -> None:
-        """Computes one step. If it is interrupted, all unfinished requests are computed again from their tokens."""
+        """Launches one step and collects it, or with `overlap` the one before it.
+
+        If it is interrupted, all unfinished requests are computed again from their tokens.
+        """
         try:
             self._take_requests()
-            scheduled = list(self.scheduler.schedule(self._view_budget()).scheduled.values())
-            drawn = self._compute(scheduled)
-            for one in scheduled:
-                if one.sequence.request in self._unfinished:
-                    self.scheduler.commit(one)
-            for token in drawn:
-                self._append(token)
-            for one in scheduled:
-                if one.sequence.max_new_tokens == 0 == one.sequence.n_pending and not one.sequence.finish_reason:
-                    self._finish(one.sequence, "length")
-            for beams in dict.fromkeys(one.sequence.beams for one in scheduled):
-                if beams:
-                    self._advance_beams(beams)
+            if self._in_flight and self.scheduler.may_preempt():  # it would drop a token, perhaps the last of its reply
+                self._collect()
+            launched = self._launch()
+            self._collect(leave=int(self.overlap and launched))
+            if not self._unfinished:  # nobody waits for the tokens of the step in flight
+                self._in_flight.clear()
         except BaseException:
             self._recover()
             raise
+
+    def _launch(self) -> bool:
+        """Plans a step and gives it to the device. Returns whether there is anything to compute."""
+        scheduled = list(self.scheduler.schedule(self._view_budget()).scheduled.values())
+        drawn = self._compute(scheduled)
+        scheduled = [one for one in scheduled if one.sequence.request in self._unfinished]
+        for one in scheduled:
+            self.scheduler.commit(one)
+        for tokens in drawn:
+            for sequence in tokens.sequences:
+                sequence.expect_token()
+        if scheduled:
+            self._in_flight.append(Launched(sequences=[one.sequence for one in scheduled], drawn=drawn))
+        return bool(scheduled)
+
+    def _collect(self, leave: int = 0) -> None:
+        """Reads the tokens of the steps in flight, up to the last `leave` steps, and does what follows from them."""
+        while len(self._in_flight) > leave:
+            step = self._in_flight.popleft()
+            for drawn in step.drawn:
+                for token in drawn.read():
+                    self._append(token)
+            for sequence in step.sequences:
+                if sequence.max_new_tokens == 0 == sequence.n_pending and not sequence.finish_reason:
+                    self._finish(sequence, "length")
+            for beams in dict.fromkeys(sequence.beams for sequence in step.sequences):
+                if beams:
+                    self._advance_beams(beams)
 
     def _take_requests(self) -> None:
         while self._inbox:
@@ -262,7 +306,7 @@ class Engine:
             return None
         return int(_STALL_S / (self._runner.seconds_per_view or _STALL_S))
 
-    def _compute(self, scheduled: list[Scheduled]) -> list[Token]:
+    def _compute(self, scheduled: list[Scheduled]) -> list[Drawn]:
         """Computes the scheduled tokens and draws the next ones. If this fails, computes each sequence separately.
 
         An error in one request therefore ends only that request.
@@ -271,10 +315,10 @@ class Engine:
         if not scheduled:
             return []
         try:
-            return [token for logits in self.runner.run(scheduled) for token in draw(logits)]
+            return self.runner.launch(scheduled)
         except Exception as error:
             if len(scheduled) > 1:
-                return [token for one in scheduled for token in self._compute([one])]
+                return [drawn for one in scheduled for drawn in self._compute([one])]
             if not isinstance(error, LlavaError):
                 log.exception("request %d failed", scheduled[0].sequence.request)
                 error = LlavaError(f"the request failed with an unexpected {type(error).__name__}: {error}")
@@ -289,13 +333,17 @@ class Engine:
             cache = PagedCache(
                 model.config.decoder, self.blocks.n_pages, self.blocks.page_size, dtype=model.dtype, device=model.device
             )
-            self._runner = Runner(self.variants, cache, self.features, batch_invariant=self.options.batch_invariant)
+            self._runner = Runner(
+                self.variants,
+                cache,
+                self.features,
+                max_batch=self.options.max_batch,
+                batch_invariant=self.options.batch_invariant,
+            )
         return self._runner
 
     def _append(self, token: Token) -> None:
         sequence = token.sequence
-        if sequence.finish_reason:
-            return
         if token.id < 0:
             self._reject(sequence)
             return
@@ -303,6 +351,7 @@ class Engine:
             sequence.logprobs.append(token.logprob)
             sequence.top_logprobs.append(token.top)
         sequence.append(token.id)
+        self.scheduler.register(sequence)
         self._emit(sequence)
 
     def _reject(self, sequence: Sequence) -> None:
@@ -336,7 +385,7 @@ class Engine:
         sequence.n_sent, sequence.n_sent_ids = len(reply.text), reply.n_final
         if sequence.finish_reason:
             self._remove(sequence)
-        sequence.n_appended = sequence.n_generated
+        sequence.n_appended = sequence.n_known - sequence.n_prompt
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: LlavaError | None = None) -> None:
         if error and self._runner:
@@ -351,7 +400,8 @@ class Engine:
             self.scheduler.remove(one)
 
     def _recover(self) -> None:
-        """Restarts all unfinished requests with an empty cache."""
+        """Restarts all unfinished requests with an empty cache, and drops the step in flight."""
+        self._in_flight.clear()
         for one in self._unfinished.values():
             one.rewind()
         self.scheduler.restart(self._unfinished.values())

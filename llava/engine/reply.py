@@ -58,7 +58,7 @@ class Reply:
     def of(cls, sequence: Sequence) -> "Reply":
         """Builds a reply from a sequence, which may be unfinished; the finish reason is then "stop"."""
         decode_s = sequence.ended - sequence.first_token
-        steps = sequence.n_generated - 1
+        steps = sequence.n_known - sequence.n_prompt - 1
         ids = list(sequence.detokenizer.ids)
         n_image_tokens = sum(image.end - image.start for image in sequence.images)
         params = sequence.params

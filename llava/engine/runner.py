@@ -1,6 +1,8 @@
-"""Runs the model for one step: encodes pictures, computes the scheduled tokens and returns the logits that are needed.
+"""Runs the model for one step: encodes pictures, computes the scheduled tokens and draws the next ones.
 
-S new tokens   D dim   V vocabulary size
+Nothing here waits for the device, except for requests that ask for more than a reply.
+
+S new tokens   D dim
 """
 
 import time
@@ -10,7 +12,6 @@ from collections.abc import Sequence as Rest
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import groupby
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from llava.config import DecoderConfig
 from llava.engine import batch
 from llava.engine.adapters import Joined, Variant, join
 from llava.engine.batch import Batch
+from llava.engine.draw import Drawn, Logits, draw
 from llava.engine.feature_cache import FeatureCache
 from llava.engine.observe import record_attention, record_prompt_logprobs, record_states
 from llava.engine.packing import Packer
@@ -28,13 +30,7 @@ from llava.model.batch_invariant import BatchInvariant
 from llava.model.decoder import Decoder
 from llava.model.paged import PagedCache
 from llava.model.row_cache import RowCaches, can_share
-
-
-class Logits(NamedTuple):
-    """Logits of the token after each of some sequences."""
-
-    sequences: Rest[Sequence]
-    values: Tensor  # [sequences, V] float32
+from llava.model.staging import to_device
 
 
 class Runner:
@@ -46,9 +42,12 @@ class Runner:
         cache: PagedCache,
         features: FeatureCache,
         *,
+        max_batch: int,
         batch_invariant: bool = False,
     ):
         self.cache, self.features = cache, features
+        # the newest token of each running sequence, in its `pool_slot`; -1: none could be drawn
+        self.pool = torch.zeros(max_batch, dtype=torch.int64, device=cache.k.device)
         self.batch_invariant = batch_invariant
         packer = Packer(variants, active=not batch_invariant)
         self.models = {name: packer.pack(one.model) for name, one in variants.items()}
@@ -60,6 +59,18 @@ class Runner:
         }
         self.seconds: dict[str, float] = defaultdict(float)  # spent on vision, prefill and decode
         self.seconds_per_view = 0.0  # of the most recent pictures
+
+    @torch.inference_mode()
+    def launch(self, scheduled: Rest[Scheduled]) -> list[Drawn]:
+        """Computes the scheduled tokens, and draws the next token of sequences of which none is then left to compute.
+
+        The tokens go into the token pool, which is not changed if this fails, so that the step can be computed again.
+        """
+        drawn = [one for logits in self.run(scheduled) if (one := draw(logits))]
+        for one in drawn:
+            slots = to_device([sequence.pool_slot for sequence in one.sequences], torch.int64, self.pool.device)
+            self.pool.index_copy_(0, slots, one.ids)
+        return drawn
 
     @torch.inference_mode()
     def run(self, scheduled: Rest[Scheduled]) -> list[Logits]:
@@ -109,7 +120,7 @@ class Runner:
         if self.batch_invariant and len(images) > 1:
             return [features for image in images for features in self._encode(adapter, [image])]
         model = self.models[adapter]
-        pixels = torch.cat([image.pixels for image in images]).to(model.device, model.dtype)
+        pixels = to_device(torch.cat([image.pixels for image in images]), model.dtype, model.device)
         return model.encode_images(pixels, [len(image.pixels) for image in images], [image.grid for image in images])
 
     def _run_joined(self, joined: Joined, scheduled: Rest[Scheduled]) -> Iterator[Logits]:
@@ -138,7 +149,11 @@ class Runner:
     def _embed(self, adapter: str | None, scheduled: Rest[Scheduled]) -> Tensor:
         """Returns the embeddings [S, D] of the new tokens of some sequences with the same adapter."""
         model = self.models[adapter]
-        x = model.decoder.lookup(torch.tensor(batch.new_ids(scheduled), device=model.device))
+        ids = to_device(batch.new_ids(scheduled), torch.int64, model.device)
+        if pending := batch.in_flight(scheduled):
+            at, slots = to_device(pending, torch.int64, model.device).T
+            ids.index_copy_(0, at, self.pool[slots])
+        x = model.decoder.lookup(ids)
         start = 0
         for one in scheduled:
             first, end = one.sequence.computed, one.sequence.computed + one.n_tokens
@@ -157,9 +172,7 @@ class Runner:
         for about their tokens.
         """
         ends = [i for i, one in enumerate(step.scheduled) if one.n_tokens == one.sequence.n_pending]
-        last = torch.tensor(
-            [step.starts[i] + step.scheduled[i].n_tokens - 1 for i in ends], dtype=torch.int64, device=x.device
-        )
+        last = to_device([step.starts[i] + step.scheduled[i].n_tokens - 1 for i in ends], torch.int64, x.device)
         if step.observed:
             return self._observed_states(decoder, step, x)[last], ends
         if len(ends) == x.shape[1]:

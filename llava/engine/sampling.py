@@ -15,7 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from llava.engine.sampling_params import SamplingParams
 from llava.errors import ConfigError
+from llava.model.staging import to_device
 
 NOT_FINITE = (
     "the logits contain NaN or infinity; load with dtype=float32 (--dtype float32) if the model overflows in 16 bits, "
@@ -68,7 +69,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     drawn = [i for i, row in enumerate(rows) if row.params.temperature >= _GREEDY_BELOW]
     if drawn:
         chosen = _draw(_select(logits, drawn), _select(top, drawn), [rows[i] for i in drawn])
-        ids = ids.index_copy(0, _tensor(drawn, torch.int64, logits.device), chosen)
+        ids = ids.index_copy(0, to_device(drawn, torch.int64, logits.device), chosen)
     return ids.masked_fill_(~top.isfinite(), -1)
 
 
@@ -91,7 +92,7 @@ def process(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     if masks:
         logits = logits.clone()
         for i, mask in masks.items():
-            logits[i].masked_fill_(~mask.to(logits.device, non_blocking=True), -torch.inf)
+            logits[i].masked_fill_(~to_device(mask, torch.bool, logits.device), -torch.inf)
     return logits
 
 
@@ -123,7 +124,7 @@ def warp(logits: Tensor, top: Tensor, params: Sequence[SamplingParams]) -> Tenso
 
     The softmax of the result has the probabilities of a draw. Its highest value is 0; excluded tokens have -inf.
     """
-    temperature = _tensor([p.temperature for p in params], torch.float32, logits.device)
+    temperature = to_device([p.temperature for p in params], torch.float32, logits.device)
     scaled = (logits - top[:, None]).div_(temperature[:, None])
     lowest = _lowest_kept(logits, top, temperature, params)
     return scaled if lowest is None else torch.where(logits < lowest[:, None], -torch.inf, scaled)
@@ -162,7 +163,7 @@ def _shifted(z: Tensor, bits: int) -> Tensor:
 def _draw(logits: Tensor, top: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Draws ids [R] from logits [R, V] with the highest values top [R]: the Gumbel-max trick."""
     seeds, indices = [row.seed for row in rows], [row.n_generated for row in rows]
-    seed, index = _tensor([seeds, indices], torch.int64, logits.device)
+    seed, index = to_device([seeds, indices], torch.int64, logits.device)
     weights = warp(logits, top, [row.params for row in rows])
     return weights.add_(gumbel_noise(seed, index, logits.shape[-1])).argmax(-1)
 
@@ -172,12 +173,12 @@ def _lowest_kept(logits: Tensor, top: Tensor, temperature: Tensor, params: Seque
     n_vocab, device, lowest = logits.shape[-1], logits.device, None
     if any(p.min_p for p in params):
         margins = [p.temperature * math.log(p.min_p) if p.min_p else -math.inf for p in params]
-        lowest = top + _tensor(margins, torch.float32, device)
+        lowest = top + to_device(margins, torch.float32, device)
     narrow = [i for i, p in enumerate(params) if (p.top_k or n_vocab) < n_vocab or (p.top_p or 1) < 1]
     if narrow:
         logits, scale = _select(logits, narrow), _select(temperature, narrow)
         found = _lowest_ranked(logits, _select(top, narrow), scale, [params[i] for i in narrow])
-        at = _tensor(narrow, torch.int64, device)
+        at = to_device(narrow, torch.int64, device)
         ranked = torch.full_like(top, -torch.inf).index_copy_(0, at, found)
         lowest = ranked if lowest is None else torch.maximum(lowest, ranked)
     return lowest
@@ -192,13 +193,13 @@ def _lowest_ranked(logits: Tensor, top: Tensor, temperature: Tensor, params: Seq
     n_vocab, device = logits.shape[-1], logits.device
     counts = [min(p.top_k or n_vocab, n_vocab) for p in params]
     ordered = _highest(logits, max(counts))  # [R, K]
-    n_kept = _tensor(counts, torch.int64, device)[:, None]
+    n_kept = to_device(counts, torch.int64, device)[:, None]
     if any((p.top_p or 1) < 1 for p in params):
         kept = torch.arange(ordered.shape[-1], device=device) < n_kept
         mass = ((ordered - top[:, None]) / temperature[:, None]).exp_().mul_(2.0**40).mul_(kept.float()).long()
         before = mass.cumsum(-1) - mass
         limits = [p.top_p if (p.top_p or 1) < 1 else 2 for p in params]  # 2: keep all, even those without mass
-        limit = _tensor(limits, torch.float32, device)[:, None] * mass.sum(-1, keepdim=True)
+        limit = to_device(limits, torch.float32, device)[:, None] * mass.sum(-1, keepdim=True)
         n_kept = kept.logical_and_(before < limit.ceil().long()).sum(-1, keepdim=True).clamp_(min=1)
     return ordered.gather(1, n_kept - 1)[:, 0]
 
@@ -251,7 +252,7 @@ def _entries(values: Sequence[Mapping[int, float]], logits: Tensor) -> tuple[Ten
     flat = np.fromiter(chain.from_iterable(row.values() for row in values), np.float64, sum(sizes))
     at = ids + np.repeat(np.arange(n_rows) * n_vocab, sizes)
     valid = (ids >= 0) & (ids < n_vocab)
-    return _tensor(at[valid], torch.int64, logits.device), _tensor(flat[valid], torch.float32, logits.device)
+    return to_device(at[valid], torch.int64, logits.device), to_device(flat[valid], torch.float32, logits.device)
 
 
 def _put(logits: Tensor, at: Tensor, values: Tensor) -> Tensor:
@@ -261,10 +262,4 @@ def _put(logits: Tensor, at: Tensor, values: Tensor) -> Tensor:
 
 def _select(x: Tensor, rows: list[int]) -> Tensor:
     """Returns these rows of x, without a copy if they are all."""
-    return x if len(rows) == len(x) else x.index_select(0, _tensor(rows, torch.int64, x.device))
-
-
-def _tensor(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Makes a small tensor from numbers. From pinned memory, a copy to a GPU does not wait for earlier work there."""
-    tensor = torch.as_tensor(values, dtype=dtype)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return x if len(rows) == len(x) else x.index_select(0, to_device(rows, torch.int64, x.device))

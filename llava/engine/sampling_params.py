@@ -69,8 +69,13 @@ class SamplingParams:
     @cached_property
     def changes_logits(self) -> bool:
         """Whether a penalty, a bias or a mask changes the logits before the token is selected."""
+        return bool(self.reads_reply or self.logit_bias)
+
+    @cached_property
+    def reads_reply(self) -> bool:
+        """Whether the selection of a token depends on the ids of the reply before it, other than through the model."""
         penalties = self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty
-        return bool(penalties or self.logit_bias or self.logits_mask)
+        return bool(penalties or self.logits_mask)
 
     def _check_types(self) -> None:
         """Raises ConfigError if a value has the wrong type. Normalizes log-probability counts, `stop`, `logit_bias`."""

@@ -2,6 +2,10 @@
 
 A step has a budget of tokens. Every sequence that it contains raises its `computed` count, so a decode step, a chunk
 of a long prompt, a prompt whose beginning is cached and a request that was preempted all take the same path.
+
+A step may be planned while the one before it is in flight. A page that is released may then still be written by that
+step, for a sequence that has ended or was preempted. The device computes steps in order, so whoever gets the page
+writes it later, and reads only what it has written.
 """
 
 from bisect import insort
@@ -36,7 +40,8 @@ class Step:
         sequence = one.sequence
         self.scheduled[sequence.id] = one
         self.n_tokens += one.n_tokens
-        first, end = sequence.computed // page_size, (sequence.computed + one.n_tokens) // page_size
+        first = sequence.computed // page_size
+        end = min(sequence.computed + one.n_tokens, sequence.n_known) // page_size
         if end > first:
             self.page_hashes.update(key.hash for key in sequence.keys(page_size, end * page_size)[first:])
 
@@ -55,6 +60,7 @@ class Scheduler:
         self.max_batch, self.chunk_tokens = max_batch, max(chunk_tokens, max_batch)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self._pool_slots = list(range(max_batch))  # free ones
         self.prefix_hit_tokens = 0
 
     def add(self, sequence: Sequence) -> None:
@@ -73,9 +79,12 @@ class Scheduler:
         self.release(sequence)
 
     def release(self, sequence: Sequence) -> None:
-        """Releases the pages and features of a sequence."""
+        """Releases the pages, the slot in the token pool and the features of a sequence."""
         self.blocks.release(sequence.block_table)
         sequence.block_table = []
+        if sequence.pool_slot >= 0:
+            self._pool_slots.append(sequence.pool_slot)
+            sequence.pool_slot = -1
         self.features.release([feature_key(sequence, one) for one in sequence.images], sequence.id)
 
     def preempt(self, sequence: Sequence) -> None:
@@ -85,14 +94,22 @@ class Scheduler:
         sequence.forget_computed()
         self.add(sequence)
 
+    def may_preempt(self) -> bool:
+        """Whether the next step may preempt a sequence, which drops its token in flight."""
+        if self.waiting and self.running and self.waiting[0].order < self.running[-1].order:
+            return True
+        missing = sum(self._n_pages(one.total) - len(one.block_table) for one in self.running)
+        n_beams = sum(one.params.num_beams > 1 for one in self.running)  # may have to copy a page before writing it
+        return missing + n_beams > self.blocks.n_free
+
     def schedule(self, view_budget: int | None = None) -> Step:
-        """Plans the next step and allocates its pages.
+        """Plans the next step and allocates its pages. Sequences that have to wait for a token in flight are left out.
 
         view_budget: number of views that the tower may encode, so that pictures do not delay the running replies; at
         least one picture is always encoded. None: no limit.
         """
         step = Step()
-        running = [one for one in self.running if one.n_pending]
+        running = [one for one in self.running if one.n_pending and not one.awaits_token]
         for sequence in [one for one in running if one.is_decoding]:
             if sequence.block_table:  # empty: preempted by a sequence before it
                 self._extend(step, sequence, 1)
@@ -123,6 +140,8 @@ class Scheduler:
         """Moves a waiting sequence to the running ones, with the pages of its cached prefix."""
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_order)
+        if sequence.params.num_beams == 1:  # beams have no tokens in flight, and there may be more than max_batch
+            sequence.pool_slot = self._pool_slots.pop()
         self.blocks.acquire(pages)
         sequence.block_table = list(pages)
         sequence.computed = len(pages) * self.blocks.page_size
@@ -193,25 +212,31 @@ class Scheduler:
         return last
 
     def commit(self, scheduled: Scheduled) -> None:
-        """Records that the tokens of a step have been computed, and offers full pages to the prefix cache."""
+        """Records that the tokens of a step have been computed, or will be by a step in flight."""
         sequence = scheduled.sequence
         sequence.computed += scheduled.n_tokens
-        if sequence.computed // self.blocks.page_size > sequence.n_registered:
-            keys = sequence.keys(self.blocks.page_size, sequence.computed)
-            for page in range(sequence.n_registered, len(keys)):
-                self.blocks.register(sequence.block_table[page], keys[page])
-            sequence.n_registered = len(keys)
+        self.register(sequence)
         touched = sequence.images_in(sequence.computed - scheduled.n_tokens, sequence.computed)
         if done := [feature_key(sequence, one) for one in touched if one.end <= sequence.computed]:
             self.features.release(done, sequence.id)
+
+    def register(self, sequence: Sequence) -> None:
+        """Offers the full pages of a sequence to the prefix cache, except those with a token in flight."""
+        n_tokens = min(sequence.computed, sequence.n_known)
+        if n_tokens // self.blocks.page_size > sequence.n_registered:
+            keys = sequence.keys(self.blocks.page_size, n_tokens)
+            for page in range(sequence.n_registered, len(keys)):
+                self.blocks.register(sequence.block_table[page], keys[page])
+            sequence.n_registered = len(keys)
 
     def restart(self, sequences: Iterable[Sequence]) -> None:
         """Forgets all pages and features, and makes these sequences wait: the unfinished ones after an interrupt."""
         self.blocks.reset()
         self.features.reset()
         self.waiting, self.running = [], []
+        self._pool_slots = list(range(self.max_batch))
         for sequence in sequences:
-            sequence.block_table = []
+            sequence.block_table, sequence.pool_slot = [], -1
             sequence.forget_computed()
             self.add(sequence)
 

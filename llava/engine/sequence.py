@@ -22,6 +22,7 @@ from llava.errors import LlavaError
 from llava.preprocess.inputs import ModelInput
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+PENDING = -1  # stands for the id of a token in flight
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -41,6 +42,9 @@ class Sequence:
 
     There are no phases: `computed` counts the tokens whose keys and values are in the cache, `total` all tokens. Each
     step raises `computed`; when it reaches `total`, a token is sampled. Preemption sets it back to 0.
+
+    A token is in flight from when it is sampled until the host reads its id. It counts as a token, with PENDING in its
+    place, so that the next step can be planned and launched; the id is in the token pool of the device.
     """
 
     id: int  # unique; the members of a beam search have ids of their own
@@ -52,13 +56,16 @@ class Sequence:
     max_new_tokens: int
     stop_ids: frozenset[int]
     detokenizer: Detokenizer
-    tokens: list[int]  # prompt ids, with IMAGE for each image token, and generated ids
+    tokens: list[int]  # prompt ids, with IMAGE for each image token, and generated ids; at the end PENDING
     n_prompt: int
     images: list[PlacedImage]
     capture: Capture | None = None
     beams: "Beams | None" = None
 
     computed: int = 0
+    n_in_flight: int = 0  # newest tokens
+    epoch: int = 0  # raised when tokens in flight are dropped; what the device returns for an earlier epoch is void
+    pool_slot: int = -1  # slot in the token pool while the sequence is running; -1: none
     block_table: list[int] = field(default_factory=list)
     page_keys: list[PageKey] = field(default_factory=list)  # of the full pages; see `keys`
     distrusts_cache: bool = False  # cached pages are not used, because they may contain another request's NaN
@@ -88,6 +95,17 @@ class Sequence:
     def total(self) -> int:
         """Number of tokens in the prompt and the reply."""
         return len(self.tokens)
+
+    @property
+    def n_known(self) -> int:
+        """Number of leading tokens whose ids are known on the host."""
+        return len(self.tokens) - self.n_in_flight
+
+    @property
+    def awaits_token(self) -> bool:
+        """Whether the next step of this sequence depends on a token in flight, or there may be none after it."""
+        needs_ids = self.params.reads_reply or self.capture is not None
+        return self.n_in_flight > 0 and (needs_ids or self.n_generated >= self.max_new_tokens)
 
     @property
     def n_pending(self) -> int:
@@ -120,7 +138,7 @@ class Sequence:
         return self.capture is None and not self.params.prompt_logprobs and not self.distrusts_cache
 
     def keys(self, page_size: int, n_tokens: int) -> list[PageKey]:
-        """Returns the keys of the full pages among the first `n_tokens` tokens."""
+        """Returns the keys of the full pages among the first `n_tokens` tokens, whose ids are known."""
         n_pages = n_tokens // page_size
         for page in range(len(self.page_keys), n_pages):
             start, end = page * page_size, (page + 1) * page_size
@@ -134,7 +152,11 @@ class Sequence:
         return (one for one in self.images if one.start < end and start < one.end)
 
     def forget_computed(self) -> None:
-        """Resets the counters, so that all tokens are computed again, and drops what has been captured about them."""
+        """Resets the counters, so that all tokens are computed again, and drops what has been captured about them.
+
+        Tokens in flight are dropped. They are drawn again, as draws depend only on the seed and the index of the token.
+        """
+        self.drop_in_flight()
         self.computed = self.n_reused = self.n_registered = 0
         self.captured.states.clear()
         self.captured.attention.clear()
@@ -147,28 +169,47 @@ class Sequence:
         """
         n = min(self.n_appended, len(self.logprobs)) if self.params.logprobs else self.n_appended
         del self.tokens[self.n_prompt + n :], self.logprobs[n:], self.top_logprobs[n:]
+        self.n_in_flight = 0
+        self.epoch += 1
+        self.page_keys.clear()  # some may contain a token that has just been removed
         self.n_appended = n
         self.finish_reason = self.error = self.beams = None
         self.detokenizer = self.detokenizer.restarted(self.reply_ids)
 
+    def expect_token(self) -> None:
+        """Adds a token in flight."""
+        self.tokens.append(PENDING)
+        self.n_in_flight += 1
+
+    def drop_in_flight(self) -> None:
+        """Removes the tokens in flight."""
+        del self.tokens[self.n_known :]
+        self.n_in_flight = 0
+        self.epoch += 1
+
     def append(self, id: int) -> None:
-        """Adds a generated token. Sets `finish_reason` after the last one."""
+        """Adds a generated token, or the id of the first one in flight. Sets `finish_reason` after the last one."""
         now = time.perf_counter()
         self.first_token = self.first_token or now
-        self.tokens.append(id)
+        if self.n_in_flight:
+            self.tokens[-self.n_in_flight] = id
+            self.n_in_flight -= 1
+        else:
+            self.tokens.append(id)
         if id in self.stop_ids:
             self.finish_reason = "stop"
         else:
             self.detokenizer.append(id)
             if self.detokenizer.stopped:
                 self.finish_reason = "stop"
-            elif self.n_generated >= self.max_new_tokens:
+            elif self.n_known - self.n_prompt >= self.max_new_tokens:
                 self.finish_reason = "length"
         if self.finish_reason:
             self.end(self.finish_reason)
 
     def end(self, reason: FinishReason, error: LlavaError | None = None) -> None:
-        """Marks the reply as finished. Drops the log-probabilities of tokens that are not part of it."""
+        """Marks the reply as finished. Drops tokens in flight, and log-probabilities of tokens that it lacks."""
+        self.drop_in_flight()
         self.detokenizer.finish()
         self.finish_reason, self.error, self.ended = reason, error, time.perf_counter()
         self.first_token = self.first_token or self.ended

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llava.config import DecoderConfig
 from llava.model.attention import attention, decode_mask, score_bias
+from llava.model.staging import to_device
 
 
 class PagedCache:
@@ -32,15 +33,15 @@ class PagedCache:
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies pages (from, to) in all layers."""
-        source, target = torch.tensor(pairs, device=self.k.device).T
+        source, target = to_device(pairs, torch.int64, self.k.device).T
         for cache in (self.k, self.v):
             cache[:, target] = cache[:, source]
 
     def clear_pages(self, pages: Sequence[int]) -> None:
         """Fills pages with zeros in all layers. NaN that an earlier sequence has left would pass every mask."""
-        index = torch.tensor(pages, device=self.k.device)
+        index = to_device(pages, torch.int64, self.k.device)
         for cache in (self.k, self.v):
-            cache[:, index] = 0
+            cache.index_fill_(1, index, 0)
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Stores k and v [S, K, E] in slots [S]. Slot s is the token s % page_size of the page s // page_size."""
@@ -153,9 +154,9 @@ def paged_rows(cache: PagedCache, rows: Sequence[Row], index: Sequence[int]) -> 
     device = cache.k.device
     return PagedRows(
         cache=cache,
-        index=torch.tensor(index, device=device),
-        pages=torch.tensor([[*table, *[table[0]] * (n_pages - len(table))] for table in tables], device=device),
-        positions=torch.tensor([[rows[i].position] for i in index], device=device),
+        index=to_device(index, torch.int64, device),
+        pages=to_device([[*one, *[one[0]] * (n_pages - len(one))] for one in tables], torch.int64, device),
+        positions=to_device([[rows[i].position] for i in index], torch.int64, device),
     )
 
 

@@ -17,6 +17,8 @@ from llava.engine.sampling_params import SamplingParams
 from llava.errors import ConfigError
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("overlap")
+
 FLOAT32: dict[str, Any] = {"dtype": "float32", "device": "cpu"}
 NAMES = ("cats", "dogs.v1.5", "june", "stage1")
 PICTURE = Image.linear_gradient("L").resize((90, 60)).convert("RGB")

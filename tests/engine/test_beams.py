@@ -16,6 +16,8 @@ from tests.oracles.test_transformers import PICTURE, PROMPT, random_llama, rando
 
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.usefixtures("overlap")
+
 NEW = 40
 
 

@@ -18,6 +18,8 @@ from tests.oracles.test_transformers import PICTURE, PROMPT, random_llama
 
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.usefixtures("overlap")
+
 ENGINES: dict[str, dict[str, Any]] = {
     "default": {},
     "chunked": {"chunk_tokens": 7, "max_batch": 4, "page_size": 3},

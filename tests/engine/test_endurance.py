@@ -15,6 +15,8 @@ from llava.engine.sampling_params import SamplingParams
 from llava.model.paged import cache_bytes_per_token
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("overlap")
+
 N = 10_000
 EVERY = 500  # requests between checks
 GROWTH = 12 * 2**20  # bytes by which the process may grow in the second half

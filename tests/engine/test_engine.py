@@ -23,6 +23,8 @@ from llava.engine.sampling_params import SamplingParams
 from llava.errors import ConfigError, ImageError, LlavaError, PromptError
 from llava.model.paged import cache_bytes_per_token
 
+pytestmark = pytest.mark.usefixtures("overlap")
+
 PICTURE = Image.linear_gradient("L").resize((90, 60)).convert("RGB")
 OTHER = PICTURE.rotate(90, expand=True)
 RAW = "A raw prompt without a picture. ASSISTANT:"
@@ -31,7 +33,7 @@ MAX_STEPS = 5000  # far more than any test needs; a request that never finishes 
 
 
 @pytest.fixture(scope="module")
-def vlm() -> Assistant:
+def vlm(overlap: bool) -> Assistant:
     return opened()
 
 
@@ -153,7 +155,7 @@ def test_lower_priority_numbers_are_served_first() -> None:
 
 
 @pytest.mark.parametrize("n_steps", [0, 1, 3])
-def test_an_aborted_request_ends_at_the_next_step_with_what_it_has(vlm: Assistant, n_steps: int) -> None:
+def test_an_aborted_request_ends_at_the_next_step_with_what_it_has(vlm: Assistant, n_steps: int, overlap: bool) -> None:
     expected = alone(vlm, [RAW], greedy(20))[0]
     number = vlm.engine.add_request(RAW, greedy(20))
     found = [output for _ in range(n_steps) for output in vlm.engine.step()]
@@ -161,7 +163,7 @@ def test_an_aborted_request_ends_at_the_next_step_with_what_it_has(vlm: Assistan
     found += vlm.engine.step()
     assert found[-1].finish_reason == "abort"
     assert found[-1].error is None
-    assert ids(found) == expected[:n_steps]
+    assert ids(found) == expected[: max(0, n_steps - overlap)]  # without the token in flight
     assert not vlm.engine.has_requests
     vlm.engine.check()
 
@@ -461,7 +463,7 @@ def test_no_request_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
             engine.add_request(RAW, greedy(2))
         found = engine.step()
         n_steps += 1
-        assert n_steps < 60
+        assert n_steps < 90
     assert n_steps > 10
 
 

@@ -17,6 +17,8 @@ from llava.engine.reply import Reply
 from llava.engine.sampling_params import SamplingParams
 from tests.asking import opened
 
+pytestmark = pytest.mark.usefixtures("overlap")
+
 FOLDER = str(Path(llava.engine.__file__).parent)
 OPTIONS = EngineOptions(chunk_tokens=60, max_batch=3, page_size=8)
 REQUESTS = [

@@ -13,6 +13,8 @@ from llava.engine.sampling_params import SamplingParams
 from tests import tiny
 from tests.oracles.test_transformers import PICTURE, PROMPT
 
+pytestmark = pytest.mark.usefixtures("overlap")
+
 ENGINES: dict[str, dict[str, Any]] = {
     "default": {},
     "chunked": {"chunk_tokens": 7, "max_batch": 4, "page_size": 3},

@@ -18,6 +18,8 @@ from llava.preprocess.inputs import ModelInput
 from tests import tiny
 from tests.asking import opened
 
+pytestmark = pytest.mark.usefixtures("overlap")
+
 PARAMS = SamplingParams(max_new_tokens=30)
 QUESTIONS = [[{"role": "user", "content": text}] for text in ("Hi", "What is it? Tell me all about it.", "Why?")]
 

@@ -15,8 +15,11 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, World]:
     return load_worlds(folder)
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("number", range(N))
-def test_a_random_schedule_gives_what_the_plain_model_gives(number: int, worlds: dict[str, World]) -> None:
+def test_a_random_schedule_gives_what_the_plain_model_gives(
+    number: int, overlap: bool, worlds: dict[str, World]
+) -> None:
     assert len(worlds) == len(MODELS)
-    result = run_case(20, number, worlds)
+    result = run_case(20, number, worlds, overlap=overlap)
     assert result["outcome"] == "equal", result["detail"]

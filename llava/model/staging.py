@@ -1,0 +1,22 @@
+"""Small tensors on their way between host and device, without waiting for what the device is computing.
+
+Staging buffers are pinned memory. PyTorch uses one again only after the copies from or to it are complete.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def to_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns numbers, or a tensor on the host, as a tensor on the device."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def to_host(x: Tensor) -> Tensor:
+    """Starts to copy x to the host. On a GPU, the result holds its values once the stream has come to this point."""
+    if x.device.type != "cuda":
+        return x.to("cpu")
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
