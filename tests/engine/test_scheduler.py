@@ -51,8 +51,19 @@ def compute(one: Scheduler, step: Step) -> None:
                 one.features.add(feature_key(member, image), torch.zeros(image.end - image.start, 2), member.id)
         one.commit(scheduled)
         if not member.n_pending:
-            member.tokens.append(7)
+            member.append(7)
     one.blocks.check(one.tables())
+
+
+def launch(one: Scheduler) -> dict[int, int]:
+    """Pretends that a step without pictures has been launched, so that each complete sequence has a token in flight."""
+    step = one.schedule()
+    for scheduled in step.scheduled.values():
+        one.commit(scheduled)
+        if not scheduled.sequence.n_pending:
+            scheduled.sequence.expect_token()
+    one.blocks.check(one.tables())
+    return sizes(step)
 
 
 def run(one: Scheduler, **options: int) -> dict[int, int]:
@@ -162,6 +173,64 @@ def test_an_interrupted_step_starts_over_with_an_empty_cache() -> None:
     one.blocks.check([])
     assert one.blocks.n_used == 0
     assert run(one) == {1: 11, 2: 11}
+
+
+def test_a_sequence_is_scheduled_with_its_token_in_flight_unless_it_needs_the_token() -> None:
+    one = scheduler(chunk_tokens=100)
+    members = [sequence(id, 4, first=100 * id) for id in (1, 2, 3, 4)]
+    members[1].params = SamplingParams(presence_penalty=1.0)
+    members[2].params = SamplingParams(logit_bias={7: 1.0}, temperature=1.0)
+    members[3].max_new_tokens = 1
+    for member in members:
+        one.add(member)
+    assert launch(one) == {1: 4, 2: 4, 3: 4, 4: 4}
+    assert launch(one) == {1: 1, 3: 1}
+    members[1].append(7)
+    assert launch(one) == {1: 1, 2: 1, 3: 1}
+
+
+def test_a_page_is_registered_when_all_of_its_tokens_are_known() -> None:
+    one = scheduler(size=4, chunk_tokens=100)
+    member = sequence(1, 6)
+    one.add(member)
+    for _ in range(3):
+        launch(one)  # the prompt, then the tokens 6 and 7 of 8, which are in flight
+    assert (member.computed, member.n_known, member.n_registered) == (8, 6, 1)
+    for id in (7, 8):
+        member.append(id)
+        one.register(member)
+    assert (member.tokens[:8], member.n_in_flight, member.n_registered) == ([0, 1, 2, 3, 4, 5, 7, 8], 1, 2)
+    assert len(one.blocks.match(member.keys(4, 8))) == 2
+
+
+def test_a_preempted_sequence_drops_its_tokens_in_flight_and_its_pool_slot() -> None:
+    one = scheduler(chunk_tokens=100, max_batch=2)
+    members = [sequence(id, 4, first=100 * id) for id in (1, 2)]
+    for member in members:
+        one.add(member)
+    launch(one)
+    assert sorted(member.pool_slot for member in members) == [0, 1]
+    epoch = members[1].epoch
+    one.preempt(members[1])
+    assert (members[1].total, members[1].n_in_flight, members[1].pool_slot) == (4, 0, -1)
+    assert members[1].epoch > epoch
+    assert launch(one) == {1: 1, 2: 4}
+    assert sorted(member.pool_slot for member in members) == [0, 1]
+
+
+def test_may_preempt_says_so_before_pages_run_out_or_a_more_urgent_request_comes() -> None:
+    one = scheduler(pages=5, chunk_tokens=100, max_batch=2)
+    for id in (1, 2):
+        one.add(sequence(id, 7, order=10 * id, first=100 * id))
+    assert not one.may_preempt()
+    launch(one)  # four pages, one of which has room for a token in each sequence
+    assert not one.may_preempt()
+    launch(one)
+    assert one.may_preempt()  # two more are needed
+    one.preempt(one.running[-1])
+    assert not one.may_preempt()
+    one.add(sequence(3, 4, order=5, first=300))
+    assert one.may_preempt()
 
 
 @pytest.mark.parametrize("seed", range(10))
