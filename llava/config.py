@@ -363,7 +363,7 @@ class EngineOptions:
     chunk_tokens: int | None = None  # tokens computed in a step; None: 512 on a CPU, 2048 on a GPU
     prefix_cache: bool = True  # reuse the keys and values of earlier requests that start in the same way
     batch_invariant: bool = False  # compute exactly the same logits whatever other requests run; slower
-    graphs: bool = True  # capture decoding steps as CUDA graphs; this version captures none
+    graphs: bool = True  # capture decoding steps and the vision tower as CUDA graphs; False: run eagerly
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "page_size", "chunk_tokens"):

@@ -2,9 +2,21 @@
 
 try:
     # importing a module registers its commands; --help lists them in this order
-    from llava.cli import answer, checkpoint, merge, train, zoo
+    from llava.cli import answer, checkpoint, doctor, merge, train, warmup, zoo
     from llava.cli.app import app, guarded, main, progress_bar
 except KeyboardInterrupt:  # Ctrl-C right after the start
     raise SystemExit(130) from None
 
-__all__ = ["answer", "app", "checkpoint", "guarded", "main", "merge", "progress_bar", "train", "zoo"]
+__all__ = [
+    "answer",
+    "app",
+    "checkpoint",
+    "doctor",
+    "guarded",
+    "main",
+    "merge",
+    "progress_bar",
+    "train",
+    "warmup",
+    "zoo",
+]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llava.cli.app import app, progress_bar
+from llava.cli.kernel_cache import use_private_folder
 from llava.cli.options import (
     Adapters,
     AsJson,
@@ -52,7 +53,7 @@ def ask(
     _check_question(question)
     images = [_from_stdin() if path == "-" else _existing(path) for path in paths]
     sampling.check()
-    vlm = _load(model, loading, base=base, adapters=adapter, engine=engine)
+    vlm = load(model, loading, base=base, adapters=adapter, engine=engine)
     from llava.assistant import question_about
 
     answer = vlm.begin(question_about(images, question), **vars(sampling))
@@ -75,7 +76,7 @@ def chat(
 ) -> None:
     """Chat in the terminal. Commands: /image PATH, /adapter NAME, /reset, /save FILE, /quit; Ctrl-C stops a reply."""
     sampling.check()
-    vlm = _load(model, loading, base=base, adapters=adapter, engine=engine)
+    vlm = load(model, loading, base=base, adapters=adapter, engine=engine)
     from llava.chat import Chat
 
     Chat(vlm, vars(sampling)).run()
@@ -109,13 +110,13 @@ def features(
 
     job.check_target(out)
     rows = job.read_rows(input)
-    vlm = _load(checkpoint, loading, base=base, vision=any(row.image for row in rows))
+    vlm = load(checkpoint, loading, base=base, vision=any(row.image for row in rows))
     with progress_bar("features", unit="rows") as progress:
         job.extract(vlm, rows, numbers, out, template=loading.template, progress=progress)
     print(f"{out}: {counted(len(rows), 'row')}, layers {layers}")
 
 
-def _load(
+def load(
     path: str | None,
     options: ModelOptions,
     *,
@@ -124,6 +125,7 @@ def _load(
     vision: bool = True,
     engine: EngineFlags = EngineFlags(),  # noqa: B008 (frozen)
 ) -> "Assistant":
+    """Loads a model with the options of a command. adapters: NAME=M, as typed."""
     options_of_engine = engine.options()
     import llava
 
@@ -134,6 +136,7 @@ def _load(
             file=sys.stderr,
         )
     named = dict(map(_name_and_folder, adapters or ()))
+    use_private_folder(options.device)
     return llava.load(path, base=base, adapters=named, vision=vision, engine=options_of_engine, **vars(options))
 
 

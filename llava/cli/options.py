@@ -58,6 +58,10 @@ CacheMemory = Annotated[
     str | None,
     typer.Option("--cache-memory", help="memory for keys and values: a size such as 8GiB, or a share of what is free"),
 ]
+Graphs = Annotated[
+    bool,
+    typer.Option("--graphs/--no-graphs", help="capture decoding steps and the vision tower as CUDA graphs on a GPU"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object instead of text")]
 
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", help="maximum length of the reply, in tokens")]
@@ -105,6 +109,7 @@ class EngineFlags:
     batch_invariant: BatchInvariant = False
     max_batch: MaxBatch = 64
     cache_memory: CacheMemory = None
+    graphs: Graphs = True
 
     def options(self) -> "EngineOptions":
         """Returns the engine's options. Raises ConfigError, with the name of the command-line option."""

@@ -12,6 +12,7 @@ import typer
 
 from llava.cli.advice import Command
 from llava.cli.app import app, command_line, progress_bar
+from llava.cli.kernel_cache import use_private_folder
 from llava.cli.options import AsJson, Base, Template, Transparency
 from llava.errors import ConfigError
 
@@ -60,6 +61,7 @@ def train(
         from llava.train.loop import train as job
 
         is_main = os.environ.get("RANK", "0") == "0"
+        use_private_folder(device)
         try:
             model = job(read_recipe(recipe, changes or ()), device=device, as_json=as_json)
         except KeyboardInterrupt:

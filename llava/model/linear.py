@@ -27,11 +27,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _is_slow(x: Tensor) -> bool:
     if x.device.type != "cpu" or x.numel() < _FEW_ROWS * x.shape[-1]:
         return False
-    return x.dtype in (torch.bfloat16, torch.float16) and not _has_instructions(x.dtype)
+    return x.dtype in (torch.bfloat16, torch.float16) and not has_instructions(x.dtype)
 
 
 @cache
-def _has_instructions(dtype: torch.dtype) -> bool:
+def has_instructions(dtype: torch.dtype) -> bool:
     """Returns whether oneDNN multiplies 16-bit matrices natively on this CPU; False in builds without oneDNN."""
     if not torch.backends.mkldnn.is_available():
         return False

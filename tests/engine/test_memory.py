@@ -109,7 +109,12 @@ def test_wrong_options_of_the_commands_are_refused_in_one_line(
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--batch-invariant", "--max-batch", "1"), ("--cache-memory", "64MiB"), ("--cache-memory", "0.1")],
+    [
+        ("--batch-invariant", "--max-batch", "1"),
+        ("--cache-memory", "64MiB"),
+        ("--cache-memory", "0.1"),
+        ("--no-graphs",),
+    ],
     ids=" ".join,
 )
 def test_the_commands_take_the_options_of_the_engine(checkpoint: Path, arguments: tuple[str, ...]) -> None:

@@ -14,7 +14,7 @@ FILES = sorted(set(Path(__file__).parent.glob("test_*.py")) - {Path(__file__)})
 TIMEOUT_S = 290  # less than that of a test, to report the output
 
 pytestmark = [
-    pytest.mark.skipif(triton is None, reason="needs Triton: pip install triton"),
+    pytest.mark.skipif(triton is None, reason="needs Triton: pip install triton -c constraints.txt"),
     pytest.mark.skipif(is_interpreted(), reason="this process runs in the interpreter"),
 ]
 
