@@ -543,7 +543,7 @@ def run_case(seed: int, number: int, worlds: dict[str, World], *, overlap: bool 
     detail = ""
     try:
         engine = Engine(world.variants, options, overlap=overlap)
-        preempted = _count_preemptions(engine)
+        preempted = count_preemptions(engine)
         replies = run(engine, requests)
         counts.update({"preemptions": len(preempted), "prefix_hit_tokens": engine.stats().prefix_hit_tokens})
         counts["feature_hits"] += engine.stats().feature_hits
@@ -572,7 +572,7 @@ def run_case(seed: int, number: int, worlds: dict[str, World], *, overlap: bool 
     }
 
 
-def _count_preemptions(engine: Engine) -> list[int]:
+def count_preemptions(engine: Engine) -> list[int]:
     """Returns a list to which the engine adds each sequence that it preempts."""
     preempted: list[int] = []
     preempt = engine.scheduler.preempt
