@@ -14,7 +14,7 @@ from llava.kernels.support import is_interpreted
 
 CPU = torch.device("cpu")
 # of results, relative to the largest one; 16-bit ones are rounded once, where Triton's interpreter truncates bfloat16
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7 if is_interpreted() else 2**-8, torch.float16: 2**-11}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.0079 if is_interpreted() else 0.0040, torch.float16: 0.0005}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 # (new tokens, position of the first) of each sequence: decoding rows, a prompt, a chunk in the middle of a prompt
 BATCH = ((1, 0), (1, 63), (1, 64), (1, 150), (5, 0), (3, 126))
