@@ -13,7 +13,7 @@ from collections.abc import Callable
 from statistics import median
 
 import typer
-from report import ROOT, Commit, Out, Result, Save
+from result import ROOT, Commit, Out, Result, Save
 from timing import Runs, alternate
 
 PICTURE, QUESTION = ROOT / "examples" / "pictures" / "kitchen.png", "What is in the picture?"

@@ -16,7 +16,7 @@ import random_checkpoint
 import torch
 import typer
 from processes import LLAVA, Folder, Series, Task, job, run_watched, scratch_folder
-from report import OURS, PEER, ROOT, Commit, Out, Result, Save, benchmark_name
+from result import OURS, PEER, ROOT, Commit, Out, Result, Save, benchmark_name
 from shapes import Layers, Size, llava_config
 from timing import Target
 

@@ -15,7 +15,7 @@ import torch
 import typer
 from ceilings import best, memory_ceilings, rates
 from peers import check_agreement, hub_tensors, peer, peer_configs
-from report import OURS, PEER, Commit, Out, Result, Save, benchmark_name
+from result import OURS, PEER, Commit, Out, Result, Save, benchmark_name
 from shapes import Layers, Size, engine_for, engine_logits, llava_config, random_llava
 from timing import Device, DType, Runs, Target, Threads, alternate
 

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from report import ROOT, Commit, Out, Result, Save
+from result import ROOT, Commit, Out, Result, Save
 
-if "LLAVA_CHECKOUT" in os.environ:  # after `report`, which puts this checkout first
+if "LLAVA_CHECKOUT" in os.environ:  # after `result`, which puts this checkout first
     sys.path.insert(0, os.environ["LLAVA_CHECKOUT"])
 
 Split = dict[str, float]  # seconds by part of the work

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import typer
 from PIL import Image
-from report import ROOT, Commit, Out, Result, Save
+from result import ROOT, Commit, Out, Result, Save
 
 import llava
 from llava.assistant import Assistant

@@ -20,7 +20,7 @@ from typing import Annotated
 import random_checkpoint
 import typer
 from processes import DROP_CACHES, LLAVA, Folder, Series, job, run_watched, scratch_folder
-from report import OURS, PEER, Commit, Out, Result, Save, benchmark_name
+from result import OURS, PEER, Commit, Out, Result, Save, benchmark_name
 from shapes import Layers, Size, llava_config
 from timing import Device, DType, Target, Threads
 

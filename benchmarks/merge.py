@@ -22,7 +22,7 @@ import torch
 import typer
 from processes import LLAVA, Folder, Series, Task, job, run_watched, scratch_folder, weight_files
 from random_checkpoint import write_clip
-from report import OURS, ROOT, Commit, Out, Result, Save, benchmark_name
+from result import OURS, ROOT, Commit, Out, Result, Save, benchmark_name
 from shapes import Layers, Noise, Size, clip_config, llava_config
 from timing import Target
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from report import OURS, PEER
+from result import OURS, PEER
 from shapes import hub_sizes
 from timing import Target
 from torch import Tensor

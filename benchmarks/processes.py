@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from report import ROOT
+from result import ROOT
 from timing import Target
 
 CHUNK_BYTES = 16 * 2**20

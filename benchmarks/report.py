@@ -1,166 +1,174 @@
-"""The result of a benchmark: a readable table, a JSON file, and the same JSON as the last line of stdout."""
+"""Draws a result of `gpu.py`: the table and a plot in docs/performance.md.
 
-import datetime
+    python benchmarks/report.py benchmarks/results/RESULT.json
+
+The table replaces what is between the two marks in the page. The plot shows how much of its limit each case reaches,
+and where the cases lie below the roofline of the card.
+"""
+
 import json
-import os
-import platform
-import re
-import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from importlib import metadata
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any
 
-import torch
 import typer
-from rich.console import Console
-from rich.table import Table
+from gpu_setup import Measured
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from result import OURS, PEER, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-OURS, PEER = "llava", "transformers"
-
-sys.path.insert(0, str(ROOT))  # lets benchmarks import llava from a clone that is not installed
-
-Out = Annotated[Path | None, typer.Option("--out", help="file for the result")]
-Save = Annotated[bool, typer.Option("--save", help="write the result to benchmarks/results/")]
-Commit = Annotated[str | None, typer.Option("--commit", help="commit to record when the tree is a copy without git")]
-
-
-@dataclass(kw_only=True)
-class Result:
-    """Timed runs of several contestants, with everything needed to reproduce them."""
-
-    benchmark: str  # part of the file name
-    question: str
-    device: str  # cpu or cuda
-    dtype: str
-    settings: dict[str, Any]
-    seconds: dict[str, list[float]]  # contestant -> every timed run
-    unit: str = "s"  # unit of the values that `scale` returns
-    scale: Callable[[str, float], float] = field(default=lambda name, seconds: seconds)
-    more: dict[str, dict[str, float]] = field(default_factory=dict)  # contestant -> further figures
-    figures: dict[str, Any] = field(default_factory=dict)
-    pairs: tuple[tuple[str, str], ...] = ((OURS, PEER),)  # contestants whose speeds are compared
-    commit: str | None = None
-
-    def runs(self) -> dict[str, dict[str, Any]]:
-        """For each contestant, the seconds of every run and their median and spread in `unit`."""
-        runs = {}
-        for name, seconds in self.seconds.items():
-            values = [self.scale(name, s) for s in seconds]
-            spread = {"median": median(values), "min": min(values), "max": max(values)}
-            runs[name] = {"seconds": seconds, self.unit: spread, **self.more.get(name, {})}
-        return runs
-
-    def ratios(self) -> dict[str, dict[str, float]]:
-        """For each pair, how many times as fast the first is: ratio of the medians, and range over rounds."""
-        ratios = {}
-        for one, other in self.pairs:
-            a, b = self.seconds.get(one), self.seconds.get(other)
-            if a and b:
-                rounds = [y / x for x, y in zip(a, b, strict=True)]
-                ratios[f"{one} to {other}"] = {
-                    "median": median(b) / median(a),
-                    "min": min(rounds),
-                    "max": max(rounds),
-                }
-        return ratios
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "benchmark": self.benchmark,
-            "question": self.question,
-            "date": datetime.date.today().isoformat(),
-            "command": command(),
-            "commit": commit(self.commit),
-            "machine": machine(self.device),
-            "versions": versions(),
-            "settings": {"device": self.device, "dtype": self.dtype, **self.settings},
-            "runs": self.runs(),
-            "ratios": self.ratios(),
-            "figures": self.figures,
-        }
-
-    def report(self, out: Path | None, save: bool) -> None:
-        """Prints the table, writes the file if asked to, and prints the JSON as the last line."""
-        found = self.to_dict()
-        self._print_table(found)
-        if save and not out:
-            name = f"{found['date']}-{self.benchmark}-{self.device}-{self.dtype}.json"
-            out = ROOT / "benchmarks" / "results" / name
-        if out:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(found, indent=2) + "\n")
-        print(json.dumps(found), flush=True)
-
-    def _print_table(self, found: dict[str, Any]) -> None:
-        extra = list(dict.fromkeys(key for figures in self.more.values() for key in figures))
-        table = Table(title=self.question, title_justify="left")
-        for i, title in enumerate(["", f"median {self.unit}", "min", "max", *extra]):
-            table.add_column(title, justify="right" if i else "left")
-        for name, run in found["runs"].items():
-            spread = run[self.unit]
-            cells = [_short(spread[key]) for key in ("median", "min", "max")]
-            table.add_row(name, *cells, *(_short(run[key]) if key in run else "" for key in extra))
-        console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 140)
-        console.print(table)
-        for pair, ratio in found["ratios"].items():
-            console.print(f"{pair}: {ratio['median']:.3f} times as fast ({ratio['min']:.3f} to {ratio['max']:.3f})")
-        for name, figure in self.figures.items():
-            console.print(f"{name}: {_short(figure) if isinstance(figure, float) else figure}")
-        hardware = found["machine"].get("gpu") or f"{found['machine']['cpu']}, {found['machine']['threads']} threads"
-        packages = ", ".join(f"{key} {value}" for key, value in found["versions"].items())
-        console.print(f"{self.device} {self.dtype}: {hardware}; {packages}; commit {found['commit']}")
+GPT_FAST = "gpt-fast"
+BEGIN, END = "<!-- result: begin -->", "<!-- result: end -->"
+COLUMNS = ("", OURS, PEER, GPT_FAST, "limit", "share", "required", "stretch", "reached")
+CEILINGS = {"bandwidth", "product", "agreement"}  # cases that are not rows of the table
+COLOURS = {OURS: "C0", PEER: "C1", GPT_FAST: "C2"}
 
 
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+def main(
+    result: Annotated[Path, typer.Argument(help="file written by gpu.py --out")],
+    page: Annotated[Path, typer.Option("--page", help="page with the two marks")] = ROOT / "docs" / "performance.md",
+) -> None:
+    """Writes the table into the page, and the plot beside it."""
+    found = json.loads(result.read_text())
+    text = page.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise typer.BadParameter(f"{page}: expected one {BEGIN} and one {END}")
+    plot = page.with_suffix(".png")
+    draw(found, plot)
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    page.write_text(f"{before}{BEGIN}\n{section(found, plot.name)}\n{END}{after}", encoding="utf-8")
+    print(f"wrote {page} and {plot}")
 
 
-def benchmark_name(name: str, *, layers: int | None, size: str, extra: str = "") -> str:
-    """The name of a result. It lists every setting that is not the default."""
-    parts = [name, extra, f"{layers}-layers" if layers else "", "" if size == "7b" else size]
-    return "-".join(part for part in parts if part)
+# --- the table --------------------------------------------------------------------------------------------------------
 
 
-def machine(device: str) -> dict[str, Any]:
-    """The hardware properties that the results depend on."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = re.search(r"model name\s*: (.*)", info)
-    flags = set((re.search(r"flags\s*: (.*)", info) or ["", ""])[1].split())
-    found: dict[str, Any] = {
-        "cpu": model[1] if model else platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "instructions": [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags],
-    }
-    if device.startswith("cuda"):
-        gpu = torch.cuda.get_device_properties(torch.device(device))
-        found |= {"gpu": gpu.name, "gpu_memory_gb": round(gpu.total_memory / 1e9, 1), "cuda": torch.version.cuda}
-    return found
+def section(found: Mapping[str, Any], plot: str) -> str:
+    """The generated part of the page, in Markdown."""
+    rows = [row for row in found["rows"] if row["case"] not in CEILINGS]
+    lines = [
+        heading(found),
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + "---|" * len(COLUMNS),
+        *("| " + " | ".join(cells(row)) + " |" for row in rows),
+        "",
+        f"![Share of its limit that each case reaches, and the roofline]({plot})",
+    ]
+    if notes := list(failures(rows)):
+        lines += ["", "Not measured:", "", *notes]
+    return "\n".join(lines)
 
 
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in ("torch", "transformers")}}
+def heading(found: Mapping[str, Any]) -> str:
+    card, versions = found["card"], found["versions"]
+    speeds = [
+        f"{speed / 1e12:,.{digits}f} {unit}"
+        for speed, digits, unit in ((card["bandwidth"], 2, "TB/s read"), (card["product"], 0, "TFLOP/s"))
+        if speed
+    ]
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    measured = f"measured {' and '.join(speeds)}" if speeds else "ceilings not measured"
+    return f"{found['date']}, {card['name']} ({measured}), {packages}, commit {found['commit']}. Medians."
 
 
-def commit(given: str | None = None) -> str:
-    """The commit of the working tree, with `-dirty` if files differ from it; changes to results do not count."""
-    git = ["git", "-C", str(ROOT)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        tracked = [*git, "status", "--porcelain", "--", ":/", ":(exclude)benchmarks/results"]
-        changes = subprocess.run(tracked, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return given or "unknown"
-    return head[:12] + ("-dirty" if changes else "")
+def cells(row: Mapping[str, Any]) -> list[str]:
+    unit = row["unit"]
+    peers = [row["peers"].get(name, {}).get("value") for name in (PEER, GPT_FAST)]
+    share, reached = row.get("share"), row.get("reached")
+    return [
+        row["title"],
+        value(row.get("value"), unit),
+        *(value(one, unit) for one in peers),
+        value(row.get("limit"), unit),
+        "" if share is None else f"{share:.0%}",
+        value(row.get("required"), unit),
+        value(row.get("stretch"), unit),
+        "" if reached is None else "yes" if reached else "**no**",
+    ]
 
 
-def command() -> str:
-    """The command line. Absolute paths are shortened to their last part."""
-    words = ["python", str(Path("benchmarks") / Path(sys.argv[0]).name)]
-    return " ".join(words + [re.sub(r"(^|=)[/~]\S*?([^/]*)/*$", r"\1…/\2", word) for word in sys.argv[1:]])
+def value(number: float | None, unit: str) -> str:
+    if number is None:
+        return ""
+    return f"{number:,.0f} {unit}" if abs(number) >= 100 else f"{number:.3g} {unit}"
+
+
+def failures(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A line for each case that a contestant failed or skipped."""
+    for row in rows:
+        for name, one in {OURS: row, **row["peers"]}.items():
+            for kind in ("error", "skipped"):
+                if kind in one:
+                    yield f"- {row['title']}, {name}: {'failed, ' if kind == 'error' else ''}{one[kind]}"
+
+
+# --- the plot ---------------------------------------------------------------------------------------------------------
+
+
+def draw(found: Mapping[str, Any], out: Path) -> None:
+    """Writes both panels to a PNG file."""
+    figure = Figure(figsize=(13, 6), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    draw_shares(left, [row for row in found["rows"] if row.get("limit")])
+    draw_roofline(right, found)
+    figure.suptitle(f"{found['card']['name']}, {found['date']}, commit {found['commit']}")
+    figure.savefig(out, format="png")
+
+
+def draw_shares(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Bars of the share of the limit; a black line marks the required figure."""
+    contestants = [OURS, *dict.fromkeys(name for row in rows for name in row["peers"] if name in COLOURS)]
+    height = 0.8 / len(contestants)
+    for i, name in enumerate(contestants):
+        found = [(y, share) for y, row in enumerate(rows) if (share := share_of(row, name)) is not None]
+        if found:
+            ys, shares = zip(*found, strict=True)
+            bars = axes.barh([y + i * height for y in ys], shares, height, color=COLOURS[name], label=name)
+            axes.bar_label(bars, [f"{share:.0%}" for share in shares], padding=3, fontsize=8)
+    for y, row in enumerate(rows):
+        if row.get("required") is not None:
+            share = share_at(row["required"], row)
+            axes.plot([share, share], [y - height / 2, y + (len(contestants) - 0.5) * height], color="black")
+    axes.set_yticks([y + 0.4 - height / 2 for y in range(len(rows))], [row["title"] for row in rows])
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 1.1), title="share of the limit (black: required)")
+    axes.axvline(1, color="grey", linewidth=0.8)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower right")
+
+
+def share_of(row: Mapping[str, Any], name: str) -> float | None:
+    one = row if name == OURS else row["peers"].get(name, {})
+    return share_at(one["value"], row) if "value" in one else None
+
+
+def share_at(number: float, row: Mapping[str, Any]) -> float:
+    return row["limit"] / number if row["unit"] == "ms" else number / row["limit"]
+
+
+def draw_roofline(axes: Axes, found: Mapping[str, Any]) -> None:
+    """Operations per second over operations per byte, with the limits of bandwidth and matrix products."""
+    card = found["card"]
+    axes.set(xlabel="operations per byte read", ylabel="TFLOP/s", xscale="log", yscale="log", title="roofline")
+    axes.grid(alpha=0.3)
+    if not card["bandwidth"] or not card["product"]:
+        return
+    intensities = [10**exponent for exponent in (x / 10 for x in range(-5, 51))]
+    roof = [min(x * card["bandwidth"], card["product"]) / 1e12 for x in intensities]
+    axes.plot(intensities, roof, color="grey")
+    work = {one.case: one.work for one in map(Measured.from_dict, found["measured"]) if one.contestant == OURS}
+    for row in found["rows"]:
+        done = work.get(row["case"])
+        if done is None or done.in_turn or not done.n_bytes or not row.get("limit"):
+            continue
+        x = done.flops / done.n_bytes
+        top = min(x * card["bandwidth"], card["product"]) / 1e12
+        for name in COLOURS:
+            if (share := share_of(row, name)) is not None:
+                axes.plot(x, top * share, "o" if name == OURS else "x", color=COLOURS[name])
+        axes.annotate(row["case"], (x, top), fontsize=8, rotation=45, xytext=(0, 4), textcoords="offset points")
+
+
+if __name__ == "__main__":
+    typer.run(main)

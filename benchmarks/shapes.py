@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar, cast
 
-import report  # noqa: F401  (makes llava importable)
+import result  # noqa: F401  (makes llava importable)
 import torch
 import typer
 from timing import Target
@@ -54,6 +54,26 @@ def llava_config(size: str, layers: int | None, *, vision: bool) -> LlavaConfig:
         vision=tower,
         projector=ProjectorConfig(in_dim=tower.dim, out_dim=decoder.dim, depth=2),
         image=ImageConfig(size=tower.image_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), aspect="pad"),
+    )
+
+
+def mpt_config(size: str, layers: int | None) -> DecoderConfig:
+    """The sizes of MPT-7B, or tiny ones."""
+    depth, dim, heads, _ = SIZES[size]
+    return DecoderConfig(
+        kind="mpt",
+        n_layers=layers or depth,
+        dim=dim,
+        n_heads=heads,
+        n_kv_heads=heads,
+        head_dim=dim // heads,
+        mlp_dim=4 * dim,
+        vocab_size=512 if size == "tiny" else 50432,
+        max_seq=2048,
+        eps=1e-5,
+        rope_theta=None,
+        alibi_bias_max=8.0,
+        tied=True,
     )
 
 

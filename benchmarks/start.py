@@ -19,7 +19,7 @@ import random_checkpoint
 import typer
 from PIL import Image
 from processes import LLAVA, Folder, read_files, run_watched, scratch_folder, weight_files
-from report import OURS, ROOT, Commit, Out, Result, Save, benchmark_name
+from result import OURS, ROOT, Commit, Out, Result, Save, benchmark_name
 from shapes import Layers, Size, llava_config
 from timing import Device, DType, Target
 

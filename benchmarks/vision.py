@@ -12,7 +12,7 @@ import torch
 import typer
 from ceilings import best, matmul_ceilings, rates, tower_flops
 from peers import check_agreement, clip_settings, hub_tensors, peer
-from report import OURS, PEER, Commit, Out, Result, Save, benchmark_name
+from result import OURS, PEER, Commit, Out, Result, Save, benchmark_name
 from shapes import Layers, Size, clip_config, with_random_weights
 from timing import Device, DType, Runs, Target, Threads, alternate
 

@@ -203,15 +203,13 @@ def _triton() -> Iterator[Finding]:
 
     device = resolve_device("auto")
     problem = why_not(device)
-    how = "in Triton's interpreter, for tests" if is_interpreted() else f"on {device}"
-    text = f"do not run, as {problem}; eager twins do" if problem else f"run {how}"
+    where = "in Triton's interpreter, for tests" if is_interpreted() else f"on {device}"
+    text = f"not used, as {problem}; their eager twins are" if problem else f"used {where}"
     yield Finding("triton kernels", text, {"run": problem is None, "why_not": problem})
     launch = has_dependent_launch(device)
-    text = (
-        "kernels start while their predecessors end" if launch else "not used: needs compute capability 9.0 and Triton"
-    )
+    text = "used between kernels" if launch else "not used: needs compute capability 9.0 and Triton"
     yield Finding("dependent launch", text, launch)
-    text = "decoding steps and the vision tower are captured" if device.type == "cuda" else "not used: there is no GPU"
+    text = "used for decoding steps and the vision tower" if device.type == "cuda" else "not used: there is no GPU"
     yield Finding("cuda graphs", text, device.type == "cuda")
 
 

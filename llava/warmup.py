@@ -66,9 +66,9 @@ def warm_up(vlm: Assistant) -> dict[str, float]:
     if vlm.model.vision is not None:
         picture = Image.linear_gradient("L").convert("RGB")
         stages["picture"] = ([(f"{IMAGE_PLACEHOLDER}\nA description of the picture, in detail:", [picture])], _GREEDY)
-    stages["sampling"] = (_stories(1), _SAMPLED)
+    stages["sampling"] = (_stories("sampling", 1), _SAMPLED)
     for n in batch_sizes(vlm.engine.options.max_batch):
-        stages[f"batch {n}"] = (_stories(n), _GREEDY)
+        stages[f"batch {n}"] = (_stories(f"batch {n}", n), _GREEDY)
     seconds = {}
     for name, (inputs, params) in stages.items():
         started = time.perf_counter()
@@ -82,6 +82,6 @@ def batch_sizes(max_batch: int) -> list[int]:
     return sorted({*(2**i for i in range(max_batch.bit_length())), max_batch})
 
 
-def _stories(n: int) -> list[Request]:
+def _stories(title: str, n: int) -> list[Request]:
     """Returns n raw prompts. All differ from the start, so that no request reuses what another has computed."""
-    return [f"{n}.{i} A long story about a lake, some boats and the people who live there:" for i in range(n)]
+    return [f"{i}, {title}. A long story about a lake, some boats and the people there:" for i in range(n)]

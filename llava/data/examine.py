@@ -12,7 +12,8 @@ from llava.data.pictures import is_data_url
 from llava.data.repair import Fault, drop_last_exchange, find_faults, repair
 from llava.data.samples import Samples
 from llava.errors import DataError, ImageError, PromptError
-from llava.preprocess.image import Size, read_picture
+from llava.preprocess.image import read_picture
+from llava.preprocess.raster import Size
 
 
 @dataclass

@@ -22,8 +22,9 @@ from llava.config import (
 from llava.data.layouts import Sample
 from llava.errors import ConfigError
 from llava.formats.tokenizer import load_tokenizer
-from llava.preprocess.image import Size, choose_canvas, tile_grid
+from llava.preprocess.image import choose_canvas, tile_grid
 from llava.preprocess.inputs import Preprocessor
+from llava.preprocess.raster import Size
 from llava.preprocess.tokenizer import Tokenizer
 from llava.zoo.bases import advice
 

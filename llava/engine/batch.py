@@ -32,8 +32,8 @@ class Batch:
 
     @property
     def observed(self) -> bool:
-        """Whether a request asks for something about its prompt or for intermediate results."""
-        return any(one.sequence.capture or one.sequence.params.prompt_logprobs for one in self.scheduled)
+        """See `is_observed`."""
+        return is_observed(self.scheduled)
 
     def adapters(self) -> list[tuple[str | None, slice]]:
         """Returns the ranges of consecutive tokens that belong to the same adapter."""
@@ -44,6 +44,11 @@ class Batch:
             last, start = members[-1]
             ranges.append((name, slice(members[0][1], start + last.n_tokens)))
         return ranges
+
+
+def is_observed(scheduled: Rest[Scheduled]) -> bool:
+    """Returns whether a request asks for something about its prompt or for intermediate results."""
+    return any(one.sequence.capture or one.sequence.params.prompt_logprobs for one in scheduled)
 
 
 def new_ids(scheduled: Rest[Scheduled]) -> list[int]:
@@ -87,11 +92,11 @@ def build(
     device = cache.k.device
     new: Any = {
         "cache": cache,
-        "positions": to_device([i for one in scheduled for i in _positions(one)], torch.int64, device)[None],
+        "positions": to_device([i for one in scheduled for i in positions_of(one)], torch.int64, device)[None],
         "seq_len": _seq_lens(scheduled, device) if dynamic_rope else max(one.sequence.total for one in scheduled),
-        "slots": to_device([i for one in scheduled for i in _slots(one, cache.page_size)], torch.int64, device),
+        "slots": to_device([i for one in scheduled for i in slots_of(one, cache.page_size)], torch.int64, device),
         "watched": [
-            _chunk(*pair, cache, n_skipped(pair[0])) for pair in placed if n_skipped(pair[0]) < pair[0].n_tokens
+            chunk_of(*pair, cache, n_skipped(pair[0])) for pair in placed if n_skipped(pair[0]) < pair[0].n_tokens
         ],
     }
     context: PagedContext | InvariantContext
@@ -99,7 +104,7 @@ def build(
         context = InvariantContext(**new, queries=_queries(scheduled, new["positions"][0]))
     else:
         rows = _rows([one.sequence for one in scheduled[:n_decoding]], cache, dense)
-        context = PagedContext(**new, rows=rows, chunks=[_chunk(*pair, cache) for pair in placed[n_decoding:]])
+        context = PagedContext(**new, rows=rows, chunks=[chunk_of(*pair, cache) for pair in placed[n_decoding:]])
     return Batch(scheduled=scheduled, starts=starts, context=context)
 
 
@@ -124,13 +129,15 @@ def _queries(scheduled: Rest[Scheduled], positions: Tensor) -> Queries:
     )
 
 
-def _positions(one: Scheduled) -> range:
+def positions_of(one: Scheduled) -> range:
+    """Returns the positions of the new tokens of a sequence."""
     return range(one.sequence.computed, one.sequence.computed + one.n_tokens)
 
 
-def _slots(one: Scheduled, page_size: int) -> list[int]:
+def slots_of(one: Scheduled, page_size: int) -> list[int]:
+    """Returns the slots of the new tokens of a sequence in the cache."""
     table = one.sequence.block_table
-    return [table[i // page_size] * page_size + i % page_size for i in _positions(one)]
+    return [table[i // page_size] * page_size + i % page_size for i in positions_of(one)]
 
 
 def _seq_lens(scheduled: Rest[Scheduled], device: torch.device) -> Tensor:
@@ -138,11 +145,12 @@ def _seq_lens(scheduled: Rest[Scheduled], device: torch.device) -> Tensor:
 
     The lengths are those of a whole prompt followed by single steps, whatever the chunks are.
     """
-    lengths = [max(one.sequence.n_prompt, i + 1) for one in scheduled for i in _positions(one)]
+    lengths = [max(one.sequence.n_prompt, i + 1) for one in scheduled for i in positions_of(one)]
     return to_device(lengths, torch.int64, device)[None]
 
 
-def _chunk(one: Scheduled, start: int, cache: PagedCache, skip: int = 0) -> Chunk:
+def chunk_of(one: Scheduled, start: int, cache: PagedCache, skip: int = 0) -> Chunk:
+    """Returns the new tokens of a sequence, without the first `skip`. start: index of the first in the packed row."""
     return Chunk(
         start=start + skip,
         n=one.n_tokens - skip,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llava.engine.beam import BeamSearch
-from llava.engine.sampling import log_softmax, process, sample, top_logprobs
+from llava.engine.sampling import GREEDY_BELOW, log_softmax, process, sample, top_logprobs
 from llava.engine.sequence import Beams, Sequence
 from llava.model.staging import to_device, to_host
 
@@ -22,6 +22,8 @@ class Logits(NamedTuple):
 
     sequences: Rest[Sequence]
     values: Tensor  # [B, V] float32
+    highest: Tensor | None = None  # int64 [B], the ids of the highest logits, if they are known
+    in_pool: bool = False  # whether these ids are in the token pool
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -86,7 +88,15 @@ def draw(logits: Logits) -> Drawn | None:
     sequences, values = [logits.sequences[i] for i in sampled], logits.values
     if len(sampled) < len(kinds):
         values = values.index_select(0, to_device(sampled, torch.int64, values.device))
+    if logits.highest is not None and all(map(is_greedy, logits.sequences)):
+        return Drawn.of(sequences, logits.highest, values)
     return Drawn.of(sequences, sample(values, sequences), values)
+
+
+def is_greedy(sequence: Sequence) -> bool:
+    """Returns whether the next token of a sequence is that of the highest logit."""
+    params = sequence.params
+    return _kind(sequence) == "sample" and params.temperature < GREEDY_BELOW and not params.changes_logits
 
 
 def _kind(sequence: Sequence) -> str:

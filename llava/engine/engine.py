@@ -339,6 +339,7 @@ class Engine:
                 self.features,
                 max_batch=self.options.max_batch,
                 batch_invariant=self.options.batch_invariant,
+                graphs=self.options.graphs,
             )
         return self._runner
 

@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Rest
 from typing import cast
 
+import torch
+
 from llava.config import IMAGE, EngineOptions, LlavaConfig
 from llava.engine.adapters import Variant
 from llava.engine.capture import Capture, Captured
 from llava.engine.detokenize import Detokenizer
+from llava.engine.picture_memory import GpuPictureMemory
 from llava.engine.sampling_params import SamplingParams
 from llava.engine.sequence import Sequence, placed_images
 from llava.errors import ConfigError, PromptError
@@ -39,6 +42,8 @@ class InputProcessor:
                 self.capacity,
                 longest,
             )
+        device = variants[None].model.device
+        self.memory = GpuPictureMemory(device) if device.type == "cuda" else None  # for large pictures
         self._numbers = itertools.count()
         self._reported: set[str] = set()  # warnings about pictures that have been logged
 
@@ -58,13 +63,26 @@ class InputProcessor:
 
         Logs each kind of loss in reading the images once, and once that there are several.
         """
-        input = self.variant(adapter).preprocessor.prepare(messages, images=images, template=template)
+        preprocessor = self.variant(adapter).preprocessor
+        input = self._prepare_on_gpu(preprocessor, messages, images, template) if self.memory else None
+        input = input or preprocessor.prepare(messages, images=images, template=template)
         losses = [*input.losses, _SEVERAL_IMAGES] if len(input.views) > 1 else input.losses
         for loss in losses:
             if loss not in self._reported:  # the images of a conversation are read again in every turn
                 log.warning("%s", loss)
             self._reported.add(loss)
         return input
+
+    def _prepare_on_gpu(
+        self, preprocessor: Preprocessor, messages: Messages, images: Rest[Picture] | None, template: str | None
+    ) -> ModelInput | None:
+        """Prepares an input whose large pictures are resized by the GPU, or returns None if its memory is full."""
+        assert self.memory
+        try:
+            with self.memory.stream():
+                return preprocessor.prepare(messages, images=images, template=template, memory=self.memory)
+        except torch.OutOfMemoryError:
+            return None
 
     def sequence(
         self,

@@ -20,14 +20,18 @@ from llava.config import DecoderConfig
 from llava.engine import batch
 from llava.engine.adapters import Joined, Variant, join
 from llava.engine.batch import Batch
-from llava.engine.draw import Drawn, Logits, draw
+from llava.engine.draw import Drawn, Logits, draw, is_greedy
 from llava.engine.feature_cache import FeatureCache
+from llava.engine.fused import FusedRunner
+from llava.engine.graphs import Graphs
 from llava.engine.observe import record_attention, record_prompt_logprobs, record_states
 from llava.engine.packing import Packer
 from llava.engine.scheduler import Scheduled, feature_key
 from llava.engine.sequence import PlacedImage, Sequence
+from llava.engine.vision_graphs import VisionGraphs
 from llava.model.batch_invariant import BatchInvariant
 from llava.model.decoder import Decoder
+from llava.model.fused import FusedDecoder, why_not
 from llava.model.paged import PagedCache
 from llava.model.row_cache import RowCaches, can_share
 from llava.model.staging import to_device
@@ -44,7 +48,13 @@ class Runner:
         *,
         max_batch: int,
         batch_invariant: bool = False,
+        graphs: bool = False,
+        fused: bool | None = None,
     ):
+        """graphs: whether to run steps and vision towers as CUDA graphs, on a GPU.
+
+        fused: whether to use the fused decoder where it can be used; default: on a GPU.
+        """
         self.cache, self.features = cache, features
         # the newest token of each running sequence, in its `pool_slot`; -1: none could be drawn
         self.pool = torch.zeros(max_batch, dtype=torch.int64, device=cache.k.device)
@@ -57,6 +67,10 @@ class Runner:
         self.dense = {
             first: RowCaches(cache, share=can_share(variants[first].model.config.decoder)) for first in firsts
         }
+        captures = Graphs(cache.k.device, active=graphs)
+        self.vision = VisionGraphs(captures) if captures.active else None
+        use_fused = cache.k.device.type == "cuda" if fused is None else fused
+        self.fused = self._fused(captures) if use_fused and not batch_invariant else {}
         self.seconds: dict[str, float] = defaultdict(float)  # spent on vision, prefill and decode
         self.seconds_per_view = 0.0  # of the most recent pictures
 
@@ -66,11 +80,14 @@ class Runner:
 
         The tokens go into the token pool, which is not changed if this fails, so that the step can be computed again.
         """
-        drawn = [one for logits in self.run(scheduled) if (one := draw(logits))]
-        for one in drawn:
+        steps = self.run(scheduled)
+        drawn = [draw(logits) for logits in steps]
+        for logits, one in zip(steps, drawn, strict=True):
+            if one is None or logits.in_pool:
+                continue
             slots = to_device([sequence.pool_slot for sequence in one.sequences], torch.int64, self.pool.device)
             self.pool.index_copy_(0, slots, one.ids)
-        return drawn
+        return [one for one in drawn if one]
 
     @torch.inference_mode()
     def run(self, scheduled: Rest[Scheduled]) -> list[Logits]:
@@ -120,8 +137,12 @@ class Runner:
         if self.batch_invariant and len(images) > 1:
             return [features for image in images for features in self._encode(adapter, [image])]
         model = self.models[adapter]
-        pixels = to_device(torch.cat([image.pixels for image in images]), model.dtype, model.device)
-        return model.encode_images(pixels, [len(image.pixels) for image in images], [image.grid for image in images])
+        pixels = _joined([image.pixels for image in images], page_locked=model.device.type == "cuda")
+        if self.vision:
+            features = self.vision.features(model, pixels)
+        else:
+            features = model.view_features(pixels.to(model.device, model.dtype, non_blocking=True))
+        return model.pack_images(features, [len(image.pixels) for image in images], [image.grid for image in images])
 
     def _run_joined(self, joined: Joined, scheduled: Rest[Scheduled]) -> Iterator[Logits]:
         """Runs the tokens of the variants whose decoders are joined."""
@@ -130,6 +151,10 @@ class Runner:
         if not mine:
             return
         mine.sort(key=lambda one: (not one.sequence.is_decoding, rank[one.sequence.adapter]))
+        fused = self.fused.get(joined.names[0])
+        if fused and not batch.is_observed(mine):
+            yield self._run_fused(fused, mine, alone=len(mine) == len(scheduled))
+            return
         step = batch.build(
             mine,
             self.cache,
@@ -145,6 +170,27 @@ class Runner:
             head = self.models[name].decoder
             yield Logits([one.sequence for one in members], head.logits(states[:n]))
             states = states[n:]
+
+    def _fused(self, graphs: Graphs) -> dict[str | None, FusedRunner]:
+        """Returns the decoders that can be fused, by the first of their adapters."""
+        found = {}
+        for decoder, _, (name, *others) in self.joined:
+            config = self.models[name].config.decoder
+            if not others and why_not(decoder, config) is None:
+                fused = FusedDecoder(decoder, config)
+                found[name] = FusedRunner(decoder, fused, self.cache, self.pool, graphs)
+        return found
+
+    def _run_fused(self, fused: FusedRunner, scheduled: Rest[Scheduled], *, alone: bool) -> Logits:
+        """Runs the tokens of a fused decoder. alone: no other decoder runs in this step."""
+        if all(one.sequence.is_decoding for one in scheduled):
+            # a step with several decoders can fail after this one, and is then computed again from the token pool
+            keep = alone and all(is_greedy(one.sequence) for one in scheduled)
+            logits, ids = fused.decode(scheduled, keep=keep)
+            return Logits([one.sequence for one in scheduled], logits, ids, in_pool=keep)
+        x = self._embed(scheduled[0].sequence.adapter, scheduled)
+        ends = [i for i, one in enumerate(scheduled) if one.n_tokens == one.sequence.n_pending]
+        return Logits([scheduled[i].sequence for i in ends], fused.prefill(scheduled, x, ends))
 
     def _embed(self, adapter: str | None, scheduled: Rest[Scheduled]) -> Tensor:
         """Returns the embeddings [S, D] of the new tokens of some sequences with the same adapter."""
@@ -203,6 +249,15 @@ class Runner:
                 record_prompt_logprobs(one, states[0, start : start + one.n_tokens], head)
         final: Tensor = states[0]
         return final
+
+
+def _joined(pixels: Rest[Tensor], *, page_locked: bool) -> Tensor:
+    """Concatenates the views of pictures. A GPU copies from page-locked memory while the CPU goes on."""
+    if not page_locked:
+        return torch.cat(list(pixels))
+    n_views = sum(map(len, pixels))
+    joined = torch.empty(n_views, *pixels[0].shape[1:], dtype=pixels[0].dtype, pin_memory=True)
+    return torch.cat(list(pixels), out=joined)
 
 
 def _partial_new_pages(scheduled: Rest[Scheduled], page_size: int) -> Iterator[int]:

@@ -32,7 +32,7 @@ NOT_FINITE = (
 )
 NONE_ALLOWED = "no token is allowed: logits_mask and logit_bias exclude the whole vocabulary, or the logits are NaN"
 _MAX = torch.finfo(torch.float32).max
-_GREEDY_BELOW = 1e-5  # below this temperature, sampling is effectively greedy, and dividing the logits could overflow
+GREEDY_BELOW = 1e-5  # below this temperature, sampling is effectively greedy, and dividing the logits could overflow
 
 
 class SamplingRow(Protocol):
@@ -66,7 +66,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """
     logits = process(logits.detach(), rows)
     top, ids = logits.max(-1)
-    drawn = [i for i, row in enumerate(rows) if row.params.temperature >= _GREEDY_BELOW]
+    drawn = [i for i, row in enumerate(rows) if row.params.temperature >= GREEDY_BELOW]
     if drawn:
         chosen = _draw(_select(logits, drawn), _select(top, drawn), [rows[i] for i in drawn])
         ids = ids.index_copy(0, to_device(drawn, torch.int64, logits.device), chosen)

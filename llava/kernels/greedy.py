@@ -14,7 +14,9 @@ _BLOCK = 4096
 
 
 @jit
-def greedy_kernel(logits_ptr, out_ptr, V: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def greedy_kernel(
+    logits_ptr, out_ptr, slot_ptr, pool_ptr, V: tl.constexpr, BLOCK: tl.constexpr, KEEP: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
     """One row per program."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -34,20 +36,34 @@ def greedy_kernel(logits_ptr, out_ptr, V: tl.constexpr, BLOCK: tl.constexpr, PDL
     highest = tl.max(best, 0)
     id = tl.min(tl.where(best == highest, best_id, V), 0)
     finite = (tl.max(is_nan, 0) == 0) & (tl.abs(highest) < float("inf"))
-    tl.store(out_ptr + row, tl.where(finite, id, -1).to(tl.int64))
+    id = tl.where(finite, id, -1).to(tl.int64)
+    tl.store(out_ptr + row, id)
+    if KEEP:
+        slot = tl.load(slot_ptr + row)
+        tl.store(pool_ptr + slot, id, mask=slot >= 0)
 
 
-def greedy(logits: Tensor) -> Tensor:
-    """logits [B, V] float32 -> ids [B] int64 of the highest logits; -1 if that is not finite or any logit is NaN."""
-    if not can_run(logits.device):
-        return eager_greedy(logits)
+def greedy(logits: Tensor, out: Tensor | None = None, keep: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """logits [B, V] float32 -> ids [B] int64 of the highest logits; -1 if that is not finite or any logit is NaN.
+
+    keep: slots [B] int32 and a token pool int64 [n], into whose slots the ids are written as well; slot -1: nowhere.
+    """
     n_rows, vocab_size = logits.shape
-    out = torch.empty(n_rows, dtype=torch.int64, device=logits.device)
-    greedy_kernel[(n_rows,)](logits, out, vocab_size, _BLOCK, **launch_options(logits.device, num_warps=16))
+    out = torch.empty(n_rows, dtype=torch.int64, device=logits.device) if out is None else out
+    if not can_run(logits.device):
+        return eager_greedy(logits, out, keep)
+    slots, pool = keep or (out, out)
+    options = launch_options(logits.device, num_warps=16)
+    greedy_kernel[(n_rows,)](logits, out, slots, pool, vocab_size, _BLOCK, keep is not None, **options)
     return out
 
 
-def eager_greedy(logits: Tensor) -> Tensor:
+def eager_greedy(logits: Tensor, out: Tensor, keep: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """The twin of `greedy`."""
     highest, ids = logits.max(-1)
-    return ids.masked_fill(~highest.isfinite(), -1)
+    out.copy_(ids.masked_fill(~highest.isfinite(), -1))
+    if keep:
+        slots, pool = keep
+        live = slots >= 0
+        pool[slots[live].long()] = out[live]
+    return out

@@ -15,37 +15,94 @@ from torch import Tensor
 
 from llava.kernels.support import can_run, gdc_launch_dependents, gdc_wait, jit, launch_options, next_power_of_2, tl
 
-_TOKENS = 64  # tokens that a program reads at a time
-_PROGRAMS = 132 * 4  # programs that use the bandwidth of an H200
+_ALONE = (16, 2)  # tokens that a program reads at a time, and its warps, if each query has its own keys
+_GROUPED = (32, 4)  # the same for several queries with the same keys
+_PROGRAMS = 132 * 8  # programs that use the bandwidth of an H200
 
 
 @jit
-def scores(q, k, IS_DOT: tl.constexpr):
-    """q [G, E], k [T, E] -> [G, T] float32. Without IS_DOT, G is 1."""
-    if IS_DOT:
-        return tl.dot(q.to(k.dtype), tl.trans(k))
-    else:
-        return tl.sum(k.to(tl.float32) * q, 1)[None, :]
-
-
-@jit
-def mixture(p, v, IS_DOT: tl.constexpr):
-    """p [G, T], v [T, E] -> [G, E] float32. Without IS_DOT, G is 1."""
-    if IS_DOT:
-        return tl.dot(p.to(v.dtype), v)
-    else:
-        return tl.sum(tl.sum(p, 0)[:, None] * v.to(tl.float32), 0)[None, :]
+def load_pages(table_ptr, token, low, end, PAGE: tl.constexpr):
+    """Loads the pages of tokens of a row; page 0 for those outside of low <= token < end."""
+    return tl.load(table_ptr + token // PAGE, mask=(token >= low) & (token < end), other=0).to(tl.int64)
 
 
 @jit
 def load_tokens(
-    ptr, table_ptr, token, low, end, head, e, page_stride, token_stride, E: tl.constexpr, PAGE: tl.constexpr
-):
-    """Loads the keys or values [T, E] of some tokens of a row; zeros for those outside of low <= token < end."""
+    ptr, page, token, low, end, head, e, page_stride, token_stride, E: tl.constexpr, PAGE: tl.constexpr
+):  # fmt: skip
+    """Loads the keys or values [T, E] of tokens; zeros for those outside of low <= token < end."""
     valid = (token >= low) & (token < end)
-    page = tl.load(table_ptr + token // PAGE, mask=valid, other=0).to(tl.int64)
     at = page * page_stride + (token % PAGE) * token_stride + head * E
     return tl.load(ptr + at[:, None] + e[None, :], mask=valid[:, None] & (e < E)[None, :], other=0.0)
+
+
+@jit
+def attend_alone(
+    q, k, v, k_ptr, v_ptr, table, start, low, end, position, head, e, slope, page_stride, token_stride,
+    E: tl.constexpr, EP: tl.constexpr, BT: tl.constexpr, PAGE: tl.constexpr, ALIBI: tl.constexpr,
+):  # fmt: skip
+    """Attends with a single query q [1, E], starting with the keys and values k and v [BT, E].
+
+    Each of the BT slots has its own softmax over every BT-th token. They are joined once at the end, so that threads
+    wait for each other only there. Returns the highest score [1], the sum of the weights [1] and that of the values.
+    """
+    highest = tl.full([BT], -1e30, tl.float32)
+    total = tl.zeros([BT], tl.float32)
+    y = tl.zeros([BT, EP], tl.float32)
+    slot = tl.arange(0, BT)
+    page = load_pages(table, start + BT + slot, low, end, PAGE)
+    while start < end:
+        token = start + BT + slot
+        next_k = load_tokens(k_ptr, page, token, low, end, head, e, page_stride, token_stride, E, PAGE)
+        next_v = load_tokens(v_ptr, page, token, low, end, head, e, page_stride, token_stride, E, PAGE)
+        page = load_pages(table, token + BT, low, end, PAGE)
+        s = tl.sum(k.to(tl.float32) * q, 1)
+        if ALIBI:
+            s += tl.sum(slope, 0) * (start + slot - position).to(tl.float32) * 1.4426950408889634
+        valid = (start + slot >= low) & (start + slot < end)
+        new_highest = tl.where(valid, tl.maximum(highest, s), highest)
+        p = tl.where(valid, tl.exp2(s - new_highest), 0.0)
+        shrink = tl.exp2(highest - new_highest)
+        total = total * shrink + p
+        y = y * shrink[:, None] + p[:, None] * v.to(tl.float32)
+        highest = new_highest
+        k, v = next_k, next_v
+        start += BT
+    top = tl.max(highest, 0)
+    weight = tl.exp2(highest - top)
+    one = tl.zeros([1], tl.float32)
+    return one + top, one + tl.sum(total * weight, 0), tl.sum(y * weight[:, None], 0)[None, :]
+
+
+@jit
+def attend_grouped(
+    q, k, v, k_ptr, v_ptr, table, start, low, end, position, head, e, slope, page_stride, token_stride,
+    GP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, BT: tl.constexpr, PAGE: tl.constexpr, ALIBI: tl.constexpr,
+):  # fmt: skip
+    """Like `attend_alone`, for several queries q [G, E] with the same keys and values, on the matrix units."""
+    highest = tl.full([GP], -1e30, tl.float32)
+    total = tl.zeros([GP], tl.float32)
+    y = tl.zeros([GP, EP], tl.float32)
+    slot = tl.arange(0, BT)
+    page = load_pages(table, start + BT + slot, low, end, PAGE)
+    while start < end:
+        token = start + BT + slot
+        next_k = load_tokens(k_ptr, page, token, low, end, head, e, page_stride, token_stride, E, PAGE)
+        next_v = load_tokens(v_ptr, page, token, low, end, head, e, page_stride, token_stride, E, PAGE)
+        page = load_pages(table, token + BT, low, end, PAGE)
+        s = tl.dot(q.to(k.dtype), tl.trans(k), input_precision="ieee")
+        if ALIBI:
+            s += slope[:, None] * (start + slot - position).to(tl.float32)[None, :] * 1.4426950408889634
+        s = tl.where(((start + slot >= low) & (start + slot < end))[None, :], s, -1e30)
+        new_highest = tl.maximum(highest, tl.max(s, 1))  # the first block has a token that is attended to
+        p = tl.exp2(s - new_highest[:, None])
+        shrink = tl.exp2(highest - new_highest)
+        total = total * shrink + tl.sum(p, 1)
+        y = y * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        highest = new_highest
+        k, v = next_k, next_v
+        start += BT
+    return highest, total, y
 
 
 @jit
@@ -68,7 +125,6 @@ def paged_attention_kernel(
 ):  # fmt: skip
     """Program (head, split, row) attends to a part of the tokens. The one that the new token is in stores it, too."""
     head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    DOT: tl.constexpr = GP > 1
     if PDL:
         gdc_launch_dependents()
     position = tl.load(position_ptr + row)  # of the new token; -1: a row that only fills the batch
@@ -84,8 +140,9 @@ def paged_attention_kernel(
     start = base + split * length
     end = tl.minimum(start + length, position)  # the new token is not in the cache yet
     token = start + tl.arange(0, BT)
-    k = load_tokens(k_ptr, table, token, low, end, head, e, page_stride, token_stride, E, PAGE)
-    v = load_tokens(v_ptr, table, token, low, end, head, e, page_stride, token_stride, E, PAGE)
+    first_page = load_pages(table, token, low, end, PAGE)
+    k = load_tokens(k_ptr, first_page, token, low, end, head, e, page_stride, token_stride, E, PAGE)
+    v = load_tokens(v_ptr, first_page, token, low, end, head, e, page_stride, token_stride, E, PAGE)
     cos = tl.zeros([EP], tl.float32)
     sin = tl.zeros([EP], tl.float32)
     if ROPE:
@@ -104,66 +161,56 @@ def paged_attention_kernel(
         valid = (g < G)[:, None] & (e < E)[None, :]
         q = rotated(qkv + heads, e[None, :], cos[None, :], sin[None, :], valid, ROPE, E)
         q = q * (scale * 1.4426950408889634)  # powers of two instead of e: exp2 is one instruction
-        highest = tl.full([GP], -1e30, tl.float32)
-        total = tl.zeros([GP], tl.float32)
-        y = tl.zeros([GP, EP], tl.float32)
-        while start < end:
-            following = start + BT + tl.arange(0, BT)
-            next_k = load_tokens(k_ptr, table, following, low, end, head, e, page_stride, token_stride, E, PAGE)
-            next_v = load_tokens(v_ptr, table, following, low, end, head, e, page_stride, token_stride, E, PAGE)
-            s = scores(q, k, DOT)
-            token = start + tl.arange(0, BT)
-            if ALIBI:
-                s += slope[:, None] * (token - position).to(tl.float32)[None, :] * 1.4426950408889634
-            s = tl.where(((token >= low) & (token < end))[None, :], s, -1e30)
-            new_highest = tl.maximum(highest, tl.max(s, 1))
-            p = tl.exp2(s - new_highest[:, None])
-            shrink = tl.exp2(highest - new_highest)
-            total = total * shrink + tl.sum(p, 1)
-            y = y * shrink[:, None] + mixture(p, v, DOT)
-            highest = new_highest
-            k, v = next_k, next_v
-            start += BT
+        if GP == 1:
+            highest, total, y = attend_alone(
+                q, k, v, k_ptr, v_ptr, table, start, low, end, position, head, e, slope, page_stride, token_stride,
+                E, EP, BT, PAGE, ALIBI,
+            )  # fmt: skip
+        else:
+            highest, total, y = attend_grouped(
+                q, k, v, k_ptr, v_ptr, table, start, low, end, position, head, e, slope, page_stride, token_stride,
+                GP, E, EP, BT, PAGE, ALIBI,
+            )  # fmt: skip
         if split == n_used - 1:
             new_k = rotated(qkv + (H + head) * E, e, cos, sin, e < E, ROPE, E).to(k.dtype)
             new_v = tl.load(qkv + (H + K + head) * E + e, mask=e < E, other=0.0)
             page = tl.load(table + position // PAGE).to(tl.int64)
-            at = page * page_stride + (position % PAGE) * token_stride + head * E + e
-            tl.store(k_ptr + at, new_k, mask=e < E)
-            tl.store(v_ptr + at, new_v, mask=e < E)
-            s = tl.sum(q * new_k.to(tl.float32)[None, :], 1)
-            new_highest = tl.maximum(highest, s)
-            p = tl.exp2(s - new_highest)
-            shrink = tl.exp2(highest - new_highest)
-            total = total * shrink + p
-            y = y * shrink[:, None] + p[:, None] * new_v.to(tl.float32)[None, :]
-            highest = new_highest
+            to = page * page_stride + (position % PAGE) * token_stride + head * E + e
+            tl.store(k_ptr + to, new_k, mask=e < E)
+            tl.store(v_ptr + to, new_v, mask=e < E)
+            new_s = tl.sum(q * new_k.to(tl.float32)[None, :], 1)
+            last_highest = tl.maximum(highest, new_s)
+            new_p = tl.exp2(new_s - last_highest)
+            last_shrink = tl.exp2(highest - last_highest)
+            total = total * last_shrink + new_p
+            y = y * last_shrink[:, None] + new_p[:, None] * new_v.to(tl.float32)[None, :]
+            highest = last_highest
         out = out_ptr + row * H * E + heads + e[None, :]
         if SPLITS == 1:
             tl.store(out, (y / total[:, None]).to(out_ptr.dtype.element_ty), mask=valid)
         else:
             first = (row * K + head) * SPLITS  # index of the first partial result of this row and head
-            at = ((first + split) * G + g)[:, None] * E + e[None, :]
-            tl.store(partial_ptr + at, y, mask=valid)
-            at_stats = ((first + split) * G + g) * 2
-            tl.store(stats_ptr + at_stats, highest, mask=g < G)
-            tl.store(stats_ptr + at_stats + 1, total, mask=g < G)
+            to_partial = ((first + split) * G + g)[:, None] * E + e[None, :]
+            tl.store(partial_ptr + to_partial, y, mask=valid)
+            to_stats = ((first + split) * G + g) * 2
+            tl.store(stats_ptr + to_stats, highest, mask=g < G)
+            tl.store(stats_ptr + to_stats + 1, total, mask=g < G)
             tl.debug_barrier()
             n_done = tl.atomic_add(counter_ptr + row * K + head, 1, sem="acq_rel")
             if n_done == n_used - 1:
                 i = tl.arange(0, SP)
                 for member in tl.static_range(G):
-                    at = (first + i) * G + member
-                    m = tl.load(stats_ptr + at * 2, mask=i < n_used, other=-1e30, cache_modifier=".cg")
-                    t = tl.load(stats_ptr + at * 2 + 1, mask=i < n_used, other=0.0, cache_modifier=".cg")
+                    source = (first + i) * G + member
+                    m = tl.load(stats_ptr + source * 2, mask=i < n_used, other=-1e30, cache_modifier=".cg")
+                    t = tl.load(stats_ptr + source * 2 + 1, mask=i < n_used, other=0.0, cache_modifier=".cg")
                     mask = (i < n_used)[:, None] & (e < E)[None, :]
                     part = tl.load(
-                        partial_ptr + at[:, None] * E + e[None, :], mask=mask, other=0.0, cache_modifier=".cg"
+                        partial_ptr + source[:, None] * E + e[None, :], mask=mask, other=0.0, cache_modifier=".cg"
                     )
                     weight = tl.exp2(m - tl.max(m, 0))
                     mean = tl.sum(part * weight[:, None], 0) / tl.sum(t * weight, 0)
-                    at_out = out_ptr + (row * H + head * G + member) * E + e
-                    tl.store(at_out, mean.to(out_ptr.dtype.element_ty), mask=e < E)
+                    to_out = out_ptr + (row * H + head * G + member) * E + e
+                    tl.store(to_out, mean.to(out_ptr.dtype.element_ty), mask=e < E)
                 tl.store(counter_ptr + row * K + head, 0)
 
 
@@ -191,7 +238,7 @@ class Scratch:
 def n_splits(n_rows: int, n_kv_heads: int, max_tokens: int) -> int:
     """Returns among how many programs to divide the tokens of a row and head."""
     wanted = -(-_PROGRAMS // (n_rows * n_kv_heads))
-    return max(1, min(wanted, -(-max_tokens // _TOKENS), 64))
+    return max(1, min(wanted, -(-max_tokens // _ALONE[0]), 64))
 
 
 def paged_attention(
@@ -217,15 +264,16 @@ def paged_attention(
     group = n_heads // kv_heads
     out = torch.empty(len(qkv), n_heads * head_dim, dtype=qkv.dtype, device=qkv.device)
     dummy = positions
+    tokens, warps = _ALONE if group == 1 else _GROUPED
     paged_attention_kernel[(kv_heads, scratch.splits, len(qkv))](
         qkv, keys, values, tables, positions, dummy if how.cos is None else how.cos,
         dummy if how.sin is None else how.sin, dummy if how.slopes is None else how.slopes,
         scratch.partial, scratch.stats, scratch.counters, out,
         tables.stride(0), keys.stride(0), keys.stride(1), head_dim**-0.5, how.window or 0,
         n_heads, kv_heads, group, 1 if group == 1 else max(16, next_power_of_2(group)), head_dim,
-        next_power_of_2(head_dim), scratch.splits, next_power_of_2(scratch.splits), _TOKENS, page_size,
+        next_power_of_2(head_dim), scratch.splits, next_power_of_2(scratch.splits), tokens, page_size,
         how.cos is not None, how.slopes is not None, how.window is not None and how.window < max_tokens,
-        **launch_options(qkv.device, num_warps=4, num_stages=1),
+        **launch_options(qkv.device, num_warps=warps, num_stages=1),
     )  # fmt: skip
     return out
 

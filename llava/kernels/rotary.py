@@ -10,7 +10,7 @@ from torch import Tensor
 from llava.kernels.paged_attention import Positions, eager_rotate
 from llava.kernels.support import can_run, gdc_launch_dependents, gdc_wait, jit, launch_options, next_power_of_2, tl
 
-_HEADS = 4  # heads of a program
+_HEADS = 8  # heads of a program
 
 
 @jit
@@ -40,8 +40,9 @@ def rotary_kernel(
         b = tl.where(turns, (y * cos + x * sin).to(b.dtype), b)
         tl.store(qkv_ptr + at, a, mask=mask & turns)
         tl.store(qkv_ptr + at + E // 2, b, mask=mask & turns)
-    slot = tl.load(slot_ptr + token) * slot_stride
-    to_k = slot + (head - H)[:, None] * E + i[None, :]
+    slot = tl.load(slot_ptr + token)
+    mask &= slot >= 0
+    to_k = slot * slot_stride + (head - H)[:, None] * E + i[None, :]
     is_k = mask & ((head >= H) & (head < H + K))[:, None]
     tl.store(k_ptr + to_k, a, mask=is_k)
     tl.store(k_ptr + to_k + E // 2, b, mask=is_k)
@@ -56,7 +57,7 @@ def rotate_and_store_(
     """Rotates queries and keys in qkv [S, (H + 2 K) E] in place, and stores keys and values in the cache.
 
     keys and values: of one layer, [n_pages, page_size, K, E]; slot s is the token s % page_size of page s // page_size.
-    slots, positions: int64 [S]. Without rotation in `how`, only stores.
+    slots, positions: int64 [S]; a token with slot -1 is not stored. Without rotation in `how`, only stores.
     """
     if not can_run(qkv.device):
         return eager_rotate_and_store_(qkv, keys, values, slots, positions, how, n_heads=n_heads)
@@ -77,5 +78,6 @@ def eager_rotate_and_store_(
     qk, v = qkv.view(len(qkv), -1, head_dim).split([n_heads + kv_heads, kv_heads], dim=1)
     if how.cos is not None and how.sin is not None:
         qk.copy_(eager_rotate(qk, how.cos[positions], how.sin[positions]))
-    keys.flatten(0, 1).index_copy_(0, slots, qk[:, n_heads:])
-    values.flatten(0, 1).index_copy_(0, slots, v)
+    stored = slots >= 0
+    keys.flatten(0, 1)[slots[stored]] = qk[stored, n_heads:]
+    values.flatten(0, 1)[slots[stored]] = v[stored]

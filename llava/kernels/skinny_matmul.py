@@ -6,27 +6,28 @@ program multiplies some rows of the weight with all rows of x, so that every wei
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from llava.kernels.matvec import activated
-from llava.kernels.support import gdc_launch_dependents, gdc_wait, jit, launch_options, tl
+from llava.kernels.support import gdc_launch_dependents, gdc_wait, jit, launch_options, next_power_of_2, tl
 
 
-@jit
-def prefetch(pointer, N_BYTES: tl.constexpr):
-    """Brings N_BYTES, a multiple of 16, to the L2 cache. One thread asks for them, and nothing waits."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; "
-        "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r", [pointer.to(tl.int64), N_BYTES], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+class Tile(NamedTuple):
+    """What a program reads at a time, and with how many warps."""
+
+    rows: int  # of the weight
+    columns: int
+    stages: int  # tiles on their way from memory
+    warps: int
 
 
 @jit
 def skinny_kernel(
     x_ptr, weight_ptr, gate_ptr, residual_ptr, out_ptr, n_rows, n,
     K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out [M, n] = activation(gate x) * weight x + residual. A tile is BN rows of the weight times all BM rows of x."""
     tile = tl.program_id(0)
@@ -41,12 +42,6 @@ def skinny_kernel(
     gate = tl.zeros([BN, BM], tl.float32)
     if PDL:
         gdc_launch_dependents()
-        if PREFETCH > 0:
-            for i in tl.static_range(BN):
-                at = tl.minimum(tile * BN + i, n - 1).to(tl.int64) * K
-                prefetch(weight_ptr + at, PREFETCH)
-                if GATED:
-                    prefetch(gate_ptr + at, PREFETCH)
         gdc_wait()
     for start in tl.range(0, K, BK, num_stages=STAGES):
         if K % BK == 0:
@@ -81,23 +76,27 @@ def skinny_matmul(
     gate: Tensor | None = None,
     activation: str = "none",
     residual: Tensor | None = None,
-    tile: tuple[int, int, int, int, int] | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:
     """Computes x [M, K] -> out [M, N]; see `fused_linear`, which calls this for 2 to 64 rows. Needs Triton.
 
-    tile: rows of the weight, columns, pipeline stages, warps and bytes to prefetch of each row; default: as measured.
+    tile: default: the best that was measured; see benchmarks/notes.md.
     """
     (m, k), n = x.shape, len(weight)
-    bm = max(16, 1 << (m - 1).bit_length())
-    bn, bk, stages, warps, ahead = tile or _tile(n, k, bm, gated=gate is not None)
-    skinny_kernel[(-(-n // bn),)](
-        x, weight, weight if gate is None else gate, x if residual is None else residual, out, m, n, k, bm, bn, bk,
-        stages, activation, gate is not None, residual is not None, min(ahead, 2 * k),
-        **launch_options(x.device, num_warps=warps, num_stages=stages),
+    bm = max(8, next_power_of_2(m))
+    tile = tile or best_tile(n, bm, gated=gate is not None)
+    skinny_kernel[(-(-n // tile.rows),)](
+        x, weight, weight if gate is None else gate, x if residual is None else residual, out, m, n, k, bm,
+        tile.rows, tile.columns, tile.stages, activation, gate is not None, residual is not None,
+        **launch_options(x.device, num_warps=tile.warps, num_stages=tile.stages),
     )  # fmt: skip
     return out
 
 
-def _tile(n: int, k: int, bm: int, *, gated: bool) -> tuple[int, int, int, int, int]:
-    """Returns the tile. Measured on an H200; see benchmarks/notes.md."""
-    return 32, 128, 5 if bm <= 32 else 4, 4, 1024
+def best_tile(n: int, bm: int, *, gated: bool) -> Tile:
+    """Returns the tile for n rows of the weight and bm rows of x. Measured on an H200."""
+    if gated:
+        return Tile(64, 128, 3, 4) if bm <= 16 else Tile(32, 128, 3, 2)
+    if n > 8192:
+        return Tile(64, 128, 3, 4)
+    return Tile(32, 256, 5 if bm <= 32 else 4, 2 if bm <= 16 else 4)

@@ -169,7 +169,7 @@ class VarlenContext:
         """See `AttentionContext`. What the varlen kernel does not support becomes a dense bias over the whole row."""
         if alibi_slopes is None and (sliding_window is None or sliding_window >= self.segments.max_seqlen):
             return self
-        if self.positions.is_cuda and (alibi_slopes is not None or not _kernel_has_windows()):
+        if self.positions.is_cuda and (alibi_slopes is not None or not kernel_has_windows()):
             mask = self.segments.mask(self.positions.shape[-1])
             bias = score_bias(mask, sliding_window, alibi_slopes, dtype)
             return CausalContext(positions=self.positions, seq_len=self.seq_len, bias=bias)
@@ -259,13 +259,14 @@ def _causal_mask(n: int, like: Tensor) -> Tensor:
 
 def _causal(sliding_window: int | None) -> dict[str, Any]:
     """Returns the `varlen_attn` keyword argument for causal attention; its name changed after torch 2.10."""
-    if not _kernel_has_windows():
+    if not kernel_has_windows():
         return {"is_causal": True}
     return {"window_size": (-1 if sliding_window is None else sliding_window - 1, 0)}
 
 
 @cache
-def _kernel_has_windows() -> bool:
+def kernel_has_windows() -> bool:
+    """Returns whether this version's `varlen_attn` has sliding windows."""
     from torch.nn.attention.varlen import varlen_attn
 
     return "is_causal" not in inspect.signature(varlen_attn).parameters

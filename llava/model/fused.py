@@ -6,7 +6,7 @@ beside them, and are not rounded in between. Only for plain weights in 16 bits; 
 S new tokens, one packed row   R decoding rows, first in it   D dim   H query heads   K key/value heads   E head_dim
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,10 +18,10 @@ from llava.kernels.fused_linear import Activation, Norm, fused_linear
 from llava.kernels.paged_attention import Positions, Scratch, paged_attention
 from llava.kernels.rotary import rotate_and_store_
 from llava.model import llama, mpt
-from llava.model.attention import varlen_attention
+from llava.model.attention import attention, kernel_has_windows, varlen_attention
 from llava.model.decoder import Decoder
 from llava.model.linear import Linear
-from llava.model.paged import PagedCache
+from llava.model.paged import Chunk, PagedCache, with_bias
 
 Attend = Callable[[int, Tensor], Tensor]  # layer, qkv [S, (H + 2 K) E] before the rotation -> y [S, H E]
 
@@ -61,6 +61,11 @@ class FusedDecoder:
             x = fused_linear(y, layer.down, residual=x)
         return x
 
+    def can_pack(self, x: Tensor) -> bool:
+        """Returns whether one kernel attends with all chunks of a packed row x: on a GPU, without biases."""
+        windows = self.how.window is None or kernel_has_windows()
+        return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and self.how.slopes is None and windows
+
     def logits(self, x: Tensor) -> Tensor:
         """x [S, D] before the final norm -> logits [S, V] float32"""
         return fused_linear(x, self.head, norm=self.norm, out=x.new_empty(len(x), len(self.head), dtype=torch.float32))
@@ -68,7 +73,8 @@ class FusedDecoder:
 
 def why_not(decoder: Decoder, config: DecoderConfig) -> str | None:
     """Returns why a decoder cannot be fused, or None if it can."""
-    if decoder.norm.weight.dtype not in (torch.bfloat16, torch.float16):
+    weight = decoder.norm.weight
+    if weight.is_cuda and weight.dtype not in (torch.bfloat16, torch.float16):
         return "its weights are not in bfloat16 or float16"
     layers = [module for module in decoder.modules() if isinstance(module, torch.nn.Linear)]
     plain = all(type(one) is Linear and one.bias is None for one in layers)
@@ -139,14 +145,12 @@ class RowAttention:
         )
 
 
-class Chunks(NamedTuple):
-    """Chunks of prompts in a packed row, and the tokens they attend to, which end with their own."""
+class PackedChunks(NamedTuple):
+    """Chunks of prompts in a packed row, and the tokens they attend to, for the kernel that takes them all together."""
 
-    cu_seqlens: Tensor  # int32 [N + 1], cumulative numbers of new tokens
-    max_seqlen: int
-    past: Tensor | None  # int64 [T], slots of all tokens attended to; None: no chunk has earlier tokens
-    cu_seqlens_past: Tensor  # int32 [N + 1], cumulative numbers of these tokens
-    max_seqlen_past: int
+    cu_seqlens: tuple[Tensor, Tensor]  # int32 [N + 1] each, cumulative numbers of new tokens and of those attended to
+    max_seqlen: tuple[int, int]
+    past: Tensor | None  # int64 [T], slots of the tokens attended to; None: no chunk has earlier tokens
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -155,25 +159,43 @@ class PackedAttention:
 
     decoder: FusedDecoder
     cache: PagedCache
-    slots: Tensor  # int64 [S - R], where the keys and values of the chunks are stored
+    slots: Tensor  # int64 [S - R], where the keys and values of the chunks are stored; -1: nowhere
     positions: Tensor  # int64 [S - R]
-    chunks: Chunks
+    chunks: Sequence[Chunk]  # one by one; their indices count from the first token that is no row
+    packed: PackedChunks | None = None  # all together; None: one by one
     n_rows: int = 0
     rows: RowAttention | None = None
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         """qkv [S, (H + 2 K) E] -> y [S, H E]. Stores the new keys and values."""
-        config, n = self.decoder.config, self.n_rows
+        config, new = self.decoder.config, qkv[self.n_rows :]
         keys, values = self.cache.k[layer], self.cache.v[layer]
-        new = qkv[n:]
         rotate_and_store_(new, keys, values, self.slots, self.positions, self.decoder.how, n_heads=config.n_heads)
         heads = [config.n_heads, config.n_kv_heads, config.n_kv_heads]
         q, k, v = new.unflatten(-1, (-1, config.head_dim)).split(heads, dim=1)
-        chunks = self.chunks
-        if chunks.past is not None:
-            k, v = (x.flatten(0, 1).index_select(0, chunks.past) for x in (keys, values))
-        y = varlen_attention(
-            q, k, v, (chunks.cu_seqlens, chunks.cu_seqlens_past), (chunks.max_seqlen, chunks.max_seqlen_past),
-            config.sliding_window,
-        ).flatten(1)  # fmt: skip
-        return y if self.rows is None else torch.cat([self.rows(layer, qkv[:n]), y])
+        y = self._attend(layer, q, k, v).flatten(1)
+        return y if self.rows is None else torch.cat([self.rows(layer, qkv[: self.n_rows]), y])
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [S - R, H, E], k and v [S - R, K, E] -> [S - R, H, E]"""
+        if self.packed is not None:
+            if (past := self.packed.past) is not None:
+                k, v = (x[layer].flatten(0, 1).index_select(0, past) for x in (self.cache.k, self.cache.v))
+            window = self.decoder.config.sliding_window
+            return varlen_attention(q, k, v, self.packed.cu_seqlens, self.packed.max_seqlen, window)
+        parts = []
+        for one in self.chunks:
+            new_k, new_v = k[None, one.tokens], v[None, one.tokens]
+            past_k, past_v = self.cache.past(layer, one) if one.position else (new_k, new_v)
+            y = attention(q[None, one.tokens], past_k.transpose(1, 2), past_v.transpose(1, 2), one.bias)
+            parts.append(y[0])
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def with_biases(decoder: FusedDecoder, chunks: Sequence[Chunk], dtype: torch.dtype) -> list[Chunk]:
+    """Returns the chunks with the biases that attention one by one needs."""
+    how, found = decoder.how, []
+    for one in chunks:
+        plain = one.position == 0 and how.slopes is None and (how.window is None or one.n <= how.window)
+        found.append(one if plain else with_bias(one, how.window, how.slopes, dtype))
+    return found

@@ -56,11 +56,20 @@ class Llava(nn.Module):
         views: number of views of each image. grids: tile arrangement of each image, or None if it has no tiles.
         vision_grad: whether to compute gradients through the vision tower, as needed to train it.
         """
+        return self.pack_images(self.view_features(pixels, vision_grad=vision_grad), views, grids)
+
+    def view_features(self, pixels: Tensor, *, vision_grad: bool = False) -> Tensor:
+        """pixels [V, 3, size, size] -> projected features [V, N, D] of each view. vision_grad: see `encode_images`."""
         assert self.vision is not None
         assert self.projector is not None
         with torch.set_grad_enabled(vision_grad):
             features = self.vision(pixels.to(self.vision.cls.dtype))
-        images = self.projector(features).split(list(views))  # [views, N, D] each
+        projected: Tensor = self.projector(features)
+        return projected
+
+    def pack_images(self, features: Tensor, views: Sequence[int], grids: Sequence[TileGrid | None]) -> list[Tensor]:
+        """Projected features [V, N, D] of the views of several images -> embeddings [tokens, D] of each image."""
+        images = features.split(list(views))  # [views, N, D] each
         return [self.pack(image, grid) for image, grid in zip(images, grids, strict=True)]
 
     def pack(self, features: Tensor, grid: TileGrid | None) -> Tensor:

@@ -4,21 +4,32 @@ V views   N tokens (class token first)   P patches   D dim   H heads   E head_di
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava.config import VisionConfig
+from llava.kernels.layer_norm import add_layer_norm, layer_norm
+from llava.kernels.quick_gelu import eager_quick_gelu, quick_gelu
+from llava.kernels.support import can_run
 from llava.model.linear import Linear, linear
 
 
-def quick_gelu(x: Tensor) -> Tensor:
+def _quick_gelu(x: Tensor) -> Tensor:
     """The sigmoid approximation of GELU that OpenAI's CLIP was trained with."""
-    return x * torch.sigmoid(1.702 * x)
+    return quick_gelu(x) if uses_kernels(x) else eager_quick_gelu(x)
 
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": _quick_gelu, "gelu": F.gelu}
+
+
+def uses_kernels(x: Tensor) -> bool:
+    """Returns whether kernels compute norms, sums and activations of x: in inference in 16 bits, where they can run."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return False
+    return x.dtype in (torch.bfloat16, torch.float16) and can_run(x.device)
 
 
 class Attention(nn.Module):
@@ -104,6 +115,19 @@ class Vision(nn.Module):
         patches = self.patch(pixels)
         cls = self.cls.expand(len(patches), 1, -1)
         x = self.pre_norm(torch.cat([cls, patches], dim=1) + self.pos)
+        if self.blocks and uses_kernels(x):
+            return self._fused(x)[:, self.first :]
         for block in self.blocks:
             x = block(x)
         return x[:, self.first :]
+
+    def _fused(self, x: Tensor) -> Tensor:
+        """Runs the blocks on x [V, N, D], each residual sum in one kernel with the norm that follows it."""
+        blocks = cast(list[Block], list(self.blocks))
+        norms = [norm for block in blocks for norm in (block.attn_norm, block.mlp_norm)]
+        layers: list[nn.Module] = [layer for block in blocks for layer in (block.attn, block.mlp)]
+        y = layers[0](layer_norm(x, norms[0].weight, norms[0].bias, norms[0].eps))
+        for norm, layer in zip(norms[1:], layers[1:], strict=True):
+            x, normed = add_layer_norm(x, y, norm.weight, norm.bias, norm.eps)
+            y = layer(normed)
+        return x + y

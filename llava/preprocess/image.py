@@ -10,15 +10,17 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from llava.config import ImageConfig, PictureOptions, TileGrid
 from llava.errors import ImageError
+from llava.preprocess import jpeg
+from llava.preprocess.raster import PictureMemory, Raster, Size, copy_pixels
 from llava.preprocess.rgb import RgbPicture, to_rgb
 
 Picture = str | Path | bytes | BinaryIO | Image.Image
-Size = tuple[int, int]
 _DEFAULTS = PictureOptions()
 _ORIENTATION = ExifTags.Base.Orientation
 
@@ -31,16 +33,34 @@ class Views(NamedTuple):
     size: Size  # image size before cropping, padding or resizing
 
 
+class Decoded(NamedTuple):
+    """An image as 8-bit RGB, in Pillow's memory or in that of the device which resizes it."""
+
+    image: Image.Image | Raster
+    losses: tuple[str, ...]  # see `RgbPicture`
+
+
 def read_picture(source: Picture, options: PictureOptions = _DEFAULTS) -> RgbPicture:
     """Reads an image in any format that Pillow can read, and converts the first frame to RGB as described in `to_rgb`.
 
     Each of the `losses` starts with the name of the image. Raises ImageError if the image cannot be read.
     """
+    image, losses = decode(source, options)
+    assert isinstance(image, Image.Image)
+    return RgbPicture(image, losses)
+
+
+def decode(source: Picture, options: PictureOptions = _DEFAULTS, memory: PictureMemory | None = None) -> Decoded:
+    """Like `read_picture`, but puts an image into `memory` if that accepts its size."""
     name = str(source) if isinstance(source, str | Path) else str(getattr(source, "name", None) or "picture")
     try:
         image = _open(source)
         if 0 in image.size:
             raise ImageError("has no pixels")
+        memory = memory if memory and memory.accepts(image.size) else None
+        pixels = _decode_jpeg(image, source, options, memory)
+        if pixels is not None:
+            return Decoded(memory.upload(pixels) if memory else Image.fromarray(pixels), ())
         rgb, losses = to_rgb(image, options.transparency)
         if options.exif:
             rgb.getexif()[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)
@@ -57,7 +77,29 @@ def read_picture(source: Picture, options: PictureOptions = _DEFAULTS) -> RgbPic
     except (OSError, ValueError, SyntaxError, EOFError) as error:  # raised by Pillow's decoders
         reason = getattr(error, "strerror", None) or error
         raise ImageError(f"{name:.200}: is damaged, or cannot be read as an image ({reason})") from None
-    return RgbPicture(rgb, tuple(f"{name:.200}: {loss}" for loss in losses))
+    return Decoded(_upload(rgb, memory) if memory else rgb, tuple(f"{name:.200}: {loss}" for loss in losses))
+
+
+def _decode_jpeg(
+    image: Image.Image, source: Picture, options: PictureOptions, memory: PictureMemory | None
+) -> NDArray[np.uint8] | None:
+    """Returns the pixels of an opened JPEG file, or None if Pillow has to decode it."""
+    if not isinstance(source, str | Path | bytes) or not jpeg.can_decode(image):
+        return None
+    if options.exif and image.getexif().get(_ORIENTATION, 1) != 1:
+        return None
+    contents = source if isinstance(source, bytes) else Path(source).read_bytes()
+    return jpeg.decode(contents, image.size, memory.empty if memory else _empty)
+
+
+def _empty(size: Size) -> NDArray[np.uint8]:
+    return np.empty((size[1], size[0], 3), np.uint8)
+
+
+def _upload(image: Image.Image, memory: PictureMemory) -> Raster:
+    pixels = memory.empty(image.size)
+    copy_pixels(image, pixels)
+    return memory.upload(pixels)
 
 
 def _open(source: Picture) -> Image.Image:
@@ -89,7 +131,7 @@ def _open_file(path: Path) -> Image.Image:
     return Image.open(path)
 
 
-def to_views(image: Image.Image, config: ImageConfig, patches: int) -> Views:
+def to_views(image: Image.Image | Raster, config: ImageConfig, patches: int) -> Views:
     """Returns the views of an RGB image: the cropped or padded image or, with anyres, the whole image and its tiles.
 
     patches: number of vision tower patches along one side of a view.
@@ -106,14 +148,14 @@ def to_views(image: Image.Image, config: ImageConfig, patches: int) -> Views:
     return Views(torch.cat([normalise(_crop(view, config.size), config) for view in views]), grid, image.size)
 
 
-def normalise(image: Image.Image, config: ImageConfig) -> Tensor:
+def normalise(image: Image.Image | Raster, config: ImageConfig) -> Tensor:
     """Returns (uint8 / 255 - mean) / std, float32 [1, 3, S, S], with the same rounding as CLIP's image processor."""
     scaled = (np.asarray(image, dtype=np.uint8) * (1 / 255)).astype(np.float32)
     pixels = (scaled - np.array(config.mean, np.float32)) / np.array(config.std, np.float32)
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).unsqueeze(0)
 
 
-def _crop(image: Image.Image, size: int) -> Image.Image:
+def _crop(image: Image.Image | Raster, size: int) -> Image.Image | Raster:
     """Resizes the shorter edge to `size`, then crops the centre."""
     axis = 1 if image.width <= image.height else 0  # axis of the longer edge; 0: width, 1: height
     short, long = image.size[1 - axis], image.size[axis]
@@ -132,13 +174,21 @@ def _crop(image: Image.Image, size: int) -> Image.Image:
     return resized.crop((start - low, 0, stop - low, size))
 
 
-def _pad_to_square(image: Image.Image, config: ImageConfig) -> Image.Image:
+def _pad_to_square(image: Image.Image | Raster, config: ImageConfig) -> Image.Image | Raster:
     side = max(image.size)
     if image.width == image.height:
         return image
     r, g, b = (int(255 * channel) for channel in config.mean)
-    canvas = Image.new("RGB", (side, side), (r, g, b))
-    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return _on_canvas(image, (side, side), (r, g, b))
+
+
+def _on_canvas(image: Image.Image | Raster, size: Size, colour: tuple[int, int, int]) -> Image.Image | Raster:
+    """Returns a canvas of this size and colour with the image in its centre."""
+    corner = ((size[0] - image.width) // 2, (size[1] - image.height) // 2)
+    if isinstance(image, Raster):
+        return image.on_canvas(size, corner, colour)
+    canvas = Image.new("RGB", size, colour)
+    canvas.paste(image, corner)
     return canvas
 
 
@@ -164,10 +214,8 @@ def _fitted(size: Size, canvas: Size) -> Size:
     return min(math.ceil(size[0] * scale_h), canvas[0]), canvas[1]
 
 
-def _tiles(image: Image.Image, canvas: Size, config: ImageConfig) -> list[Image.Image]:
-    fitted = _fitted(image.size, canvas)
-    padded = Image.new("RGB", canvas, (0, 0, 0))
-    padded.paste(image.resize(fitted), ((canvas[0] - fitted[0]) // 2, (canvas[1] - fitted[1]) // 2))
+def _tiles(image: Image.Image | Raster, canvas: Size, config: ImageConfig) -> list[Image.Image | Raster]:
+    padded = _on_canvas(image.resize(_fitted(image.size, canvas)), canvas, (0, 0, 0))
     s = config.size
     corners = [(x, y) for y in range(0, canvas[1], s) for x in range(0, canvas[0], s)]
     return [padded.crop((x, y, x + s, y + s)) for x, y in corners]

@@ -15,9 +15,10 @@ from llava.config import IGNORE, IMAGE, IMAGE_PLACEHOLDER, LlavaConfig, PictureO
 from llava.errors import ContextError, PromptError, counted
 from llava.preprocess import placeholders
 from llava.preprocess.conversation import Span, Style, Template, Turn, render
-from llava.preprocess.image import Picture, Size, Views, read_picture, to_views
+from llava.preprocess.image import Picture, Views, decode, to_views
 from llava.preprocess.labels import ImagePlace, move_marks, training_spans
 from llava.preprocess.messages import Message, read_messages
+from llava.preprocess.raster import PictureMemory, Size
 from llava.preprocess.templates import TEMPLATES
 from llava.preprocess.tokenizer import Tokenizer
 
@@ -66,9 +67,16 @@ class Preprocessor:
             find_template(template)
 
     def prepare(
-        self, messages: Messages, *, images: Sequence[Picture] | None = None, template: str | None = None
+        self,
+        messages: Messages,
+        *,
+        images: Sequence[Picture] | None = None,
+        template: str | None = None,
+        memory: PictureMemory | None = None,
     ) -> ModelInput:
         """Prepares a conversation, or a raw prompt with one entry of `images` for each image placeholder.
+
+        memory: where images that it accepts are resized; Pillow resizes the others. The pixels are the same.
 
         Raises PromptError if the messages, placeholders, template or length is invalid, ImageError for invalid images.
         """
@@ -82,7 +90,7 @@ class Preprocessor:
             chosen = self._chosen(template)
             turns, pictures, system = read_messages(messages, start_end=self.config.start_end)
             spans, stop = render(chosen, turns, system), chosen.stop
-        return self._assemble(spans, self._read(pictures), stop)
+        return self._assemble(spans, self._read(pictures, memory), stop)
 
     def prepare_training(
         self,
@@ -122,15 +130,15 @@ class Preprocessor:
             )
         return find_template(name)
 
-    def _read(self, pictures: Sequence[Picture]) -> list[_Image]:
+    def _read(self, pictures: Sequence[Picture], memory: PictureMemory | None = None) -> list[_Image]:
         if pictures and (self.config.vision is None or self.config.image is None):
             raise PromptError("this model has no vision tower (or was loaded without it): leave the images out")
-        return [self._read_one(picture) for picture in pictures]
+        return [self._read_one(picture, memory) for picture in pictures]
 
-    def _read_one(self, picture: Picture) -> _Image:
+    def _read_one(self, picture: Picture, memory: PictureMemory | None) -> _Image:
         assert self.config.vision
         assert self.config.image
-        rgb, losses = read_picture(picture, self.pictures)
+        rgb, losses = decode(picture, self.pictures, memory)
         return _Image(to_views(rgb, self.config.image, self.config.vision.grid), losses)
 
     def n_image_tokens(self, input: ModelInput) -> int:

@@ -22,4 +22,6 @@ EXCEPTIONS = {
     'llava ask photo.jpg "What is in the picture?" --model {}-merged': _ZOO,
     "llava {} --base {} --target {}-merged --{} {}": _ZOO,
     "llava convert {} {}-native --to native{}": _ZOO,
+    "pip install '{}[{}]'": "a line of the doctor's report, which would install packages",
+    "the folder for compiled kernels {}": "needs environment variables; tests/cli/test_kernel_cache.py follows it",
 }

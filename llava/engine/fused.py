@@ -1,0 +1,228 @@
+"""Runs the fused decoder for steps of the engine, as CUDA graphs where that pays.
+
+A decoding step is captured once for each number of rows in `BUCKETS`: from the token pool to the next token in the
+token pool. A prompt by itself is captured for each multiple of `_PROMPT_TOKENS`. Without graphs, the same code runs
+eagerly.
+
+B rows of a graph   P pages   S tokens   D dim   V vocabulary size
+"""
+
+from collections.abc import Sequence as Rest
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llava.engine.batch import chunk_of, positions_of, slots_of
+from llava.engine.graphs import Captured, Graphs
+from llava.engine.scheduler import Scheduled
+from llava.engine.sequence import PENDING
+from llava.kernels.embed_rows import embed_rows
+from llava.kernels.greedy import greedy
+from llava.kernels.paged_attention import Scratch, n_splits
+from llava.model.decoder import Decoder
+from llava.model.fused import FusedDecoder, PackedAttention, PackedChunks, RowAttention, with_biases
+from llava.model.paged import Chunk, PagedCache
+from llava.model.staging import to_device
+
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+_PROMPT_TOKENS = 64
+_MAX_PROMPT = 1024  # longer prompts keep the GPU busy for longer than it takes to launch their kernels
+
+
+class Rows(NamedTuple):
+    """The inputs of decoding rows, int32 on the device: views of one tensor, which takes one copy to fill."""
+
+    flat: Tensor
+    positions: Tensor  # [B], of the newest token; -1: the row only fills the batch
+    ids: Tensor  # [B]; PENDING: the id is in the token pool
+    slots: Tensor  # [B], in the token pool; -1: none
+    tables: Tensor  # [B, P]
+
+    @classmethod
+    def of(cls, flat: Tensor, n_rows: int) -> "Rows":
+        positions, ids, slots, tables = flat.split([n_rows, n_rows, n_rows, len(flat) - 3 * n_rows])
+        return cls(flat, positions, ids, slots, tables.view(n_rows, -1))
+
+
+class Decoded(NamedTuple):
+    """The result of a decoding step, valid until the next one."""
+
+    logits: Tensor  # [rows, V] float32
+    ids: Tensor  # int64 [rows], of the highest logits
+
+
+class FusedRunner:
+    """Computes the steps of one decoder."""
+
+    def __init__(self, decoder: Decoder, fused: FusedDecoder, cache: PagedCache, pool: Tensor, graphs: Graphs):
+        """pool: the token pool."""
+        self.decoder, self.fused, self.cache, self.pool, self.graphs = decoder, fused, cache, pool, graphs
+        self.max_tokens = min(fused.config.max_seq, cache.n_pages * cache.page_size)
+        self.max_pages = -(-self.max_tokens // cache.page_size)
+        self._rows: dict[int, Rows] = {}  # by bucket
+        self._scratch: dict[int, Scratch] = {}
+        self._decoding: dict[tuple[int, bool], Captured] = {}
+        self._prompts: dict[int, tuple[Captured, Tensor, Tensor]] = {}  # graph, embeddings, indices
+        self._prompts_seen: set[int] = set()
+
+    # --- decoding ---------------------------------------------------------------------------------------------------
+
+    def decode(self, scheduled: Rest[Scheduled], *, keep: bool) -> Decoded:
+        """Computes the newest token of decoding sequences. keep: whether the token pool receives the greedy choice."""
+        n = len(scheduled)
+        bucket = min((bucket for bucket in BUCKETS if bucket >= n), default=n) if self.graphs.active else n
+        rows = self._filled(scheduled, bucket)
+        key = bucket, keep
+        if self.graphs.active and key not in self._decoding:
+            captured = self.graphs.capture(lambda: self._step(rows, keep), "a decoding step")
+            if captured:
+                self._decoding[key] = captured
+        logits, ids = self._decoding[key]() if key in self._decoding else self._step(rows, keep)
+        return Decoded(logits[:n], ids[:n])
+
+    def _filled(self, scheduled: Rest[Scheduled], bucket: int) -> Rows:
+        """Returns the inputs of the rows, in the memory of their bucket."""
+        values = np.zeros(bucket * (3 + self.max_pages), dtype=np.int32)
+        values[: 3 * bucket] = -1
+        tables = values[3 * bucket :].reshape(bucket, self.max_pages)
+        for i, one in enumerate(scheduled):
+            sequence = one.sequence
+            values[i] = sequence.computed
+            values[bucket + i] = PENDING if sequence.n_in_flight else sequence.tokens[sequence.computed]
+            values[2 * bucket + i] = sequence.pool_slot
+            tables[i, : len(sequence.block_table)] = sequence.block_table
+        host = torch.from_numpy(values)
+        if not self.graphs.active:
+            return Rows.of(to_device(host, torch.int32, self.pool.device), bucket)
+        if bucket not in self._rows:
+            self._rows[bucket] = Rows.of(torch.empty(len(host), dtype=torch.int32, device=self.pool.device), bucket)
+        self._rows[bucket].flat.copy_(host.pin_memory(), non_blocking=True)
+        return self._rows[bucket]
+
+    def _step(self, rows: Rows, keep: bool) -> tuple[Tensor, Tensor]:
+        x = embed_rows(rows.ids, rows.slots, self.pool, self.decoder.embed.weight)
+        states = self.fused(x, self._row_attention(rows))
+        logits = self.fused.logits(states)
+        return logits, greedy(logits, keep=(rows.slots, self.pool) if keep else None)
+
+    def _row_attention(self, rows: Rows) -> RowAttention:
+        n = len(rows.positions)
+        if n not in self._scratch:
+            config = self.fused.config
+            splits = n_splits(n, config.n_kv_heads, self.max_tokens)
+            self._scratch[n] = Scratch(n, config.n_heads, config.n_kv_heads, config.head_dim, splits, self.pool.device)
+        return RowAttention(
+            decoder=self.fused,
+            cache=self.cache,
+            tables=rows.tables,
+            positions=rows.positions,
+            max_tokens=self.max_tokens,
+            scratch=self._scratch[n],
+        )
+
+    # --- prompts ----------------------------------------------------------------------------------------------------
+
+    def prefill(self, scheduled: Rest[Scheduled], x: Tensor, ends: Rest[int]) -> Tensor:
+        """Computes a packed row of embeddings x [S, D], decoding rows first. Returns logits [ends, V].
+
+        ends: indices of the sequences in `scheduled` whose last new token needs logits.
+        """
+        n_tokens = len(x)
+        starts = [0, *accumulate(one.n_tokens for one in scheduled)]
+        last = to_device([starts[i + 1] - 1 for i in ends], torch.int64, x.device)
+        alone = len(scheduled) == 1 and scheduled[0].sequence.computed == 0 and len(ends) == 1
+        if alone and self.graphs.active and n_tokens <= _MAX_PROMPT and self.fused.how.slopes is None:
+            bucket = -(-n_tokens // _PROMPT_TOKENS) * _PROMPT_TOKENS
+            if bucket in self._prompts_seen:  # a length that is never seen again is not worth a graph
+                return self._prompt(scheduled[0], x, last, bucket)
+            self._prompts_seen.add(bucket)
+        n_rows = sum(one.sequence.is_decoding for one in scheduled)
+        chunks, size = scheduled[n_rows:], self.cache.page_size
+        slots = to_device([slot for one in chunks for slot in slots_of(one, size)], torch.int64, x.device)
+        positions = to_device([i for one in chunks for i in positions_of(one)], torch.int64, x.device)
+        packed = self._packed(chunks, x)
+        attend = PackedAttention(
+            decoder=self.fused,
+            cache=self.cache,
+            slots=slots,
+            positions=positions,
+            n_rows=n_rows,
+            rows=self._row_attention(self._some_rows(scheduled[:n_rows])) if n_rows else None,
+            chunks=[] if packed else self._one_by_one(chunks, x),
+            packed=packed,
+        )
+        return self.fused.logits(self.fused(x, attend, last)) if ends else self._without_logits(x, attend)
+
+    def _without_logits(self, x: Tensor, attend: PackedAttention) -> Tensor:
+        self.fused(x, attend, torch.zeros(1, dtype=torch.int64, device=x.device))
+        return x.new_empty(0, len(self.fused.head), dtype=torch.float32)
+
+    def _some_rows(self, scheduled: Rest[Scheduled]) -> Rows:
+        n = len(scheduled)
+        tables = np.zeros((n, max(len(one.sequence.block_table) for one in scheduled)), dtype=np.int32)
+        for i, one in enumerate(scheduled):
+            tables[i, : len(one.sequence.block_table)] = one.sequence.block_table
+        positions = [one.sequence.computed for one in scheduled]
+        flat = np.concatenate([np.array(positions + [PENDING] * n + [-1] * n, dtype=np.int32), tables.ravel()])
+        return Rows.of(to_device(torch.from_numpy(flat), torch.int32, self.pool.device), n)
+
+    def _one_by_one(self, scheduled: Rest[Scheduled], x: Tensor) -> list[Chunk]:
+        starts = [0, *accumulate(one.n_tokens for one in scheduled)]
+        chunks = [chunk_of(one, start, self.cache) for one, start in zip(scheduled, starts, strict=False)]
+        return with_biases(self.fused, chunks, x.dtype)
+
+    def _packed(self, scheduled: Rest[Scheduled], x: Tensor) -> PackedChunks | None:
+        """Returns what one kernel needs to attend with all chunks, or None if it cannot, or there is a faster one."""
+        is_whole_prompt = len(scheduled) == 1 and scheduled[0].sequence.computed == 0
+        if is_whole_prompt or not self.fused.can_pack(x):
+            return None
+        starts = [0, *accumulate(one.n_tokens for one in scheduled)]
+        lengths = [one.sequence.computed + one.n_tokens for one in scheduled]
+        past = None
+        if any(one.sequence.computed for one in scheduled):
+            past = to_device(np.concatenate([self._past(one) for one in scheduled]), torch.int64, x.device)
+        bounds = [starts, [0, *accumulate(lengths)]]
+        cu_seqlens = to_device(bounds, torch.int32, x.device)
+        longest = max(one.n_tokens for one in scheduled), max(lengths)
+        return PackedChunks((cu_seqlens[0], cu_seqlens[1]), longest, past)
+
+    def _past(self, one: Scheduled) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """Returns the slots of a sequence's tokens up to its last new one."""
+        size = self.cache.page_size
+        pages = np.array(one.sequence.block_table, dtype=np.int64)
+        slots = (pages[:, None] * size + np.arange(size)).ravel()
+        return slots[: one.sequence.computed + one.n_tokens]
+
+    def _prompt(self, one: Scheduled, x: Tensor, last: Tensor, bucket: int) -> Tensor:
+        """Computes a whole prompt, padded to `bucket` tokens, as a graph."""
+        device, n = x.device, len(x)
+        if bucket not in self._prompts:
+            inputs = torch.zeros(bucket, x.shape[1], dtype=x.dtype, device=device)
+            indices = torch.zeros(2 * bucket + 1, dtype=torch.int64, device=device)
+            indices[:bucket] = -1
+            slots, positions, end = indices.split([bucket, bucket, 1])
+            attend = PackedAttention(
+                decoder=self.fused,
+                cache=self.cache,
+                slots=slots,
+                positions=positions,
+                chunks=[Chunk(start=0, n=bucket, position=0, pages=end)],
+            )
+            captured = self.graphs.capture(
+                lambda: self.fused.logits(self.fused(inputs.clone(), attend, end)), "a prompt"
+            )
+            if captured is None:
+                return self.prefill([one], x, [0])
+            self._prompts[bucket] = captured, inputs, indices
+        captured, inputs, indices = self._prompts[bucket]
+        values = np.full(2 * bucket + 1, -1, dtype=np.int64)
+        values[:n] = slots_of(one, self.cache.page_size)
+        values[bucket:-1] = np.minimum(np.arange(bucket), self.max_tokens - 1)
+        values[-1] = n - 1
+        indices.copy_(to_device(torch.from_numpy(values), torch.int64, device))
+        inputs[:n] = x
+        logits: Tensor = captured()
+        return logits.clone()

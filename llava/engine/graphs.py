@@ -1,0 +1,59 @@
+"""Captures functions as CUDA graphs, which run hundreds of kernels with one launch."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+log = logging.getLogger(__name__)
+
+
+class Graphs:
+    """Captures functions that read and write fixed memory. All graphs share the memory for intermediate results.
+
+    They must therefore be replayed on the same stream, and what a replay returns is only valid until the next one.
+    """
+
+    def __init__(self, device: torch.device, *, active: bool):
+        """active: whether to capture at all; always False without CUDA."""
+        self.active = active and device.type == "cuda"
+        self._pool: Any = None  # handle of the memory that graphs share
+
+    def capture(self, function: Callable[[], Any], what: str) -> "Captured | None":
+        """Runs a function once, and captures it. Returns None, after a warning that names `what`, if that fails."""
+        try:
+            return self._capture(function)
+        except RuntimeError as error:  # also what PyTorch raises if memory runs out
+            log.warning(
+                "%s cannot be captured as a CUDA graph and runs without, which is slower (%s); "
+                "graphs=False (--no-graphs) does not try it",
+                what,
+                str(error).partition("\n")[0],
+            )
+            self.active = False
+            return None
+
+    def _capture(self, function: Callable[[], Any]) -> "Captured":
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            function()  # compiles kernels, and lets libraries allocate what they keep
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            result = function()
+        self._pool = graph.pool()
+        return Captured(graph, result)
+
+
+class Captured:
+    """A graph, and what its function returned: tensors that each replay overwrites."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, result: Any):
+        self.graph, self.result = graph, result
+
+    def __call__(self) -> Any:
+        """Runs the graph and returns the result."""
+        self.graph.replay()
+        return self.result
