@@ -47,10 +47,16 @@ class Drawn:
     ready: torch.cuda.Event | None  # when `on_host` has its values; None: it has
 
     @classmethod
-    def of(cls, sequences: Rest[Sequence], ids: Tensor, logits: Tensor) -> "Drawn":
-        """Starts to copy the ids [B] that were drawn from logits [B, V], and log-probabilities if a request asks."""
-        n = max(sequence.params.logprobs for sequence in sequences)
-        on_host = [to_host(x) for x in (ids, *(top_logprobs(logits, ids, n) if n else ()))]
+    def of(cls, sequences: Rest[Sequence], ids: Tensor, logits: Tensor | None = None) -> "Drawn":
+        """Starts to copy ids [B] to the host, and their log-probabilities if a request asks for them.
+
+        logits: [B, V], what the ids were drawn from; needed only for log-probabilities.
+        """
+        found = [ids]
+        if n := max(sequence.params.logprobs for sequence in sequences):
+            assert logits is not None
+            found += top_logprobs(logits, ids, n)
+        on_host = [to_host(x) for x in found]
         ready = None
         if ids.device.type == "cuda":
             ready = torch.cuda.Event()
