@@ -1,6 +1,7 @@
 """Runs random schedules of requests on the engine and compares every reply with the plain model.
 
     python -m tests.schedules --n 1000 --seed 0 --out results.json     all models in turn
+    python -m tests.schedules --n 300 --device cuda --jobs 6           on a GPU, in six processes
     python -m tests.schedules --seed 0 --case 17                       repeats one schedule and shows its details
 
 A schedule is an engine with random options (chunks, pages, memory, prefix cache, batch size) and random requests, which
@@ -23,12 +24,14 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Rest
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # before torch is imported
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # before torch is imported
 
 import torch
 from PIL import Image
@@ -65,34 +68,38 @@ ADAPTERS = ("cats", "dogs", "june")
 # ------------------------------------------------------------------------------------------------ models and inputs
 
 
-def _llava(**config: Any) -> Callable[[Path], llava.Assistant]:
-    def load(folder: Path) -> llava.Assistant:
+# Loads a model onto a device, after writing it into a folder
+Load = Callable[[Path, str], llava.Assistant]
+
+
+def _llava(**config: Any) -> Load:
+    def load(folder: Path, device: str) -> llava.Assistant:
         clip = tiny.write_clip(folder / "clip")
-        return _load(tiny.write_llava(folder / "model", clip=clip, **config))
+        return _load(tiny.write_llava(folder / "model", clip=clip, **config), device)
 
     return load
 
 
-def _load(path: Path | None, **options: Any) -> llava.Assistant:
-    return llava.load(path, dtype="float32", device="cpu", **options)
+def _load(path: Path | None, device: str, **options: Any) -> llava.Assistant:
+    return llava.load(path, dtype="float32", device=device, **options)
 
 
-def _mpt(folder: Path) -> llava.Assistant:
-    return _load(tiny.write_mpt(folder / "model", clip=tiny.write_clip(folder / "clip")))
+def _mpt(folder: Path, device: str) -> llava.Assistant:
+    return _load(tiny.write_mpt(folder / "model", clip=tiny.write_clip(folder / "clip")), device)
 
 
-def _adapters(folder: Path) -> llava.Assistant:
+def _adapters(folder: Path, device: str) -> llava.Assistant:
     clip = tiny.write_clip(folder / "clip")
     more = {"vocab_size": tiny.PIECES + len(MARKS), "mm_use_im_start_end": True, "mm_projector_type": "linear"}
     tiny.write_lora(folder / "cats", clip=clip)
     tiny.write_lora(folder / "dogs", clip=clip, seed=5, targets=("k_proj", "down_proj"))
     tiny.write_lora(folder / "june", clip=clip, seed=6, added=MARKS, rows=True, **more)
     names = {name: folder / name for name in ADAPTERS}
-    return _load(tiny.write_llava(folder / "base", clip=clip), adapters=names)
+    return _load(tiny.write_llava(folder / "base", clip=clip), device, adapters=names)
 
 
-MODELS: dict[str, Callable[[Path], llava.Assistant]] = {
-    "llava-tiny": lambda folder: _load(None),
+MODELS: dict[str, Load] = {
+    "llava-tiny": lambda folder, device: _load(None, device),
     "mpt": _mpt,
     "gqa": _llava(num_key_value_heads=2),
     "window": _llava(**WINDOW),
@@ -139,10 +146,10 @@ def _text(text: str) -> dict[str, str]:
 class World:
     """A model with its adapters, and inputs prepared for each of them."""
 
-    def __init__(self, name: str, folder: Path):
+    def __init__(self, name: str, folder: Path, device: str):
         folder.mkdir(parents=True, exist_ok=True)
         self.name = name
-        self.variants = MODELS[name](folder).engine.variants
+        self.variants = MODELS[name](folder, device).engine.variants
         self.references = {adapter: Reference(variant) for adapter, variant in self.variants.items()}
         self.alone: dict[tuple[Any, ...], Replied] = {}  # replies of requests that had an engine to themselves
 
@@ -182,28 +189,29 @@ class Reference:
 
     @torch.inference_mode()
     def logits(self, input: ModelInput, reply: Rest[int]) -> Tensor:
-        """The logits after the prompt and after each token of the reply, [1 + len(reply), V]."""
+        """The logits after the prompt and after each token of the reply, [1 + len(reply), V] on the CPU."""
         states = self._states(input, reply)
-        return self.model.decoder.logits(states[len(input.ids) - 1 :])
+        return self.model.decoder.logits(states[len(input.ids) - 1 :]).cpu()
 
     @torch.inference_mode()
     def prompt_logprobs(self, input: ModelInput) -> list[float | None]:
         """The log-probability of each token of the prompt but the first; None for those of pictures."""
-        logprobs = self.model.decoder.logits(self._states(input, ())).log_softmax(-1)
+        logprobs = self.model.decoder.logits(self._states(input, ())).log_softmax(-1).cpu()
         following: list[int] = input.ids.tolist()[1:]
         return [None if id == IMAGE else logprobs[i, id].item() for i, id in enumerate(following)]
 
     def _states(self, input: ModelInput, reply: Rest[int]) -> Tensor:
+        device = self.model.device
         if id(input) not in self._prompts:
             images: list[Tensor] = []
             if input.pixels is not None:
-                images = self.model.encode_images(input.pixels, input.views, input.grids)
-            self._prompts[id(input)] = self.model.embed(input.ids, images)
+                images = self.model.encode_images(input.pixels.to(device), input.views, input.grids)
+            self._prompts[id(input)] = self.model.embed(input.ids.to(device), images)
         prompt = self._prompts[id(input)]
-        x = torch.cat([prompt, self.model.decoder.lookup(torch.tensor(reply, dtype=torch.int64))])[None]
+        x = torch.cat([prompt, self.model.decoder.lookup(torch.tensor(reply, dtype=torch.int64, device=device))])[None]
         context = CausalContext.of(x)
         if self.is_dynamic:  # a prompt is rotated for its length, and each generated token for the length up to it
-            lengths = torch.arange(1, x.shape[1] + 1).clamp(min=len(prompt))
+            lengths = torch.arange(1, x.shape[1] + 1, device=device).clamp(min=len(prompt))
             context = CausalContext(positions=context.positions, seq_len=lengths)
         states: Tensor = self.model.decoder(x, context)[0]
         return states
@@ -349,19 +357,21 @@ def random_request(rng: random.Random, world: World, invariant: bool) -> Asked:
 
 def random_options(rng: random.Random, world: World, requests: Rest[Asked], invariant: bool) -> EngineOptions:
     page_size = rng.randint(1, 32)
-    config = world.variants[None].model.config.decoder
+    model = world.variants[None].model
     longest = max(len(one.input.ids) + one.params.max_new_tokens for one in requests)
     total = sum(len(one.input.ids) + one.params.max_new_tokens for one in requests)
     # from the longest request by itself to all of them at once
     n_tokens = min(total, int(longest * rng.choice((1.0, 1.2, 2.0, 4.0)))) + page_size
-    n_copies = 1 if invariant else 2  # half of the memory is for dense copies
+    n_copies = 1 if invariant or model.device.type != "cpu" else 2  # on a CPU, half of the memory is for dense copies
+    n_bytes = n_copies * page_size * cache_bytes_per_token(model.config.decoder, torch.float32)
     return EngineOptions(
         max_batch=rng.randint(1, 16),
-        cache_memory=n_copies * (n_tokens // page_size) * page_size * cache_bytes_per_token(config, torch.float32),
+        cache_memory=n_tokens // page_size * n_bytes,
         page_size=page_size,
         chunk_tokens=rng.choice((rng.randint(1, 16), rng.randint(1, 300))),
         prefix_cache=rng.random() < 0.7,
         batch_invariant=invariant,
+        graphs=rng.random() < 0.5,
     )
 
 
@@ -509,7 +519,7 @@ def _compare_beams(reference: Reference, request: Asked, reply: Replied) -> None
 def compare_alone(world: World, request: Asked, reply: Replied) -> None:
     """Checks that a reply equals, bit by bit, that to the same request alone in a batch-invariant engine."""
     if request.key not in world.alone:
-        engine = Engine(world.variants, EngineOptions(batch_invariant=True, max_batch=1))
+        engine = Engine(world.variants, EngineOptions(batch_invariant=True, max_batch=1, graphs=False))
         world.alone[request.key] = run(engine, [Asked(request.input, request.params, request.kind, request.adapter)])[0]
     alone = world.alone[request.key]
     n = len(reply.ids) if reply.finish_reason == "abort" else None
@@ -520,7 +530,7 @@ def compare_alone(world: World, request: Asked, reply: Replied) -> None:
         raise Failure("with batch_invariant=True, another text than alone")
 
 
-def run_case(seed: int, number: int, worlds: dict[str, World], *, overlap: bool = False) -> dict[str, Any]:
+def run_case(seed: int, number: int, worlds: dict[str, World], *, overlap: bool | None = None) -> dict[str, Any]:
     """Runs one schedule and returns its result: counts, and what went wrong. overlap: see `Engine`."""
     rng = random.Random(f"{seed}/{number}")
     world = worlds[tuple(worlds)[number % len(worlds)]]
@@ -533,7 +543,7 @@ def run_case(seed: int, number: int, worlds: dict[str, World], *, overlap: bool 
     detail = ""
     try:
         engine = Engine(world.variants, options, overlap=overlap)
-        preempted = _count_preemptions(engine)
+        preempted = count_preemptions(engine)
         replies = run(engine, requests)
         counts.update({"preemptions": len(preempted), "prefix_hit_tokens": engine.stats().prefix_hit_tokens})
         counts["feature_hits"] += engine.stats().feature_hits
@@ -562,7 +572,7 @@ def run_case(seed: int, number: int, worlds: dict[str, World], *, overlap: bool 
     }
 
 
-def _count_preemptions(engine: Engine) -> list[int]:
+def count_preemptions(engine: Engine) -> list[int]:
     """Returns a list to which the engine adds each sequence that it preempts."""
     preempted: list[int] = []
     preempt = engine.scheduler.preempt
@@ -575,14 +585,15 @@ def _count_preemptions(engine: Engine) -> list[int]:
     return preempted
 
 
-def summary(results: list[dict[str, Any]], seed: int, took: float) -> dict[str, Any]:
+def summary(results: list[dict[str, Any]], options: argparse.Namespace, took: float) -> dict[str, Any]:
     """The figures of a run for the result file."""
     counts: Counter[str] = Counter()
     for result in results:
         counts.update(result["counts"])
     return {
         "schedules": len(results),
-        "seed": seed,
+        "seed": options.seed,
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else options.device,
         "seconds": round(took, 1),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "llava": llava.__version__},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -592,13 +603,27 @@ def summary(results: list[dict[str, Any]], seed: int, took: float) -> dict[str, 
         "ties_per_request": counts["ties"] / max(1, counts["requests"]),
         "counts": dict(sorted(counts.items())),
         "models": dict(Counter(result["model"] for result in results)),
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak_memory_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
         "failures": [result for result in results if result["outcome"] != "equal"],
     }
 
 
-def load_worlds(folder: Path, names: Rest[str] = tuple(MODELS)) -> dict[str, World]:
-    return {name: World(name, folder / name) for name in names}
+def load_worlds(folder: Path, device: str = "cpu") -> dict[str, World]:
+    return {name: World(name, folder / name, device) for name in MODELS}
+
+
+def run_cases(seed: int, numbers: Rest[int], device: str, overlap: bool | None) -> list[dict[str, Any]]:
+    """Runs schedules and reports those that go wrong as soon as they end."""
+    torch.set_num_threads(1)
+    logging.disable(logging.CRITICAL if len(numbers) > 1 else logging.NOTSET)
+    results = []
+    with tempfile.TemporaryDirectory(prefix="schedules-") as scratch:
+        worlds = load_worlds(Path(scratch), device)
+        for number in numbers:
+            results.append(result := run_case(seed, number, worlds, overlap=overlap))
+            if result["outcome"] != "equal":
+                print(number, result["model"], result["options"], "\n ", result["detail"], flush=True)
+    return results
 
 
 def main() -> int:
@@ -608,21 +633,19 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON file for the counts and failures")
     parser.add_argument("--case", type=int, help="run only this schedule and show its details")
     parser.add_argument("--overlap", action="store_true", help="launch a step before the tokens of the last are read")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the schedules")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="schedules-") as scratch:
-        worlds = load_worlds(Path(scratch))
-
-        if options.case is not None:
-            print(json.dumps(run_case(options.seed, options.case, worlds, overlap=options.overlap), indent=1))
-            return 0
-        logging.disable(logging.CRITICAL)
-        started, results = time.perf_counter(), []
-        for number in range(options.n):
-            results.append(result := run_case(options.seed, number, worlds, overlap=options.overlap))
-            if result["outcome"] != "equal":
-                print(number, result["model"], result["options"], "\n ", result["detail"], flush=True)
-    report = summary(results, options.seed, time.perf_counter() - started)
+    overlap = options.overlap or None  # None: as the device does by itself
+    if options.case is not None:
+        print(json.dumps(run_cases(options.seed, [options.case], options.device, overlap), indent=1))
+        return 0
+    started = time.perf_counter()
+    shares = [range(i, options.n, options.jobs) for i in range(options.jobs)]
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        runs = [pool.submit(run_cases, options.seed, share, options.device, overlap) for share in shares]
+        results = sorted((one for run in runs for one in run.result()), key=lambda result: result["case"])
+    report = summary(results, options, time.perf_counter() - started)
     if options.out:
         options.out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps({"outcomes": report["outcomes"], "counts": report["counts"], "seconds": report["seconds"]}))

@@ -9,12 +9,12 @@ from itertools import accumulate, groupby
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from llava.engine.scheduler import Scheduled
 from llava.engine.sequence import Sequence
-from llava.model.batch_invariant import InvariantContext, round_up
+from llava.kernels.invariant_attention import Queries
+from llava.model.batch_invariant import InvariantContext
 from llava.model.paged import Chunk, PagedCache, PagedContext, Row, Rows, paged_rows
 from llava.model.row_cache import RowCaches
 from llava.model.staging import to_device
@@ -101,7 +101,7 @@ def build(
     }
     context: PagedContext | InvariantContext
     if batch_invariant:
-        context = InvariantContext(**new, past=_past(scheduled, cache))
+        context = InvariantContext(**new, queries=_queries(scheduled, new["positions"][0]))
     else:
         rows = _rows([one.sequence for one in scheduled[:n_decoding]], cache, dense)
         context = PagedContext(**new, rows=rows, chunks=[chunk_of(*pair, cache) for pair in placed[n_decoding:]])
@@ -116,15 +116,17 @@ def n_skipped(one: Scheduled) -> int:
     return min(one.n_tokens, max(0, capture.first_query - one.sequence.computed))
 
 
-def _past(scheduled: Rest[Scheduled], cache: PagedCache) -> Tensor:
-    """Returns the slots that each new token can attend to, [S, T], padded with the first slot of its sequence."""
-    n = round_up(max(one.sequence.computed + one.n_tokens for one in scheduled))
-    offsets = torch.arange(cache.page_size)
-    rows = []
-    for one in scheduled:
-        slots = (torch.tensor(one.sequence.block_table)[:, None] * cache.page_size + offsets).flatten()[:n]
-        rows.append(F.pad(slots, (0, n - len(slots)), value=int(slots[0])).expand(one.n_tokens, -1))
-    return to_device(torch.cat(rows), torch.int64, cache.k.device)
+def _queries(scheduled: Rest[Scheduled], positions: Tensor) -> Queries:
+    """Returns the pages of the sequences and, for each of the new tokens at `positions` [S], its row there."""
+    tables = [one.sequence.block_table for one in scheduled]
+    longest = max(map(len, tables))
+    rows = [row for row, one in enumerate(scheduled) for _ in range(one.n_tokens)]
+    device = positions.device
+    return Queries(
+        positions=positions.int(),
+        rows=to_device(rows, torch.int32, device),
+        pages=to_device([[*one, *[0] * (longest - len(one))] for one in tables], torch.int32, device),
+    )
 
 
 def positions_of(one: Scheduled) -> range:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llava.engine.beam import BeamSearch
-from llava.engine.sampling import GREEDY_BELOW, process, sample, top_logprobs
+from llava.engine.sampling import GREEDY_BELOW, log_softmax, process, sample, top_logprobs
 from llava.engine.sequence import Beams, Sequence
 from llava.model.staging import to_device, to_host
 
@@ -47,10 +47,16 @@ class Drawn:
     ready: torch.cuda.Event | None  # when `on_host` has its values; None: it has
 
     @classmethod
-    def of(cls, sequences: Rest[Sequence], ids: Tensor, logits: Tensor) -> "Drawn":
-        """Starts to copy the ids [B] that were drawn from logits [B, V], and log-probabilities if a request asks."""
-        n = max(sequence.params.logprobs for sequence in sequences)
-        on_host = [to_host(x) for x in (ids, *(top_logprobs(logits, ids, n) if n else ()))]
+    def of(cls, sequences: Rest[Sequence], ids: Tensor, logits: Tensor | None = None) -> "Drawn":
+        """Starts to copy ids [B] to the host, and their log-probabilities if a request asks for them.
+
+        logits: [B, V], what the ids were drawn from; needed only for log-probabilities.
+        """
+        found = [ids]
+        if n := max(sequence.params.logprobs for sequence in sequences):
+            assert logits is not None
+            found += top_logprobs(logits, ids, n)
+        on_host = [to_host(x) for x in found]
         ready = None
         if ids.device.type == "cuda":
             ready = torch.cuda.Event()
@@ -80,7 +86,7 @@ def draw(logits: Logits) -> Drawn | None:
     kinds = [_kind(sequence) for sequence in logits.sequences]
     for i, sequence in enumerate(logits.sequences):
         if kinds[i] == "beam":
-            logprobs = process(logits.values[i].log_softmax(-1)[None], [sequence])[0]
+            logprobs = process(log_softmax(logits.values[i])[None], [sequence])[0]
             _beams(sequence).logprobs[sequence.id] = logprobs
     sampled = [i for i, kind in enumerate(kinds) if kind == "sample"]
     if not sampled:

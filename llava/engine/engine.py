@@ -92,9 +92,9 @@ class Engine:
         self._inbox: deque[Sequence] = deque()  # new requests
         self._aborted: deque[int] = deque()
         self._streams: dict[int, deque[Output]] = {}  # outputs of the requests that have a reader of their own
-        self.overlap = device.type == "cuda" if overlap is None else overlap
-        self._in_flight: deque[Launched] = deque()  # at most one between two calls
         self._unread: list[Output] = []  # outputs that the next call of `step` returns
+        self.overlap = device.type == "cuda" if overlap is None else overlap
+        self._in_flight: deque[Launched] = deque()  # between two calls at most one
         self._stepping = threading.RLock()
 
     # --- requests ---------------------------------------------------------------------------------------------------

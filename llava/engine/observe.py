@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llava.engine.sampling import log_softmax
 from llava.engine.scheduler import Scheduled
 from llava.model.decoder import Decoder
 
@@ -45,7 +46,7 @@ def record_prompt_logprobs(one: Scheduled, states: Tensor, decoder: Decoder) -> 
     index = sequence.computed  # the list starts with the second token
     for i in range(0, len(following), _ROWS):
         ids = torch.tensor(following[i : i + _ROWS], device=states.device)
-        logprobs = decoder.logits(states[i : i + len(ids)]).log_softmax(-1)
+        logprobs = log_softmax(decoder.logits(states[i : i + len(ids)]))
         own = logprobs.gather(1, ids.clamp(min=0)[:, None])[:, 0].tolist()
         values, top = logprobs.topk(min(n, logprobs.shape[-1]))
         for id, value, likely in zip(ids.tolist(), own, zip(top.tolist(), values.tolist(), strict=True), strict=True):

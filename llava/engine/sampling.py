@@ -19,6 +19,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llava.engine.sampling_params import SamplingParams
@@ -95,13 +96,25 @@ def process(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     return logits
 
 
+def log_softmax(logits: Tensor) -> Tensor:
+    """logits [..., V] -> log-probabilities [..., V], whose bits do not depend on a row's index in the batch.
+
+    PyTorch's kernel for GPUs adds in another order in rows that do not start at a multiple of 16 bytes; hence the
+    padding.
+    """
+    n_vocab = logits.shape[-1]
+    if logits.device.type == "cpu" or n_vocab % 4 == 0:
+        return logits.log_softmax(-1)
+    return F.pad(logits, (0, -n_vocab % 4), value=-torch.inf).log_softmax(-1)[..., :n_vocab]
+
+
 def top_logprobs(logits: Tensor, chosen: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities before any option is applied, of the chosen ids [B] and of the n most likely tokens.
 
     logits [B, V] -> (those of the chosen ids [B], the n highest [B, n], their ids [B, n]); n is at most V. The values
     for a chosen id of -1 mean nothing.
     """
-    logprobs = logits.log_softmax(-1)
+    logprobs = log_softmax(logits)
     values, ids = logprobs.topk(min(n, logits.shape[-1]))
     return logprobs.gather(1, chosen.clamp(min=0)[:, None])[:, 0], values, ids
 

@@ -104,8 +104,9 @@ class Sequence:
     @property
     def awaits_token(self) -> bool:
         """Whether the next step of this sequence depends on a token in flight, or there may be none after it."""
-        needs_ids = self.params.reads_reply or self.capture is not None
-        return self.n_in_flight > 0 and (needs_ids or self.n_generated >= self.max_new_tokens)
+        if not self.n_in_flight:
+            return False
+        return self.params.reads_reply or self.capture is not None or self.n_generated >= self.max_new_tokens
 
     @property
     def n_pending(self) -> int:

@@ -26,9 +26,12 @@ gdc_wait: Any = getattr(_cuda, "gdc_wait", None)
 gdc_launch_dependents: Any = getattr(_cuda, "gdc_launch_dependents", None)
 
 
-def jit(function: Callable[..., Any]) -> Any:
-    """Compiles a Triton kernel at its first launch. Without Triton, returns the function, which cannot be called."""
-    return function if triton is None else triton.jit(function)
+def jit(function: Callable[..., Any], **options: Any) -> Any:
+    """Compiles a Triton kernel at its first launch. Without Triton, returns the function, which cannot be called.
+
+    options: those of `triton.jit`, such as `do_not_specialize`.
+    """
+    return function if triton is None else triton.jit(function, **options)
 
 
 def is_interpreted() -> bool:

@@ -10,6 +10,8 @@ Without Triton both are skipped. Tests that need no kernel, such as those of eag
 A file with kernels needs `from __future__ import annotations`: the interpreter does not understand quoted annotations.
 """
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -31,3 +33,11 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "cuda" and (is_interpreted() or not torch.cuda.is_available()):
         pytest.skip("needs a GPU: pytest -m gpu")
     return torch.device(request.param)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that a kernel's caller allocates contains NaN, so that an element that is not written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new tensors
+    yield
+    torch.use_deterministic_algorithms(False)
