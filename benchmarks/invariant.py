@@ -12,7 +12,7 @@ from typing import Annotated, Any, cast
 
 import torch
 import typer
-from report import OURS, Commit, Out, Result, Save, benchmark_name
+from result import OURS, Commit, Out, Result, Save, benchmark_name
 from shapes import IdsAsWords, Layers, Size, llava_config, random_llava
 from timing import Device, DType, Runs, Target, Threads, alternate
 
