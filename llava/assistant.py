@@ -26,6 +26,7 @@ from llava.engine.sampling_params import SamplingParams
 from llava.errors import ConfigError, PromptError
 from llava.formats.format import Checkpoint
 from llava.model.llava import Llava
+from llava.model.staging import on_device
 from llava.preprocess.image import Picture
 from llava.preprocess.inputs import Messages, ModelInput, Preprocessor
 from llava.zoo.bases import advice
@@ -281,7 +282,8 @@ class Assistant:
         """
         if self.model.vision is None:
             raise PromptError(f"this model has no vision tower {_WITHOUT_VISION}")
-        features: Tensor = self.model.vision(pixels.to(self.device, self.dtype))
+        with on_device(self.device):
+            features: Tensor = self.model.vision(pixels.to(self.device, self.dtype))
         return features
 
     @torch.inference_mode()

@@ -360,7 +360,7 @@ class EngineOptions:
     # None: as much as `max_batch` requests of full length need, but at most half of the free memory
     cache_memory: int | float | str | None = None
     page_size: int = 16  # tokens per page of the cache
-    chunk_tokens: int | None = None  # tokens computed in a step; None: 512 on a CPU, 2048 on a GPU
+    chunk_tokens: int | None = None  # tokens computed in a step; None: 512 on a CPU, 8192 on a GPU
     prefix_cache: bool = True  # reuse the keys and values of earlier requests that start in the same way
     batch_invariant: bool = False  # compute exactly the same logits whatever other requests run; slower
     graphs: bool = True  # capture decoding steps and the vision tower as CUDA graphs; False: run eagerly

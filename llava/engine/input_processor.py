@@ -83,10 +83,11 @@ class InputProcessor:
         """
 
         def prepare(input: Request) -> ModelInput:
-            if isinstance(input, ModelInput):
-                return input
-            messages, pictures = split_request(input)
-            return self.prepare(messages, images=pictures, template=template, adapter=adapter)
+            if not isinstance(input, ModelInput):
+                messages, pictures = split_request(input)
+                input = self.prepare(messages, images=pictures, template=template, adapter=adapter)
+            _ = input.digests  # takes about as long as resizing a picture, and is kept
+            return input
 
         n_threads = n_preparing_threads(len(inputs)) if self.memory else 0
         return Prefetch(prepare, inputs, n_threads=n_threads, n_ahead=n_ahead)

@@ -34,7 +34,7 @@ from llava.model.decoder import Decoder
 from llava.model.fused import FusedDecoder, why_not
 from llava.model.paged import PagedCache
 from llava.model.row_cache import RowCaches, can_share
-from llava.model.staging import to_device
+from llava.model.staging import on_device, to_device
 
 
 class Runner:
@@ -80,6 +80,10 @@ class Runner:
 
         The tokens go into the token pool, which is not changed if this fails, so that the step can be computed again.
         """
+        with on_device(self.pool.device):
+            return self._launch(scheduled)
+
+    def _launch(self, scheduled: Rest[Scheduled]) -> list[Drawn]:
         steps = self.run(scheduled)
         drawn = [draw(logits) for logits in steps]
         for logits, one in zip(steps, drawn, strict=True):

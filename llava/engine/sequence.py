@@ -239,10 +239,8 @@ def placed_images(input: ModelInput, n_features: int) -> list[PlacedImage]:
         return []
     ids: list[int] = input.ids.tolist()
     placed, position = [], 0
-    for pixels, grid in zip(input.pixels.split(input.views), input.grids, strict=True):
+    for pixels, grid, digest in zip(input.pixels.split(input.views), input.grids, input.digests, strict=True):
         start = ids.index(IMAGE, position)
         position = start + (n_features + grid.n_tokens if grid else n_features * len(pixels))
-        digest = hashlib.sha256(repr((grid, tuple(pixels.shape))).encode())
-        digest.update(pixels.contiguous().numpy().data)
-        placed.append(PlacedImage(start=start, end=position, digest=digest.digest(), pixels=pixels, grid=grid))
+        placed.append(PlacedImage(start=start, end=position, digest=digest, pixels=pixels, grid=grid))
     return placed

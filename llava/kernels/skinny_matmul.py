@@ -96,7 +96,7 @@ def skinny_matmul(
 def best_tile(n: int, bm: int, *, gated: bool) -> Tile:
     """Returns the tile for n rows of the weight and bm rows of x. Measured on an H200."""
     if gated:
-        return Tile(64, 128, 3, 4) if bm <= 16 else Tile(32, 128, 3, 2)
+        return Tile(32, 128, 3, 4 if bm <= 16 else 2)
     if n > 8192:
-        return Tile(64, 128, 3, 4)
+        return Tile(32, 128, 4, 2) if bm <= 16 else Tile(64, 128, 3, 4)
     return Tile(32, 256, 5 if bm <= 32 else 4, 2 if bm <= 16 else 4)

@@ -16,7 +16,7 @@ import torch
 def _imported(name: str) -> Any:
     try:
         return import_module(name)
-    except ImportError:
+    except (ImportError, OSError, RuntimeError):  # also what a broken installation raises
         return None
 
 

@@ -3,6 +3,7 @@
 Staging buffers are pinned memory. PyTorch uses one again only after the copies from or to it are complete.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,3 +21,8 @@ def to_host(x: Tensor) -> Tensor:
     if x.device.type != "cuda":
         return x.to("cpu")
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Returns a context in which kernels run on this device, also where a library takes the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -3,6 +3,7 @@
 S: sequence length, with each image expanded to one token per feature vector.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -41,6 +42,18 @@ class ModelInput:
     image_sizes: list[Size] = field(default_factory=list)  # (w, h) of each image in pixels; see `Views`
     stop: str | None = None  # string that ends a reply in this template; None for raw prompts and training
     losses: list[str] = field(default_factory=list)  # what reading the images lost; see `RgbPicture`
+
+    @cached_property
+    def digests(self) -> list[bytes]:
+        """SHA-256 of the pixels and the tile grid of each image, on which the features of the image depend."""
+        if self.pixels is None:
+            return []
+        digests = []
+        for pixels, grid in zip(self.pixels.split(self.views), self.grids, strict=True):
+            digest = hashlib.sha256(repr((grid, tuple(pixels.shape))).encode())
+            digest.update(pixels.contiguous().numpy().data)
+            digests.append(digest.digest())
+        return digests
 
 
 class _Image(NamedTuple):
