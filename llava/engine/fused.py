@@ -13,15 +13,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llava.engine.batch import chunk_of, positions_of, slots_of
 from llava.engine.graphs import Captured, Graphs
 from llava.engine.scheduler import Scheduled
 from llava.engine.sequence import PENDING
+from llava.kernels.attend import SHARED_ROWS, Scratch
 from llava.kernels.embed_rows import embed_rows
 from llava.kernels.greedy import greedy
-from llava.kernels.paged_attention import Scratch, n_splits
+from llava.kernels.paged_attention import n_splits
 from llava.model.decoder import Decoder
 from llava.model.fused import FusedDecoder, PackedAttention, PackedChunks, RowAttention, with_biases
 from llava.model.paged import Chunk, PagedCache
@@ -29,6 +31,7 @@ from llava.model.staging import to_device
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _PROMPT_TOKENS = 64
+_MIN_SHARED = 64  # tokens; with fewer, reading them once saves less than another kernel costs
 _MAX_PROMPT = 1024  # longer prompts keep the GPU busy for longer than it takes to launch their kernels
 
 
@@ -39,12 +42,19 @@ class Rows(NamedTuple):
     positions: Tensor  # [B], of the newest token; -1: the row only fills the batch
     ids: Tensor  # [B]; PENDING: the id is in the token pool
     slots: Tensor  # [B], in the token pool; -1: none
+    shared: Tensor  # one for each group of rows: with how many tokens they begin alike; see `shared_prefix`
     tables: Tensor  # [B, P]
 
     @classmethod
     def of(cls, flat: Tensor, n_rows: int) -> "Rows":
-        positions, ids, slots, tables = flat.split([n_rows, n_rows, n_rows, len(flat) - 3 * n_rows])
-        return cls(flat, positions, ids, slots, tables.view(n_rows, -1))
+        sizes = [n_rows, n_rows, n_rows, n_groups(n_rows)]
+        positions, ids, slots, shared, tables = flat.split([*sizes, len(flat) - sum(sizes)])
+        return cls(flat, positions, ids, slots, shared, tables.view(n_rows, -1))
+
+
+def n_groups(n_rows: int) -> int:
+    """Returns into how many groups rows are divided."""
+    return -(-n_rows // SHARED_ROWS)
 
 
 class Decoded(NamedTuple):
@@ -62,9 +72,11 @@ class FusedRunner:
         self.decoder, self.fused, self.cache, self.pool, self.graphs = decoder, fused, cache, pool, graphs
         self.max_tokens = min(fused.config.max_seq, cache.n_pages * cache.page_size)
         self.max_pages = -(-self.max_tokens // cache.page_size)
+        config, how = fused.config, fused.how
+        self._can_share = config.n_heads == config.n_kv_heads and how.slopes is None and how.window is None
         self._rows: dict[int, Rows] = {}  # by bucket
-        self._scratch: dict[int, Scratch] = {}
-        self._decoding: dict[tuple[int, bool], Captured] = {}
+        self._scratch: dict[tuple[int, bool], Scratch] = {}
+        self._decoding: dict[tuple[int, bool, bool], Captured] = {}
         self._prompts: dict[int, tuple[Captured, Tensor, Tensor]] = {}  # graph, embeddings, indices
         self._prompts_seen: set[int] = set()
 
@@ -74,53 +86,67 @@ class FusedRunner:
         """Computes the newest token of decoding sequences. keep: whether the token pool receives the greedy choice."""
         n = len(scheduled)
         bucket = min((bucket for bucket in BUCKETS if bucket >= n), default=n) if self.graphs.active else n
-        rows = self._filled(scheduled, bucket)
-        key = bucket, keep
+        rows, sharing = self._filled(scheduled, bucket)
+        key = bucket, keep, sharing
         if self.graphs.active and key not in self._decoding:
-            captured = self.graphs.capture(lambda: self._step(rows, keep), "a decoding step")
+            captured = self.graphs.capture(lambda: self._step(rows, keep, sharing), "a decoding step")
             if captured:
                 self._decoding[key] = captured
-        logits, ids = self._decoding[key]() if key in self._decoding else self._step(rows, keep)
+        logits, ids = self._decoding[key]() if key in self._decoding else self._step(rows, keep, sharing)
         return Decoded(logits[:n], ids[:n])
 
-    def _filled(self, scheduled: Rest[Scheduled], bucket: int) -> Rows:
-        """Returns the inputs of the rows, in the memory of their bucket."""
-        values = np.zeros(bucket * (3 + self.max_pages), dtype=np.int32)
+    def _filled(self, scheduled: Rest[Scheduled], bucket: int) -> tuple[Rows, bool]:
+        """Returns the inputs of the rows, in the memory of their bucket, and whether rows begin alike."""
+        start = 3 * bucket + n_groups(bucket)  # of the block tables
+        values = np.zeros(start + bucket * self.max_pages, dtype=np.int32)
         values[: 3 * bucket] = -1
-        tables = values[3 * bucket :].reshape(bucket, self.max_pages)
+        tables = values[start:].reshape(bucket, self.max_pages)
         for i, one in enumerate(scheduled):
             sequence = one.sequence
             values[i] = sequence.computed
             values[bucket + i] = PENDING if sequence.n_in_flight else sequence.tokens[sequence.computed]
             values[2 * bucket + i] = sequence.pool_slot
             tables[i, : len(sequence.block_table)] = sequence.block_table
+        sharing = self._can_share and len(scheduled) >= SHARED_ROWS
+        if sharing:
+            n = len(scheduled)
+            values[3 * bucket : start] = shared_tokens(values[:n], tables[:n], n_groups(bucket), self.cache.page_size)
+            sharing = bool(values[3 * bucket : start].any())
         host = torch.from_numpy(values)
         if not self.graphs.active:
-            return Rows.of(to_device(host, torch.int32, self.pool.device), bucket)
+            return Rows.of(to_device(host, torch.int32, self.pool.device), bucket), sharing
         if bucket not in self._rows:
             self._rows[bucket] = Rows.of(torch.empty(len(host), dtype=torch.int32, device=self.pool.device), bucket)
         self._rows[bucket].flat.copy_(host.pin_memory(), non_blocking=True)
-        return self._rows[bucket]
+        return self._rows[bucket], sharing
 
-    def _step(self, rows: Rows, keep: bool) -> tuple[Tensor, Tensor]:
+    def _step(self, rows: Rows, keep: bool, sharing: bool) -> tuple[Tensor, Tensor]:
         x = embed_rows(rows.ids, rows.slots, self.pool, self.decoder.embed.weight)
-        states = self.fused(x, self._row_attention(rows))
+        states = self.fused(x, self._row_attention(rows, sharing))
         logits = self.fused.logits(states)
         return logits, greedy(logits, keep=(rows.slots, self.pool) if keep else None)
 
-    def _row_attention(self, rows: Rows) -> RowAttention:
-        n = len(rows.positions)
-        if n not in self._scratch:
+    def _row_attention(self, rows: Rows, sharing: bool = False) -> RowAttention:
+        n, key = len(rows.positions), (len(rows.positions), sharing)
+        if key not in self._scratch:
             config = self.fused.config
-            splits = n_splits(n, config.n_kv_heads, self.max_tokens)
-            self._scratch[n] = Scratch(n, config.n_heads, config.n_kv_heads, config.head_dim, splits, self.pool.device)
+            self._scratch[key] = Scratch(
+                n,
+                config.n_heads,
+                config.n_kv_heads,
+                config.head_dim,
+                n_splits(n, config.n_kv_heads, self.max_tokens),
+                self.pool.device,
+                shared_splits=n_splits(n_groups(n), config.n_kv_heads, self.max_tokens) if sharing else 0,
+            )
         return RowAttention(
             decoder=self.fused,
             cache=self.cache,
             tables=rows.tables,
             positions=rows.positions,
             max_tokens=self.max_tokens,
-            scratch=self._scratch[n],
+            scratch=self._scratch[key],
+            shared=rows.shared if sharing else None,
         )
 
     # --- prompts ----------------------------------------------------------------------------------------------------
@@ -166,7 +192,9 @@ class FusedRunner:
         for i, one in enumerate(scheduled):
             tables[i, : len(one.sequence.block_table)] = one.sequence.block_table
         positions = [one.sequence.computed for one in scheduled]
-        flat = np.concatenate([np.array(positions + [PENDING] * n + [-1] * n, dtype=np.int32), tables.ravel()])
+        flat = np.concatenate(
+            [np.array(positions + [PENDING] * n + [-1] * n + [0] * n_groups(n), dtype=np.int32), tables.ravel()]
+        )
         return Rows.of(to_device(torch.from_numpy(flat), torch.int32, self.pool.device), n)
 
     def _one_by_one(self, scheduled: Rest[Scheduled], x: Tensor) -> list[Chunk]:
@@ -189,7 +217,7 @@ class FusedRunner:
         longest = max(one.n_tokens for one in scheduled), max(lengths)
         return PackedChunks((cu_seqlens[0], cu_seqlens[1]), longest, past)
 
-    def _past(self, one: Scheduled) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    def _past(self, one: Scheduled) -> NDArray[np.int64]:
         """Returns the slots of a sequence's tokens up to its last new one."""
         size = self.cache.page_size
         pages = np.array(one.sequence.block_table, dtype=np.int64)
@@ -226,3 +254,20 @@ class FusedRunner:
         inputs[:n] = x
         logits: Tensor = captured()
         return logits.clone()
+
+
+def shared_tokens(
+    positions: NDArray[np.int32], tables: NDArray[np.int32], n_groups: int, page_size: int
+) -> NDArray[np.int32]:
+    """Returns with how many tokens the rows of each group begin alike, in whole pages; 0 if it is not worth a kernel.
+
+    positions: [rows], tables: [rows, pages].
+    """
+    counts = np.zeros(n_groups, dtype=np.int32)
+    for group in range(-(-len(positions) // SHARED_ROWS)):
+        members = slice(group * SHARED_ROWS, (group + 1) * SHARED_ROWS)
+        same = (tables[members] == tables[members][0]).all(0)
+        n_pages = len(same) if same.all() else int(same.argmin())
+        n = min(n_pages, int(positions[members].min()) // page_size) * page_size
+        counts[group] = n if n >= _MIN_SHARED and len(positions[members]) > 1 else 0
+    return counts

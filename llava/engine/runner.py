@@ -188,6 +188,7 @@ class Runner:
     def _run_fused(self, fused: FusedRunner, scheduled: Rest[Scheduled], *, alone: bool) -> Logits:
         """Runs the tokens of a fused decoder. alone: no other decoder runs in this step."""
         if all(one.sequence.is_decoding for one in scheduled):
+            scheduled = sorted(scheduled, key=lambda one: one.sequence.block_table[0])  # equal beginnings side by side
             # a step with several decoders can fail after this one, and is then computed again from the token pool
             keep = alone and all(is_greedy(one.sequence) for one in scheduled)
             logits, ids = fused.decode(scheduled, keep=keep)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from llava.kernels.paged_attention import Positions, eager_rotate
+from llava.kernels.attend import Positions, eager_rotate
 from llava.kernels.support import can_run, gdc_launch_dependents, gdc_wait, jit, launch_options, next_power_of_2, tl
 
 _HEADS = 8  # heads of a program

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from llava.config import DecoderConfig
+from llava.kernels.attend import Positions, Scratch
 from llava.kernels.fused_linear import Activation, Norm, fused_linear
-from llava.kernels.paged_attention import Positions, Scratch, paged_attention
+from llava.kernels.paged_attention import paged_attention
 from llava.kernels.rotary import rotate_and_store_
 from llava.model import llama, mpt
 from llava.model.attention import attention, kernel_has_windows, varlen_attention
@@ -129,6 +130,7 @@ class RowAttention:
     positions: Tensor  # int32 [R], of the new tokens; -1: the row only fills the batch
     max_tokens: int  # no row has more
     scratch: Scratch
+    shared: Tensor | None = None  # with how many tokens the rows of each group begin alike; see `paged_attention`
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         """qkv [R, (H + 2 K) E] -> y [R, H E]. Stores the new keys and values."""
@@ -142,6 +144,7 @@ class RowAttention:
             self.scratch,
             n_heads=self.decoder.config.n_heads,
             max_tokens=self.max_tokens,
+            shared=self.shared,
         )
 
 
