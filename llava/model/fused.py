@@ -77,9 +77,8 @@ def why_not(decoder: Decoder, config: DecoderConfig) -> str | None:
     weight = decoder.norm.weight
     if weight.is_cuda and weight.dtype not in (torch.bfloat16, torch.float16):
         return "its weights are not in bfloat16 or float16"
-    layers = [module for module in decoder.modules() if isinstance(module, torch.nn.Linear)]
-    plain = all(type(one) is Linear and one.bias is None for one in layers)
-    if not plain or len(layers) != 1 + config.n_layers * (5 if config.kind == "llama" else 4):
+    layers = [layer for block in decoder.blocks for part in (block.attn, block.mlp) for layer in part.children()]
+    if not all(type(one) is Linear and one.bias is None for one in [*layers, decoder.head]):
         return "its linear layers have adapters or are quantized"
     if config.rope_scaling is not None and config.rope_scaling.kind == "dynamic":
         return "its rotation depends on the length of the sequence"
