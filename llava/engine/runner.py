@@ -188,9 +188,12 @@ class Runner:
     def _run_fused(self, fused: FusedRunner, scheduled: Rest[Scheduled], *, alone: bool) -> Logits:
         """Runs the tokens of a fused decoder. alone: no other decoder runs in this step."""
         if all(one.sequence.is_decoding for one in scheduled):
-            # a step with several decoders can fail after this one, and is then computed again from the token pool
-            keep = alone and all(is_greedy(one.sequence) for one in scheduled)
+            # a step with several decoders, or with log-probabilities to compute, can fail after this decoder has run, and
+            # is then computed again from the token pool
+            keep = alone and all(is_greedy(one.sequence) and not one.sequence.params.logprobs for one in scheduled)
             logits, ids = fused.decode(scheduled, keep=keep)
+            if not alone:  # the graphs of another decoder may overwrite them before tokens are drawn
+                logits, ids = logits.clone(), ids.clone()
             return Logits([one.sequence for one in scheduled], logits, ids, in_pool=keep)
         x = self._embed(scheduled[0].sequence.adapter, scheduled)
         ends = [i for i, one in enumerate(scheduled) if one.n_tokens == one.sequence.n_pending]
