@@ -188,8 +188,8 @@ class Runner:
     def _run_fused(self, fused: FusedRunner, scheduled: Rest[Scheduled], *, alone: bool) -> Logits:
         """Runs the tokens of a fused decoder. alone: no other decoder runs in this step."""
         if all(one.sequence.is_decoding for one in scheduled):
-            # a step with several decoders, or with log-probabilities to compute, can fail after this decoder has run, and
-            # is then computed again from the token pool
+            # a step with several decoders or with log-probabilities can fail after this decoder has run, and is then
+            # computed again from the token pool
             keep = alone and all(is_greedy(one.sequence) and not one.sequence.params.logprobs for one in scheduled)
             logits, ids = fused.decode(scheduled, keep=keep)
             if not alone:  # the graphs of another decoder may overwrite them before tokens are drawn

@@ -1,4 +1,4 @@
-"""A linear layer with its norm, activation, clipping and residual sum, by each kernel and by the twin, against float64."""
+"""A linear layer with what is fused with it, by each kernel and by the twin, against float64."""
 
 from __future__ import annotations
 
