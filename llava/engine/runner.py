@@ -59,7 +59,8 @@ class Runner:
         # the newest token of each running sequence, in its `pool_slot`; -1: none could be drawn
         self.pool = torch.zeros(max_batch, dtype=torch.int64, device=cache.k.device)
         self.batch_invariant = batch_invariant
-        packer = Packer(variants, active=not batch_invariant)
+        use_fused = not batch_invariant and (cache.k.device.type == "cuda" if fused is None else fused)
+        packer = Packer(variants, active=not batch_invariant and not use_fused)
         self.models = {name: packer.pack(one.model) for name, one in variants.items()}
         self.joined = [one._replace(decoder=packer.pack(one.decoder)) for one in join(variants)]
         on_cpu = cache.k.device.type == "cpu"
@@ -69,8 +70,7 @@ class Runner:
         }
         captures = Graphs(cache.k.device, active=graphs)
         self.vision = VisionGraphs(captures) if captures.active else None
-        use_fused = cache.k.device.type == "cuda" if fused is None else fused
-        self.fused = self._fused(captures) if use_fused and not batch_invariant else {}
+        self.fused = self._fused(captures) if use_fused else {}
         self.seconds: dict[str, float] = defaultdict(float)  # spent on vision, prefill and decode
         self.seconds_per_view = 0.0  # of the most recent pictures
 

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from llava.engine import runner
+from tests.recorded import RecordedGraphs
 from tests.schedules import MODELS, World, load_worlds, run_case
 
 N = 24  # schedules; the models take turns
@@ -15,11 +17,14 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, World]:
     return load_worlds(folder)
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("how", ["in turn", "overlap", "fused", "graphs", "graphs, overlap"])
 @pytest.mark.parametrize("number", range(N))
 def test_a_random_schedule_gives_what_the_plain_model_gives(
-    number: int, overlap: bool, worlds: dict[str, World]
+    number: int, how: str, worlds: dict[str, World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert len(worlds) == len(MODELS)
-    result = run_case(20, number, worlds, overlap=overlap)
+    overlap, fused = how not in ("in turn", "graphs"), how not in ("in turn", "overlap")
+    if "graphs" in how:
+        monkeypatch.setattr(runner, "Graphs", lambda device, active: RecordedGraphs(poison=not overlap))
+    result = run_case(20, number, worlds, overlap=overlap, fused=fused)
     assert result["outcome"] == "equal", result["detail"]
