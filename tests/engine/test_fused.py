@@ -126,7 +126,8 @@ def test_nan_in_a_prompt_does_not_reach_the_next_one_in_the_same_graph(vlm: Assi
     assert replies(engine, asked, params) == expected
     (fused,) = engine.runner.fused.values()
     _, inputs, _ = fused._prompts[128]
-    inputs.fill_(torch.nan)
+    with torch.inference_mode():
+        inputs.fill_(torch.nan)  # as a prompt with NaN in its picture leaves behind
     assert replies(engine, asked, params) == expected
 
 
