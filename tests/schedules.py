@@ -530,8 +530,10 @@ def compare_alone(world: World, request: Asked, reply: Replied) -> None:
         raise Failure("with batch_invariant=True, another text than alone")
 
 
-def run_case(seed: int, number: int, worlds: dict[str, World], *, overlap: bool | None = None) -> dict[str, Any]:
-    """Runs one schedule and returns its result: counts, and what went wrong. overlap: see `Engine`."""
+def run_case(
+    seed: int, number: int, worlds: dict[str, World], *, overlap: bool | None = None, fused: bool | None = None
+) -> dict[str, Any]:
+    """Runs one schedule and returns its result: counts, and what went wrong. overlap, fused: see `Engine`."""
     rng = random.Random(f"{seed}/{number}")
     world = worlds[tuple(worlds)[number % len(worlds)]]
     invariant = rng.random() < 0.2
@@ -542,7 +544,7 @@ def run_case(seed: int, number: int, worlds: dict[str, World], *, overlap: bool 
     counts: Counter[str] = Counter()
     detail = ""
     try:
-        engine = Engine(world.variants, options, overlap=overlap)
+        engine = Engine(world.variants, options, overlap=overlap, fused=fused)
         preempted = count_preemptions(engine)
         replies = run(engine, requests)
         counts.update({"preemptions": len(preempted), "prefix_hit_tokens": engine.stats().prefix_hit_tokens})

@@ -70,11 +70,13 @@ class Engine:
         options: EngineOptions | None = None,
         *,
         overlap: bool | None = None,
+        fused: bool | None = None,
     ):
         """variants: the base under the key None, and the same model with each adapter.
 
         overlap: whether the next step is launched before the tokens of a step are read, so that a GPU does not wait
             for the host. Replies do not depend on it. Default: only on a GPU.
+        fused: whether to use the fused decoder where it can be used. Default: only on a GPU.
         """
         self.options = options or EngineOptions()
         self.variants = dict(variants)
@@ -95,6 +97,7 @@ class Engine:
         self._streams: dict[int, deque[Output]] = {}  # outputs of the requests that have a reader of their own
         self._unread: list[Output] = []  # outputs that the next call of `step` returns
         self.overlap = device.type == "cuda" if overlap is None else overlap
+        self.fused = fused
         self._in_flight: deque[Launched] = deque()  # between two calls at most one
         self._stepping = threading.RLock()
 
@@ -347,6 +350,7 @@ class Engine:
                 max_batch=self.options.max_batch,
                 batch_invariant=self.options.batch_invariant,
                 graphs=self.options.graphs,
+                fused=self.fused,
             )
         return self._runner
 

@@ -27,7 +27,7 @@ from llava.kernels.paged_attention import n_splits
 from llava.model.decoder import Decoder
 from llava.model.fused import FusedDecoder, PackedAttention, PackedChunks, RowAttention, with_biases
 from llava.model.paged import Chunk, PagedCache
-from llava.model.staging import to_device
+from llava.model.staging import copy_to_device, to_device
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _PROMPT_TOKENS = 64
@@ -89,7 +89,9 @@ class FusedRunner:
         rows, sharing = self._filled(scheduled, bucket)
         key = bucket, keep, sharing
         if self.graphs.active and key not in self._decoding:
+            before = self.pool.clone()  # the step runs once before it is captured, and would read its own tokens
             captured = self.graphs.capture(lambda: self._step(rows, keep, sharing), "a decoding step")
+            self.pool.copy_(before)
             if captured:
                 self._decoding[key] = captured
         logits, ids = self._decoding[key]() if key in self._decoding else self._step(rows, keep, sharing)
@@ -117,7 +119,7 @@ class FusedRunner:
             return Rows.of(to_device(host, torch.int32, self.pool.device), bucket), sharing
         if bucket not in self._rows:
             self._rows[bucket] = Rows.of(torch.empty(len(host), dtype=torch.int32, device=self.pool.device), bucket)
-        self._rows[bucket].flat.copy_(host.pin_memory(), non_blocking=True)
+        copy_to_device(host, self._rows[bucket].flat)
         return self._rows[bucket], sharing
 
     def _step(self, rows: Rows, keep: bool, sharing: bool) -> tuple[Tensor, Tensor]:
@@ -160,8 +162,8 @@ class FusedRunner:
         starts = [0, *accumulate(one.n_tokens for one in scheduled)]
         last = to_device([starts[i + 1] - 1 for i in ends], torch.int64, x.device)
         alone = len(scheduled) == 1 and scheduled[0].sequence.computed == 0 and len(ends) == 1
-        if alone and self.graphs.active and n_tokens <= _MAX_PROMPT and self.fused.how.slopes is None:
-            bucket = -(-n_tokens // _PROMPT_TOKENS) * _PROMPT_TOKENS
+        bucket = -(-n_tokens // _PROMPT_TOKENS) * _PROMPT_TOKENS
+        if alone and self.graphs.active and bucket <= _MAX_PROMPT and self._is_plain(bucket):
             if bucket in self._prompts_seen:  # a length that is never seen again is not worth a graph
                 return self._prompt(scheduled[0], x, last, bucket)
             self._prompts_seen.add(bucket)
@@ -181,6 +183,11 @@ class FusedRunner:
             packed=packed,
         )
         return self.fused.logits(self.fused(x, attend, last)) if ends else self._without_logits(x, attend)
+
+    def _is_plain(self, n_tokens: int) -> bool:
+        """Returns whether attention over a whole prompt of this length needs no biases."""
+        how = self.fused.how
+        return how.slopes is None and (how.window is None or n_tokens <= how.window)
 
     def _without_logits(self, x: Tensor, attend: PackedAttention) -> Tensor:
         self.fused(x, attend, torch.zeros(1, dtype=torch.int64, device=x.device))
@@ -252,6 +259,7 @@ class FusedRunner:
         values[-1] = n - 1
         indices.copy_(to_device(torch.from_numpy(values), torch.int64, device))
         inputs[:n] = x
+        inputs[n:].zero_()  # NaN that an earlier prompt has left would pass the mask
         logits: Tensor = captured()
         return logits.clone()
 

@@ -59,7 +59,7 @@ class Runner:
         # the newest token of each running sequence, in its `pool_slot`; -1: none could be drawn
         self.pool = torch.zeros(max_batch, dtype=torch.int64, device=cache.k.device)
         self.batch_invariant = batch_invariant
-        use_fused = (cache.k.device.type == "cuda" if fused is None else fused) and not batch_invariant
+        use_fused = not batch_invariant and (cache.k.device.type == "cuda" if fused is None else fused)
         packer = Packer(variants, active=not batch_invariant and not use_fused)
         self.models = {name: packer.pack(one.model) for name, one in variants.items()}
         self.joined = [one._replace(decoder=packer.pack(one.decoder)) for one in join(variants)]
@@ -189,9 +189,12 @@ class Runner:
         """Runs the tokens of a fused decoder. alone: no other decoder runs in this step."""
         if all(one.sequence.is_decoding for one in scheduled):
             scheduled = sorted(scheduled, key=lambda one: one.sequence.block_table[0])  # equal beginnings side by side
-            # a step with several decoders can fail after this one, and is then computed again from the token pool
-            keep = alone and all(is_greedy(one.sequence) for one in scheduled)
+            # a step with several decoders or with log-probabilities can fail after this decoder has run, and is then
+            # computed again from the token pool
+            keep = alone and all(is_greedy(one.sequence) and not one.sequence.params.logprobs for one in scheduled)
             logits, ids = fused.decode(scheduled, keep=keep)
+            if not alone:  # the graphs of another decoder may overwrite them before tokens are drawn
+                logits, ids = logits.clone(), ids.clone()
             return Logits([one.sequence for one in scheduled], logits, ids, in_pool=keep)
         x = self._embed(scheduled[0].sequence.adapter, scheduled)
         ends = [i for i, one in enumerate(scheduled) if one.n_tokens == one.sequence.n_pending]

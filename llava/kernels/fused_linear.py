@@ -61,8 +61,11 @@ def fused_linear(
     out = x.new_empty(n_rows, len(weight)) if out is None else out
     if n_rows == 1:
         return matvec(x, weight, out, norm=norm, gate=gate, activation=activation, residual=residual, clip=clip)
-    y = skinny_matmul(norm(x) if norm else x, weight, out, gate=gate, activation=activation, residual=residual)
-    return y if clip is None else y.clamp_(-clip, clip)
+    x = norm(x) if norm else x
+    if clip is None:
+        return skinny_matmul(x, weight, out, gate=gate, activation=activation, residual=residual)
+    y = skinny_matmul(x, weight, out, gate=gate, activation=activation).clamp_(-clip, clip)
+    return y if residual is None else y.add_(residual)
 
 
 def _with_many_rows(
@@ -75,14 +78,23 @@ def _with_many_rows(
     clip: float | None,
 ) -> Tensor:
     x = norm(x) if norm else x
-    if residual is not None:
+    if residual is not None and gate is None and activation == "none" and clip is None:
         return residual.addmm_(x, weight.T)
     y = F.linear(x, weight)
-    if gate is not None:
-        return silu_mul_(F.linear(x, gate), y)
-    if activation != "none":
-        y = F.gelu(y) if activation == "gelu" else F.silu(y, inplace=True)
-    return y if clip is None else y.clamp_(-clip, clip)
+    if gate is not None and activation == "silu":
+        y = silu_mul_(F.linear(x, gate), y)
+    elif gate is not None:
+        y.mul_(_activated(F.linear(x, gate), activation))
+    else:
+        y = _activated(y, activation)
+    y = y if clip is None else y.clamp_(-clip, clip)
+    return y if residual is None else y.add_(residual)
+
+
+def _activated(x: Tensor, activation: Activation) -> Tensor:
+    if activation == "none":
+        return x
+    return F.gelu(x) if activation == "gelu" else F.silu(x)
 
 
 def eager_fused_linear(
@@ -104,7 +116,6 @@ def eager_fused_linear(
             else F.layer_norm(x32, x.shape[-1:], norm.weight.float(), None, norm.eps)
         )
     y = F.linear(x32, weight.float())
-    activate = {"none": lambda x: x, "silu": F.silu, "gelu": F.gelu}[activation]
-    y = activate(y) if gate is None else activate(F.linear(x32, gate.float())) * y
+    y = _activated(y, activation) if gate is None else _activated(F.linear(x32, gate.float()), activation) * y
     y = y if clip is None else y.clamp(-clip, clip)
     return (y if residual is None else y + residual.float()).to(x.dtype)

@@ -211,8 +211,4 @@ def eager_paged_attention(
         s = s + how.slopes[:, None] * distance[:, None]
     hidden = distance > 0 if how.window is None else (distance > 0) | (distance <= -how.window)
     p = s.masked_fill(hidden[:, None], -torch.inf).softmax(-1)
-    return (
-        torch.einsum("rht,rthe->rhe", p, past_v.masked_fill((distance > 0)[..., None, None], 0))
-        .flatten(1)
-        .to(qkv.dtype)
-    )
+    return torch.einsum("rht,rthe->rhe", p, past_v.masked_fill(hidden[..., None, None], 0)).flatten(1).to(qkv.dtype)

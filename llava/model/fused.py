@@ -77,12 +77,18 @@ def why_not(decoder: Decoder, config: DecoderConfig) -> str | None:
     weight = decoder.norm.weight
     if weight.is_cuda and weight.dtype not in (torch.bfloat16, torch.float16):
         return "its weights are not in bfloat16 or float16"
-    layers = [layer for block in decoder.blocks for part in (block.attn, block.mlp) for layer in part.children()]
-    if not all(type(one) is Linear and one.bias is None for one in [*layers, decoder.head]):
+    layers = [decoder.head, *(layer for block in decoder.blocks for layer in _linear_layers(block))]
+    if not all(type(one) is Linear and one.bias is None for one in layers):
         return "its linear layers have adapters or are quantized"
     if config.rope_scaling is not None and config.rope_scaling.kind == "dynamic":
         return "its rotation depends on the length of the sequence"
     return None
+
+
+def _linear_layers(block: torch.nn.Module) -> list[torch.nn.Module]:
+    assert isinstance(block, llama.Block | mpt.Block)
+    gate = [block.mlp.gate] if isinstance(block, llama.Block) else []
+    return [block.attn.qkv, block.attn.out, *gate, block.mlp.up, block.mlp.down]
 
 
 def _layer(block: torch.nn.Module) -> Layer:

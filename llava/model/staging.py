@@ -16,6 +16,11 @@ def to_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def copy_to_device(values: Tensor, out: Tensor) -> None:
+    """Copies a tensor on the host to memory on the device."""
+    out.copy_(values.pin_memory() if out.device.type == "cuda" else values, non_blocking=True)
+
+
 def to_host(x: Tensor) -> Tensor:
     """Starts to copy x to the host. On a GPU, the result holds its values once the stream has come to this point."""
     if x.device.type != "cuda":

@@ -1,12 +1,12 @@
 """Graphs of the vision tower give the features of the eager tower, for any number of views.
 
-A CPU has no graphs: there, `Recorded` computes a graph's result again in each replay, so that padding, splitting and
-sharing are tested. The tests with the mark `gpu` capture graphs.
+A CPU has no graphs: there, `RecordedGraphs` stand for them, so that padding, splitting and sharing are tested. Tests
+with the mark `gpu` capture graphs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -15,35 +15,15 @@ from torch import Tensor
 
 import llava
 from llava.config import EngineOptions
+from llava.engine.graphs import Graphs
 from llava.engine.vision_graphs import VisionGraphs
 from llava.model.llava import Llava
+from tests.recorded import RecordedGraphs
 
 needs_gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: pytest -m gpu"),
 ]
-
-
-class Recorded(NamedTuple):
-    """What a graph does, without one: computes features from the memory of its inputs, into that of its result."""
-
-    model: Llava
-    inputs: Tensor
-    features: Tensor
-
-    @property
-    def graph(self) -> "Recorded":
-        return self
-
-    def replay(self) -> None:
-        self.features.copy_(self.model.view_features(self.inputs))
-
-
-class Recording(VisionGraphs):
-    """Records instead of capturing, which needs a GPU."""
-
-    def _capture(self, model: Llava, inputs: Tensor) -> Any:
-        return Recorded(model, inputs, torch.full_like(model.view_features(inputs), torch.nan))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])
@@ -53,7 +33,8 @@ def model(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[Llava]:
 
 
 def graphs_for(model: Llava) -> VisionGraphs:
-    return VisionGraphs() if model.device.type == "cuda" else Recording()
+    on_gpu = model.device.type == "cuda"
+    return VisionGraphs(Graphs(model.device, active=True) if on_gpu else RecordedGraphs())
 
 
 def pixels(model: Llava, n_views: int) -> Tensor:
@@ -106,11 +87,11 @@ def test_models_share_graphs_if_tower_and_projector_are_the_same(model: Llava, c
 def test_a_tower_that_cannot_be_captured_runs_eagerly_after_one_warning(
     model: Llava, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Failing(VisionGraphs):
-        def _capture(self, model: Llava, inputs: Tensor) -> Any:
+    class Failing(RecordedGraphs):
+        def _capture(self, function: Callable[[], Any]) -> Any:
             raise torch.OutOfMemoryError("CUDA out of memory\nand more")
 
-    graphs = Failing()
+    graphs = VisionGraphs(Failing())
     for n_views in (1, 1, 3, 65):
         views = pixels(model, n_views)
         close(graphs.features(model, views), model.view_features(views.to(model.device)))
