@@ -169,3 +169,20 @@ def test_only_a_gpu_uses_the_fused_decoder_unless_told(vlm: Assistant) -> None:
     assert not Engine(vlm.engine.variants).runner.fused
     assert list(Engine(vlm.engine.variants, fused=True).runner.fused) == [None]
     assert not Engine(vlm.engine.variants, EngineOptions(batch_invariant=True), fused=True).runner.fused
+
+
+def test_graphs_of_several_decoders_do_not_overwrite_each_others_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "Graphs", lambda device, active: RecordedGraphs())
+    models = [llava.load(tiny.write_llama(tmp_path / str(seed), seed=seed), dtype="float32") for seed in (1, 2)]
+    names, params = (None, "other"), SamplingParams(max_new_tokens=6)
+    expected = [one.engine.generate(["Once upon a time"], params)[0].token_ids for one in models]
+    variants = {name: one.engine.variants[None] for name, one in zip(names, models, strict=True)}
+    engine = Engine(variants, fused=True)
+    assert len(engine.runner.fused) == 2
+    found: dict[int, list[int]] = {engine.add_request("Once upon a time", params, adapter=name): [] for name in names}
+    while engine.has_requests:
+        for output in engine.step():
+            found[output.request] += output.token_ids
+    assert list(found.values()) == expected

@@ -84,9 +84,8 @@ class Step:
         sizes = [b - a for a, b in zip(first, end, strict=True)]
         self.starts = [0, *accumulate(sizes)]
         self.last = torch.tensor(self.starts[1:]) - 1
-        at = [
-            (i, table) for a, b, table in zip(first, end, TABLES, strict=True) for table in [table] for i in range(a, b)
-        ]
+        spans = zip(first, end, TABLES, strict=True)
+        at = [(i, table) for a, b, table in spans for i in range(a, b)]
         self.positions = torch.tensor([i for i, _ in at])
         self.slots = torch.tensor([table[i // PAGE] * PAGE + i % PAGE for i, table in at])
         self.sizes = sizes
@@ -139,7 +138,7 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-def check(step: Step, fused: bool = True) -> None:
+def check(step: Step) -> None:
     """Compares logits and caches of the fused and the plain decoder."""
     batch, (cache, other) = step.batch, step.batch.caches
     plain = batch.decoder.logits(batch.decoder(step.x[None], step.context(other), step.last))
