@@ -304,7 +304,8 @@ class Assistant:
     def _encode(self, input: ModelInput) -> list[Tensor]:
         if input.pixels is None:
             return []
-        return self.model.encode_images(input.pixels.to(self.device, self.dtype), input.views, input.grids)
+        with on_device(self.device):
+            return self.model.encode_images(input.pixels.to(self.device, self.dtype), input.views, input.grids)
 
     def _embedded(self, messages: Messages, images: Sequence[Picture] | None, template: str | None) -> Tensor:
         """Returns the embeddings [1, S, D] of the prompt, including its images."""

@@ -76,7 +76,7 @@ class Engine:
 
         overlap: whether the next step is launched before the tokens of a step are read, so that a GPU does not wait
             for the host. Replies do not depend on it. Default: only on a GPU.
-        fused: whether to use the fused decoder where it can be used. Default: only on a GPU.
+        fused: whether to use the fused decoder where it can be used. Default: only on a GPU with kernels.
         """
         self.options = options or EngineOptions()
         self.variants = dict(variants)
@@ -88,7 +88,8 @@ class Engine:
         self.inputs = InputProcessor(self.variants, pages, self.options)
         self.blocks = BlockManager(pages, self.options.page_size, prefix_cache=self.options.prefix_cache)
         self.features = FeatureCache(_FEATURE_BYTES // (config.dim * dtype.itemsize))
-        chunk = self.options.chunk_tokens or (512 if device.type == "cpu" else 8192)
+        on_gpu = 8192 if config.kind == "llama" else 2048  # the biases of MPT take up memory for each pair of tokens
+        chunk = self.options.chunk_tokens or (512 if device.type == "cpu" else on_gpu)
         self.scheduler = Scheduler(self.blocks, self.features, max_batch=self.options.max_batch, chunk_tokens=chunk)
         self._runner: Runner | None = None  # made for the first step, with the memory of the cache
         self._unfinished: dict[int, Sequence] = {}  # by request

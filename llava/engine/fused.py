@@ -85,20 +85,22 @@ class FusedRunner:
     def decode(self, scheduled: Rest[Scheduled], *, keep: bool) -> Decoded:
         """Computes the newest token of decoding sequences. keep: whether the token pool receives the greedy choice."""
         n = len(scheduled)
-        bucket = min((bucket for bucket in BUCKETS if bucket >= n), default=n) if self.graphs.active else n
-        rows, sharing = self._filled(scheduled, bucket)
+        is_graph = self.graphs.active and n <= BUCKETS[-1]
+        bucket = next(bucket for bucket in BUCKETS if bucket >= n) if is_graph else n
+        rows, sharing = self._filled(scheduled, bucket, keep_memory=is_graph)
         key = bucket, keep, sharing
-        if self.graphs.active and key not in self._decoding:
+        if is_graph and key not in self._decoding:
             before = self.pool.clone()  # the step runs once before it is captured, and would read its own tokens
             captured = self.graphs.capture(lambda: self._step(rows, keep, sharing), "a decoding step")
             self.pool.copy_(before)
             if captured:
                 self._decoding[key] = captured
-        logits, ids = self._decoding[key]() if key in self._decoding else self._step(rows, keep, sharing)
+        replay = self._decoding.get(key) if is_graph else None
+        logits, ids = replay() if replay else self._step(rows, keep, sharing)
         return Decoded(logits[:n], ids[:n])
 
-    def _filled(self, scheduled: Rest[Scheduled], bucket: int) -> tuple[Rows, bool]:
-        """Returns the inputs of the rows, in the memory of their bucket, and whether rows begin alike."""
+    def _filled(self, scheduled: Rest[Scheduled], bucket: int, *, keep_memory: bool) -> tuple[Rows, bool]:
+        """Returns the inputs of the rows, and whether rows begin alike. keep_memory: use the graphs'."""
         start = 3 * bucket + n_groups(bucket)  # of the block tables
         values = np.zeros(start + bucket * self.max_pages, dtype=np.int32)
         values[: 3 * bucket] = -1
@@ -115,7 +117,7 @@ class FusedRunner:
             values[3 * bucket : start] = shared_tokens(values[:n], tables[:n], n_groups(bucket), self.cache.page_size)
             sharing = bool(values[3 * bucket : start].any())
         host = torch.from_numpy(values)
-        if not self.graphs.active:
+        if not keep_memory:
             return Rows.of(to_device(host, torch.int32, self.pool.device), bucket), sharing
         if bucket not in self._rows:
             self._rows[bucket] = Rows.of(torch.empty(len(host), dtype=torch.int32, device=self.pool.device), bucket)
@@ -178,7 +180,7 @@ class FusedRunner:
             slots=slots,
             positions=positions,
             n_rows=n_rows,
-            rows=self._row_attention(self._some_rows(scheduled[:n_rows])) if n_rows else None,
+            rows=self._some_rows(scheduled[:n_rows]) if n_rows else None,
             chunks=[] if packed else self._one_by_one(chunks, x),
             packed=packed,
         )
@@ -193,16 +195,11 @@ class FusedRunner:
         self.fused(x, attend, torch.zeros(1, dtype=torch.int64, device=x.device))
         return x.new_empty(0, len(self.fused.head), dtype=torch.float32)
 
-    def _some_rows(self, scheduled: Rest[Scheduled]) -> Rows:
+    def _some_rows(self, scheduled: Rest[Scheduled]) -> RowAttention:
+        """Returns the attention of rows beside chunks, for few different numbers of rows, so that few are compiled."""
         n = len(scheduled)
-        tables = np.zeros((n, max(len(one.sequence.block_table) for one in scheduled)), dtype=np.int32)
-        for i, one in enumerate(scheduled):
-            tables[i, : len(one.sequence.block_table)] = one.sequence.block_table
-        positions = [one.sequence.computed for one in scheduled]
-        flat = np.concatenate(
-            [np.array(positions + [PENDING] * n + [-1] * n + [0] * n_groups(n), dtype=np.int32), tables.ravel()]
-        )
-        return Rows.of(to_device(torch.from_numpy(flat), torch.int32, self.pool.device), n)
+        rows, _ = self._filled(scheduled, next((one for one in BUCKETS if one >= n), n), keep_memory=False)
+        return self._row_attention(rows)
 
     def _one_by_one(self, scheduled: Rest[Scheduled], x: Tensor) -> list[Chunk]:
         starts = [0, *accumulate(one.n_tokens for one in scheduled)]

@@ -1,12 +1,17 @@
 """Captures functions as CUDA graphs, which run hundreds of kernels with one launch."""
 
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from llava.kernels.support import TritonError
+
 log = logging.getLogger(__name__)
+
+_ONE_AT_A_TIME = threading.Lock()  # PyTorch captures one graph at a time in a process
 
 
 class Graphs:
@@ -24,9 +29,9 @@ class Graphs:
         """Runs a function once, and captures it. Returns None, after a warning that names `what`, if that fails."""
         try:
             return self._capture(function)
-        except RuntimeError as error:  # also what PyTorch raises if memory runs out
+        except (RuntimeError, TritonError) as error:  # also what PyTorch raises if memory runs out
             log.warning(
-                "%s cannot be captured as a CUDA graph and runs without, which is slower (%s); "
+                "%s cannot be captured as a CUDA graph, so no more graphs are captured, which is slower (%s); "
                 "graphs=False (--no-graphs) does not try it",
                 what,
                 str(error).partition("\n")[0],
@@ -37,11 +42,13 @@ class Graphs:
     def _capture(self, function: Callable[[], Any]) -> "Captured":
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            function()  # compiles kernels, and lets libraries allocate what they keep
-        torch.cuda.current_stream().wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                function()  # compiles kernels, and lets libraries allocate what they keep
+        finally:
+            torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with _ONE_AT_A_TIME, torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             result = function()
         self._pool = graph.pool()
         return Captured(graph, result)

@@ -29,6 +29,7 @@ from llava.engine.packing import Packer
 from llava.engine.scheduler import Scheduled, feature_key
 from llava.engine.sequence import PlacedImage, Sequence
 from llava.engine.vision_graphs import VisionGraphs
+from llava.kernels.support import can_run
 from llava.model.batch_invariant import BatchInvariant
 from llava.model.decoder import Decoder
 from llava.model.fused import FusedDecoder, why_not
@@ -53,13 +54,14 @@ class Runner:
     ):
         """graphs: whether to run steps and vision towers as CUDA graphs, on a GPU.
 
-        fused: whether to use the fused decoder where it can be used; default: on a GPU.
+        fused: whether to use the fused decoder where it can be used; default: on a GPU with kernels.
         """
         self.cache, self.features = cache, features
         # the newest token of each running sequence, in its `pool_slot`; -1: none could be drawn
         self.pool = torch.zeros(max_batch, dtype=torch.int64, device=cache.k.device)
         self.batch_invariant = batch_invariant
-        use_fused = not batch_invariant and (cache.k.device.type == "cuda" if fused is None else fused)
+        on_gpu = cache.k.device.type == "cuda" and can_run(cache.k.device)
+        use_fused = not batch_invariant and (on_gpu if fused is None else fused)
         packer = Packer(variants, active=not batch_invariant and not use_fused)
         self.models = {name: packer.pack(one.model) for name, one in variants.items()}
         self.joined = [one._replace(decoder=packer.pack(one.decoder)) for one in join(variants)]

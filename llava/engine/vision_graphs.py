@@ -55,5 +55,7 @@ class VisionGraphs:
     def _weights_of(self, model: Llava) -> Weights:
         if id(model) not in self._weights:
             modules = (model.vision, model.projector)
-            self._weights[id(model)] = tuple(w.data_ptr() for module in modules if module for w in module.parameters())
+            self._weights[id(model)] = tuple(
+                w.data_ptr() for module in modules if module for w in module.state_dict().values()
+            )
         return self._weights[id(model)]

@@ -177,14 +177,16 @@ def paged_attention(
     if shared is not None:
         shared_prefix(qkv, keys, values, tables, positions, how, scratch, shared, n_heads=n_heads)
     tokens, warps = ALONE if group == 1 else GROUPED
+    has_window = how.window is not None and how.window < max_tokens
+    n_parts = scratch.splits + n_shared
     paged_attention_kernel[(kv_heads, scratch.splits, len(qkv))](
         qkv, keys, values, tables, positions, dummy if how.cos is None else how.cos,
         dummy if how.sin is None else how.sin, dummy if how.slopes is None else how.slopes,
         dummy if shared is None else shared, scratch.partial, scratch.stats, scratch.counters, out,
         tables.stride(0), keys.stride(0), keys.stride(1), head_dim**-0.5, how.window or 0,
         n_heads, kv_heads, group, 1 if group == 1 else max(16, next_power_of_2(group)), head_dim,
-        next_power_of_2(head_dim), scratch.splits, n_shared, next_power_of_2(scratch.splits + n_shared), tokens,
-        page_size, SHARED_ROWS, how.cos is not None, how.slopes is not None, how.window is not None and how.window < max_tokens,
+        max(16, next_power_of_2(head_dim)), scratch.splits, n_shared, next_power_of_2(n_parts), tokens, page_size,
+        SHARED_ROWS, how.cos is not None, how.slopes is not None, has_window,
         **launch_options(qkv.device, num_warps=warps, num_stages=1),
     )  # fmt: skip
     return out

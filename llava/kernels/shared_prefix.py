@@ -93,6 +93,6 @@ def shared_prefix(
     shared_prefix_kernel[(kv_heads, scratch.shared_splits, len(shared))](
         qkv, keys, values, tables, positions, cos, sin, shared, scratch.partial, scratch.stats, len(qkv),
         tables.stride(0), keys.stride(0), keys.stride(1), head_dim**-0.5, n_heads, kv_heads, head_dim,
-        next_power_of_2(head_dim), scratch.splits, scratch.shared_splits, SHARED_ROWS, tokens, ALONE[0], page_size,
-        how.cos is not None, **launch_options(qkv.device, num_warps=warps, num_stages=1),
+        max(16, next_power_of_2(head_dim)), scratch.splits, scratch.shared_splits, SHARED_ROWS, tokens, ALONE[0],
+        page_size, how.cos is not None, **launch_options(qkv.device, num_warps=warps, num_stages=1),
     )  # fmt: skip

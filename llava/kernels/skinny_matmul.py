@@ -11,7 +11,17 @@ from typing import NamedTuple
 from torch import Tensor
 
 from llava.kernels.matvec import activated
-from llava.kernels.support import gdc_launch_dependents, gdc_wait, jit, launch_options, next_power_of_2, tl
+from llava.kernels.support import (
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    launch_options,
+    next_power_of_2,
+    shared_memory,
+    tl,
+)
+
+_MUCH_MEMORY = 160 * 2**10  # bytes that all tiles fit into; A100 and H100 have them, RTX 3090 and L4 do not
 
 
 class Tile(NamedTuple):
@@ -84,7 +94,7 @@ def skinny_matmul(
     """
     (m, k), n = x.shape, len(weight)
     bm = max(8, next_power_of_2(m))
-    tile = tile or best_tile(n, bm, gated=gate is not None)
+    tile = tile or best_tile(n, bm, gated=gate is not None, memory=shared_memory(x.device))
     skinny_kernel[(-(-n // tile.rows),)](
         x, weight, weight if gate is None else gate, x if residual is None else residual, out, m, n, k, bm,
         tile.rows, tile.columns, tile.stages, activation, gate is not None, residual is not None,
@@ -93,9 +103,12 @@ def skinny_matmul(
     return out
 
 
-def best_tile(n: int, bm: int, *, gated: bool) -> Tile:
-    """Returns the tile for n rows of the weight and bm rows of x. Measured on an H200."""
-    if gated:
+def best_tile(n: int, bm: int, *, gated: bool, memory: int) -> Tile:
+    """Returns the tile for n rows of the weight and bm rows of x. Measured on an H200.
+
+    memory: bytes of shared memory that a program can have.
+    """
+    if gated or memory < _MUCH_MEMORY:
         return Tile(32, 128, 3, 4 if bm <= 16 else 2)
     if n > 8192:
         return Tile(32, 128, 4, 2) if bm <= 16 else Tile(64, 128, 3, 4)

@@ -22,6 +22,8 @@ def _imported(name: str) -> Any:
 
 triton, tl = _imported("triton"), _imported("triton.language")
 _cuda = _imported("triton.language.extra.cuda")
+_errors = _imported("triton.errors")
+TritonError: type[Exception] = getattr(_errors, "TritonError", RuntimeError)
 gdc_wait: Any = getattr(_cuda, "gdc_wait", None)
 gdc_launch_dependents: Any = getattr(_cuda, "gdc_launch_dependents", None)
 
@@ -63,9 +65,18 @@ def can_run(device: torch.device) -> bool:
 @cache
 def has_dependent_launch(device: torch.device) -> bool:
     """Returns whether a kernel can start while its predecessor drains (programmatic dependent launch; Hopper)."""
-    if gdc_wait is None or is_interpreted() or device.type != "cuda":
+    if gdc_wait is None or is_interpreted() or device.type != "cuda" or torch.version.hip:
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Returns how many bytes of shared memory a program can have."""
+    if device.type != "cuda":
+        return 2**20  # in Triton's interpreter there is no limit
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
 
 
 def launch_options(device: torch.device, **options: Any) -> dict[str, Any]:

@@ -131,7 +131,7 @@ class RowAttention:
 
     decoder: FusedDecoder
     cache: PagedCache
-    tables: Tensor  # int32 [R, P]
+    tables: Tensor  # int32 [R, P]; may have more rows than there are
     positions: Tensor  # int32 [R], of the new tokens; -1: the row only fills the batch
     max_tokens: int  # no row has more
     scratch: Scratch
@@ -143,8 +143,8 @@ class RowAttention:
             qkv,
             self.cache.k[layer],
             self.cache.v[layer],
-            self.tables,
-            self.positions,
+            self.tables[: len(qkv)],
+            self.positions[: len(qkv)],
             self.decoder.how,
             self.scratch,
             n_heads=self.decoder.config.n_heads,

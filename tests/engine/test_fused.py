@@ -114,7 +114,7 @@ def test_prompts_and_batches_of_every_size_get_the_replies_of_the_plain_decoder(
         asked = [prompt(vlm, 5 + i, i) for i in range(n)]
         assert replies(engine, asked, params) == replies(plain, asked, params), n
     (fused,) = engine.runner.fused.values()
-    assert {bucket for bucket, _ in fused._decoding} <= set(BUCKETS)
+    assert {bucket for bucket, *_ in fused._decoding} <= set(BUCKETS)
     assert sorted(fused._prompts) == {"mpt": [], "window": []}.get(name, [64, 128])
 
 
@@ -163,6 +163,25 @@ def test_a_step_that_cannot_be_captured_runs_eagerly_after_one_warning(
     assert replies(Engine(vlm.engine.variants, fused=True, overlap=True), asked, params) == expected
     assert [record.message.count("not permitted when") for record in caplog.records] == [1]
     assert "--no-graphs" in caplog.text
+
+
+def test_after_a_failed_capture_earlier_graphs_are_not_used_either(
+    vlm: Assistant, graphs: RecordedGraphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, params = ["Once upon a time", "Hi", "The sea"], SamplingParams(max_new_tokens=6)
+    expected = replies(Engine(vlm.engine.variants, fused=False), asked, params)
+    engine = Engine(vlm.engine.variants, fused=True)
+    assert replies(engine, asked[:1], params) == expected[:1]
+    recorded = graphs.n_replays
+    assert recorded
+
+    def fail(function: Callable[[], Any]) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(graphs, "_capture", fail)
+    assert replies(engine, asked, params) == expected  # needs a graph of more rows, which fails
+    assert replies(engine, asked[1:2], params) == expected[1:2]
+    assert graphs.n_replays == recorded
 
 
 def test_only_a_gpu_uses_the_fused_decoder_unless_told(vlm: Assistant) -> None:

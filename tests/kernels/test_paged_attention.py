@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llava.kernels.paged_attention import Positions, Scratch, eager_paged_attention, n_splits, paged_attention
+from llava.kernels.attend import Positions, Scratch
+from llava.kernels.paged_attention import eager_paged_attention, n_splits, paged_attention
 from llava.kernels.support import is_interpreted
 
 CPU = torch.device("cpu")
