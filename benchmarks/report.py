@@ -135,7 +135,7 @@ def draw_shares(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.set(xlim=(0, 1.1), title="share of the limit (black: required)")
     axes.axvline(1, color="grey", linewidth=0.8)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="lower right")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=len(contestants), frameon=False)
 
 
 def share_of(row: Mapping[str, Any], name: str) -> float | None:
@@ -158,6 +158,7 @@ def draw_roofline(axes: Axes, found: Mapping[str, Any]) -> None:
     roof = [min(x * card["bandwidth"], card["product"]) / 1e12 for x in intensities]
     axes.plot(intensities, roof, color="grey")
     work = {one.case: one.work for one in map(Measured.from_dict, found["measured"]) if one.contestant == OURS}
+    labels: dict[float, list[str]] = {}  # by the position of a point on the roof; several cases can share one
     for row in found["rows"]:
         done = work.get(row["case"])
         if done is None or done.in_turn or not done.n_bytes or not row.get("limit"):
@@ -167,7 +168,12 @@ def draw_roofline(axes: Axes, found: Mapping[str, Any]) -> None:
         for name in COLOURS:
             if (share := share_of(row, name)) is not None:
                 axes.plot(x, top * share, "o" if name == OURS else "x", color=COLOURS[name])
-        axes.annotate(row["case"], (x, top), fontsize=8, rotation=45, xytext=(0, 4), textcoords="offset points")
+        near = next((one for one in labels if 0.5 < one / x < 2), x)
+        labels.setdefault(near, []).append(row["case"])
+    low = axes.get_ylim()[0]
+    for i, (x, cases) in enumerate(sorted(labels.items())):  # every second one is higher, as neighbours are close
+        at = {"xytext": (4, 4 + 48 * (i % 2)), "textcoords": "offset points"}
+        axes.annotate("\n".join(cases), (x, low), fontsize=8, va="bottom", **at)
 
 
 if __name__ == "__main__":

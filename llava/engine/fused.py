@@ -18,9 +18,9 @@ from torch import Tensor
 
 from llava.engine.batch import chunk_of, positions_of, slots_of
 from llava.engine.graphs import Captured, Graphs
+from llava.engine.rows import Rows, n_groups, row_values
 from llava.engine.scheduler import Scheduled
-from llava.engine.sequence import PENDING
-from llava.kernels.attend import SHARED_ROWS, Scratch
+from llava.kernels.attend import Scratch
 from llava.kernels.embed_rows import embed_rows
 from llava.kernels.greedy import greedy
 from llava.kernels.paged_attention import n_splits
@@ -31,30 +31,7 @@ from llava.model.staging import copy_to_device, to_device
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _PROMPT_TOKENS = 64
-_MIN_SHARED = 64  # tokens; with fewer, reading them once saves less than another kernel costs
 _MAX_PROMPT = 1024  # longer prompts keep the GPU busy for longer than it takes to launch their kernels
-
-
-class Rows(NamedTuple):
-    """The inputs of decoding rows, int32 on the device: views of one tensor, which takes one copy to fill."""
-
-    flat: Tensor
-    positions: Tensor  # [B], of the newest token; -1: the row only fills the batch
-    ids: Tensor  # [B]; PENDING: the id is in the token pool
-    slots: Tensor  # [B], in the token pool; -1: none
-    shared: Tensor  # one for each group of rows: with how many tokens they begin alike; see `shared_prefix`
-    tables: Tensor  # [B, P]
-
-    @classmethod
-    def of(cls, flat: Tensor, n_rows: int) -> "Rows":
-        sizes = [n_rows, n_rows, n_rows, n_groups(n_rows)]
-        positions, ids, slots, shared, tables = flat.split([*sizes, len(flat) - sum(sizes)])
-        return cls(flat, positions, ids, slots, shared, tables.view(n_rows, -1))
-
-
-def n_groups(n_rows: int) -> int:
-    """Returns into how many groups rows are divided."""
-    return -(-n_rows // SHARED_ROWS)
 
 
 class Decoded(NamedTuple):
@@ -101,21 +78,9 @@ class FusedRunner:
 
     def _filled(self, scheduled: Rest[Scheduled], bucket: int, *, keep_memory: bool) -> tuple[Rows, bool]:
         """Returns the inputs of the rows, and whether rows begin alike. keep_memory: use the graphs'."""
-        start = 3 * bucket + n_groups(bucket)  # of the block tables
-        values = np.zeros(start + bucket * self.max_pages, dtype=np.int32)
-        values[: 3 * bucket] = -1
-        tables = values[start:].reshape(bucket, self.max_pages)
-        for i, one in enumerate(scheduled):
-            sequence = one.sequence
-            values[i] = sequence.computed
-            values[bucket + i] = PENDING if sequence.n_in_flight else sequence.tokens[sequence.computed]
-            values[2 * bucket + i] = sequence.pool_slot
-            tables[i, : len(sequence.block_table)] = sequence.block_table
-        sharing = self._can_share and len(scheduled) >= SHARED_ROWS
-        if sharing:
-            n = len(scheduled)
-            values[3 * bucket : start] = shared_tokens(values[:n], tables[:n], n_groups(bucket), self.cache.page_size)
-            sharing = bool(values[3 * bucket : start].any())
+        values, sharing = row_values(
+            scheduled, bucket, self.max_pages, self.cache.page_size if self._can_share else None
+        )
         host = torch.from_numpy(values)
         if not keep_memory:
             return Rows.of(to_device(host, torch.int32, self.pool.device), bucket), sharing
@@ -259,20 +224,3 @@ class FusedRunner:
         inputs[n:].zero_()  # NaN that an earlier prompt has left would pass the mask
         logits: Tensor = captured()
         return logits.clone()
-
-
-def shared_tokens(
-    positions: NDArray[np.int32], tables: NDArray[np.int32], n_groups: int, page_size: int
-) -> NDArray[np.int32]:
-    """Returns with how many tokens the rows of each group begin alike, in whole pages; 0 if it is not worth a kernel.
-
-    positions: [rows], tables: [rows, pages].
-    """
-    counts = np.zeros(n_groups, dtype=np.int32)
-    for group in range(-(-len(positions) // SHARED_ROWS)):
-        members = slice(group * SHARED_ROWS, (group + 1) * SHARED_ROWS)
-        same = (tables[members] == tables[members][0]).all(0)
-        n_pages = len(same) if same.all() else int(same.argmin())
-        n = min(n_pages, int(positions[members].min()) // page_size) * page_size
-        counts[group] = n if n >= _MIN_SHARED and len(positions[members]) > 1 else 0
-    return counts

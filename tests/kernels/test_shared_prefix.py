@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from llava.engine.fused import shared_tokens
+from llava.engine.rows import shared_tokens
 from llava.kernels.attend import SHARED_ROWS, Positions, Scratch
 from llava.kernels.paged_attention import eager_paged_attention, paged_attention
 
