@@ -10,9 +10,11 @@ from PIL import Image
 from llava.assistant import Assistant
 from llava.config import IMAGE_PLACEHOLDER
 from llava.doctor import measure
+from llava.engine.fused import BUCKETS
 from llava.engine.input_processor import Request
 from llava.engine.sampling_params import SamplingParams
 from llava.errors import counted
+from llava.kernels.attend import SHARED_ROWS
 from llava.tensors.atomic import size_text
 
 _GREEDY = SamplingParams(max_new_tokens=8)
@@ -61,12 +63,14 @@ def _kernels(folder: Path) -> set[Path]:
 
 
 def warm_up(vlm: Assistant) -> dict[str, float]:
-    """Runs a picture, sampling, and text at each batch size. Returns how many seconds each took."""
+    """Runs a picture, sampling, questions that begin alike, and text at each batch size. Returns the seconds of each."""
     stages: dict[str, tuple[list[Request], SamplingParams]] = {}
     if vlm.model.vision is not None:
         picture = Image.linear_gradient("L").convert("RGB")
         stages["picture"] = ([(f"{IMAGE_PLACEHOLDER}\nA description of the picture, in detail:", [picture])], _GREEDY)
     stages["sampling"] = (_stories("sampling", 1), _SAMPLED)
+    if vlm.engine.options.max_batch >= SHARED_ROWS:
+        stages["questions"] = (_questions(SHARED_ROWS), _GREEDY)
     for n in batch_sizes(vlm.engine.options.max_batch):
         stages[f"batch {n}"] = (_stories(f"batch {n}", n), _GREEDY)
     seconds = {}
@@ -78,8 +82,15 @@ def warm_up(vlm: Assistant) -> dict[str, float]:
 
 
 def batch_sizes(max_batch: int) -> list[int]:
-    """Returns the powers of two up to `max_batch`, and `max_batch`."""
-    return sorted({*(2**i for i in range(max_batch.bit_length())), max_batch})
+    """Returns the numbers of rows up to `max_batch` for which the engine captures graphs, and `max_batch`."""
+    return sorted({*(size for size in BUCKETS if size <= max_batch), max_batch})
+
+
+def _questions(n: int) -> list[Request]:
+    """Returns n raw prompts that begin alike, as questions about the same picture do."""
+    return [
+        f"{'A story about a lake, some boats and the people there. ' * 16}What happens in part {i}?" for i in range(n)
+    ]
 
 
 def _stories(title: str, n: int) -> list[Request]:

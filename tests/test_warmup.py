@@ -29,10 +29,17 @@ def test_a_language_model_warms_up_without_a_picture(base: Path):
     assert list(warm_up(vlm)) == ["sampling", "batch 1"]
 
 
+def test_questions_that_begin_alike_share_their_beginning(base: Path):
+    vlm = llava.load(base, device="cpu", vision=False, engine=EngineOptions(max_batch=16))
+    assert list(warm_up(vlm))[:2] == ["sampling", "questions"]
+    hits = vlm.engine.stats().prefix_hit_tokens / 15  # of each question after the first
+    assert hits >= 64
+
+
 @pytest.mark.parametrize(
-    ("max_batch", "sizes"), [(1, [1]), (2, [1, 2]), (5, [1, 2, 4, 5]), (64, [1, 2, 4, 8, 16, 32, 64])]
+    ("max_batch", "sizes"), [(1, [1]), (2, [1, 2]), (5, [1, 2, 4, 5]), (64, [1, 2, 4, 8, 16, 24, 32, 48, 64])]
 )
-def test_batch_sizes_are_powers_of_two_and_the_largest_batch(max_batch: int, sizes: list[int]):
+def test_batch_sizes_are_those_of_graphs_and_the_largest_batch(max_batch: int, sizes: list[int]):
     assert batch_sizes(max_batch) == sizes
 
 
