@@ -63,7 +63,7 @@ def _kernels(folder: Path) -> set[Path]:
 
 
 def warm_up(vlm: Assistant) -> dict[str, float]:
-    """Runs a picture, sampling, questions that begin alike, and text at each batch size. Returns the seconds of each."""
+    """Runs a picture, sampling, questions that begin alike, and text at each batch size. Returns their seconds."""
     stages: dict[str, tuple[list[Request], SamplingParams]] = {}
     if vlm.model.vision is not None:
         picture = Image.linear_gradient("L").convert("RGB")
