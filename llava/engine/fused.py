@@ -35,7 +35,7 @@ _MAX_PROMPT = 1024  # longer prompts keep the GPU busy for longer than it takes 
 
 
 class Decoded(NamedTuple):
-    """The result of a decoding step, valid until the next one."""
+    """The result of a decoding step, valid until the next replay of any graph."""
 
     logits: Tensor  # [rows, V] float32
     ids: Tensor  # int64 [rows], of the highest logits

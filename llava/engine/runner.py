@@ -1,6 +1,6 @@
 """Runs the model for one step: encodes pictures, computes the scheduled tokens and draws the next ones.
 
-Nothing here waits for the device, except for requests that ask for more than a reply.
+Nothing here waits for the device, except to capture a graph and for requests that ask for more than a reply.
 
 S new tokens   D dim
 """
