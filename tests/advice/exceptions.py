@@ -5,7 +5,7 @@ _LABEL = "no advice: a label, or words that are exchanged"
 
 EXCEPTIONS = {
     "start at most one process per GPU (--nproc-per-node {}), or pass --device cpu": "needs a machine with GPUs",
-    "the vision tower cannot be captured as a CUDA graph": "needs a GPU; tests/engine/test_vision_graphs.py",
+    "cannot be captured as a CUDA graph": "needs a GPU; tests/engine/test_fused.py, test_vision_graphs.py",
     "merge LoRA": _LABEL,
     "what --fix does": _LABEL,
     "start/end tokens": _LABEL,
