@@ -24,7 +24,7 @@ def doctor(as_json: AsJson = False) -> None:
     console = Console(markup=False, highlight=False)
     for section, findings in report.items():
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-        table.add_column(width=16, overflow="fold")
+        table.add_column(width=20, overflow="fold")
         table.add_column(overflow="fold")
         for one in findings:
             table.add_row(one.name, one.text)
