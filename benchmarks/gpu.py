@@ -107,7 +107,7 @@ class Series:
         return Worker(kind, self.setup, self.log, environment)
 
     def ask(self, worker: Worker, kind: str, case: str, limit: float) -> bool:
-        """Measures one case. Returns whether the process can go on."""
+        """Measures one case. Returns whether the process can continue."""
         started = time.monotonic()
         try:
             answer = worker.ask(case, limit)

@@ -262,7 +262,7 @@ class Runner:
 
 
 def _joined(pixels: Rest[Tensor], *, page_locked: bool) -> Tensor:
-    """Concatenates the views of pictures. A GPU copies from page-locked memory while the CPU goes on."""
+    """Concatenates the views of pictures. A GPU copies from page-locked memory while the CPU continues."""
     if not page_locked:
         return torch.cat(list(pixels))
     n_views = sum(map(len, pixels))
