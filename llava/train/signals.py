@@ -3,8 +3,9 @@
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from types import FrameType, TracebackType
 from typing import TypeVar
 
@@ -17,6 +18,9 @@ T = TypeVar("T")
 _SIGCHLD: int | None = getattr(signal, "SIGCHLD", None)  # absent on Windows
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _WORKER_DIED = "a data loading process was killed, often because memory (or /dev/shm) ran out; if so, lower num_workers"
+_TORCH_WORKER_DIED = "DataLoader worker"  # start of the message of torch's RuntimeError
+_JOIN_TIMEOUT_S = 5.0
+_abandoned: list[object] = []  # see `_abandon`
 
 
 @contextmanager
@@ -98,32 +102,69 @@ def _report_unless_parent_exited(kind: type[BaseException], error: BaseException
 
 
 def iterate_loader(loader: Iterator[T]) -> Iterator[T]:
-    """Iterates over a DataLoader. A worker's death raises an error only while the next batch is being fetched.
+    """Iterates over a DataLoader's iterator and reports the death of a worker in one line.
 
-    By default, torch's SIGCHLD handler can raise anywhere in the main thread, even while the run is shutting down.
+    The error is raised only while the next batch is being fetched. By default, torch's SIGCHLD handler can raise anywhere
+    in the main thread, even while the run is shutting down.
     """
-    if not _in_main_thread() or _SIGCHLD is None:
-        yield from loader
-        return
-    raise_if_worker_died = signal.getsignal(_SIGCHLD)
-    while True:
-        signal.signal(_SIGCHLD, raise_if_worker_died)
+    try:
+        yield from loader if not _in_main_thread() or _SIGCHLD is None else _with_errors_only_in_next(loader, _SIGCHLD)
+    except (_WorkerDied, ConnectionError, EOFError):  # the latter two: while sending a tensor
+        raise LlavaError(_WORKER_DIED) from None
+    except RuntimeError as error:
+        if not str(error).startswith(_TORCH_WORKER_DIED):
+            raise
+        raise LlavaError(_WORKER_DIED) from None
+    finally:
+        workers = getattr(loader, "_workers", ())
+        if any(worker.exitcode for worker in workers):
+            _abandon(loader, workers)
+
+
+class _WorkerDied(BaseException):
+    """No `Exception`, because the DataLoader would catch that and wait for locks that the dead worker may hold."""
+
+
+def _with_errors_only_in_next(loader: Iterator[T], child_signal: int) -> Iterator[T]:
+    torch_handler = signal.getsignal(child_signal)
+
+    def raise_if_worker_died(number: int, frame: FrameType | None) -> None:
         try:
-            if callable(raise_if_worker_died):
-                raise_if_worker_died(_SIGCHLD, None)
+            if callable(torch_handler):
+                torch_handler(number, frame)
+        except RuntimeError as error:
+            if not str(error).startswith(_TORCH_WORKER_DIED):
+                raise
+            raise _WorkerDied from None
+
+    while True:
+        signal.signal(child_signal, raise_if_worker_died)
+        try:
+            raise_if_worker_died(child_signal, None)
             batch = next(loader, None)
-        except (ConnectionError, EOFError):  # the worker died while sending a tensor
-            raise LlavaError(_WORKER_DIED) from None
         finally:
-            signal.signal(_SIGCHLD, _ignore)
+            signal.signal(child_signal, _ignore)
         if batch is None:
             return
         yield batch
 
 
+def _abandon(loader: object, workers: Sequence[BaseProcess]) -> None:
+    """Stops the remaining workers and keeps the iterator until Python exits, because its destructor could hang.
+
+    The destructor sets an event that is shared with the workers. A worker that a signal killed while it held the event's
+    lock never releases it.
+    """
+    for worker in workers:
+        worker.terminate()
+    for worker in workers:
+        worker.join(timeout=_JOIN_TIMEOUT_S)
+    _abandoned.append(loader)
+
+
 @contextmanager
 def explain_failures() -> Iterator[None]:
-    """Converts CUDA out-of-memory errors and errors about dead workers into one-line LlavaErrors."""
+    """Converts CUDA out-of-memory errors into one-line LlavaErrors."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -131,10 +172,6 @@ def explain_failures() -> Iterator[None]:
             f"out of GPU memory ({str(error).split('. ')[0]:.100}); lower micro_batch_size or max_length, "
             "or set gradient_checkpointing=true; add --plan to the command for a breakdown of memory use"
         ) from None
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise LlavaError(_WORKER_DIED) from None
 
 
 def _in_main_thread() -> bool:

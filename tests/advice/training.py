@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,6 +12,7 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
+from llava.train.batch import Batch
 from tests import tiny
 from tests.advice.table import Run, Steps, World, advice, say
 from tests.training import Assets, toml
@@ -338,7 +340,11 @@ def a_learning_rate_that_is_too_high(w: World) -> Steps:
 
 @advice("a data loading process was killed, often because memory (or /dev/shm) ran out; if so, lower num_workers")
 def a_killed_data_worker(w: World) -> Steps:
-    with mock.patch("llava.train.loop.iterate_loader", side_effect=RuntimeError("DataLoader worker (pid 1) is killed")):
+    def batches() -> Iterator[Batch]:
+        raise RuntimeError("DataLoader worker (pid 1) is killed")
+        yield
+
+    with mock.patch("llava.train.loop._loader", return_value=batches()):
         yield train(w, num_workers=1)
     yield train(w, num_workers=0)
 

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -98,3 +100,27 @@ def test_a_killed_worker_is_reported_in_one_line(assets: Assets, tmp_path: Path)
     assert stderr.decode().startswith("llava: a data loading process was killed")
     assert going.returncode == 2
     assert stderr.count(b"\n") == 1
+
+
+def test_a_worker_killed_while_it_holds_a_shared_lock_does_not_block_the_exit(tmp_path: Path) -> None:
+    """The DataLoader's destructor waits for that lock. The worker takes it in its start-up, and dies with it."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "from torch.utils.data import DataLoader\n"
+        "from llava.train.signals import iterate_loader\n"
+        "def die(worker_id):\n"
+        "    sys._getframe(1).f_locals['done_event']._cond.acquire()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "loader = iter(DataLoader(range(8), num_workers=1, worker_init_fn=die, multiprocessing_context='fork'))\n"
+        "batches = iterate_loader(loader)\n"
+        "del loader\n"
+        "try:\n"
+        "    next(batches)\n"
+        "except Exception as error:\n"
+        "    print(error)\n"
+        "    del error, batches\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=training.TIMEOUT_S)
+    assert done.stdout.startswith("a data loading process was killed"), done.stderr
+    assert done.stderr == ""
