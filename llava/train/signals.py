@@ -104,8 +104,8 @@ def _report_unless_parent_exited(kind: type[BaseException], error: BaseException
 def iterate_loader(loader: Iterator[T]) -> Iterator[T]:
     """Iterates over a DataLoader's iterator and reports the death of a worker in one line.
 
-    The error is raised only while the next batch is being fetched. By default, torch's SIGCHLD handler can raise anywhere
-    in the main thread, even while the run is shutting down.
+    The error is raised only while the next batch is being fetched. By default, torch's SIGCHLD handler can raise
+    anywhere in the main thread, even while the run is shutting down.
     """
     try:
         yield from loader if not _in_main_thread() or _SIGCHLD is None else _with_errors_only_in_next(loader, _SIGCHLD)
@@ -152,8 +152,8 @@ def _with_errors_only_in_next(loader: Iterator[T], child_signal: int) -> Iterato
 def _abandon(loader: object, workers: Sequence[BaseProcess]) -> None:
     """Stops the remaining workers and keeps the iterator until Python exits, because its destructor could hang.
 
-    The destructor sets an event that is shared with the workers. A worker that a signal killed while it held the event's
-    lock never releases it.
+    The destructor sets an event that is shared with the workers. A worker that a signal killed while it held the
+    event's lock never releases it.
     """
     for worker in workers:
         worker.terminate()
