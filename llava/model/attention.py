@@ -4,11 +4,12 @@ The caller builds one context per forward pass. It contains the positions of the
 class, a cache or the boundaries of packed samples. The decoder calls `with_scores` once per forward pass, and every
 block calls `attend`, so training, prefill and decoding run the same block code.
 
-| Context             | Used for                                            |
-|---------------------|-----------------------------------------------------|
-| `CausalContext`     | whole sequences without a cache; padded training    |
-| `VarlenContext`     | several samples packed into one row                 |
-| `DenseCacheContext` | prefill and decode steps with a dense `KVCache`     |
+| Context            | Used for                                            |
+|--------------------|-----------------------------------------------------|
+| `CausalContext`    | whole sequences without a cache; padded training    |
+| `VarlenContext`    | several samples packed into one row                 |
+| `PagedContext`     | steps of the engine, over a `PagedCache`            |
+| `InvariantContext` | the same, with results that ignore the batch        |
 
 B batch   S new tokens   T tokens attended to   N packed samples   D dim
 H query heads   K key/value heads   E head_dim
@@ -23,8 +24,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from llava.model.kv_cache import KVCache
 
 
 class AttentionContext(Protocol):
@@ -84,43 +83,6 @@ class CausalContext:
         if alibi_slopes is None and (sliding_window is None or sliding_window >= n):
             return self
         return replace(self, bias=score_bias(_causal_mask(n, self.positions), sliding_window, alibi_slopes, dtype))
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class DenseCacheContext:
-    """Attention over the first `window` slots of a dense cache; a new token attends to the slots up to its position.
-
-    Needs `with_scores` before `attend`, except for a prefill of the whole window and for a single token that attends
-    to the whole window. Both are recognised without reading `positions`, which would wait for the device.
-    """
-
-    positions: Tensor  # int64 [S] or [B, S]
-    seq_len: int | Tensor
-    cache: KVCache
-    window: int  # number of slots read, starting at slot 0
-    bias: Tensor | None = None  # [B or 1, 1 or H, S, T], set by `with_scores`
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the new tokens fill the window from position 0, or are the last token of equally long rows."""
-        n = self.positions.shape[-1]
-        if n == 1 and self.positions.dim() == 1 and not isinstance(self.seq_len, Tensor):
-            return self.seq_len == self.window
-        return n == self.window
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See `AttentionContext`. Stores k and v in the cache."""
-        keys, values = self.cache.write(layer, self.positions, k, v)
-        return attention(q, keys[:, :, : self.window], values[:, :, : self.window], self.bias)
-
-    def with_scores(
-        self, *, sliding_window: int | None = None, alibi_slopes: Tensor | None = None, dtype: torch.dtype
-    ) -> "DenseCacheContext":
-        """See `AttentionContext`."""
-        if alibi_slopes is None and (sliding_window is None or sliding_window >= self.window) and self.is_plain:
-            return self
-        mask = decode_mask(self.positions, self.window)
-        return replace(self, bias=score_bias(mask, sliding_window, alibi_slopes, dtype))
 
 
 class Segments(NamedTuple):

@@ -18,9 +18,8 @@ from llava.config import DecoderConfig, LlavaConfig
 from llava.convert.convert import convert, write_gpt_fast
 from llava.convert.verify import check_equal
 from llava.errors import CheckpointError, ConfigError
-from llava.model.attention import DenseCacheContext, alibi_bias, decode_mask
+from llava.model.attention import alibi_bias, decode_mask
 from llava.model.decoder import Decoder
-from llava.model.kv_cache import KVCache
 from llava.model.mpt import Alibi
 from tests import tiny
 
@@ -294,24 +293,6 @@ def test_pictures_and_text_of_all_lengths_answer_in_a_batch_like_single_requests
         assistant.generate(request, max_new_tokens=8).token_ids for request in requests
     ]
     assert assistant.config.start_end
-
-
-def test_traced_steps_of_several_rows_in_two_windows_equal_plain_ones(assistant: Assistant) -> None:
-    """Without a compiler backend: checks what is traced, and when it is traced again."""
-    model = assistant.model
-    traced = torch.compile(model.decoder.forward, backend="eager")
-    for n, window in ((4, 8), (11, 16)):
-        x, at = model.decoder.lookup(torch.arange(2 * n).view(2, n) + 9), torch.tensor([[n - 2], [n]])
-        newest = model.decoder.lookup(torch.tensor([[70], [71]]))
-        states = []
-        for forward in (traced, model.decoder.forward):
-            cache = KVCache(model.config.decoder, 2, window, dtype=model.dtype, device=model.device)
-            prompts = DenseCacheContext(positions=torch.arange(n), seq_len=n, cache=cache, window=n)
-            step = DenseCacheContext(positions=at, seq_len=at + 1, cache=cache, window=window)
-            with torch.inference_mode():
-                first = forward(x, prompts, torch.tensor([n - 3, 2 * n - 1]))  # the last token of each prompt
-                states.append(torch.cat([first, forward(newest, step)[:, 0]]))
-        torch.testing.assert_close(*states)
 
 
 def test_transformers_pads_on_either_side_and_computes_the_same(tmp_path: Path) -> None:
