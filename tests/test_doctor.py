@@ -97,12 +97,12 @@ def test_a_probe_that_raises_midway_keeps_its_first_findings(monkeypatch: pytest
 
 @pytest.mark.skipif(GPU or is_interpreted(), reason="kernels run here")
 def test_kernels_are_found_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    uses_jit = "from llava.kernels.support import jit\n"
+    kernel = "from llava.kernels.support import jit\n@jit\ndef double_kernel(x_ptr): pass\n"
     for name, code in {
-        "doubled_for_test": f'"""Doubles a vector.\n\nSlowly."""\n{uses_jit}',
-        "choosy_for_test": f'"""Needs more."""\n{uses_jit}def why_not(device): return f"{{device}} is too small"\n',
+        "doubled_for_test": f'"""Doubles a vector.\n\nSlowly."""\n{kernel}',
+        "choosy_for_test": f'"""Needs more."""\n{kernel}def why_not(device): return f"{{device}} is too small"\n',
         "broken_for_test": "import no_such_module",
-        "plain_for_test": '"""Has no kernel."""',
+        "plain_for_test": '"""Has parts of kernels only."""\nfrom llava.kernels.support import jit\n',
     }.items():
         (tmp_path / f"{name}.py").write_text(code)
     monkeypatch.setattr(kernels, "__path__", [*kernels.__path__, str(tmp_path)])

@@ -6,6 +6,7 @@ T tokens of a block   G queries with the same keys   H query heads   K key/value
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -127,6 +128,15 @@ class Positions:
     sin: Tensor | None = None
     slopes: Tensor | None = None  # [H] float32, of ALiBi
     window: int | None = None  # a query attends to this many tokens, its own included
+
+
+class RowPages(NamedTuple):
+    """The cache of a layer, and where the decoding rows, one new token each, are in it."""
+
+    keys: Tensor  # [n_pages, page_size, K, E]
+    values: Tensor
+    tables: Tensor  # int32 [R, P], the pages of each row
+    positions: Tensor  # int32 [R], of the new tokens; -1: the row only fills the batch, and its result is undefined
 
 
 class Scratch:

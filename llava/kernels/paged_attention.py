@@ -16,6 +16,7 @@ from llava.kernels.attend import (
     GROUPED,
     SHARED_ROWS,
     Positions,
+    RowPages,
     Scratch,
     attend_alone,
     attend_grouped,
@@ -148,10 +149,7 @@ def n_splits(n_rows: int, n_kv_heads: int, max_tokens: int) -> int:
 
 def paged_attention(
     qkv: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    tables: Tensor,
-    positions: Tensor,
+    pages: RowPages,
     how: Positions,
     scratch: Scratch,
     *,
@@ -161,13 +159,13 @@ def paged_attention(
 ) -> Tensor:
     """Stores the new keys and values and returns what the rows attend to: qkv [R, (H + 2 K) E] -> [R, H E].
 
-    keys and values: of one layer, [n_pages, page_size, K, E]. tables: int32 [R, P]. positions: int32 [R], of the new
-    tokens; a row with -1 only fills the batch and its result is undefined. max_tokens: no row has more.
-    shared: int32 [R / SHARED_ROWS], with how many tokens the rows of each group begin alike, in whole pages; None: not
-    known. They are then read once for the group, which needs `Scratch.shared_splits` and excludes windows and biases.
+    max_tokens: no row has more. shared: int32 [R / SHARED_ROWS], with how many tokens the rows of each group begin
+    alike, in whole pages; None: not known. They are then read once for the group, which needs `Scratch.shared_splits`
+    and excludes windows and biases.
     """
     if not can_run(qkv.device):
-        return eager_paged_attention(qkv, keys, values, tables, positions, how, n_heads=n_heads)
+        return eager_paged_attention(qkv, pages, how, n_heads=n_heads)
+    keys, values, tables, positions = pages
     page_size, kv_heads, head_dim = keys.shape[1:]
     group = n_heads // kv_heads
     out = torch.empty(len(qkv), n_heads * head_dim, dtype=qkv.dtype, device=qkv.device)
@@ -175,7 +173,7 @@ def paged_attention(
     n_shared = scratch.shared_splits if shared is not None else 0
     assert n_shared or shared is None
     if shared is not None:
-        shared_prefix(qkv, keys, values, tables, positions, how, scratch, shared, n_heads=n_heads)
+        shared_prefix(qkv, pages, how, scratch, shared, n_heads=n_heads)
     tokens, warps = ALONE if group == 1 else GROUPED
     has_window = how.window is not None and how.window < max_tokens
     n_parts = scratch.splits + n_shared
@@ -192,19 +190,18 @@ def paged_attention(
     return out
 
 
-def eager_paged_attention(
-    qkv: Tensor, keys: Tensor, values: Tensor, tables: Tensor, positions: Tensor, how: Positions, *, n_heads: int
-) -> Tensor:
+def eager_paged_attention(qkv: Tensor, pages: RowPages, how: Positions, *, n_heads: int) -> Tensor:
     """The twin of `paged_attention`."""
+    keys, values, tables, positions = pages
     page_size, kv_heads, head_dim = keys.shape[1:]
     at = positions.long().clamp(min=0)
     q, k, v = qkv.view(len(qkv), -1, head_dim).split([n_heads, kv_heads, kv_heads], dim=1)
     if how.cos is not None and how.sin is not None:
         q, k = (eager_rotate(x, how.cos[at], how.sin[at]) for x in (q, k))
-    pages = tables.gather(1, at[:, None] // page_size)[:, 0].long()
+    own = tables.gather(1, at[:, None] // page_size)[:, 0].long()
     live = positions >= 0
     for cache, new in ((keys, k), (values, v)):
-        cache[pages[live], at[live] % page_size] = new[live]
+        cache[own[live], at[live] % page_size] = new[live]
     past = [x[tables.long().clamp(min=0)].flatten(1, 2) for x in (keys, values)]  # [R, T, K, E] each
     past_k, past_v = (x.repeat_interleave(n_heads // kv_heads, dim=2).float() for x in past)
     s = torch.einsum("rhe,rthe->rht", q.float(), past_k) * head_dim**-0.5

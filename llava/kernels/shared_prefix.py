@@ -15,6 +15,7 @@ from llava.kernels.attend import (
     GROUPED,
     SHARED_ROWS,
     Positions,
+    RowPages,
     Scratch,
     attend_grouped,
     load_pages,
@@ -72,18 +73,10 @@ def shared_prefix_kernel(
 
 
 def shared_prefix(
-    qkv: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    tables: Tensor,
-    positions: Tensor,
-    how: Positions,
-    scratch: Scratch,
-    shared: Tensor,
-    *,
-    n_heads: int,
+    qkv: Tensor, pages: RowPages, how: Positions, scratch: Scratch, shared: Tensor, *, n_heads: int
 ) -> None:
     """Attends to the tokens with which the rows of a group begin alike. The results are in `scratch`. Needs Triton."""
+    keys, values, tables, positions = pages
     page_size, kv_heads, head_dim = keys.shape[1:]
     assert kv_heads == n_heads
     assert how.slopes is None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llava.config import DecoderConfig
-from llava.kernels.attend import Positions, Scratch
+from llava.kernels.attend import Positions, RowPages, Scratch
 from llava.kernels.fused_linear import Activation, Norm, fused_linear
 from llava.kernels.paged_attention import paged_attention
 from llava.kernels.rotary import rotate_and_store_
@@ -139,12 +139,10 @@ class RowAttention:
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         """qkv [R, (H + 2 K) E] -> y [R, H E]. Stores the new keys and values."""
+        n, cache = len(qkv), self.cache
         return paged_attention(
             qkv,
-            self.cache.k[layer],
-            self.cache.v[layer],
-            self.tables[: len(qkv)],
-            self.positions[: len(qkv)],
+            RowPages(cache.k[layer], cache.v[layer], self.tables[:n], self.positions[:n]),
             self.decoder.how,
             self.scratch,
             n_heads=self.decoder.config.n_heads,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llava.kernels.attend import Positions, Scratch
+from llava.kernels.attend import Positions, RowPages, Scratch
 from llava.kernels.paged_attention import eager_paged_attention, n_splits, paged_attention
 from llava.kernels.support import is_interpreted
 
@@ -106,7 +106,7 @@ class Step:
     @property
     def arguments(self) -> tuple[Any, ...]:
         at = torch.tensor([n - 1 for n in self.lengths], dtype=torch.int32, device=self.qkv.device)
-        return self.qkv, self.keys, self.values, self.tables, at, self.how
+        return self.qkv, RowPages(self.keys, self.values, self.tables, at), self.how
 
     def scratch(self, splits: int) -> Scratch:
         shape = self.shape

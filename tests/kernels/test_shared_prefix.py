@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llava.engine.rows import shared_tokens
-from llava.kernels.attend import SHARED_ROWS, Positions, Scratch
+from llava.kernels.attend import SHARED_ROWS, Positions, RowPages, Scratch
 from llava.kernels.paged_attention import eager_paged_attention, paged_attention
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -45,16 +45,15 @@ def test_rows_get_what_they_get_without_sharing(
     tables = tables.to(device)
 
     copies = [keys.clone(), values.clone()]
-    expected = eager_paged_attention(qkv.float(), *(x.float() for x in copies), tables, positions, how, n_heads=n_heads)
+    plain = RowPages(*(x.float() for x in copies), tables, positions)
+    expected = eager_paged_attention(qkv.float(), plain, how, n_heads=n_heads)
     scratch = Scratch(n_rows, n_heads, n_heads, head_dim, splits, device, shared_splits=parts)
     counts = torch.tensor(shared, dtype=torch.int32, device=device)
     for _ in range(2):
         scratch.partial.fill_(torch.nan)
         scratch.stats.fill_(torch.nan)
-        found = paged_attention(
-            qkv, keys, values, tables, positions, how, scratch,
-            n_heads=n_heads, max_tokens=max(lengths), shared=counts,
-        )  # fmt: skip
+        pages = RowPages(keys, values, tables, positions)
+        found = paged_attention(qkv, pages, how, scratch, n_heads=n_heads, max_tokens=max(lengths), shared=counts)
         live = positions >= 0
         torch.testing.assert_close(found[live].float(), expected[live], atol=2e-2 if dtype != torch.float32 else 1e-5,
                                    rtol=2e-2 if dtype != torch.float32 else 1e-5)  # fmt: skip
