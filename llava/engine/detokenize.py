@@ -1,6 +1,7 @@
 """Incremental detokenization: turns tokens into text as they arrive."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 INCOMPLETE = "\ufffd"  # placeholder for a character whose remaining bytes have not arrived yet
 _STRIDE = 8  # minimum distance between anchors, in ids; ids before the latest anchor are not decoded again
@@ -9,12 +10,18 @@ _STRIDE = 8  # minimum distance between anchors, in ids; ids before the latest a
 class Detokenizer:
     """Turns ids into text, holds back text that may still change, and searches for stop strings.
 
-    The concatenated pieces returned by `append` and `finish` form the reply without leading or trailing white space.
-    Stop strings are matched against the decoded text, so they may be split across tokens. They are never returned.
+    The concatenated pieces returned by `append` and `finish` form the reply, without leading or trailing white space
+    unless `after` is given. Stop strings are matched against the decoded text, so they may be split across tokens. They
+    are never returned.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()):
-        self._decode = decode
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = (), *, after: Sequence[int] | None = None
+    ):
+        """after: ids before the reply, whose text it continues, white space included; None: it is a text of its own."""
+        self._decode = decode if after is None else partial(_decode_after, decode, after)
+        self._restart = partial(Detokenizer, decode, stops, after=after)
+        self._strip = after is None
         self._stops = stops
         self._settled = ""  # text of the ids up to and including the anchor
         self._anchor = -1  # index of the last id in `_settled`; -1: none yet
@@ -26,7 +33,7 @@ class Detokenizer:
 
     def restarted(self, ids: Sequence[int]) -> "Detokenizer":
         """Returns a new detokenizer to which these ids have been added."""
-        detokenizer = Detokenizer(self._decode, self._stops)
+        detokenizer = self._restart()
         for id in ids:
             detokenizer.append(id)
         return detokenizer
@@ -66,7 +73,7 @@ class Detokenizer:
                 self._settled, self._anchor, self._anchor_length = text, last, len(newest)
 
     def _send(self, text: str) -> str:
-        text = text.strip()
+        text = text.strip() if self._strip else text
         piece = text[len(self.text) :]
         self.text += piece
         return piece
@@ -88,3 +95,9 @@ class Detokenizer:
                     longest = n
                     break
         return len(text) - len(complete) + longest
+
+
+def _decode_after(decode: Callable[[Sequence[int]], str], after: Sequence[int], ids: Sequence[int]) -> str:
+    """Returns the text that `ids` add to the text of the ids before them."""
+    before = decode(after).rstrip(INCOMPLETE)  # a character that `ids` complete belongs to them
+    return decode([*after, *ids])[len(before) :]

@@ -48,15 +48,23 @@ class Engine(EngineSteps):
         *,
         adapter: str | None = None,
         priority: int = 0,
+        capture: Capture | None = None,
+        salt: bytes = b"",
+        prepare_s: float = 0.0,
     ) -> int:
         """Adds a request and returns its number. Its outputs are returned by `step`.
 
         input: a conversation, a raw prompt, (raw prompt, pictures), or a prepared input.
         priority: requests with lower numbers are served first, but no request waits forever.
+        capture: intermediate results to record; they are in the last output.
+        salt: requests share cached keys and values only with those of the same salt.
+        prepare_s: seconds that it took to prepare the input, if it is prepared.
 
         Raises LlavaError if the input cannot be prepared or does not fit.
         """
-        sequence = self.inputs.sequence(input, params or SamplingParams(), adapter, priority=priority)
+        params = params or SamplingParams()
+        sequence = self.inputs.sequence(input, params, adapter, priority=priority, capture=capture, salt=salt)
+        sequence.prepare_s += prepare_s
         self._inbox.append(sequence)
         return sequence.request
 

@@ -25,6 +25,7 @@ from llava.preprocess.inputs import Messages, ModelInput, Preprocessor
 log = logging.getLogger(__name__)
 
 Request = Messages | ModelInput | tuple[str, Rest[Picture]]  # a conversation, a raw prompt, one with its pictures
+_AFTER = 8  # ids of the prompt that determine whether the text of a reply begins with a space
 _LATER = 1000  # a request with priority p + 1 is served like one with priority p that arrived this many requests later
 
 
@@ -59,14 +60,19 @@ class InputProcessor:
         images: Rest[Picture] | None = None,
         template: str | None = None,
         adapter: str | None = None,
+        literal: bool = False,
     ) -> ModelInput:
         """Returns the model input: prompt, ids and pixels. Raises PromptError, ImageError, ConfigError.
+
+        literal: see `Preprocessor.prepare`.
 
         Logs each kind of loss in reading the images once, and once that there are several.
         """
         preprocessor = self.variant(adapter).preprocessor
-        input = self._prepare_on_gpu(preprocessor, messages, images, template) if self.memory else None
-        input = input or preprocessor.prepare(messages, images=images, template=template)
+        input = None
+        if self.memory and not literal:  # whoever asks for literal text reads the images elsewhere
+            input = self._prepare_on_gpu(preprocessor, messages, images, template)
+        input = input or preprocessor.prepare(messages, images=images, template=template, literal=literal)
         losses = [*input.losses, _SEVERAL_IMAGES] if len(input.views) > 1 else input.losses
         for loss in losses:
             if loss not in self._reported:  # the images of a conversation are read again in every turn
@@ -111,8 +117,9 @@ class InputProcessor:
         *,
         priority: int = 0,
         capture: Capture | None = None,
+        salt: bytes = b"",
     ) -> Sequence:
-        """Prepares a request. Raises LlavaError."""
+        """Prepares a request. Raises LlavaError. salt: see `Engine.add_request`."""
         started = time.perf_counter()
         model, preprocessor = self.variant(adapter)
         if not isinstance(input, ModelInput):
@@ -142,11 +149,11 @@ class InputProcessor:
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             max_new_tokens=min(params.max_new_tokens, context - len(tokens)),
             stop_ids=frozenset(id for id in ids if id is not None),
-            detokenizer=Detokenizer(tokenizer.decode, stops),
+            detokenizer=Detokenizer(tokenizer.decode, stops, after=None if params.strip else _last_text(tokens)),
             tokens=tokens,
             n_prompt=len(tokens),
             images=images,
-            salt=_salt(adapter, model.config, len(tokens)),
+            salt=_salt(adapter, model.config, len(tokens)) + salt,
             capture=capture,
             captured=Captured(
                 images=[range(one.start, one.end) for one in images], images_only=bool(capture and capture.images_only)
@@ -185,6 +192,14 @@ class InputProcessor:
             available = names or "none; load with at least one adapter"
             raise ConfigError(f"unknown adapter {adapter!r}; available: {available}")
         return self.variants[adapter]
+
+
+def _last_text(tokens: Rest[int]) -> list[int]:
+    """Returns the ids at the end of a prompt that the text of a reply depends on, which may follow an image."""
+    last = list(tokens[-_AFTER:])
+    while IMAGE in last:
+        del last[0]
+    return last
 
 
 _SEVERAL_IMAGES = (

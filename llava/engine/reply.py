@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llava.engine.capture import Captured
 from llava.engine.sequence import FinishReason, Sequence
@@ -18,6 +18,10 @@ class Output:
     token_ids: list[int]  # new ids whose text can no longer change, without those of an end token or stop string
     finish_reason: FinishReason | None  # None: the reply goes on
     error: LlavaError | None = None  # if the finish reason is "error"
+    logprobs: list[float] = field(default_factory=list)  # of the new ids, if requested
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
+    reply: "Reply | None" = None  # the whole reply, in its last output
+    captured: Captured | None = None  # what the request asked for, in its last output
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Usage:
     prompt_tokens: int  # includes image tokens
     image_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0  # tokens of the prompt that were in the prefix cache
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Timings:
     first_token_s: float  # from the end of preparation to the first token: waiting, vision tower and prefill
     decode_s: float  # from the first to the last token
     tokens_per_s: float | None  # decoding speed; None for replies of at most one token
+    queue_s: float = 0.0  # from the end of preparation to the first step, included in `first_token_s`
 
 
 @dataclass(frozen=True)
@@ -66,12 +72,13 @@ class Reply:
             text=sequence.detokenizer.text,
             token_ids=ids,
             finish_reason=sequence.finish_reason or "stop",
-            usage=Usage(sequence.n_prompt, n_image_tokens, len(ids)),
+            usage=Usage(sequence.n_prompt, n_image_tokens, len(ids), sequence.n_cached),
             timings=Timings(
                 sequence.prepare_s,
                 sequence.first_token - sequence.started,
                 decode_s,
                 steps / decode_s if steps > 0 < decode_s else None,
+                max(0.0, sequence.admitted - sequence.started),
             ),
             logprobs=sequence.logprobs if params.logprobs else None,
             top_logprobs=sequence.top_logprobs if params.logprobs else None,

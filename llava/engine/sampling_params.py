@@ -33,6 +33,7 @@ class SamplingParams:
     # n > 0: return the log-probabilities of each generated token and of the n most likely tokens; True means 1
     logprobs: int = 0
     prompt_logprobs: int = 0  # the same for the tokens of the prompt
+    strip: bool = True  # remove white space around the reply; False: it is exactly what follows the prompt
     num_beams: int = 1  # above 1: beam search, which returns the most likely of the replies it has found
 
     @classmethod
@@ -57,6 +58,7 @@ class SamplingParams:
             ("logits_mask", self.logits_mask is None or callable(self.logits_mask), "a function of the reply's ids"),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "from 0 to 2**63 - 1"),
             ("stop", all(self.stop), "non-empty strings"),
+            ("strip", isinstance(self.strip, bool), "True or False"),
             ("logprobs", self.logprobs >= 0, "0 or more"),
             ("prompt_logprobs", self.prompt_logprobs >= 0, "0 or more"),
             ("num_beams", self.num_beams >= 1, "1 or more"),

@@ -8,6 +8,7 @@ step, for a sequence that has ended or was preempted. The device computes steps 
 writes it later, and reads only what it has written.
 """
 
+import time
 from bisect import insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -132,7 +133,10 @@ class Scheduler:
             self._start(sequence, pages)
             self._extend(step, sequence, self._chunk(step, sequence, view_budget))
             if sequence.id in step.scheduled:
-                self.prefix_hit_tokens += len(pages) * self.blocks.page_size
+                n_cached = len(pages) * self.blocks.page_size
+                self.prefix_hit_tokens += n_cached
+                if not sequence.admitted:  # later, it may find pages of its own
+                    sequence.n_cached, sequence.admitted = n_cached, time.perf_counter()
             elif sequence in self.running:  # the picture at its start exceeds the budget
                 self.preempt(sequence)
 

@@ -74,6 +74,7 @@ class Sequence:
     n_sent_ids: int = 0  # ids of the reply that have been output
     n_sent: int = 0  # characters of the reply that have been output
     n_reused: int = 0  # leading pages that came from the prefix cache
+    n_cached: int = 0  # tokens of the prompt that were in the prefix cache when it was first admitted
     n_registered: int = 0  # leading pages that have been offered to the prefix cache
 
     finish_reason: FinishReason | None = None
@@ -88,6 +89,7 @@ class Sequence:
     prepare_s: float = 0.0  # seconds spent on the input
     # `time.perf_counter` timestamps in seconds; 0: not reached yet
     started: float = field(default_factory=time.perf_counter)
+    admitted: float = 0.0
     first_token: float = 0.0
     ended: float = 0.0
 

@@ -15,7 +15,7 @@ from llava.engine.draw import Drawn, Token
 from llava.engine.feature_cache import FeatureCache
 from llava.engine.input_processor import InputProcessor
 from llava.engine.memory import n_pages
-from llava.engine.reply import Output
+from llava.engine.reply import Output, Reply
 from llava.engine.runner import Runner
 from llava.engine.sampling import NONE_ALLOWED, NOT_FINITE
 from llava.engine.scheduler import Scheduled, Scheduler
@@ -214,12 +214,17 @@ class EngineSteps:
         reply = sequence.detokenizer
         text, ids = reply.text[sequence.n_sent :], reply.ids[sequence.n_sent_ids : reply.n_final]
         if text or ids or sequence.finish_reason:
+            new = slice(sequence.n_sent_ids, reply.n_final)
             output = Output(
                 request=sequence.request,
                 text=text,
                 token_ids=ids,
                 finish_reason=sequence.finish_reason,
                 error=sequence.error,
+                logprobs=sequence.logprobs[new],
+                top_logprobs=sequence.top_logprobs[new],
+                reply=Reply.of(sequence) if sequence.finish_reason else None,
+                captured=sequence.captured if sequence.capture and sequence.finish_reason else None,
             )
             self._streams.get(sequence.request, self._unread).append(output)
         sequence.n_sent, sequence.n_sent_ids = len(reply.text), reply.n_final

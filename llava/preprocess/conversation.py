@@ -3,8 +3,8 @@
 Each span of the result records whether it is a training target, so labels need not be recovered from the text.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Literal, NamedTuple
 
@@ -51,6 +51,19 @@ class Template:
     system_role: str = ""  # prefix of the system message
     few_shot: tuple[Turn, ...] = ()  # example turns inserted before the conversation
     tagged: bool = False  # whether training encloses images in <Image> and </Image>
+
+    def with_texts(self, change: Callable[[str], str]) -> "Template":
+        """Returns the template with changed texts. `change` receives each of them."""
+        return replace(
+            self,
+            user=change(self.user),
+            assistant=change(self.assistant),
+            sep=change(self.sep),
+            sep2=change(self.sep2),
+            system=change(self.system),
+            system_role=change(self.system_role),
+            few_shot=tuple(Turn(turn.role, change(turn.text or "")) for turn in self.few_shot),
+        )
 
     @property
     def stop(self) -> str:

@@ -20,7 +20,6 @@ from llava.preprocess import jpeg
 from llava.preprocess.raster import PictureMemory, Raster, Size, copy_pixels
 from llava.preprocess.rgb import RgbPicture, to_rgb
 
-Picture = str | Path | bytes | BinaryIO | Image.Image
 _DEFAULTS = PictureOptions()
 _ORIENTATION = ExifTags.Base.Orientation
 
@@ -33,11 +32,31 @@ class Views(NamedTuple):
     size: Size  # image size before cropping, padding or resizing
 
 
+class Preprocessed(NamedTuple):
+    """An image whose views have been computed, in another process for example."""
+
+    views: Views
+    losses: tuple[str, ...]  # see `RgbPicture`
+
+
+Picture = str | Path | bytes | BinaryIO | Image.Image | Preprocessed
+
+
 class Decoded(NamedTuple):
     """An image as 8-bit RGB, in Pillow's memory or in that of the device which resizes it."""
 
     image: Image.Image | Raster
     losses: tuple[str, ...]  # see `RgbPicture`
+
+
+def preprocess(
+    source: Picture, config: ImageConfig, patches: int, options: PictureOptions, memory: PictureMemory | None = None
+) -> Preprocessed:
+    """Reads an image and computes its views. Raises ImageError. See `decode` and `to_views`."""
+    if isinstance(source, Preprocessed):
+        return source
+    rgb, losses = decode(source, options, memory)
+    return Preprocessed(to_views(rgb, config, patches), losses)
 
 
 def read_picture(source: Picture, options: PictureOptions = _DEFAULTS) -> RgbPicture:
@@ -107,7 +126,7 @@ def _open(source: Picture) -> Image.Image:
         if not source:
             raise ImageError("is empty; expected the contents of an image file")
         return Image.open(io.BytesIO(source))
-    if not hasattr(source, "read"):
+    if isinstance(source, Preprocessed) or not hasattr(source, "read"):
         raise ImageError(
             f"found {type(source).__name__}; expected a path, bytes, a binary file or a PIL image; "
             "for an array or a tensor, pass PIL.Image.fromarray(array), with array as uint8 [height, width, 3]"

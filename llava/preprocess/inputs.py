@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +15,9 @@ from llava.config import IGNORE, IMAGE, IMAGE_PLACEHOLDER, LlavaConfig, PictureO
 from llava.errors import ContextError, PromptError, counted
 from llava.preprocess import placeholders
 from llava.preprocess.conversation import Span, Style, Template, Turn, render
-from llava.preprocess.image import Picture, Views, decode, to_views
+from llava.preprocess.image import Picture, Preprocessed, preprocess
 from llava.preprocess.labels import ImagePlace, move_marks, training_spans
+from llava.preprocess.literal import LiteralTokenizer
 from llava.preprocess.messages import Message, read_messages
 from llava.preprocess.raster import PictureMemory, Size
 from llava.preprocess.templates import TEMPLATES
@@ -56,11 +56,6 @@ class ModelInput:
         return digests
 
 
-class _Image(NamedTuple):
-    views: Views
-    losses: tuple[str, ...]
-
-
 class Preprocessor:
     """Prepares inputs for one model, with its tokenizer, template and image settings."""
 
@@ -86,24 +81,41 @@ class Preprocessor:
         images: Sequence[Picture] | None = None,
         template: str | None = None,
         memory: PictureMemory | None = None,
+        literal: bool = False,
     ) -> ModelInput:
         """Prepares a conversation, or a raw prompt with one entry of `images` for each image placeholder.
 
         memory: where images that it accepts are resized; Pillow resizes the others. The pixels are the same.
+        literal: placeholders and special tokens in the text are ordinary text, so that whoever wrote it controls
+            nothing else. A raw prompt then has no images.
 
         Raises PromptError if the messages, placeholders, template or length is invalid, ImageError for invalid images.
         """
-        stop = None
+        stop, mark = None, self._literal.mark if literal else _unchanged
         if isinstance(messages, str):
-            spans, pictures = [Span(messages)], list(images or ())
-            _check_marks(messages, len(pictures))
+            spans, pictures = [Span(placeholders.literal(messages) if literal else messages)], list(images or ())
+            _check_marks(spans[0].text, len(pictures))
         elif images is not None:
             raise PromptError("images= is only for raw prompts; in a conversation, put the images into the messages")
         else:
             chosen = self._chosen(template)
-            turns, pictures, system = read_messages(messages, start_end=self.config.start_end)
-            spans, stop = render(chosen, turns, system), chosen.stop
-        return self._assemble(spans, self._read(pictures, memory), stop)
+            enclosing = (mark("<im_start>"), mark("<im_end>")) if self.config.start_end else None
+            turns, pictures, system = read_messages(messages, enclosing=enclosing, literal=literal)
+            spans, stop = render(chosen.with_texts(mark), turns, system), chosen.stop
+        return self._assemble(spans, self._read(pictures, memory), stop, literal=literal)
+
+    def prepare_ids(self, ids: Sequence[int]) -> ModelInput:
+        """Prepares a prompt of token ids, taken as they are, without images. Raises PromptError."""
+        vocab_size = self.config.decoder.vocab_size
+        if wrong := [id for id in ids if not 0 <= id < vocab_size]:
+            raise PromptError(f"the prompt contains the token id {wrong[0]}; expected ids from 0 to {vocab_size - 1}")
+        self._check_ids(ids, "prompt")
+        return ModelInput(
+            prompt=self.tokenizer.decode(ids, skip_special=False),
+            token_ids=list(ids),
+            ids=torch.tensor(ids),
+            labels=torch.full((len(ids),), IGNORE),
+        )
 
     def prepare_training(
         self,
@@ -143,16 +155,11 @@ class Preprocessor:
             )
         return find_template(name)
 
-    def _read(self, pictures: Sequence[Picture], memory: PictureMemory | None = None) -> list[_Image]:
+    def _read(self, pictures: Sequence[Picture], memory: PictureMemory | None = None) -> list[Preprocessed]:
         if pictures and (self.config.vision is None or self.config.image is None):
             raise PromptError("this model has no vision tower (or was loaded without it): leave the images out")
-        return [self._read_one(picture, memory) for picture in pictures]
-
-    def _read_one(self, picture: Picture, memory: PictureMemory | None) -> _Image:
-        assert self.config.vision
-        assert self.config.image
-        rgb, losses = decode(picture, self.pictures, memory)
-        return _Image(to_views(rgb, self.config.image, self.config.vision.grid), losses)
+        vision, image = self.config.vision, self.config.image
+        return [preprocess(one, image, vision.grid, self.pictures, memory) for one in pictures if vision and image]
 
     def n_image_tokens(self, input: ModelInput) -> int:
         """Returns the number of image tokens of an input, including those cut off by `max_length`."""
@@ -164,11 +171,17 @@ class Preprocessor:
         return n + grid.n_tokens if grid else n * n_views
 
     def _assemble(
-        self, spans: list[Span], images: list[_Image], stop: str | None, limit: int | None = None
+        self,
+        spans: list[Span],
+        images: list[Preprocessed],
+        stop: str | None,
+        limit: int | None = None,
+        *,
+        literal: bool = False,
     ) -> ModelInput:
         """Builds the input, truncated to `limit` tokens. Raises ContextError if the whole exceeds the context."""
         prompt = "".join(span.text for span in spans)
-        tokens = list(self._tokens(prompt, spans))
+        tokens = list(self._tokens(prompt, spans, literal))
         pictures = [image.views for image in images]
         if (n := sum(id == IMAGE for id, _ in tokens)) != len(pictures):
             raise PromptError(
@@ -184,7 +197,7 @@ class Preprocessor:
             labels += [id if is_target else IGNORE] * n
         self._check_ids(ids, "prompt" if limit is None else "sample")
         return ModelInput(
-            prompt=prompt,
+            prompt=self._literal.unmark(prompt) if literal else prompt,
             token_ids=[id for id, _ in tokens],
             ids=torch.tensor(ids[:limit]),
             labels=torch.tensor(labels[:limit]),
@@ -211,7 +224,7 @@ class Preprocessor:
                 f"the {what} has {len(ids)} tokens, which exceeds the model's context of {context}: shorten the {what}"
             )
 
-    def _tokens(self, prompt: str, spans: list[Span]) -> Iterator[tuple[int, bool]]:
+    def _tokens(self, prompt: str, spans: list[Span], literal: bool) -> Iterator[tuple[int, bool]]:
         """Yields each token id of the prompt, and whether it is a target.
 
         As in the original code, the text is split at the image placeholders, and each stretch is encoded separately.
@@ -226,8 +239,10 @@ class Preprocessor:
             yield self.tokenizer.bos_id, False
         tokenizer, mark = self.tokenizer, IMAGE_PLACEHOLDER
         own_mark = tokenizer.id_of(mark)
-        if own_mark is not None and placeholders.has_literal(prompt):
-            tokenizer, mark = self._literal_tokenizer, _STAND_IN
+        if literal:
+            tokenizer, mark = self._literal.tokenizer, self._literal.mark(IMAGE_PLACEHOLDER)
+        elif own_mark is not None and placeholders.has_literal(prompt):
+            tokenizer, mark = self._unmarked_tokenizer, _STAND_IN
         if own_mark is not None and self.config.image is not None and self.config.image.mode == "hf":
             stretches = [_join(stretches, mark)]
         for i, (text, flags) in enumerate(stretches):
@@ -240,9 +255,18 @@ class Preprocessor:
                     yield id, any(flags[start : max(end, start + 1)])
 
     @cached_property
-    def _literal_tokenizer(self) -> Tokenizer:
+    def _unmarked_tokenizer(self) -> Tokenizer:
         """The tokenizer that encodes a literal placeholder as ordinary text."""
-        return self.tokenizer.with_renamed(IMAGE_PLACEHOLDER, _STAND_IN)
+        return self.tokenizer.with_renamed({IMAGE_PLACEHOLDER: _STAND_IN})
+
+    @cached_property
+    def _literal(self) -> LiteralTokenizer:
+        """The tokenizer that encodes all special tokens in the text of clients as ordinary text."""
+        return LiteralTokenizer(self.tokenizer)
+
+
+def _unchanged(text: str) -> str:
+    return text
 
 
 def _join(stretches: Sequence[placeholders.Stretch], mark: str) -> placeholders.Stretch:

@@ -20,10 +20,14 @@ class Conversation(NamedTuple):
     system: str | None  # None: the template's own system message
 
 
-def read_messages(messages: Sequence[Message], *, start_end: bool) -> Conversation:
+def read_messages(
+    messages: Sequence[Message], *, enclosing: tuple[str, str] | None = None, literal: bool = False
+) -> Conversation:
     """Converts messages to turns with image placeholders. Adds an empty assistant turn after a final user turn.
 
-    start_end: enclose each placeholder in <im_start> and <im_end>. Raises PromptError if the messages are malformed.
+    enclosing: texts before and after each placeholder. literal: placeholders in the messages are ordinary text.
+
+    Raises PromptError if the messages are malformed.
     """
     turns: list[Turn] = []
     pictures: list[Picture] = []
@@ -31,6 +35,8 @@ def read_messages(messages: Sequence[Message], *, start_end: bool) -> Conversati
     for i, message in enumerate(messages):
         where = f"message {i + 1}"
         parsed = _parse(message, where)
+        if literal:
+            parsed = parsed._replace(text=placeholders.literal(parsed.text))
         if parsed.pictures and parsed.role != "user":
             raise PromptError(
                 f"{where} is from the {parsed.role} and contains an image; only user messages can contain images"
@@ -41,8 +47,8 @@ def read_messages(messages: Sequence[Message], *, start_end: bool) -> Conversati
                 raise PromptError(f"{where} is a system message; only the first message can be a system message")
             system = text
             continue
-        if start_end:
-            text = placeholders.replace(text, f"<im_start>{IMAGE_PLACEHOLDER}<im_end>")
+        if enclosing:
+            text = placeholders.replace(text, IMAGE_PLACEHOLDER.join(enclosing))
         turns.append(Turn("user" if parsed.role == "user" else "assistant", text))
         pictures += parsed.pictures
     if not turns:

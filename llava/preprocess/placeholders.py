@@ -36,6 +36,11 @@ def escape(text: str) -> str:
     return _PLACEHOLDER.sub(lambda _: _LITERAL, text)
 
 
+def literal(text: str) -> str:
+    """Returns the notation of a text in which everything is literal, backslashes before `<image>` included."""
+    return text.replace(IMAGE_PLACEHOLDER, _LITERAL)
+
+
 def replace(text: str, new: str) -> str:
     """Returns the text with `new` in place of every placeholder."""
     return _PLACEHOLDER.sub(lambda _: new, text)

@@ -7,8 +7,9 @@ not set in tokenizer_config.json, a dummy space is prepended to every stretch; o
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
+from functools import cache, cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -16,6 +17,7 @@ from typing import NamedTuple, Protocol
 from llava.errors import CheckpointError
 
 SPACE = "▁"  # SentencePiece's symbol for a space
+_BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 
 
 class Token(NamedTuple):
@@ -61,8 +63,17 @@ class Tokenizer(Protocol):
         """Returns the id of the added token `text`, or None if `text` is not an added token."""
         ...
 
-    def with_renamed(self, text: str, new_text: str) -> "Tokenizer":
-        """Returns a tokenizer that reads the added token `text` as `new_text`, and encodes `text` as ordinary text.
+    def piece(self, id: int) -> bytes:
+        """Returns the bytes that a token stands for, with its leading space; b"" for an unknown id."""
+        ...
+
+    @property
+    def added_texts(self) -> Iterable[str]:
+        """The texts of the added tokens."""
+        ...
+
+    def with_renamed(self, names: Mapping[str, str]) -> "Tokenizer":
+        """Returns a tokenizer that reads added tokens by new names {text: new text}, and the old ones as ordinary text.
 
         All ids stay the same. Raises CheckpointError if this is not possible.
         """
@@ -108,9 +119,20 @@ class SentencePieceTokenizer:
     def id_of(self, text: str) -> int | None:
         return self._added[text].id if text in self._added else None
 
-    def with_renamed(self, text: str, new_text: str) -> "SentencePieceTokenizer":
+    def piece(self, id: int) -> bytes:
+        if id in self._by_id:
+            return self._by_id[id].text.encode()
+        if not 0 <= id < self._n_pieces:
+            return b""
+        return _piece_bytes(self._model.id_to_piece(id), self._model.is_byte(id))
+
+    @property
+    def added_texts(self) -> Iterable[str]:
+        return self._added
+
+    def with_renamed(self, names: Mapping[str, str]) -> "SentencePieceTokenizer":
         renamed = copy(self)
-        renamed._set_added(one._replace(text=new_text) if one.text == text else one for one in self.added)
+        renamed._set_added(one._replace(text=names.get(one.text, one.text)) for one in self.added)
         return renamed
 
     def encode(self, text: str) -> list[int]:
@@ -226,17 +248,44 @@ class JsonTokenizer:
     def id_of(self, text: str) -> int | None:
         return self._ids.get(text)
 
-    def with_renamed(self, text: str, new_text: str) -> "JsonTokenizer":
+    def piece(self, id: int) -> bytes:
+        text = self._model.id_to_token(id)
+        if text is None or self._ids.get(text) == id:
+            return (text or "").encode()
+        if self._byte_of:
+            return bytes(self._byte_of[c] for c in text)
+        return _piece_bytes(text, bool(_BYTE_PIECE.fullmatch(text)))
+
+    @cached_property
+    def _byte_of(self) -> dict[str, int]:
+        """The byte for each character of a piece in byte-level BPE; {} for other tokenizers."""
+        decoder = json.loads(self._model.to_str())["decoder"] or {}
+        kinds = {one["type"] for one in [decoder, *decoder.get("decoders", ())] if one}
+        return _bytes_by_character() if "ByteLevel" in kinds else {}
+
+    @property
+    def added_texts(self) -> Iterable[str]:
+        return self._ids
+
+    def with_renamed(self, names: Mapping[str, str]) -> "JsonTokenizer":
         import tokenizers
 
         settings = json.loads(self._model.to_str())
         for token in settings["added_tokens"]:
-            token["content"] = new_text if token["content"] == text else token["content"]
+            token["content"] = names.get(token["content"], token["content"])
+        vocabulary = settings["model"]["vocab"]  # added tokens are often in it too
+        if isinstance(vocabulary, dict):
+            settings["model"]["vocab"] = {names.get(piece, piece): id for piece, id in vocabulary.items()}
+        else:
+            settings["model"]["vocab"] = [[names.get(piece, piece), score] for piece, score in vocabulary]
+        if isinstance(unknown := settings["model"].get("unk_token"), str):
+            settings["model"]["unk_token"] = names.get(unknown, unknown)
         renamed = copy(self)
         renamed._model = tokenizers.Tokenizer.from_str(json.dumps(settings))
         renamed._ids = {token.content: id for id, token in renamed._model.get_added_tokens_decoder().items()}
-        if renamed._ids != {new_text if content == text else content: id for content, id in self._ids.items()}:
-            raise CheckpointError(f"this tokenizer cannot encode {text} as ordinary text: remove it from the prompt")
+        if renamed._ids != {names.get(content, content): id for content, id in self._ids.items()}:
+            texts = ", ".join(names)
+            raise CheckpointError(f"this tokenizer cannot encode {texts} as ordinary text: remove it from the prompt")
         return renamed
 
     def encode(self, text: str) -> list[int]:
@@ -251,3 +300,18 @@ class JsonTokenizer:
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         text: str = self._model.decode([id for id in ids if id < self.size], skip_special_tokens=skip_special)
         return text
+
+
+def _piece_bytes(piece: str, is_byte: bool) -> bytes:
+    return bytes([int(piece[3:5], 16)]) if is_byte else piece.replace(SPACE, " ").encode()
+
+
+@cache
+def _bytes_by_character() -> dict[str, int]:
+    """Returns the byte that each character of a byte-level piece stands for (GPT-2's table).
+
+    Printable characters of Latin-1 stand for themselves, and those from U+0100 on for the other bytes, in order.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}

@@ -87,3 +87,13 @@ def test_text_of_a_tokenizer_json_is_streamed(tmp_path: Path) -> None:
     pieces, _ = streamed(tokenizer, ids, [])
     assert "".join(pieces) == text.strip()
     assert "".join(tokenizer.decode([id]) for id in ids if id < 128) != text  # some characters span several tokens
+
+
+def test_a_continuation_keeps_the_white_space_that_a_reply_of_its_own_loses(tokenizer: Tokenizer) -> None:
+    whole = tokenizer.encode("Once upon a time, there was a cat.\n\nIt 猫 slept. ")
+    for n in range(1, len(whole)):
+        detokenizer = Detokenizer(tokenizer.decode, after=whole[max(0, n - 8) : n])
+        pieces = [detokenizer.append(id) for id in whole[n:]] + [detokenizer.finish()]
+        before = tokenizer.decode(whole[:n]).rstrip("\ufffd")
+        assert before + "".join(pieces) == tokenizer.decode(whole)
+        assert detokenizer.restarted(whole[n:]).text + "" == detokenizer.text.rstrip("\ufffd")

@@ -33,7 +33,7 @@ def text(words: str) -> dict[str, str]:
 
 
 def user_text(content: Any) -> str | None:
-    return read_messages([{"role": "user", "content": content}], start_end=False).turns[0].text
+    return read_messages([{"role": "user", "content": content}]).turns[0].text
 
 
 PLACED = {
@@ -69,14 +69,14 @@ def test_marks_are_literal_otherwise_and_the_images_come_first(name: str) -> Non
 
 def test_marks_of_system_and_assistant_are_literal_and_have_no_start_and_end() -> None:
     messages = [{"role": role, "content": QUESTION} for role in ("system", "user", "assistant")]
-    read = read_messages(messages, start_end=True)
+    read = read_messages(messages, enclosing=("<im_start>", "<im_end>"))
     assert read.system == LITERAL
     assert [turn.text for turn in read.turns] == [LITERAL, LITERAL]
 
 
 def test_start_and_end_enclose_placeholders_only() -> None:
     messages = [{"role": "user", "content": [IMAGE_PART, text(r"<image> \<image>")]}]
-    (turn, _) = read_messages(messages, start_end=True).turns
+    (turn, _) = read_messages(messages, enclosing=("<im_start>", "<im_end>")).turns
     assert turn.text == r"<im_start><image><im_end> \<image>"
 
 
@@ -230,10 +230,10 @@ def test_a_mark_that_removing_another_would_create_stays_text(tokenizer: Callabl
 )
 def test_a_key_that_is_not_read_is_refused_instead_of_dropping_its_picture(message: dict[str, Any]) -> None:
     with pytest.raises(PromptError, match=r"the key 'images?' is not read"):
-        read_messages([message], start_end=False)
+        read_messages([message])
 
 
 def test_empty_keys_of_a_reply_of_openai_are_allowed() -> None:
     reply = {"role": "assistant", "content": "A pier.", "refusal": None, "annotations": [], "tool_calls": None}
-    found = read_messages([{"role": "user", "content": "What is this?"}, reply], start_end=False)
+    found = read_messages([{"role": "user", "content": "What is this?"}, reply])
     assert [turn.text for turn in found.turns] == ["What is this?", "A pier."]
