@@ -2,7 +2,7 @@
 
 try:
     # importing a module registers its commands; --help lists them in this order
-    from llava.cli import answer, checkpoint, doctor, merge, train, warmup, zoo
+    from llava.cli import answer, checkpoint, doctor, merge, serve, train, warmup, zoo
     from llava.cli.app import app, guarded, main, progress_bar
 except KeyboardInterrupt:  # Ctrl-C right after the start
     raise SystemExit(130) from None
@@ -16,6 +16,7 @@ __all__ = [
     "main",
     "merge",
     "progress_bar",
+    "serve",
     "train",
     "warmup",
     "zoo",

@@ -1,0 +1,83 @@
+"""The command serve."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llava.cli.answer import load
+from llava.cli.app import app
+from llava.cli.options import Adapters, Base, EngineFlags, Model, ModelOptions, grouped
+from llava.errors import ConfigError
+
+
+@app.command()
+@grouped
+def serve(
+    *,
+    model: Model = None,
+    base: Base = None,
+    adapter: Adapters = None,
+    host: Annotated[str, typer.Option("--host", help="address to bind; others than this machine's own need a key")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option("--port", help="0: any free port")] = 8000,
+    served_model_name: Annotated[
+        str | None,
+        typer.Option("--served-model-name", help="default: the hub id, or the folder's last component"),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option("--api-key-file", help="file with API keys, one per line; or set LLAVA_API_KEY")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option("--allow-host", help="further name of this server in Host headers; repeatable")
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option("--allow-origin", help="origin of web pages that may use it; repeatable")
+    ] = None,
+    certificate: Annotated[str | None, typer.Option("--certificate", help="PEM file, to serve https")] = None,
+    private_key: Annotated[str | None, typer.Option("--private-key", help="PEM file of the certificate's key")] = None,
+    loading: ModelOptions,
+    engine: EngineFlags,
+) -> None:
+    """Serve a model over HTTP, with an API for OpenAI's clients."""
+    engine.options()
+    try:
+        from llava.serve import server
+        from llava.serve.access import Access
+    except ImportError as error:
+        raise ConfigError(f"llava serve needs {error.name}: pip install 'llava-native[serve]'") from None
+
+    access = Access(
+        host=host, keys=_keys(api_key_file), hosts=tuple(allow_host or ()), origins=tuple(allow_origin or ())
+    )
+    options = server.ServerOptions(port=port, certificate=certificate, private_key=private_key)
+    server.run(
+        lambda: load(model, loading, base=base, adapters=adapter, engine=engine),
+        served_model_name or _name(model),
+        access,
+        options,
+    )
+
+
+def _name(model: str | None) -> str:
+    """Returns the name under which a model is served by default."""
+    if model is None:
+        return "llava-tiny"
+    return Path(model).resolve().name if Path(model).exists() else model
+
+
+def _keys(file: Path | None) -> tuple[str, ...]:
+    """Returns the API keys from the environment and a file. They are no arguments, which all users can list."""
+    keys = [key] if (key := os.environ.get("LLAVA_API_KEY")) else []
+    if file is None:
+        return tuple(keys)
+    try:
+        lines = [line.strip() for line in file.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--api-key-file {file}: cannot be read ({getattr(error, 'strerror', error)})") from None
+    found = [line for line in lines if line and not line.startswith("#")]
+    if not found:
+        raise ConfigError(f"--api-key-file {file}: contains no key; write one per line")
+    return (*keys, *found)

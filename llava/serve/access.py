@@ -1,0 +1,236 @@
+"""Who may ask what: keys, hosts and origins, and the size and speed of bodies.
+
+`AccessMiddleware` is the outermost layer of the application.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import re
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llava.errors import ConfigError
+from llava.serve.errors import ApiError
+from llava.serve.limits import Limits
+from llava.serve.metrics import Metrics
+
+log = logging.getLogger("llava.access")
+
+_OPEN_PATHS = ("/health", "/ready", "/version")  # without a key
+_LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+_REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
+_HOST = re.compile(r"\[(?P<v6>[0-9a-fA-F:.]+)\](:\d+)?|(?P<name>[\w.-]+)(:\d+)?", re.ASCII)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """Who may use the server."""
+
+    host: str  # address that it binds
+    keys: tuple[str, ...] = ()  # API keys; none: everybody who can reach the address
+    hosts: tuple[str, ...] = ()  # further names under which it may be addressed
+    origins: tuple[str, ...] = ()  # origins of web pages that may use it
+
+    def __post_init__(self) -> None:
+        if not self.is_local and not self.keys:
+            raise ConfigError(
+                f"--host {self.host} can be reached by others, and no key is set: set LLAVA_API_KEY or --api-key-file, "
+                "or bind 127.0.0.1"
+            )
+        for key in self.keys:
+            if not key.isascii() or not key.isprintable() or key != key.strip():
+                raise ConfigError("an API key has characters that a header cannot carry; use printable ASCII")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach the address."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    def key_of(self, authorization: str) -> str:
+        """Returns the key in an Authorization header, or "" if none is needed. Raises ApiError. Takes constant time."""
+        scheme, _, given = authorization.partition(" ")
+        if not self.keys:
+            return ""
+        digest = hashlib.sha256(given.encode()).digest()
+        matches = [hmac.compare_digest(digest, hashlib.sha256(key.encode()).digest()) for key in self.keys]
+        if not any(matches) or scheme.lower() != "bearer":
+            problem = "is not valid" if given else "is missing"
+            raise ApiError(401, f"the API key {problem}; send it as Authorization: Bearer KEY", code="invalid_api_key")
+        return given
+
+    def check_host(self, header: str) -> None:
+        """Raises ApiError unless the Host header names this server: a web page could resolve its own name to it."""
+        if not self.is_local and not self.hosts:
+            return  # the key protects it
+        match = _HOST.fullmatch(header)
+        name = (match["v6"] or match["name"]).lower() if match else ""
+        if name not in (*_LOCAL_NAMES, self.host, *self.hosts):
+            message = "the Host header does not name this server; start it with --allow-host to allow the name"
+            raise ApiError(403, message, code="host_not_allowed")
+
+    def check_origin(self, origin: str, host: str) -> None:
+        """Raises ApiError for requests of web pages of other origins."""
+        if origin and origin not in self.origins and origin.split("://", 1)[-1] != host:
+            message = "web pages of this origin may not use the server; start it with --allow-origin to allow it"
+            raise ApiError(403, message, code="origin_not_allowed")
+
+
+class AccessMiddleware:
+    """Checks each request before its body is read, limits the body, and logs and counts the response."""
+
+    def __init__(self, app: ASGIApp, *, access: Access, limits: Limits, metrics: Metrics):
+        self.app, self.access, self.limits, self.metrics = app, access, limits, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        exchange = _Exchange(scope, send, self.access)
+        try:
+            key = self._check(scope, Headers(scope=scope))
+            scope.setdefault("state", {}).update(key=key.encode(), arrived=exchange.arrived, id=exchange.id)
+            if scope["method"] == "OPTIONS" and exchange.is_preflight:
+                await exchange.answer_preflight()
+                return
+            body = _LimitedBody(receive, self.limits, exchange.arrived)
+            await self.app(scope, body.receive, exchange.send)
+        except ApiError as error:
+            await exchange.answer(error)
+        except Exception:
+            log.exception("a request failed", extra={"request_id": exchange.id})
+            await exchange.answer(ApiError(500, "the server failed to answer this request"))
+        finally:
+            self.metrics.response(exchange.route, exchange.status)
+            exchange.log()
+
+    def _check(self, scope: Scope, headers: Headers) -> str:
+        """Returns the API key. Raises ApiError."""
+        host, origin = headers.get("host", ""), headers.get("origin", "")
+        self.access.check_host(host)
+        self.access.check_origin(origin, host)
+        is_open = scope["path"] in _OPEN_PATHS or scope["method"] == "OPTIONS"
+        key = "" if is_open else self.access.key_of(headers.get("authorization", ""))
+        if scope["method"] == "POST":
+            if headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+                raise ApiError(415, "the body has another type; send it as Content-Type: application/json")
+            length = headers.get("content-length", "0")
+            if not length.isdecimal() or int(length[:20]) > self.limits.body_bytes:
+                raise _too_large(self.limits)
+        return key
+
+
+def _too_large(limits: Limits) -> ApiError:
+    return ApiError(413, f"the body has more than {limits.body_bytes} bytes; send less")
+
+
+class _LimitedBody:
+    """Receives a body of limited size within a limited time."""
+
+    def __init__(self, receive: Receive, limits: Limits, arrived: float):
+        self._receive, self._limits, self._arrived = receive, limits, arrived
+        self._n_bytes, self._complete = 0, False
+
+    async def receive(self) -> Message:
+        """Returns the next message. Raises ApiError."""
+        if self._complete:
+            return await self._receive()
+        left = max(0.0, self._arrived + self._limits.body_s - time.perf_counter())
+        try:
+            message = await asyncio.wait_for(self._receive(), left)
+        except asyncio.TimeoutError:
+            raise ApiError(408, f"the body took more than {self._limits.body_s:g} s to arrive") from None
+        self._n_bytes += len(message.get("body", b""))
+        if self._n_bytes > self._limits.body_bytes:
+            raise _too_large(self._limits)
+        self._complete = message["type"] != "http.request" or not message.get("more_body", False)
+        return message
+
+
+class _Exchange:
+    """A request and its response: adds headers, and remembers what to log."""
+
+    def __init__(self, scope: Scope, send: Send, access: Access):
+        self._scope, self._send, self._access = scope, send, access
+        self._headers = Headers(scope=scope)
+        self.arrived = time.perf_counter()
+        given = self._headers.get("x-request-id", "")
+        self.id = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
+        self.status = 0  # of the response; 0: none was sent
+        self.error: str | None = None  # code of an error that was answered here
+
+    @property
+    def route(self) -> str:
+        """The path of the route, or "other": the client's own path could have any number of values."""
+        return getattr(self._scope.get("route"), "path", "other")
+
+    @property
+    def is_preflight(self) -> bool:
+        """Whether a browser asks if a page may send a request."""
+        return "access-control-request-method" in self._headers and self._headers.get("origin") in self._access.origins
+
+    async def send(self, message: Message) -> None:
+        """Sends a message of the application, with our headers."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = MutableHeaders(raw=list(message.get("headers", [])))
+            for name, value in self._more_headers():
+                headers[name] = value
+            message = {**message, "headers": headers.raw}
+        await self._send(message)
+
+    def _more_headers(self) -> Sequence[tuple[str, str]]:
+        headers = [("x-request-id", self.id), ("x-content-type-options", "nosniff")]
+        origin = self._headers.get("origin", "")
+        if origin in self._access.origins:
+            headers += [("access-control-allow-origin", origin), ("vary", "Origin")]
+        return headers
+
+    async def answer_preflight(self) -> None:
+        """Allows the request that a page is about to send."""
+        headers = [
+            (b"access-control-allow-methods", b"GET, POST"),
+            (b"access-control-allow-headers", b"authorization, content-type"),
+            (b"access-control-max-age", b"600"),
+        ]
+        await self.send({"type": "http.response.start", "status": 204, "headers": headers})
+        await self._send({"type": "http.response.body", "body": b""})
+
+    async def answer(self, error: ApiError) -> None:
+        """Answers with an error, unless the response has begun. The connection is closed: its body may be unread."""
+        if self.status:
+            log.warning("a response was cut off", extra={"request_id": self.id})
+            return  # without its end, so that the client does not take it for whole
+        self.error = error.code
+        body = json.dumps(error.body()).encode()
+        headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+        raw = [(name.encode(), value.encode()) for name, value in (headers | error.headers).items()]
+        await self.send({"type": "http.response.start", "status": error.status, "headers": raw})
+        await self._send({"type": "http.response.body", "body": body})
+
+    def log(self) -> None:
+        """Logs the request, without anything that it contained."""
+        log.info(
+            "request",
+            extra={
+                "request_id": self.id,
+                "method": self._scope["method"] if self._scope["method"].isalpha() else "other",
+                "route": self.route,
+                "status": self.status,
+                "seconds": round(time.perf_counter() - self.arrived, 4),
+                "client": (self._scope.get("client") or ("",))[0],
+            },
+        )

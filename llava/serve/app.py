@@ -1,0 +1,336 @@
+"""The HTTP application: routes, and how errors are answered."""
+
+import asyncio
+import logging
+import secrets
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+import llava
+from llava.assistant import Assistant
+from llava.engine.reply import Reply
+from llava.errors import LlavaError
+from llava.serve.access import Access, AccessMiddleware
+from llava.serve.errors import ApiError
+from llava.serve.generation import Generation
+from llava.serve.limits import Limits
+from llava.serve.metrics import Metrics
+from llava.serve.responses import Body, ChatBodies, CompletionBodies, Envelope, events, usage
+from llava.serve.schema import ChatRequest, CompletionRequest, TokenizeRequest
+from llava.serve.service import Client, Service, client_error
+from llava.serve.validation import explain
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_STATUSES = {404: "this path does not exist", 405: "this path does not take this method"}
+
+
+@dataclass(kw_only=True)
+class State:
+    """What the routes share. The service is there once the model is loaded."""
+
+    limits: Limits
+    metrics: Metrics = field(default_factory=Metrics)
+    service: Service | None = None
+    draining: bool = False  # finish what runs, and take nothing new
+    error: LlavaError | None = None  # why the model could not be loaded
+
+    @property
+    def ready(self) -> Service:
+        """The service, if requests are accepted. Raises ApiError."""
+        if self.draining:
+            raise ApiError(503, "the server is shutting down", code="draining")
+        if self.service is None:
+            raise ApiError(503, "the model is still being loaded; try again later", code="loading")
+        if not self.service.is_alive:
+            raise ApiError(503, "the engine has stopped; restart the server", code="engine_stopped")
+        return self.service
+
+
+def create(
+    load: Callable[[], Assistant],
+    name: str,
+    *,
+    access: Access,
+    limits: Limits | None = None,
+    on_ready: Callable[[], None] | None = None,
+    on_failure: Callable[[LlavaError], None] | None = None,
+) -> FastAPI:
+    """Builds the application. It starts to load the model with its first event loop, and answers 503 until then.
+
+    load: returns the model, in a thread. name: under which it is served. on_ready, on_failure: called after loading.
+    """
+    state = State(limits=limits or Limits())
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.ensure_future(_load(state, load, name, on_ready, on_failure))
+        yield
+        loading.cancel()
+        if state.service:
+            await state.service.stop()
+
+    app = FastAPI(title="llava", version=llava.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.llava = state
+    _add_errors(app)
+    _add_routes(app, state)
+    app.add_middleware(AccessMiddleware, access=access, limits=state.limits, metrics=state.metrics)
+    return app
+
+
+async def _load(
+    state: State,
+    load: Callable[[], Assistant],
+    name: str,
+    on_ready: Callable[[], None] | None,
+    on_failure: Callable[[LlavaError], None] | None,
+) -> None:
+    try:
+        service = Service(await _in_daemon_thread(load), name, state.limits, state.metrics)
+        await service.start()
+    except LlavaError as error:
+        state.error = error
+        if on_failure:
+            on_failure(error)
+        return
+    state.service = service
+    if on_ready:
+        on_ready()
+
+
+async def _in_daemon_thread(work: Callable[[], T]) -> T:
+    """Like `asyncio.to_thread`, but Python does not wait for the thread when it exits."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as error:
+            outcome = partial(_set, future.set_exception, future, error)
+        else:
+            outcome = partial(_set, future.set_result, future, result)
+        with suppress(RuntimeError):  # the event loop has been closed
+            loop.call_soon_threadsafe(outcome)
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return await future
+
+
+def _set(setter: Callable[[Any], None], future: asyncio.Future[Any], value: Any) -> None:
+    if not future.done():
+        setter(value)
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(LlavaError)
+    async def of_ours(request: Request, error: LlavaError) -> Response:
+        return respond(client_error(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def of_the_body(request: Request, error: RequestValidationError) -> Response:
+        return respond(explain(error))
+
+    @app.exception_handler(HTTPException)
+    async def of_the_framework(request: Request, error: HTTPException) -> Response:
+        if isinstance(error.__cause__, ApiError):  # raised while the body was read
+            return respond(error.__cause__)
+        default = "the request is malformed; expected JSON"
+        return respond(ApiError(error.status_code, _STATUSES.get(error.status_code, default)))
+
+
+def respond(error: ApiError) -> Response:
+    """Returns the response for an error."""
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
+
+
+def _add_routes(app: FastAPI, state: State) -> None:
+    failed: dict[int | str, dict[str, Any]] = {
+        status: {"description": text}
+        for status, text in ((400, "Invalid request"), (401, "No valid key"), (404, "No such model"), (429, "Busy"))
+    }
+
+    @app.post("/v1/chat/completions", responses=failed)
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        """Answers a conversation, which may have pictures."""
+        service, n = state.ready, body.n or 1
+        generation = await connected(request, service.chat(body, client_of(request)))
+        bodies = ChatBodies(
+            tokenizer=service.tokenizer(body.model), logprobs=bool(body.logprobs), n_top=body.top_logprobs or 0
+        )
+        if body.stream:
+            head = envelope("chat.completion.chunk", body.model)
+            return EventStream(generation, _chat_chunks(generation, bodies, head, n, body.wants_usage))
+        replies = await connected(request, _replies(generation, n))
+        found = [bodies.whole(i, reply) for i, reply in enumerate(replies)]
+        return JSONResponse(envelope("chat.completion", body.model).body(found, usage=usage(replies, n)))
+
+    @app.post("/v1/completions", responses=failed)
+    async def complete(body: CompletionRequest, request: Request) -> Response:
+        """Continues texts or token ids."""
+        service, n = state.ready, body.n or 1
+        generation = await connected(request, service.complete(body, client_of(request)))
+        choices = generation.choices
+        bodies = CompletionBodies(tokenizer=service.tokenizer(body.model), n_top=body.logprobs, echo=bool(body.echo))
+        head = envelope("text_completion", body.model)
+        if body.stream:
+            return EventStream(generation, _completion_chunks(generation, bodies, head, n, body.wants_usage))
+        replies = await connected(request, _replies(generation, len(choices)))
+        pairs = zip(choices, replies, strict=True)
+        found = [bodies.whole(i, choice, reply) for i, (choice, reply) in enumerate(pairs)]
+        return JSONResponse(head.body(found, usage=usage(replies, n)))
+
+    @app.post("/tokenize", responses=failed)
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        """Returns the token ids of a prompt or a conversation."""
+        return await state.ready.tokenize(body)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """Lists the model and its adapters."""
+        service = state.ready
+        return {"object": "list", "data": [_model(service, name) for name in service.adapters]}
+
+    @app.get("/v1/models/{model:path}", responses={404: failed[404]})
+    async def model(model: str) -> dict[str, Any]:
+        """Describes a model."""
+        service = state.ready
+        service.adapter(model)
+        return _model(service, model)
+
+    @app.get("/health")
+    async def health() -> Response:
+        """200 while the engine lives, or the model is being loaded."""
+        alive = state.error is None and (state.service is None or state.service.is_alive)
+        return JSONResponse({"status": "ok" if alive else "failed"}, status_code=200 if alive else 503)
+
+    @app.get("/ready")
+    async def ready() -> dict[str, str]:
+        """200 while requests are accepted."""
+        _ = state.ready
+        return {"status": "ready"}
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        """Returns the version of this server."""
+        return {"version": llava.__version__}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Returns metrics in the text format of Prometheus."""
+        return Response(state.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+def _model(service: Service, name: str) -> dict[str, Any]:
+    config = service.assistant.engine.inputs.variant(service.adapter(name)).model.config
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "llava",
+        "max_model_len": config.decoder.max_seq,
+    }
+
+
+def client_of(request: Request) -> Client:
+    """Returns whose request it is."""
+    return Client(key=request.state.key, arrived=request.state.arrived)
+
+
+def envelope(object: str, model: str) -> Envelope:
+    """Returns the head of a response, with a new id."""
+    kind = "cmpl" if object == "text_completion" else "chatcmpl"
+    return Envelope(id=f"{kind}-{secrets.token_hex(12)}", model=model, created=int(time.time()), object=object)
+
+
+class EventStream(StreamingResponse):
+    """A stream of a generation's chunks. The generation ends with the response, also if the client never reads it."""
+
+    def __init__(self, generation: Generation, bodies: AsyncIterator[Body]):
+        super().__init__(events(bodies), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._generation = generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._generation.abort()
+
+
+async def connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Returns the result of `work`, which is cancelled if the client disconnects. Raises ApiError then."""
+    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ApiError(499, "the client has disconnected")
+    finally:
+        task.cancel()
+        watch.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _replies(generation: Generation, n: int) -> list[Reply]:
+    """Returns the replies of all choices, in order. Raises LlavaError."""
+    replies: dict[int, Reply] = {}
+    async for index, output in generation.outputs():
+        if output.reply:
+            replies[index] = output.reply
+    return [replies[index] for index in range(n)]
+
+
+async def _chat_chunks(
+    generation: Generation, bodies: ChatBodies, head: Envelope, n: int, with_usage: bool
+) -> AsyncIterator[Body]:
+    for index in range(n):
+        yield head.body([bodies.first(index)])
+    replies = []
+    try:
+        async for index, output in generation.outputs():
+            if output.text or output.token_ids:
+                yield head.body([bodies.chunk(index, output)])
+            if output.reply:
+                yield head.body([bodies.last(index, output)])
+                replies.append(output.reply)
+    except LlavaError as error:
+        yield client_error(error).body()
+        return
+    if with_usage:
+        yield head.body([], usage=usage(replies, n))
+
+
+async def _completion_chunks(
+    generation: Generation, bodies: CompletionBodies, head: Envelope, n: int, with_usage: bool
+) -> AsyncIterator[Body]:
+    for index, choice in enumerate(generation.choices):
+        if first := bodies.first(index, choice):
+            yield head.body([first])
+    replies: dict[int, Reply] = {}
+    try:
+        async for index, output in generation.outputs():
+            yield head.body([bodies.chunk(index, output)])
+            if output.reply:
+                replies[index] = output.reply
+    except LlavaError as error:
+        yield client_error(error).body()
+        return
+    if with_usage:
+        yield head.body([], usage=usage([replies[index] for index in range(len(generation.choices))], n))

@@ -1,0 +1,126 @@
+"""Runs the engine in a thread of its own, and brings its outputs to the event loop."""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from llava.engine.capture import Capture
+from llava.engine.engine import Engine
+from llava.engine.reply import Output
+from llava.engine.sampling_params import SamplingParams
+from llava.errors import LlavaError
+from llava.preprocess.inputs import ModelInput
+
+log = logging.getLogger(__name__)
+
+Receive = Callable[[Output | LlavaError], None]
+_STOPPED = "the engine has stopped; restart the server"
+_MAX_FAILURES = 3  # steps in a row
+
+
+class EngineThread:
+    """Computes steps as long as there are requests. The outputs of each are received in the event loop."""
+
+    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop):
+        self.engine, self._loop = engine, loop
+        self._receivers: dict[int, Receive] = {}  # by request
+        self._changed = threading.Condition()  # guards the receivers and `_stopping`
+        self._stopping = False
+        self._failures = 0  # steps that failed in a row
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stops the thread after the step in progress. Unfinished requests receive an error."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are computed."""
+        return self._thread.is_alive()
+
+    def add(
+        self,
+        input: ModelInput,
+        params: SamplingParams,
+        receive: Receive,
+        *,
+        adapter: str | None = None,
+        salt: bytes = b"",
+        capture: Capture | None = None,
+        prepare_s: float = 0.0,
+    ) -> int:
+        """Adds a request, from any thread, and returns its number. Raises LlavaError if it does not fit."""
+        _ = input.digests  # computed here, outside of the lock
+        with self._changed:
+            if self._stopping or not self.is_alive:
+                raise LlavaError(_STOPPED)
+            number = self.engine.add_request(
+                input, params, adapter=adapter, salt=salt, capture=capture, prepare_s=prepare_s
+            )
+            self._receivers[number] = receive
+            self._changed.notify_all()
+        return number
+
+    def abort(self, number: int) -> None:
+        """Ends a request in the next step, if it has not finished. It receives nothing more."""
+        with self._changed:
+            if self._receivers.pop(number, None):
+                self.engine.abort(number)
+                self._changed.notify_all()
+
+    def _run(self) -> None:
+        try:
+            while self._wait():
+                self._deliver(self._step())
+        finally:
+            with self._changed:
+                self._stopping = True
+                receivers, self._receivers = list(self._receivers.values()), {}
+            self._call([(receive, LlavaError(_STOPPED)) for receive in receivers])
+
+    def _wait(self) -> bool:
+        """Waits for requests. Returns whether to go on."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopping or self.engine.has_requests)
+            return not self._stopping
+
+    def _step(self) -> list[Output]:
+        """Computes a step. After an error outside of any request, the engine computes all of them again."""
+        try:
+            outputs = self.engine.step()
+        except Exception:
+            log.exception("a step failed")
+            self._failures += 1
+            if self._failures >= _MAX_FAILURES:
+                raise
+            return []
+        self._failures = 0
+        return outputs
+
+    def _deliver(self, outputs: Sequence[Output]) -> None:
+        calls: list[tuple[Receive, Output | LlavaError]] = []
+        with self._changed:
+            for output in outputs:
+                if receive := self._receivers.get(output.request):
+                    calls.append((receive, output))
+                if output.finish_reason:
+                    self._receivers.pop(output.request, None)
+        self._call(calls)
+
+    def _call(self, calls: Sequence[tuple[Receive, Output | LlavaError]]) -> None:
+        def call() -> None:
+            for receive, output in calls:
+                receive(output)
+
+        if calls:
+            with suppress(RuntimeError):  # the event loop has been closed
+                self._loop.call_soon_threadsafe(call)

@@ -1,0 +1,24 @@
+"""What a request may ask for. Everything is checked before memory is taken for it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Limits of the server. A request beyond one of them gets an error with status 400, 413 or 429."""
+
+    body_bytes: int = 32 * 2**20
+    body_s: float = 30.0  # seconds in which a body has to arrive
+    pictures: int = 16  # per request
+    picture_bytes: int = 16 * 2**20  # of each file
+    pixels: int = 50_000_000  # of each picture
+    picture_s: float = 20.0  # seconds for decoding and resizing one
+    n: int = 16  # choices
+    prompts: int = 64  # prompts of a request for completions
+    stops: int = 16  # stop strings
+    stop_chars: int = 256  # of each
+    logit_bias: int = 1024  # tokens
+    top_logprobs: int = 20
+    schema_bytes: int = 64 * 2**10  # of a JSON schema
+    requests: int = 256  # choices that wait or run at the same time; those beyond get 429
+    request_s: float = 600.0  # seconds until a request is ended

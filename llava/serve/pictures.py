@@ -1,0 +1,180 @@
+"""Decodes and resizes pictures of clients in a small pool of processes, which are killed if they take too long.
+
+A process gets the bytes of a file, and returns numbers in a fixed form. Nothing that a client sends is unpickled here.
+"""
+
+import asyncio
+import json
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import re
+import signal
+import warnings
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llava.config import ImageConfig, PictureOptions, TileGrid
+from llava.errors import ImageError
+from llava.preprocess.image import Preprocessed, Views
+from llava.serve.errors import ApiError
+from llava.serve.limits import Limits
+
+log = logging.getLogger(__name__)
+
+_MEMORY_BYTES = 4 * 2**30  # of one process, above what it uses at the start
+_START_S = 120.0  # until a process is ready, on a slow disk
+Connection = multiprocessing.connection.Connection
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureSettings:
+    """What a process needs to know about the model."""
+
+    config: ImageConfig
+    patches: int  # along one side of a view
+    options: PictureOptions
+
+
+class PicturePool:
+    """Processes that read pictures."""
+
+    def __init__(self, settings: PictureSettings, limits: Limits, *, n_processes: int | None = None):
+        """n_processes: default: one per core, at most 4."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._settings, self._limits = settings, limits
+        self._context = multiprocessing.get_context("spawn")
+        self._n = n_processes or min(4, cores)
+        self._idle: asyncio.LifoQueue[_Worker] = asyncio.LifoQueue()  # the rest can sleep
+        self._workers: list[_Worker] = []
+
+    async def start(self) -> None:
+        """Starts the processes, and waits until they are ready."""
+        self._workers = [_Worker(self._context, self._settings, self._limits) for _ in range(self._n)]
+        await asyncio.gather(*(asyncio.to_thread(one.start) for one in self._workers))
+        for one in self._workers:
+            self._idle.put_nowait(one)
+
+    def stop(self) -> None:
+        """Kills the processes."""
+        for one in self._workers:
+            one.kill()
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids, for tests."""
+        return [one.pid for one in self._workers]
+
+    async def read(self, contents: bytes) -> Preprocessed:
+        """Returns the views of a picture. Raises ApiError or ImageError."""
+        worker = await self._idle.get()
+        reading = asyncio.ensure_future(asyncio.to_thread(worker.read, contents))
+        reading.add_done_callback(lambda _: self._idle.put_nowait(worker))  # later, if this call is cancelled
+        return await asyncio.shield(reading)
+
+
+class _Worker:
+    """One process, which is started again after it has died or has been killed."""
+
+    def __init__(self, context: Any, settings: PictureSettings, limits: Limits):
+        self._context, self._settings, self._limits = context, settings, limits
+        self._process: BaseProcess | None = None
+        self._connection: Connection | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._process
+        return self._process.pid or 0
+
+    def start(self) -> None:
+        """Starts the process, and waits until it is ready."""
+        self.kill()
+        self._connection, child = self._context.Pipe()
+        arguments = (child, self._settings, self._limits.pixels)
+        self._process = self._context.Process(target=_run, args=arguments, name="pictures", daemon=True)
+        assert self._process
+        self._process.start()
+        child.close()
+        if not self._connection or not self._connection.poll(_START_S) or self._connection.recv_bytes() != b"ready":
+            raise ImageError("a process that reads pictures cannot be started")
+
+    def kill(self) -> None:
+        """Kills the process."""
+        if self._process:
+            self._process.kill()
+            self._process.join()
+        if self._connection:
+            self._connection.close()
+        self._process = self._connection = None
+
+    def read(self, contents: bytes) -> Preprocessed:
+        """Returns the views of a picture. Raises ApiError or ImageError."""
+        if self._process is None or not self._process.is_alive():
+            self.start()
+        assert self._connection
+        try:
+            self._connection.send_bytes(contents)
+            if not self._connection.poll(self._limits.picture_s):
+                self.start()
+                message = f"a picture took more than {self._limits.picture_s:g} s to read; send a smaller one"
+                raise ApiError(400, message, param="messages")
+            header = json.loads(self._connection.recv_bytes())
+            if "error" in header:
+                raise ImageError(header["error"])
+            pixels = np.frombuffer(self._connection.recv_bytes(), dtype=np.float32).reshape(header["shape"])
+        except (EOFError, OSError):  # the process died, for want of memory for example
+            with suppress(ImageError):
+                self.start()
+            raise ApiError(400, "a picture could not be read: its decoder failed", param="messages") from None
+        grid = TileGrid(**header["grid"]) if header["grid"] else None
+        views = Views(torch.from_numpy(pixels.copy()), grid, tuple(header["size"]))
+        return Preprocessed(views, tuple(header["losses"]))
+
+
+def _run(connection: Connection, settings: PictureSettings, max_pixels: int) -> None:
+    """The process: reads files until its connection is closed."""
+    from PIL import Image
+
+    from llava.preprocess import image
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes; the server ends this one
+    torch.set_num_threads(1)
+    Image.MAX_IMAGE_PIXELS = max_pixels // 2  # Pillow refuses a picture of twice this size before it is decoded
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    _limit_memory()
+    connection.send_bytes(b"ready")
+    while True:
+        try:
+            contents = connection.recv_bytes()
+        except (EOFError, OSError):
+            return
+        try:
+            read = image.preprocess(contents, settings.config, settings.patches, settings.options)
+        except ImageError as error:
+            message = re.sub(r" \(.*\)$", "", str(error))  # without the words of a library
+            connection.send_bytes(json.dumps({"error": message}).encode())
+            continue
+        except MemoryError:
+            os._exit(1)
+        pixels, grid, size = read.views
+        header = {"shape": list(pixels.shape), "size": list(size), "losses": read.losses}
+        connection.send_bytes(json.dumps(header | {"grid": asdict(grid) if grid else None}).encode())
+        connection.send_bytes(pixels.contiguous().numpy().data)
+
+
+def _limit_memory() -> None:
+    """Limits the memory of this process, where the system can."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    with suppress(OSError, ValueError):
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + _MEMORY_BYTES, used + _MEMORY_BYTES))

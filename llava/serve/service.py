@@ -1,0 +1,300 @@
+"""The service behind the routes: turns requests of clients into engine requests."""
+
+import asyncio
+import hashlib
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from llava.assistant import Assistant
+from llava.engine.adapters import Variant
+from llava.engine.sampling_params import SamplingParams
+from llava.errors import CheckpointError, ContextError, ImageError, LlavaError, PromptError
+from llava.preprocess.image import Preprocessed
+from llava.preprocess.inputs import ModelInput
+from llava.preprocess.tokenizer import Tokenizer
+from llava.serve.engine_thread import EngineThread
+from llava.serve.errors import ApiError
+from llava.serve.generation import Choice, Generation, Origin
+from llava.serve.limits import Limits
+from llava.serve.media import read_data_url
+from llava.serve.metrics import Metrics
+from llava.serve.pictures import PicturePool, PictureSettings
+from llava.serve.schema import ChatRequest, CompletionRequest, ImagePart, Message, Sampling, TokenizeRequest
+from llava.serve.structured import Grammars
+
+_SEEDS = 2**63
+_BIAS = 100.0  # largest absolute value, as in OpenAI's API
+_DEFAULT_COMPLETION = 16  # tokens, as in OpenAI's API
+
+
+@dataclass(frozen=True, kw_only=True)
+class Client:
+    """Whose request it is."""
+
+    key: bytes  # API key, or b""
+    arrived: float  # `time.perf_counter` timestamp
+
+    @property
+    def salt(self) -> bytes:
+        """Separates the cached prompts of different keys, so that the time to an answer tells nothing about others'."""
+        return hashlib.sha256(self.key).digest() if self.key else b""
+
+
+class Service:
+    """Answers the requests for one model and its adapters."""
+
+    def __init__(self, assistant: Assistant, name: str, limits: Limits, metrics: Metrics):
+        """name: under which the model is served; adapters have their own."""
+        self.assistant, self.limits, self.metrics = assistant, limits, metrics
+        self.adapters: dict[str, str | None] = {name: None} | {one: one for one in assistant.adapters}
+        self.created = int(time.time())
+        self._engine: EngineThread | None = None
+        self._pools: dict[PictureSettings, PicturePool] = {}
+        self._n_active = 0  # choices
+
+    async def start(self) -> None:
+        """Starts the engine and the processes that read pictures."""
+        self._engine = EngineThread(self.assistant.engine, asyncio.get_running_loop())
+        self._engine.start()
+        self.metrics.attach(self.assistant.engine)
+        for adapter in self.adapters.values():
+            if (settings := self._picture_settings(adapter)) and settings not in self._pools:
+                self._pools[settings] = PicturePool(settings, self.limits)
+        await asyncio.gather(*(pool.start() for pool in self._pools.values()))
+
+    async def stop(self) -> None:
+        """Stops the engine and the processes."""
+        for pool in self._pools.values():
+            pool.stop()
+        if self._engine:
+            await asyncio.to_thread(self._engine.stop)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are computed."""
+        return self._engine is not None and self._engine.is_alive
+
+    @property
+    def n_active(self) -> int:
+        """Choices that wait or run."""
+        return self._n_active
+
+    def adapter(self, model: str) -> str | None:
+        """Returns the adapter behind a model's name. Raises ApiError if there is no such model."""
+        if model not in self.adapters:
+            message = f"the model {model[:100]!r} does not exist; GET /v1/models lists those that do"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return self.adapters[model]
+
+    def tokenizer(self, model: str) -> Tokenizer:
+        """Returns the tokenizer of a model. Raises ApiError if there is no such model."""
+        return self._variant(self.adapter(model)).preprocessor.tokenizer
+
+    def _variant(self, adapter: str | None) -> Variant:
+        return self.assistant.engine.inputs.variant(adapter)
+
+    @contextmanager
+    def _admitted(self, n: int) -> Iterator[None]:
+        """Counts `n` choices as active until they end. Raises ApiError if there are too many."""
+        if self._n_active + n > self.limits.requests:
+            raise ApiError(429, "the server is busy; try again later", code="queue_full")
+        self._n_active += n
+        try:
+            yield
+        except BaseException:
+            self._end(n)
+            raise
+
+    def _end(self, n: int) -> None:
+        self._n_active -= n
+
+    async def chat(self, request: ChatRequest, client: Client) -> Generation:
+        """Starts the choices of a chat. Raises LlavaError."""
+        request.check(self.limits)
+        with self._admitted(request.n or 1):
+            return await self._start(await self._chat_choices(request), self.adapter(request.model), client)
+
+    async def _chat_choices(self, request: ChatRequest) -> list[Choice]:
+        adapter = self.adapter(request.model)
+        params = self._params(request, adapter, max_new_tokens=request.max_new_tokens)
+        if request.logprobs:
+            params = replace(params, logprobs=max(1, request.top_logprobs or 0))
+        input = await self._conversation(request.messages, adapter)
+        grammars = await asyncio.to_thread(self._masks, request, adapter)
+        return [
+            Choice(input=input, params=replace(_with_seed(params, i), logits_mask=mask))
+            for i, mask in enumerate(grammars)
+        ]
+
+    async def complete(self, request: CompletionRequest, client: Client) -> Generation:
+        """Starts the choices of completions: those of the first prompt come first. Raises LlavaError."""
+        request.check(self.limits)
+        with self._admitted((request.n or 1) * len(request.prompts)):
+            return await self._start(await self._completion_choices(request), self.adapter(request.model), client)
+
+    async def _completion_choices(self, request: CompletionRequest) -> list[Choice]:
+        adapter = self.adapter(request.model)
+        max_tokens = _DEFAULT_COMPLETION if request.max_tokens is None else request.max_tokens
+        params = replace(self._params(request, adapter, max_new_tokens=max_tokens), strip=False)
+        if request.logprobs is not None:
+            n = max(1, request.logprobs)
+            params = replace(params, logprobs=n, prompt_logprobs=n if request.echo else 0)
+        inputs = await asyncio.to_thread(self._prompts, request.prompts, adapter)
+        n = request.n or 1
+        return [Choice(input=input, params=_with_seed(params, i)) for input in inputs for i in range(n)]
+
+    async def tokenize(self, request: TokenizeRequest) -> dict[str, Any]:
+        """Returns the ids of a prompt or a conversation, as the model gets them. Raises LlavaError."""
+        adapter = self.adapter(request.model) if request.model is not None else None
+        if (request.prompt is None) == (request.messages is None):
+            raise ApiError(400, "expected either prompt or messages", param="prompt")
+        if request.messages is not None:
+            input = await self._conversation(request.messages, adapter)
+        else:
+            assert request.prompt is not None
+            (input,) = await asyncio.to_thread(self._prompts, [request.prompt], adapter)
+        ids = input.ids.tolist()
+        preprocessor = self._variant(adapter).preprocessor
+        if request.prompt is not None and not request.add_special_tokens and ids[:1] == [preprocessor.tokenizer.bos_id]:
+            ids = ids[1:]
+        return {"tokens": ids, "count": len(ids), "max_model_len": preprocessor.config.decoder.max_seq}
+
+    async def _start(self, choices: Sequence[Choice], adapter: str | None, client: Client) -> Generation:
+        assert self._engine
+        origin = Origin(
+            adapter=adapter,
+            salt=client.salt,
+            arrived=client.arrived,
+            prepare_s=time.perf_counter() - client.arrived,
+        )
+        generation = Generation(
+            self._engine,
+            choices,
+            origin,
+            self.metrics,
+            deadline=client.arrived + self.limits.request_s,
+            on_end=lambda: self._end(len(choices)),
+        )
+        await generation.start()
+        return generation
+
+    async def _conversation(self, messages: Sequence[Message], adapter: str | None) -> ModelInput:
+        """Prepares a conversation with its pictures. The text is literal."""
+        urls = [part.image_url.url for one in messages for part in _parts(one) if isinstance(part, ImagePart)]
+        if len(urls) > self.limits.pictures:
+            message = f"the messages have {len(urls)} pictures; expected at most {self.limits.pictures}"
+            raise ApiError(400, message, param="messages")
+        if urls and self._picture_settings(adapter) is None:
+            raise ApiError(400, "this model has no vision tower; leave the pictures out", param="messages")
+        contents = [await asyncio.to_thread(read_data_url, url, self.limits) for url in urls]
+        pictures = iter(await asyncio.gather(*(self._read(one, adapter) for one in contents)))
+        plain = [_plain(one, pictures) for one in messages]
+        return await asyncio.to_thread(self.assistant.engine.inputs.prepare, plain, adapter=adapter, literal=True)
+
+    async def _read(self, contents: bytes, adapter: str | None) -> Preprocessed:
+        settings = self._picture_settings(adapter)
+        assert settings
+        started = time.perf_counter()
+        read = await self._pools[settings].read(contents)
+        self.metrics.picture(time.perf_counter() - started)
+        return read
+
+    def _picture_settings(self, adapter: str | None) -> PictureSettings | None:
+        preprocessor = self._variant(adapter).preprocessor
+        image, vision = preprocessor.config.image, preprocessor.config.vision
+        if image is None or vision is None:
+            return None
+        return PictureSettings(config=image, patches=vision.grid, options=preprocessor.pictures)
+
+    def _prompts(self, prompts: Sequence[str] | Sequence[Sequence[int]], adapter: str | None) -> list[ModelInput]:
+        """Prepares prompts: texts, which are literal, or token ids."""
+        preprocessor = self._variant(adapter).preprocessor
+        return [
+            preprocessor.prepare(one, literal=True) if isinstance(one, str) else preprocessor.prepare_ids(one)
+            for one in prompts
+        ]
+
+    def _params(self, request: Sampling, adapter: str | None, *, max_new_tokens: int) -> SamplingParams:
+        vocab_size = self._variant(adapter).model.config.decoder.vocab_size
+        top_p = None if request.top_p is None or request.top_p >= 1 else max(request.top_p, 1e-9)
+        return SamplingParams(
+            max_new_tokens=max_new_tokens,
+            temperature=1.0 if request.temperature is None else request.temperature,
+            top_p=top_p,
+            top_k=request.top_k if request.top_k and request.top_k > 0 else None,
+            min_p=request.min_p,
+            repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
+            presence_penalty=request.presence_penalty or 0.0,
+            frequency_penalty=request.frequency_penalty or 0.0,
+            logit_bias=_bias(request.logit_bias or {}, vocab_size),
+            seed=None if request.seed is None else request.seed % _SEEDS,
+            stop=tuple(request.stops),
+        )
+
+    def _masks(self, request: ChatRequest, adapter: str | None) -> list[Any]:
+        """Returns a mask for each choice, or None for those without a response format."""
+        format, n = request.response_format, request.n or 1
+        if format is None or format.type == "text":
+            return [None] * n
+        grammars = self._grammars[adapter]
+        return [grammars.mask(format, self.limits) for _ in range(n)]
+
+    @cached_property
+    def _grammars(self) -> Mapping[str | None, Grammars]:
+        """By adapter. Reading a vocabulary takes a second, so it is done for the first request that needs one."""
+        variants = {name: self._variant(name) for name in self.adapters.values()}
+        return {
+            name: Grammars(one.preprocessor.tokenizer, one.model.config.decoder.vocab_size)
+            for name, one in variants.items()
+        }
+
+
+def client_error(error: LlavaError) -> ApiError:
+    """Returns what a client is told about an error."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ContextError):
+        return ApiError(400, str(error), param="messages", code="context_length_exceeded")
+    if isinstance(error, PromptError | ImageError | CheckpointError):
+        return ApiError(400, str(error), param="messages")
+    return ApiError(500, str(error))
+
+
+def _with_seed(params: SamplingParams, index: int) -> SamplingParams:
+    """Choices with a seed differ from each other, and are the same in the next request."""
+    return params if params.seed is None or not index else replace(params, seed=(params.seed + index) % _SEEDS)
+
+
+def _parts(message: Message) -> Sequence[Any]:
+    return message.content if isinstance(message.content, list) else ()
+
+
+def _plain(message: Message, pictures: Any) -> dict[str, Any]:
+    """Returns a message in our own form. pictures: an iterator over those of all messages."""
+    role = "system" if message.role == "developer" else message.role
+    if isinstance(message.content, str):
+        return {"role": role, "content": message.content}
+    parts: list[dict[str, Any]] = []
+    for part in message.content:
+        if isinstance(part, ImagePart):
+            parts.append({"type": "image", "image": next(pictures)})
+        else:
+            parts.append({"type": "text", "text": part.text})
+    return {"role": role, "content": parts}
+
+
+def _bias(bias: Mapping[str, float], vocab_size: int) -> dict[int, float]:
+    found = {}
+    for id, value in bias.items():
+        if not (id.isdecimal() and id.isascii() and len(id) < 10 and int(id) < vocab_size):
+            message = f"logit_bias: expected token ids from 0 to {vocab_size - 1} as keys"
+            raise ApiError(400, message, param="logit_bias")
+        if not (math.isfinite(value) and abs(value) <= _BIAS):
+            raise ApiError(400, f"logit_bias: expected values from {-_BIAS:g} to {_BIAS:g}", param="logit_bias")
+        found[int(id)] = value
+    return found

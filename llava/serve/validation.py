@@ -1,0 +1,73 @@
+"""Says in our own words what is wrong with the body of a request."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+
+from llava.serve.errors import ApiError
+
+# by pydantic's type of error; names in braces are from its context
+_EXPECTED = {
+    "string_type": "a string",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+    "finite_number": "a finite number",
+    "greater_than": "a number above {gt}",
+    "greater_than_equal": "a number of at least {ge}",
+    "less_than": "a number below {lt}",
+    "less_than_equal": "a number of at most {le}",
+    "too_short": "at least {min_length} entries",
+    "too_long": "at most {max_length} entries",
+    "literal_error": "{expected}",
+    "union_tag_invalid": "a type of {expected_tags}",
+    "union_tag_not_found": "an object with a type",
+}
+
+
+def explain(error: RequestValidationError) -> ApiError:
+    """Returns what a client is told: the first problem, by the name of the parameter."""
+    first: Mapping[str, Any] = min(error.errors(), key=lambda one: len(one["loc"]))
+    kind, location = first["type"], [part for part in first["loc"] if part != "body"]
+    if kind == "json_invalid":
+        return ApiError(400, "the body is not valid JSON")
+    name = _name(location)
+    if not name:
+        return ApiError(400, "the body is missing or no JSON object; expected an object with the request's parameters")
+    if kind == "missing":
+        return ApiError(400, f"{name} is missing", param=name)
+    if kind == "extra_forbidden":
+        return ApiError(400, f"the parameter {name!r} is not supported; leave it out", param=name)
+    expected = _EXPECTED.get(kind, "another value").format_map(_Context(first.get("ctx", {})))
+    return ApiError(400, f"{name} is {_shown(first.get('input'))}; expected {expected}", param=name)
+
+
+class _Context(dict[str, Any]):
+    def __missing__(self, key: str) -> str:
+        return "another value"
+
+
+def _name(location: Sequence[Any]) -> str:
+    """Returns a path such as messages[0].content, without names of types, which are not in the body."""
+    name = ""
+    for part in location:
+        if isinstance(part, int):
+            name += f"[{part}]"
+        elif part.replace("_", "").isalnum() and part.islower() and part not in ("str", "int", "float", "bool", "list"):
+            name += f".{part}" if name else part
+    return name
+
+
+def _shown(value: Any) -> str:
+    """Returns the start of a value, or its type if it is long."""
+    if isinstance(value, Mapping):
+        return "an object"
+    if isinstance(value, list | tuple):
+        return "a list"
+    return repr(value) if len(repr(value)) <= 40 else f"a {type(value).__name__}"
