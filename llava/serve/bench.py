@@ -12,25 +12,7 @@ from typing import Any
 
 from llava.errors import ConfigError, LlavaError
 
-_WORDS = [
-    "red",
-    "blue",
-    "green",
-    "small",
-    "large",
-    "round",
-    "square",
-    "left",
-    "right",
-    "above",
-    "below",
-    "near",
-    "far",
-    "bright",
-    "dark",
-    "old",
-    "new",
-]
+_ADJECTIVES = ("red", "blue", "green", "small", "large", "round", "square", "near", "far", "bright", "dark", "old")
 _PERCENTILES = (50, 95, 99)
 
 
@@ -81,7 +63,7 @@ def bodies(load: Load) -> list[dict[str, Any]]:
 
 
 def _body(load: Load, chance: random.Random) -> dict[str, Any]:
-    text = "Describe this: " + " ".join(chance.choice(_WORDS) for _ in range(load.prompt_words))
+    text = "Describe this: " + " ".join(chance.choice(_ADJECTIVES) for _ in range(load.prompt_words))
     pictures = [{"type": "image_url", "image_url": {"url": _picture(load, chance)}} for _ in range(load.pictures)]
     return {
         "model": load.model,
