@@ -107,7 +107,7 @@ async def run(
             nonlocal n_done
             await asyncio.sleep(delay_s)
             async with at_once:
-                sample = await _request(client, body)
+                sample = await request(client, body)
             n_done += 1
             if progress:
                 progress(n_done, len(requests))
@@ -129,7 +129,8 @@ def _delays(load: Load, n: int) -> list[float]:
     return delays
 
 
-async def _request(client: Any, body: Mapping[str, Any]) -> Sample:
+async def request(client: Any, body: Mapping[str, Any]) -> Sample:
+    """Sends a request and reads its stream. client: an `httpx.AsyncClient`."""
     import httpx
 
     sample, started = Sample(body=body), time.perf_counter()
