@@ -45,7 +45,7 @@ def setting(name: str) -> str:
 
 
 def served_options() -> set[str]:
-    serve = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    serve = typer.main.get_command(app).commands["serve"]
     return {name for one in serve.params for name in (*one.opts, *one.secondary_opts)}
 
 

@@ -86,7 +86,7 @@ def test_the_server_prints_the_line_on_the_pages(serving: str, address: str) -> 
 
 
 def test_every_option_on_the_pages_exists() -> None:
-    serve = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    serve = typer.main.get_command(app).commands["serve"]
     options = {name for one in serve.params for name in (*one.opts, *one.secondary_opts)}
     named = {word for command, _ in commands_with("llava serve") for word in shlex.split(command) if word[:2] == "--"}
     quoted = {word for word in unquoted(PAGE.read_text(encoding="utf-8")) if re.fullmatch(r"--[a-z-]+", word)}
