@@ -36,6 +36,12 @@ def serve(
     allow_origin: Annotated[
         list[str] | None, typer.Option("--allow-origin", help="origin of web pages that may use it; repeatable")
     ] = None,
+    allow_media_host: Annotated[
+        list[str] | None,
+        typer.Option("--allow-media-host", help="host from which pictures are fetched over https; repeatable"),
+    ] = None,
+    log_file: Annotated[Path | None, typer.Option("--log-file", help="append logs to a file; default: stderr")] = None,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="log prompts, which may be private")] = False,
     certificate: Annotated[str | None, typer.Option("--certificate", help="PEM file, to serve https")] = None,
     private_key: Annotated[str | None, typer.Option("--private-key", help="PEM file of the certificate's key")] = None,
     loading: ModelOptions,
@@ -44,21 +50,24 @@ def serve(
     """Serve a model over HTTP, with an API for OpenAI's clients."""
     engine.options()
     try:
-        from llava.serve import server
+        from llava.serve import logs, server
         from llava.serve.access import Access
+        from llava.serve.settings import Settings
     except ImportError as error:
         raise ConfigError(f"llava serve needs {error.name}: pip install 'llava-native[serve]'") from None
-
-    access = Access(
-        host=host, keys=_keys(api_key_file), hosts=tuple(allow_host or ()), origins=tuple(allow_origin or ())
+    settings = Settings(
+        name=served_model_name or _name(model),
+        access=Access(
+            host=host, keys=_keys(api_key_file), hosts=tuple(allow_host or ()), origins=tuple(allow_origin or ())
+        ),
+        port=port,
+        media_hosts=tuple(allow_media_host or ()),
+        log_prompts=log_prompts,
+        certificate=certificate,
+        private_key=private_key,
     )
-    options = server.ServerOptions(port=port, certificate=certificate, private_key=private_key)
-    server.run(
-        lambda: load(model, loading, base=base, adapters=adapter, engine=engine),
-        served_model_name or _name(model),
-        access,
-        options,
-    )
+    logs.set_up(log_file)
+    server.run(lambda: load(model, loading, base=base, adapters=adapter, engine=engine), settings)
 
 
 def _name(model: str | None) -> str:

@@ -5,57 +5,43 @@ import logging
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llava.assistant import Assistant
 from llava.errors import ConfigError, LlavaError
-from llava.serve.access import Access
 from llava.serve.app import State, create
-from llava.serve.limits import Limits
+from llava.serve.settings import Settings
 
 log = logging.getLogger(__name__)
 
 _KEEP_ALIVE_S = 15  # seconds that an idle connection is kept
+_HEAD_S = 20  # seconds for the head of a request
+_MAX_CONNECTIONS = 800  # below the number of open files that most systems allow
 _BACKLOG = 1024  # connections that wait to be accepted
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServerOptions:
-    """Where and how to serve."""
-
-    port: int = 8000  # 0: any free port
-    drain_s: float = 60.0  # seconds that running requests have to finish after SIGTERM
-    certificate: str | None = None  # PEM files, for https
-    private_key: str | None = None
-
-    @property
-    def scheme(self) -> str:
-        """http or https."""
-        return "https" if self.certificate else "http"
-
-
-def run(
-    load: Callable[[], Assistant], name: str, access: Access, options: ServerOptions, limits: Limits | None = None
-) -> None:
+def run(load: Callable[[], Assistant], settings: Settings) -> None:
     """Serves a model until SIGTERM or Ctrl-C. Raises LlavaError if the address or the model cannot be used."""
-    listening = bind(access.host, options.port)
+    host = settings.access.host
+    listening = bind(host, settings.port)
     try:
-        host = f"[{access.host}]" if ":" in access.host else access.host
-        address = f"{options.scheme}://{host}:{listening.getsockname()[1]}"
+        address = f"[{host}]" if ":" in host else host
+        url = f"{settings.scheme}://{address}:{listening.getsockname()[1]}"
 
         def on_ready() -> None:
-            print(f"llava: serving {name} at {address}", flush=True)
+            print(f"llava: serving {settings.name} at {url}", flush=True)
 
         def on_failure(error: LlavaError) -> None:
             server.should_exit = True
 
-        app = create(load, name, access=access, limits=limits, on_ready=on_ready, on_failure=on_failure)
+        app = create(load, settings, on_ready=on_ready, on_failure=on_failure)
         state: State = app.state.llava
-        server = _Server(_config(app, options), state, options.drain_s)
+        server = _Server(_config(app, settings), state, settings.drain_s)
         server.run(sockets=[listening])
     finally:
         listening.close()
@@ -77,10 +63,10 @@ def bind(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _config(app: Any, options: ServerOptions) -> uvicorn.Config:
+def _config(app: Any, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http="h11",
+        http=_Protocol,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -88,9 +74,36 @@ def _config(app: Any, options: ServerOptions) -> uvicorn.Config:
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=_KEEP_ALIVE_S,
-        ssl_certfile=options.certificate,
-        ssl_keyfile=options.private_key,
+        ssl_certfile=settings.certificate,
+        ssl_keyfile=settings.private_key,
     )
+
+
+class _Protocol(H11Protocol):
+    """Closes connections whose client takes too long to send the head of a request, and those beyond a limit."""
+
+    _waiting: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > _MAX_CONNECTIONS:
+            transport.close()
+            return
+        self._waiting = self.loop.call_later(_HEAD_S, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        has_head = self.conn.their_state is not h11.IDLE
+        if has_head and self._waiting:
+            self._waiting.cancel()
+            self._waiting = None
+        elif not has_head and not self._waiting:  # the next request on a connection that is kept
+            self._waiting = self.loop.call_later(_HEAD_S, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._waiting:
+            self._waiting.cancel()
+        super().connection_lost(exc)
 
 
 class _Server(uvicorn.Server):

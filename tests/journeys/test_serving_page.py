@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from llava.cli.app import app
 from llava.serve.limits import Limits
-from llava.serve.schema import ChatRequest, CompletionRequest
+from llava.serve.schema import ChatRequest, CompletionRequest, ExplainRequest
 from tests.command import TIMEOUT_S, start, wait_for_output
 from tests.conftest import PROJECT
 
@@ -115,6 +115,11 @@ def test_the_openai_package_gets_the_answers_on_the_page(address: str) -> None:
 def test_the_table_of_parameters_is_complete(column: int, request_type: type[ChatRequest | CompletionRequest]) -> None:
     taken = {name for row in table("Parameters") if row[column] == "yes" for name in unquoted(row[0])}
     assert taken == set(request_type.model_fields)
+
+
+def test_the_table_of_parameters_of_explanations_is_complete() -> None:
+    added = {name for row in table("Explain") for name in unquoted(row[0])}
+    assert added == set(ExplainRequest.model_fields) - set(ChatRequest.model_fields)
 
 
 @pytest.mark.parametrize(
