@@ -1,5 +1,6 @@
 """What docs/serving.md and the README say about `llava serve`: the examples run, and the tables are complete."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -27,9 +28,15 @@ HI = [{"role": "user", "content": "Hi"}]
 
 
 @pytest.fixture(scope="module")
-def serving() -> Iterator[str]:
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The log of the server."""
+    return tmp_path_factory.mktemp("log") / "llava.log"
+
+
+@pytest.fixture(scope="module")
+def serving(log: Path) -> Iterator[str]:
     """The line that `llava serve` prints when it is ready."""
-    process = start("serve", "--port", "0", cwd=PROJECT)
+    process = start("serve", "--port", "0", "--log-file", log, cwd=PROJECT)
     yield wait_for_output(process, "\n").strip()
     process.terminate()
     process.communicate(timeout=TIMEOUT_S)
@@ -85,12 +92,17 @@ def test_the_server_prints_the_line_on_the_pages(serving: str, address: str) -> 
     assert shown == [serving.replace(address, ADDRESS)] * 2
 
 
-def test_every_option_on_the_pages_exists() -> None:
-    serve = typer.main.get_command(app).commands["serve"]
-    options = {name for one in serve.params for name in (*one.opts, *one.secondary_opts)}
-    named = {word for command, _ in commands_with("llava serve") for word in shlex.split(command) if word[:2] == "--"}
-    quoted = {word for word in unquoted(PAGE.read_text(encoding="utf-8")) if re.fullmatch(r"--[a-z-]+", word)}
-    assert (named | quoted) <= options
+def options_of(command: str) -> set[str]:
+    params = typer.main.get_command(app).commands[command].params
+    return {name for one in params for name in (*one.opts, *one.secondary_opts) if name != "-m"}
+
+
+def test_the_page_names_every_option_of_its_own_and_no_other() -> None:
+    words = {word for command, _ in commands_with("llava serve") for word in shlex.split(command)}
+    named = {word for word in words | unquoted(PAGE.read_text(encoding="utf-8")) if re.match(r"--[a-z-]+", word)}
+    named = {word.split()[0] for word in named}
+    assert named <= options_of("serve")
+    assert options_of("serve") - options_of("ask") <= named
 
 
 @pytest.mark.parametrize(("command", "output"), commands_with("curl"))
@@ -171,3 +183,11 @@ def test_the_table_of_paths_is_complete(address: str) -> None:
     paths = httpx.get(f"{address}/openapi.json").json()["paths"]
     served = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
     assert set().union(*(unquoted(row[0]) for row in table("Paths"))) == served | {"GET /openapi.json"}
+
+
+def test_a_line_of_the_log_has_the_fields_on_the_page(log: Path, address: str) -> None:
+    httpx.get(f"{address}/ready")
+    (shown,) = blocks(PAGE, "json")
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    assert lines[-1]["route"] == "/ready"
+    assert list(lines[-1]) == list(json.loads(shown))
