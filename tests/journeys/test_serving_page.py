@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from llava.cli.app import app
 from llava.serve.limits import Limits
 from llava.serve.schema import ChatRequest, CompletionRequest, ExplainRequest
-from tests.command import TIMEOUT_S, start, wait_for_output
+from tests.command import TIMEOUT_S, run_well, start, wait_for_output
 from tests.conftest import PROJECT
 
 PAGE = PROJECT / "docs" / "serving.md"
@@ -84,12 +85,18 @@ def unquoted(cells: str) -> set[str]:
 
 def steady(output: str) -> str:
     """An output without what differs from call to call."""
-    return re.sub(r'("id": ?"\w+-|"created": ?|"cached_tokens": ?)\w+', r"\1…", output.strip())
+    return re.sub(r'("id": ?"\w+-|"created": ?|"cached_tokens": ?| of (?=.* free))[\w.]+', r"\1…", output.strip())
 
 
 def test_the_server_prints_the_line_on_the_pages(serving: str, address: str) -> None:
-    shown = [output for command, output in commands_with("llava serve") if output]
+    shown = [output for command, output in commands_with("llava serve") if command == "llava serve"]
     assert shown == [serving.replace(address, ADDRESS)] * 2
+
+
+@pytest.mark.parametrize(("command", "output"), commands_with("--dry-run"))
+def test_the_plan_on_the_page_is_printed(command: str, output: str) -> None:
+    printed = run_well(*shlex.split(command)[1:]).stdout
+    assert steady(printed) == steady(output)
 
 
 def options_of(command: str) -> set[str]:
@@ -186,8 +193,10 @@ def test_the_table_of_paths_is_complete(address: str) -> None:
 
 
 def test_a_line_of_the_log_has_the_fields_on_the_page(log: Path, address: str) -> None:
-    httpx.get(f"{address}/ready")
+    httpx.get(f"{address}/v1/models", headers={"x-request-id": "mine"})
+    end = time.monotonic() + 10  # a line is written after its response
+    while not (found := re.search(r'^.*"request_id": "mine".*$', log.read_text("utf-8"), re.MULTILINE)):
+        assert time.monotonic() < end
+        time.sleep(0.01)
     (shown,) = blocks(PAGE, "json")
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    assert lines[-1]["route"] == "/ready"
-    assert list(lines[-1]) == list(json.loads(shown))
+    assert list(json.loads(found[0])) == list(json.loads(shown))
