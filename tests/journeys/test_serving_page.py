@@ -106,10 +106,17 @@ def options_of(command: str) -> set[str]:
 
 def test_the_page_names_every_option_of_its_own_and_no_other() -> None:
     words = {word for command, _ in commands_with("llava serve") for word in shlex.split(command)}
-    named = {word for word in words | unquoted(PAGE.read_text(encoding="utf-8")) if re.match(r"--[a-z-]+", word)}
-    named = {word.split()[0] for word in named}
-    assert named <= options_of("serve")
+    words |= {quoted.split()[0] for quoted in unquoted(PAGE.read_text(encoding="utf-8"))}
+    named = {word for word in words if word.startswith("--")}
+    assert named <= options_of("serve") | options_of("bench-serve")
     assert options_of("serve") - options_of("ask") <= named
+
+
+@pytest.mark.parametrize(("command", "output"), commands_with("llava bench-serve"))
+def test_the_load_test_on_the_page_runs(command: str, output: str, address: str) -> None:
+    printed = run_well(*shlex.split(command.replace(ADDRESS, address))[1:]).stdout.splitlines()
+    assert [line.split()[0] for line in printed] == [line.split()[0] for line in output.splitlines()]
+    assert printed[1].split() == ["errors", "0"]
 
 
 @pytest.mark.parametrize(("command", "output"), commands_with("curl"))
