@@ -74,6 +74,8 @@ def serve(
         certificate=certificate,
         private_key=private_key,
     )
+    if as_json and not dry_run:
+        raise ConfigError("--json is for --dry-run: add it, or leave --json out; logs are JSON anyway")
     if dry_run:
         plan = _plan(model, settings.name, loading, engine, base=base, adapters=adapter)
         print(json.dumps(plan.to_dict()) if as_json else plan.text())

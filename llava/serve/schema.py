@@ -209,7 +209,7 @@ class CompletionRequest(Sampling):
 
 
 class TokenizeRequest(_Strict):
-    """Body of POST /tokenize: a literal text, or a conversation without pictures."""
+    """Body of POST /tokenize: a literal text, or a conversation. Image tokens are -200."""
 
     model: str | None = None
     prompt: str | None = None

@@ -15,7 +15,7 @@ from llava.assistant import Assistant
 from llava.engine.adapters import Variant
 from llava.engine.reply import Output
 from llava.engine.sampling_params import SamplingParams
-from llava.errors import CheckpointError, ContextError, ImageError, LlavaError, PromptError
+from llava.errors import CheckpointError, ConfigError, ContextError, ImageError, LlavaError, PromptError
 from llava.preprocess.image import Preprocessed
 from llava.preprocess.inputs import ModelInput
 from llava.preprocess.tokenizer import Tokenizer
@@ -67,6 +67,8 @@ class Service:
         self.assistant, self.settings, self.metrics = assistant, settings, metrics
         self.limits, name = settings.limits, settings.name
         self._fetcher = MediaFetcher(settings.media_hosts, settings.limits) if settings.media_hosts else None
+        if name in assistant.adapters:
+            raise ConfigError(f"the model and an adapter are both named {name}; set another --served-model-name")
         self.adapters: dict[str, str | None] = {name: None} | {one: one for one in assistant.adapters}
         self.created = int(time.time())
         self._engine: EngineThread | None = None
@@ -151,7 +153,10 @@ class Service:
         """Starts the choices of completions: those of the first prompt come first. Raises LlavaError."""
         request.check(self.limits)
         with self._admitted((request.n or 1) * len(request.prompts)):
-            return await self._start(await self._completion_choices(request), self.adapter(request.model), client)
+            try:
+                return await self._start(await self._completion_choices(request), self.adapter(request.model), client)
+            except LlavaError as error:
+                raise client_error(error, "prompt") from None
 
     async def _completion_choices(self, request: CompletionRequest) -> list[Choice]:
         adapter = self.adapter(request.model)
@@ -217,6 +222,8 @@ class Service:
 
     async def _conversation(self, messages: Sequence[Message], adapter: str | None) -> ModelInput:
         """Prepares a conversation with its pictures. The text is literal."""
+        if messages[-1].role != "user":
+            raise ApiError(400, "messages: the last one has to be from the user", param="messages")
         urls = [part.image_url.url for one in messages for part in _parts(one) if isinstance(part, ImagePart)]
         if len(urls) > self.limits.pictures:
             message = f"the messages have {len(urls)} pictures; expected at most {self.limits.pictures}"
@@ -286,14 +293,14 @@ class Service:
         }
 
 
-def client_error(error: LlavaError) -> ApiError:
-    """Returns what a client is told about an error."""
+def client_error(error: LlavaError, param: str = "messages") -> ApiError:
+    """Returns what a client is told about an error. param: what the prompt is called in its request."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ContextError):
-        return ApiError(400, str(error), param="messages", code="context_length_exceeded")
+        return ApiError(400, str(error), param=param, code="context_length_exceeded")
     if isinstance(error, PromptError | ImageError | CheckpointError):
-        return ApiError(400, str(error), param="messages")
+        return ApiError(400, str(error), param=param)
     return ApiError(500, str(error))
 
 

@@ -75,7 +75,7 @@ class _Pieces:
 def _compile(schema: str) -> str:
     from llguidance import LLMatcher
 
-    grammar: str = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": r"[\n ]{0,8}"})
+    grammar: str = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
     if LLMatcher.validate_grammar(grammar):
         message = "response_format: the schema is invalid, or uses keywords that this server does not support"
         raise ApiError(400, message, param="response_format")

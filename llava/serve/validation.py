@@ -1,5 +1,6 @@
 """Says in our own words what is wrong with the body of a request."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,8 +24,8 @@ _EXPECTED = {
     "greater_than_equal": "a number of at least {ge}",
     "less_than": "a number below {lt}",
     "less_than_equal": "a number of at most {le}",
-    "too_short": "at least {min_length} entries",
-    "too_long": "at most {max_length} entries",
+    "too_short": "more entries",
+    "too_long": "fewer entries",
     "literal_error": "{expected}",
     "union_tag_invalid": "a type of {expected_tags}",
     "union_tag_not_found": "an object with a type",
@@ -33,7 +34,7 @@ _EXPECTED = {
 
 def explain(error: RequestValidationError) -> ApiError:
     """Returns what a client is told: the first problem, by the name of the parameter."""
-    first: Mapping[str, Any] = min(error.errors(), key=lambda one: len(one["loc"]))
+    first: Mapping[str, Any] = max(error.errors(), key=lambda one: len(one["loc"]))  # the most specific of a union
     kind, location = first["type"], [part for part in first["loc"] if part != "body"]
     if kind == "json_invalid":
         return ApiError(400, "the body is not valid JSON")
@@ -69,5 +70,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, Mapping):
         return "an object"
     if isinstance(value, list | tuple):
-        return "a list"
-    return repr(value) if len(repr(value)) <= 40 else f"a {type(value).__name__}"
+        return "a list" if value else "an empty list"
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= 40 else "a long text" if isinstance(value, str) else "a long value"
