@@ -18,7 +18,7 @@ from llava.engine.picture_memory import GpuPictureMemory
 from llava.engine.prefetch import Prefetch, n_preparing_threads
 from llava.engine.sampling_params import SamplingParams
 from llava.engine.sequence import Sequence, placed_images
-from llava.errors import ConfigError, PromptError
+from llava.errors import ConfigError, ContextError, PromptError
 from llava.preprocess.image import Picture
 from llava.preprocess.inputs import Messages, ModelInput, Preprocessor
 
@@ -164,11 +164,11 @@ class InputProcessor:
         )
 
     def _check_length(self, n_prompt: int, params: SamplingParams, context: int) -> None:
-        """Raises PromptError if a prompt does not fit. context: maximum length of a request, in tokens."""
+        """Raises ContextError if a prompt does not fit. context: maximum length of a request, in tokens."""
         if n_prompt > context or (n_prompt == context and params.max_new_tokens):
             by_cache = context == self.capacity
             limit = "the cache" if by_cache else "the model's context"
-            raise PromptError(
+            raise ContextError(
                 f"the prompt has {n_prompt} tokens, which leaves no room for a reply in {limit} of {context} tokens; "
                 f"shorten the prompt{', or raise cache_memory= (--cache-memory)' if by_cache else ''}"
             )

@@ -148,7 +148,9 @@ def _add_errors(app: FastAPI) -> None:
         if isinstance(error.__cause__, ApiError):  # raised while the body was read
             return respond(error.__cause__)
         default = "the request is malformed; expected JSON"
-        return respond(ApiError(error.status_code, _STATUSES.get(error.status_code, default)))
+        response = respond(ApiError(error.status_code, _STATUSES.get(error.status_code, default)))
+        response.headers.update(error.headers or {})  # Allow: the methods of this path
+        return response
 
 
 def respond(error: ApiError) -> Response:

@@ -101,6 +101,9 @@ class Service:
     @contextmanager
     def _admitted(self, n: int) -> Iterator[None]:
         """Counts `n` choices as active until they end. Raises ApiError if there are too many."""
+        if n > self.limits.requests:
+            message = f"the request has {n} choices; expected at most {self.limits.requests}"
+            raise ApiError(400, message, param="n")
         if self._n_active + n > self.limits.requests:
             raise ApiError(429, "the server is busy; try again later", code="queue_full")
         self._n_active += n
@@ -134,7 +137,7 @@ class Service:
     async def complete(self, request: CompletionRequest, client: Client) -> Generation:
         """Starts the choices of completions: those of the first prompt come first. Raises LlavaError."""
         request.check(self.limits)
-        with self._admitted((request.n or 1) * len(request.prompts)):
+        with self._admitted((request.n or 1) * len(request.prompts)), _about_prompt():
             return await self._start(await self._completion_choices(request), self.adapter(request.model), client)
 
     async def _completion_choices(self, request: CompletionRequest) -> list[Choice]:
@@ -157,7 +160,8 @@ class Service:
             input = await self._conversation(request.messages, adapter)
         else:
             assert request.prompt is not None
-            (input,) = await asyncio.to_thread(self._prompts, [request.prompt], adapter)
+            with _about_prompt():
+                (input,) = await asyncio.to_thread(self._prompts, [request.prompt], adapter)
         ids = input.ids.tolist()
         preprocessor = self._variant(adapter).preprocessor
         if request.prompt is not None and not request.add_special_tokens and ids[:1] == [preprocessor.tokenizer.bos_id]:
@@ -254,15 +258,24 @@ class Service:
         }
 
 
-def client_error(error: LlavaError) -> ApiError:
-    """Returns what a client is told about an error."""
+def client_error(error: LlavaError, param: str = "messages") -> ApiError:
+    """Returns what a client is told about an error. param: where the prompt is."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ContextError):
-        return ApiError(400, str(error), param="messages", code="context_length_exceeded")
+        return ApiError(400, str(error), param=param, code="context_length_exceeded")
     if isinstance(error, PromptError | ImageError | CheckpointError):
-        return ApiError(400, str(error), param="messages")
+        return ApiError(400, str(error), param=param)
     return ApiError(500, str(error))
+
+
+@contextmanager
+def _about_prompt() -> Iterator[None]:
+    """Errors are about the parameter prompt."""
+    try:
+        yield
+    except PromptError as error:
+        raise client_error(error, "prompt") from None
 
 
 def _with_seed(params: SamplingParams, index: int) -> SamplingParams:

@@ -1,5 +1,6 @@
 """Says in our own words what is wrong with the body of a request."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ _EXPECTED = {
 
 def explain(error: RequestValidationError) -> ApiError:
     """Returns what a client is told: the first problem, by the name of the parameter."""
-    first: Mapping[str, Any] = min(error.errors(), key=lambda one: len(one["loc"]))
+    first = _first(error.errors())
     kind, location = first["type"], [part for part in first["loc"] if part != "body"]
     if kind == "json_invalid":
         return ApiError(400, "the body is not valid JSON")
@@ -44,8 +45,16 @@ def explain(error: RequestValidationError) -> ApiError:
         return ApiError(400, f"{name} is missing", param=name)
     if kind == "extra_forbidden":
         return ApiError(400, f"the parameter {name!r} is not supported; leave it out", param=name)
+    if location[0] == "prompt" and len(location) > 1:  # a union, of whose types the first one would be named
+        return ApiError(400, "prompt: expected a string, token ids, or a list of either", param="prompt")
     expected = _EXPECTED.get(kind, "another value").format_map(_Context(first.get("ctx", {})))
     return ApiError(400, f"{name} is {_shown(first.get('input'))}; expected {expected}", param=name)
+
+
+def _first(errors: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Returns the first problem. A value of several types has one for each: the deepest tells most, such as stop[0]."""
+    parameter = errors[0]["loc"][:2]
+    return max((one for one in errors if one["loc"][:2] == parameter), key=lambda one: len(one["loc"]))
 
 
 class _Context(dict[str, Any]):
@@ -65,9 +74,10 @@ def _name(location: Sequence[Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """Returns the start of a value, or its type if it is long."""
+    """Returns a value in JSON, or its type if it is long."""
     if isinstance(value, Mapping):
         return "an object"
     if isinstance(value, list | tuple):
         return "a list"
-    return repr(value) if len(repr(value)) <= 40 else f"a {type(value).__name__}"
+    text = json.dumps(value)
+    return text if len(text) <= 40 else "a long string" if isinstance(value, str) else "a long number"
