@@ -82,7 +82,14 @@ def create(
         if state.service:
             await state.service.stop()
 
-    app = FastAPI(title="llava", version=llava.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="llava",
+        version=llava.__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     app.state.llava = state
     _add_errors(app)
     _add_routes(app, state)
@@ -146,7 +153,9 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def of_the_framework(request: Request, error: HTTPException) -> Response:
         if isinstance(error.__cause__, ApiError):  # raised while the body was read
-            return respond(error.__cause__)
+            response = respond(error.__cause__)
+            response.headers["Connection"] = "close"  # the rest of the body is not read
+            return response
         default = "the request is malformed; expected JSON"
         response = respond(ApiError(error.status_code, _STATUSES.get(error.status_code, default)))
         response.headers.update(error.headers or {})  # Allow: the methods of this path

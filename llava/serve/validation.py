@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 
-from llava.serve.errors import ApiError
+from llava.serve.errors import MAX_NAME, ApiError
 
 # by pydantic's type of error; names in braces are from its context
 _EXPECTED = {
@@ -64,13 +64,17 @@ class _Context(dict[str, Any]):
 
 def _name(location: Sequence[Any]) -> str:
     """Returns a path such as messages[0].content, without names of types, which are not in the body."""
-    name = ""
+    name, tag = "", False  # tag: whether the next text names a member of a tagged union
     for part in location:
         if isinstance(part, int):
             name += f"[{part}]"
+        elif tag:
+            tag = False
         elif part.replace("_", "").isalnum() and part.islower() and part not in ("str", "int", "float", "bool", "list"):
             name += f".{part}" if name else part
-    return name
+        else:
+            tag = "tagged-union" in part
+    return name[:MAX_NAME]
 
 
 def _shown(value: Any) -> str:
