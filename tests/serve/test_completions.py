@@ -144,7 +144,9 @@ def test_top_log_probabilities_hold_the_most_likely_tokens_and_the_chosen_one(se
     rows = logits(server, server.vlm.preprocessor.prepare_ids(ids)).log_softmax(-1)
     for i, top in enumerate(found.top_logprobs[1:]):
         values, likely = rows[i].topk(max(1, n_top))
-        expected = {tokenizer.piece(id).decode(): value for id, value in zip(likely.tolist(), values.tolist())}
+        expected = {
+            tokenizer.piece(id).decode(): value for id, value in zip(likely.tolist(), values.tolist(), strict=True)
+        }
         expected[tokenizer.piece(ids[i + 1]).decode()] = rows[i, ids[i + 1]].item()
         assert top == pytest.approx(expected, abs=1e-4)
 
