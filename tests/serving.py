@@ -84,25 +84,30 @@ class Server:
 
 @contextmanager
 def serving(log: Path, vlm: llava.Assistant, name: str, *arguments: object) -> Iterator[Server]:
-    """Runs `llava serve ARGUMENTS` on a free port until the block ends, and checks that it then exits well."""
+    """Runs `llava serve ARGUMENTS` on a free port until the block ends, and checks that it then exits well.
+
+    log: file for what the server writes to stderr.
+    """
     with log.open("wb") as errors:
         process = start("serve", "--port", "0", *arguments, stderr=errors)
     with process:
         try:
             line = wait_for_output(process, "\n")
+            assert re.fullmatch(rf"llava: serving {re.escape(name)} at http://127\.0\.0\.1:\d+\n", line), line
             url = line.split()[-1]
-            assert re.fullmatch(rf"llava: serving {re.escape(name)} at http://127\.0\.0\.1:\d+\n", line)
             with (
                 httpx.Client(base_url=url, timeout=TIMEOUT_S) as http,
                 openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=TIMEOUT_S, max_retries=0) as client,
             ):
                 yield Server(url=url, process=process, http=http, client=client, vlm=vlm, name=name)
-        finally:
             process.send_signal(signal.SIGTERM)
-            try:
-                assert process.wait(timeout=TIMEOUT_S) == 0
-            finally:
-                process.kill()
+            code = process.wait(timeout=TIMEOUT_S)
+            assert code == 0, f"exit code {code}"
+            assert "Traceback" not in log.read_text()
+        except Exception as error:
+            raise AssertionError(f"{error}; stderr: {log.read_text()}") from error
+        finally:
+            process.kill()
 
 
 def drawn(colour: str = "red", *, mode: str = "RGB", format: str = "PNG", size: tuple[int, int] = (160, 120)) -> bytes:
