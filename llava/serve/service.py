@@ -18,7 +18,7 @@ from llava.preprocess.image import Preprocessed
 from llava.preprocess.inputs import ModelInput
 from llava.preprocess.tokenizer import Tokenizer
 from llava.serve.engine_thread import EngineThread
-from llava.serve.errors import MAX_NAME, ApiError
+from llava.serve.errors import ApiError
 from llava.serve.generation import Choice, Generation, Origin
 from llava.serve.limits import Limits
 from llava.serve.media import read_data_url
@@ -87,7 +87,7 @@ class Service:
     def adapter(self, model: str) -> str | None:
         """Returns the adapter behind a model's name. Raises ApiError if there is no such model."""
         if model not in self.adapters:
-            message = f"the model {model[:MAX_NAME]!r} does not exist; GET /v1/models lists those that do"
+            message = f"the model {model[:100]!r} does not exist; GET /v1/models lists those that do"
             raise ApiError(404, message, param="model", code="model_not_found")
         return self.adapters[model]
 
