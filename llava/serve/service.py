@@ -45,6 +45,15 @@ class Client:
         return hashlib.sha256(self.key).digest() if self.key else b""
 
 
+@contextmanager
+def _about_prompt() -> Iterator[None]:
+    """Errors are about the parameter prompt."""
+    try:
+        yield
+    except PromptError as error:
+        raise client_error(error, "prompt") from None
+
+
 class Service:
     """Answers the requests for one model and its adapters."""
 
@@ -160,8 +169,7 @@ class Service:
             input = await self._conversation(request.messages, adapter)
         else:
             assert request.prompt is not None
-            with _about_prompt():
-                (input,) = await asyncio.to_thread(self._prompts, [request.prompt], adapter)
+            (input,) = await asyncio.to_thread(self._prompts, [request.prompt], adapter)
         ids = input.ids.tolist()
         preprocessor = self._variant(adapter).preprocessor
         if request.prompt is not None and not request.add_special_tokens and ids[:1] == [preprocessor.tokenizer.bos_id]:
@@ -215,6 +223,7 @@ class Service:
             return None
         return PictureSettings(config=image, patches=vision.grid, options=preprocessor.pictures)
 
+    @_about_prompt()
     def _prompts(self, prompts: Sequence[str] | Sequence[Sequence[int]], adapter: str | None) -> list[ModelInput]:
         """Prepares prompts: texts, which are literal, or token ids."""
         preprocessor = self._variant(adapter).preprocessor
@@ -267,15 +276,6 @@ def client_error(error: LlavaError, param: str = "messages") -> ApiError:
     if isinstance(error, PromptError | ImageError | CheckpointError):
         return ApiError(400, str(error), param=param)
     return ApiError(500, str(error))
-
-
-@contextmanager
-def _about_prompt() -> Iterator[None]:
-    """Errors are about the parameter prompt."""
-    try:
-        yield
-    except PromptError as error:
-        raise client_error(error, "prompt") from None
 
 
 def _with_seed(params: SamplingParams, index: int) -> SamplingParams:

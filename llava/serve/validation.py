@@ -11,6 +11,7 @@ from llava.serve.errors import MAX_NAME, ApiError
 # by pydantic's type of error; names in braces are from its context
 _EXPECTED = {
     "string_type": "a string",
+    "string_unicode": "text without half of a surrogate pair",
     "int_type": "a whole number",
     "int_from_float": "a whole number",
     "float_type": "a number",
@@ -39,6 +40,8 @@ def explain(error: RequestValidationError) -> ApiError:
     if kind == "json_invalid":
         return ApiError(400, "the body is not valid JSON")
     name = _name(location)
+    if not name and kind == "string_unicode":
+        return ApiError(400, "the body has a key with half of a surrogate pair; expected text")
     if not name:
         return ApiError(400, "the body is missing or no JSON object; expected an object with the request's parameters")
     if kind == "missing":
@@ -52,9 +55,10 @@ def explain(error: RequestValidationError) -> ApiError:
 
 
 def _first(errors: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Returns the first problem. A value of several types has one for each: the deepest tells most, such as stop[0]."""
-    parameter = errors[0]["loc"][:2]
-    return max((one for one in errors if one["loc"][:2] == parameter), key=lambda one: len(one["loc"]))
+    """Returns the problem that is closest to the top or, of a value of several types, the one deepest within it."""
+    first = min(errors, key=lambda one: len(one["loc"]))
+    union = first["loc"][:-1]
+    return max((one for one in errors if one["loc"][: len(union)] == union), key=lambda one: len(one["loc"]))
 
 
 class _Context(dict[str, Any]):
@@ -64,16 +68,16 @@ class _Context(dict[str, Any]):
 
 def _name(location: Sequence[Any]) -> str:
     """Returns a path such as messages[0].content, without names of types, which are not in the body."""
-    name, tag = "", False  # tag: whether the next text names a member of a tagged union
+    name, before = "", ("", "")
     for part in location:
+        is_tag = before[0].startswith("list[tagged-union") and not isinstance(part, int)
+        before = (before[1], str(part))
+        if is_tag:
+            continue
         if isinstance(part, int):
             name += f"[{part}]"
-        elif tag:
-            tag = False
         elif part.replace("_", "").isalnum() and part.islower() and part not in ("str", "int", "float", "bool", "list"):
             name += f".{part}" if name else part
-        else:
-            tag = "tagged-union" in part
     return name[:MAX_NAME]
 
 
