@@ -165,7 +165,7 @@ class InputProcessor:
         )
 
     def _check_length(self, n_prompt: int, params: SamplingParams, context: int) -> None:
-        """Raises PromptError if a prompt does not fit. context: maximum length of a request, in tokens."""
+        """Raises ContextError if a prompt does not fit. context: maximum length of a request, in tokens."""
         if n_prompt > context or (n_prompt == context and params.max_new_tokens):
             by_cache = context == self.capacity
             limit = "the cache" if by_cache else "the model's context"

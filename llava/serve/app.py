@@ -83,6 +83,7 @@ def create(
             await state.service.stop()
 
     app = FastAPI(title="llava", version=llava.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.router.redirect_slashes = False  # the address of a redirect would come from the Host header
     app.state.llava = state
     app.openapi = partial(_schema, app, app.openapi)  # type: ignore[method-assign]
     _add_errors(app)
@@ -158,9 +159,13 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def of_the_framework(request: Request, error: HTTPException) -> Response:
         if isinstance(error.__cause__, ApiError):  # raised while the body was read
-            return respond(error.__cause__)
+            response = respond(error.__cause__)
+            response.headers["Connection"] = "close"  # the rest of the body is not read
+            return response
         default = "the request is malformed; expected JSON"
-        return respond(ApiError(error.status_code, _STATUSES.get(error.status_code, default)))
+        response = respond(ApiError(error.status_code, _STATUSES.get(error.status_code, default)))
+        response.headers.update(error.headers or {})  # Allow: the methods of this path
+        return response
 
 
 def respond(error: ApiError) -> Response:

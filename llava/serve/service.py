@@ -60,6 +60,15 @@ class Client:
         return hashlib.sha256(self.key).digest() if self.key else b""
 
 
+@contextmanager
+def _about_prompt() -> Iterator[None]:
+    """Errors are about the parameter prompt."""
+    try:
+        yield
+    except PromptError as error:
+        raise client_error(error, "prompt") from None
+
+
 class Service:
     """Answers the requests for one model and its adapters."""
 
@@ -119,6 +128,9 @@ class Service:
     @contextmanager
     def _admitted(self, n: int) -> Iterator[None]:
         """Counts `n` choices as active until they end. Raises ApiError if there are too many."""
+        if n > self.limits.requests:
+            message = f"the request has {n} choices; expected at most {self.limits.requests}"
+            raise ApiError(400, message, param="n")
         if self._n_active + n > self.limits.requests:
             raise ApiError(429, "the server is busy; try again later", code="queue_full")
         self._n_active += n
@@ -152,11 +164,8 @@ class Service:
     async def complete(self, request: CompletionRequest, client: Client) -> Generation:
         """Starts the choices of completions: those of the first prompt come first. Raises LlavaError."""
         request.check(self.limits)
-        with self._admitted((request.n or 1) * len(request.prompts)):
-            try:
-                return await self._start(await self._completion_choices(request), self.adapter(request.model), client)
-            except LlavaError as error:
-                raise client_error(error, "prompt") from None
+        with self._admitted((request.n or 1) * len(request.prompts)), _about_prompt():
+            return await self._start(await self._completion_choices(request), self.adapter(request.model), client)
 
     async def _completion_choices(self, request: CompletionRequest) -> list[Choice]:
         adapter = self.adapter(request.model)
@@ -250,6 +259,7 @@ class Service:
             return None
         return PictureSettings(config=image, patches=vision.grid, options=preprocessor.pictures)
 
+    @_about_prompt()
     def _prompts(self, prompts: Sequence[str] | Sequence[Sequence[int]], adapter: str | None) -> list[ModelInput]:
         """Prepares prompts: texts, which are literal, or token ids."""
         preprocessor = self._variant(adapter).preprocessor
@@ -294,7 +304,7 @@ class Service:
 
 
 def client_error(error: LlavaError, param: str = "messages") -> ApiError:
-    """Returns what a client is told about an error. param: what the prompt is called in its request."""
+    """Returns what a client is told about an error. param: where the prompt is."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ContextError):
