@@ -217,8 +217,8 @@ MESSAGES: dict[str, tuple[list[Any], str, str]] = {
     "tool calls": (message(tool_calls=[TOOL]), "messages", "tool_calls"),
     "not a message": (["Hi"], "messages[0]", "expected an object"),
     "order": ([*user("Hi"), *user("Hi")], "messages", "alternating"),
-    "only a system": ([{"role": "system", "content": "Hi"}], "messages", "no user message"),
-    "late system": ([*user("Hi"), {"role": "system", "content": "Hi"}], "messages", "only the first"),
+    "only a system": ([{"role": "system", "content": "Hi"}], "messages", "has to be from the user"),
+    "late system": ([*user("Hi"), {"role": "system", "content": "Hi"}, *user("Hi")], "messages", "only the first"),
     "surrogate": (user("\ud800"), "messages", "not valid UTF-8"),
     "long": (user("word " * 3000), "messages", "exceeds the model's context of 1024"),
 }
@@ -375,7 +375,7 @@ METHODS = [
     ("DELETE", TOKENIZE, "POST"),
     ("DELETE", "/v1/models", "GET"),
     ("PATCH", "/v1/models/llava-tiny", "GET"),
-    ("POST", "/health", "GET"),
+    ("POST", "/health", "GET, HEAD"),
     ("POST", "/metrics", "GET"),
     ("OPTIONS", CHAT, "POST"),
     ("TRACE", "/version", "GET"),
@@ -386,7 +386,7 @@ METHODS = [
 def test_a_wrong_method_is_answered_with_the_right_one(server: Server, method: str, path: str, allowed: str):
     response = server.http.request(method, path, headers={"content-type": "application/json"})
     check(response, 405, None, "does not take this method")
-    assert response.headers["allow"] == allowed
+    assert sorted(response.headers["allow"].split(", ")) == sorted(allowed.split(", "))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,9 @@ OTHERS = {
     "request_success_total": "counter",
     "num_requests_running": "gauge",
     "num_requests_waiting": "gauge",
-    "image_cache_hits": None,
+    "image_cache_hits_total": "counter",
+    "image_cache_queries_total": "counter",
+    "vision_encode_seconds_total": "counter",
 }
 LINE = re.compile(r'(# (HELP|TYPE) \w+ .+|[a-z_0-9]+(\{(\w+="[^"\n]*",?)+\})? [-+.\deinfaIN]+)')
 
@@ -48,7 +50,7 @@ def test_a_request_is_counted(server: Server):
         "llava_generation_tokens_total",
         "llava_request_success_total",
         "llava_prefix_cache_hits_total",
-        "llava_image_cache_hits",
+        "llava_image_cache_hits_total",
     ]
     before = {name: server.metric(name) for name in names}
     messages = user(picture(drawn("purple")), text("What is in the picture?"))
