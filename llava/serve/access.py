@@ -26,6 +26,7 @@ from llava.serve.metrics import Metrics
 log = logging.getLogger("llava.access")
 
 _OPEN_PATHS = ("/health", "/ready", "/version")  # without a key
+_STARTS = (b",", b"[", b"{")  # in JSON, there are as many of them as values, at least
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 _REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _HOST = re.compile(r"\[(?P<v6>[0-9a-fA-F:.]+)\](:\d+)?|(?P<name>[\w.-]+)(:\d+)?", re.ASCII)
@@ -127,6 +128,8 @@ class AccessMiddleware:
         if scope["method"] == "POST":
             if headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
                 raise ApiError(415, "the body has another type; send it as Content-Type: application/json")
+            if "transfer-encoding" in headers and "content-length" in headers:  # a proxy could take the other one
+                raise ApiError(400, "the request has both Transfer-Encoding and Content-Length; send one of them")
             length = headers.get("content-length", "0")
             if not length.isdecimal() or int(length[:20]) > self.limits.body_bytes:
                 raise _too_large(self.limits)
@@ -142,7 +145,7 @@ class _LimitedBody:
 
     def __init__(self, receive: Receive, limits: Limits, arrived: float):
         self._receive, self._limits, self._arrived = receive, limits, arrived
-        self._n_bytes, self._complete = 0, False
+        self._n_bytes, self._n_values, self._complete = 0, 0, False
 
     async def receive(self) -> Message:
         """Returns the next message. Raises ApiError."""
@@ -153,9 +156,14 @@ class _LimitedBody:
             message = await asyncio.wait_for(self._receive(), left)
         except asyncio.TimeoutError:
             raise ApiError(408, f"the body took more than {self._limits.body_s:g} s to arrive") from None
-        self._n_bytes += len(message.get("body", b""))
+        body = message.get("body", b"")
+        self._n_bytes += len(body)
+        self._n_values += sum(map(body.count, _STARTS))
         if self._n_bytes > self._limits.body_bytes:
             raise _too_large(self._limits)
+        if self._n_values > self._limits.body_values:
+            problem = f"the body has more than {self._limits.body_values} values or commas; send less"
+            raise ApiError(413, problem)
         self._complete = message["type"] != "http.request" or not message.get("more_body", False)
         return message
 

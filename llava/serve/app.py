@@ -81,6 +81,7 @@ def create(
             await state.service.stop()
 
     app = FastAPI(title="llava", version=llava.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.router.redirect_slashes = False  # the address of a redirect would come from the Host header
     app.state.llava = state
     _add_errors(app)
     _add_routes(app, state)

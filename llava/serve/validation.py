@@ -10,6 +10,7 @@ from llava.serve.errors import ApiError
 # by pydantic's type of error; names in braces are from its context
 _EXPECTED = {
     "string_type": "a string",
+    "string_unicode": "text without half of a surrogate pair",
     "int_type": "a whole number",
     "int_from_float": "a whole number",
     "float_type": "a number",
@@ -33,11 +34,13 @@ _EXPECTED = {
 
 def explain(error: RequestValidationError) -> ApiError:
     """Returns what a client is told: the first problem, by the name of the parameter."""
-    first: Mapping[str, Any] = min(error.errors(), key=lambda one: len(one["loc"]))
+    first = _first(error.errors())
     kind, location = first["type"], [part for part in first["loc"] if part != "body"]
     if kind == "json_invalid":
         return ApiError(400, "the body is not valid JSON")
     name = _name(location)
+    if not name and kind == "string_unicode":
+        return ApiError(400, "the body has a key with half of a surrogate pair; expected text")
     if not name:
         return ApiError(400, "the body is missing or no JSON object; expected an object with the request's parameters")
     if kind == "missing":
@@ -48,6 +51,13 @@ def explain(error: RequestValidationError) -> ApiError:
     return ApiError(400, f"{name} is {_shown(first.get('input'))}; expected {expected}", param=name)
 
 
+def _first(errors: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Returns the problem that is closest to the top or, of a value of several types, the one deepest within it."""
+    first = min(errors, key=lambda one: len(one["loc"]))
+    union = first["loc"][:-1]
+    return max((one for one in errors if one["loc"][: len(union)] == union), key=lambda one: len(one["loc"]))
+
+
 class _Context(dict[str, Any]):
     def __missing__(self, key: str) -> str:
         return "another value"
@@ -55,8 +65,12 @@ class _Context(dict[str, Any]):
 
 def _name(location: Sequence[Any]) -> str:
     """Returns a path such as messages[0].content, without names of types, which are not in the body."""
-    name = ""
+    name, before = "", ("", "")
     for part in location:
+        is_tag = before[0].startswith("list[tagged-union") and not isinstance(part, int)
+        before = (before[1], str(part))
+        if is_tag:
+            continue
         if isinstance(part, int):
             name += f"[{part}]"
         elif part.replace("_", "").isalnum() and part.islower() and part not in ("str", "int", "float", "bool", "list"):
