@@ -107,8 +107,8 @@ class AccessMiddleware:
             if scope["method"] == "OPTIONS" and exchange.is_preflight:
                 await exchange.answer_preflight()
                 return
-            body = _LimitedBody(receive, self.limits, exchange.arrived)
-            await self.app(scope, body.receive, exchange.send)
+            exchange.body = _LimitedBody(receive, self.limits, exchange.arrived)
+            await self.app(scope, exchange.body.receive, exchange.send)
         except ApiError as error:
             await exchange.answer(error)
         except Exception:
@@ -119,12 +119,12 @@ class AccessMiddleware:
             exchange.log()
 
     def _check(self, scope: Scope, headers: Headers) -> str:
-        """Returns the API key. Raises ApiError."""
-        host, origin = headers.get("host", ""), headers.get("origin", "")
+        """Returns the API key. Raises ApiError. A header that comes twice matches nothing."""
+        host, origin, authorization = (", ".join(headers.getlist(one)) for one in ("host", "origin", "authorization"))
         self.access.check_host(host)
         self.access.check_origin(origin, host)
         is_open = scope["path"] in _OPEN_PATHS or scope["method"] == "OPTIONS"
-        key = "" if is_open else self.access.key_of(headers.get("authorization", ""))
+        key = "" if is_open else self.access.key_of(authorization)
         if scope["method"] == "POST":
             if headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
                 raise ApiError(415, "the body has another type; send it as Content-Type: application/json")
@@ -145,11 +145,12 @@ class _LimitedBody:
 
     def __init__(self, receive: Receive, limits: Limits, arrived: float):
         self._receive, self._limits, self._arrived = receive, limits, arrived
-        self._n_bytes, self._n_values, self._complete = 0, 0, False
+        self._n_bytes, self._n_values = 0, 0
+        self.is_complete = False
 
     async def receive(self) -> Message:
         """Returns the next message. Raises ApiError."""
-        if self._complete:
+        if self.is_complete:
             return await self._receive()
         left = max(0.0, self._arrived + self._limits.body_s - time.perf_counter())
         try:
@@ -164,7 +165,7 @@ class _LimitedBody:
         if self._n_values > self._limits.body_values:
             problem = f"the body has more than {self._limits.body_values} values or commas; send less"
             raise ApiError(413, problem)
-        self._complete = message["type"] != "http.request" or not message.get("more_body", False)
+        self.is_complete = message["type"] != "http.request" or not message.get("more_body", False)
         return message
 
 
@@ -177,6 +178,7 @@ class _Exchange:
         self.arrived = time.perf_counter()
         given = self._headers.get("x-request-id", "")
         self.id = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
+        self.body: _LimitedBody | None = None  # None: it is not read
         self.status = 0  # of the response; 0: none was sent
         self.error: str | None = None  # code of an error that was answered here
 
@@ -200,8 +202,15 @@ class _Exchange:
             message = {**message, "headers": headers.raw}
         await self._send(message)
 
+    @property
+    def _has_unread_body(self) -> bool:
+        has_one = "transfer-encoding" in self._headers or self._headers.get("content-length", "0") != "0"
+        return has_one and not (self.body and self.body.is_complete)
+
     def _more_headers(self) -> Sequence[tuple[str, str]]:
         headers = [("x-request-id", self.id), ("x-content-type-options", "nosniff")]
+        if self._has_unread_body:
+            headers.append(("connection", "close"))  # it may never end
         origin = self._headers.get("origin", "")
         if origin in self._access.origins:
             headers += [("access-control-allow-origin", origin), ("vary", "Origin")]
@@ -218,13 +227,13 @@ class _Exchange:
         await self._send({"type": "http.response.body", "body": b""})
 
     async def answer(self, error: ApiError) -> None:
-        """Answers with an error, unless the response has begun. The connection is closed: its body may be unread."""
+        """Answers with an error, unless the response has begun."""
         if self.status:
             log.warning("a response was cut off", extra={"request_id": self.id})
             return  # without its end, so that the client does not take it for whole
         self.error = error.code
         body = json.dumps(error.body()).encode()
-        headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+        headers = {"content-type": "application/json", "content-length": str(len(body))}
         raw = [(name.encode(), value.encode()) for name, value in (headers | error.headers).items()]
         await self.send({"type": "http.response.start", "status": error.status, "headers": raw})
         await self._send({"type": "http.response.body", "body": body})

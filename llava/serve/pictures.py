@@ -97,8 +97,8 @@ class _Worker:
 
     @property
     def pid(self) -> int:
-        assert self._process
-        return self._process.pid or 0
+        """Its id, or 0 while there is none."""
+        return (self._process and self._process.pid) or 0
 
     def start(self) -> None:
         """Starts the process, and waits until it is ready."""
