@@ -165,7 +165,7 @@ def _run(connection: Connection, settings: PictureSettings, limits: Limits) -> N
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes; the server ends this one
     torch.set_num_threads(1)
-    Image.MAX_IMAGE_PIXELS = limits.pixels // 2  # Pillow refuses twice as many, in what a file embeds too
+    Image.MAX_IMAGE_PIXELS = limits.pixels  # Pillow refuses twice as many, in what a file embeds too
     warnings.simplefilter("ignore")
     _limit_memory()
     with suppress(EOFError, OSError):  # the server has ended
@@ -206,7 +206,7 @@ def _open(contents: bytes, config: ImageConfig, limits: Limits) -> "Image.Image"
     except UnidentifiedImageError:
         raise ImageError("picture: is damaged, or in a format that is not accepted; send PNG, JPEG or WEBP") from None
     except Image.DecompressionBombError:
-        raise ImageError(f"picture: has too many pixels; expected at most {limits.pixels}; scale it down") from None
+        raise ImageError("picture: has far too many pixels") from None
     width, height = picture.size
     if width * height > limits.pixels:
         raise ImageError(f"picture: has {width} x {height} pixels; expected at most {limits.pixels}; scale it down")

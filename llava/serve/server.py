@@ -4,7 +4,6 @@ import asyncio
 import json
 import logging
 import socket
-import ssl
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -32,7 +31,6 @@ _BACKLOG = 1024  # connections that wait to be accepted
 
 def run(load: Callable[[], Assistant], settings: Settings) -> None:
     """Serves a model until SIGTERM or Ctrl-C. Raises LlavaError if the address or the model cannot be used."""
-    _check_certificate(settings)
     host = settings.access.host
     listening = bind(host, settings.port)
     try:
@@ -53,16 +51,6 @@ def run(load: Callable[[], Assistant], settings: Settings) -> None:
         listening.close()
     if state.error:
         raise state.error
-
-
-def _check_certificate(settings: Settings) -> None:
-    if settings.certificate and settings.private_key:
-        try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.certificate, settings.private_key)
-        except OSError as error:  # ssl.SSLError is one
-            reason = error.strerror or "they do not belong together, or are not PEM files"
-            files = f"--certificate {settings.certificate} --private-key {settings.private_key}"
-            raise ConfigError(f"{files}: cannot be used ({reason})") from None
 
 
 def bind(host: str, port: int) -> socket.socket:
