@@ -9,6 +9,8 @@ class Limits:
 
     body_bytes: int = 32 * 2**20
     body_values: int = 150_000  # commas and opening brackets of a body: values take more memory than their text
+    connections: int = 800  # below the number of open files that most systems allow
+    head_s: float = 20.0  # seconds in which the head of a request has to arrive
     body_s: float = 30.0  # seconds in which a body has to arrive
     pictures: int = 16  # per request
     picture_bytes: int = 16 * 2**20  # of each file

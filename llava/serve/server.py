@@ -17,6 +17,7 @@ from llava.assistant import Assistant
 from llava.errors import ConfigError, LlavaError
 from llava.serve.app import State, create
 from llava.serve.errors import ApiError
+from llava.serve.limits import Limits
 from llava.serve.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def bind(host: str, port: int) -> socket.socket:
 def _config(app: Any, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=_Protocol,
+        http=type("_LimitedProtocol", (_Protocol,), {"limits": settings.limits}),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -89,14 +90,15 @@ def _config(app: Any, settings: Settings) -> uvicorn.Config:
 class _Protocol(H11Protocol):
     """Closes connections whose client takes too long to send the head of a request, and those beyond a limit."""
 
+    limits: Limits
     _waiting: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > _MAX_CONNECTIONS:
+        if len(self.connections) > self.limits.connections:
             transport.close()
             return
-        self._waiting = self.loop.call_later(_HEAD_S, transport.close)
+        self._waiting = self.loop.call_later(self.limits.head_s, transport.close)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -105,7 +107,7 @@ class _Protocol(H11Protocol):
             self._waiting.cancel()
             self._waiting = None
         elif not has_head and not self._waiting:  # the next request on a connection that is kept
-            self._waiting = self.loop.call_later(_HEAD_S, self.transport.close)
+            self._waiting = self.loop.call_later(self.limits.head_s, self.transport.close)
 
     def send_400_response(self, msg: str) -> None:
         """Answers what is not HTTP in our own words, unless a response has begun."""

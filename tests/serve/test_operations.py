@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,7 +17,7 @@ import pytest
 import llava
 from llava.serve.access import Access
 from llava.serve.logs import JsonFormatter
-from tests.command import run, run_well, start, wait_for_output
+from tests.command import PROJECT, run, run_well, start, wait_for_output
 from tests.serve.certificates import certificate
 from tests.serving import TIMEOUT_S, Server, serving, user
 
@@ -145,8 +148,6 @@ def test_health_and_ready_tell_the_truth_while_it_loads_and_drains(tmp_path: Pat
 
 
 def free_port() -> int:
-    import socket
-
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
@@ -183,6 +184,45 @@ def test_a_full_disk_for_logs_stops_nothing(vlm: llava.Assistant, tmp_path: Path
         for _ in range(3):
             assert server.post("/v1/chat/completions", **body()).status_code == 200
     assert (tmp_path / "stderr").read_text().count("\n") <= 1  # that no --model was given
+
+
+LIMITED = """
+import llava
+from llava.serve.access import Access
+from llava.serve.limits import Limits
+from llava.serve.server import run
+from llava.serve.settings import Settings
+
+limits = Limits(connections=5, head_s=0.5)
+run(lambda: llava.load(device="cpu"), Settings(name="tiny", access=Access(host="127.0.0.1"), port=0, limits=limits))
+"""
+
+
+def test_a_connection_without_a_request_is_closed(tmp_path: Path) -> None:
+    """Also one whose request never ends, and those beyond the limit."""
+    with subprocess.Popen([sys.executable, "-c", LIMITED], stdout=subprocess.PIPE, cwd=PROJECT) as process:
+        url = wait_for_output(process, "\n").split()[-1]
+        port = int(url.rsplit(":", 1)[1])
+
+        def closed_after(head: bytes) -> float:
+            started = time.monotonic()
+            with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S) as one:
+                one.sendall(head)
+                while one.recv(1000):
+                    pass
+            return time.monotonic() - started
+
+        assert 0.3 < closed_after(b"") < 10
+        assert 0.3 < closed_after(b"GET /health HTTP/1.1\r\nHost: loc") < 10
+        kept = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /health HTTP/1.1\r\nX: "
+        assert 0.3 < closed_after(kept) < 10
+        several = [socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S) for _ in range(5)]
+        assert closed_after(b"") < 0.3
+        for one in several:
+            one.close()
+        assert httpx.get(f"{url}/health").status_code == 200
+        process.terminate()
+        assert process.wait(TIMEOUT_S) == 0
 
 
 def test_https_is_served_with_a_certificate(vlm: llava.Assistant, tmp_path: Path) -> None:
