@@ -301,7 +301,7 @@ def test_a_body_must_be_json(server: Server, path: str, body: bytes):
 
 @pytest.mark.parametrize("deep", [b"[" * 200_000, b'{"a":' * 200_000, b'{"model":' + b"[" * 5000 + b"]" * 5000 + b"}"])
 def test_deep_bodies_are_refused(server: Server, deep: bytes):
-    assert raw(server, CHAT, deep).status_code == 400
+    assert raw(server, CHAT, deep).status_code in (400, 413)
     assert server.http.get("/health").status_code == 200
 
 
