@@ -110,7 +110,7 @@ def test_a_server_that_loads_is_alive_and_not_ready(tmp_path: Path):
     with process, httpx.Client(base_url=url, timeout=TIMEOUT_S) as http:
         try:
             end = time.monotonic() + TIMEOUT_S
-            while time.monotonic() < end and (not seen or seen[-1][1] != 200):
+            while time.monotonic() < end and process.poll() is None and (not seen or seen[-1][1] != 200):
                 try:
                     health, ready = http.get("/health"), http.get("/ready")
                     asked = http.post("/v1/completions", json={"model": "llava-tiny", "prompt": "a", "max_tokens": 1})
