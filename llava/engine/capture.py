@@ -27,6 +27,7 @@ class Capture:
     hidden_states: tuple[int, ...] = ()  # layers, from 0
     attention: tuple[int, ...] = ()  # blocks, from 0
     heads: tuple[int, ...] | None = None  # heads whose attention is recorded; None: all
+    mean_heads: bool = False  # record the mean of these heads instead, as one head
     first_query: int = 0  # attention is recorded from this position on; below 0: counted from the end of the prompt
     images_only: bool = False  # record only the attention to image tokens
 

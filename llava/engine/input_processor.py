@@ -153,7 +153,8 @@ class InputProcessor:
             tokens=tokens,
             n_prompt=len(tokens),
             images=images,
-            salt=_salt(adapter, model.config, len(tokens)) + salt,
+            salt=salt,
+            cache_salt=_cache_salt(adapter, model.config, len(tokens)),
             capture=capture,
             captured=Captured(
                 images=[range(one.start, one.end) for one in images], images_only=bool(capture and capture.images_only)
@@ -215,7 +216,7 @@ def split_request(request: Request) -> tuple[Messages, Rest[Picture] | None]:
     return cast(Messages, request), None
 
 
-def _salt(adapter: str | None, config: LlavaConfig, n_prompt: int) -> bytes:
+def _cache_salt(adapter: str | None, config: LlavaConfig, n_prompt: int) -> bytes:
     """Returns what keys and values depend on besides tokens and pictures: the adapter, and with dynamic RoPE scaling
     the length of a long prompt."""
     scaling = config.decoder.rope_scaling

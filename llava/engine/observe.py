@@ -32,6 +32,8 @@ def record_attention(one: Scheduled, block: int, probabilities: Callable[[], Ten
     p = probabilities()
     if capture.heads is not None:
         p = p[list(capture.heads)]
+    if capture.mean_heads:
+        p = p.mean(0, keepdim=True)
     if capture.images_only:
         tokens = [i for image in captured.images for i in image]
         missing = max(tokens, default=-1) + 1 - p.shape[-1]  # tokens of pictures that come later

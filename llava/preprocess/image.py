@@ -221,7 +221,7 @@ def choose_canvas(size: Size, config: ImageConfig) -> Size:
     return max(config.pinpoints, key=merit)
 
 
-def _fitted(size: Size, canvas: Size) -> Size:
+def fitted(size: Size, canvas: Size) -> Size:
     """Returns the largest size within the canvas that keeps the image's aspect ratio."""
     scale_w, scale_h = canvas[0] / size[0], canvas[1] / size[1]
     if scale_w < scale_h:
@@ -230,7 +230,7 @@ def _fitted(size: Size, canvas: Size) -> Size:
 
 
 def _tiles(image: Image.Image | Raster, canvas: Size, config: ImageConfig) -> list[Image.Image | Raster]:
-    padded = _on_canvas(image.resize(_fitted(image.size, canvas)), canvas, (0, 0, 0))
+    padded = _on_canvas(image.resize(fitted(image.size, canvas)), canvas, (0, 0, 0))
     s = config.size
     corners = [(x, y) for y in range(0, canvas[1], s) for x in range(0, canvas[0], s)]
     return [padded.crop((x, y, x + s, y + s)) for x, y in corners]

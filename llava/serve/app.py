@@ -19,16 +19,16 @@ from starlette.types import Receive, Scope, Send
 
 import llava
 from llava.assistant import Assistant
-from llava.engine.reply import Reply
+from llava.engine.reply import Output, Reply
 from llava.errors import LlavaError
-from llava.serve.access import Access, AccessMiddleware
+from llava.serve.access import AccessMiddleware
 from llava.serve.errors import ApiError
 from llava.serve.generation import Generation
-from llava.serve.limits import Limits
 from llava.serve.metrics import Metrics
 from llava.serve.responses import Body, ChatBodies, CompletionBodies, Envelope, events, usage
-from llava.serve.schema import ChatRequest, CompletionRequest, TokenizeRequest
+from llava.serve.schema import ChatRequest, CompletionRequest, ExplainRequest, TokenizeRequest
 from llava.serve.service import Client, Service, client_error
+from llava.serve.settings import Settings
 from llava.serve.validation import explain
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ _STATUSES = {404: "this path does not exist", 405: "this path does not take this
 class State:
     """What the routes share. The service is there once the model is loaded."""
 
-    limits: Limits
+    settings: Settings
     metrics: Metrics = field(default_factory=Metrics)
     service: Service | None = None
     draining: bool = False  # finish what runs, and take nothing new
@@ -61,47 +61,59 @@ class State:
 
 def create(
     load: Callable[[], Assistant],
-    name: str,
+    settings: Settings,
     *,
-    access: Access,
-    limits: Limits | None = None,
     on_ready: Callable[[], None] | None = None,
     on_failure: Callable[[LlavaError], None] | None = None,
 ) -> FastAPI:
     """Builds the application. It starts to load the model with its first event loop, and answers 503 until then.
 
-    load: returns the model, in a thread. name: under which it is served. on_ready, on_failure: called after loading.
+    load: returns the model, in a thread. on_ready, on_failure: called after loading.
     """
-    state = State(limits=limits or Limits())
+    state = State(settings=settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        loading = asyncio.ensure_future(_load(state, load, name, on_ready, on_failure))
+        loading = asyncio.ensure_future(_load(state, load, on_ready, on_failure))
         yield
         loading.cancel()
+        with suppress(asyncio.CancelledError):
+            await loading
         if state.service:
             await state.service.stop()
 
     app = FastAPI(title="llava", version=llava.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.router.redirect_slashes = False  # the address of a redirect would come from the Host header
     app.state.llava = state
+    app.openapi = partial(_schema, app, app.openapi)  # type: ignore[method-assign]
     _add_errors(app)
     _add_routes(app, state)
-    app.add_middleware(AccessMiddleware, access=access, limits=state.limits, metrics=state.metrics)
+    app.add_middleware(AccessMiddleware, access=settings.access, limits=settings.limits, metrics=state.metrics)
     return app
+
+
+def _schema(app: FastAPI, build: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Returns the OpenAPI schema without the status 422, which is never answered."""
+    schema = build()
+    for path in schema["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    return schema
 
 
 async def _load(
     state: State,
     load: Callable[[], Assistant],
-    name: str,
     on_ready: Callable[[], None] | None,
     on_failure: Callable[[LlavaError], None] | None,
 ) -> None:
     try:
-        service = Service(await _in_daemon_thread(load), name, state.limits, state.metrics)
+        service = Service(await _in_daemon_thread(load), state.settings, state.metrics)
         await service.start()
-    except LlavaError as error:
+    except Exception as error:
+        if not isinstance(error, LlavaError):
+            log.exception("the model cannot be loaded")
+            error = LlavaError(f"the model cannot be loaded: {type(error).__name__}: {error}")
         state.error = error
         if on_failure:
             on_failure(error)
@@ -178,7 +190,7 @@ def _add_routes(app: FastAPI, state: State) -> None:
         if body.stream:
             head = envelope("chat.completion.chunk", body.model)
             return EventStream(generation, _chat_chunks(generation, bodies, head, n, body.wants_usage))
-        replies = await connected(request, _replies(generation, n))
+        replies = [reply_of(last) for last in await connected(request, _last_outputs(generation, n))]
         found = [bodies.whole(i, reply) for i, reply in enumerate(replies)]
         return JSONResponse(envelope("chat.completion", body.model).body(found, usage=usage(replies, n)))
 
@@ -192,10 +204,20 @@ def _add_routes(app: FastAPI, state: State) -> None:
         head = envelope("text_completion", body.model)
         if body.stream:
             return EventStream(generation, _completion_chunks(generation, bodies, head, n, body.wants_usage))
-        replies = await connected(request, _replies(generation, len(choices)))
+        replies = [reply_of(last) for last in await connected(request, _last_outputs(generation, len(choices)))]
         pairs = zip(choices, replies, strict=True)
         found = [bodies.whole(i, choice, reply) for i, (choice, reply) in enumerate(pairs)]
         return JSONResponse(head.body(found, usage=usage(replies, n)))
+
+    @app.post("/v1/explain", responses=failed)
+    async def explain_(body: ExplainRequest, request: Request) -> Response:
+        """Answers a conversation, and shows what each token of the answer looks at in the pictures."""
+        service = state.ready
+        generation = await connected(request, service.explain(body, client_of(request)))
+        last = (await connected(request, _last_outputs(generation, 1)))[0]
+        found = await asyncio.to_thread(service.explanation, body, generation.choices[0], last)
+        head = {"id": f"explain-{secrets.token_hex(12)}", "object": "explanation", "model": body.model}
+        return JSONResponse(head | found | {"usage": usage([reply_of(last)], 1)})
 
     @app.post("/tokenize", responses=failed)
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
@@ -215,13 +237,13 @@ def _add_routes(app: FastAPI, state: State) -> None:
         service.adapter(model)
         return _model(service, model)
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         """200 while the engine lives, or the model is being loaded."""
         alive = state.error is None and (state.service is None or state.service.is_alive)
         return JSONResponse({"status": "ok" if alive else "failed"}, status_code=200 if alive else 503)
 
-    @app.get("/ready")
+    @app.api_route("/ready", methods=["GET", "HEAD"])
     async def ready() -> dict[str, str]:
         """200 while requests are accepted."""
         _ = state.ready
@@ -251,7 +273,7 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 
 def client_of(request: Request) -> Client:
     """Returns whose request it is."""
-    return Client(key=request.state.key, arrived=request.state.arrived)
+    return Client(key=request.state.key, arrived=request.state.arrived, request_id=request.state.id)
 
 
 def envelope(object: str, model: str) -> Envelope:
@@ -293,13 +315,19 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _replies(generation: Generation, n: int) -> list[Reply]:
-    """Returns the replies of all choices, in order. Raises LlavaError."""
-    replies: dict[int, Reply] = {}
+async def _last_outputs(generation: Generation, n: int) -> list[Output]:
+    """Returns the last outputs of all choices, in order. Raises LlavaError."""
+    last: dict[int, Output] = {}
     async for index, output in generation.outputs():
         if output.reply:
-            replies[index] = output.reply
-    return [replies[index] for index in range(n)]
+            last[index] = output
+    return [last[index] for index in range(n)]
+
+
+def reply_of(last: Output) -> Reply:
+    """Returns the reply in the last output of a choice."""
+    assert last.reply
+    return last.reply
 
 
 async def _chat_chunks(

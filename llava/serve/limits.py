@@ -13,6 +13,7 @@ class Limits:
     picture_bytes: int = 16 * 2**20  # of each file
     pixels: int = 50_000_000  # of each picture
     picture_s: float = 20.0  # seconds for decoding and resizing one
+    fetch_s: float = 10.0  # seconds for fetching one from a host that is allowed
     n: int = 16  # choices
     prompts: int = 64  # prompts of a request for completions
     stops: int = 16  # stop strings
@@ -20,5 +21,7 @@ class Limits:
     logit_bias: int = 1024  # tokens
     top_logprobs: int = 20
     schema_bytes: int = 64 * 2**10  # of a JSON schema
+    map_values: int = 2_000_000  # numbers in the maps of an explanation
+    map_bytes: int = 2**30  # memory for the attention that an explanation captures
     requests: int = 256  # choices that wait or run at the same time; those beyond get 429
     request_s: float = 600.0  # seconds until a request is ended

@@ -1,13 +1,21 @@
-"""Reads the pictures that a request refers to. Only data URLs: nothing is fetched, and no file is opened."""
+"""Reads the pictures that a request refers to, in data URLs or at hosts that are allowed. No file is opened."""
 
 import base64
 import binascii
 import re
 
 from llava.serve.errors import ApiError
+from llava.serve.fetch import MediaFetcher
 from llava.serve.limits import Limits
 
 _DATA_URL = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[\w.+-]+)*(?P<base64>;base64)?,", re.ASCII)
+
+
+def read_picture(url: str, limits: Limits, fetcher: MediaFetcher | None) -> bytes:
+    """Returns the contents of a picture. Raises ApiError. fetcher: None fetches nothing."""
+    if fetcher and not url.startswith("data:"):
+        return fetcher.fetch(url)
+    return read_data_url(url, limits)
 
 
 def read_data_url(url: str, limits: Limits) -> bytes:

@@ -22,6 +22,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 _IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key")  # labels, which never change a result
 _UNLIMITED = 2**31
+_EXPLAINED = 256  # tokens of an explained reply, unless another number is asked for
 
 
 class _Strict(BaseModel):
@@ -165,6 +166,24 @@ class ChatRequest(Sampling):
         return self.max_completion_tokens or self.max_tokens or _UNLIMITED
 
 
+class ExplainRequest(ChatRequest):
+    """Body of POST /v1/explain: a chat, and which attention the maps show."""
+
+    layers: list[int] | None = Field(None, description="blocks, from 0, whose mean is shown; default: all")
+    heads: list[int] | None = Field(None, description="heads, from 0, whose mean is shown; default: all")
+    rollout: bool | None = Field(None, description="follow the attention through these layers (arXiv:2005.00928)")
+
+    def check(self, limits: Limits) -> None:
+        super().check(limits)
+        for name, wanted in (("n", self.n in (None, 1)), ("stream", not self.stream), ("logprobs", not self.logprobs)):
+            if not wanted:
+                raise ApiError(400, f"{name} is not supported for explanations; leave it out", param=name)
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.max_completion_tokens or self.max_tokens or _EXPLAINED
+
+
 class CompletionRequest(Sampling):
     """Body of POST /v1/completions."""
 
@@ -193,7 +212,7 @@ class CompletionRequest(Sampling):
 
 
 class TokenizeRequest(_Strict):
-    """Body of POST /tokenize: a literal text, or a conversation without pictures."""
+    """Body of POST /tokenize: a literal text, or a conversation. Image tokens are -200."""
 
     model: str | None = None
     prompt: str | None = None

@@ -3,64 +3,63 @@
 import asyncio
 import logging
 import socket
+import ssl
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llava.assistant import Assistant
 from llava.errors import ConfigError, LlavaError
-from llava.serve.access import Access
 from llava.serve.app import State, create
-from llava.serve.limits import Limits
+from llava.serve.settings import Settings
 
 log = logging.getLogger(__name__)
 
 _KEEP_ALIVE_S = 15  # seconds that an idle connection is kept
+_CLOSE_S = 2.0
+_HEAD_S = 20  # seconds for the head of a request
+_MAX_CONNECTIONS = 800  # below the number of open files that most systems allow
 _BACKLOG = 1024  # connections that wait to be accepted
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServerOptions:
-    """Where and how to serve."""
-
-    port: int = 8000  # 0: any free port
-    drain_s: float = 60.0  # seconds that running requests have to finish after SIGTERM
-    certificate: str | None = None  # PEM files, for https
-    private_key: str | None = None
-
-    @property
-    def scheme(self) -> str:
-        """http or https."""
-        return "https" if self.certificate else "http"
-
-
-def run(
-    load: Callable[[], Assistant], name: str, access: Access, options: ServerOptions, limits: Limits | None = None
-) -> None:
+def run(load: Callable[[], Assistant], settings: Settings) -> None:
     """Serves a model until SIGTERM or Ctrl-C. Raises LlavaError if the address or the model cannot be used."""
-    listening = bind(access.host, options.port)
+    _check_certificate(settings)
+    host = settings.access.host
+    listening = bind(host, settings.port)
     try:
-        host = f"[{access.host}]" if ":" in access.host else access.host
-        address = f"{options.scheme}://{host}:{listening.getsockname()[1]}"
+        address = f"[{host}]" if ":" in host else host
+        url = f"{settings.scheme}://{address}:{listening.getsockname()[1]}"
 
         def on_ready() -> None:
-            print(f"llava: serving {name} at {address}", flush=True)
+            print(f"llava: serving {settings.name} at {url}", flush=True)
 
         def on_failure(error: LlavaError) -> None:
             server.should_exit = True
 
-        app = create(load, name, access=access, limits=limits, on_ready=on_ready, on_failure=on_failure)
+        app = create(load, settings, on_ready=on_ready, on_failure=on_failure)
         state: State = app.state.llava
-        server = _Server(_config(app, options), state, options.drain_s)
+        server = _Server(_config(app, settings), state, settings.drain_s)
         server.run(sockets=[listening])
     finally:
         listening.close()
     if state.error:
         raise state.error
+
+
+def _check_certificate(settings: Settings) -> None:
+    if settings.certificate and settings.private_key:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.certificate, settings.private_key)
+        except OSError as error:  # ssl.SSLError is one
+            reason = error.strerror or "they do not belong together, or are not PEM files"
+            files = f"--certificate {settings.certificate} --private-key {settings.private_key}"
+            raise ConfigError(f"{files}: cannot be used ({reason})") from None
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -71,16 +70,17 @@ def bind(host: str, port: int) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
         listening.listen(_BACKLOG)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"--host {host} --port {port}: cannot be used ({reason}); choose another port") from None
+    except socket.gaierror:
+        raise ConfigError(f"--host {host}: is no address of this machine; bind 127.0.0.1, or 0.0.0.0 for all") from None
+    except OSError as error:
+        raise ConfigError(f"--host {host} --port {port}: cannot be used ({error.strerror}); choose another") from None
     return listening
 
 
-def _config(app: Any, options: ServerOptions) -> uvicorn.Config:
+def _config(app: Any, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http="h11",
+        http=_Protocol,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -88,9 +88,36 @@ def _config(app: Any, options: ServerOptions) -> uvicorn.Config:
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=_KEEP_ALIVE_S,
-        ssl_certfile=options.certificate,
-        ssl_keyfile=options.private_key,
+        ssl_certfile=settings.certificate,
+        ssl_keyfile=settings.private_key,
     )
+
+
+class _Protocol(H11Protocol):
+    """Closes connections whose client takes too long to send the head of a request, and those beyond a limit."""
+
+    _waiting: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > _MAX_CONNECTIONS:
+            transport.close()
+            return
+        self._waiting = self.loop.call_later(_HEAD_S, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        has_head = self.conn.their_state is not h11.IDLE
+        if has_head and self._waiting:
+            self._waiting.cancel()
+            self._waiting = None
+        elif not has_head and not self._waiting:  # the next request on a connection that is kept
+            self._waiting = self.loop.call_later(_HEAD_S, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._waiting:
+            self._waiting.cancel()
+        super().connection_lost(exc)
 
 
 class _Server(uvicorn.Server):
@@ -117,3 +144,5 @@ class _Server(uvicorn.Server):
         while self._state.service and self._state.service.n_active and time.monotonic() < end:
             await asyncio.sleep(0.02)
         self.should_exit = True
+        await asyncio.sleep(_CLOSE_S)  # for responses that are being sent
+        self.force_exit = True

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,20 +13,33 @@ from typing import Any
 
 from llava.assistant import Assistant
 from llava.engine.adapters import Variant
+from llava.engine.reply import Output
 from llava.engine.sampling_params import SamplingParams
-from llava.errors import CheckpointError, ContextError, ImageError, LlavaError, PromptError
+from llava.errors import CheckpointError, ConfigError, ContextError, ImageError, LlavaError, PromptError
 from llava.preprocess.image import Preprocessed
 from llava.preprocess.inputs import ModelInput
 from llava.preprocess.tokenizer import Tokenizer
+from llava.serve import explain
 from llava.serve.engine_thread import EngineThread
 from llava.serve.errors import ApiError
+from llava.serve.fetch import MediaFetcher
 from llava.serve.generation import Choice, Generation, Origin
-from llava.serve.limits import Limits
-from llava.serve.media import read_data_url
+from llava.serve.media import read_picture
 from llava.serve.metrics import Metrics
 from llava.serve.pictures import PicturePool, PictureSettings
-from llava.serve.schema import ChatRequest, CompletionRequest, ImagePart, Message, Sampling, TokenizeRequest
+from llava.serve.schema import (
+    ChatRequest,
+    CompletionRequest,
+    ExplainRequest,
+    ImagePart,
+    Message,
+    Sampling,
+    TokenizeRequest,
+)
+from llava.serve.settings import Settings
 from llava.serve.structured import Grammars
+
+log = logging.getLogger(__name__)
 
 _SEEDS = 2**63
 _BIAS = 100.0  # largest absolute value, as in OpenAI's API
@@ -37,6 +51,7 @@ class Client:
     """Whose request it is."""
 
     key: bytes  # API key, or b""
+    request_id: str
     arrived: float  # `time.perf_counter` timestamp
 
     @property
@@ -57,9 +72,12 @@ def _about_prompt() -> Iterator[None]:
 class Service:
     """Answers the requests for one model and its adapters."""
 
-    def __init__(self, assistant: Assistant, name: str, limits: Limits, metrics: Metrics):
-        """name: under which the model is served; adapters have their own."""
-        self.assistant, self.limits, self.metrics = assistant, limits, metrics
+    def __init__(self, assistant: Assistant, settings: Settings, metrics: Metrics):
+        self.assistant, self.settings, self.metrics = assistant, settings, metrics
+        self.limits, name = settings.limits, settings.name
+        self._fetcher = MediaFetcher(settings.media_hosts, settings.limits) if settings.media_hosts else None
+        if name in assistant.adapters:
+            raise ConfigError(f"the model and an adapter are both named {name}; set another --served-model-name")
         self.adapters: dict[str, str | None] = {name: None} | {one: one for one in assistant.adapters}
         self.created = int(time.time())
         self._engine: EngineThread | None = None
@@ -160,6 +178,19 @@ class Service:
         n = request.n or 1
         return [Choice(input=input, params=_with_seed(params, i)) for input in inputs for i in range(n)]
 
+    async def explain(self, request: ExplainRequest, client: Client) -> Generation:
+        """Starts a chat whose attention is captured. Raises LlavaError."""
+        request.check(self.limits)
+        with self._admitted(1):
+            (choice,) = await self._chat_choices(request)
+            capture = explain.capture(request, choice.input, self._variant(self.adapter(request.model)), self.limits)
+            choices = [replace(choice, capture=capture)]
+            return await self._start(choices, self.adapter(request.model), client)
+
+    def explanation(self, request: ExplainRequest, choice: Choice, last: Output) -> dict[str, Any]:
+        """Returns what is known about a finished reply."""
+        return explain.explanation(request, choice.input, self._variant(self.adapter(request.model)), last)
+
     async def tokenize(self, request: TokenizeRequest) -> dict[str, Any]:
         """Returns the ids of a prompt or a conversation, as the model gets them. Raises LlavaError."""
         adapter = self.adapter(request.model) if request.model is not None else None
@@ -193,17 +224,22 @@ class Service:
             on_end=lambda: self._end(len(choices)),
         )
         await generation.start()
+        if self.settings.log_prompts:
+            prompts = [one.input.prompt for one in choices]
+            log.info("prompts", extra={"request_id": client.request_id, "prompts": prompts})
         return generation
 
     async def _conversation(self, messages: Sequence[Message], adapter: str | None) -> ModelInput:
         """Prepares a conversation with its pictures. The text is literal."""
+        if messages[-1].role != "user":
+            raise ApiError(400, "messages: the last one has to be from the user", param="messages")
         urls = [part.image_url.url for one in messages for part in _parts(one) if isinstance(part, ImagePart)]
         if len(urls) > self.limits.pictures:
             message = f"the messages have {len(urls)} pictures; expected at most {self.limits.pictures}"
             raise ApiError(400, message, param="messages")
         if urls and self._picture_settings(adapter) is None:
             raise ApiError(400, "this model has no vision tower; leave the pictures out", param="messages")
-        contents = [await asyncio.to_thread(read_data_url, url, self.limits) for url in urls]
+        contents = [await asyncio.to_thread(read_picture, url, self.limits, self._fetcher) for url in urls]
         pictures = iter(await asyncio.gather(*(self._read(one, adapter) for one in contents)))
         plain = [_plain(one, pictures) for one in messages]
         return await asyncio.to_thread(self.assistant.engine.inputs.prepare, plain, adapter=adapter, literal=True)

@@ -16,6 +16,7 @@ from llava.serve.errors import ApiError
 from llava.serve.limits import Limits
 from llava.serve.schema import ResponseFormat
 
+_LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as in most texts
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 Mask = Callable[[Sequence[int]], Tensor]  # ids of the reply so far -> allowed [V], bool
 
@@ -75,7 +76,7 @@ class _Pieces:
 def _compile(schema: str) -> str:
     from llguidance import LLMatcher
 
-    grammar: str = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": r"[\n ]{0,8}"})
+    grammar: str = LLMatcher.grammar_from_json_schema(schema, overrides=_LAYOUT)
     if LLMatcher.validate_grammar(grammar):
         message = "response_format: the schema is invalid, or uses keywords that this server does not support"
         raise ApiError(400, message, param="response_format")

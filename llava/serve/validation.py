@@ -25,8 +25,8 @@ _EXPECTED = {
     "greater_than_equal": "a number of at least {ge}",
     "less_than": "a number below {lt}",
     "less_than_equal": "a number of at most {le}",
-    "too_short": "at least {min_length} entries",
-    "too_long": "at most {max_length} entries",
+    "too_short": "more entries",
+    "too_long": "fewer entries",
     "literal_error": "{expected}",
     "union_tag_invalid": "a type of {expected_tags}",
     "union_tag_not_found": "an object with a type",
@@ -86,6 +86,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, Mapping):
         return "an object"
     if isinstance(value, list | tuple):
-        return "a list"
+        return "a list" if value else "an empty list"
     text = json.dumps(value)
     return text if len(text) <= 40 else "a long string" if isinstance(value, str) else "a long number"
