@@ -28,16 +28,17 @@ def marked(share: Share, clip: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def adapted(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, lora: Path, marked: Path) -> Iterator[Server]:
-    """A small random LLaVA with the adapters "cats" and "marked"."""
-    adapters, options = {"cats": lora, "marked": marked}, {"dtype": "float32", "device": "cpu"}
-    vlm = llava.load(checkpoint, adapters=adapters, **options)
+def adapted(tmp_path_factory: pytest.TempPathFactory, base: Path, lora: Path, marked: Path) -> Iterator[Server]:
+    """A small random Llama, which has no vision, with the adapters "cats" and "marked", which have."""
+    adapters = {"cats": lora, "marked": marked}
+    options: dict[str, Any] = {"dtype": "float32", "device": "cpu", "template": "vicuna_v1"}
+    vlm = llava.load(base, adapters=adapters, **options)
     vlm.adapter(None)
-    arguments: list[object] = ["--model", checkpoint]
+    arguments: list[object] = ["--model", base]
     for name, folder in adapters.items():
         arguments += ["--adapter", f"{name}={folder}"]
     for name, value in options.items():
         arguments += [f"--{name}", value]
     log = tmp_path_factory.mktemp("adapted") / "errors.txt"
-    with serving(log, vlm, checkpoint.name, *arguments) as server:
+    with serving(log, vlm, base.name, *arguments) as server:
         yield server

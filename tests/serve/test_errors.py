@@ -217,8 +217,9 @@ MESSAGES: dict[str, tuple[list[Any], str, str]] = {
     "tool calls": (message(tool_calls=[TOOL]), "messages", "tool_calls"),
     "not a message": (["Hi"], "messages[0]", "expected an object"),
     "order": ([*user("Hi"), *user("Hi")], "messages", "alternating"),
-    "only a system": ([{"role": "system", "content": "Hi"}], "messages", "no user message"),
-    "late system": ([*user("Hi"), {"role": "system", "content": "Hi"}], "messages", "only the first"),
+    "only a system": ([{"role": "system", "content": "Hi"}], "messages", "from the user"),
+    "late system": ([*user("Hi"), {"role": "system", "content": "Hi"}, *user("Hi")], "messages", "only the first"),
+    "answer": ([*user("Hi"), {"role": "assistant", "content": "Hi"}], "messages", "from the user"),
     "surrogate": (user("\ud800"), "messages", "not valid UTF-8"),
     "long": (user("word " * 3000), "messages", "exceeds the model's context of 1024"),
 }
@@ -279,8 +280,10 @@ def test_only_users_have_pictures(server: Server):
 
 
 def test_a_model_without_vision_refuses_pictures(adapted: Server):
-    """The request is not lost: the same server answers about pictures."""
-    assert adapted.post(CHAT, messages=user(picture(PNG), text("Hi")), max_tokens=1).status_code == 200
+    """Its adapters have vision, and take them."""
+    messages = user(picture(PNG), text("Hi"))
+    check(adapted.post(CHAT, messages=messages), 400, "messages", "no vision tower")
+    assert adapted.post(CHAT, messages=messages, model="cats", max_tokens=1).status_code == 200
 
 
 NO_OBJECTS = [b"", b" ", b"null", b"[]", b"5", b'"text"', b"true"]
@@ -386,7 +389,7 @@ METHODS = [
 def test_a_wrong_method_is_answered_with_the_right_one(server: Server, method: str, path: str, allowed: str):
     response = server.http.request(method, path, headers={"content-type": "application/json"})
     check(response, 405, None, "does not take this method")
-    assert response.headers["allow"] == allowed
+    assert allowed in response.headers["allow"].split(", ")
 
 
 @pytest.mark.parametrize(

@@ -129,9 +129,9 @@ def test_a_server_that_loads_is_alive_and_not_ready(tmp_path: Path):
             process.kill()
 
 
-def test_a_folder_is_served_under_its_name(checkpoint: Path, adapted: Server):
+def test_a_folder_is_served_under_its_name(base: Path, adapted: Server):
     """The fixture has checked the line on stdout."""
-    assert adapted.name == checkpoint.name
+    assert adapted.name == base.name
 
 
 REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
@@ -155,7 +155,7 @@ def test_what_cannot_be_served_is_refused(arguments: list[str], mentions: tuple[
 def test_a_port_in_use_is_refused(server: Server):
     port = httpx.URL(server.url).port
     done = run("serve", "--port", port)
-    assert_one_line_error(done, f"--port {port}", "choose another port")
+    assert_one_line_error(done, f"--port {port}", "choose another")
 
 
 def test_a_key_is_no_argument():
