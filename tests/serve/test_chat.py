@@ -1,8 +1,10 @@
 """Chats over HTTP: the replies are those of the Python API, and no text of a client is more than text."""
 
+import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import openai
 import pytest
 
 from llava.config import IMAGE
@@ -109,7 +111,7 @@ def test_without_a_limit_a_reply_may_fill_the_context(server: Server):
         {"temperature": 1.5, "top_p": 0.8, "seed": 2},
         {"temperature": 1.5, "min_p": 0.1, "seed": 3},
         {"temperature": 2.0, "seed": 4},
-        {"temperature": 0.7, "seed": 2**63 - 1},
+        {"temperature": 2.0, "seed": 2**63 - 1},
     ],
     ids=str,
 )
@@ -146,6 +148,11 @@ def test_choices_with_a_seed_differ_and_come_again(server: Server):
     assert len(set(texts)) == 4
     assert content_of(server.chat(HELLO, **{**options, "n": 1})) == texts[0]
     assert server.vlm.generate(HELLO, max_new_tokens=8, temperature=2, seed=5).text == texts[0]
+
+
+def test_a_negative_seed_is_a_seed(server: Server):
+    texts = [content_of(server.chat(HELLO, max_tokens=8, temperature=2, seed=seed)) for seed in (-1, -1, -2)]
+    assert texts[0] == texts[1] != texts[2]
 
 
 def test_a_prompt_counts_once_for_all_choices(server: Server):
@@ -260,6 +267,24 @@ def test_many_clients_get_their_own_replies(server: Server):
     with ThreadPoolExecutor(10) as threads:
         found = list(threads.map(lambda one: content_of(server.chat(one, max_tokens=10)), questions * 2))
     assert found == expected * 2
+
+
+def test_openais_asynchronous_client_is_served(server: Server):
+    """All at once: whole answers and streams."""
+    expected = server.vlm.generate(HELLO, max_new_tokens=8).text
+
+    async def ask(client: openai.AsyncOpenAI, stream: bool) -> str:
+        options: dict[str, Any] = {"model": server.name, "messages": HELLO, "max_tokens": 8, "temperature": 0}
+        answer = await client.chat.completions.create(stream=stream, **options)
+        if not stream:
+            return content_of(answer)
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in answer])
+
+    async def ask_all() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(ask(client, stream=i % 2 == 0) for i in range(12)))
+
+    assert asyncio.run(ask_all()) == [expected] * 12
 
 
 def test_adapters_are_served_by_name_in_one_batch(adapted: Server):
