@@ -26,6 +26,7 @@ from llava.serve.metrics import Metrics
 log = logging.getLogger("llava.access")
 
 _OPEN_PATHS = ("/health", "/ready", "/version")  # without a key
+_STARTS = (b",", b"[", b"{")  # in JSON, there are as many of them as values, at least
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 _REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9.:\[\]-]+", re.ASCII)
@@ -110,8 +111,8 @@ class AccessMiddleware:
             if scope["method"] == "OPTIONS" and exchange.is_preflight:
                 await exchange.answer_preflight()
                 return
-            body = _LimitedBody(receive, self.limits, exchange.arrived)
-            await self.app(scope, body.receive, exchange.send)
+            exchange.body = _LimitedBody(receive, self.limits, exchange.arrived)
+            await self.app(scope, exchange.body.receive, exchange.send)
         except ApiError as error:
             await exchange.answer(error)
         except Exception:
@@ -122,15 +123,17 @@ class AccessMiddleware:
             exchange.log()
 
     def _check(self, scope: Scope, headers: Headers) -> str:
-        """Returns the API key. Raises ApiError."""
-        host, origin = headers.get("host", ""), headers.get("origin", "")
+        """Returns the API key. Raises ApiError. A header that comes twice matches nothing."""
+        host, origin, authorization = (", ".join(headers.getlist(one)) for one in ("host", "origin", "authorization"))
         self.access.check_host(host)
         self.access.check_origin(origin, host)
         is_open = scope["path"] in _OPEN_PATHS or scope["method"] == "OPTIONS"
-        key = "" if is_open else self.access.key_of(headers.get("authorization", ""))
+        key = "" if is_open else self.access.key_of(authorization)
         if scope["method"] == "POST":
             if headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
                 raise ApiError(415, "the body has another type; send it as Content-Type: application/json")
+            if "transfer-encoding" in headers and "content-length" in headers:  # a proxy could take the other one
+                raise ApiError(400, "the request has both Transfer-Encoding and Content-Length; send one of them")
             length = headers.get("content-length", "0")
             if not length.isdecimal() or int(length[:20]) > self.limits.body_bytes:
                 raise _too_large(self.limits)
@@ -146,21 +149,27 @@ class _LimitedBody:
 
     def __init__(self, receive: Receive, limits: Limits, arrived: float):
         self._receive, self._limits, self._arrived = receive, limits, arrived
-        self._n_bytes, self._complete = 0, False
+        self._n_bytes, self._n_values = 0, 0
+        self.is_complete = False
 
     async def receive(self) -> Message:
         """Returns the next message. Raises ApiError."""
-        if self._complete:
+        if self.is_complete:
             return await self._receive()
         left = max(0.0, self._arrived + self._limits.body_s - time.perf_counter())
         try:
             message = await asyncio.wait_for(self._receive(), left)
         except asyncio.TimeoutError:
             raise ApiError(408, f"the body took more than {self._limits.body_s:g} s to arrive") from None
-        self._n_bytes += len(message.get("body", b""))
+        body = message.get("body", b"")
+        self._n_bytes += len(body)
+        self._n_values += sum(map(body.count, _STARTS))
         if self._n_bytes > self._limits.body_bytes:
             raise _too_large(self._limits)
-        self._complete = message["type"] != "http.request" or not message.get("more_body", False)
+        if self._n_values > self._limits.body_values:
+            problem = f"the body has more than {self._limits.body_values} values or commas; send less"
+            raise ApiError(413, problem)
+        self.is_complete = message["type"] != "http.request" or not message.get("more_body", False)
         return message
 
 
@@ -173,6 +182,7 @@ class _Exchange:
         self.arrived = time.perf_counter()
         given = self._headers.get("x-request-id", "")
         self.id = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
+        self.body: _LimitedBody | None = None  # None: it is not read
         self.status = 0  # of the response; 0: none was sent
         self.error: str | None = None  # code of an error that was answered here
 
@@ -200,8 +210,15 @@ class _Exchange:
             message = {**message, "headers": headers.raw}
         await self._send(message)
 
+    @property
+    def _has_unread_body(self) -> bool:
+        has_one = "transfer-encoding" in self._headers or self._headers.get("content-length", "0") != "0"
+        return has_one and not (self.body and self.body.is_complete)
+
     def _more_headers(self) -> Sequence[tuple[str, str]]:
         headers = [("x-request-id", self.id), ("x-content-type-options", "nosniff")]
+        if self._has_unread_body:
+            headers.append(("connection", "close"))  # it may never end
         origin = self._headers.get("origin", "")
         if origin in self._access.origins:
             headers += [("access-control-allow-origin", origin), ("vary", "Origin")]
@@ -218,13 +235,13 @@ class _Exchange:
         await self._send({"type": "http.response.body", "body": b""})
 
     async def answer(self, error: ApiError) -> None:
-        """Answers with an error, unless the response has begun. The connection is closed: its body may be unread."""
+        """Answers with an error, unless the response has begun."""
         if self.status:
             log.warning("a response was cut off", extra={"request_id": self.id})
             return  # without its end, so that the client does not take it for whole
         self.error = error.code
         body = json.dumps(error.body()).encode()
-        headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+        headers = {"content-type": "application/json", "content-length": str(len(body))}
         raw = [(name.encode(), value.encode()) for name, value in (headers | error.headers).items()]
         await self.send({"type": "http.response.start", "status": error.status, "headers": raw})
         await self._send({"type": "http.response.body", "body": body})

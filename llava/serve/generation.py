@@ -54,6 +54,7 @@ class Generation:
         self._queue: asyncio.Queue[tuple[int, Output | LlavaError]] = asyncio.Queue()
         self._numbers: dict[int, int] = {}  # engine requests of unfinished choices, by index
         self._last: dict[int, float] = {}  # when a choice had its last output
+        self._timer: asyncio.TimerHandle | None = None  # of the deadline
 
     async def start(self) -> None:
         """Adds all choices to the engine, or none of them. Raises LlavaError if one does not fit."""
@@ -66,6 +67,12 @@ class Generation:
         except LlavaError:
             self._end_choices()
             raise
+        left = self._deadline - time.perf_counter()
+        self._timer = asyncio.get_running_loop().call_later(max(0.0, left), self._expire)
+
+    def _expire(self) -> None:
+        self.abort()  # now: the response may wait for a client that does not read it
+        self._queue.put_nowait((0, ApiError(408, "the request took too long; ask for fewer tokens")))
 
     def _add(self) -> None:
         for index, one in enumerate(self.choices):
@@ -86,6 +93,8 @@ class Generation:
     def abort(self) -> None:
         """Ends all choices that have not finished. Can be called more than once."""
         self._end_choices()
+        if self._timer:
+            self._timer.cancel()
         if self._on_end:
             self._on_end()
             self._on_end = None
@@ -95,21 +104,19 @@ class Generation:
 
         Raises ApiError at the deadline.
         """
+        unfinished = len(self.choices)
         try:
-            while self._numbers:
-                index, output = await asyncio.wait_for(
-                    self._queue.get(), max(0.0, self._deadline - time.perf_counter())
-                )
+            while unfinished:
+                index, output = await self._queue.get()  # `wait_for` loses cancellations before Python 3.12
                 if isinstance(output, LlavaError):
                     raise output
                 if output.finish_reason:
+                    unfinished -= 1
                     self._numbers.pop(index, None)
                 self._observe(index, output)
                 if output.error:
                     raise output.error
                 yield index, output
-        except asyncio.TimeoutError:
-            raise ApiError(408, "the request took too long; ask for fewer tokens") from None
         finally:
             self.abort()
 

@@ -8,10 +8,12 @@ class Limits:
     """Limits of the server. A request beyond one of them gets an error with status 400, 413 or 429."""
 
     body_bytes: int = 32 * 2**20
+    body_values: int = 150_000  # commas and opening brackets of a body: values take more memory than their text
     body_s: float = 30.0  # seconds in which a body has to arrive
     pictures: int = 16  # per request
     picture_bytes: int = 16 * 2**20  # of each file
     pixels: int = 50_000_000  # of each picture
+    padded_pixels: int = 200_000_000  # of each picture with its edges, if the model sees squares; 3 bytes each
     picture_s: float = 20.0  # seconds for decoding and resizing one
     fetch_s: float = 10.0  # seconds for fetching one from a host that is allowed
     n: int = 16  # choices

@@ -4,8 +4,10 @@ A process gets the bytes of a file, and returns numbers in a fixed form. Nothing
 """
 
 import asyncio
+import io
 import json
 import logging
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -16,7 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,10 +29,15 @@ from llava.preprocess.image import Preprocessed, Views
 from llava.serve.errors import ApiError
 from llava.serve.limits import Limits
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 log = logging.getLogger(__name__)
 
 _MEMORY_BYTES = 4 * 2**30  # of one process, above what it uses at the start
 _START_S = 120.0  # until a process is ready, on a slow disk
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # Pillow's EPS plugin, for one, runs a program
+_ATTEMPTS = 2  # a process may be killed from outside; a picture that kills two of them is to blame
 Connection = multiprocessing.connection.Connection
 
 
@@ -90,14 +97,14 @@ class _Worker:
 
     @property
     def pid(self) -> int:
-        assert self._process
-        return self._process.pid or 0
+        """Its id, or 0 while there is none."""
+        return (self._process and self._process.pid) or 0
 
     def start(self) -> None:
         """Starts the process, and waits until it is ready."""
         self.kill()
         self._connection, child = self._context.Pipe()
-        arguments = (child, self._settings, self._limits.pixels)
+        arguments = (child, self._settings, self._limits)
         self._process = self._context.Process(target=_run, args=arguments, name="pictures", daemon=True)
         assert self._process
         self._process.start()
@@ -116,57 +123,100 @@ class _Worker:
 
     def read(self, contents: bytes) -> Preprocessed:
         """Returns the views of a picture. Raises ApiError or ImageError."""
-        if self._process is None or not self._process.is_alive():
-            self.start()
-        assert self._connection
+        for _ in range(_ATTEMPTS):
+            self._revive()
+            try:
+                return self._exchange(contents)
+            except (EOFError, OSError):  # the process died: it was killed, or wanted too much memory
+                self.kill()
+        raise ApiError(400, "a picture could not be read: its decoder failed", param="messages")
+
+    def _revive(self) -> None:
+        """Starts the process again if it has died. Raises ApiError."""
+        if self._process is not None and self._process.is_alive():
+            return
         try:
-            self._connection.send_bytes(contents)
-            if not self._connection.poll(self._limits.picture_s):
-                self.start()
-                message = f"a picture took more than {self._limits.picture_s:g} s to read; send a smaller one"
-                raise ApiError(400, message, param="messages")
-            header = json.loads(self._connection.recv_bytes())
-            if "error" in header:
-                raise ImageError(header["error"])
-            pixels = np.frombuffer(self._connection.recv_bytes(), dtype=np.float32).reshape(header["shape"])
-        except (EOFError, OSError):  # the process died, for want of memory for example
-            with suppress(ImageError):
-                self.start()
-            raise ApiError(400, "a picture could not be read: its decoder failed", param="messages") from None
+            self.start()
+        except (EOFError, OSError, ImageError):
+            self.kill()
+            message = "the processes that read pictures cannot be started; try again later"
+            raise ApiError(503, message, code="pictures_unavailable") from None
+
+    def _exchange(self, contents: bytes) -> Preprocessed:
+        """Sends a file to the process and receives its views. Raises EOFError or OSError if the process dies."""
+        assert self._connection
+        self._connection.send_bytes(contents)
+        if not self._connection.poll(self._limits.picture_s):
+            self.kill()
+            message = f"a picture took more than {self._limits.picture_s:g} s to read; send a smaller one"
+            raise ApiError(400, message, param="messages")
+        header = json.loads(self._connection.recv_bytes())
+        if "error" in header:
+            raise ImageError(header["error"])
+        pixels = np.frombuffer(self._connection.recv_bytes(), dtype=np.float32).reshape(header["shape"])
         grid = TileGrid(**header["grid"]) if header["grid"] else None
         views = Views(torch.from_numpy(pixels.copy()), grid, tuple(header["size"]))
         return Preprocessed(views, tuple(header["losses"]))
 
 
-def _run(connection: Connection, settings: PictureSettings, max_pixels: int) -> None:
+def _run(connection: Connection, settings: PictureSettings, limits: Limits) -> None:
     """The process: reads files until its connection is closed."""
     from PIL import Image
 
-    from llava.preprocess import image
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes; the server ends this one
     torch.set_num_threads(1)
-    Image.MAX_IMAGE_PIXELS = max_pixels // 2  # Pillow refuses a picture of twice this size before it is decoded
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    Image.MAX_IMAGE_PIXELS = limits.pixels  # Pillow refuses twice as many, in what a file embeds too
+    warnings.simplefilter("ignore")
     _limit_memory()
-    connection.send_bytes(b"ready")
-    while True:
-        try:
-            contents = connection.recv_bytes()
-        except (EOFError, OSError):
-            return
-        try:
-            read = image.preprocess(contents, settings.config, settings.patches, settings.options)
-        except ImageError as error:
-            message = re.sub(r" \(.*\)$", "", str(error))  # without the words of a library
-            connection.send_bytes(json.dumps({"error": message}).encode())
-            continue
-        except MemoryError:
-            os._exit(1)
-        pixels, grid, size = read.views
-        header = {"shape": list(pixels.shape), "size": list(size), "losses": read.losses}
-        connection.send_bytes(json.dumps(header | {"grid": asdict(grid) if grid else None}).encode())
-        connection.send_bytes(pixels.contiguous().numpy().data)
+    with suppress(EOFError, OSError):  # the server has ended
+        connection.send_bytes(b"ready")
+        while True:
+            _answer(connection, connection.recv_bytes(), settings, limits)
+
+
+def _answer(connection: Connection, contents: bytes, settings: PictureSettings, limits: Limits) -> None:
+    """Reads one file, and sends its views or what is wrong with it."""
+    from llava.preprocess import image
+
+    try:
+        picture = _open(contents, settings.config, limits)
+        read = image.preprocess(picture, settings.config, settings.patches, settings.options)
+    except ImageError as error:
+        message = re.sub(r" \(.*\)$", "", str(error))  # without the words of a library
+        connection.send_bytes(json.dumps({"error": message}).encode())
+        return
+    except MemoryError:
+        os._exit(1)
+    except Exception:  # Pillow's decoders raise all kinds of errors for damaged files
+        connection.send_bytes(json.dumps({"error": "picture: is damaged, or cannot be read as an image"}).encode())
+        return
+    pixels, grid, size = read.views
+    header = {"shape": list(pixels.shape), "size": list(size), "losses": read.losses}
+    connection.send_bytes(json.dumps(header | {"grid": asdict(grid) if grid else None}).encode())
+    connection.send_bytes(pixels.contiguous().numpy().data)
+
+
+def _open(contents: bytes, config: ImageConfig, limits: Limits) -> "Image.Image":
+    """Returns a picture that is not decoded yet. Raises ImageError for other formats, and for too many pixels."""
+    from PIL import Image, UnidentifiedImageError
+
+    Image.init()
+    try:
+        picture = Image.open(io.BytesIO(contents), formats=[one for one in _FORMATS if one in Image.OPEN])
+    except UnidentifiedImageError:
+        raise ImageError("picture: is damaged, or in a format that is not accepted; send PNG, JPEG or WEBP") from None
+    except Image.DecompressionBombError:
+        raise ImageError("picture: has far too many pixels") from None
+    width, height = picture.size
+    if width * height > limits.pixels:
+        raise ImageError(f"picture: has {width} x {height} pixels; expected at most {limits.pixels}; scale it down")
+    if config.aspect == "pad" and max(width, height) ** 2 > limits.padded_pixels:
+        side = math.isqrt(limits.padded_pixels)
+        raise ImageError(
+            f"picture: has {width} x {height} pixels, and the model sees it as a square; expected sides of at most "
+            f"{side} pixels; scale it down"
+        )
+    return picture
 
 
 def _limit_memory() -> None:

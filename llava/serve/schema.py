@@ -4,9 +4,9 @@ Parameters that this server does not have are kept as extra fields, so that `che
 the result.
 """
 
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from llava.serve.errors import MAX_NAME, ApiError
 from llava.serve.limits import Limits
@@ -23,6 +23,17 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key")  # labels, which never change a result
 _UNLIMITED = 2**31
 _EXPLAINED = 256  # tokens of an explained reply, unless another number is asked for
+
+T = TypeVar("T")
+
+
+class _OneError(FailFast):
+    """Ends the validation of a list at its first error: a million of them would take gigabytes."""
+
+    __hash__ = object.__hash__  # `typing` needs it for unions
+
+
+_List = Annotated[list[T], _OneError()]
 
 
 class _Strict(BaseModel):
@@ -58,7 +69,7 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | _List[Part]
 
 
 class StreamOptions(_Strict):
@@ -95,7 +106,7 @@ class Sampling(BaseModel):
     top_k: int | None = Field(None, ge=-1, lt=_UNLIMITED, description="0 or -1: all tokens")
     min_p: float | None = Field(None, ge=0, le=1)
     n: int | None = Field(None, ge=1)
-    stop: str | list[str] | None = None
+    stop: str | _List[str] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
@@ -136,7 +147,7 @@ class Sampling(BaseModel):
 class ChatRequest(Sampling):
     """Body of POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: _List[Message] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1, lt=_UNLIMITED, description="the older name of max_completion_tokens")
     max_completion_tokens: int | None = Field(None, ge=1, lt=_UNLIMITED, description="default: what the context holds")
     logprobs: bool | None = None
@@ -169,8 +180,8 @@ class ChatRequest(Sampling):
 class ExplainRequest(ChatRequest):
     """Body of POST /v1/explain: a chat, and which attention the maps show."""
 
-    layers: list[int] | None = Field(None, description="blocks, from 0, whose mean is shown; default: all")
-    heads: list[int] | None = Field(None, description="heads, from 0, whose mean is shown; default: all")
+    layers: _List[int] | None = Field(None, description="blocks, from 0, whose mean is shown; default: all")
+    heads: _List[int] | None = Field(None, description="heads, from 0, whose mean is shown; default: all")
     rollout: bool | None = Field(None, description="follow the attention through these layers (arXiv:2005.00928)")
 
     def check(self, limits: Limits) -> None:
@@ -187,7 +198,7 @@ class ExplainRequest(ChatRequest):
 class CompletionRequest(Sampling):
     """Body of POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | _List[str] | _List[int] | _List[_List[int]]
     max_tokens: int | None = Field(None, ge=0, lt=_UNLIMITED, description="default: 16")
     logprobs: int | None = Field(None, ge=0)
     echo: bool | None = None
@@ -216,7 +227,7 @@ class TokenizeRequest(_Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: _List[Message] | None = None
     add_special_tokens: bool = Field(True, description="whether a prompt gets the token that begins a text")
 
 

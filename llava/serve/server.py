@@ -1,9 +1,9 @@
 """Runs the application with uvicorn: binds the address, says when it is ready, and drains on SIGTERM."""
 
 import asyncio
+import json
 import logging
 import socket
-import ssl
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -16,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from llava.assistant import Assistant
 from llava.errors import ConfigError, LlavaError
 from llava.serve.app import State, create
+from llava.serve.errors import ApiError
 from llava.serve.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -23,13 +24,13 @@ log = logging.getLogger(__name__)
 _KEEP_ALIVE_S = 15  # seconds that an idle connection is kept
 _CLOSE_S = 2.0
 _HEAD_S = 20  # seconds for the head of a request
+_UNREAD_S = 30  # seconds after which a client that reads nothing of its response is disconnected
 _MAX_CONNECTIONS = 800  # below the number of open files that most systems allow
 _BACKLOG = 1024  # connections that wait to be accepted
 
 
 def run(load: Callable[[], Assistant], settings: Settings) -> None:
     """Serves a model until SIGTERM or Ctrl-C. Raises LlavaError if the address or the model cannot be used."""
-    _check_certificate(settings)
     host = settings.access.host
     listening = bind(host, settings.port)
     try:
@@ -52,22 +53,14 @@ def run(load: Callable[[], Assistant], settings: Settings) -> None:
         raise state.error
 
 
-def _check_certificate(settings: Settings) -> None:
-    if settings.certificate and settings.private_key:
-        try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.certificate, settings.private_key)
-        except OSError as error:  # ssl.SSLError is one
-            reason = error.strerror or "they do not belong together, or are not PEM files"
-            files = f"--certificate {settings.certificate} --private-key {settings.private_key}"
-            raise ConfigError(f"{files}: cannot be used ({reason})") from None
-
-
 def bind(host: str, port: int) -> socket.socket:
     """Returns a listening socket. Raises ConfigError."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; connections inherit it
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _UNREAD_S)
         listening.bind(address)
         listening.listen(_BACKLOG)
     except socket.gaierror:
@@ -113,6 +106,19 @@ class _Protocol(H11Protocol):
             self._waiting = None
         elif not has_head and not self._waiting:  # the next request on a connection that is kept
             self._waiting = self.loop.call_later(_HEAD_S, self.transport.close)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answers what is not HTTP in our own words, unless a response has begun."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = json.dumps(ApiError(400, "the request is not valid HTTP, or its head is too large").body()).encode()
+            headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+            response = h11.Response(status_code=400, headers=list(headers.items()), reason=b"Bad Request")
+            for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    def _should_upgrade(self) -> bool:
+        return False  # to nothing, and without a warning for each request that asks for it
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._waiting:

@@ -38,6 +38,7 @@ from llava.serve.schema import (
 )
 from llava.serve.settings import Settings
 from llava.serve.structured import Grammars
+from llava.serve.text import TextLimit
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,11 @@ class Service:
         self._engine: EngineThread | None = None
         self._pools: dict[PictureSettings, PicturePool] = {}
         self._n_active = 0  # choices
+        variants = {one: self._variant(one) for one in self.adapters.values()}
+        self._text_limits = {
+            name: TextLimit(one.preprocessor.tokenizer, one.model.config.decoder.max_seq)
+            for name, one in variants.items()
+        }
 
     async def start(self) -> None:
         """Starts the engine and the processes that read pictures."""
@@ -196,11 +202,12 @@ class Service:
         adapter = self.adapter(request.model) if request.model is not None else None
         if (request.prompt is None) == (request.messages is None):
             raise ApiError(400, "expected either prompt or messages", param="prompt")
-        if request.messages is not None:
-            input = await self._conversation(request.messages, adapter)
-        else:
-            assert request.prompt is not None
-            (input,) = await asyncio.to_thread(self._prompts, [request.prompt], adapter)
+        with self._admitted(1):
+            if request.messages is not None:
+                input = await self._conversation(request.messages, adapter)
+            else:
+                (input,) = await asyncio.to_thread(self._prompts, [request.prompt or ""], adapter)
+        self._end(1)
         ids = input.ids.tolist()
         preprocessor = self._variant(adapter).preprocessor
         if request.prompt is not None and not request.add_special_tokens and ids[:1] == [preprocessor.tokenizer.bos_id]:
@@ -233,6 +240,7 @@ class Service:
         """Prepares a conversation with its pictures. The text is literal."""
         if messages[-1].role != "user":
             raise ApiError(400, "messages: the last one has to be from the user", param="messages")
+        self._text_limits[adapter].check(text for one in messages for text in _texts(one))
         urls = [part.image_url.url for one in messages for part in _parts(one) if isinstance(part, ImagePart)]
         if len(urls) > self.limits.pictures:
             message = f"the messages have {len(urls)} pictures; expected at most {self.limits.pictures}"
@@ -263,6 +271,8 @@ class Service:
     def _prompts(self, prompts: Sequence[str] | Sequence[Sequence[int]], adapter: str | None) -> list[ModelInput]:
         """Prepares prompts: texts, which are literal, or token ids."""
         preprocessor = self._variant(adapter).preprocessor
+        for one in prompts:
+            self._text_limits[adapter].check([one] if isinstance(one, str) else ())
         return [
             preprocessor.prepare(one, literal=True) if isinstance(one, str) else preprocessor.prepare_ids(one)
             for one in prompts
@@ -290,8 +300,7 @@ class Service:
         format, n = request.response_format, request.n or 1
         if format is None or format.type == "text":
             return [None] * n
-        grammars = self._grammars[adapter]
-        return [grammars.mask(format, self.limits) for _ in range(n)]
+        return list(self._grammars[adapter].masks(format, self.limits, n))
 
     @cached_property
     def _grammars(self) -> Mapping[str | None, Grammars]:
@@ -307,6 +316,8 @@ def client_error(error: LlavaError, param: str = "messages") -> ApiError:
     """Returns what a client is told about an error. param: where the prompt is."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error.__cause__, ApiError):  # raised by a mask, in a step of the engine
+        return error.__cause__
     if isinstance(error, ContextError):
         return ApiError(400, str(error), param=param, code="context_length_exceeded")
     if isinstance(error, PromptError | ImageError | CheckpointError):
@@ -321,6 +332,12 @@ def _with_seed(params: SamplingParams, index: int) -> SamplingParams:
 
 def _parts(message: Message) -> Sequence[Any]:
     return message.content if isinstance(message.content, list) else ()
+
+
+def _texts(message: Message) -> Iterator[str]:
+    if isinstance(message.content, str):
+        yield message.content
+    yield from (part.text for part in _parts(message) if not isinstance(part, ImagePart))
 
 
 def _plain(message: Message, pictures: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What whoever runs the server decides."""
 
 import re
+import ssl
 from dataclasses import dataclass, field
 
 from llava.errors import ConfigError
@@ -28,8 +29,22 @@ class Settings:
                 raise ConfigError(f"--allow-media-host {host}: expected a host, such as pictures.example.org")
         if bool(self.certificate) != bool(self.private_key):
             raise ConfigError("https needs both a certificate and its key: set --certificate and --private-key")
+        if self.certificate and self.private_key:
+            _check_certificate(self.certificate, self.private_key)
 
     @property
     def scheme(self) -> str:
         """http or https."""
         return "https" if self.certificate else "http"
+
+
+def _check_certificate(certificate: str, private_key: str) -> None:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, private_key)
+    except OSError as error:  # ssl.SSLError is one
+        is_ours = isinstance(error, ssl.SSLError) or not error.strerror
+        reason = "they are not PEM files that belong together" if is_ours else error.strerror
+        raise ConfigError(
+            f"--certificate {certificate} --private-key {private_key}: cannot be used ({reason}); "
+            "choose a certificate with its own key"
+        ) from None

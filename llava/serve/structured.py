@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava.errors import LlavaError
 from llava.preprocess.tokenizer import Tokenizer
 from llava.serve.errors import ApiError
 from llava.serve.limits import Limits
@@ -40,18 +39,20 @@ class Grammars:
         self._vocab_size, self._eos = vocab_size, tokenizer.eos_id
         self._tokenizer = LLTokenizer(TokenizerWrapper(_Pieces(tokenizer, vocab_size)))
 
-    def mask(self, format: ResponseFormat | None, limits: Limits) -> Mask | None:
-        """Returns the mask of a response format, or None for text. Raises ApiError if the schema cannot be used."""
-        if format is None or format.type == "text":
-            return None
+    def masks(self, format: ResponseFormat, limits: Limits, n: int) -> Sequence[Mask]:
+        """Returns the masks of `n` choices, whose replies are JSON. Raises ApiError if the schema cannot be used."""
         if format.type == "json_schema" and format.json_schema is None:
             raise ApiError(400, "response_format: json_schema is missing", param="response_format")
         schema = format.json_schema.json_schema if format.json_schema else ANY_OBJECT
-        text = json.dumps(schema)
+        try:
+            text = json.dumps(schema, allow_nan=False)
+        except (ValueError, RecursionError):
+            raise _invalid() from None
         if len(text) > limits.schema_bytes:
             message = f"response_format: the schema has more than {limits.schema_bytes} bytes; use a smaller one"
             raise ApiError(400, message, param="response_format")
-        return _Grammar(self._tokenizer, _compile(text), self._vocab_size, self._eos)
+        matcher = _compile(self._tokenizer, text)
+        return [_Grammar(matcher.deep_copy(), self._vocab_size, self._eos) for _ in range(n)]
 
 
 class _Pieces:
@@ -73,23 +74,37 @@ class _Pieces:
         return [token.id for token in self._tokenizer.encode_tokens(text.decode())]  # the line break was joined to it
 
 
-def _compile(schema: str) -> str:
+def _compile(tokenizer: Any, schema: str) -> Any:
+    """Returns a matcher at the start of a reply. Raises ApiError for a schema with which no reply can start."""
     from llguidance import LLMatcher
 
-    grammar: str = LLMatcher.grammar_from_json_schema(schema, overrides=_LAYOUT)
+    try:
+        grammar: str = LLMatcher.grammar_from_json_schema(schema, overrides=_LAYOUT)
+    except ValueError:  # lone surrogates, or nested too deeply
+        raise _invalid() from None
     if LLMatcher.validate_grammar(grammar):
-        message = "response_format: the schema is invalid, or uses keywords that this server does not support"
-        raise ApiError(400, message, param="response_format")
-    return grammar
+        raise _invalid()
+    matcher = LLMatcher(tokenizer, grammar, log_level=0)  # its warnings would be lines on stderr
+    if not any(matcher.compute_bitmask()):
+        raise _too_complex()
+    return matcher
+
+
+def _invalid() -> ApiError:
+    message = "response_format: the schema is invalid, or uses keywords that this server does not support"
+    return ApiError(400, message, param="response_format")
+
+
+def _too_complex() -> ApiError:
+    return ApiError(400, "response_format: the schema is too complex; use a simpler one", param="response_format")
 
 
 class _Grammar:
     """The tokens that a grammar allows after the ids of a reply."""
 
-    def __init__(self, tokenizer: Any, grammar: str, vocab_size: int, eos: int):
-        from llguidance import LLMatcher
-
-        self._matcher = LLMatcher(tokenizer, grammar)
+    def __init__(self, matcher: Any, vocab_size: int, eos: int):
+        """matcher: at the start of a reply."""
+        self._matcher = matcher
         self._ids: list[int] = []  # consumed by the matcher
         self._vocab_size, self._eos = vocab_size, eos
 
@@ -103,11 +118,12 @@ class _Grammar:
         if new:
             self._matcher.consume_tokens(new)
             self._ids += new
+        bitmask = bytearray(self._matcher.compute_bitmask())
         if self._matcher.is_error():
-            raise LlavaError("the grammar of the response format became too complex; use a simpler schema")
-        bits = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+            raise _too_complex()
+        bits = torch.frombuffer(bitmask, dtype=torch.uint8)
         allowed = (bits[:, None] >> torch.arange(8, dtype=torch.uint8)).bitwise_and_(1).flatten()[: self._vocab_size]
         allowed = allowed.bool()
-        if not allowed.any():  # the grammar is complete, or gave up
+        if not allowed.any():  # the grammar is complete
             allowed[self._eos] = True
         return allowed

@@ -231,7 +231,7 @@ def a_prompt_longer_than_the_context(w: World) -> Steps:
     yield ask(w.llava)
 
 
-@advice("shorten the prompt")
+@advice("which leaves no room for a reply in {} of {} tokens; shorten the prompt")
 def a_prompt_as_long_as_the_context(w: World) -> Steps:
     vlm = llava.load(w.llava, **CPU)
     n = 1
