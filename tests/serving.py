@@ -23,6 +23,7 @@ from llava.preprocess.inputs import ModelInput
 from tests.command import start, wait_for_output
 
 TIMEOUT_S = 60
+PICTURE_MARKS = ("<im_patch>", "<im_start>", "<im_end>")  # tokens that some checkpoints add
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +84,13 @@ class Server:
 
 
 @contextmanager
-def serving(log: Path, vlm: llava.Assistant, name: str, *arguments: object) -> Iterator[Server]:
+def serving(log: Path, vlm: llava.Assistant, name: str, *arguments: object, **options: Any) -> Iterator[Server]:
     """Runs `llava serve ARGUMENTS` on a free port until the block ends, and checks that it then exits well.
 
-    log: file for what the server writes to stderr.
+    log: file for what the server writes to stderr. options: of the process.
     """
     with log.open("wb") as errors:
-        process = start("serve", "--port", "0", *arguments, stderr=errors)
+        process = start("serve", "--port", "0", *arguments, stderr=errors, **options)
     with process:
         try:
             line = wait_for_output(process, "\n")

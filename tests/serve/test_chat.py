@@ -1,12 +1,14 @@
 """Chats over HTTP: the replies are those of the Python API, and no text of a client is more than text."""
 
+import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import openai
 import pytest
 
 from llava.config import IMAGE
-from tests.serving import Server, drawn, ours, picture, text, user
+from tests.serving import PICTURE_MARKS, Server, drawn, ours, picture, text, user
 
 HELLO = user("Hello")
 QUESTION = text("What is in the picture?")
@@ -109,7 +111,7 @@ def test_without_a_limit_a_reply_may_fill_the_context(server: Server):
         {"temperature": 1.5, "top_p": 0.8, "seed": 2},
         {"temperature": 1.5, "min_p": 0.1, "seed": 3},
         {"temperature": 2.0, "seed": 4},
-        {"temperature": 0.7, "seed": 2**63 - 1},
+        {"temperature": 2.0, "seed": 2**63 - 1},
     ],
     ids=str,
 )
@@ -146,6 +148,11 @@ def test_choices_with_a_seed_differ_and_come_again(server: Server):
     assert len(set(texts)) == 4
     assert content_of(server.chat(HELLO, **{**options, "n": 1})) == texts[0]
     assert server.vlm.generate(HELLO, max_new_tokens=8, temperature=2, seed=5).text == texts[0]
+
+
+def test_a_negative_seed_is_a_seed(server: Server):
+    texts = [content_of(server.chat(HELLO, max_tokens=8, temperature=2, seed=seed)) for seed in (-1, -1, -2)]
+    assert texts[0] == texts[1] != texts[2]
 
 
 def test_a_prompt_counts_once_for_all_choices(server: Server):
@@ -232,6 +239,18 @@ def parts_of(message: dict[str, Any]) -> list[dict[str, Any]]:
     return message["content"] if isinstance(message["content"], list) else []
 
 
+@pytest.mark.parametrize("conversation", hostile().values(), ids=hostile())
+def test_marks_around_pictures_come_from_pictures_only(adapted: Server, conversation: list[dict[str, Any]]):
+    """In a model whose vocabulary has them."""
+    tokenizer = adapted.vlm.engine.inputs.variant("marked").preprocessor.tokenizer
+    n_pictures = sum(part["type"] == "image_url" for one in conversation for part in parts_of(one))
+    found = adapted.posted("/tokenize", messages=conversation, model="marked")["tokens"]
+    assert found == adapted.prepared(ours(conversation), "marked").ids.tolist()
+    assert [found.count(tokenizer.id_of(mark)) for mark in PICTURE_MARKS] == [0, n_pictures, n_pictures]
+    usage = adapted.chat(conversation, model="marked", max_tokens=1).usage
+    assert usage.prompt_tokens == len(found)
+
+
 def test_literal_text_decodes_to_itself(server: Server):
     marks = MARKS.removesuffix(" ▁")  # SentencePiece's own sign for a space
     ids = server.posted("/tokenize", messages=user(marks))["tokens"]
@@ -250,15 +269,34 @@ def test_many_clients_get_their_own_replies(server: Server):
     assert found == expected * 2
 
 
+def test_openais_asynchronous_client_is_served(server: Server):
+    """All at once: whole answers and streams."""
+    expected = server.vlm.generate(HELLO, max_new_tokens=8).text
+
+    async def ask(client: openai.AsyncOpenAI, stream: bool) -> str:
+        options: dict[str, Any] = {"model": server.name, "messages": HELLO, "max_tokens": 8, "temperature": 0}
+        answer = await client.chat.completions.create(stream=stream, **options)
+        if not stream:
+            return content_of(answer)
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in answer])
+
+    async def ask_all() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(ask(client, stream=i % 2 == 0) for i in range(12)))
+
+    assert asyncio.run(ask_all()) == [expected] * 12
+
+
 def test_adapters_are_served_by_name_in_one_batch(adapted: Server):
-    requests = [(name, user(f"What is {i}?")) for i in range(4) for name in (adapted.name, "cats")]
-    requests += [(name, user(picture(RED), QUESTION)) for name in (adapted.name, "cats")]
+    names = (adapted.name, "cats", "marked")
+    requests = [(name, user(f"What is {i}?")) for i in range(4) for name in names]
+    requests += [(name, user(picture(RED), QUESTION)) for name in names[1:]]
     own = [None if name == adapted.name else name for name, _ in requests]
     expected = [
         adapted.reply(adapted.prepared(ours(messages), adapter), adapter=adapter, max_new_tokens=6).text
         for adapter, (_, messages) in zip(own, requests, strict=True)
     ]
-    assert expected[0] != expected[1]
+    assert len(set(expected[:3])) == 3
     with ThreadPoolExecutor(len(requests)) as threads:
         responses = list(threads.map(lambda one: adapted.chat(one[1], model=one[0], max_tokens=6), requests))
     assert [content_of(one) for one in responses] == expected

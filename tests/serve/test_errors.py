@@ -217,8 +217,9 @@ MESSAGES: dict[str, tuple[list[Any], str, str]] = {
     "tool calls": (message(tool_calls=[TOOL]), "messages", "tool_calls"),
     "not a message": (["Hi"], "messages[0]", "expected an object"),
     "order": ([*user("Hi"), *user("Hi")], "messages", "alternating"),
-    "only a system": ([{"role": "system", "content": "Hi"}], "messages", "has to be from the user"),
+    "only a system": ([{"role": "system", "content": "Hi"}], "messages", "from the user"),
     "late system": ([*user("Hi"), {"role": "system", "content": "Hi"}, *user("Hi")], "messages", "only the first"),
+    "answer": ([*user("Hi"), {"role": "assistant", "content": "Hi"}], "messages", "from the user"),
     "surrogate": (user("\ud800"), "messages", "not valid UTF-8"),
     "long": (user("word " * 3000), "messages", "exceeds the model's context of 1024"),
 }
@@ -279,8 +280,10 @@ def test_only_users_have_pictures(server: Server):
 
 
 def test_a_model_without_vision_refuses_pictures(adapted: Server):
-    """The request is not lost: the same server answers about pictures."""
-    assert adapted.post(CHAT, messages=user(picture(PNG), text("Hi")), max_tokens=1).status_code == 200
+    """Its adapters have vision, and take them."""
+    messages = user(picture(PNG), text("Hi"))
+    check(adapted.post(CHAT, messages=messages), 400, "messages", "no vision tower")
+    assert adapted.post(CHAT, messages=messages, model="cats", max_tokens=1).status_code == 200
 
 
 NO_OBJECTS = [b"", b" ", b"null", b"[]", b"5", b'"text"', b"true"]
@@ -301,7 +304,7 @@ def test_a_body_must_be_json(server: Server, path: str, body: bytes):
 
 @pytest.mark.parametrize("deep", [b"[" * 200_000, b'{"a":' * 200_000, b'{"model":' + b"[" * 5000 + b"]" * 5000 + b"}"])
 def test_deep_bodies_are_refused(server: Server, deep: bytes):
-    assert raw(server, CHAT, deep).status_code == 400
+    assert raw(server, CHAT, deep).status_code in (400, 413)
     assert server.http.get("/health").status_code == 200
 
 

@@ -20,6 +20,7 @@ OTHERS = {
     "request_success_total": "counter",
     "num_requests_running": "gauge",
     "num_requests_waiting": "gauge",
+    "gpu_cache_usage_perc": "gauge",
     "image_cache_hits_total": "counter",
     "image_cache_queries_total": "counter",
     "vision_encode_seconds_total": "counter",
@@ -38,9 +39,9 @@ def test_metrics_are_text_for_prometheus(server: Server):
         assert f"# TYPE llava_{name} histogram" in lines
         assert any(line.startswith(f'llava_{name}_bucket{{le="0.005"}}') for line in lines)
     for name, kind in OTHERS.items():
-        assert any(line.startswith(f"llava_{name}") for line in lines)
-        if kind:
-            assert f"# TYPE llava_{name} {kind}" in lines
+        assert any(re.match(rf"llava_{name}[ {{]", line) for line in lines)
+        assert f"# TYPE llava_{name} {kind}" in lines
+    assert 0 <= server.metric("llava_gpu_cache_usage_perc") <= 1
 
 
 def test_a_request_is_counted(server: Server):
@@ -51,6 +52,8 @@ def test_a_request_is_counted(server: Server):
         "llava_request_success_total",
         "llava_prefix_cache_hits_total",
         "llava_image_cache_hits_total",
+        "llava_image_cache_queries_total",
+        "llava_vision_encode_seconds_total",
     ]
     before = {name: server.metric(name) for name in names}
     messages = user(picture(drawn("purple")), text("What is in the picture?"))
@@ -66,6 +69,8 @@ def test_a_request_is_counted(server: Server):
     assert grown["e2e_request_latency_seconds_count"] == 2
     assert grown["request_queue_time_seconds_count"] == 2
     assert grown["image_preprocess_seconds_count"] == 2
+    assert 0 < grown["vision_encode_seconds_total"] < 10
+    assert grown["image_cache_queries_total"] - grown["image_cache_hits_total"] == 1  # the picture is encoded once
 
 
 @pytest.mark.parametrize("path", ["/nothing-such", "/v1/models/none"])

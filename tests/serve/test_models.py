@@ -15,7 +15,7 @@ def test_the_model_is_listed(server: Server):
 
 
 def test_adapters_are_listed_by_their_names(adapted: Server):
-    assert [one.id for one in adapted.client.models.list().data] == [adapted.name, "cats"]
+    assert [one.id for one in adapted.client.models.list().data] == [adapted.name, "cats", "marked"]
     assert adapted.client.models.retrieve("cats").max_model_len == adapted.vlm.config.decoder.max_seq
 
 

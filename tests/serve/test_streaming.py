@@ -156,7 +156,7 @@ def test_a_client_that_leaves_a_stream_ends_the_request(server: Server, path: st
         lines = response.iter_lines()
         for _ in range(6):
             next(lines)
-        assert server.metric("llava_num_requests_running") == n
+        server.waits_until("llava_num_requests_running", n)
     server.waits_until("llava_num_requests_running", 0)
     assert server.metric("llava_generation_tokens_total") - before < 900 * n / 2
 

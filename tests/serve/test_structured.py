@@ -131,6 +131,17 @@ def test_requests_with_and_without_a_schema_share_a_batch(server: Server):
             assert conforms(json.loads(content), wanted, wanted)
 
 
+@pytest.mark.parametrize("name", ["cats", "marked"])
+def test_replies_of_adapters_match_their_schema(adapted: Server, name: str):
+    """Also if their vocabulary has more tokens than the base."""
+    wanted = SCHEMAS["nested"]
+    response = adapted.chat(
+        ASKED, model=name, response_format=as_format(wanted), temperature=1, seed=2, n=3, max_tokens=200
+    )
+    for choice in response.choices:
+        assert conforms(json.loads(choice.message.content), wanted, wanted), choice.message.content
+
+
 def test_text_is_the_default_format(server: Server):
     plain = server.chat(user("Hello"), max_tokens=4).choices[0].message.content
     assert (
