@@ -52,7 +52,7 @@ def run_well(*args: object, **options: Any) -> Any:
 def start(*args: object, **options: Any) -> subprocess.Popen[bytes]:
     """Starts `llava ARGS` with pipes for stdin, stdout and stderr. Stop it with `interrupt` or `kill`."""
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*LLAVA, *map(str, args)], bufsize=0, **pipes, **options)
+    return subprocess.Popen([*LLAVA, *map(str, args)], bufsize=0, **(pipes | options))
 
 
 def interrupt(process: subprocess.Popen[bytes]) -> tuple[int, str, str]:

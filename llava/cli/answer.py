@@ -135,12 +135,13 @@ def load(
             "To load another model, pass --model FOLDER_OR_HUB_ID.",
             file=sys.stderr,
         )
-    named = dict(map(_name_and_folder, adapters or ()))
+    named = dict(map(name_and_folder, adapters or ()))
     use_private_folder(options.device)
     return llava.load(path, base=base, adapters=named, vision=vision, engine=options_of_engine, **vars(options))
 
 
-def _name_and_folder(adapter: str) -> tuple[str, str]:
+def name_and_folder(adapter: str) -> tuple[str, str]:
+    """Splits NAME=M. Raises ConfigError."""
     name, _, folder = adapter.partition("=")
     if not (name and folder):
         raise ConfigError(f"--adapter is {adapter!r}; expected NAME=FOLDER_OR_HUB_ID")

@@ -1,15 +1,19 @@
 """The command serve."""
 
+import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llava.cli.answer import load
+from llava.cli.answer import load, name_and_folder
 from llava.cli.app import app
-from llava.cli.options import Adapters, Base, EngineFlags, Model, ModelOptions, grouped
+from llava.cli.options import Adapters, AsJson, Base, EngineFlags, Model, ModelOptions, grouped
 from llava.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llava.serve.plan import Plan
 
 
 @app.command()
@@ -22,7 +26,7 @@ def serve(
     host: Annotated[str, typer.Option("--host", help="address to bind; others than this machine's own need a key")] = (
         "127.0.0.1"
     ),
-    port: Annotated[int, typer.Option("--port", help="0: any free port")] = 8000,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free port")] = 8000,
     served_model_name: Annotated[
         str | None,
         typer.Option("--served-model-name", help="default: the hub id, or the folder's last component"),
@@ -42,6 +46,10 @@ def serve(
     ] = None,
     log_file: Annotated[Path | None, typer.Option("--log-file", help="append logs to a file; default: stderr")] = None,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="log prompts, which may be private")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print what serving would need (memory, cache, sequences), and exit")
+    ] = False,
+    as_json: AsJson = False,
     certificate: Annotated[str | None, typer.Option("--certificate", help="PEM file, to serve https")] = None,
     private_key: Annotated[str | None, typer.Option("--private-key", help="PEM file of the certificate's key")] = None,
     loading: ModelOptions,
@@ -66,8 +74,37 @@ def serve(
         certificate=certificate,
         private_key=private_key,
     )
+    if as_json and not dry_run:
+        raise ConfigError("--json is for --dry-run: add it, or leave --json out; logs are JSON anyway")
+    if dry_run:
+        plan = _plan(model, settings.name, loading, engine, base=base, adapters=adapter)
+        print(json.dumps(plan.to_dict()) if as_json else plan.text())
+        return
     logs.set_up(log_file)
     server.run(lambda: load(model, loading, base=base, adapters=adapter, engine=engine), settings)
+
+
+def _plan(
+    model: str | None,
+    name: str,
+    loading: ModelOptions,
+    engine: EngineFlags,
+    *,
+    base: str | None,
+    adapters: list[str] | None,
+) -> "Plan":
+    from llava.config import LoadOptions
+    from llava.serve.plan import make_plan
+
+    options = LoadOptions(
+        base=base,
+        vision_tower=loading.vision_tower,
+        revision=loading.revision,
+        force=loading.force,
+        ignore_tensors=tuple(loading.ignore_tensors or ()),
+    )
+    named = dict(map(name_and_folder, adapters or ()))
+    return make_plan(model, name, options, engine.options(), adapters=named, dtype=loading.dtype, device=loading.device)
 
 
 def _name(model: str | None) -> str:

@@ -36,6 +36,8 @@ class Stats:
     pages_free: int  # includes pages in the prefix cache that no request uses
     prefix_hit_tokens: int  # tokens that did not have to be computed
     feature_hits: int  # pictures that did not have to be encoded
+    feature_misses: int  # pictures that were encoded
+    vision_s: float  # seconds spent on encoding; on a GPU, those of launching its kernels
 
 
 class Engine(EngineSteps):
@@ -57,7 +59,7 @@ class Engine(EngineSteps):
         input: a conversation, a raw prompt, (raw prompt, pictures), or a prepared input.
         priority: requests with lower numbers are served first, but no request waits forever.
         capture: intermediate results to record; they are in the last output.
-        salt: requests share cached keys and values only with those of the same salt.
+        salt: requests share cached keys, values and image features only with those of the same salt.
         prepare_s: seconds that it took to prepare the input, if it is prepared.
 
         Raises LlavaError if the input cannot be prepared or does not fit.
@@ -157,6 +159,8 @@ class Engine(EngineSteps):
             pages_free=self.blocks.n_free,
             prefix_hit_tokens=scheduler.prefix_hit_tokens,
             feature_hits=self.features.hits,
+            feature_misses=self.features.misses,
+            vision_s=self._runner.seconds["vision"] if self._runner else 0.0,
         )
 
     def check(self) -> None:

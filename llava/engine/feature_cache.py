@@ -13,6 +13,7 @@ class FeatureKey(NamedTuple):
     """Identifies the features of a picture."""
 
     adapter: str | None  # a LoRA may have its own projector
+    salt: bytes  # see `Engine.add_request`
     digest: bytes  # SHA-256 of the preprocessed picture; see `sequence.placed_images`
 
 
@@ -21,7 +22,7 @@ class FeatureCache:
 
     def __init__(self, n_tokens: int):
         self.n_tokens = n_tokens  # capacity in feature vectors
-        self.hits = 0
+        self.hits = self.misses = 0
         self._features: OrderedDict[FeatureKey, Tensor] = OrderedDict()  # least recently used first
         self._users: dict[FeatureKey, set[int]] = {}  # sequences that hold a reference
 
@@ -41,6 +42,7 @@ class FeatureCache:
     def add(self, key: FeatureKey, features: Tensor, sequence: int) -> None:
         """Stores new features with a reference for a sequence."""
         self._features[key] = features
+        self.misses += 1
         self._users.setdefault(key, set()).add(sequence)
 
     def release(self, keys: list[FeatureKey], sequence: int) -> None:

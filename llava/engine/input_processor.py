@@ -18,7 +18,7 @@ from llava.engine.picture_memory import GpuPictureMemory
 from llava.engine.prefetch import Prefetch, n_preparing_threads
 from llava.engine.sampling_params import SamplingParams
 from llava.engine.sequence import Sequence, placed_images
-from llava.errors import ConfigError, PromptError
+from llava.errors import ConfigError, ContextError, PromptError
 from llava.preprocess.image import Picture
 from llava.preprocess.inputs import Messages, ModelInput, Preprocessor
 
@@ -153,7 +153,8 @@ class InputProcessor:
             tokens=tokens,
             n_prompt=len(tokens),
             images=images,
-            salt=_salt(adapter, model.config, len(tokens)) + salt,
+            salt=salt,
+            cache_salt=_cache_salt(adapter, model.config, len(tokens)),
             capture=capture,
             captured=Captured(
                 images=[range(one.start, one.end) for one in images], images_only=bool(capture and capture.images_only)
@@ -164,11 +165,11 @@ class InputProcessor:
         )
 
     def _check_length(self, n_prompt: int, params: SamplingParams, context: int) -> None:
-        """Raises PromptError if a prompt does not fit. context: maximum length of a request, in tokens."""
+        """Raises ContextError if a prompt does not fit. context: maximum length of a request, in tokens."""
         if n_prompt > context or (n_prompt == context and params.max_new_tokens):
             by_cache = context == self.capacity
             limit = "the cache" if by_cache else "the model's context"
-            raise PromptError(
+            raise ContextError(
                 f"the prompt has {n_prompt} tokens, which leaves no room for a reply in {limit} of {context} tokens; "
                 f"shorten the prompt{', or raise cache_memory= (--cache-memory)' if by_cache else ''}"
             )
@@ -215,7 +216,7 @@ def split_request(request: Request) -> tuple[Messages, Rest[Picture] | None]:
     return cast(Messages, request), None
 
 
-def _salt(adapter: str | None, config: LlavaConfig, n_prompt: int) -> bytes:
+def _cache_salt(adapter: str | None, config: LlavaConfig, n_prompt: int) -> bytes:
     """Returns what keys and values depend on besides tokens and pictures: the adapter, and with dynamic RoPE scaling
     the length of a long prompt."""
     scaling = config.decoder.rope_scaling

@@ -10,8 +10,10 @@ from llava.errors import ConfigError
 from llava.model.paged import cache_bytes_per_token
 
 
-def n_pages(config: DecoderConfig, options: EngineOptions, dtype: torch.dtype, device: torch.device) -> int:
-    """Returns the number of pages of the cache.
+def n_pages(
+    config: DecoderConfig, options: EngineOptions, dtype: torch.dtype, device: torch.device, *, reserved_bytes: int = 0
+) -> int:
+    """Returns the number of pages of the cache. reserved_bytes: free memory that is needed for something else.
 
     Raises ConfigError if `cache_memory` is less than one page or more than the free memory.
 
@@ -21,7 +23,7 @@ def n_pages(config: DecoderConfig, options: EngineOptions, dtype: torch.dtype, d
     n_copies = 2 if has_dense_copies(options, device) else 1
     page_bytes = n_copies * options.page_size * cache_bytes_per_token(config, dtype)
     pages_per_request = -(-config.max_seq // options.page_size)
-    free = free_bytes(device)
+    free = max(0, free_bytes(device) - reserved_bytes)
     n_bytes = options.cache_bytes(free)
     if n_bytes is None:
         return max(1, min(options.max_batch * pages_per_request, free // 2 // page_bytes))

@@ -258,4 +258,4 @@ def _order(sequence: Sequence) -> tuple[int, int]:
 
 def feature_key(sequence: Sequence, image: PlacedImage) -> FeatureKey:
     """Returns the key of a picture's features for the adapter of a sequence."""
-    return FeatureKey(sequence.adapter, image.digest)
+    return FeatureKey(sequence.adapter, sequence.salt, image.digest)

@@ -69,7 +69,8 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     page_keys: list[PageKey] = field(default_factory=list)  # of the full pages; see `keys`
     distrusts_cache: bool = False  # cached pages are not used, because they may contain another request's NaN
-    salt: bytes = b""  # what else the keys and values depend on: the adapter
+    salt: bytes = b""  # see `Engine.add_request`
+    cache_salt: bytes = b""  # what the keys and values depend on besides tokens and pictures
     n_appended: int = 0  # generated tokens that have been added and output; see `rewind`
     n_sent_ids: int = 0  # ids of the reply that have been output
     n_sent: int = 0  # characters of the reply that have been output
@@ -142,10 +143,10 @@ class Sequence:
 
     def keys(self, page_size: int, n_tokens: int) -> list[PageKey]:
         """Returns the keys of the full pages among the first `n_tokens` tokens, whose ids are known."""
-        n_pages = n_tokens // page_size
+        n_pages, salt = n_tokens // page_size, self.cache_salt + self.salt
         for page in range(len(self.page_keys), n_pages):
             start, end = page * page_size, (page + 1) * page_size
-            previous = self.page_keys[-1].hash if self.page_keys else hashlib.sha256(self.salt).digest()
+            previous = self.page_keys[-1].hash if self.page_keys else hashlib.sha256(salt).digest()
             pictures = [(one.digest, one.start - start) for one in self.images_in(start, end)]
             self.page_keys.append(PageKey.of(previous, array("q", self.tokens[start:end]).tobytes(), pictures))
         return self.page_keys[:n_pages]

@@ -92,7 +92,7 @@ def decode(source: Picture, options: PictureOptions = _DEFAULTS, memory: Picture
             f"{name:.200}: has more than {limit} pixels and may be a decompression bomb; scale the image down"
         ) from None
     except UnidentifiedImageError:  # its own message repeats the name, or shows the address of a buffer
-        raise ImageError(f"{name:.200}: is not an image that Pillow can read, or its header is damaged") from None
+        raise ImageError(f"{name:.200}: is not an image in a known format, or its header is damaged") from None
     except (OSError, ValueError, SyntaxError, EOFError) as error:  # raised by Pillow's decoders
         reason = getattr(error, "strerror", None) or error
         raise ImageError(f"{name:.200}: is damaged, or cannot be read as an image ({reason})") from None

@@ -29,6 +29,7 @@ _OPEN_PATHS = ("/health", "/ready", "/version")  # without a key
 _STARTS = (b",", b"[", b"{")  # in JSON, there are as many of them as values, at least
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 _REQUEST_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9.:\[\]-]+", re.ASCII)
 _HOST = re.compile(r"\[(?P<v6>[0-9a-fA-F:.]+)\](:\d+)?|(?P<name>[\w.-]+)(:\d+)?", re.ASCII)
 
 
@@ -47,6 +48,9 @@ class Access:
                 f"--host {self.host} can be reached by others, and no key is set: set LLAVA_API_KEY or --api-key-file, "
                 "or bind 127.0.0.1"
             )
+        for origin in self.origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ConfigError(f"--allow-origin {origin}: expected SCHEME://HOST, such as https://example.org")
         for key in self.keys:
             if not key.isascii() or not key.isprintable() or key != key.strip():
                 raise ConfigError("an API key has characters that a header cannot carry; use printable ASCII")
@@ -79,7 +83,7 @@ class Access:
             return  # the key protects it
         match = _HOST.fullmatch(header)
         name = (match["v6"] or match["name"]).lower() if match else ""
-        if name not in (*_LOCAL_NAMES, self.host, *self.hosts):
+        if name not in (*_LOCAL_NAMES, self.host.lower(), *(host.lower() for host in self.hosts)):
             message = "the Host header does not name this server; start it with --allow-host to allow the name"
             raise ApiError(403, message, code="host_not_allowed")
 
@@ -185,7 +189,11 @@ class _Exchange:
     @property
     def route(self) -> str:
         """The path of the route, or "other": the client's own path could have any number of values."""
-        return getattr(self._scope.get("route"), "path", "other")
+        path = getattr(self._scope.get("route"), "path", None)
+        if path is None and "app" in self._scope:  # answered before it was routed
+            known = {getattr(route, "path", None) for route in self._scope["app"].routes}
+            path = self._scope["path"] if self._scope["path"] in known else None
+        return path or "other"
 
     @property
     def is_preflight(self) -> bool:
@@ -247,6 +255,7 @@ class _Exchange:
                 "method": self._scope["method"] if self._scope["method"].isalpha() else "other",
                 "route": self.route,
                 "status": self.status,
+                "error": self.error,
                 "seconds": round(time.perf_counter() - self.arrived, 4),
                 "client": (self._scope.get("client") or ("",))[0],
             },

@@ -77,16 +77,28 @@ def create(
         loading = asyncio.ensure_future(_load(state, load, on_ready, on_failure))
         yield
         loading.cancel()
+        with suppress(asyncio.CancelledError):
+            await loading
         if state.service:
             await state.service.stop()
 
     app = FastAPI(title="llava", version=llava.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.router.redirect_slashes = False  # the address of a redirect would come from the Host header
     app.state.llava = state
+    app.openapi = partial(_schema, app, app.openapi)  # type: ignore[method-assign]
     _add_errors(app)
     _add_routes(app, state)
     app.add_middleware(AccessMiddleware, access=settings.access, limits=settings.limits, metrics=state.metrics)
     return app
+
+
+def _schema(app: FastAPI, build: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Returns the OpenAPI schema without the status 422, which is never answered."""
+    schema = build()
+    for path in schema["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    return schema
 
 
 async def _load(
@@ -98,7 +110,10 @@ async def _load(
     try:
         service = Service(await _in_daemon_thread(load), state.settings, state.metrics)
         await service.start()
-    except LlavaError as error:
+    except Exception as error:
+        if not isinstance(error, LlavaError):
+            log.exception("the model cannot be loaded")
+            error = LlavaError(f"the model cannot be loaded: {type(error).__name__}: {error}")
         state.error = error
         if on_failure:
             on_failure(error)
@@ -144,9 +159,13 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def of_the_framework(request: Request, error: HTTPException) -> Response:
         if isinstance(error.__cause__, ApiError):  # raised while the body was read
-            return respond(error.__cause__)
+            response = respond(error.__cause__)
+            response.headers["Connection"] = "close"  # the rest of the body is not read
+            return response
         default = "the request is malformed; expected JSON"
-        return respond(ApiError(error.status_code, _STATUSES.get(error.status_code, default)))
+        response = respond(ApiError(error.status_code, _STATUSES.get(error.status_code, default)))
+        response.headers.update(error.headers or {})  # Allow: the methods of this path
+        return response
 
 
 def respond(error: ApiError) -> Response:
@@ -218,13 +237,13 @@ def _add_routes(app: FastAPI, state: State) -> None:
         service.adapter(model)
         return _model(service, model)
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         """200 while the engine lives, or the model is being loaded."""
         alive = state.error is None and (state.service is None or state.service.is_alive)
         return JSONResponse({"status": "ok" if alive else "failed"}, status_code=200 if alive else 503)
 
-    @app.get("/ready")
+    @app.api_route("/ready", methods=["GET", "HEAD"])
     async def ready() -> dict[str, str]:
         """200 while requests are accepted."""
         _ = state.ready

@@ -4,6 +4,7 @@ from typing import Any
 
 from llava.errors import LlavaError
 
+MAX_NAME = 100  # characters of a client's name for something that are repeated
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",

@@ -87,12 +87,12 @@ class _Connection(http.client.HTTPSConnection):
     def connect(self) -> None:
         """Connects to the pinned address."""
         plain = socket.create_connection((self._address, self.port), timeout=self._left(self._end))
-        self.sock = self._tls.wrap_socket(plain, server_hostname=self.host)
+        self.sock = self._socket = self._tls.wrap_socket(plain, server_hostname=self.host)
         self.check_time(self._end)
 
     def check_time(self, end: float) -> None:
         """Lets the next operation take no more than what is left. Raises TimeoutError if nothing is."""
-        self.sock.settimeout(self._left(end))
+        self._socket.settimeout(self._left(end))  # `sock` is None if the response ends with the connection
 
     @staticmethod
     def _left(end: float) -> float:

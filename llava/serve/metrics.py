@@ -1,10 +1,13 @@
 """Metrics in the text format of Prometheus. Names are those of vLLM, with `llava_` in front."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
-from llava.engine.engine import Engine, Stats
+from llava.engine.engine import Engine
 from llava.engine.reply import Reply
 
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 30, 60, 120, 300)  # seconds
@@ -15,6 +18,7 @@ class Metrics:
     """Counts what the server does, in a registry of its own."""
 
     def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # when each series began
         self._registry = CollectorRegistry()
 
         def seconds(name: str, text: str, buckets: tuple[float, ...] = _BUCKETS) -> Histogram:
@@ -35,16 +39,8 @@ class Metrics:
         self._responses = count("http_responses", "HTTP responses.", ("path", "status"))
 
     def attach(self, engine: Engine) -> None:
-        """Adds what the engine knows. vision_encode_seconds is a sum, as one step encodes pictures of many requests."""
-
-        def gauge(name: str, text: str, value: Callable[[Stats], float]) -> None:
-            one = Gauge(f"llava_{name}", text, registry=self._registry)
-            one.set_function(lambda: value(engine.stats()))
-
-        gauge("num_requests_running", "Sequences that are computed.", lambda stats: stats.running)
-        gauge("num_requests_waiting", "Requests that wait for room.", lambda stats: stats.waiting)
-        gauge("gpu_cache_usage_perc", "Share of the cache's pages in use.", _usage)
-        gauge("image_cache_hits", "Pictures that did not have to be encoded.", lambda stats: stats.feature_hits)
+        """Adds what the engine knows."""
+        self._registry.register(_EngineCollector(engine))
 
     def output(self, now: float, arrived: float, last: float | None, n_tokens: int) -> None:
         """Records an output. last: when the same reply had its last one."""
@@ -76,5 +72,25 @@ class Metrics:
         return generate_latest(self._registry)
 
 
-def _usage(stats: Stats) -> float:
-    return stats.pages_used / max(1, stats.pages_used + stats.pages_free)
+class _EngineCollector(Collector):
+    """Reads the engine's own counts whenever metrics are asked for."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        """Yields the metrics."""
+        stats = self._engine.stats()
+        n_pages = stats.pages_used + stats.pages_free
+        for name, text, value in (
+            ("num_requests_running", "Sequences that are computed.", stats.running),
+            ("num_requests_waiting", "Requests that wait for room.", stats.waiting),
+            ("gpu_cache_usage_perc", "Share of the cache's pages in use, from 0 to 1.", stats.pages_used / n_pages),
+        ):
+            yield GaugeMetricFamily(f"llava_{name}", text, value)
+        for name, text, value in (
+            ("image_cache_hits", "Pictures that did not have to be encoded.", stats.feature_hits),
+            ("image_cache_queries", "Pictures that were looked up.", stats.feature_hits + stats.feature_misses),
+            ("vision_encode_seconds", "Spent on encoding pictures; one step encodes those of many.", stats.vision_s),
+        ):
+            yield CounterMetricFamily(f"llava_{name}", text, value)

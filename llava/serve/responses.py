@@ -2,15 +2,19 @@
 
 import codecs
 import json
+import re
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
+from llava.engine.detokenize import INCOMPLETE
 from llava.engine.reply import Output, Reply
 from llava.preprocess.tokenizer import Tokenizer
 from llava.serve.generation import Choice
 
 Body = dict[str, Any]
+_INVALID = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, as `surrogateescape` decodes them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,16 +104,17 @@ class CompletionBodies:
 
     def whole(self, index: int, choice: Choice, reply: Reply) -> Body:
         """Returns a finished choice."""
-        prompt = choice.input.prompt if self.echo else ""
-        logprobs = self._logprobs(choice, reply, prompt) if self.n_top is not None else None
-        return self._choice(index, prompt + reply.text, logprobs, reply.finish_reason)
+        text = (self._echoed(choice) if self.echo else "") + reply.text
+        logprobs = self._logprobs(choice, reply) if self.n_top is not None else None
+        return self._choice(index, text, logprobs, reply.finish_reason)
 
     def first(self, index: int, choice: Choice) -> Body | None:
         """Returns a chunk with the prompt, if it is asked for."""
         if not self.echo:
             return None
-        self._sent[index] = len(choice.input.prompt)
-        return self._choice(index, choice.input.prompt, None, None)
+        prompt = self._echoed(choice)
+        self._sent[index] = len(prompt)
+        return self._choice(index, prompt, None, None)
 
     def chunk(self, index: int, output: Output) -> Body:
         """Returns a chunk with new text, or the last one."""
@@ -117,40 +122,54 @@ class CompletionBodies:
         self._sent[index] = start + len(output.text)
         logprobs = None
         if self.n_top is not None:
-            logprobs = self._listed(output.token_ids, output.logprobs, output.top_logprobs, start)
+            texts = _texts([self._piece(id) for id in output.token_ids])
+            logprobs = self._listed(texts, output.token_ids, output.logprobs, output.top_logprobs, start)
         return self._choice(index, output.text, logprobs, output.finish_reason)
 
     def _choice(self, index: int, text: str, logprobs: Body | None, finish_reason: str | None) -> Body:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
-    def _logprobs(self, choice: Choice, reply: Reply, prompt: str) -> Body:
+    def _echoed(self, choice: Choice) -> str:
+        """Returns the text of the prompt, except for a character at its end that the reply completes and contains."""
+        return "".join(_texts(self._pieces(choice.input.ids.tolist()))).rstrip(INCOMPLETE)
+
+    def _pieces(self, ids: Sequence[int]) -> list[bytes]:
+        """Returns what each token adds to a text, without the space that Llama's tokenizers put before it."""
+        pieces = [self._piece(id) for id in ids]
+        first = next((i for i, piece in enumerate(pieces) if piece), None)
+        if first is not None and _n_spaces(b"".join(pieces)) > _n_spaces(self.tokenizer.decode(ids).encode()):
+            pieces[first] = pieces[first][1:]
+        return pieces
+
+    def _logprobs(self, choice: Choice, reply: Reply) -> Body:
         """Lists the tokens of the prompt, if it is repeated, and those of the reply. The first has no probability."""
-        found = self._listed(reply.token_ids, reply.logprobs or [], reply.top_logprobs or [], len(prompt))
+        prompt: list[int] = choice.input.ids.tolist()
+        texts, n = _texts(self._pieces([*prompt, *reply.token_ids])), len(prompt)
+        start = sum(map(len, texts[:n])) if self.echo else 0
+        found = self._listed(texts[n:], reply.token_ids, reply.logprobs or [], reply.top_logprobs or [], start)
         if not self.echo:
             return found
-        ids = choice.input.ids.tolist()
-        before = self._listed(
-            ids, [None, *(reply.prompt_logprobs or [])], [None, *(reply.prompt_top_logprobs or [])], 0
-        )
+        logprobs, top = [None, *(reply.prompt_logprobs or [])], [None, *(reply.prompt_top_logprobs or [])]
+        before = self._listed(texts[:n], prompt, logprobs, top, 0)
         return {name: before[name] + found[name] for name in found}
 
     def _listed(
-        self, ids: Sequence[int], logprobs: Sequence[float | None], top: Sequence[dict[int, float] | None], start: int
+        self,
+        texts: Sequence[str],
+        ids: Sequence[int],
+        logprobs: Sequence[float | None],
+        top: Sequence[dict[int, float] | None],
+        start: int,
     ) -> Body:
-        """start: characters before the first of these tokens."""
-        pieces = [self._piece(id) for id in ids]
-        if start == 0 and self.echo:  # Llama's tokenizers put a space before a text
-            first = next((i for i, piece in enumerate(pieces) if piece), None)
-            if first is not None and pieces[first].startswith(b" ") and ids[first] not in self.tokenizer.special:
-                pieces[first] = pieces[first][1:]
+        """texts: of each token. start: characters before the first of them."""
         return {
-            "tokens": [piece.decode(errors="replace") for piece in pieces],
+            "tokens": list(texts),
             "token_logprobs": list(logprobs),
             "top_logprobs": [
                 None if likely is None else self._top(id, value, likely)
                 for id, value, likely in zip(ids, logprobs, top, strict=True)
             ],
-            "text_offset": _offsets(pieces, start),
+            "text_offset": list(accumulate(map(len, texts), initial=start))[:-1],
         }
 
     def _piece(self, id: int) -> bytes:
@@ -171,14 +190,19 @@ def _best(likely: dict[int, float], n: int) -> list[tuple[int, float]]:
     return sorted(likely.items(), key=lambda pair: -pair[1])[:n]
 
 
-def _offsets(pieces: Sequence[bytes], start: int) -> list[int]:
-    """Returns where each token starts in the text, in characters. One within a character starts where that does."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    offsets, n_chars = [], start
-    for piece in pieces:
-        offsets.append(n_chars)
-        n_chars += len(decoder.decode(piece))
-    return offsets
+def _texts(pieces: Sequence[bytes]) -> list[str]:
+    """Returns the text of each token. Together they are the whole text: a character belongs to the last of its tokens.
+
+    Each byte that is not part of a character becomes U+FFFD, as in SentencePiece.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
+    last = len(pieces) - 1
+    return [_INVALID.sub(INCOMPLETE, decoder.decode(piece, final=i == last)) for i, piece in enumerate(pieces)]
+
+
+def _n_spaces(text: bytes) -> int:
+    """Returns the number of spaces before a text."""
+    return len(text) - len(text.lstrip(b" "))
 
 
 async def events(bodies: AsyncIterator[Body]) -> AsyncIterator[bytes]:

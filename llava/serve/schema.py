@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
-from llava.serve.errors import ApiError
+from llava.serve.errors import MAX_NAME, ApiError
 from llava.serve.limits import Limits
 
 # parameters of OpenAI that are refused unless they have no effect: {name: values without effect, besides empty ones}
@@ -120,6 +120,7 @@ class Sampling(BaseModel):
         """Raises ApiError for unknown parameters that would change the result, and for values beyond the limits."""
         for name, value in (self.model_extra or {}).items():
             if name not in _IGNORED and value not in _NEUTRAL.get(name, ()) and not _is_empty(value):
+                name = name[:MAX_NAME]
                 raise ApiError(400, f"the parameter {name!r} is not supported; leave it out", param=name)
         if (self.n or 1) > limits.n:
             raise ApiError(400, f"n is {self.n}; expected at most {limits.n}", param="n")
@@ -166,7 +167,9 @@ class ChatRequest(Sampling):
         for message in self.messages:
             for name, value in (message.model_extra or {}).items():
                 if name not in ("name",) and not _is_empty(value):
-                    raise ApiError(400, f"messages: the key {name!r} is not supported; leave it out", param="messages")
+                    raise ApiError(
+                        400, f"messages: the key {name[:MAX_NAME]!r} is not supported; leave it out", param="messages"
+                    )
 
     @property
     def max_new_tokens(self) -> int:
@@ -220,7 +223,7 @@ class CompletionRequest(Sampling):
 
 
 class TokenizeRequest(_Strict):
-    """Body of POST /tokenize: a literal text, or a conversation without pictures."""
+    """Body of POST /tokenize: a literal text, or a conversation. Image tokens are -200."""
 
     model: str | None = None
     prompt: str | None = None

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import socket
+import ssl
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -22,6 +23,7 @@ from llava.serve.settings import Settings
 log = logging.getLogger(__name__)
 
 _KEEP_ALIVE_S = 15  # seconds that an idle connection is kept
+_CLOSE_S = 2.0
 _HEAD_S = 20  # seconds for the head of a request
 _UNREAD_S = 30  # seconds after which a client that reads nothing of its response is disconnected
 _MAX_CONNECTIONS = 800  # below the number of open files that most systems allow
@@ -30,6 +32,7 @@ _BACKLOG = 1024  # connections that wait to be accepted
 
 def run(load: Callable[[], Assistant], settings: Settings) -> None:
     """Serves a model until SIGTERM or Ctrl-C. Raises LlavaError if the address or the model cannot be used."""
+    _check_certificate(settings)
     host = settings.access.host
     listening = bind(host, settings.port)
     try:
@@ -52,6 +55,16 @@ def run(load: Callable[[], Assistant], settings: Settings) -> None:
         raise state.error
 
 
+def _check_certificate(settings: Settings) -> None:
+    if settings.certificate and settings.private_key:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.certificate, settings.private_key)
+        except OSError as error:  # ssl.SSLError is one
+            reason = error.strerror or "they do not belong together, or are not PEM files"
+            files = f"--certificate {settings.certificate} --private-key {settings.private_key}"
+            raise ConfigError(f"{files}: cannot be used ({reason})") from None
+
+
 def bind(host: str, port: int) -> socket.socket:
     """Returns a listening socket. Raises ConfigError."""
     try:
@@ -62,9 +75,10 @@ def bind(host: str, port: int) -> socket.socket:
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _UNREAD_S)
         listening.bind(address)
         listening.listen(_BACKLOG)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"--host {host} --port {port}: cannot be used ({reason}); choose another port") from None
+    except socket.gaierror:
+        raise ConfigError(f"--host {host}: is no address of this machine; bind 127.0.0.1, or 0.0.0.0 for all") from None
+    except OSError as error:
+        raise ConfigError(f"--host {host} --port {port}: cannot be used ({error.strerror}); choose another") from None
     return listening
 
 
@@ -148,3 +162,5 @@ class _Server(uvicorn.Server):
         while self._state.service and self._state.service.n_active and time.monotonic() < end:
             await asyncio.sleep(0.02)
         self.should_exit = True
+        await asyncio.sleep(_CLOSE_S)  # for responses that are being sent
+        self.force_exit = True

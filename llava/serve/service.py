@@ -15,7 +15,7 @@ from llava.assistant import Assistant
 from llava.engine.adapters import Variant
 from llava.engine.reply import Output
 from llava.engine.sampling_params import SamplingParams
-from llava.errors import CheckpointError, ContextError, ImageError, LlavaError, PromptError
+from llava.errors import CheckpointError, ConfigError, ContextError, ImageError, LlavaError, PromptError
 from llava.preprocess.image import Preprocessed
 from llava.preprocess.inputs import ModelInput
 from llava.preprocess.tokenizer import Tokenizer
@@ -61,6 +61,15 @@ class Client:
         return hashlib.sha256(self.key).digest() if self.key else b""
 
 
+@contextmanager
+def _about_prompt() -> Iterator[None]:
+    """Errors are about the parameter prompt."""
+    try:
+        yield
+    except PromptError as error:
+        raise client_error(error, "prompt") from None
+
+
 class Service:
     """Answers the requests for one model and its adapters."""
 
@@ -68,6 +77,8 @@ class Service:
         self.assistant, self.settings, self.metrics = assistant, settings, metrics
         self.limits, name = settings.limits, settings.name
         self._fetcher = MediaFetcher(settings.media_hosts, settings.limits) if settings.media_hosts else None
+        if name in assistant.adapters:
+            raise ConfigError(f"the model and an adapter are both named {name}; set another --served-model-name")
         self.adapters: dict[str, str | None] = {name: None} | {one: one for one in assistant.adapters}
         self.created = int(time.time())
         self._engine: EngineThread | None = None
@@ -123,6 +134,9 @@ class Service:
     @contextmanager
     def _admitted(self, n: int) -> Iterator[None]:
         """Counts `n` choices as active until they end. Raises ApiError if there are too many."""
+        if n > self.limits.requests:
+            message = f"the request has {n} choices; expected at most {self.limits.requests}"
+            raise ApiError(400, message, param="n")
         if self._n_active + n > self.limits.requests:
             raise ApiError(429, "the server is busy; try again later", code="queue_full")
         self._n_active += n
@@ -156,7 +170,7 @@ class Service:
     async def complete(self, request: CompletionRequest, client: Client) -> Generation:
         """Starts the choices of completions: those of the first prompt come first. Raises LlavaError."""
         request.check(self.limits)
-        with self._admitted((request.n or 1) * len(request.prompts)):
+        with self._admitted((request.n or 1) * len(request.prompts)), _about_prompt():
             return await self._start(await self._completion_choices(request), self.adapter(request.model), client)
 
     async def _completion_choices(self, request: CompletionRequest) -> list[Choice]:
@@ -224,6 +238,8 @@ class Service:
 
     async def _conversation(self, messages: Sequence[Message], adapter: str | None) -> ModelInput:
         """Prepares a conversation with its pictures. The text is literal."""
+        if messages[-1].role != "user":
+            raise ApiError(400, "messages: the last one has to be from the user", param="messages")
         self._text_limits[adapter].check(text for one in messages for text in _texts(one))
         urls = [part.image_url.url for one in messages for part in _parts(one) if isinstance(part, ImagePart)]
         if len(urls) > self.limits.pictures:
@@ -251,6 +267,7 @@ class Service:
             return None
         return PictureSettings(config=image, patches=vision.grid, options=preprocessor.pictures)
 
+    @_about_prompt()
     def _prompts(self, prompts: Sequence[str] | Sequence[Sequence[int]], adapter: str | None) -> list[ModelInput]:
         """Prepares prompts: texts, which are literal, or token ids."""
         preprocessor = self._variant(adapter).preprocessor
@@ -295,16 +312,16 @@ class Service:
         }
 
 
-def client_error(error: LlavaError) -> ApiError:
-    """Returns what a client is told about an error."""
+def client_error(error: LlavaError, param: str = "messages") -> ApiError:
+    """Returns what a client is told about an error. param: where the prompt is."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error.__cause__, ApiError):  # raised by a mask, in a step of the engine
         return error.__cause__
     if isinstance(error, ContextError):
-        return ApiError(400, str(error), param="messages", code="context_length_exceeded")
+        return ApiError(400, str(error), param=param, code="context_length_exceeded")
     if isinstance(error, PromptError | ImageError | CheckpointError):
-        return ApiError(400, str(error), param="messages")
+        return ApiError(400, str(error), param=param)
     return ApiError(500, str(error))
 
 

@@ -1,5 +1,6 @@
 """What whoever runs the server decides."""
 
+import re
 from dataclasses import dataclass, field
 
 from llava.errors import ConfigError
@@ -22,6 +23,9 @@ class Settings:
     private_key: str | None = None
 
     def __post_init__(self) -> None:
+        for host in self.media_hosts:
+            if not re.fullmatch(r"[A-Za-z0-9.-]+", host):
+                raise ConfigError(f"--allow-media-host {host}: expected a host, such as pictures.example.org")
         if bool(self.certificate) != bool(self.private_key):
             raise ConfigError("https needs both a certificate and its key: set --certificate and --private-key")
 

@@ -15,6 +15,7 @@ from llava.serve.errors import ApiError
 from llava.serve.limits import Limits
 from llava.serve.schema import ResponseFormat
 
+_LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as in most texts
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 Mask = Callable[[Sequence[int]], Tensor]  # ids of the reply so far -> allowed [V], bool
 
@@ -78,7 +79,7 @@ def _compile(tokenizer: Any, schema: str) -> Any:
     from llguidance import LLMatcher
 
     try:
-        grammar: str = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": r"[\n ]{0,8}"})
+        grammar: str = LLMatcher.grammar_from_json_schema(schema, overrides=_LAYOUT)
     except ValueError:  # lone surrogates, or nested too deeply
         raise _invalid() from None
     if LLMatcher.validate_grammar(grammar):

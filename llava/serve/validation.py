@@ -1,11 +1,12 @@
 """Says in our own words what is wrong with the body of a request."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 
-from llava.serve.errors import ApiError
+from llava.serve.errors import MAX_NAME, ApiError
 
 # by pydantic's type of error; names in braces are from its context
 _EXPECTED = {
@@ -24,8 +25,8 @@ _EXPECTED = {
     "greater_than_equal": "a number of at least {ge}",
     "less_than": "a number below {lt}",
     "less_than_equal": "a number of at most {le}",
-    "too_short": "at least {min_length} entries",
-    "too_long": "at most {max_length} entries",
+    "too_short": "more entries",
+    "too_long": "fewer entries",
     "literal_error": "{expected}",
     "union_tag_invalid": "a type of {expected_tags}",
     "union_tag_not_found": "an object with a type",
@@ -47,6 +48,8 @@ def explain(error: RequestValidationError) -> ApiError:
         return ApiError(400, f"{name} is missing", param=name)
     if kind == "extra_forbidden":
         return ApiError(400, f"the parameter {name!r} is not supported; leave it out", param=name)
+    if location[0] == "prompt" and len(location) > 1:  # a union, of whose types the first one would be named
+        return ApiError(400, "prompt: expected a string, token ids, or a list of either", param="prompt")
     expected = _EXPECTED.get(kind, "another value").format_map(_Context(first.get("ctx", {})))
     return ApiError(400, f"{name} is {_shown(first.get('input'))}; expected {expected}", param=name)
 
@@ -75,13 +78,14 @@ def _name(location: Sequence[Any]) -> str:
             name += f"[{part}]"
         elif part.replace("_", "").isalnum() and part.islower() and part not in ("str", "int", "float", "bool", "list"):
             name += f".{part}" if name else part
-    return name
+    return name[:MAX_NAME]
 
 
 def _shown(value: Any) -> str:
-    """Returns the start of a value, or its type if it is long."""
+    """Returns a value in JSON, or its type if it is long."""
     if isinstance(value, Mapping):
         return "an object"
     if isinstance(value, list | tuple):
-        return "a list"
-    return repr(value) if len(repr(value)) <= 40 else f"a {type(value).__name__}"
+        return "a list" if value else "an empty list"
+    text = json.dumps(value)
+    return text if len(text) <= 40 else "a long string" if isinstance(value, str) else "a long number"

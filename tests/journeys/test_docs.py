@@ -15,6 +15,7 @@ from tests.conftest import PROJECT
 from tests.forkserver import fast_llava
 
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+SERVING = PROJECT / "docs" / "serving.md"  # its examples need a server: test_serving_page.py
 FAMILY_PAGES = sorted((PROJECT / "docs" / "families").glob("*.md"))  # their commands run in test_family_pages.py
 
 
@@ -46,7 +47,7 @@ def commands() -> Iterator[str]:
         yield os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if page != SERVING], ids=lambda page: page.name)
 def test_code_on_a_page_runs(page: Path, desk: Path, commands: str) -> None:
     environment = os.environ | {"PATH": commands}
     python, shell = "\n".join(blocks(page, "python")), "\n".join(blocks(page, "bash"))

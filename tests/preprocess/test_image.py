@@ -27,12 +27,12 @@ def broken(folder: Path) -> dict[str, Any]:
     os.mkfifo(folder / "pipe.png")
     return {
         "empty.png: is empty": folder / "empty.png",
-        "words.png: is not an image that Pillow can read": str(folder / "words.png"),
+        "words.png: is not an image in a known format": str(folder / "words.png"),
         "pipe.png: is not a regular file": folder / "pipe.png",
         f"{folder}: is a folder": folder,
         "none.png: no such image file": folder / "none.png",
         "picture: is empty": b"",
-        "picture: is not an image that Pillow can read": b"words",
+        "picture: is not an image in a known format": b"words",
         "picture: has no pixels": Image.new("RGB", (0, 4)),
         r"picture: found ndarray.*PIL.Image.fromarray\(array\)": np.zeros((2, 2, 3), np.float32),
         r"picture: found Tensor.*uint8": torch.zeros(2, 2, 3, dtype=torch.uint8),
