@@ -155,10 +155,10 @@ def wait_until(holds: Callable[[], bool]) -> bool:
 
 
 @contextmanager
-def served(log: Path) -> Iterator[Victim]:
+def served(log: Path, *options: str) -> Iterator[Victim]:
     """Serves llava-tiny with a key. log: file for its stderr."""
     environment = os.environ | {"LLAVA_API_KEY": KEY}
-    command = [*LLAVA, "serve", "--port", "0", "--device", "cpu"]
+    command = [*LLAVA, "serve", "--port", "0", "--device", "cpu", *options]
     with log.open("wb") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=environment)
     assert process.stdout

@@ -22,6 +22,7 @@ from llava.assistant import Assistant
 from llava.engine.reply import Output, Reply
 from llava.errors import LlavaError
 from llava.serve.access import AccessMiddleware
+from llava.serve.engine_thread import stopped
 from llava.serve.errors import ApiError
 from llava.serve.generation import Generation
 from llava.serve.metrics import Metrics
@@ -55,7 +56,7 @@ class State:
         if self.service is None:
             raise ApiError(503, "the model is still being loaded; try again later", code="loading")
         if not self.service.is_alive:
-            raise ApiError(503, "the engine has stopped; restart the server", code="engine_stopped")
+            raise stopped()
         return self.service
 
 

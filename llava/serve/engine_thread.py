@@ -12,11 +12,11 @@ from llava.engine.reply import Output
 from llava.engine.sampling_params import SamplingParams
 from llava.errors import LlavaError
 from llava.preprocess.inputs import ModelInput
+from llava.serve.errors import ApiError
 
 log = logging.getLogger(__name__)
 
 Receive = Callable[[Output | LlavaError], None]
-_STOPPED = "the engine has stopped; restart the server"
 _MAX_FAILURES = 3  # steps in a row
 
 
@@ -45,7 +45,7 @@ class EngineThread:
     @property
     def is_alive(self) -> bool:
         """Whether requests are computed."""
-        return self._thread.is_alive()
+        return self._thread.is_alive() and not self._stopping
 
     def add(
         self,
@@ -61,8 +61,8 @@ class EngineThread:
         """Adds a request, from any thread, and returns its number. Raises LlavaError if it does not fit."""
         _ = input.digests  # computed here, outside of the lock
         with self._changed:
-            if self._stopping or not self.is_alive:
-                raise LlavaError(_STOPPED)
+            if not self.is_alive:
+                raise stopped()
             number = self.engine.add_request(
                 input, params, adapter=adapter, salt=salt, capture=capture, prepare_s=prepare_s
             )
@@ -81,11 +81,13 @@ class EngineThread:
         try:
             while self._wait():
                 self._deliver(self._step())
+        except Exception:  # `_step` has logged it
+            log.critical("the engine has stopped, as one step after the other failed")
         finally:
             with self._changed:
                 self._stopping = True
                 receivers, self._receivers = list(self._receivers.values()), {}
-            self._call([(receive, LlavaError(_STOPPED)) for receive in receivers])
+            self._call([(receive, stopped()) for receive in receivers])
 
     def _wait(self) -> bool:
         """Waits for requests. Returns whether to go on."""
@@ -124,3 +126,8 @@ class EngineThread:
         if calls:
             with suppress(RuntimeError):  # the event loop has been closed
                 self._loop.call_soon_threadsafe(call)
+
+
+def stopped() -> ApiError:
+    """Returns the error of all requests once the engine has stopped."""
+    return ApiError(503, "the engine has stopped; restart the server", code="engine_stopped")

@@ -227,7 +227,7 @@ class TokenizeRequest(_Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: _List[Message] | None = None
+    messages: _List[Message] | None = Field(None, min_length=1)
     add_special_tokens: bool = Field(True, description="whether a prompt gets the token that begins a text")
 
 

@@ -322,7 +322,8 @@ def client_error(error: LlavaError, param: str = "messages") -> ApiError:
         return ApiError(400, str(error), param=param, code="context_length_exceeded")
     if isinstance(error, PromptError | ImageError | CheckpointError):
         return ApiError(400, str(error), param=param)
-    return ApiError(500, str(error))
+    log.error("a request failed", extra={"reason": str(error)})
+    return ApiError(500, "the server failed to answer this request")  # the reason may have words of a library
 
 
 def _with_seed(params: SamplingParams, index: int) -> SamplingParams:

@@ -171,6 +171,12 @@ def test_an_error_names_the_deepest_problem(server: Victim, parts: Any, name: st
     refused(server.post(CHAT, chat(parts)), 400, name)
 
 
+@pytest.mark.parametrize("path", [CHAT, EXPLAIN, TOKENIZE])
+def test_a_conversation_without_messages_is_refused(server: Victim, path: str) -> None:
+    body = {"messages": []} if path == TOKENIZE else chat() | {"messages": []}
+    refused(server.post(path, body), 400, "messages is an empty list")
+
+
 # ------------------------------------------------------------------------------------------------------ schemas
 
 
@@ -201,6 +207,21 @@ def _formatted(schema: object, **options: object) -> dict[str, Any]:
 )
 def test_a_schema_that_no_reply_can_follow_is_refused(victim: Victim, schema: object) -> None:
     refused(victim.post(CHAT, _formatted(schema, n=16)), 400, "response_format", "schema")
+
+
+def test_a_schema_that_becomes_too_complex_within_a_reply_ends_only_that_reply(victim: Victim) -> None:
+    inner = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(1500)}}
+    schema = {"type": "object", "properties": {"a": inner}, "required": ["a"], "additionalProperties": False}
+    expected = victim.honest()
+    with ThreadPoolExecutor(1) as pool:
+        complex_ = pool.submit(victim.post, CHAT, _formatted(schema, max_tokens=64))
+        while not complex_.done():
+            assert victim.honest() == expected
+    refused(complex_.result(), 400, "too complex")
+    streamed = victim.post(CHAT, _formatted(schema, max_tokens=64, stream=True))
+    assert streamed.status == 200
+    assert b"too complex" in streamed.body
+    assert b"server_error" not in streamed.body
 
 
 @pytest.mark.parametrize(
