@@ -143,7 +143,7 @@ class Victim:
         assert wait_until(lambda: self.post(COMPLETION, full).status == 200)
         log = self.log.read_text()
         assert "raceback" not in log, log[-4000:]
-        assert all(line.startswith("{") for line in log.splitlines()[1:]), log[-4000:]  # the first one is a hint
+        assert [line for line in log.splitlines()[1:] if not line.startswith("{")] == []  # the first one is a hint
 
 
 def wait_until(holds: Callable[[], bool]) -> bool:
@@ -227,10 +227,10 @@ def completion(prompt: object = "hi", **options: object) -> dict[str, Any]:
     return {"model": MODEL, "prompt": prompt, "max_tokens": 2} | options
 
 
-def picture(kind: str = "PNG", size: tuple[int, int] = (48, 32), mode: str = "RGB") -> bytes:
+def picture(kind: str = "PNG", size: tuple[int, int] = (48, 32), mode: str = "RGB", **options: object) -> bytes:
     """Returns the contents of a picture file."""
     file = io.BytesIO()
-    Image.linear_gradient("L").resize(size).convert(mode).save(file, kind)
+    Image.linear_gradient("L").resize(size).convert(mode).save(file, kind, **options)
     return file.getvalue()
 
 

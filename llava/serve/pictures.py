@@ -164,6 +164,8 @@ def _run(connection: Connection, settings: PictureSettings, limits: Limits) -> N
     from PIL import Image
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes; the server ends this one
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 2)  # libtiff, for one, writes lines about damaged files there
     torch.set_num_threads(1)
     Image.MAX_IMAGE_PIXELS = limits.pixels  # Pillow refuses twice as many, in what a file embeds too
     warnings.simplefilter("ignore")

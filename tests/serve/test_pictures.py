@@ -106,6 +106,19 @@ def test_formats_that_are_not_on_the_list_are_refused(pooled: Pooled, kind: str)
     assert "a format that is not accepted; send PNG, JPEG or WEBP" in message_of(error)
 
 
+def test_a_program_for_postscript_is_never_run(
+    settings: PictureSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pool_of_one(settings, Limits()) as pooled:
+        (error,) = pooled(lambda pool: read_all(pool, [picture("EPS")]))
+    assert "format" in message_of(error)
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize(
     ("sides", "problem"),
     [
