@@ -238,13 +238,15 @@ def _add_routes(app: FastAPI, state: State) -> None:
         service.adapter(model)
         return _model(service, model)
 
-    @app.api_route("/health", methods=["GET", "HEAD"])
+    @app.get("/health")
+    @app.head("/health", include_in_schema=False)
     async def health() -> Response:
         """200 while the engine lives, or the model is being loaded."""
         alive = state.error is None and (state.service is None or state.service.is_alive)
         return JSONResponse({"status": "ok" if alive else "failed"}, status_code=200 if alive else 503)
 
-    @app.api_route("/ready", methods=["GET", "HEAD"])
+    @app.get("/ready")
+    @app.head("/ready", include_in_schema=False)
     async def ready() -> dict[str, str]:
         """200 while requests are accepted."""
         _ = state.ready

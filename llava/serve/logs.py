@@ -43,6 +43,7 @@ def set_up(file: Path | None = None) -> None:
         raise ConfigError(f"--log-file {file}: cannot be written ({error.strerror}); choose another file") from None
     handler = _Handler(stream)
     handler.setFormatter(JsonFormatter())
+    logging.captureWarnings(True)
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("llava").setLevel(logging.INFO)
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each write to a client that has gone
