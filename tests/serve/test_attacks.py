@@ -162,7 +162,7 @@ def test_the_smallest_numbers_stop_no_step(server: Victim, name: str, value: str
     ("parts", "name"),
     [
         ([{"type": "text"}], "messages[0].content[0].text is missing"),
-        ([{"type": "image_url", "image_url": "x"}], "messages[0].content[0].image_url is 'x'; expected an object"),
+        ([{"type": "image_url", "image_url": "x"}], 'messages[0].content[0].image_url is "x"; expected an object'),
         ([{"type": "text", "text": 5}], "messages[0].content[0].text is 5; expected a string"),
         (5, "messages[0].content is 5; expected a string"),
     ],
