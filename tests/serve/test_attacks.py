@@ -162,7 +162,7 @@ def test_the_smallest_numbers_stop_no_step(server: Victim, name: str, value: str
     ("parts", "name"),
     [
         ([{"type": "text"}], "messages[0].content[0].text is missing"),
-        ([{"type": "image_url", "image_url": "x"}], 'messages[0].content[0].image_url is "x"; expected an object'),
+        ([{"type": "image_url", "image_url": "x"}], "messages[0].content[0].image_url is \"x\"; expected an object"),
         ([{"type": "text", "text": 5}], "messages[0].content[0].text is 5; expected a string"),
         (5, "messages[0].content is 5; expected a string"),
     ],
@@ -287,7 +287,8 @@ def test_a_body_that_is_broken_after_the_answer_only_ends_the_connection(victim:
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
         assert read(connection).status == 200
         connection.sendall(b"ZZ\r\n")
-        assert connection.recv(100) == b""
+        with suppress(ConnectionError):  # it may be reset
+            assert connection.recv(100) == b""
 
 
 def test_a_request_with_two_lengths_is_refused(victim: Victim) -> None:
