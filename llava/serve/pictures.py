@@ -210,6 +210,8 @@ def _open(contents: bytes, config: ImageConfig, limits: Limits) -> "Image.Image"
     except Image.DecompressionBombError:
         raise ImageError("picture: has far too many pixels") from None
     width, height = picture.size
+    if width * height > limits.pixels:
+        raise ImageError(f"picture: has {width} x {height} pixels; expected at most {limits.pixels}; scale it down")
     if config.aspect == "pad" and max(width, height) ** 2 > limits.padded_pixels:
         side = math.isqrt(limits.padded_pixels)
         raise ImageError(
