@@ -239,14 +239,14 @@ def _add_routes(app: FastAPI, state: State) -> None:
         return _model(service, model)
 
     @app.get("/health")
-    @app.head("/health", include_in_schema=False)
+    @app.head("/health")
     async def health() -> Response:
         """200 while the engine lives, or the model is being loaded."""
         alive = state.error is None and (state.service is None or state.service.is_alive)
         return JSONResponse({"status": "ok" if alive else "failed"}, status_code=200 if alive else 503)
 
     @app.get("/ready")
-    @app.head("/ready", include_in_schema=False)
+    @app.head("/ready")
     async def ready() -> dict[str, str]:
         """200 while requests are accepted."""
         _ = state.ready
