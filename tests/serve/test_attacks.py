@@ -409,8 +409,9 @@ def test_a_request_id_that_could_inject_is_replaced(victim: Victim, given: str) 
 
 
 def test_the_schema_of_the_api_can_be_read_without_a_warning(victim: Victim) -> None:
+    before = victim.log.read_text()
     assert victim.get("/openapi.json").status == 200
-    assert "warn" not in victim.log.read_text().replace('"level": "warning", "logger": "uvicorn.error"', "")
+    assert "warning" not in victim.log.read_text()[len(before) :]
 
 
 def test_what_clients_write_is_not_logged(victim: Victim) -> None:
