@@ -116,7 +116,8 @@ def _name(model: str | None) -> str:
 
 def _keys(file: Path | None) -> tuple[str, ...]:
     """Returns the API keys from the environment and a file. They are no arguments, which all users can list."""
-    keys = [key] if (key := os.environ.get("LLAVA_API_KEY")) else []
+    key = os.environ.pop("LLAVA_API_KEY", "")  # the processes that read pictures do not inherit it
+    keys = [key] if key else []
     if file is None:
         return tuple(keys)
     try:

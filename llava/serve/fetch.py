@@ -9,8 +9,10 @@ import ipaddress
 import re
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from llava.serve.errors import ApiError
 from llava.serve.limits import Limits
@@ -48,9 +50,12 @@ class MediaFetcher:
         end = time.monotonic() + self._limits.fetch_s
         try:
             connection = _Connection(parsed["host"], self._pinned(parsed["host"]), self._port, self._context, end)
+            timer = threading.Timer(self._limits.fetch_s, connection.abort)  # a head may come byte by byte
+            timer.start()
             try:
                 return self._read(connection, parsed["path"], end)
             finally:
+                timer.cancel()
                 connection.close()
         except (OSError, http.client.HTTPException, ValueError):
             raise _error("image_url: the picture cannot be fetched; send a data URL") from None
@@ -74,6 +79,7 @@ class MediaFetcher:
                 message = f"a picture has more than {self._limits.picture_bytes} bytes; send a smaller one"
                 raise ApiError(413, message, param="messages")
             connection.check_time(end)
+        connection.check_time(end)  # an end that the timer made is no end of the picture
         return bytes(contents)
 
 
@@ -83,6 +89,7 @@ class _Connection(http.client.HTTPSConnection):
     def __init__(self, host: str, address: str, port: int, context: ssl.SSLContext, end: float):
         super().__init__(host, port, context=context)
         self._address, self._tls, self._end = address, context, end
+        self._socket: ssl.SSLSocket | None = None
 
     def connect(self) -> None:
         """Connects to the pinned address."""
@@ -90,8 +97,15 @@ class _Connection(http.client.HTTPSConnection):
         self.sock = self._socket = self._tls.wrap_socket(plain, server_hostname=self.host)
         self.check_time(self._end)
 
+    def abort(self) -> None:
+        """Ends the connection, from another thread."""
+        if self._socket:
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+
     def check_time(self, end: float) -> None:
         """Lets the next operation take no more than what is left. Raises TimeoutError if nothing is."""
+        assert self._socket
         self._socket.settimeout(self._left(end))  # `sock` is None if the response ends with the connection
 
     @staticmethod

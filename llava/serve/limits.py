@@ -27,5 +27,6 @@ class Limits:
     schema_bytes: int = 64 * 2**10  # of a JSON schema
     map_values: int = 2_000_000  # numbers in the maps of an explanation
     map_bytes: int = 2**30  # memory for the attention that an explanation captures
+    explanations: int = 4  # that run at the same time; those beyond get 429
     requests: int = 256  # choices that wait or run at the same time; those beyond get 429
     request_s: float = 600.0  # seconds until a request is ended

@@ -84,6 +84,7 @@ class Service:
         self._engine: EngineThread | None = None
         self._pools: dict[PictureSettings, PicturePool] = {}
         self._n_active = 0  # choices
+        self._n_explained = 0  # of them
         variants = {one: self._variant(one) for one in self.adapters.values()}
         self._text_limits = {
             name: TextLimit(one.preprocessor.tokenizer, one.model.config.decoder.max_seq)
@@ -138,16 +139,17 @@ class Service:
             message = f"the request has {n} choices; expected at most {self.limits.requests}"
             raise ApiError(400, message, param="n")
         if self._n_active + n > self.limits.requests:
-            raise ApiError(429, "the server is busy; try again later", code="queue_full")
+            raise _busy()
         self._n_active += n
         try:
             yield
         except BaseException:
-            self._end(n)
+            self._n_active -= n
             raise
 
-    def _end(self, n: int) -> None:
-        self._n_active -= n
+    def _ended(self, choices: Sequence[Choice]) -> None:
+        self._n_active -= len(choices)
+        self._n_explained -= sum(one.capture is not None for one in choices)
 
     async def chat(self, request: ChatRequest, client: Client) -> Generation:
         """Starts the choices of a chat. Raises LlavaError."""
@@ -187,11 +189,23 @@ class Service:
     async def explain(self, request: ExplainRequest, client: Client) -> Generation:
         """Starts a chat whose attention is captured. Raises LlavaError."""
         request.check(self.limits)
-        with self._admitted(1):
+        adapter = self.adapter(request.model)
+        with self._admitted(1), self._explaining():
             (choice,) = await self._chat_choices(request)
-            capture = explain.capture(request, choice.input, self._variant(self.adapter(request.model)), self.limits)
-            choices = [replace(choice, capture=capture)]
-            return await self._start(choices, self.adapter(request.model), client)
+            capture = explain.capture(request, choice.input, self._variant(adapter), self.limits)
+            return await self._start([replace(choice, capture=capture)], adapter, client)
+
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        """Counts an explanation until its choice ends. Raises ApiError if there are too many."""
+        if self._n_explained >= self.limits.explanations:
+            raise _busy()
+        self._n_explained += 1
+        try:
+            yield
+        except BaseException:
+            self._n_explained -= 1
+            raise
 
     def explanation(self, request: ExplainRequest, choice: Choice, last: Output) -> dict[str, Any]:
         """Returns what is known about a finished reply."""
@@ -207,7 +221,7 @@ class Service:
                 input = await self._conversation(request.messages, adapter)
             else:
                 (input,) = await asyncio.to_thread(self._prompts, [request.prompt or ""], adapter)
-        self._end(1)
+        self._n_active -= 1
         ids = input.ids.tolist()
         preprocessor = self._variant(adapter).preprocessor
         if request.prompt is not None and not request.add_special_tokens and ids[:1] == [preprocessor.tokenizer.bos_id]:
@@ -228,7 +242,7 @@ class Service:
             origin,
             self.metrics,
             deadline=client.arrived + self.limits.request_s,
-            on_end=lambda: self._end(len(choices)),
+            on_end=lambda: self._ended(choices),
         )
         await generation.start()
         if self.settings.log_prompts:
@@ -310,6 +324,10 @@ class Service:
             name: Grammars(one.preprocessor.tokenizer, one.model.config.decoder.vocab_size)
             for name, one in variants.items()
         }
+
+
+def _busy() -> ApiError:
+    return ApiError(429, "the server is busy; try again later", code="queue_full")
 
 
 def client_error(error: LlavaError, param: str = "messages") -> ApiError:

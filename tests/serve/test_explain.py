@@ -1,5 +1,7 @@
 """Explanations: the answer of the chat, and the attention of its tokens to parts of the pictures."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -102,3 +104,11 @@ def test_what_cannot_be_explained_is_refused(server: Server, body: dict[str, obj
     response = server.post("/v1/explain", messages=ABOUT, **MORE | body)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
+
+
+def test_explanations_beyond_the_limit_get_429_and_then_have_room(server: Server):
+    long = {"messages": ABOUT, "max_tokens": 150, "logit_bias": {"2": -100}}
+    with ThreadPoolExecutor(8) as pool:
+        statuses = [one.status_code for one in pool.map(lambda _: server.post("/v1/explain", **long), range(8))]
+    assert set(statuses) == {200, 429}
+    assert server.post("/v1/explain", messages=ABOUT, max_tokens=2).status_code == 200
