@@ -45,6 +45,9 @@ def serve(
         typer.Option("--allow-media-host", help="host from which pictures are fetched over https; repeatable"),
     ] = None,
     log_file: Annotated[Path | None, typer.Option("--log-file", help="append logs to a file; default: stderr")] = None,
+    otlp_endpoint: Annotated[
+        str | None, typer.Option("--otlp-endpoint", help="send traces there, e.g. http://127.0.0.1:4318/v1/traces")
+    ] = None,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="log prompts, which may be private")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print what serving would need (memory, cache, sequences), and exit")
@@ -70,6 +73,7 @@ def serve(
         ),
         port=port,
         media_hosts=tuple(allow_media_host or ()),
+        otlp_endpoint=otlp_endpoint,
         log_prompts=log_prompts,
         certificate=certificate,
         private_key=private_key,

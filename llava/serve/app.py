@@ -31,6 +31,7 @@ from llava.serve.responses import Body, ChatBodies, CompletionBodies, Envelope, 
 from llava.serve.schema import ChatRequest, CompletionRequest, ExplainRequest, TokenizeRequest
 from llava.serve.service import Client, Service, client_error
 from llava.serve.settings import Settings
+from llava.serve.traces import TraceMiddleware, provider
 from llava.serve.validation import explain
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ def create(
     load: returns the model, in a thread. on_ready, on_failure: called after loading.
     """
     state = State(settings=settings)
+    tracing = provider(settings.otlp_endpoint) if settings.otlp_endpoint else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -83,6 +85,8 @@ def create(
             await loading
         if state.service:
             await state.service.stop()
+        if tracing:
+            await asyncio.to_thread(tracing.shutdown)  # sends what it still has
 
     app = FastAPI(title="llava", version=llava.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.router.redirect_slashes = False  # the address of a redirect would come from the Host header
@@ -91,6 +95,8 @@ def create(
     _add_errors(app)
     _add_routes(app, state)
     app.add_middleware(AccessMiddleware, access=settings.access, limits=settings.limits, metrics=state.metrics)
+    if tracing:
+        app.add_middleware(TraceMiddleware, provider=tracing)  # the outermost one
     return app
 
 
@@ -279,7 +285,8 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 
 def client_of(request: Request) -> Client:
     """Returns whose request it is."""
-    return Client(key=request.state.key, arrived=request.state.arrived, request_id=request.state.id)
+    state = request.state
+    return Client(key=state.key, arrived=state.arrived, request_id=state.id, span=getattr(state, "span", None))
 
 
 def envelope(object: str, model: str) -> Envelope:

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from llava.engine.capture import Capture
 from llava.engine.reply import Output
@@ -13,6 +14,7 @@ from llava.preprocess.inputs import ModelInput
 from llava.serve.engine_thread import EngineThread
 from llava.serve.errors import ApiError
 from llava.serve.metrics import Metrics
+from llava.serve.traces import describe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,7 @@ class Origin:
     salt: bytes
     arrived: float  # `time.perf_counter` timestamp
     prepare_s: float  # seconds from then until its input was prepared
+    span: Any = None  # of OpenTelemetry; None: the request is not traced
 
 
 class Generation:
@@ -127,3 +130,5 @@ class Generation:
             self._last[index] = now
         if output.reply:
             self._metrics.finished(output.reply, now - self._origin.arrived)
+            if self._origin.span:
+                describe(self._origin.span, output.reply)

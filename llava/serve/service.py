@@ -54,6 +54,7 @@ class Client:
     key: bytes  # API key, or b""
     request_id: str
     arrived: float  # `time.perf_counter` timestamp
+    span: Any = None  # see `Origin`
 
     @property
     def salt(self) -> bytes:
@@ -235,6 +236,7 @@ class Service:
             salt=client.salt,
             arrived=client.arrived,
             prepare_s=time.perf_counter() - client.arrived,
+            span=client.span,
         )
         generation = Generation(
             self._engine,
