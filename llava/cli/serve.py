@@ -113,8 +113,10 @@ def _plan(
 
 def _name(model: str | None) -> str:
     """Returns the name under which a model is served by default."""
+    from llava.assistant import LLAVA_TINY
+
     if model is None:
-        return "llava-tiny"
+        return LLAVA_TINY.name
     return Path(model).resolve().name if Path(model).exists() else model
 
 

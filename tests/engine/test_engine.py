@@ -218,7 +218,14 @@ def test_stats_count_sequences_pages_and_hits() -> None:
     engine = vlm.engine
     n_pages = engine.stats().pages_free
     assert engine.stats() == type(engine.stats())(
-        running=0, waiting=0, pages_used=0, pages_free=n_pages, prefix_hit_tokens=0, feature_hits=0
+        running=0,
+        waiting=0,
+        pages_used=0,
+        pages_free=n_pages,
+        prefix_hit_tokens=0,
+        feature_hits=0,
+        feature_misses=0,
+        vision_s=0.0,
     )
     for question in questions(3):
         engine.add_request(question, greedy(4))
