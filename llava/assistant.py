@@ -86,8 +86,7 @@ def load(
     Raises LlavaError.
     """
     path = LLAVA_TINY if path is None else path
-    if quantize is not None:
-        raise ConfigError(f"quantize={quantize!r} (--quantize): this version does not support quantization; omit it")
+    refuse_quantization(quantize)
     if image_mode not in (None, "original", "hf"):
         raise ConfigError(f"image_mode is {image_mode!r}; expected original or hf")
     pictures = PictureOptions(exif=exif, transparency=transparency)
@@ -124,6 +123,12 @@ def load(
     return Assistant(
         *loaded[None], adapters={name: one for name, one in loaded.items() if name is not None}, options=engine
     )
+
+
+def refuse_quantization(quantize: str | None) -> None:
+    """Raises ConfigError if quantization is asked for, which this version does not support."""
+    if quantize is not None:
+        raise ConfigError(f"quantize={quantize!r} (--quantize): this version does not support quantization; omit it")
 
 
 class Assistant:

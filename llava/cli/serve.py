@@ -97,9 +97,11 @@ def _plan(
     base: str | None,
     adapters: list[str] | None,
 ) -> "Plan":
+    from llava.assistant import refuse_quantization
     from llava.config import LoadOptions
     from llava.serve.plan import make_plan
 
+    refuse_quantization(loading.quantize)
     options = LoadOptions(
         base=base,
         vision_tower=loading.vision_tower,

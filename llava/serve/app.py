@@ -32,7 +32,7 @@ from llava.serve.schema import ChatRequest, CompletionRequest, ExplainRequest, T
 from llava.serve.service import Client, Service, client_error
 from llava.serve.settings import Settings
 from llava.serve.traces import TraceMiddleware, provider
-from llava.serve.validation import explain
+from llava.serve.validation import to_api_error
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def of_the_body(request: Request, error: RequestValidationError) -> Response:
-        return respond(explain(error))
+        return respond(to_api_error(error))
 
     @app.exception_handler(HTTPException)
     async def of_the_framework(request: Request, error: HTTPException) -> Response:
@@ -222,7 +222,7 @@ def _add_routes(app: FastAPI, state: State) -> None:
         return JSONResponse(head.body(found, usage=usage(replies, n)))
 
     @app.post("/v1/explain", responses=failed)
-    async def explain_(body: ExplainRequest, request: Request) -> Response:
+    async def explain(body: ExplainRequest, request: Request) -> Response:
         """Answers a conversation, and shows what each token of the answer looks at in the pictures."""
         service = state.ready
         generation = await connected(request, service.explain(body, client_of(request)))

@@ -23,10 +23,8 @@ from llava.serve.settings import Settings
 log = logging.getLogger(__name__)
 
 _KEEP_ALIVE_S = 15  # seconds that an idle connection is kept
-_CLOSE_S = 2.0
-_HEAD_S = 20  # seconds for the head of a request
+_CLOSE_S = 2.0  # seconds after draining in which responses can still be sent
 _UNREAD_S = 30  # seconds after which a client that reads nothing of its response is disconnected
-_MAX_CONNECTIONS = 800  # below the number of open files that most systems allow
 _BACKLOG = 1024  # connections that wait to be accepted
 
 
@@ -152,5 +150,5 @@ class _Server(uvicorn.Server):
         while self._state.service and self._state.service.n_active and time.monotonic() < end:
             await asyncio.sleep(0.02)
         self.should_exit = True
-        await asyncio.sleep(_CLOSE_S)  # for responses that are being sent
+        await asyncio.sleep(_CLOSE_S)
         self.force_exit = True

@@ -33,7 +33,7 @@ _EXPECTED = {
 }
 
 
-def explain(error: RequestValidationError) -> ApiError:
+def to_api_error(error: RequestValidationError) -> ApiError:
     """Returns what a client is told: the first problem, by the name of the parameter."""
     first = _first(error.errors())
     kind, location = first["type"], [part for part in first["loc"] if part != "body"]

@@ -96,6 +96,7 @@ def test_keys_are_compared_in_the_same_time_whatever_they_have_in_common() -> No
         (["--allow-media-host", "https://example.org/"], "expected a host"),
         (["--log-file", "no/such/folder/log"], "cannot be written"),
         (["--json"], "--json is for --dry-run"),
+        (["--dry-run", "--quantize", "int8"], "does not support quantization"),
         (["--model", "no-such-folder/model"], "no-such-folder"),
     ],
 )
