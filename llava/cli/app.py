@@ -113,10 +113,11 @@ def main(args: list[str] | None = None) -> None:
         with guarded():  # also while the commands are put together
             # Pillow warns about large photos, which are read nevertheless; it refuses those of twice that size
             warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")
+            group = typer.main.get_command(app)
             handler = logging.StreamHandler()
-            handler.setFormatter(AdviceFormatter(Command.running(typer.main.get_command(app), line)))
+            handler.setFormatter(AdviceFormatter(Command.running(group, line)))
             logging.basicConfig(handlers=[handler], level=logging.WARNING)
-            app(line, prog_name="llava")
+            group(line, prog_name="llava")  # app(…) would put the commands together once more
     finally:
         # registered last, so it runs first: Ctrl-C during the shutdown prints no traceback
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)

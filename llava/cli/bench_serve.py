@@ -1,6 +1,5 @@
 """The command bench-serve."""
 
-import asyncio
 import json
 import os
 from typing import Annotated, Any
@@ -30,6 +29,8 @@ def bench_serve(
     as_json: AsJson = False,
 ) -> None:
     """Measure a server: request and token rates, times to the first token and between tokens. Key: LLAVA_API_KEY."""
+    import asyncio
+
     try:
         import httpx  # noqa: F401
     except ImportError:

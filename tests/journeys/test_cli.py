@@ -54,13 +54,13 @@ def native(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_help_imports_no_torch() -> None:
+def test_help_imports_nothing_large() -> None:
     code = (
         "import sys; sys.argv = ['llava', '--help']\n"
         "from llava.cli import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
-        "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)), file=sys.stderr)"
+        "print(sorted({'torch', 'transformers', 'numpy', 'asyncio'} & set(sys.modules)), file=sys.stderr)"
     )
     done = run_well("-c", code, command=[sys.executable])
     assert done.stderr.strip() == "[]"
@@ -76,12 +76,14 @@ def test_help_is_nearly_as_fast_as_a_bare_typer_program(tmp_path: Path) -> None:
         "@app.command()\ndef two(name: str) -> None:\n    print(name)\n\n\napp()\n"
     )
     seconds: dict[str, list[float]] = {"bare": [], "llava": []}
-    for _ in range(7):
+    for _ in range(40):  # a busy machine needs more tries for the fastest run of each
         for name, argv in (("bare", [sys.executable, str(bare)]), ("llava", command.LLAVA)):
             start = time.perf_counter()
             run_well("--help", command=argv)
             seconds[name].append(time.perf_counter() - start)
-    assert min(seconds["llava"]) <= min(seconds["bare"]) + 0.1, seconds  # the fastest run of each
+        if len(seconds["bare"]) >= 5 and min(seconds["llava"]) <= min(seconds["bare"]) + 0.1:
+            return
+    pytest.fail(f"{min(seconds['llava'])=:.3f} s, {min(seconds['bare'])=:.3f} s")
 
 
 # ------------------------------------------------------------------------------------------------ ask
