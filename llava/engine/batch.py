@@ -101,7 +101,7 @@ def build(
     }
     context: PagedContext | InvariantContext
     if batch_invariant:
-        context = InvariantContext(**new, queries=_queries(scheduled, new["positions"][0]))
+        context = InvariantContext(**new, queries=_queries(scheduled, new["positions"][0], cache.page_size))
     else:
         rows = _rows([one.sequence for one in scheduled[:n_decoding]], cache, dense)
         context = PagedContext(**new, rows=rows, chunks=[chunk_of(*pair, cache) for pair in placed[n_decoding:]])
@@ -116,7 +116,7 @@ def n_skipped(one: Scheduled) -> int:
     return min(one.n_tokens, max(0, capture.first_query - one.sequence.computed))
 
 
-def _queries(scheduled: Rest[Scheduled], positions: Tensor) -> Queries:
+def _queries(scheduled: Rest[Scheduled], positions: Tensor, page_size: int) -> Queries:
     """Returns the pages of the sequences and, for each of the new tokens at `positions` [S], its row there."""
     tables = [one.sequence.block_table for one in scheduled]
     longest = max(map(len, tables))
@@ -126,6 +126,7 @@ def _queries(scheduled: Rest[Scheduled], positions: Tensor) -> Queries:
         positions=positions.int(),
         rows=to_device(rows, torch.int32, device),
         pages=to_device([[*one, *[0] * (longest - len(one))] for one in tables], torch.int32, device),
+        page_size=page_size,
     )
 
 

@@ -4,14 +4,17 @@ Each token reads the slots of its sequence in blocks of `_SLOTS`, counted from s
 float32 block by block. Blocks that it does not attend to leave its result as it is, so it does not matter whether they
 are read.
 
-S new tokens   N tokens of a tile   T slots   R sequences   P pages   H query heads   K key/value heads   E head_dim
+S new tokens   N tiles   Q queries of a tile   T slots   R sequences   P pages
+H query heads   K key/value heads   E head_dim
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +23,10 @@ from torch import Tensor
 from llava.kernels.support import can_run, jit, tl
 
 _SLOTS = 64  # slots of a block
-_TOKENS = 8  # queries of a tile in the eager twin
+# of the eager twin:
+_QUERIES = 8  # queries of a tile
+_TILES = 8  # tiles of a matrix product
+_PIECE = 2**15  # elements of an elementwise operation
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -30,8 +36,62 @@ class Queries:
     positions: Tensor  # int32 [S]
     rows: Tensor  # int32 [S], the row of `pages` of each token
     pages: Tensor  # int32 [R, P], the pages of each sequence, padded with any pages
+    page_size: int
     sliding_window: int | None = None  # attend only to this many tokens, the own one included
     alibi_slopes: Tensor | None = None  # float32 [H]
+
+    @cached_property
+    def tiling(self) -> Tiling:
+        """The same for all layers, therefore computed once."""
+        at = torch.arange(len(self.rows), device=self.rows.device)
+        is_new = F.pad(self.rows[1:] != self.rows[:-1], (1, 0), value=True)  # the first token of a sequence
+        place = (at - at.where(is_new, 0).cummax(0).values) % _QUERIES
+        tile = (place == 0).cumsum(0) - 1
+        first = at[place == 0]
+        positions = self.positions[first, None].repeat(1, _QUERIES)
+        positions[tile, place] = self.positions
+        parts = zip(positions.split(_TILES), self.rows[first].split(_TILES), strict=True)
+        return Tiling(tile, place, [list(self._blocks(*part)) for part in parts])
+
+    def _blocks(self, positions: Tensor, rows: Tensor) -> Iterator[Block]:
+        """positions [N, Q], rows [N] of some tiles"""
+        last = positions.amax(1, keepdim=True)
+        for start in range(0, int(last.amax()) + 1, _SLOTS):
+            slots = torch.arange(start, start + _SLOTS, device=last.device)
+            of_past = slots.where(slots <= last, 0).long()  # later ones may contain NaN
+            pages = self.pages[rows].long().gather(1, of_past // self.page_size)
+            yield Block(
+                pages * self.page_size + of_past % self.page_size, self._bias(slots, positions[:, None, :, None])
+            )
+
+    def _bias(self, slots: Tensor, positions: Tensor) -> Tensor | None:
+        """slots [T], positions [N, 1, Q, 1] -> [N, 1 or H, Q, T], or None if it is zero"""
+        distance = slots - positions
+        attended = distance <= 0
+        if self.sliding_window is not None:
+            attended &= distance > -self.sliding_window
+        if self.alibi_slopes is not None:
+            return (self.alibi_slopes[:, None, None] * distance).masked_fill(~attended, -math.inf)
+        return (
+            None
+            if attended.all()
+            else torch.zeros_like(attended, dtype=torch.float32).masked_fill(~attended, -math.inf)
+        )
+
+
+class Tiling(NamedTuple):
+    """How the eager twin divides the new tokens: a tile has up to `_QUERIES` tokens of one sequence."""
+
+    tile: Tensor  # int64 [S], of each token
+    place: Tensor  # int64 [S], of each token in its tile
+    blocks: list[list[Block]]  # what each `_TILES` tiles read, one after the other
+
+
+class Block(NamedTuple):
+    """What some tiles read at a time."""
+
+    slots: Tensor  # int64 [N, T], of the cache
+    bias: Tensor | None  # float32 [N, 1 or H, Q, T], added to the scores
 
 
 @partial(jit, do_not_specialize=["table_width"])  # one compiled kernel for all batches
@@ -87,48 +147,52 @@ def invariant_attention(q: Tensor, k: Tensor, v: Tensor, queries: Queries) -> Te
 
 
 def eager_invariant_attention(q: Tensor, k: Tensor, v: Tensor, queries: Queries) -> Tensor:
-    """Computes the same with products of fixed shapes, for `_TOKENS` tokens at a time."""
-    tiles = zip(q.split(_TOKENS), queries.positions.split(_TOKENS), queries.rows.split(_TOKENS), strict=True)
-    return torch.cat([_tile(*tile, k, v, queries) for tile in tiles])
+    """Computes the same with products of fixed shapes."""
+    tile, place, blocks = queries.tiling
+    tiled = q.new_zeros(len(blocks) * _TILES, _QUERIES, *q.shape[1:], dtype=torch.float32)
+    tiled[tile, place] = q.float() * q.shape[-1] ** -0.5
+    copies = tiled.new_empty(2, _TILES * k.shape[2], _SLOTS, q.shape[-1])  # of a block of keys and values
+    y = torch.cat([_tiles(part, (k, v), read, copies) for part, read in zip(tiled.split(_TILES), blocks, strict=True)])
+    return y[tile, place].to(q.dtype)
 
 
-def _tile(q: Tensor, positions: Tensor, rows: Tensor, k: Tensor, v: Tensor, queries: Queries) -> Tensor:
-    """q [N, H, E], positions and rows [N] -> [N, H, E], with a softmax that is updated block by block."""
-    n, missing, n_heads = len(q), _TOKENS - len(q), q.shape[1]
-    q32 = F.pad(q.float() * q.shape[-1] ** -0.5, (0, 0, 0, 0, 0, missing))[:, :, None]  # [N, H, 1, E]
-    past, bias = _past(F.pad(positions, (0, missing)), F.pad(rows, (0, missing)), k.shape[1], queries)
-    highest = q32.new_full((*q32.shape[:3], 1), -1e30)
-    total, y = torch.zeros_like(highest), torch.zeros_like(q32)
-    for slots, block_bias in zip(past.split(_SLOTS, dim=1), bias.split(_SLOTS, dim=-1), strict=True):
-        keys, values = (_read(cache, slots, n_heads) for cache in (k, v))
-        scores = torch.bmm(q32.flatten(0, 1), keys.mT).view(_TOKENS, n_heads, 1, _SLOTS) + block_bias
-        new_highest = torch.maximum(highest, scores.amax(-1, keepdim=True))
-        p, scale = (scores - new_highest).exp(), (highest - new_highest).exp()
-        total = total * scale + p.sum(-1, keepdim=True)
-        y = y * scale + torch.bmm(p.flatten(0, 1), values).view(y.shape)
-        highest = new_highest
-    return (y / total)[:n, :, 0].to(q.dtype)
+def _tiles(q: Tensor, caches: tuple[Tensor, Tensor], blocks: list[Block], copies: Tensor) -> Tensor:
+    """q [N, Q, H, E] float32 -> [N, Q, H, E], with a softmax that is updated block by block
 
-
-def _past(positions: Tensor, rows: Tensor, page_size: int, queries: Queries) -> tuple[Tensor, Tensor]:
-    """positions and rows [N] -> slots of the cache int64 [N, T], T a multiple of `_SLOTS`, and bias [N, 1 or H, 1, T].
-
-    Slots after a token's position are replaced by the first one of its sequence, because other slots may contain NaN.
+    If there are fewer than N tiles, the last rows of the result are whatever the copies contain.
     """
-    n_slots = -(-queries.pages.shape[1] * page_size // _SLOTS) * _SLOTS
-    slots, own = torch.arange(n_slots, device=positions.device), positions[:, None].long()
-    of_past = torch.where(slots <= own, slots, 0)
-    past = queries.pages[rows].gather(1, of_past // page_size) * page_size + of_past % page_size
-    attended = slots <= own
-    if queries.sliding_window is not None:
-        attended &= slots > own - queries.sliding_window
-    bias = torch.zeros(attended.shape, device=positions.device)[:, None, None]
-    if queries.alibi_slopes is not None:
-        bias = queries.alibi_slopes[:, None, None] * (slots - own)[:, None, None]
-    return past.long(), bias.masked_fill(~attended[:, None, None], -math.inf)
+    (n, _, n_heads, head_dim), n_kv_heads = q.shape, caches[0].shape[2]
+    q = q.transpose(1, 2).reshape(n * n_kv_heads, -1, head_dim)  # [N * K, H / K * Q, E]: heads with the same keys
+    highest = q.new_full((*q.shape[:2], 1), -1e30)
+    total, y = torch.zeros_like(highest), torch.zeros_like(q)
+    for slots, bias in blocks:
+        for cache, copy in zip(caches, copies, strict=True):
+            _read(cache, slots, copy)
+        keys, values = copies
+        scores = torch.bmm(q, keys.mT)
+        if bias is not None:
+            scores.view(n, n_heads, _QUERIES, _SLOTS)[: len(bias)].add_(bias)
+        new_highest = torch.maximum(highest, scores.amax(-1, keepdim=True))
+        p, scale = _exp(scores - new_highest), _exp(highest - new_highest)
+        total = total * scale + p.sum(-1, keepdim=True)
+        y = y * scale + torch.bmm(p, values)
+        highest = new_highest
+    return (y / total).view(n, n_heads, _QUERIES, head_dim).transpose(1, 2)
 
 
-def _read(cache: Tensor, slots: Tensor, n_heads: int) -> Tensor:
-    """slots [N, T] of the cache [n_pages, page_size, K, E] -> keys or values [N * H, T, E] float32, contiguous."""
-    x = cache.flatten(0, 1)[slots].transpose(1, 2)  # [N, K, T, E]
-    return x.repeat_interleave(n_heads // x.shape[1], dim=1).float().flatten(0, 1).contiguous()
+def _read(cache: Tensor, slots: Tensor, copy: Tensor) -> None:
+    """Copies slots [N, T] of the cache [n_pages, page_size, K, E] to the beginning of [N * K, T, E] float32."""
+    n_kv_heads, head_dim = cache.shape[2:]
+    rows = slots[:, None] * n_kv_heads + torch.arange(n_kv_heads, device=slots.device)[:, None]  # [N, K, T]
+    out, cache, rows = copy.view(-1, head_dim)[: rows.numel()], cache.view(-1, head_dim), rows.flatten()
+    if cache.dtype == copy.dtype:
+        torch.index_select(cache, 0, rows, out=out)
+    else:
+        out.copy_(cache.index_select(0, rows))
+
+
+def _exp(x: Tensor) -> Tensor:
+    """Replaces the elements by their exponentials, in pieces that PyTorch does not divide among threads."""
+    for piece in x.view(-1).split(_PIECE):
+        piece.exp_()
+    return x

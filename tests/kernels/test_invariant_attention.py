@@ -91,6 +91,7 @@ def batch(shape: Shape, device: torch.device, dtype: torch.dtype) -> Batch:
             positions=torch.tensor(positions, dtype=torch.int32, device=device),
             rows=torch.tensor(rows, dtype=torch.int32, device=device),
             pages=pages.to(device),
+            page_size=shape.page_size,
             sliding_window=shape.sliding_window,
             alibi_slopes=torch.rand(shape.n_heads, device=device) if shape.alibi else None,
         ),
