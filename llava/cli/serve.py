@@ -44,6 +44,9 @@ def serve(
         list[str] | None,
         typer.Option("--allow-media-host", help="host from which pictures are fetched over https; repeatable"),
     ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="that compute on a CPU; default: one a core, but for one")
+    ] = None,
     log_file: Annotated[Path | None, typer.Option("--log-file", help="append logs to a file; default: stderr")] = None,
     otlp_endpoint: Annotated[
         str | None, typer.Option("--otlp-endpoint", help="send traces there, e.g. http://127.0.0.1:4318/v1/traces")
@@ -74,6 +77,7 @@ def serve(
         port=port,
         media_hosts=tuple(allow_media_host or ()),
         otlp_endpoint=otlp_endpoint,
+        threads=threads,
         log_prompts=log_prompts,
         certificate=certificate,
         private_key=private_key,

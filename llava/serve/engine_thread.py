@@ -2,9 +2,12 @@
 
 import asyncio
 import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+
+import torch
 
 from llava.engine.capture import Capture
 from llava.engine.engine import Engine
@@ -126,6 +129,17 @@ class EngineThread:
         if calls:
             with suppress(RuntimeError):  # the event loop has been closed
                 self._loop.call_soon_threadsafe(call)
+
+
+def use_threads(n: int | None) -> None:
+    """Sets how many threads compute on a CPU. Without a number, one core is left to HTTP and pictures.
+
+    If all cores compute and one is needed for something else for a moment, the others wait for it.
+    """
+    if n is None and "OMP_NUM_THREADS" not in os.environ:
+        n = max(1, torch.get_num_threads() - 1)
+    if n is not None:
+        torch.set_num_threads(n)
 
 
 def stopped() -> ApiError:

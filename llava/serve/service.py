@@ -20,7 +20,7 @@ from llava.preprocess.image import Preprocessed
 from llava.preprocess.inputs import ModelInput
 from llava.preprocess.tokenizer import Tokenizer
 from llava.serve import explain
-from llava.serve.engine_thread import EngineThread
+from llava.serve.engine_thread import EngineThread, use_threads
 from llava.serve.errors import ApiError
 from llava.serve.fetch import MediaFetcher
 from llava.serve.generation import Choice, Generation, Origin
@@ -95,6 +95,8 @@ class Service:
     async def start(self) -> None:
         """Starts the engine and the processes that read pictures."""
         self._engine = EngineThread(self.assistant.engine, asyncio.get_running_loop())
+        if self.assistant.device.type == "cpu":
+            use_threads(self.settings.threads)
         self._engine.start()
         self.metrics.attach(self.assistant.engine)
         for adapter in self.adapters.values():
