@@ -8,6 +8,7 @@ server of transformers and FastAPI (benchmarks/serve_peer.py) gets the same requ
 """
 
 import asyncio
+import base64
 import json
 import os
 import socket
@@ -19,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import httpx
 import typer
@@ -29,23 +30,22 @@ from llava.config import EngineOptions
 from llava.serve.bench import Load, Sample, bodies, request, summary
 
 _N_BODIES = 96  # different requests
-_START_S = 180
 
 
 def offline(requests: Sequence[dict[str, Any]]) -> list[str]:
     """Returns the answer to each request, computed in this process."""
-    import base64
-
     import llava
 
     vlm = llava.load(device="cpu", engine=EngineOptions(batch_invariant=True))
-    asked = []
-    for body in requests:
-        *pictures, text = body["messages"][0]["content"]
-        contents = [base64.b64decode(one["image_url"]["url"].split(",")[1]) for one in pictures]
-        images = [{"type": "image", "image": one} for one in contents]
-        asked.append([{"role": "user", "content": [*images, text]}])
+    asked = [conversation(body) for body in requests]
     return [reply.text for reply in vlm.generate_batch(asked, max_new_tokens=requests[0]["max_tokens"])]
+
+
+def conversation(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the messages of a request as an `Assistant` takes them."""
+    *pictures, text = body["messages"][0]["content"]
+    contents = [base64.b64decode(one["image_url"]["url"].split(",")[1]) for one in pictures]
+    return [{"role": "user", "content": [*({"type": "image", "image": one} for one in contents), text]}]
 
 
 async def drive(load: Load, requests: Sequence[dict[str, Any]], clients: int, seconds: float) -> list[Sample]:
@@ -84,14 +84,16 @@ def _resident(pid: int) -> int:
 
 
 @contextmanager
-def server(command: Sequence[str], url: str) -> Iterator[int]:
-    """Runs a server, and yields its process id once it answers."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+def server(
+    command: Sequence[str], url: str, *, ready: str, messages: IO[str] | int = subprocess.DEVNULL, limit_s: float = 180
+) -> Iterator[int]:
+    """Runs a server, and yields its process id once GET `ready` succeeds. messages: where it may print."""
+    process = subprocess.Popen(command, stdout=messages, stderr=messages, cwd=ROOT)
     try:
-        end = time.monotonic() + _START_S
+        end = time.monotonic() + limit_s
         while True:
             try:
-                if httpx.get(f"{url}/{'ready' if 'llava.cli' in command else 'health'}").status_code == 200:
+                if httpx.get(url + ready).status_code == 200:
                     break
             except httpx.HTTPError:
                 pass
@@ -135,7 +137,7 @@ def main(
     ours = replace(load, url=f"http://127.0.0.1:{free_port()}")
     port = ours.url.rsplit(":", 1)[1]
     command = [sys.executable, "-m", "llava.cli", "serve", "--port", port, "--batch-invariant", "--device", "cpu"]
-    with server(command, ours.url) as pid:
+    with server(command, ours.url, ready="/ready") as pid:
         asyncio.run(drive(ours, requests, 16, 5))  # warm up
         samples, took, memory = asyncio.run(watched(pid, ours, requests, clients, seconds))
     wrong = [one for one in samples if not one.error and one.text != expected[json.dumps(one.body)]]
@@ -149,7 +151,7 @@ def main(
         theirs = replace(load, url=f"http://127.0.0.1:{free_port()}")
         script = str(ROOT / "benchmarks" / "serve_peer.py")
         peer_port = theirs.url.rsplit(":", 1)[1]
-        with server([sys.executable, script, str(Path(folder) / "hf"), peer_port], theirs.url):
+        with server([sys.executable, script, str(Path(folder) / "hf"), peer_port], theirs.url, ready="/health"):
             asyncio.run(drive(theirs, requests, 2, 5))
             started = time.perf_counter()
             peer_samples = asyncio.run(drive(theirs, requests, min(clients, 32), peer_seconds))

@@ -2,7 +2,8 @@
 
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Sequence as Rest
+from dataclasses import dataclass, field, replace
 
 from llava.engine.capture import Captured
 from llava.engine.sequence import FinishReason, Sequence
@@ -22,6 +23,19 @@ class Output:
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
     reply: "Reply | None" = None  # the whole reply, in its last output
     captured: Captured | None = None  # what the request asked for, in its last output
+
+
+def joined(outputs: Rest[Output]) -> Output:
+    """Returns successive outputs of a request as one."""
+    if len(outputs) == 1:
+        return outputs[0]
+    return replace(
+        outputs[-1],
+        text="".join(one.text for one in outputs),
+        token_ids=[id for one in outputs for id in one.token_ids],
+        logprobs=[value for one in outputs for value in one.logprobs],
+        top_logprobs=[top for one in outputs for top in one.top_logprobs],
+    )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 
 from llava.engine.capture import Capture
 from llava.engine.engine import Engine
-from llava.engine.reply import Output
+from llava.engine.reply import Output, joined
 from llava.engine.sampling_params import SamplingParams
 from llava.errors import LlavaError
 from llava.preprocess.inputs import ModelInput
@@ -29,7 +29,8 @@ class EngineThread:
     def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop):
         self.engine, self._loop = engine, loop
         self._receivers: dict[int, Receive] = {}  # by request
-        self._changed = threading.Condition()  # guards the receivers and `_stopping`
+        self._outputs: list[tuple[Receive, Output | LlavaError]] = []  # that the event loop has not received yet
+        self._changed = threading.Condition()  # guards the receivers, the outputs and `_stopping`
         self._stopping = False
         self._failures = 0  # steps that failed in a row
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -90,7 +91,7 @@ class EngineThread:
             with self._changed:
                 self._stopping = True
                 receivers, self._receivers = list(self._receivers.values()), {}
-            self._call([(receive, stopped()) for receive in receivers])
+                self._send([(receive, stopped()) for receive in receivers])
 
     def _wait(self) -> bool:
         """Waits for requests. Returns whether to go on."""
@@ -112,23 +113,36 @@ class EngineThread:
         return outputs
 
     def _deliver(self, outputs: Sequence[Output]) -> None:
-        calls: list[tuple[Receive, Output | LlavaError]] = []
+        received: list[tuple[Receive, Output | LlavaError]] = []
         with self._changed:
             for output in outputs:
                 if receive := self._receivers.get(output.request):
-                    calls.append((receive, output))
+                    received.append((receive, output))
                 if output.finish_reason:
                     self._receivers.pop(output.request, None)
-        self._call(calls)
+            self._send(received)
 
-    def _call(self, calls: Sequence[tuple[Receive, Output | LlavaError]]) -> None:
-        def call() -> None:
-            for receive, output in calls:
-                receive(output)
-
-        if calls:
+    def _send(self, outputs: Sequence[tuple[Receive, Output | LlavaError]]) -> None:
+        """Brings outputs to the event loop. If it is late, they join those that it has not received yet."""
+        is_first = outputs and not self._outputs
+        self._outputs += outputs
+        if is_first:
             with suppress(RuntimeError):  # the event loop has been closed
-                self._loop.call_soon_threadsafe(call)
+                self._loop.call_soon_threadsafe(self._receive)
+
+    def _receive(self) -> None:
+        """In the event loop: passes the outputs on, those of a request as one."""
+        with self._changed:
+            outputs, self._outputs = self._outputs, []
+        replies: dict[Receive, list[Output]] = {}
+        for receive, output in outputs:
+            if isinstance(output, Output):
+                replies.setdefault(receive, []).append(output)
+        for receive, of_one in replies.items():
+            receive(joined(of_one))
+        for receive, output in outputs:
+            if isinstance(output, LlavaError):
+                receive(output)
 
 
 def use_threads(n: int | None) -> None:
