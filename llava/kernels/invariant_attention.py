@@ -24,6 +24,7 @@ from llava.kernels.support import can_run, jit, tl
 
 _SLOTS = 64  # slots of a block
 # of the eager twin:
+_TWIN_SLOTS = 128  # slots of a block
 _QUERIES = 8  # queries of a tile
 _TILES = 8  # tiles of a matrix product
 _PIECE = 2**15  # elements of an elementwise operation
@@ -56,8 +57,8 @@ class Queries:
     def _blocks(self, positions: Tensor, rows: Tensor) -> Iterator[Block]:
         """positions [N, Q], rows [N] of some tiles"""
         last = positions.amax(1, keepdim=True)
-        for start in range(0, int(last.amax()) + 1, _SLOTS):
-            slots = torch.arange(start, start + _SLOTS, device=last.device)
+        for start in range(0, int(last.amax()) + 1, _TWIN_SLOTS):
+            slots = torch.arange(start, start + _TWIN_SLOTS, device=last.device)
             of_past = slots.where(slots <= last, 0).long()  # later ones may contain NaN
             pages = self.pages[rows].long().gather(1, of_past // self.page_size)
             yield Block(
@@ -151,7 +152,7 @@ def eager_invariant_attention(q: Tensor, k: Tensor, v: Tensor, queries: Queries)
     tile, place, blocks = queries.tiling
     tiled = q.new_zeros(len(blocks) * _TILES, _QUERIES, *q.shape[1:], dtype=torch.float32)
     tiled[tile, place] = q.float() * q.shape[-1] ** -0.5
-    copies = tiled.new_empty(2, _TILES * k.shape[2], _SLOTS, q.shape[-1])  # of a block of keys and values
+    copies = tiled.new_empty(2, _TILES * k.shape[2], _TWIN_SLOTS, q.shape[-1])  # of a block of keys and values
     y = torch.cat([_tiles(part, (k, v), read, copies) for part, read in zip(tiled.split(_TILES), blocks, strict=True)])
     return y[tile, place].to(q.dtype)
 
@@ -171,7 +172,7 @@ def _tiles(q: Tensor, caches: tuple[Tensor, Tensor], blocks: list[Block], copies
         keys, values = copies
         scores = torch.bmm(q, keys.mT)
         if bias is not None:
-            scores.view(n, n_heads, _QUERIES, _SLOTS)[: len(bias)].add_(bias)
+            scores.view(n, n_heads, _QUERIES, _TWIN_SLOTS)[: len(bias)].add_(bias)
         new_highest = torch.maximum(highest, scores.amax(-1, keepdim=True))
         p, scale = _exp(scores - new_highest), _exp(highest - new_highest)
         total = total * scale + p.sum(-1, keepdim=True)

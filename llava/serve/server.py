@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import socket
+import sys
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -26,13 +27,16 @@ _KEEP_ALIVE_S = 15  # seconds that an idle connection is kept
 _CLOSE_S = 2.0  # seconds after draining in which responses can still be sent
 _UNREAD_S = 30  # seconds after which a client that reads nothing of its response is disconnected
 _BACKLOG = 1024  # connections that wait to be accepted
+_SWITCH_S = 0.0005  # seconds after which a thread gives Python's lock to another one; Python's own choice is 0.005
 
 
 def run(load: Callable[[], Assistant], settings: Settings) -> None:
     """Serves a model until SIGTERM or Ctrl-C. Raises LlavaError if the address or the model cannot be used."""
     host = settings.access.host
     listening = bind(host, settings.port)
+    switch_s = sys.getswitchinterval()
     try:
+        sys.setswitchinterval(_SWITCH_S)  # the engine's thread needs the lock for a moment between two operations
         address = f"[{host}]" if ":" in host else host
         url = f"{settings.scheme}://{address}:{listening.getsockname()[1]}"
 
@@ -47,6 +51,7 @@ def run(load: Callable[[], Assistant], settings: Settings) -> None:
         server = _Server(_config(app, settings), state, settings.drain_s)
         server.run(sockets=[listening])
     finally:
+        sys.setswitchinterval(switch_s)
         listening.close()
     if state.error:
         raise state.error
