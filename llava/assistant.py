@@ -24,6 +24,8 @@ from llava.engine.input_processor import Request
 from llava.engine.reply import Reply, Stream
 from llava.engine.sampling_params import SamplingParams
 from llava.errors import ConfigError, PromptError
+from llava.explain.attention import Focus
+from llava.explain.maps import AttentionMap, attention_map
 from llava.formats.format import Checkpoint
 from llava.model.llava import Llava
 from llava.model.staging import on_device
@@ -279,6 +281,35 @@ class Assistant:
         states = stream.captured()
         return {layer: states.hidden_states(layer % n_states).to(self.device) for layer in layers}
 
+    def attention_map(
+        self,
+        messages: Messages,
+        *,
+        images: Sequence[Picture] | None = None,
+        template: str | None = None,
+        layers: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+        rollout: bool = False,
+        **options: Any,
+    ) -> AttentionMap:
+        """Generates a reply, and returns what each of its tokens looks at in the pictures. Options: see `generate`.
+
+        layers, heads: blocks of the decoder and attention heads, from 0, whose mean is taken; default: all. rollout:
+        follow the attention through these blocks instead (arXiv:2005.00928).
+
+        Raises PromptError if there is no picture, and ConfigError if a block or head does not exist.
+        """
+        focus = Focus(layers=_tuple(layers), heads=_tuple(heads), rollout=rollout).resolved(self.config.decoder)
+        params = SamplingParams.from_options(**options)
+        input = self.prepare(messages, images=images, template=template)
+        if input.pixels is None:
+            raise PromptError("there is no picture to look at; pass one with the question")
+        stream = self.engine.stream(input, params, adapter=self.active, capture=focus.capture())
+        for _ in stream:
+            pass
+        tokenizer = self.preprocessor.tokenizer
+        return attention_map(stream.reply(), stream.captured(), input, self.config, tokenizer, focus)
+
     @torch.inference_mode()
     def vision_features(self, pixels: Tensor) -> Tensor:
         """pixels [views, 3, size, size] -> features [views, N, D_vision] of the selected layer.
@@ -319,6 +350,10 @@ class Assistant:
 
 
 _WITHOUT_VISION = "(or was loaded without it)"
+
+
+def _tuple(numbers: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if numbers is None else tuple(numbers)
 
 
 def question_about(image: Picture | Sequence[Picture] | None, question: str) -> list[dict[str, Any]]:

@@ -1,0 +1,1 @@
+"""What each token of a reply looks at in the pictures."""
