@@ -150,7 +150,9 @@ def test_addresses_that_are_not_global_are_refused(address: str) -> None:
             MediaFetcher([HOST], LIMITS, resolve=lambda host, port, found=addresses: found).fetch(f"https://{HOST}/a")
 
 
-@pytest.mark.parametrize("address", ["93.184.216.34", "8.8.8.8", "2606:4700::1111", "64:ff9b::808:808", "2002:808:808::1"])
+@pytest.mark.parametrize(
+    "address", ["93.184.216.34", "8.8.8.8", "2606:4700::1111", "64:ff9b::808:808", "2002:808:808::1"]
+)
 def test_global_addresses_are_recognised(address: str) -> None:
     assert is_global(address)
 
