@@ -193,7 +193,7 @@ def answer_all(
 ) -> list[Answer]:
     """Asks about the images that are missing, writes the table, and returns its rows.
 
-    An image that cannot be read, or with which the prompt is too long, is a row with an error. Only the images of the
+    An image that cannot be read, or with which the prompt does not fit, is a row with an error. Only the images of the
     requests that run at the same time are in memory.
 
     options: keyword options of `Assistant.generate`. describe: returns the text of an error. Raises LlavaError if the
@@ -227,10 +227,12 @@ def _ask(
     pictures = run.missing
     requests = [question_about(picture, run.question) for picture in pictures]
     params = SamplingParams.from_options(**options)
+    known = any(answer.error is None for answer in run.answers.values())
     with closing(assistant.engine.generate_each(requests, params, adapter=assistant.active)) as results:
-        for i, result in results:
-            if isinstance(result, PromptError) and not isinstance(result, ContextError):
-                raise result  # it is about the question or the model, and the same for every image
+        for ended, (i, result) in enumerate(results):
+            if isinstance(result, PromptError) and not (isinstance(result, ContextError) or known or ended < i):
+                raise result  # no earlier image has an answer, or waits for one: it is about the question or the model
+            known = known or isinstance(result, Reply)
             yield _row(pictures[i], run.question, result, describe)
 
 

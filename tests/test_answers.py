@@ -378,3 +378,35 @@ def test_a_prompt_that_is_too_long_is_a_row_with_its_option(clip: Path, photos: 
     assert done.returncode == 1
     (failed,) = read_csv(tmp_path / "a.csv")
     assert failed["error"].endswith("or raise --cache-memory")
+
+
+@pytest.mark.parametrize("first", ["answered", "broken"])
+def test_a_prompt_error_of_one_image_is_a_row_unless_no_image_had_an_answer(
+    first: str, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    anyres = llava.load(tiny.write_llava(tmp_path / "llava", clip=clip, **tiny.ANYRES), dtype="float32", device="cpu")
+    for name, size in (("1.png", (50, 50)), ("2.png", (56, 168)), ("3.png", (50, 50))):
+        Image.new("RGB", size).save(tmp_path / name)
+    if first == "broken":
+        (tmp_path / "0.png").write_text("broken")
+        (tmp_path / "1.png").unlink()
+    n_small, n_large = (len(anyres.prepare(question(tmp_path / name)).ids) for name in ("3.png", "2.png"))
+    size = anyres.engine.options.page_size
+
+    def needed(n_prompt: int) -> int:  # pages of two beams
+        return n_prompt // size + 2 * (-(-(n_prompt % size + 4) // size) + 1)
+
+    assert needed(n_small) < needed(n_large)
+    monkeypatch.setattr(anyres.engine.inputs, "n_pages", needed(n_small))
+    with open_run(find_pictures([str(tmp_path)]), "What?", tmp_path / "a.csv", {}) as one:
+        options = {"max_new_tokens": 4, "num_beams": 2}
+        if first == "broken":
+            with pytest.raises(PromptError, match="beams of 4 tokens"):
+                answer_all(anyres, one, options)
+        else:
+            rows = answer_all(anyres, one, options)
+            assert [row.error is None for row in rows] == [True, False, True]
+
+
+def question(picture: Path) -> list[dict[str, Any]]:
+    return llava.assistant.question_about(picture, "What?")
