@@ -109,12 +109,12 @@ class Journal:
             data = self.path.read_bytes()
             *lines, torn = data.split(b"\n")
             found = [self._parsed(line, number) for number, line in enumerate(lines or [b""])]
+            self._check(found[0]["settings"])
             os.truncate(self.path, len(data) - len(torn))
         except OSError as error:
             raise ConfigError(
                 f"{self.path}: cannot be read ({error.strerror}); remove it, or choose another name for the table"
             ) from None
-        self._check(found[0]["settings"])
         return {values["row"].picture: (values["state"], values["row"]) for values in found[1:]}
 
     def _parsed(self, line: bytes, number: int) -> dict[str, Any]:

@@ -311,6 +311,8 @@ def test_answers_of_another_run_are_refused_and_kept(
     question: str, settings: dict[str, Any], mentions: str, started: tuple[Path, list[Path]]
 ) -> None:
     out, _ = started
+    with Path(f"{out}.partial").open("a") as partial:
+        partial.write('{"state": [')  # a line that was not completed
     before = command.files(out.parent)
     with pytest.raises(ConfigError, match="interrupted run with") as caught, open_run([], question, out, settings):
         pass
