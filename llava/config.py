@@ -10,6 +10,8 @@ from llava.errors import ConfigError
 IMAGE = -200  # token id that stands for an image, or for each of its image tokens; not in the vocabulary
 IGNORE = -100  # label of a token that is not a training target
 IMAGE_PLACEHOLDER = "<image>"  # marks the position of an image in text
+# names of image files end in one of these, in upper or lower case
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm", ".jp2")
 
 DType = Literal["float32", "bfloat16", "float16"]
 ImageMode = Literal["original", "hf"]  # whose image processing to follow: LLaVA's original code or transformers

@@ -4,7 +4,6 @@ S sequence length   D dim
 """
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from llava.errors import ConfigError, ImageError, PromptError, counted
 from llava.preprocess import placeholders
 from llava.preprocess.image import Picture
 from llava.preprocess.inputs import Messages
-from llava.tensors.atomic import new_file
+from llava.tensors.atomic import check_new, new_file
 from llava.tensors.files import DTYPE_NAMES
 from llava.tensors.writer import Progress, no_progress
 
@@ -68,13 +67,7 @@ def check_target(out: Path) -> None:
     """Raises ConfigError unless `out` is a new .safetensors file in a folder that can be written to."""
     if out.suffix != ".safetensors":
         raise ConfigError(f"{out}: expected a name that ends in .safetensors, the only format that is written")
-    out = out.expanduser()
-    if out.exists() or out.is_symlink():
-        raise ConfigError(f"{out}: already exists; remove it, or choose another file")
-    if not out.parent.is_dir():
-        raise ConfigError(f"{out}: the folder {out.parent} does not exist; create it first")
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"{out}: the folder {out.parent} is read-only; choose another folder")
+    check_new(out)
 
 
 def extract(

@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,12 +25,12 @@ from llava.cli.options import (
     SamplingOptions,
     grouped,
 )
+from llava.cli.table import TableOptions, answer_each, check_images, option_of
+from llava.config import IMAGE_SUFFIXES
 from llava.errors import ConfigError, ImageError, PromptError, counted
 
 if TYPE_CHECKING:
     from llava.assistant import Assistant
-
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm", ".jp2")
 
 
 @app.command()
@@ -40,6 +41,8 @@ def ask(
         typer.Argument(metavar='[IMAGE]... "QUESTION"', help="image files (-: read from stdin), then the question"),
     ],
     *,
+    context: typer.Context,
+    table: TableOptions,
     model: Model = None,
     base: Base = None,
     adapter: Adapters = None,
@@ -48,12 +51,30 @@ def ask(
     sampling: SamplingOptions,
     as_json: AsJson = False,
 ) -> None:
-    """Ask a question about any number of images."""
+    """Ask a question about any number of images, together or, for a table of answers, about each of them."""
     *paths, question = words
-    _check_question(question)
-    images = [_from_stdin() if path == "-" else _existing(path) for path in paths]
+    out = table.file()
+    check_question(question, f"{option_of(out)} {shlex.quote(str(out))}" if out else "")
     sampling.check()
-    vlm = load(model, loading, base=base, adapters=adapter, engine=engine)
+    load_model = partial(load, model, loading, base=base, adapters=adapter, engine=engine)
+    if out:
+        check_images(paths, out)
+        for path in paths:
+            _check_exists(path)
+        named = {"model": model, "base": base, "adapter": adapter, "batch_invariant": engine.batch_invariant}
+        answer_each(
+            load_model,
+            paths,
+            question,
+            out,
+            sampling=vars(sampling),
+            settings=named | vars(loading) | vars(sampling),
+            command=context.obj,
+            as_json=as_json,
+        )
+        return
+    images = images_at(paths, "to ask about each image in it, add --csv OUT.csv")
+    vlm = load_model()
     from llava.assistant import question_about
 
     answer = vlm.begin(question_about(images, question), **vars(sampling))
@@ -148,13 +169,18 @@ def name_and_folder(adapter: str) -> tuple[str, str]:
     return name, folder
 
 
-def _check_question(question: str) -> None:
-    """Raises PromptError if the last argument is an image, because then the question was forgotten."""
-    named = question.lower().endswith(_IMAGE_SUFFIXES) and not any(map(str.isspace, question))
-    if named or question == "-" or _is_image(question):
+def check_question(question: str, out: str = "", *, command: str = "ask") -> None:
+    """Raises PromptError if the last argument is an image or a folder, because then the question was forgotten.
+
+    out: the option and the file that the command writes, for the advice.
+    """
+    named = question.lower().endswith(IMAGE_SUFFIXES) and not any(map(str.isspace, question))
+    is_folder = bool(out) and os.path.isdir(question)
+    if named or question == "-" or is_folder or _is_image(question):
+        advised = shlex.join(["llava", command, question]) + f' "What is this?" {out}'.rstrip()
         raise PromptError(
-            f"{question:.200} is in the position of the question, but is an image; "
-            f'put the question last, in quotes: llava ask {shlex.quote(question)} "What is this?"'
+            f"{question:.200} is in the position of the question, but is {'a folder' if is_folder else 'an image'}; "
+            f"put the question last, in quotes: {advised}"
         )
 
 
@@ -170,14 +196,21 @@ def _is_image(path: str) -> bool:
     return True
 
 
-def _existing(path: str) -> Path:
-    if os.path.isdir(path):
-        raise ImageError(f"{path:.200}: is a folder; expected an image file")
+def images_at(paths: list[str], instead: str) -> list[Path | bytes]:
+    """Returns the images of arguments: files, or - for standard input. instead: advice for a folder."""
+    for path in paths:
+        if os.path.isdir(path):
+            raise ImageError(f"{path:.200}: is a folder; expected an image file; {instead}")
+        if path != "-":
+            _check_exists(path)
+    return [_from_stdin() if path == "-" else Path(path) for path in paths]
+
+
+def _check_exists(path: str) -> None:
     if not os.path.exists(path):
         raise ImageError(
             f"{path:.200}: no such image file; if it is part of the question, put the whole question in quotes"
         )
-    return Path(path)
 
 
 def _from_stdin() -> bytes:

@@ -96,7 +96,7 @@ def progress_bar(what: str, unit: str = "bytes") -> Iterator[Callable[[int, int]
     from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.progress import TransferSpeedColumn as Speed
 
-    per_s = TextColumn("{task.fields[rate]:,.0f} " + f"{unit}/s")
+    per_s = TextColumn("{task.fields[rate]:,.1f} " + f"{unit}/s")
     rate = (DownloadColumn(), Speed()) if unit == "bytes" else (MofNCompleteColumn(), per_s)
     started = time.perf_counter()
     with Progress("{task.description}", BarColumn(), *rate, TimeRemainingColumn(), console=Console(stderr=True)) as bar:

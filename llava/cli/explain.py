@@ -1,14 +1,15 @@
 """The command explain."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llava.cli.answer import images_and_question, load
+from llava.cli.answer import check_question, images_at, load
 from llava.cli.app import app
 from llava.cli.options import Adapters, Base, EngineFlags, Model, ModelOptions, SamplingOptions, grouped
-from llava.errors import ConfigError
+from llava.errors import ConfigError, PromptError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -42,26 +43,27 @@ def explain(
     sampling: SamplingOptions,
 ) -> None:
     """Show what each word of an answer looks at in the images: a heat map for each word, as a PNG or HTML file."""
-    _check_out(out)
-    numbers = {"layers": _numbers("--layers", layers), "heads": _numbers("--heads", heads)}
-    images, question = images_and_question(words, "explain")
+    from llava.tensors.atomic import check_new
+
+    *paths, question = words
+    check_question(question, f"--out {shlex.quote(str(out))}", command="explain")
+    if out.suffix.lower() not in _SUFFIXES:
+        raise ConfigError(f"--out {out}: ends with {out.suffix or 'no suffix'}; choose a .png or .html file")
+    check_new(out)
+    blocks, of_blocks = _numbers("--layers", layers), _numbers("--heads", heads)
     sampling.check()
+    images = images_at(paths, "name the images in it that you mean")
+    if not images:
+        raise PromptError('there is no image to look at; put it before the question: llava explain IMAGE "QUESTION"')
     vlm = load(model, loading, base=base, adapters=adapter, engine=engine)
     from llava.assistant import question_about
     from llava.preprocess.image import read_picture
 
     messages = question_about(images, question)
-    found = vlm.attention_map(messages, rollout=rollout, **numbers, **vars(sampling))
+    found = vlm.attention_map(messages, layers=blocks, heads=of_blocks, rollout=rollout, **vars(sampling))
     pictures = [read_picture(image, vlm.preprocessor.pictures).image for image in images]
     _write(out, found, pictures, question, vlm.prepare(messages).prompt)
     print(found.reply.text)
-
-
-def _check_out(out: Path) -> None:
-    if out.suffix.lower() not in _SUFFIXES:
-        raise ConfigError(f"--out {out}: ends with {out.suffix or 'no suffix'}; expected {' or '.join(_SUFFIXES)}")
-    if not out.absolute().parent.is_dir():
-        raise ConfigError(f"--out {out}: there is no folder {out.parent}; make it, or choose another file")
 
 
 def _numbers(name: str, text: str | None) -> list[int] | None:
@@ -71,9 +73,7 @@ def _numbers(name: str, text: str | None) -> list[int] | None:
         raise ConfigError(f"{name} is {text!r}; expected comma-separated numbers, e.g. 10,11,12") from None
 
 
-def _write(
-    out: Path, found: "AttentionMap", pictures: list["Image.Image"], question: str, prompt: str
-) -> None:
+def _write(out: Path, found: "AttentionMap", pictures: list["Image.Image"], question: str, prompt: str) -> None:
     from llava.explain import draw, page
     from llava.tensors.atomic import new_file
 

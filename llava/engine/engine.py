@@ -9,7 +9,7 @@ All methods can be called from several threads. A step is computed by whichever 
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from collections.abc import Sequence as Rest
 from dataclasses import dataclass
 
@@ -105,14 +105,34 @@ class Engine(EngineSteps):
 
         Raises the first error after the other requests have finished.
         """
+        replies = []
+        results = self.generate_each(inputs, params, adapter=adapter, at_once=at_once, template=template)
+        for _, result in sorted(results, key=lambda one: one[0]):
+            if isinstance(result, LlavaError):
+                raise result
+            replies.append(result)
+        return replies
+
+    def generate_each(
+        self,
+        inputs: Rest[Request],
+        params: SamplingParams | Rest[SamplingParams] | None = None,
+        *,
+        adapter: str | None = None,
+        at_once: int | None = None,
+        template: str | None = None,
+    ) -> Generator[tuple[int, Reply | LlavaError], None, None]:
+        """Yields the index of each request with its reply, or with its error, as soon as it has finished.
+
+        Keeps the prepared inputs of `at_once` requests, so there may be any number. Closing the iterator aborts the
+        others. Arguments: see `generate`.
+        """
         each = list(params) if isinstance(params, Rest) else [params or SamplingParams()] * len(inputs)
         if len(each) != len(inputs):
             raise ConfigError(f"params: found {len(each)} for {len(inputs)} inputs; expected one, or one per input")
         limit = at_once or 2 * self.options.max_batch
         waiting = deque(enumerate(each))
-        sequences: dict[int, Sequence] = {}
-        errors: dict[int, LlavaError] = {}
-        unfinished: list[Sequence] = []
+        unfinished: dict[int, Sequence] = {}
         try:
             with self.inputs.prefetch(inputs, adapter, template=template, n_ahead=limit) as prefetch:
                 while waiting or unfinished:
@@ -122,23 +142,21 @@ class Engine(EngineSteps):
                         i, own_params = waiting.popleft()
                         try:
                             prepared = prefetch.take()
-                            sequences[i] = self.inputs.sequence(prepared.input, own_params, adapter)
+                            sequence = self.inputs.sequence(prepared.input, own_params, adapter)
                         except LlavaError as error:
-                            errors[i] = error
+                            yield i, error
                             continue
-                        sequences[i].prepare_s += prepared.seconds
-                        self._submit_private(sequences[i])
-                        unfinished.append(sequences[i])
+                        sequence.prepare_s += prepared.seconds
+                        self._submit_private(sequence)
+                        unfinished[i] = sequence
                     with self._stepping:
                         self._advance()
-                    unfinished = [one for one in unfinished if not one.finish_reason]
+                    for i in [i for i, one in unfinished.items() if one.finish_reason]:
+                        ended = unfinished.pop(i)
+                        yield i, ended.error or Reply.of(ended)
         finally:
-            for one in unfinished:
+            for one in unfinished.values():
                 self.abort(one.request)
-        errors |= {i: one.error for i, one in sequences.items() if one.error}
-        if errors:
-            raise errors[min(errors)]
-        return [Reply.of(sequences[i]) for i in range(len(inputs))]
 
     def abort(self, request: int) -> None:
         """Ends a request in the next step. Does nothing if it has finished."""

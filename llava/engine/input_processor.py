@@ -73,6 +73,8 @@ class InputProcessor:
         if self.memory and not literal:  # whoever asks for literal text reads the images elsewhere
             input = self._prepare_on_gpu(preprocessor, messages, images, template)
         input = input or preprocessor.prepare(messages, images=images, template=template, literal=literal)
+        if literal:  # what pictures of clients lose is neither logged nor kept
+            return input
         losses = [*input.losses, _SEVERAL_IMAGES] if len(input.views) > 1 else input.losses
         for loss in losses:
             if loss not in self._reported:  # the images of a conversation are read again in every turn

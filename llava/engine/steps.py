@@ -124,6 +124,7 @@ class EngineSteps:
                     self._advance_beams(beams)
 
     def _take_requests(self) -> None:
+        n_aborted = len(self._aborted)  # their requests came before: they are in the inbox or unfinished
         while self._inbox:
             sequence = self._inbox[0]
             if sequence.request not in self._unfinished:  # it is if the last step was interrupted here
@@ -132,7 +133,7 @@ class EngineSteps:
             self._inbox.popleft()
             if sequence.max_new_tokens == 0 and not sequence.capture and not sequence.params.prompt_logprobs:
                 self._finish(sequence, "length")
-        while self._aborted:
+        for _ in range(n_aborted):
             unfinished = self._unfinished.get(self._aborted[0])
             if unfinished is not None:
                 self._finish(unfinished, "abort")

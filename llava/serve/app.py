@@ -225,16 +225,17 @@ def _add_routes(app: FastAPI, state: State) -> None:
     async def explain(body: ExplainRequest, request: Request) -> Response:
         """Answers a conversation, and shows what each token of the answer looks at in the pictures."""
         service = state.ready
-        generation = await connected(request, service.explain(body, client_of(request)))
-        last = (await connected(request, _last_outputs(generation, 1)))[0]
-        found = await asyncio.to_thread(service.explanation, body, generation.choices[0], last)
+        with service.explaining():
+            generation = await connected(request, service.explain(body, client_of(request)))
+            last = (await connected(request, _last_outputs(generation, 1)))[0]
+            found = await asyncio.to_thread(service.explanation, body, generation.choices[0], last)
         head = {"id": f"explain-{secrets.token_hex(12)}", "object": "explanation", "model": body.model}
         return JSONResponse(head | found | {"usage": usage([reply_of(last)], 1)})
 
     @app.post("/tokenize", responses=failed)
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
         """Returns the token ids of a prompt or a conversation."""
-        return await state.ready.tokenize(body)
+        return await connected(request, state.ready.tokenize(body, client_of(request)))
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

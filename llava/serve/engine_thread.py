@@ -75,7 +75,7 @@ class EngineThread:
         return number
 
     def abort(self, number: int) -> None:
-        """Ends a request in the next step, if it has not finished. It receives nothing more."""
+        """Ends a request in the next step, if it has not finished. It may still receive what is on its way."""
         with self._changed:
             if self._receivers.pop(number, None):
                 self.engine.abort(number)
@@ -139,21 +139,28 @@ class EngineThread:
             if isinstance(output, Output):
                 replies.setdefault(receive, []).append(output)
         for receive, of_one in replies.items():
-            receive(joined(of_one))
+            if whole := [one for one in of_one if not one.error]:
+                receive(joined(whole))
+            if of_one[-1].error:  # by itself, as it is raised where it is read
+                receive(of_one[-1])
         for receive, output in outputs:
             if isinstance(output, LlavaError):
                 receive(output)
 
 
-def use_threads(n: int | None) -> None:
-    """Sets how many threads compute on a CPU. Without a number, one core is left to HTTP and pictures.
+def use_threads(n: int | None) -> int:
+    """Sets how many threads compute on a CPU, and returns how many it were.
+
+    Without a number, one core is left to HTTP and pictures.
 
     If all cores compute and one is needed for something else for a moment, the others wait for it.
     """
+    before = torch.get_num_threads()
     if n is None and "OMP_NUM_THREADS" not in os.environ:
-        n = max(1, torch.get_num_threads() - 1)
+        n = max(1, before - 1)
     if n is not None:
         torch.set_num_threads(n)
+    return before
 
 
 def stopped() -> ApiError:

@@ -22,7 +22,9 @@ _URL = re.compile(
     rf"https://(?P<host>[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?)(?P<path>/{_SAFE}*(?:\?(?:{_SAFE}|\?)*)?)", re.ASCII
 )
 _CHUNK = 64 * 2**10  # bytes
+_PUBLIC = ipaddress.ip_network("2000::/3")  # all of IPv6 that is routed between networks
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_NOT_PUBLIC = tuple(map(ipaddress.ip_network, ("2001::/23", "2001:db8::/32", "3fff::/20", "192.88.99.0/24")))
 
 
 class MediaFetcher:
@@ -121,12 +123,14 @@ def is_global(address: str) -> bool:
     """Returns whether an address is one of the public internet, also one that IPv6 wraps."""
     ip = ipaddress.ip_address(address.split("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
-        wrapped = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
+        wrapped = ip.ipv4_mapped or ip.sixtofour
         if ip in _NAT64:
             wrapped = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if wrapped is not None:
             return is_global(str(wrapped))
-    return ip.is_global and not ip.is_multicast
+        if ip not in _PUBLIC:
+            return False
+    return ip.is_global and not ip.is_multicast and not any(ip in network for network in _NOT_PUBLIC)
 
 
 def _addresses(host: str, port: int) -> list[str]:

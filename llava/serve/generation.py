@@ -12,9 +12,9 @@ from llava.engine.sampling_params import SamplingParams
 from llava.errors import LlavaError
 from llava.preprocess.inputs import ModelInput
 from llava.serve.engine_thread import EngineThread
-from llava.serve.errors import ApiError
 from llava.serve.metrics import Metrics
 from llava.serve.traces import describe
+from llava.serve.waiting import took_too_long
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class Generation:
 
     def _expire(self) -> None:
         self.abort()  # now: the response may wait for a client that does not read it
-        self._queue.put_nowait((0, ApiError(408, "the request took too long; ask for fewer tokens")))
+        self._queue.put_nowait((0, took_too_long()))
 
     def _add(self) -> None:
         for index, one in enumerate(self.choices):

@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from multiprocessing.process import BaseProcess
@@ -61,6 +62,7 @@ class PicturePool:
         self._n = n_processes or min(4, cores)
         self._idle: asyncio.LifoQueue[_Worker] = asyncio.LifoQueue()  # the rest can sleep
         self._workers: list[_Worker] = []
+        self._threads = ThreadPoolExecutor(self._n, "pictures")  # others never wait for pictures
 
     async def start(self) -> None:
         """Starts the processes, and waits until they are ready."""
@@ -73,6 +75,7 @@ class PicturePool:
         """Kills the processes."""
         for one in self._workers:
             one.kill()
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     @property
     def pids(self) -> list[int]:
@@ -82,8 +85,13 @@ class PicturePool:
     async def read(self, contents: bytes) -> Preprocessed:
         """Returns the views of a picture. Raises ApiError or ImageError."""
         worker = await self._idle.get()
-        reading = asyncio.ensure_future(asyncio.to_thread(worker.read, contents))
-        reading.add_done_callback(lambda _: self._idle.put_nowait(worker))  # later, if this call is cancelled
+        reading = asyncio.get_running_loop().run_in_executor(self._threads, worker.read, contents)
+
+        def end(done: asyncio.Future[Preprocessed]) -> None:  # later, if this call is cancelled
+            self._idle.put_nowait(worker)
+            _ = done.cancelled() or done.exception()  # nobody may be left to take it
+
+        reading.add_done_callback(end)
         return await asyncio.shield(reading)
 
 

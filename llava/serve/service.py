@@ -6,10 +6,13 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
+
+import torch
 
 from llava.assistant import Assistant
 from llava.engine.adapters import Variant
@@ -39,10 +42,12 @@ from llava.serve.schema import (
 from llava.serve.settings import Settings
 from llava.serve.structured import Grammars
 from llava.serve.text import TextLimit
+from llava.serve.waiting import all_of, within
 
 log = logging.getLogger(__name__)
 
 _SEEDS = 2**63
+_FETCHES = 16  # pictures that are fetched at the same time
 _BIAS = 100.0  # largest absolute value, as in OpenAI's API
 _DEFAULT_COMPLETION = 16  # tokens, as in OpenAI's API
 
@@ -78,14 +83,16 @@ class Service:
         self.assistant, self.settings, self.metrics = assistant, settings, metrics
         self.limits, name = settings.limits, settings.name
         self._fetcher = MediaFetcher(settings.media_hosts, settings.limits) if settings.media_hosts else None
+        self._fetching = ThreadPoolExecutor(_FETCHES, "fetch")  # others never wait for a slow host
         if name in assistant.adapters:
             raise ConfigError(f"the model and an adapter are both named {name}; set another --served-model-name")
         self.adapters: dict[str, str | None] = {name: None} | {one: one for one in assistant.adapters}
         self.created = int(time.time())
         self._engine: EngineThread | None = None
+        self._n_threads: int | None = None  # before this server changed it
         self._pools: dict[PictureSettings, PicturePool] = {}
         self._n_active = 0  # choices
-        self._n_explained = 0  # of them
+        self._n_explained = 0  # explanations, until their maps are computed
         variants = {one: self._variant(one) for one in self.adapters.values()}
         self._text_limits = {
             name: TextLimit(one.preprocessor.tokenizer, one.model.config.decoder.max_seq)
@@ -96,7 +103,7 @@ class Service:
         """Starts the engine and the processes that read pictures."""
         self._engine = EngineThread(self.assistant.engine, asyncio.get_running_loop())
         if self.assistant.device.type == "cpu":
-            use_threads(self.settings.threads)
+            self._n_threads = use_threads(self.settings.threads)
         self._engine.start()
         self.metrics.attach(self.assistant.engine)
         for adapter in self.adapters.values():
@@ -108,8 +115,11 @@ class Service:
         """Stops the engine and the processes."""
         for pool in self._pools.values():
             pool.stop()
+        self._fetching.shutdown(wait=False, cancel_futures=True)
         if self._engine:
             await asyncio.to_thread(self._engine.stop)
+        if self._n_threads:
+            torch.set_num_threads(self._n_threads)
 
     @property
     def is_alive(self) -> bool:
@@ -118,8 +128,8 @@ class Service:
 
     @property
     def n_active(self) -> int:
-        """Choices that wait or run."""
-        return self._n_active
+        """Choices that wait or run, and explanations."""
+        return self._n_active + self._n_explained
 
     def adapter(self, model: str) -> str | None:
         """Returns the adapter behind a model's name. Raises ApiError if there is no such model."""
@@ -152,13 +162,17 @@ class Service:
 
     def _ended(self, choices: Sequence[Choice]) -> None:
         self._n_active -= len(choices)
-        self._n_explained -= sum(one.capture is not None for one in choices)
+
+    def _left(self, client: Client) -> float:
+        """Returns the seconds that a request has left."""
+        return client.arrived + self.limits.request_s - time.perf_counter()
 
     async def chat(self, request: ChatRequest, client: Client) -> Generation:
         """Starts the choices of a chat. Raises LlavaError."""
         request.check(self.limits)
         with self._admitted(request.n or 1):
-            return await self._start(await self._chat_choices(request), self.adapter(request.model), client)
+            choices = await within(self._left(client), self._chat_choices(request))
+            return await self._start(choices, self.adapter(request.model), client)
 
     async def _chat_choices(self, request: ChatRequest) -> list[Choice]:
         adapter = self.adapter(request.model)
@@ -176,7 +190,8 @@ class Service:
         """Starts the choices of completions: those of the first prompt come first. Raises LlavaError."""
         request.check(self.limits)
         with self._admitted((request.n or 1) * len(request.prompts)), _about_prompt():
-            return await self._start(await self._completion_choices(request), self.adapter(request.model), client)
+            choices = await within(self._left(client), self._completion_choices(request))
+            return await self._start(choices, self.adapter(request.model), client)
 
     async def _completion_choices(self, request: CompletionRequest) -> list[Choice]:
         adapter = self.adapter(request.model)
@@ -193,35 +208,34 @@ class Service:
         """Starts a chat whose attention is captured. Raises LlavaError."""
         request.check(self.limits)
         adapter = self.adapter(request.model)
-        with self._admitted(1), self._explaining():
-            (choice,) = await self._chat_choices(request)
+        with self._admitted(1):
+            (choice,) = await within(self._left(client), self._chat_choices(request))
             capture = explain.capture(request, choice.input, self._variant(adapter), self.limits)
             return await self._start([replace(choice, capture=capture)], adapter, client)
 
     @contextmanager
-    def _explaining(self) -> Iterator[None]:
-        """Counts an explanation until its choice ends. Raises ApiError if there are too many."""
+    def explaining(self) -> Iterator[None]:
+        """Counts an explanation until its maps are computed. Raises ApiError if there are too many."""
         if self._n_explained >= self.limits.explanations:
             raise _busy()
         self._n_explained += 1
         try:
             yield
-        except BaseException:
+        finally:
             self._n_explained -= 1
-            raise
 
     def explanation(self, request: ExplainRequest, choice: Choice, last: Output) -> dict[str, Any]:
         """Returns what is known about a finished reply."""
         return explain.explanation(request, choice.input, self._variant(self.adapter(request.model)), last)
 
-    async def tokenize(self, request: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(self, request: TokenizeRequest, client: Client) -> dict[str, Any]:
         """Returns the ids of a prompt or a conversation, as the model gets them. Raises LlavaError."""
         adapter = self.adapter(request.model) if request.model is not None else None
         if (request.prompt is None) == (request.messages is None):
             raise ApiError(400, "expected either prompt or messages", param="prompt")
         with self._admitted(1):
             if request.messages is not None:
-                input = await self._conversation(request.messages, adapter)
+                input = await within(self._left(client), self._conversation(request.messages, adapter))
             else:
                 (input,) = await asyncio.to_thread(self._prompts, [request.prompt or ""], adapter)
         self._n_active -= 1
@@ -265,14 +279,15 @@ class Service:
             raise ApiError(400, message, param="messages")
         if urls and self._picture_settings(adapter) is None:
             raise ApiError(400, "this model has no vision tower; leave the pictures out", param="messages")
-        contents = [await asyncio.to_thread(read_picture, url, self.limits, self._fetcher) for url in urls]
-        pictures = iter(await asyncio.gather(*(self._read(one, adapter) for one in contents)))
+        pictures = iter(await all_of(self._read(url, adapter) for url in urls))
         plain = [_plain(one, pictures) for one in messages]
         return await asyncio.to_thread(self.assistant.engine.inputs.prepare, plain, adapter=adapter, literal=True)
 
-    async def _read(self, contents: bytes, adapter: str | None) -> Preprocessed:
+    async def _read(self, url: str, adapter: str | None) -> Preprocessed:
         settings = self._picture_settings(adapter)
         assert settings
+        loop, threads = asyncio.get_running_loop(), None if url.startswith("data:") else self._fetching
+        contents = await loop.run_in_executor(threads, read_picture, url, self.limits, self._fetcher)
         started = time.perf_counter()
         read = await self._pools[settings].read(contents)
         self.metrics.picture(time.perf_counter() - started)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from llava.errors import CheckpointError, LlavaError
+from llava.errors import CheckpointError, ConfigError, LlavaError
 
 try:
     import fcntl
@@ -89,6 +89,17 @@ def free_folder(target: Path) -> Path:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target}: already exists and is not empty; remove it or specify another folder")
     return target
+
+
+def check_new(target: Path) -> None:
+    """Raises ConfigError if the file `target` exists, or its folder does not or cannot be written to."""
+    target = target.expanduser()
+    if target.exists() or target.is_symlink():
+        raise ConfigError(f"{target}: already exists; remove it, or choose another file")
+    if not target.parent.is_dir():
+        raise ConfigError(f"{target}: the folder {target.parent} does not exist; create it first")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"{target}: the folder {target.parent} is read-only; choose another folder")
 
 
 def check_space(folder: Path, n_bytes: int, target: Path) -> None:

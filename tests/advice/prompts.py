@@ -366,7 +366,7 @@ def features_in_no_folder(w: World) -> Steps:
 
 @advice("{}: the folder {} is read-only; choose another folder")
 def features_in_a_folder_of_others(w: World) -> Steps:
-    with mock.patch("llava.features.os.access", side_effect=lambda path, mode: not mode & 2):
+    with mock.patch("llava.tensors.atomic.os.access", side_effect=lambda path, mode: not mode & 2):
         yield features(w, w / "out.safetensors")
 
 

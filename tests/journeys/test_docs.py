@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,6 +32,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     for name, size in (("photo.jpg", (96, 64)), ("second.jpg", (40, 80))):
         Image.linear_gradient("L").resize(size).convert("RGB").save(folder / name)
+    (folder / "photos").mkdir()
+    for name in ("photo.jpg", "second.jpg"):
+        shutil.copy(folder / name, folder / "photos")
     (folder / "rows.jsonl").write_text('{"text": "A pier at a lake."}\n{"text": "It is", "image": "photo.jpg"}\n')
     (folder / "scripts").symlink_to(PROJECT / "scripts")
     return folder

@@ -139,7 +139,8 @@ def test_any_other_address_is_refused_before_a_name_is_resolved(url: str) -> Non
         "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1",
         "255.255.255.255", "192.0.2.1", "::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1", "ff02::1", "2001:db8::1",
         "::ffff:127.0.0.1", "::ffff:169.254.169.254", "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "2002:7f00:1::",
-        "2002:a00:1::1",
+        "2002:a00:1::1", "::127.0.0.1", "::10.0.0.1", "64:ff9b:1::7f00:1", "::ffff:0:127.0.0.1", "fec0::1", "5f00::1",
+        "3fff::1", "192.88.99.1", "2001:0:4136:e378:8000:63bf:3fff:fdd2",
     ],
 )  # fmt: skip
 def test_addresses_that_are_not_global_are_refused(address: str) -> None:
@@ -149,7 +150,9 @@ def test_addresses_that_are_not_global_are_refused(address: str) -> None:
             MediaFetcher([HOST], LIMITS, resolve=lambda host, port, found=addresses: found).fetch(f"https://{HOST}/a")
 
 
-@pytest.mark.parametrize("address", ["93.184.216.34", "8.8.8.8", "2606:4700::1111", "64:ff9b::808:808"])
+@pytest.mark.parametrize(
+    "address", ["93.184.216.34", "8.8.8.8", "2606:4700::1111", "64:ff9b::808:808", "2002:808:808::1"]
+)
 def test_global_addresses_are_recognised(address: str) -> None:
     assert is_global(address)
 
