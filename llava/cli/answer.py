@@ -54,7 +54,7 @@ def ask(
     """Ask a question about any number of images, together or, for a table of answers, about each of them."""
     *paths, question = words
     out = table.file()
-    check_question(question, f"{option_of(out)} {shlex.quote(str(out))}" if out else "")
+    check_question(question, shlex.join([option_of(out), str(out)]) if out else "")
     sampling.check()
     load_model = partial(load, model, loading, base=base, adapters=adapter, engine=engine)
     if out:

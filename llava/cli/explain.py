@@ -46,7 +46,7 @@ def explain(
     from llava.tensors.atomic import check_new
 
     *paths, question = words
-    check_question(question, f"--out {shlex.quote(str(out))}", command="explain")
+    check_question(question, shlex.join(["--out", str(out)]), command="explain")
     if out.suffix.lower() not in _SUFFIXES:
         raise ConfigError(f"--out {out}: ends with {out.suffix or 'no suffix'}; choose a .png or .html file")
     check_new(out)

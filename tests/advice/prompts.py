@@ -48,12 +48,34 @@ def an_adapter_without_a_name(w: World) -> Steps:
     yield ask(w.llama, "--adapter", f"mine={w.lora}", "--template", "v1")
 
 
-@advice("put the question last, in quotes: llava ask {} ")
+@advice("put the question last, in quotes: {}")
 def a_forgotten_question(w: World) -> Steps:
     picture = w / "a picture.png"
     picture.write_bytes(w.picture.read_bytes())
     said = yield ("ask", picture)
     yield (*said.advised(), "--model", w.llava, "--max-new-tokens", 1)
+
+
+def explaining(w: World, *words: object) -> Run:
+    return ("explain", *words, "--model", w.llava, "--max-new-tokens", 1)
+
+
+@advice("--out {}: ends with {}; choose a .png or .html file")
+def an_explanation_of_another_type(w: World) -> Steps:
+    yield explaining(w, w.picture, "Hi", "--out", w / "words.pdf")
+    yield explaining(w, w.picture, "Hi", "--out", w / "words.html")
+
+
+@advice('there is no image to look at; put it before the question: llava explain IMAGE "QUESTION"')
+def an_explanation_without_an_image(w: World) -> Steps:
+    yield explaining(w, "Hi", "--out", w / "words.png")
+    yield explaining(w, w.picture, "Hi", "--out", w / "words.png")
+
+
+@advice("there is no picture to look at; pass one with the question")
+def an_attention_map_without_a_picture(w: World) -> Steps:
+    yield lambda: llava.load(w.llava, **CPU).attention_map("Hi", max_new_tokens=1)
+    yield lambda: llava.load(w.llava, **CPU).attention_map("<image>\nHi", images=[w.picture], max_new_tokens=1)
 
 
 @advice("no such image file; if it is part of the question, put the whole question in quotes")

@@ -21,7 +21,7 @@ def folder(w: World) -> Path:
     return w / "photos"
 
 
-@advice("{}: is a folder; expected an image file; to ask about each image in it, add --csv OUT.csv")
+@advice("to ask about each image in it, add --csv OUT.csv")
 def a_folder_without_a_table(w: World) -> Steps:
     photos = folder(w)
     yield each(w, photos, "What?")
