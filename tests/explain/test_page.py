@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 
 import llava
 from llava.assistant import question_about
@@ -30,30 +30,32 @@ def shot(text: str, folder: Path) -> Image.Image:
 
 def test_the_page_shows_the_picture_and_what_a_word_looks_at(tmp_path: Path) -> None:
     found = llava.load(device="cpu").attention_map(question_about(KITCHEN, "What is in the picture?"))
-    picture = Image.open(KITCHEN)
-    text = page(found, [picture], "What is in the picture?", "the prompt")
-    last = len(found.words) - 1
-    shown = shot(
-        text.replace("show(buttons[0], data.words[0])", f"show(buttons[{last}], data.words[{last}])"), tmp_path
-    )
-    blue = [(x, y) for y in range(700) for x in range(700) if is_blue(shown.getpixel((x, y)))]
-    left, top = min(x for x, _ in blue), min(y for _, y in blue)
-    right, bottom = max(x for x, _ in blue) + 1, max(y for _, y in blue) + 1
-    assert (right - left) / (bottom - top) == pytest.approx(256 / 192, rel=0.05)
-    teapot = shown.crop((left, top, right, bottom)).resize((256, 192)).crop((133, 55, 213, 132))
-    before = picture.convert("RGB").crop((133, 55, 213, 132))
-    assert difference(teapot, before) > 3 * difference(
-        shown.crop((left, top, right, bottom)).resize((256, 192)).crop((55, 10, 120, 70)),  # the croissant
-        picture.convert("RGB").crop((55, 10, 120, 70)),
-    )
+    text = page(found, [Image.open(KITCHEN)], "What is in the picture?", "the prompt")
+    words = [word.strip(".,") for word, _ in found.words]
+    shown, hottest = {}, {}
+    for word in ("croissant", "teapot"):
+        i = words.index(word)
+        chosen = f"show(buttons[{i}], data.words[{i}])"
+        shown[word] = picture_in(shot(text.replace("show(buttons[0], data.words[0])", chosen), tmp_path))
+        heat = found.pictures[0].pixels(found.words[i][1])
+        y, x = divmod(int(heat.argmax()), heat.shape[1])
+        hottest[word] = (x + 5, y + 5)  # within the patch
+    for word, other in (("croissant", "teapot"), ("teapot", "croissant")):
+        at = hottest[word]
+        assert brightness(shown[word], at) > brightness(shown[other], at) + 60
 
 
-def is_blue(pixel: object) -> bool:
-    assert isinstance(pixel, tuple)
-    red, _, blue = pixel
-    return blue > 140 > red + 20
+def picture_in(shown: Image.Image) -> Image.Image:
+    """The picture on the page, at its own size. Its background is blue."""
+    blue = shown.convert("HSV").point([*[255 * (140 < hue < 190) for hue in range(256)], *range(256), *range(256)])
+    saturated = shown.convert("HSV").getchannel("S").point([255 * (value > 120) for value in range(256)])
+    box = ImageChops.multiply(blue.getchannel("H"), saturated).getbbox()
+    assert box
+    assert (box[2] - box[0]) / (box[3] - box[1]) == pytest.approx(256 / 192, rel=0.05)
+    return shown.crop(box).resize((256, 192))
 
 
-def difference(one: Image.Image, other: Image.Image) -> float:
-    pairs = zip(one.tobytes(), other.tobytes(), strict=True)
-    return sum(abs(a - b) for a, b in pairs) / len(one.tobytes())
+def brightness(image: Image.Image, at: tuple[int, int]) -> int:
+    value = image.convert("L").getpixel(at)
+    assert isinstance(value, int)
+    return value
