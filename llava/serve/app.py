@@ -372,7 +372,7 @@ async def _completion_chunks(
     replies: dict[int, Reply] = {}
     try:
         async for index, output in generation.outputs():
-            yield head.body([bodies.chunk(index, output)])
+            yield head.body([bodies.chunk(index, generation.choices[index], output)])
             if output.reply:
                 replies[index] = output.reply
     except LlavaError as error:

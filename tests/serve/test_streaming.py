@@ -129,14 +129,23 @@ def test_streams_of_completions_are_the_whole_answers(server: Server, echo: bool
     assert {one["object"] for one in chunks} == {"text_completion"}
 
 
-def test_streamed_offsets_are_those_of_the_whole_completion(server: Server):
-    options: dict[str, Any] = {"max_tokens": 8, "logprobs": 2}
-    whole = server.complete("The picture shows", **options).choices[0].logprobs
-    chunks = list(server.complete("The picture shows", stream=True, **options))
-    lists = [one.choices[0].logprobs for one in chunks]
-    assert [token for one in lists for token in one.tokens] == whole.tokens
-    assert [offset for one in lists for offset in one.text_offset] == whole.text_offset
-    assert [value for one in lists for value in one.token_logprobs] == pytest.approx(whole.token_logprobs, abs=1e-4)
+@pytest.mark.parametrize("prompt", ["The picture shows", [1], [1, 550, 233, 191]], ids=str)
+@pytest.mark.parametrize("stop", [None, ["ed", "plz"], ["edX", "plez", "aX", "nX", " tQ"]], ids=str)
+def test_streamed_tokens_and_offsets_are_those_of_the_whole_completion(server: Server, prompt: Any, stop: Any):
+    """Also if text was sent before its tokens, because it could be the beginning of a stop string."""
+    options: dict[str, Any] = {"prompt": prompt, "max_tokens": 12, "logprobs": 2, "n": 2, "stop": stop}
+    whole = server.complete(**options)
+    chunks = list(server.complete(stream=True, **options))
+    for choice in whole.choices:
+        mine = [one.choices[0] for one in chunks if one.choices[0].index == choice.index]
+        assert "".join(one.text for one in mine) == choice.text
+        lists = [one.logprobs for one in mine]
+        assert [token for one in lists for token in one.tokens] == choice.logprobs.tokens
+        assert [offset for one in lists for offset in one.text_offset] == choice.logprobs.text_offset
+        values = [value for one in lists for value in one.token_logprobs]
+        assert values == pytest.approx(choice.logprobs.token_logprobs, abs=1e-4)
+        tops = [list(top) for one in lists for top in one.top_logprobs]
+        assert tops == [list(top) for top in choice.logprobs.top_logprobs]
 
 
 def test_a_stream_with_a_mistake_is_an_ordinary_error(server: Server):
