@@ -6,7 +6,7 @@ import secrets
 import threading
 import time
 import warnings
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -348,19 +348,19 @@ async def _chat_chunks(
 ) -> AsyncIterator[Body]:
     for index in range(n):
         yield head.body([bodies.first(index)])
-    replies = []
+    replies: dict[int, Reply] = {}
     try:
         async for index, output in generation.outputs():
             if output.text or output.token_ids:
                 yield head.body([bodies.chunk(index, output)])
             if output.reply:
                 yield head.body([bodies.last(index, output)])
-                replies.append(output.reply)
+                replies[index] = output.reply
     except LlavaError as error:
         yield client_error(error).body()
         return
     if with_usage:
-        yield head.body([], usage=usage(replies, n))
+        yield head.body([], usage=usage(_in_order(replies), n))
 
 
 async def _completion_chunks(
@@ -379,4 +379,9 @@ async def _completion_chunks(
         yield client_error(error).body()
         return
     if with_usage:
-        yield head.body([], usage=usage([replies[index] for index in range(len(generation.choices))], n))
+        yield head.body([], usage=usage(_in_order(replies), n))
+
+
+def _in_order(replies: Mapping[int, Reply]) -> list[Reply]:
+    """Returns the replies of all choices by their index, as they have finished in another order."""
+    return [replies[index] for index in sorted(replies)]

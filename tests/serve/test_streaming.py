@@ -35,7 +35,7 @@ def streamed(server: Server, path: str, **body: Any) -> list[dict[str, Any]]:
 
 
 def chats(server: Server, **body: Any) -> list[dict[str, Any]]:
-    return streamed(server, "/v1/chat/completions", messages=HELLO, **body)
+    return streamed(server, "/v1/chat/completions", **{"messages": HELLO, **body})
 
 
 def joined(chunks: list[dict[str, Any]], index: int) -> str:
@@ -97,6 +97,20 @@ def test_usage_comes_in_a_last_chunk_if_asked_for(server: Server):
     assert max(cached) < whole["prompt_tokens"]
     assert all(one["choices"] for one in chunks[:-1])
     assert "usage" not in chats(server, stream_options={"include_usage": False}, **options)[-1]
+
+
+def test_cached_tokens_are_those_of_the_first_choice_also_if_another_one_ends_first(server: Server):
+    """A prompt of two steps: its second choice finds it in the cache."""
+    ended_first = set()
+    for seed in range(2, 7):
+        messages = user(f"{seed} hours, " + "one, two, " * 140)
+        chunks = chats(server, messages=messages, n=2, seed=seed, temperature=1, stream_options={"include_usage": True})
+        usage = chunks[-1]["usage"]
+        assert usage["prompt_tokens"] > 512
+        assert usage["prompt_tokens_details"]["cached_tokens"] < 100
+        choices = [choice for chunk in chunks for choice in chunk["choices"]]
+        ended_first.add(next(one["index"] for one in choices if one["finish_reason"]))
+    assert 1 in ended_first
 
 
 def test_streamed_log_probabilities_are_those_of_the_whole_answer(server: Server):
