@@ -3,7 +3,7 @@
 import codecs
 import json
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -11,9 +11,12 @@ from typing import Any
 from llava.engine.detokenize import INCOMPLETE
 from llava.engine.reply import Output, Reply
 from llava.preprocess.tokenizer import Tokenizer
+from llava.serve.errors import ApiError
 from llava.serve.generation import Choice
+from llava.serve.limits import Limits
 
 Body = dict[str, Any]
+_SLICE = 16  # entries of a list; each may have a map of thousands of numbers
 _INVALID = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, as `surrogateescape` decodes them
 
 
@@ -30,6 +33,57 @@ class Envelope:
         """Returns a body with these choices."""
         head = {"id": self.id, "object": self.object, "created": self.created, "model": self.model}
         return head | {"choices": list(choices)} | more
+
+    def encoded(self, choices: Iterable[Body], **more: Any) -> bytes:
+        """Returns the JSON of a body. Choices are taken one at a time, so that their bodies need not exist together."""
+        listed = "[" + ",".join(map(_json, choices)) + "]"
+        parts = {name: _json(value) for name, value in self.body([], **more).items()} | {"choices": listed}
+        return ("{" + ",".join(f"{_json(name)}:{part}" for name, part in parts.items()) + "}").encode()
+
+
+def encoded(body: Body) -> bytes:
+    """Returns the JSON of a body. See `_json`."""
+    return _json(body).encode()
+
+
+def _json(value: Any) -> str:
+    """Returns JSON, of which long lists are encoded in slices: one call for all would keep Python's lock to its end.
+
+    Meant for a thread beside the event loop, which gets the lock between two slices.
+    """
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{_dumps(name)}:{_json(one)}" for name, one in value.items()) + "}"
+    if isinstance(value, list):
+        slices = (value[i : i + _SLICE] for i in range(0, len(value), _SLICE))
+        return "[" + ",".join(_dumps(one)[1:-1] for one in slices) + "]"
+    return _dumps(value)
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def check_size(choices: Sequence[Choice], context: int, limits: Limits) -> None:
+    """Raises ApiError if an answer could hold too many tokens and log-probabilities.
+
+    choices: of one request, which differ only in their prompts and seeds. context: in tokens.
+    """
+    params, most = choices[0].params, limits.answer_values
+    lengths = [len(one.input.ids) for one in choices]
+    n_new = sum(min(params.max_new_tokens, max(0, context - n)) for n in lengths)
+    n_listed = sum(lengths) if params.prompt_logprobs else 0  # tokens of prompts
+    values = n_listed * (1 + params.prompt_logprobs) + n_new * (1 + params.logprobs)
+    if values <= most:
+        return
+    found = f"the answer can have {values} tokens and log-probabilities; expected at most {most}"
+    n_tokens = (most - n_listed * (1 + params.prompt_logprobs)) // (1 + params.logprobs) // len(choices)
+    n_top = most // (n_listed + n_new) - 1
+    if n_tokens > 0:
+        advice = f"set max_tokens (or max_completion_tokens of a chat) to at most {n_tokens}"
+        raise ApiError(400, f"{found}: {advice}", param="max_tokens")
+    if n_top > 0:
+        raise ApiError(400, f"{found}: set logprobs to at most {n_top}", param="logprobs")
+    raise ApiError(400, f"{found}: send fewer prompts, or ask for fewer choices", param="prompt")
 
 
 def usage(replies: Sequence[Reply], n: int) -> Body:
@@ -238,5 +292,5 @@ def _n_spaces(text: bytes) -> int:
 async def events(bodies: AsyncIterator[Body]) -> AsyncIterator[bytes]:
     """Turns bodies into server-sent events, with the end mark that OpenAI's clients expect."""
     async for body in bodies:
-        yield b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+        yield b"data: " + _dumps(body).encode() + b"\n\n"
     yield b"data: [DONE]\n\n"

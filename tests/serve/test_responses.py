@@ -1,17 +1,25 @@
 """Bodies of completions for both kinds of tokenizers: with and without a space before the first word."""
 
+import asyncio
+import json
 import random
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import llava
 from llava.engine.reply import Output, joined
 from llava.engine.sampling_params import SamplingParams
+from llava.preprocess.inputs import ModelInput
+from llava.serve.errors import ApiError
 from llava.serve.generation import Choice
-from llava.serve.responses import CompletionBodies
+from llava.serve.limits import Limits
+from llava.serve.responses import Body, CompletionBodies, Envelope, check_size, encoded
 from tests import tiny
 from tests.conftest import Share
 
@@ -136,3 +144,96 @@ def test_offsets_are_those_of_the_tokens_in_the_text(vlm: llava.Assistant, promp
     found = body["logprobs"]
     for token, offset in zip(found["tokens"], found["text_offset"], strict=True):
         assert body["text"][offset : offset + len(token)] == token
+
+
+HEAD = Envelope(id="cmpl-1", model="m", created=1, object="text_completion")
+
+
+@pytest.mark.parametrize("n", [0, 1, 15, 16, 17, 40])
+def test_encoded_bodies_are_json(n: int):
+    entries = [{"a": [i, None, "ü漢\n\u2028"], "b": {"c": [1.5] * i}} for i in range(n)]
+    body = {"text": "😀", "none": None, "list": entries, "deep": {"maps": [[[0.25] * 20] * 20] * n, "empty": {}}}
+    assert json.loads(encoded(body)) == body
+    assert json.loads(HEAD.encoded(iter([body] * n), usage={"n": n})) == HEAD.body([body] * n, usage={"n": n})
+
+
+def test_numbers_that_json_does_not_have_are_never_sent():
+    with pytest.raises(ValueError, match="JSON"):
+        encoded({"logprobs": [float("nan")]})
+
+
+def large(n: int) -> Iterator[Body]:
+    """Choices of a thousand tokens with twenty log-probabilities each."""
+    for index in range(n):
+        yield {
+            "index": index,
+            "logprobs": {"top_logprobs": [{f"{i} {j}": -1.5 for j in range(20)} for i in range(1000)]},
+        }
+
+
+def test_the_event_loop_runs_while_a_large_answer_is_encoded():
+    async def longest_pause() -> tuple[float, float]:
+        """The longest time between two turns of the event loop, and that for the whole answer, in seconds."""
+        work = asyncio.ensure_future(asyncio.to_thread(HEAD.encoded, large(60)))
+        began = last = time.perf_counter()
+        longest = 0.0
+        while not work.done():
+            await asyncio.sleep(0.001)
+            longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
+        assert len(await work) > 10 * 2**20
+        return longest, last - began
+
+    longest, whole = asyncio.run(longest_pause())
+    assert longest < whole / 4
+
+
+def asked(n_choices: int, *, n_prompt: int, echo: bool = False, **params: Any) -> list[Choice]:
+    """Choices as of a request for completions."""
+    ids = torch.ones(n_prompt, dtype=torch.long)
+    input = ModelInput(prompt="", token_ids=ids.tolist(), ids=ids, labels=ids, stop=None)
+    logprobs = params.get("logprobs", 0)
+    return [Choice(input=input, params=SamplingParams(**params, prompt_logprobs=logprobs * echo))] * n_choices
+
+
+@pytest.mark.parametrize(
+    ("choices", "param"),
+    [
+        (asked(4, n_prompt=10, max_new_tokens=251), "max_tokens"),
+        (asked(2, n_prompt=10, max_new_tokens=100, logprobs=5), "max_tokens"),
+        (asked(2, n_prompt=20, echo=True, max_new_tokens=80, logprobs=5), "max_tokens"),
+        (asked(2, n_prompt=100, echo=True, max_new_tokens=0, logprobs=20), "logprobs"),
+        (asked(2, n_prompt=83, echo=True, max_new_tokens=1, logprobs=5), "logprobs"),
+        (asked(10, n_prompt=51, echo=True, max_new_tokens=0, logprobs=1), "prompt"),
+    ],
+)
+def test_an_answer_that_could_be_too_large_is_refused_with_advice_that_works(choices: list[Choice], param: str):
+    limits = Limits(answer_values=1000)
+    with pytest.raises(ApiError) as raised:
+        check_size(choices, 300, limits)
+    assert (raised.value.status, raised.value.param) == (400, param)
+    number, params = int(str(raised.value).split()[-1]) if param != "prompt" else 0, choices[0].params
+    if param == "max_tokens":
+        params = replace(params, max_new_tokens=number)
+        too_many = replace(params, max_new_tokens=number + 1)
+    elif param == "logprobs":
+        params = replace(params, logprobs=number, prompt_logprobs=number)
+        too_many = replace(params, logprobs=number + 1, prompt_logprobs=number + 1)
+    else:
+        check_size(choices[:-1], 300, limits)
+        return
+    check_size([replace(one, params=params) for one in choices], 300, limits)
+    with pytest.raises(ApiError):
+        check_size([replace(one, params=too_many) for one in choices], 300, limits)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        asked(4, n_prompt=10, max_new_tokens=250),
+        asked(4, n_prompt=50, max_new_tokens=2**31),  # the context ends them
+        asked(2, n_prompt=83, echo=True, max_new_tokens=0, logprobs=5),
+        asked(50, n_prompt=250, max_new_tokens=3, logprobs=5),  # prompts that are not repeated
+    ],
+)
+def test_an_answer_within_the_limit_is_computed(choices: list[Choice]):
+    check_size(choices, 300, Limits(answer_values=1000))
