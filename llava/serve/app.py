@@ -6,7 +6,7 @@ import secrets
 import threading
 import time
 import warnings
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +27,7 @@ from llava.serve.engine_thread import stopped
 from llava.serve.errors import ApiError
 from llava.serve.generation import Generation
 from llava.serve.metrics import Metrics
-from llava.serve.responses import Body, ChatBodies, CompletionBodies, Envelope, events, usage
+from llava.serve.responses import Body, ChatBodies, CompletionBodies, Envelope, encoded, events, usage
 from llava.serve.schema import ChatRequest, CompletionRequest, ExplainRequest, TokenizeRequest
 from llava.serve.service import Client, Service, client_error
 from llava.serve.settings import Settings
@@ -203,8 +203,8 @@ def _add_routes(app: FastAPI, state: State) -> None:
             head = envelope("chat.completion.chunk", body.model)
             return EventStream(generation, _chat_chunks(generation, bodies, head, n, body.wants_usage))
         replies = [reply_of(last) for last in await connected(request, _last_outputs(generation, n))]
-        found = [bodies.whole(i, reply) for i, reply in enumerate(replies)]
-        return JSONResponse(envelope("chat.completion", body.model).body(found, usage=usage(replies, n)))
+        found = (bodies.whole(i, reply) for i, reply in enumerate(replies))
+        return await _whole(envelope("chat.completion", body.model), found, usage(replies, n))
 
     @app.post("/v1/completions", responses=failed)
     async def complete(body: CompletionRequest, request: Request) -> Response:
@@ -218,8 +218,8 @@ def _add_routes(app: FastAPI, state: State) -> None:
             return EventStream(generation, _completion_chunks(generation, bodies, head, n, body.wants_usage))
         replies = [reply_of(last) for last in await connected(request, _last_outputs(generation, len(choices)))]
         pairs = zip(choices, replies, strict=True)
-        found = [bodies.whole(i, choice, reply) for i, (choice, reply) in enumerate(pairs)]
-        return JSONResponse(head.body(found, usage=usage(replies, n)))
+        found = (bodies.whole(i, choice, reply) for i, (choice, reply) in enumerate(pairs))
+        return await _whole(head, found, usage(replies, n))
 
     @app.post("/v1/explain", responses=failed)
     async def explain(body: ExplainRequest, request: Request) -> Response:
@@ -228,9 +228,13 @@ def _add_routes(app: FastAPI, state: State) -> None:
         with service.explaining():
             generation = await connected(request, service.explain(body, client_of(request)))
             last = (await connected(request, _last_outputs(generation, 1)))[0]
-            found = await asyncio.to_thread(service.explanation, body, generation.choices[0], last)
-        head = {"id": f"explain-{secrets.token_hex(12)}", "object": "explanation", "model": body.model}
-        return JSONResponse(head | found | {"usage": usage([reply_of(last)], 1)})
+            head = {"id": f"explain-{secrets.token_hex(12)}", "object": "explanation", "model": body.model}
+            rest = {"usage": usage([reply_of(last)], 1)}
+
+            def content() -> bytes:
+                return encoded(head | service.explanation(body, generation.choices[0], last) | rest)
+
+            return Response(await asyncio.to_thread(content), media_type="application/json")
 
     @app.post("/tokenize", responses=failed)
     async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
@@ -338,6 +342,12 @@ async def _last_outputs(generation: Generation, n: int) -> list[Output]:
     return [last[index] for index in range(n)]
 
 
+async def _whole(head: Envelope, choices: Iterable[Body], counts: Body) -> Response:
+    """Returns a response with finished choices, which a thread builds and encodes: a large one takes seconds."""
+    content = await asyncio.to_thread(head.encoded, choices, usage=counts)
+    return Response(content, media_type="application/json")
+
+
 def reply_of(last: Output) -> Reply:
     """Returns the reply in the last output of a choice."""
     assert last.reply
@@ -349,19 +359,19 @@ async def _chat_chunks(
 ) -> AsyncIterator[Body]:
     for index in range(n):
         yield head.body([bodies.first(index)])
-    replies = []
+    replies: dict[int, Reply] = {}
     try:
         async for index, output in generation.outputs():
             if output.text or output.token_ids:
                 yield head.body([bodies.chunk(index, output)])
             if output.reply:
                 yield head.body([bodies.last(index, output)])
-                replies.append(output.reply)
+                replies[index] = output.reply
     except LlavaError as error:
         yield client_error(error).body()
         return
     if with_usage:
-        yield head.body([], usage=usage(replies, n))
+        yield head.body([], usage=usage(_in_order(replies), n))
 
 
 async def _completion_chunks(
@@ -373,11 +383,16 @@ async def _completion_chunks(
     replies: dict[int, Reply] = {}
     try:
         async for index, output in generation.outputs():
-            yield head.body([bodies.chunk(index, output)])
+            yield head.body([bodies.chunk(index, generation.choices[index], output)])
             if output.reply:
                 replies[index] = output.reply
     except LlavaError as error:
         yield client_error(error).body()
         return
     if with_usage:
-        yield head.body([], usage=usage([replies[index] for index in range(len(generation.choices))], n))
+        yield head.body([], usage=usage(_in_order(replies), n))
+
+
+def _in_order(replies: Mapping[int, Reply]) -> list[Reply]:
+    """Returns the replies of all choices by their index, as they have finished in another order."""
+    return [replies[index] for index in sorted(replies)]

@@ -24,6 +24,7 @@ class Limits:
     stop_chars: int = 256  # of each
     logit_bias: int = 1024  # tokens
     top_logprobs: int = 20
+    answer_values: int = 1_000_000  # tokens of an answer, each with as many log-probabilities as are listed
     schema_bytes: int = 64 * 2**10  # of a JSON schema
     map_values: int = 2_000_000  # numbers in the maps of an explanation
     map_bytes: int = 2**30  # memory for the attention that an explanation captures

@@ -43,13 +43,21 @@ class Metrics:
         self._registry.register(_EngineCollector(engine))
 
     def output(self, now: float, arrived: float, last: float | None, n_tokens: int) -> None:
-        """Records an output. last: when the same reply had its last one."""
-        if last is None:
+        """Records an output. last: when the same reply had its last one.
+
+        The tokens of a first output arrive together, so those after the first one take no time. An output without
+        tokens, such as that of a reply without any, has no latency.
+        """
+        if n_tokens and last is None:
             self._first_token.observe(now - arrived)
-        elif n_tokens:
-            for _ in range(n_tokens):
-                self._inter_token.observe((now - last) / n_tokens)
+            self._inter_tokens(0.0, n_tokens - 1)
+        elif n_tokens and last is not None:
+            self._inter_tokens((now - last) / n_tokens, n_tokens)
         self._generation_tokens.inc(n_tokens)
+
+    def _inter_tokens(self, seconds: float, n: int) -> None:
+        for _ in range(n):
+            self._inter_token.observe(seconds)
 
     def finished(self, reply: Reply, seconds: float) -> None:
         """Records a finished reply."""

@@ -3,7 +3,7 @@
 import codecs
 import json
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -11,9 +11,12 @@ from typing import Any
 from llava.engine.detokenize import INCOMPLETE
 from llava.engine.reply import Output, Reply
 from llava.preprocess.tokenizer import Tokenizer
+from llava.serve.errors import ApiError
 from llava.serve.generation import Choice
+from llava.serve.limits import Limits
 
 Body = dict[str, Any]
+_SLICE = 16  # entries of a list; each may have a map of thousands of numbers
 _INVALID = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, as `surrogateescape` decodes them
 
 
@@ -30,6 +33,57 @@ class Envelope:
         """Returns a body with these choices."""
         head = {"id": self.id, "object": self.object, "created": self.created, "model": self.model}
         return head | {"choices": list(choices)} | more
+
+    def encoded(self, choices: Iterable[Body], **more: Any) -> bytes:
+        """Returns the JSON of a body. Choices are taken one at a time, so that their bodies need not exist together."""
+        listed = "[" + ",".join(map(_json, choices)) + "]"
+        parts = {name: _json(value) for name, value in self.body([], **more).items()} | {"choices": listed}
+        return ("{" + ",".join(f"{_json(name)}:{part}" for name, part in parts.items()) + "}").encode()
+
+
+def encoded(body: Body) -> bytes:
+    """Returns the JSON of a body. See `_json`."""
+    return _json(body).encode()
+
+
+def _json(value: Any) -> str:
+    """Returns JSON, of which long lists are encoded in slices: one call for all would keep Python's lock to its end.
+
+    Meant for a thread beside the event loop, which gets the lock between two slices.
+    """
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{_dumps(name)}:{_json(one)}" for name, one in value.items()) + "}"
+    if isinstance(value, list):
+        slices = (value[i : i + _SLICE] for i in range(0, len(value), _SLICE))
+        return "[" + ",".join(_dumps(one)[1:-1] for one in slices) + "]"
+    return _dumps(value)
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def check_size(choices: Sequence[Choice], context: int, limits: Limits) -> None:
+    """Raises ApiError if an answer could hold too many tokens and log-probabilities.
+
+    choices: of one request, which differ only in their prompts and seeds. context: in tokens.
+    """
+    params, most = choices[0].params, limits.answer_values
+    lengths = [len(one.input.ids) for one in choices]
+    n_new = sum(min(params.max_new_tokens, max(0, context - n)) for n in lengths)
+    n_listed = sum(lengths) if params.prompt_logprobs else 0  # tokens of prompts
+    values = n_listed * (1 + params.prompt_logprobs) + n_new * (1 + params.logprobs)
+    if values <= most:
+        return
+    found = f"the answer can have {values} tokens and log-probabilities; expected at most {most}"
+    n_tokens = (most - n_listed * (1 + params.prompt_logprobs)) // (1 + params.logprobs) // len(choices)
+    n_top = most // (n_listed + n_new) - 1
+    if n_tokens > 0:
+        advice = f"set max_tokens (or max_completion_tokens of a chat) to at most {n_tokens}"
+        raise ApiError(400, f"{found}: {advice}", param="max_tokens")
+    if n_top > 0:
+        raise ApiError(400, f"{found}: set logprobs to at most {n_top}", param="logprobs")
+    raise ApiError(400, f"{found}: send fewer prompts, or ask for fewer choices", param="prompt")
 
 
 def usage(replies: Sequence[Reply], n: int) -> Body:
@@ -93,6 +147,82 @@ class ChatBodies:
         return {"token": piece.decode(errors="replace"), "logprob": logprob, "bytes": list(piece)}
 
 
+class _Tokens:
+    """Turns the ids of one choice into the text of each token, however the ids are grouped.
+
+    Together, the texts are the whole text: a character belongs to the last of its tokens. Each byte that is not part of
+    a character becomes U+FFFD, as in SentencePiece. Special tokens add nothing.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
+        self._before: list[int] | None = []  # ids before the first one with text; None: it has come
+
+    def texts(self, ids: Sequence[int], *, final: bool) -> list[str]:
+        """Returns the text of each of the next ids. final: no ids follow, so an incomplete character ends with them."""
+        pieces, last = [self._piece(id) for id in ids], len(ids) - 1
+        return [
+            _INVALID.sub(INCOMPLETE, self._decoder.decode(piece, final=final and i == last))
+            for i, piece in enumerate(pieces)
+        ]
+
+    def _piece(self, id: int) -> bytes:
+        """Returns what the next token adds: the first one without the space that Llama's tokenizers put before it."""
+        piece = b"" if id in self._tokenizer.special else self._tokenizer.piece(id)
+        if self._before is None:
+            return piece
+        self._before.append(id)
+        if not piece:
+            return piece
+        decoded, self._before = self._tokenizer.decode(self._before).encode(), None
+        return piece[1:] if _n_spaces(piece) > _n_spaces(decoded) else piece
+
+
+class _Listing:
+    """Lists the tokens of one choice with their log-probabilities, as completions have them."""
+
+    def __init__(self, tokenizer: Tokenizer, n_top: int):
+        """n_top: most likely tokens to list."""
+        self._tokenizer, self._n_top = tokenizer, max(1, n_top)
+        self._tokens = _Tokens(tokenizer)
+        self._offset = 0
+
+    def skip(self, ids: Sequence[int], n_chars: int) -> None:
+        """Passes over the prompt. n_chars: how much of its text is not in the choice's text."""
+        self._offset = sum(map(len, self._tokens.texts(ids, final=False))) - n_chars
+
+    def added(
+        self,
+        ids: Sequence[int],
+        logprobs: Sequence[float | None],
+        top: Sequence[dict[int, float] | None],
+        *,
+        final: bool,
+    ) -> Body:
+        """Lists the next tokens. final: no more follow."""
+        texts = self._tokens.texts(ids, final=final)
+        *offsets, self._offset = accumulate(map(len, texts), initial=self._offset)
+        return {
+            "tokens": texts,
+            "token_logprobs": list(logprobs),
+            "top_logprobs": [
+                None if likely is None else self._top(id, value, likely)
+                for id, value, likely in zip(ids, logprobs, top, strict=True)
+            ],
+            "text_offset": offsets,
+        }
+
+    def _top(self, id: int, logprob: float | None, likely: dict[int, float]) -> dict[str, float]:
+        """Returns the most likely tokens and the chosen one. Of several with the same text, the likeliest counts."""
+        found: dict[str, float] = {}
+        chosen = [] if logprob is None else [(id, logprob)]
+        for one, value in [*_best(likely, self._n_top), *chosen]:
+            text = self._tokenizer.piece(one).decode(errors="replace")
+            found[text] = max(value, found.get(text, value))
+        return found
+
+
 @dataclass(kw_only=True)
 class CompletionBodies:
     """The choices of completions."""
@@ -100,30 +230,26 @@ class CompletionBodies:
     tokenizer: Tokenizer
     n_top: int | None  # most likely tokens to list; None: no log-probabilities
     echo: bool
-    _sent: dict[int, int] = field(default_factory=dict)  # characters of each choice's text that have been sent
+    _streamed: dict[int, _Listing] = field(default_factory=dict)  # of choices whose chunks list tokens
 
     def whole(self, index: int, choice: Choice, reply: Reply) -> Body:
         """Returns a finished choice."""
         text = (self._echoed(choice) if self.echo else "") + reply.text
-        logprobs = self._logprobs(choice, reply) if self.n_top is not None else None
-        return self._choice(index, text, logprobs, reply.finish_reason)
+        return self._choice(index, text, self._logprobs(choice, reply), reply.finish_reason)
 
     def first(self, index: int, choice: Choice) -> Body | None:
         """Returns a chunk with the prompt, if it is asked for."""
-        if not self.echo:
-            return None
-        prompt = self._echoed(choice)
-        self._sent[index] = len(prompt)
-        return self._choice(index, prompt, None, None)
+        return self._choice(index, self._echoed(choice), None, None) if self.echo else None
 
-    def chunk(self, index: int, output: Output) -> Body:
-        """Returns a chunk with new text, or the last one."""
-        start = self._sent.get(index, 0)
-        self._sent[index] = start + len(output.text)
+    def chunk(self, index: int, choice: Choice, output: Output) -> Body:
+        """Returns a chunk with new text, or the last one. The lists of all chunks are together those of `whole`."""
         logprobs = None
         if self.n_top is not None:
-            texts = _texts([self._piece(id) for id in output.token_ids])
-            logprobs = self._listed(texts, output.token_ids, output.logprobs, output.top_logprobs, start)
+            if index not in self._streamed:
+                self._streamed[index] = self._after_prompt(choice, self.n_top)
+            final = output.finish_reason is not None
+            listing = self._streamed[index]
+            logprobs = listing.added(output.token_ids, output.logprobs, output.top_logprobs, final=final)
         return self._choice(index, output.text, logprobs, output.finish_reason)
 
     def _choice(self, index: int, text: str, logprobs: Body | None, finish_reason: str | None) -> Body:
@@ -131,73 +257,31 @@ class CompletionBodies:
 
     def _echoed(self, choice: Choice) -> str:
         """Returns the text of the prompt, except for a character at its end that the reply completes and contains."""
-        return "".join(_texts(self._pieces(choice.input.ids.tolist()))).rstrip(INCOMPLETE)
+        texts = _Tokens(self.tokenizer).texts(choice.input.ids.tolist(), final=True)
+        return "".join(texts).rstrip(INCOMPLETE)
 
-    def _pieces(self, ids: Sequence[int]) -> list[bytes]:
-        """Returns what each token adds to a text, without the space that Llama's tokenizers put before it."""
-        pieces = [self._piece(id) for id in ids]
-        first = next((i for i, piece in enumerate(pieces) if piece), None)
-        if first is not None and _n_spaces(b"".join(pieces)) > _n_spaces(self.tokenizer.decode(ids).encode()):
-            pieces[first] = pieces[first][1:]
-        return pieces
+    def _after_prompt(self, choice: Choice, n_top: int) -> _Listing:
+        """Returns a listing of the tokens after the prompt."""
+        listing = _Listing(self.tokenizer, n_top)
+        listing.skip(choice.input.ids.tolist(), 0 if self.echo else len(self._echoed(choice)))
+        return listing
 
-    def _logprobs(self, choice: Choice, reply: Reply) -> Body:
+    def _logprobs(self, choice: Choice, reply: Reply) -> Body | None:
         """Lists the tokens of the prompt, if it is repeated, and those of the reply. The first has no probability."""
-        prompt: list[int] = choice.input.ids.tolist()
-        texts, n = _texts(self._pieces([*prompt, *reply.token_ids])), len(prompt)
-        start = sum(map(len, texts[:n])) if self.echo else 0
-        found = self._listed(texts[n:], reply.token_ids, reply.logprobs or [], reply.top_logprobs or [], start)
+        if self.n_top is None:
+            return None
+        own = reply.token_ids, reply.logprobs or [], reply.top_logprobs or []
         if not self.echo:
-            return found
+            return self._after_prompt(choice, self.n_top).added(*own, final=True)
+        listing = _Listing(self.tokenizer, self.n_top)
         logprobs, top = [None, *(reply.prompt_logprobs or [])], [None, *(reply.prompt_top_logprobs or [])]
-        before = self._listed(texts[:n], prompt, logprobs, top, 0)
+        before = listing.added(choice.input.ids.tolist(), logprobs, top, final=not reply.token_ids)
+        found = listing.added(*own, final=True)
         return {name: before[name] + found[name] for name in found}
-
-    def _listed(
-        self,
-        texts: Sequence[str],
-        ids: Sequence[int],
-        logprobs: Sequence[float | None],
-        top: Sequence[dict[int, float] | None],
-        start: int,
-    ) -> Body:
-        """texts: of each token. start: characters before the first of them."""
-        return {
-            "tokens": list(texts),
-            "token_logprobs": list(logprobs),
-            "top_logprobs": [
-                None if likely is None else self._top(id, value, likely)
-                for id, value, likely in zip(ids, logprobs, top, strict=True)
-            ],
-            "text_offset": list(accumulate(map(len, texts), initial=start))[:-1],
-        }
-
-    def _piece(self, id: int) -> bytes:
-        """Returns what a token adds to the text: special tokens add nothing."""
-        return b"" if id in self.tokenizer.special else self.tokenizer.piece(id)
-
-    def _top(self, id: int, logprob: float | None, likely: dict[int, float]) -> dict[str, float]:
-        """Returns the most likely tokens and the chosen one. Of several with the same text, the likeliest counts."""
-        found: dict[str, float] = {}
-        chosen = [] if logprob is None else [(id, logprob)]
-        for one, value in [*_best(likely, max(1, self.n_top or 0)), *chosen]:
-            text = self.tokenizer.piece(one).decode(errors="replace")
-            found[text] = max(value, found.get(text, value))
-        return found
 
 
 def _best(likely: dict[int, float], n: int) -> list[tuple[int, float]]:
     return sorted(likely.items(), key=lambda pair: -pair[1])[:n]
-
-
-def _texts(pieces: Sequence[bytes]) -> list[str]:
-    """Returns the text of each token. Together they are the whole text: a character belongs to the last of its tokens.
-
-    Each byte that is not part of a character becomes U+FFFD, as in SentencePiece.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
-    last = len(pieces) - 1
-    return [_INVALID.sub(INCOMPLETE, decoder.decode(piece, final=i == last)) for i, piece in enumerate(pieces)]
 
 
 def _n_spaces(text: bytes) -> int:
@@ -208,5 +292,5 @@ def _n_spaces(text: bytes) -> int:
 async def events(bodies: AsyncIterator[Body]) -> AsyncIterator[bytes]:
     """Turns bodies into server-sent events, with the end mark that OpenAI's clients expect."""
     async for body in bodies:
-        yield b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+        yield b"data: " + _dumps(body).encode() + b"\n\n"
     yield b"data: [DONE]\n\n"

@@ -95,6 +95,15 @@ class ResponseFormat(_Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
+    def check(self) -> None:
+        """Raises ApiError if a schema is missing, or is given although the type does not use it."""
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ApiError(400, "response_format: json_schema is missing", param="response_format")
+        if self.type != "json_schema" and self.json_schema is not None:
+            problem = f"json_schema is not used by the type {self.type}"
+            expected = "set the type to json_schema, or leave json_schema out"
+            raise ApiError(400, f"response_format: {problem}; {expected}", param="response_format")
+
 
 class Sampling(BaseModel):
     """Parameters that chats and completions have in common."""
@@ -164,6 +173,8 @@ class ChatRequest(Sampling):
         if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
             problem = "max_tokens and max_completion_tokens differ; give one of them"
             raise ApiError(400, problem, param="max_completion_tokens")
+        if self.response_format:
+            self.response_format.check()
         for message in self.messages:
             for name, value in (message.model_extra or {}).items():
                 if name not in ("name",) and not _is_empty(value):

@@ -30,6 +30,7 @@ from llava.serve.generation import Choice, Generation, Origin
 from llava.serve.media import read_picture
 from llava.serve.metrics import Metrics
 from llava.serve.pictures import PicturePool, PictureSettings
+from llava.serve.responses import check_size
 from llava.serve.schema import (
     ChatRequest,
     CompletionRequest,
@@ -247,6 +248,7 @@ class Service:
 
     async def _start(self, choices: Sequence[Choice], adapter: str | None, client: Client) -> Generation:
         assert self._engine
+        check_size(choices, self._variant(adapter).model.config.decoder.max_seq, self.limits)
         origin = Origin(
             adapter=adapter,
             salt=client.salt,

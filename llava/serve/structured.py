@@ -40,9 +40,10 @@ class Grammars:
         self._tokenizer = LLTokenizer(TokenizerWrapper(_Pieces(tokenizer, vocab_size)))
 
     def masks(self, format: ResponseFormat, limits: Limits, n: int) -> Sequence[Mask]:
-        """Returns the masks of `n` choices, whose replies are JSON. Raises ApiError if the schema cannot be used."""
-        if format.type == "json_schema" and format.json_schema is None:
-            raise ApiError(400, "response_format: json_schema is missing", param="response_format")
+        """Returns the masks of `n` choices, whose replies are JSON. Raises ApiError if the schema cannot be used.
+
+        format: one that its own `check` has passed.
+        """
         schema = format.json_schema.json_schema if format.json_schema else ANY_OBJECT
         try:
             text = json.dumps(schema, allow_nan=False)

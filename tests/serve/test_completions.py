@@ -1,5 +1,8 @@
 """Completions over HTTP: text and token ids, repeated prompts and log-probabilities, as lm-evaluation-harness reads."""
 
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -237,3 +240,38 @@ def test_adapters_complete_text(adapted: Server):
     expected = adapted.reply(prepared, adapter="cats", max_new_tokens=6, strip=False).text
     assert adapted.complete(TEXT, model="cats", max_tokens=6).choices[0].text == expected
     assert adapted.complete(TEXT, max_tokens=6).choices[0].text != expected
+
+
+def test_the_server_answers_others_while_a_large_answer_is_built(server: Server):
+    rng = random.Random(1)
+    prompts = [[1] + [rng.randrange(300, 700) for _ in range(899)] for _ in range(16)]
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(server.post, "/v1/completions", prompt=prompts, echo=True, logprobs=20, max_tokens=0)
+        slowest = 0.0
+        while not asked.done():
+            began = time.perf_counter()
+            assert server.http.get("/health").status_code == 200
+            slowest = max(slowest, time.perf_counter() - began)
+            time.sleep(0.01)
+    assert sum(len(one["logprobs"]["tokens"]) for one in asked.result().json()["choices"]) == 16 * 900
+    assert slowest < 0.4
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"prompt": [[1] * 900] * 64, "echo": True, "logprobs": 20, "max_tokens": 0}, "logprobs"),
+        ({"prompt": ["a"] * 60, "n": 4, "logprobs": 5, "max_tokens": 1000}, "max_tokens"),
+        ({"prompt": ["a"] * 60, "n": 4, "logprobs": 5, "max_tokens": 1000, "stream": True}, "max_tokens"),
+    ],
+    ids=["prompts", "replies", "stream"],
+)
+def test_an_answer_that_could_be_too_large_is_refused(server: Server, options: dict[str, Any], param: str):
+    before = server.metric("llava_generation_tokens_total")
+    response = server.post("/v1/completions", **options)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert "tokens and log-probabilities; expected at most 1000000" in error["message"]
+    assert server.metric("llava_generation_tokens_total") == before
+    assert server.complete(["a"] * 60, n=4, max_tokens=1).usage.completion_tokens == 240  # none of them is counted

@@ -3,7 +3,9 @@
 import re
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from llava.serve.metrics import Metrics
 from tests.serving import Server, drawn, picture, text, user
 
 HISTOGRAMS = (
@@ -80,3 +82,41 @@ def test_labels_do_not_hold_what_clients_write(server: Server, path: str):
     found = server.http.get("/metrics").text
     assert path not in found
     assert "BREW" not in found
+
+
+@pytest.mark.parametrize("groups", [(1, 1, 1, 1, 1), (5,), (3, 2), (1, 4), (2, 1, 2)], ids=str)
+def test_every_token_has_one_latency_however_outputs_are_joined(groups: tuple[int, ...]):
+    """The time of the whole reply is that until its first token and those between its tokens."""
+    metrics, arrived, last = Metrics(), 10.0, None
+    for i, n_tokens in enumerate(groups):
+        metrics.output(now := 12.0 + i, arrived, last, n_tokens)
+        last = now
+    found = values(metrics)
+    assert found["llava_time_to_first_token_seconds_count"] == 1
+    assert found["llava_time_to_first_token_seconds_sum"] == 2.0
+    assert found["llava_inter_token_latency_seconds_count"] == sum(groups) - 1
+    assert found["llava_inter_token_latency_seconds_sum"] == pytest.approx(len(groups) - 1)
+    assert found["llava_generation_tokens_total"] == sum(groups)
+
+
+@pytest.mark.parametrize("last", [None, 11.0])
+def test_an_output_without_tokens_has_no_latency(last: float | None):
+    metrics = Metrics()
+    metrics.output(12.0, 10.0, last, 0)
+    found = values(metrics)
+    assert found["llava_time_to_first_token_seconds_count"] == 0
+    assert found["llava_inter_token_latency_seconds_count"] == 0
+
+
+def test_a_reply_without_tokens_has_no_time_to_its_first_token(server: Server):
+    server.waits_until("llava_num_requests_running", 0)
+    names = ("llava_time_to_first_token_seconds_count", "llava_e2e_request_latency_seconds_count")
+    before = [server.metric(name) for name in names]
+    server.complete("Hello", max_tokens=0)
+    assert [server.metric(name) - value for name, value in zip(names, before, strict=True)] == [0, 1]
+
+
+def values(metrics: Metrics) -> dict[str, float]:
+    """The values that have no labels, by name."""
+    families = text_string_to_metric_families(metrics.text().decode())
+    return {one.name: one.value for family in families for one in family.samples if not one.labels}

@@ -35,7 +35,7 @@ def streamed(server: Server, path: str, **body: Any) -> list[dict[str, Any]]:
 
 
 def chats(server: Server, **body: Any) -> list[dict[str, Any]]:
-    return streamed(server, "/v1/chat/completions", messages=HELLO, **body)
+    return streamed(server, "/v1/chat/completions", **{"messages": HELLO, **body})
 
 
 def joined(chunks: list[dict[str, Any]], index: int) -> str:
@@ -99,6 +99,20 @@ def test_usage_comes_in_a_last_chunk_if_asked_for(server: Server):
     assert "usage" not in chats(server, stream_options={"include_usage": False}, **options)[-1]
 
 
+def test_cached_tokens_are_those_of_the_first_choice_also_if_another_one_ends_first(server: Server):
+    """A prompt of two steps: its second choice finds it in the cache."""
+    ended_first = set()
+    for seed in range(2, 7):
+        messages = user(f"{seed} hours, " + "one, two, " * 140)
+        chunks = chats(server, messages=messages, n=2, seed=seed, temperature=1, stream_options={"include_usage": True})
+        usage = chunks[-1]["usage"]
+        assert usage["prompt_tokens"] > 512
+        assert usage["prompt_tokens_details"]["cached_tokens"] < 100
+        choices = [choice for chunk in chunks for choice in chunk["choices"]]
+        ended_first.add(next(one["index"] for one in choices if one["finish_reason"]))
+    assert 1 in ended_first
+
+
 def test_streamed_log_probabilities_are_those_of_the_whole_answer(server: Server):
     options: dict[str, Any] = {"max_tokens": 8, "logprobs": True, "top_logprobs": 2}
     whole = server.chat(HELLO, **options).choices[0].logprobs.content
@@ -129,14 +143,23 @@ def test_streams_of_completions_are_the_whole_answers(server: Server, echo: bool
     assert {one["object"] for one in chunks} == {"text_completion"}
 
 
-def test_streamed_offsets_are_those_of_the_whole_completion(server: Server):
-    options: dict[str, Any] = {"max_tokens": 8, "logprobs": 2}
-    whole = server.complete("The picture shows", **options).choices[0].logprobs
-    chunks = list(server.complete("The picture shows", stream=True, **options))
-    lists = [one.choices[0].logprobs for one in chunks]
-    assert [token for one in lists for token in one.tokens] == whole.tokens
-    assert [offset for one in lists for offset in one.text_offset] == whole.text_offset
-    assert [value for one in lists for value in one.token_logprobs] == pytest.approx(whole.token_logprobs, abs=1e-4)
+@pytest.mark.parametrize("prompt", ["The picture shows", [1], [1, 550, 233, 191]], ids=str)
+@pytest.mark.parametrize("stop", [None, ["ed", "plz"], ["edX", "plez", "aX", "nX", " tQ"]], ids=str)
+def test_streamed_tokens_and_offsets_are_those_of_the_whole_completion(server: Server, prompt: Any, stop: Any):
+    """Also if text was sent before its tokens, because it could be the beginning of a stop string."""
+    options: dict[str, Any] = {"prompt": prompt, "max_tokens": 12, "logprobs": 2, "n": 2, "stop": stop}
+    whole = server.complete(**options)
+    chunks = list(server.complete(stream=True, **options))
+    for choice in whole.choices:
+        mine = [one.choices[0] for one in chunks if one.choices[0].index == choice.index]
+        assert "".join(one.text for one in mine) == choice.text
+        lists = [one.logprobs for one in mine]
+        assert [token for one in lists for token in one.tokens] == choice.logprobs.tokens
+        assert [offset for one in lists for offset in one.text_offset] == choice.logprobs.text_offset
+        values = [value for one in lists for value in one.token_logprobs]
+        assert values == pytest.approx(choice.logprobs.token_logprobs, abs=1e-4)
+        tops = [list(top) for one in lists for top in one.top_logprobs]
+        assert tops == [list(top) for top in choice.logprobs.top_logprobs]
 
 
 def test_a_stream_with_a_mistake_is_an_ordinary_error(server: Server):

@@ -172,3 +172,22 @@ def test_a_schema_that_cannot_be_kept_is_refused(server: Server, wanted: dict[st
     assert error["param"] == "response_format"
     assert "schema" in error["message"]
     assert "llguidance" not in error["message"]
+
+
+@pytest.mark.parametrize("kind", ["json_object", "text"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/explain"])
+def test_a_schema_of_another_type_is_refused(server: Server, kind: str, path: str):
+    """It would be ignored, or applied although the type says otherwise."""
+    more: dict[str, Any] = {"messages": ASKED, "max_tokens": 4}
+    response = server.post(path, response_format=as_format(SCHEMAS["one word"]) | {"type": kind}, **more)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == "response_format"
+    assert f"json_schema is not used by the type {kind}" in error["message"]
+    server.posted(path, response_format={"type": kind, "json_schema": None}, **more)
+
+
+def test_a_missing_schema_is_an_error(server: Server):
+    response = server.post("/v1/chat/completions", messages=ASKED, response_format={"type": "json_schema"})
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["message"] == "response_format: json_schema is missing"
