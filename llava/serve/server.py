@@ -6,7 +6,8 @@ import logging
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -27,6 +28,7 @@ _KEEP_ALIVE_S = 15  # seconds that an idle connection is kept
 _CLOSE_S = 2.0  # seconds after draining in which responses can still be sent
 _UNREAD_S = 30  # seconds after which a client that reads nothing of its response is disconnected
 _BACKLOG = 1024  # connections that wait to be accepted
+_RETRY_S = 1.0  # seconds after which connections are accepted again if that has failed
 _SWITCH_S = 0.0005  # seconds after which a thread gives Python's lock to another one; Python's own choice is 0.005
 
 
@@ -48,7 +50,7 @@ def run(load: Callable[[], Assistant], settings: Settings) -> None:
 
         app = create(load, settings, on_ready=on_ready, on_failure=on_failure)
         state: State = app.state.llava
-        server = _Server(_config(app, settings), state, settings.drain_s)
+        server = _Server(_config(app, settings), state)
         server.run(sockets=[listening])
     finally:
         sys.setswitchinterval(switch_s)
@@ -77,7 +79,7 @@ def bind(host: str, port: int) -> socket.socket:
 def _config(app: Any, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=type("_LimitedProtocol", (_Protocol,), {"limits": settings.limits}),
+        http=_Protocol,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -91,17 +93,19 @@ def _config(app: Any, settings: Settings) -> uvicorn.Config:
 
 
 class _Protocol(H11Protocol):
-    """Closes connections whose client takes too long to send the head of a request, and those beyond a limit."""
+    """Closes connections whose client takes too long to send the head of a request."""
 
-    limits: Limits
-    _waiting: asyncio.TimerHandle | None = None
+    def __init__(self, limits: Limits, *args: Any):
+        super().__init__(*args)
+        self._limits = limits
+        self._waiting: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > self.limits.connections:
-            transport.close()
-            return
-        self._waiting = self.loop.call_later(self.limits.head_s, transport.close)
+        self._wait_for_head()
+
+    def _wait_for_head(self) -> None:  # `close` would wait until a client of TLS agrees
+        self._waiting = self.loop.call_later(self._limits.head_s, self.transport.abort)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -110,7 +114,7 @@ class _Protocol(H11Protocol):
             self._waiting.cancel()
             self._waiting = None
         elif not has_head and not self._waiting:  # the next request on a connection that is kept
-            self._waiting = self.loop.call_later(self.limits.head_s, self.transport.close)
+            self._wait_for_head()
 
     def send_400_response(self, msg: str) -> None:
         """Answers what is not HTTP in our own words, unless a response has begun."""
@@ -132,12 +136,63 @@ class _Protocol(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """Finishes the requests that run before it exits."""
+    """Limits the connections from the moment they are accepted, and finishes the requests that run before it exits."""
 
-    def __init__(self, config: uvicorn.Config, state: State, drain_s: float):
+    def __init__(self, config: uvicorn.Config, state: State):
         super().__init__(config)
-        self._state, self._drain_s = state, drain_s
+        self._state, self._limits = state, state.settings.limits
         self._drain: asyncio.Task[None] | None = None
+        self._connecting: set[asyncio.Task[None]] = set()  # those that accept, and those of TLS handshakes
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Starts the application, and accepts connections."""
+        await super().startup(sockets=[])  # with sockets, it would not know of connections before their TLS handshake
+        for listening in sockets or []:
+            listening.setblocking(False)
+            self._run(self._accept(listening))
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._connecting.add(task)
+        task.add_done_callback(self._connecting.discard)
+
+    async def _accept(self, listening: socket.socket) -> None:
+        """Accepts connections, and closes those beyond the limit."""
+        loop, connections = asyncio.get_running_loop(), self.server_state.connections
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(listening)
+            except OSError as error:  # such as too many open files
+                log.warning("connections cannot be accepted", extra={"reason": error.strerror})
+                await asyncio.sleep(_RETRY_S)
+                continue
+            if len(connections) < self._limits.connections:
+                protocol = _Protocol(self._limits, self.config, self.server_state, self.lifespan.state)
+                connections.add(protocol)
+                self._run(self._connect(connection, protocol))
+            else:
+                connection.close()
+            await asyncio.sleep(0)  # `sock_accept` does not, as long as connections wait
+
+    async def _connect(self, connection: socket.socket, protocol: _Protocol) -> None:
+        """Passes a connection to its protocol, after the TLS handshake if there is a certificate."""
+        tls = self.config.ssl
+        timeout = {"ssl_handshake_timeout": self._limits.head_s} if tls else {}
+        loop = asyncio.get_running_loop()
+        try:
+            with suppress(OSError):  # the handshake has failed, or took too long
+                await loop.connect_accepted_socket(lambda: protocol, connection, ssl=tls, **timeout)
+        finally:
+            if protocol.transport is None:  # it has not begun, so it will not end either
+                self.server_state.connections.discard(protocol)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends all connections, and the application with its processes and threads."""
+        connecting = list(self._connecting)
+        for task in connecting:
+            task.cancel()
+        await asyncio.gather(*connecting, return_exceptions=True)
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drains after the first signal, and exits at once after the second or while the model is being loaded."""
@@ -151,7 +206,7 @@ class _Server(uvicorn.Server):
         self._drain = asyncio.ensure_future(self._finish())
 
     async def _finish(self) -> None:
-        end = time.monotonic() + self._drain_s
+        end = time.monotonic() + self._state.settings.drain_s
         while self._state.service and self._state.service.n_active and time.monotonic() < end:
             await asyncio.sleep(0.02)
         self.should_exit = True

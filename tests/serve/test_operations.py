@@ -4,10 +4,12 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -188,20 +190,25 @@ def test_a_full_disk_for_logs_stops_nothing(vlm: llava.Assistant, tmp_path: Path
 
 
 LIMITED = """
+import sys
 import llava
 from llava.serve.access import Access
 from llava.serve.limits import Limits
 from llava.serve.server import run
 from llava.serve.settings import Settings
 
-limits = Limits(connections=5, head_s=0.5)
-run(lambda: llava.load(device="cpu"), Settings(name="tiny", access=Access(host="127.0.0.1"), port=0, limits=limits))
+certificate, key = sys.argv[2:] or (None, None)
+limits = Limits(connections=5, head_s=float(sys.argv[1]))
+settings = Settings(
+    name="tiny", access=Access(host="127.0.0.1"), port=0, limits=limits, certificate=certificate, private_key=key
+)
+run(lambda: llava.load(device="cpu"), settings)
 """
 
 
 def test_a_connection_without_a_request_is_closed(tmp_path: Path) -> None:
     """Also one whose request never ends, and those beyond the limit."""
-    with subprocess.Popen([sys.executable, "-c", LIMITED], stdout=subprocess.PIPE, cwd=PROJECT) as process:
+    with subprocess.Popen([sys.executable, "-c", LIMITED, "0.5"], stdout=subprocess.PIPE, cwd=PROJECT) as process:
         url = wait_for_output(process, "\n").split()[-1]
         port = int(url.rsplit(":", 1)[1])
 
@@ -233,6 +240,53 @@ def test_a_connection_without_a_request_is_closed(tmp_path: Path) -> None:
             process.kill()
 
 
+def is_closed(connection: socket.socket) -> bool:
+    """Waits until the server has closed a connection, and returns whether it sent nothing before."""
+    with suppress(ConnectionError):  # it may be reset
+        return not connection.recv(1000)
+    return True
+
+
+def test_connections_without_a_tls_handshake_are_limited_and_closed(tmp_path: Path) -> None:
+    """Those beyond the limit at once, the others after `head_s`. Others are answered meanwhile, and afterwards."""
+    head_s, (file, key) = 3.0, certificate(tmp_path, "localhost")
+    arguments = [sys.executable, "-c", LIMITED, str(head_s), str(file), str(key)]
+    context = ssl.create_default_context(cafile=str(file))
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, cwd=PROJECT) as process, ExitStack() as stack:
+        url = wait_for_output(process, "\n").split()[-1].replace("127.0.0.1", "localhost")
+        address = ("127.0.0.1", int(url.rsplit(":", 1)[1]))
+
+        def opened(n: int, sent: bytes) -> list[socket.socket]:
+            several = [socket.create_connection(address, timeout=TIMEOUT_S) for _ in range(n)]
+            for one in several:
+                stack.enter_context(one)
+                with suppress(ConnectionError):  # it may be closed already
+                    one.sendall(sent)
+            return several
+
+        try:
+            for sent in (b"", b"\x16\x03\x01\x02\x00\x01"):  # nothing, and the first bytes of a handshake
+                started = time.monotonic()
+                several = opened(4, sent)
+                assert httpx.get(f"{url}/health", verify=context).status_code == 200
+                time.sleep(0.1)
+                several += opened(40, sent)
+                assert all(map(is_closed, several[5:]))
+                assert time.monotonic() - started < head_s
+                assert all(map(is_closed, several[:5]))
+                assert head_s - 0.5 < time.monotonic() - started < head_s + 10
+            for one in opened(20, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"):  # it is no handshake
+                is_closed(one)
+            with socket.create_connection(address, timeout=TIMEOUT_S) as raw:
+                silent = context.wrap_socket(raw, server_hostname="localhost")  # and no request after it
+                assert is_closed(silent)
+            assert httpx.get(f"{url}/health", verify=context).status_code == 200
+            process.terminate()
+            assert process.wait(TIMEOUT_S) == 0
+        finally:
+            process.kill()
+
+
 def test_https_is_served_with_a_certificate(vlm: llava.Assistant, tmp_path: Path) -> None:
     file, key = certificate(tmp_path, "localhost")
     process = start("serve", "--port", "0", "--device", "cpu", "--certificate", file, "--private-key", key)
@@ -240,8 +294,6 @@ def test_https_is_served_with_a_certificate(vlm: llava.Assistant, tmp_path: Path
         line = wait_for_output(process, "\n")
         url = line.split()[-1].replace("127.0.0.1", "localhost")
         assert url.startswith("https://")
-        import ssl
-
         context = ssl.create_default_context(cafile=str(file))
         assert httpx.get(f"{url}/ready", verify=context).status_code == 200
         process.send_signal(signal.SIGTERM)
