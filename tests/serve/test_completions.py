@@ -267,6 +267,7 @@ def test_the_server_answers_others_while_a_large_answer_is_built(server: Server)
     ids=["prompts", "replies", "stream"],
 )
 def test_an_answer_that_could_be_too_large_is_refused(server: Server, options: dict[str, Any], param: str):
+    server.waits_until("llava_num_requests_running", 0)
     before = server.metric("llava_generation_tokens_total")
     response = server.post("/v1/completions", **options)
     assert response.status_code == 400, response.text
