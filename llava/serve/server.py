@@ -3,9 +3,9 @@
 import asyncio
 import json
 import logging
+import os
 import socket
 import sys
-import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from types import FrameType
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 _KEEP_ALIVE_S = 15  # seconds that an idle connection is kept
 _CLOSE_S = 2.0  # seconds after draining in which responses can still be sent
 _UNREAD_S = 30  # seconds after which a client that reads nothing of its response is disconnected
+_INTERRUPTED = 130  # exit code after a second signal, as that of other commands after one
 _BACKLOG = 1024  # connections that wait to be accepted
 _RETRY_S = 1.0  # seconds after which connections are accepted again if that has failed
 _SWITCH_S = 0.0005  # seconds after which a thread gives Python's lock to another one; Python's own choice is 0.005
@@ -142,6 +143,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._state, self._limits = state, state.settings.limits
         self._drain: asyncio.Task[None] | None = None
+        self._n_signals = 0
         self._connecting: set[asyncio.Task[None]] = set()  # those that accept, and those of TLS handshakes
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -193,22 +195,33 @@ class _Server(uvicorn.Server):
             task.cancel()
         await asyncio.gather(*connecting, return_exceptions=True)
         await super().shutdown(sockets)
+        await self.lifespan.shutdown()  # uvicorn leaves it out if it does not wait for all connections
+        if running := list(self.server_state.tasks):  # they send an error now
+            await asyncio.wait(running, timeout=_CLOSE_S)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        await asyncio.get_running_loop().shutdown_default_executor()  # here, a second signal still ends everything
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drains after the first signal, and exits at once after the second or while the model is being loaded."""
-        if self._state.draining or self._state.service is None:
+        """Drains after the first signal, or exits if the model is being loaded. Ends the process after the second."""
+        self._n_signals += 1
+        service = self._state.service
+        if self._n_signals > 1:
+            if service:
+                service.stop_pictures()
+            os._exit(_INTERRUPTED)
+        if service is None:
             self.should_exit = self.force_exit = True
-            return
-        self._state.draining = True
-        asyncio.get_running_loop().call_soon_threadsafe(self._start_draining)
+        else:
+            self._state.draining = True
+            asyncio.get_running_loop().call_soon_threadsafe(self._start_draining)
 
     def _start_draining(self) -> None:
         self._drain = asyncio.ensure_future(self._finish())
 
     async def _finish(self) -> None:
-        end = time.monotonic() + self._state.settings.drain_s
-        while self._state.service and self._state.service.n_active and time.monotonic() < end:
-            await asyncio.sleep(0.02)
+        if running := list(self.server_state.tasks):  # new ones are refused
+            await asyncio.wait(running, timeout=self._state.settings.drain_s)
         self.should_exit = True
         await asyncio.sleep(_CLOSE_S)
         self.force_exit = True

@@ -84,7 +84,7 @@ class Service:
         self.created = int(time.time())
         self._engine: EngineThread | None = None
         self._pools: dict[PictureSettings, PicturePool] = {}
-        self._n_active = 0  # choices
+        self._n_active = 0  # choices that wait or run
         self._n_explained = 0  # of them
         variants = {one: self._variant(one) for one in self.adapters.values()}
         self._text_limits = {
@@ -102,24 +102,27 @@ class Service:
         for adapter in self.adapters.values():
             if (settings := self._picture_settings(adapter)) and settings not in self._pools:
                 self._pools[settings] = PicturePool(settings, self.limits)
-        await asyncio.gather(*(pool.start() for pool in self._pools.values()))
+        try:
+            await asyncio.gather(*(pool.start() for pool in self._pools.values()))
+        except BaseException:  # also if it is cancelled
+            await self.stop()
+            raise
 
     async def stop(self) -> None:
-        """Stops the engine and the processes."""
-        for pool in self._pools.values():
-            pool.stop()
+        """Stops the processes and the engine."""
+        self.stop_pictures()
         if self._engine:
             await asyncio.to_thread(self._engine.stop)
+
+    def stop_pictures(self) -> None:
+        """Kills the processes that read pictures, from any thread or signal handler."""
+        for pool in self._pools.values():
+            pool.stop()
 
     @property
     def is_alive(self) -> bool:
         """Whether requests are computed."""
         return self._engine is not None and self._engine.is_alive
-
-    @property
-    def n_active(self) -> int:
-        """Choices that wait or run."""
-        return self._n_active
 
     def adapter(self, model: str) -> str | None:
         """Returns the adapter behind a model's name. Raises ApiError if there is no such model."""
