@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Callable, Coroutine
@@ -17,9 +18,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llava.assistant import Assistant
 from llava.errors import ConfigError, LlavaError
+from llava.serve.access import log as access_log
 from llava.serve.app import State, create
 from llava.serve.errors import ApiError
 from llava.serve.limits import Limits
+from llava.serve.metrics import Metrics
 from llava.serve.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -96,9 +99,9 @@ def _config(app: Any, settings: Settings) -> uvicorn.Config:
 class _Protocol(H11Protocol):
     """Closes connections whose client takes too long to send the head of a request."""
 
-    def __init__(self, limits: Limits, *args: Any):
+    def __init__(self, limits: Limits, metrics: Metrics, *args: Any):
         super().__init__(*args)
-        self._limits = limits
+        self._limits, self._metrics = limits, metrics
         self._waiting: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -119,12 +122,29 @@ class _Protocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answers what is not HTTP in our own words, unless a response has begun."""
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            body = json.dumps(ApiError(400, "the request is not valid HTTP, or its head is too large").body()).encode()
-            headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
-            response = h11.Response(status_code=400, headers=list(headers.items()), reason=b"Bad Request")
-            for event in (response, h11.Data(data=body), h11.EndOfMessage()):
-                self.transport.write(self.conn.send(event) or b"")
+        if self.conn.our_state is not h11.IDLE:  # its head was valid; the application gives it an id, and logs it
+            self.loop.call_soon(self._refuse_body)
+            return
+        id = f"req-{secrets.token_hex(12)}"
+        self._answer_400(id)
+        self._metrics.response("other", 400)
+        client = self.client[0] if self.client else ""
+        about = {"method": "other", "route": "other", "status": 400, "error": None, "seconds": 0.0, "client": client}
+        access_log.info("request", extra={"request_id": id, **about})
+
+    def _refuse_body(self) -> None:
+        id = self.scope["state"].get("id")
+        if id and self.conn.our_state is h11.SEND_RESPONSE:
+            self._answer_400(id)
+        self.transport.close()
+
+    def _answer_400(self, id: str) -> None:
+        body = json.dumps(ApiError(400, "the request is not valid HTTP, or its head is too large").body()).encode()
+        headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+        raw = list({**headers, "x-request-id": id, "x-content-type-options": "nosniff"}.items())
+        response = h11.Response(status_code=400, headers=raw, reason=b"Bad Request")
+        for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
     def _should_upgrade(self) -> bool:
@@ -169,7 +189,9 @@ class _Server(uvicorn.Server):
                 await asyncio.sleep(_RETRY_S)
                 continue
             if len(connections) < self._limits.connections:
-                protocol = _Protocol(self._limits, self.config, self.server_state, self.lifespan.state)
+                protocol = _Protocol(
+                    self._limits, self._state.metrics, self.config, self.server_state, self.lifespan.state
+                )
                 connections.add(protocol)
                 self._run(self._connect(connection, protocol))
             else:
