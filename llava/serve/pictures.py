@@ -13,6 +13,7 @@ import multiprocessing.connection
 import os
 import re
 import signal
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -72,9 +73,9 @@ class PicturePool:
             self._idle.put_nowait(one)
 
     def stop(self) -> None:
-        """Kills the processes."""
+        """Kills the processes, from any thread or signal handler. No picture is read any more."""
         for one in self._workers:
-            one.kill()
+            one.stop()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     @property
@@ -96,12 +97,14 @@ class PicturePool:
 
 
 class _Worker:
-    """One process, which is started again after it has died or has been killed."""
+    """One process, which is started again after it has died or has been killed, until it is stopped."""
 
     def __init__(self, context: Any, settings: PictureSettings, limits: Limits):
         self._context, self._settings, self._limits = context, settings, limits
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
+        self._lock = threading.RLock()  # guards the start of a process and `_stopped`; a signal may interrupt `stop`
+        self._stopped = False
 
     @property
     def pid(self) -> int:
@@ -109,16 +112,31 @@ class _Worker:
         return (self._process and self._process.pid) or 0
 
     def start(self) -> None:
-        """Starts the process, and waits until it is ready."""
+        """Starts the process, and waits until it is ready. Raises EOFError, OSError or ImageError."""
         self.kill()
-        self._connection, child = self._context.Pipe()
-        arguments = (child, self._settings, self._limits)
-        self._process = self._context.Process(target=_run, args=arguments, name="pictures", daemon=True)
-        assert self._process
-        self._process.start()
-        child.close()
-        if not self._connection or not self._connection.poll(_START_S) or self._connection.recv_bytes() != b"ready":
+        connection = self._connection = self._spawn()
+        if not connection.poll(_START_S) or connection.recv_bytes() != b"ready":
             raise ImageError("a process that reads pictures cannot be started")
+
+    def _spawn(self) -> Connection:
+        with self._lock:
+            if self._stopped:
+                raise ImageError("the processes that read pictures have been stopped")
+            connection, child = self._context.Pipe()
+            arguments = (child, self._settings, self._limits)
+            process = self._context.Process(target=_run, args=arguments, name="pictures", daemon=True)
+            process.start()
+            self._process = process
+        child.close()
+        return connection
+
+    def stop(self) -> None:
+        """Kills the process for good. A thread that waits for it sees that its connection has ended."""
+        with self._lock:
+            self._stopped = True
+            if process := self._process:
+                process.kill()
+                process.join()
 
     def kill(self) -> None:
         """Kills the process."""

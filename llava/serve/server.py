@@ -3,9 +3,10 @@
 import asyncio
 import json
 import logging
+import os
+import secrets
 import socket
 import sys
-import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from types import FrameType
@@ -17,9 +18,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llava.assistant import Assistant
 from llava.errors import ConfigError, LlavaError
+from llava.serve.access import log as access_log
 from llava.serve.app import State, create
 from llava.serve.errors import ApiError
 from llava.serve.limits import Limits
+from llava.serve.metrics import Metrics
 from llava.serve.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -27,6 +30,7 @@ log = logging.getLogger(__name__)
 _KEEP_ALIVE_S = 15  # seconds that an idle connection is kept
 _CLOSE_S = 2.0  # seconds after draining in which responses can still be sent
 _UNREAD_S = 30  # seconds after which a client that reads nothing of its response is disconnected
+_INTERRUPTED = 130  # exit code after a second signal, as that of other commands after one
 _BACKLOG = 1024  # connections that wait to be accepted
 _RETRY_S = 1.0  # seconds after which connections are accepted again if that has failed
 _SWITCH_S = 0.0005  # seconds after which a thread gives Python's lock to another one; Python's own choice is 0.005
@@ -95,9 +99,9 @@ def _config(app: Any, settings: Settings) -> uvicorn.Config:
 class _Protocol(H11Protocol):
     """Closes connections whose client takes too long to send the head of a request."""
 
-    def __init__(self, limits: Limits, *args: Any):
+    def __init__(self, limits: Limits, metrics: Metrics, *args: Any):
         super().__init__(*args)
-        self._limits = limits
+        self._limits, self._metrics = limits, metrics
         self._waiting: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -118,12 +122,29 @@ class _Protocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answers what is not HTTP in our own words, unless a response has begun."""
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            body = json.dumps(ApiError(400, "the request is not valid HTTP, or its head is too large").body()).encode()
-            headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
-            response = h11.Response(status_code=400, headers=list(headers.items()), reason=b"Bad Request")
-            for event in (response, h11.Data(data=body), h11.EndOfMessage()):
-                self.transport.write(self.conn.send(event) or b"")
+        if self.conn.our_state is not h11.IDLE:  # its head was valid; the application gives it an id, and logs it
+            self.loop.call_soon(self._refuse_body)
+            return
+        id = f"req-{secrets.token_hex(12)}"
+        self._answer_400(id)
+        self._metrics.response("other", 400)
+        client = self.client[0] if self.client else ""
+        about = {"method": "other", "route": "other", "status": 400, "error": None, "seconds": 0.0, "client": client}
+        access_log.info("request", extra={"request_id": id, **about})
+
+    def _refuse_body(self) -> None:
+        id = self.scope["state"].get("id")
+        if id and self.conn.our_state is h11.SEND_RESPONSE:
+            self._answer_400(id)
+        self.transport.close()
+
+    def _answer_400(self, id: str) -> None:
+        body = json.dumps(ApiError(400, "the request is not valid HTTP, or its head is too large").body()).encode()
+        headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+        raw = list({**headers, "x-request-id": id, "x-content-type-options": "nosniff"}.items())
+        response = h11.Response(status_code=400, headers=raw, reason=b"Bad Request")
+        for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
     def _should_upgrade(self) -> bool:
@@ -142,6 +163,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._state, self._limits = state, state.settings.limits
         self._drain: asyncio.Task[None] | None = None
+        self._n_signals = 0
         self._connecting: set[asyncio.Task[None]] = set()  # those that accept, and those of TLS handshakes
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -167,7 +189,9 @@ class _Server(uvicorn.Server):
                 await asyncio.sleep(_RETRY_S)
                 continue
             if len(connections) < self._limits.connections:
-                protocol = _Protocol(self._limits, self.config, self.server_state, self.lifespan.state)
+                protocol = _Protocol(
+                    self._limits, self._state.metrics, self.config, self.server_state, self.lifespan.state
+                )
                 connections.add(protocol)
                 self._run(self._connect(connection, protocol))
             else:
@@ -193,22 +217,33 @@ class _Server(uvicorn.Server):
             task.cancel()
         await asyncio.gather(*connecting, return_exceptions=True)
         await super().shutdown(sockets)
+        await self.lifespan.shutdown()  # uvicorn leaves it out if it does not wait for all connections
+        if running := list(self.server_state.tasks):  # they send an error now
+            await asyncio.wait(running, timeout=_CLOSE_S)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        await asyncio.get_running_loop().shutdown_default_executor()  # here, a second signal still ends everything
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drains after the first signal, and exits at once after the second or while the model is being loaded."""
-        if self._state.draining or self._state.service is None:
+        """Drains after the first signal, or exits if the model is being loaded. Ends the process after the second."""
+        self._n_signals += 1
+        service = self._state.service
+        if self._n_signals > 1:
+            if service:
+                service.stop_pictures()
+            os._exit(_INTERRUPTED)
+        if service is None:
             self.should_exit = self.force_exit = True
-            return
-        self._state.draining = True
-        asyncio.get_running_loop().call_soon_threadsafe(self._start_draining)
+        else:
+            self._state.draining = True
+            asyncio.get_running_loop().call_soon_threadsafe(self._start_draining)
 
     def _start_draining(self) -> None:
         self._drain = asyncio.ensure_future(self._finish())
 
     async def _finish(self) -> None:
-        end = time.monotonic() + self._state.settings.drain_s
-        while self._state.service and self._state.service.n_active and time.monotonic() < end:
-            await asyncio.sleep(0.02)
+        if running := list(self.server_state.tasks):  # new ones are refused
+            await asyncio.wait(running, timeout=self._state.settings.drain_s)
         self.should_exit = True
         await asyncio.sleep(_CLOSE_S)
         self.force_exit = True

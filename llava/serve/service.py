@@ -110,27 +110,30 @@ class Service:
         for adapter in self.adapters.values():
             if (settings := self._picture_settings(adapter)) and settings not in self._pools:
                 self._pools[settings] = PicturePool(settings, self.limits)
-        await asyncio.gather(*(pool.start() for pool in self._pools.values()))
+        try:
+            await asyncio.gather(*(pool.start() for pool in self._pools.values()))
+        except BaseException:  # also if it is cancelled
+            await self.stop()
+            raise
 
     async def stop(self) -> None:
-        """Stops the engine and the processes."""
-        for pool in self._pools.values():
-            pool.stop()
+        """Stops the processes and the engine."""
+        self.stop_pictures()
         self._fetching.shutdown(wait=False, cancel_futures=True)
         if self._engine:
             await asyncio.to_thread(self._engine.stop)
         if self._n_threads:
             torch.set_num_threads(self._n_threads)
 
+    def stop_pictures(self) -> None:
+        """Kills the processes that read pictures, from any thread or signal handler."""
+        for pool in self._pools.values():
+            pool.stop()
+
     @property
     def is_alive(self) -> bool:
         """Whether requests are computed."""
         return self._engine is not None and self._engine.is_alive
-
-    @property
-    def n_active(self) -> int:
-        """Choices that wait or run, and explanations."""
-        return self._n_active + self._n_explained
 
     def adapter(self, model: str) -> str | None:
         """Returns the adapter behind a model's name. Raises ApiError if there is no such model."""

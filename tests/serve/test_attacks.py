@@ -1,5 +1,6 @@
 """What hostile clients do to the server: malformed requests, bombs, tricks with headers, and vanishing."""
 
+import json
 import os
 import random
 import socket
@@ -277,10 +278,20 @@ POST = f"POST {COMPLETION} HTTP/1.1\r\nHost: localhost\r\n{AUTHORIZED}\r\nConten
     ],
     ids=range(13),
 )
-def test_what_is_not_http_gets_an_error_of_ours(victim: Victim, request_: bytes) -> None:
+def test_what_is_not_http_gets_an_error_of_ours_and_is_logged_and_counted(victim: Victim, request_: bytes) -> None:
+    before = n_responses(victim, 400)
     answer = victim.send(request_)
     refused(answer, 400, "not valid HTTP")
     assert answer.headers["connection"] == "close"
+    assert wait_until(lambda: n_responses(victim, 400) == before + 1)
+    lines = [line for line in victim.log.read_text().splitlines() if answer.headers["x-request-id"] in line]
+    assert [json.loads(line)["status"] for line in lines] == [400]
+
+
+def n_responses(victim: Victim, status: int) -> float:
+    """How many responses with a status the server has counted."""
+    lines = victim.get("/metrics").body.decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if "_responses_total{" in line and f'="{status}"' in line)
 
 
 def test_a_body_that_is_broken_after_the_answer_only_ends_the_connection(victim: Victim) -> None:

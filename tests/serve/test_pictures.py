@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import multiprocessing
 import os
 import signal
 import time
@@ -243,3 +244,20 @@ def test_no_picture_of_the_server_is_lost_when_its_processes_are_killed(server: 
         assert [one.result().status for one in answers] == [200, 200]
     assert not set(before) & set(server.children)
     server.assert_unharmed()
+
+
+def test_a_pool_that_is_stopped_while_it_reads_starts_no_process(settings: PictureSettings, slow: bytes) -> None:
+    async def use(pool: PicturePool) -> tuple[Any, list[int], list[int]]:
+        reading = asyncio.ensure_future(pool.read(slow))
+        await asyncio.sleep(0.2)
+        before = pool.pids
+        pool.stop()
+        (found,) = await asyncio.gather(reading, return_exceptions=True)
+        return found, before, [one.pid or 0 for one in multiprocessing.active_children()]
+
+    others = {one.pid for one in multiprocessing.active_children()}
+    with pool_of_one(settings, Limits()) as pooled:
+        error, before, after = pooled(use)
+    assert (error.status, error.code) == (503, "pictures_unavailable")
+    assert before[0] not in after
+    assert set(after) <= others
