@@ -356,3 +356,25 @@ def a_complex_schema(w: World) -> Steps:
     with mock.patch.object(structured, "any", return_value=False, create=True):
         yield chat("Hi", response_format=in_schema(SCHEMA))
     yield chat("Hi", response_format=in_schema(SCHEMA))
+
+
+@advice("set the type to json_schema, or leave json_schema out")
+def a_schema_beside_another_type(w: World) -> Steps:
+    yield chat("Hi", response_format=in_schema(SCHEMA) | {"type": "json_object"})
+    yield chat("Hi", response_format=in_schema(SCHEMA))
+
+
+@advice("set max_tokens (or max_completion_tokens of a chat) to at most {}")
+def an_answer_of_too_many_tokens(w: World) -> Steps:
+    few = client(Limits(answer_values=20))
+    said = yield post("/v1/completions", prompt="a red apple", max_tokens=50, logprobs=1, of=lambda: few)
+    n = int(said.text.split("at most ")[-1].split()[0])
+    yield post("/v1/completions", prompt="a red apple", max_tokens=n, logprobs=1, of=lambda: few)
+
+
+@advice("{}: set logprobs to at most {}")
+def an_answer_of_too_many_logprobs(w: World) -> Steps:
+    few, echo = client(Limits(answer_values=40)), {"echo": True, "prompt": [[1, 300, 301, 302, 303, 304]]}
+    said = yield post("/v1/completions", max_tokens=1, logprobs=10, of=lambda: few, **echo)
+    n = int(said.text.split("at most ")[-1].split()[0])
+    yield post("/v1/completions", max_tokens=1, logprobs=n, of=lambda: few, **echo)
