@@ -46,13 +46,13 @@ class Queries:
         """The same for all layers, therefore computed once."""
         at = torch.arange(len(self.rows), device=self.rows.device)
         is_new = F.pad(self.rows[1:] != self.rows[:-1], (1, 0), value=True)  # the first token of a sequence
-        place = (at - at.where(is_new, 0).cummax(0).values) % _QUERIES
-        tile = (place == 0).cumsum(0) - 1
-        first = at[place == 0]
+        query = (at - at.where(is_new, 0).cummax(0).values) % _QUERIES
+        tile = (query == 0).cumsum(0) - 1
+        first = at[query == 0]
         positions = self.positions[first, None].repeat(1, _QUERIES)
-        positions[tile, place] = self.positions
+        positions[tile, query] = self.positions
         parts = zip(positions.split(_TILES), self.rows[first].split(_TILES), strict=True)
-        return Tiling(tile, place, [list(self._blocks(*part)) for part in parts])
+        return Tiling(tile, query, [list(self._blocks(*part)) for part in parts])
 
     def _blocks(self, positions: Tensor, rows: Tensor) -> Iterator[Block]:
         """positions [N, Q], rows [N] of some tiles"""
@@ -84,7 +84,7 @@ class Tiling(NamedTuple):
     """How the eager twin divides the new tokens: a tile has up to `_QUERIES` tokens of one sequence."""
 
     tile: Tensor  # int64 [S], of each token
-    place: Tensor  # int64 [S], of each token in its tile
+    query: Tensor  # int64 [S], the index of each token in its tile
     blocks: list[list[Block]]  # what each `_TILES` tiles read, one after the other
 
 
@@ -149,12 +149,12 @@ def invariant_attention(q: Tensor, k: Tensor, v: Tensor, queries: Queries) -> Te
 
 def eager_invariant_attention(q: Tensor, k: Tensor, v: Tensor, queries: Queries) -> Tensor:
     """Computes the same with products of fixed shapes."""
-    tile, place, blocks = queries.tiling
+    tile, query, blocks = queries.tiling
     tiled = q.new_zeros(len(blocks) * _TILES, _QUERIES, *q.shape[1:], dtype=torch.float32)
-    tiled[tile, place] = q.float() * q.shape[-1] ** -0.5
+    tiled[tile, query] = q.float() * q.shape[-1] ** -0.5
     copies = tiled.new_empty(2, _TILES * k.shape[2], _TWIN_SLOTS, q.shape[-1])  # of a block of keys and values
     y = torch.cat([_tiles(part, (k, v), read, copies) for part, read in zip(tiled.split(_TILES), blocks, strict=True)])
-    return y[tile, place].to(q.dtype)
+    return y[tile, query].to(q.dtype)
 
 
 def _tiles(q: Tensor, caches: tuple[Tensor, Tensor], blocks: list[Block], copies: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
-
-import torch
 
 from llava.assistant import Assistant
 from llava.engine.adapters import Variant
@@ -28,18 +25,12 @@ from llava.serve.errors import ApiError
 from llava.serve.fetch import MediaFetcher
 from llava.serve.generation import Choice, Generation, Origin
 from llava.serve.media import read_picture
+from llava.serve.messages import picture_urls, texts, with_pictures
 from llava.serve.metrics import Metrics
 from llava.serve.pictures import PicturePool, PictureSettings
 from llava.serve.responses import check_size
-from llava.serve.schema import (
-    ChatRequest,
-    CompletionRequest,
-    ExplainRequest,
-    ImagePart,
-    Message,
-    Sampling,
-    TokenizeRequest,
-)
+from llava.serve.sampling import sampling_params, with_own_seed
+from llava.serve.schema import ChatRequest, CompletionRequest, ExplainRequest, Message, Sampling, TokenizeRequest
 from llava.serve.settings import Settings
 from llava.serve.structured import Grammars
 from llava.serve.text import TextLimit
@@ -47,9 +38,7 @@ from llava.serve.waiting import all_of, within
 
 log = logging.getLogger(__name__)
 
-_SEEDS = 2**63
 _FETCHES = 16  # pictures that are fetched at the same time
-_BIAS = 100.0  # largest absolute value, as in OpenAI's API
 _DEFAULT_COMPLETION = 16  # tokens, as in OpenAI's API
 
 
@@ -123,7 +112,7 @@ class Service:
         if self._engine:
             await asyncio.to_thread(self._engine.stop)
         if self._n_threads:
-            torch.set_num_threads(self._n_threads)
+            use_threads(self._n_threads)
 
     def stop_pictures(self) -> None:
         """Kills the processes that read pictures, from any thread or signal handler."""
@@ -186,7 +175,7 @@ class Service:
         input = await self._conversation(request.messages, adapter)
         grammars = await asyncio.to_thread(self._masks, request, adapter)
         return [
-            Choice(input=input, params=replace(_with_seed(params, i), logits_mask=mask))
+            Choice(input=input, params=replace(with_own_seed(params, i), logits_mask=mask))
             for i, mask in enumerate(grammars)
         ]
 
@@ -206,7 +195,7 @@ class Service:
             params = replace(params, logprobs=n, prompt_logprobs=n if request.echo else 0)
         inputs = await asyncio.to_thread(self._prompts, request.prompts, adapter)
         n = request.n or 1
-        return [Choice(input=input, params=_with_seed(params, i)) for input in inputs for i in range(n)]
+        return [Choice(input=input, params=with_own_seed(params, i)) for input in inputs for i in range(n)]
 
     async def explain(self, request: ExplainRequest, client: Client) -> Generation:
         """Starts a chat whose attention is captured. Raises LlavaError."""
@@ -277,15 +266,14 @@ class Service:
         """Prepares a conversation with its pictures. The text is literal."""
         if messages[-1].role != "user":
             raise ApiError(400, "messages: the last one has to be from the user", param="messages")
-        self._text_limits[adapter].check(text for one in messages for text in _texts(one))
-        urls = [part.image_url.url for one in messages for part in _parts(one) if isinstance(part, ImagePart)]
+        self._text_limits[adapter].check(texts(messages))
+        urls = picture_urls(messages)
         if len(urls) > self.limits.pictures:
             message = f"the messages have {len(urls)} pictures; expected at most {self.limits.pictures}"
             raise ApiError(400, message, param="messages")
         if urls and self._picture_settings(adapter) is None:
             raise ApiError(400, "this model has no vision tower; leave the pictures out", param="messages")
-        pictures = iter(await all_of(self._read(url, adapter) for url in urls))
-        plain = [_plain(one, pictures) for one in messages]
+        plain = with_pictures(messages, await all_of(self._read(url, adapter) for url in urls))
         return await asyncio.to_thread(self.assistant.engine.inputs.prepare, plain, adapter=adapter, literal=True)
 
     async def _read(self, url: str, adapter: str | None) -> Preprocessed:
@@ -318,20 +306,7 @@ class Service:
 
     def _params(self, request: Sampling, adapter: str | None, *, max_new_tokens: int) -> SamplingParams:
         vocab_size = self._variant(adapter).model.config.decoder.vocab_size
-        top_p = None if request.top_p is None or request.top_p >= 1 else max(request.top_p, 1e-9)
-        return SamplingParams(
-            max_new_tokens=max_new_tokens,
-            temperature=1.0 if request.temperature is None else request.temperature,
-            top_p=top_p,
-            top_k=request.top_k if request.top_k and request.top_k > 0 else None,
-            min_p=request.min_p,
-            repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
-            presence_penalty=request.presence_penalty or 0.0,
-            frequency_penalty=request.frequency_penalty or 0.0,
-            logit_bias=_bias(request.logit_bias or {}, vocab_size),
-            seed=None if request.seed is None else request.seed % _SEEDS,
-            stop=tuple(request.stops),
-        )
+        return sampling_params(request, vocab_size=vocab_size, max_new_tokens=max_new_tokens)
 
     def _masks(self, request: ChatRequest, adapter: str | None) -> list[Any]:
         """Returns a mask for each choice, or None for those without a response format."""
@@ -366,44 +341,3 @@ def client_error(error: LlavaError, param: str = "messages") -> ApiError:
         return ApiError(400, str(error), param=param)
     log.error("a request failed", extra={"reason": str(error)})
     return ApiError(500, "the server failed to answer this request")  # the reason may have words of a library
-
-
-def _with_seed(params: SamplingParams, index: int) -> SamplingParams:
-    """Choices with a seed differ from each other, and are the same in the next request."""
-    return params if params.seed is None or not index else replace(params, seed=(params.seed + index) % _SEEDS)
-
-
-def _parts(message: Message) -> Sequence[Any]:
-    return message.content if isinstance(message.content, list) else ()
-
-
-def _texts(message: Message) -> Iterator[str]:
-    if isinstance(message.content, str):
-        yield message.content
-    yield from (part.text for part in _parts(message) if not isinstance(part, ImagePart))
-
-
-def _plain(message: Message, pictures: Any) -> dict[str, Any]:
-    """Returns a message in our own form. pictures: an iterator over those of all messages."""
-    role = "system" if message.role == "developer" else message.role
-    if isinstance(message.content, str):
-        return {"role": role, "content": message.content}
-    parts: list[dict[str, Any]] = []
-    for part in message.content:
-        if isinstance(part, ImagePart):
-            parts.append({"type": "image", "image": next(pictures)})
-        else:
-            parts.append({"type": "text", "text": part.text})
-    return {"role": role, "content": parts}
-
-
-def _bias(bias: Mapping[str, float], vocab_size: int) -> dict[int, float]:
-    found = {}
-    for id, value in bias.items():
-        if not (id.isdecimal() and id.isascii() and len(id) < 10 and int(id) < vocab_size):
-            message = f"logit_bias: expected token ids from 0 to {vocab_size - 1} as keys"
-            raise ApiError(400, message, param="logit_bias")
-        if not (math.isfinite(value) and abs(value) <= _BIAS):
-            raise ApiError(400, f"logit_bias: expected values from {-_BIAS:g} to {_BIAS:g}", param="logit_bias")
-        found[int(id)] = value
-    return found
