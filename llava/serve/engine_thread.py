@@ -75,7 +75,7 @@ class EngineThread:
         return number
 
     def abort(self, number: int) -> None:
-        """Ends a request in the next step, if it has not finished. It may still receive what is on its way."""
+        """Ends a request in the next step, if it has not finished. It may still receive earlier outputs."""
         with self._changed:
             if self._receivers.pop(number, None):
                 self.engine.abort(number)
@@ -123,7 +123,7 @@ class EngineThread:
             self._send(received)
 
     def _send(self, outputs: Sequence[tuple[Receive, Output | LlavaError]]) -> None:
-        """Brings outputs to the event loop. If it is late, they join those that it has not received yet."""
+        """Passes outputs to the event loop, together with those that it has not received yet."""
         is_first = outputs and not self._outputs
         self._outputs += outputs
         if is_first:
@@ -131,7 +131,7 @@ class EngineThread:
                 self._loop.call_soon_threadsafe(self._receive)
 
     def _receive(self) -> None:
-        """In the event loop: passes the outputs on, those of a request as one."""
+        """Passes the outputs on in the event loop; those of the same request are joined."""
         with self._changed:
             outputs, self._outputs = self._outputs, []
         replies: dict[Receive, list[Output]] = {}
@@ -149,11 +149,11 @@ class EngineThread:
 
 
 def use_threads(n: int | None) -> int:
-    """Sets how many threads compute on a CPU, and returns how many it were.
+    """Sets the number of CPU threads that compute, and returns the previous number.
 
-    Without a number, one core is left to HTTP and pictures.
+    Without a number, one core is left for HTTP and pictures.
 
-    If all cores compute and one is needed for something else for a moment, the others wait for it.
+    Otherwise, all threads would wait whenever another process takes one of their cores.
     """
     before = torch.get_num_threads()
     if n is None and "OMP_NUM_THREADS" not in os.environ:

@@ -1,4 +1,4 @@
-"""Waiting for work in the event loop so that none of it goes on once nobody waits for it."""
+"""Awaits work in the event loop, and cancels what is no longer needed."""
 
 import asyncio
 from collections.abc import Coroutine, Iterable
@@ -41,5 +41,5 @@ async def _cancelled(tasks: Iterable["asyncio.Future[Any]"]) -> None:
 
 
 def took_too_long() -> ApiError:
-    """Returns the error of a request whose time is over."""
+    """Returns the error of a request that has exceeded its time limit."""
     return ApiError(408, "the request took too long; ask for fewer tokens or smaller pictures")

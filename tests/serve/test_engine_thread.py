@@ -61,7 +61,7 @@ def test_outputs_form_the_reply(vlm: llava.Assistant, blocked_s: float) -> None:
         assert [top for one in outputs for top in one.top_logprobs] == expected.top_logprobs
         assert outputs[-1].finish_reason == expected.finish_reason
         if blocked_s:
-            assert len(outputs) == 1, "what a late event loop has missed arrives at once"
+            assert len(outputs) == 1, "outputs of several steps are joined"
 
 
 def test_requests_that_a_stop_cuts_off_receive_an_error_after_their_outputs(vlm: llava.Assistant) -> None:

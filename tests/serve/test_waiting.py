@@ -1,4 +1,4 @@
-"""Work ends when nobody waits for it any more."""
+"""Work that is no longer needed is cancelled."""
 
 import asyncio
 from collections.abc import Coroutine
