@@ -28,7 +28,8 @@ def exact(x, weight, bias):
 
 
 def close(y, expected, dtype):
-    tolerance = torch.finfo(dtype).eps
+    # In float32 the mean, the variance and its root each add their own rounding to the last one.
+    tolerance = torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1)
     torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=max(tolerance / 50, 3e-6))
 
 
