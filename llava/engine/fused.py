@@ -1,8 +1,7 @@
 """Runs the fused decoder for steps of the engine, as CUDA graphs where that pays.
 
 A decoding step is captured once for each number of rows in `BUCKETS`: from the token pool to the next token in the
-token pool. A prompt by itself is captured for each multiple of `_PROMPT_TOKENS`. Without graphs, the same code runs
-eagerly.
+token pool. Without graphs, the same code runs eagerly. Whole prompts have graphs of their own (prompt_graphs.py).
 
 B rows of a graph   P pages   S tokens   D dim   V vocabulary size
 """
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from llava.engine.batch import chunk_of, positions_of, slots_of
 from llava.engine.graphs import Captured, Graphs
+from llava.engine.prompt_graphs import PromptGraphs
 from llava.engine.rows import Rows, n_groups, row_values
 from llava.engine.scheduler import Scheduled
 from llava.kernels.attend import Scratch
@@ -30,8 +30,6 @@ from llava.model.paged import Chunk, PagedCache
 from llava.model.staging import copy_to_device, to_device
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-_PROMPT_TOKENS = 64
-_MAX_PROMPT = 1024  # longer prompts keep the GPU busy for longer than it takes to launch their kernels
 
 
 class Decoded(NamedTuple):
@@ -54,8 +52,7 @@ class FusedRunner:
         self._rows: dict[int, Rows] = {}  # by bucket
         self._scratch: dict[tuple[int, bool], Scratch] = {}
         self._decoding: dict[tuple[int, bool, bool], Captured] = {}
-        self._prompts: dict[int, tuple[Captured, Tensor, Tensor]] = {}  # graph, embeddings, indices
-        self._prompts_seen: set[int] = set()
+        self.prompts = PromptGraphs(fused, cache, graphs, self.max_tokens)
 
     # --- decoding ---------------------------------------------------------------------------------------------------
 
@@ -125,15 +122,8 @@ class FusedRunner:
 
         ends: indices of the sequences in `scheduled` whose last new token needs logits.
         """
-        n_tokens = len(x)
         starts = [0, *accumulate(one.n_tokens for one in scheduled)]
         last = to_device([starts[i + 1] - 1 for i in ends], torch.int64, x.device)
-        alone = len(scheduled) == 1 and scheduled[0].sequence.computed == 0 and len(ends) == 1
-        bucket = -(-n_tokens // _PROMPT_TOKENS) * _PROMPT_TOKENS
-        if alone and self.graphs.active and bucket <= _MAX_PROMPT and self._is_plain(bucket):
-            if bucket in self._prompts_seen:  # a length that is never seen again is not worth a graph
-                return self._prompt(scheduled[0], x, last, bucket)
-            self._prompts_seen.add(bucket)
         n_rows = sum(one.sequence.is_decoding for one in scheduled)
         chunks, size = scheduled[n_rows:], self.cache.page_size
         slots = to_device([slot for one in chunks for slot in slots_of(one, size)], torch.int64, x.device)
@@ -150,11 +140,6 @@ class FusedRunner:
             packed=packed,
         )
         return self.fused.logits(self.fused(x, attend, last)) if ends else self._without_logits(x, attend)
-
-    def _is_plain(self, n_tokens: int) -> bool:
-        """Returns whether attention over a whole prompt of this length needs no biases."""
-        how = self.fused.how
-        return how.slopes is None and (how.window is None or n_tokens <= how.window)
 
     def _without_logits(self, x: Tensor, attend: PackedAttention) -> Tensor:
         self.fused(x, attend, torch.zeros(1, dtype=torch.int64, device=x.device))
@@ -192,35 +177,3 @@ class FusedRunner:
         pages = np.array(one.sequence.block_table, dtype=np.int64)
         slots = (pages[:, None] * size + np.arange(size)).ravel()
         return slots[: one.sequence.computed + one.n_tokens]
-
-    def _prompt(self, one: Scheduled, x: Tensor, last: Tensor, bucket: int) -> Tensor:
-        """Computes a whole prompt, padded to `bucket` tokens, as a graph."""
-        device, n = x.device, len(x)
-        if bucket not in self._prompts:
-            inputs = torch.zeros(bucket, x.shape[1], dtype=x.dtype, device=device)
-            indices = torch.zeros(2 * bucket + 1, dtype=torch.int64, device=device)
-            indices[:bucket] = -1
-            slots, positions, end = indices.split([bucket, bucket, 1])
-            attend = PackedAttention(
-                decoder=self.fused,
-                cache=self.cache,
-                slots=slots,
-                positions=positions,
-                chunks=[Chunk(start=0, n=bucket, position=0, pages=end)],
-            )
-            captured = self.graphs.capture(
-                lambda: self.fused.logits(self.fused(inputs.clone(), attend, end)), "a prompt"
-            )
-            if captured is None:
-                return self.prefill([one], x, [0])
-            self._prompts[bucket] = captured, inputs, indices
-        captured, inputs, indices = self._prompts[bucket]
-        values = np.full(2 * bucket + 1, -1, dtype=np.int64)
-        values[:n] = slots_of(one, self.cache.page_size)
-        values[bucket:-1] = np.minimum(np.arange(bucket), self.max_tokens - 1)
-        values[-1] = n - 1
-        indices.copy_(to_device(torch.from_numpy(values), torch.int64, device))
-        inputs[:n] = x
-        inputs[n:].zero_()  # NaN that an earlier prompt has left would pass the mask
-        logits: Tensor = captured()
-        return logits.clone()

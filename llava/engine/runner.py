@@ -159,7 +159,7 @@ class Runner:
         mine.sort(key=lambda one: (not one.sequence.is_decoding, rank[one.sequence.adapter]))
         fused = self.fused.get(joined.names[0])
         if fused and not batch.is_observed(mine):
-            yield self._run_fused(fused, mine, alone=len(mine) == len(scheduled))
+            yield from self._run_fused(fused, mine, alone=len(mine) == len(scheduled))
             return
         step = batch.build(
             mine,
@@ -187,20 +187,39 @@ class Runner:
                 found[name] = FusedRunner(decoder, fused, self.cache, self.pool, graphs)
         return found
 
-    def _run_fused(self, fused: FusedRunner, scheduled: Rest[Scheduled], *, alone: bool) -> Logits:
+    def _run_fused(self, fused: FusedRunner, scheduled: Rest[Scheduled], *, alone: bool) -> Iterator[Logits]:
         """Runs the tokens of a fused decoder. alone: no other decoder runs in this step."""
-        if all(one.sequence.is_decoding for one in scheduled):
-            scheduled = sorted(scheduled, key=lambda one: one.sequence.block_table[0])  # equal beginnings side by side
+        rows = [one for one in scheduled if one.sequence.is_decoding]
+        prompts = scheduled[len(rows) :]
+        if prompts and not fused.prompts.suit(prompts):
+            yield self._run_packed(fused, scheduled)
+            return
+        for one in prompts:
+            logits = fused.prompts.logits(one, self._embed_whole(one))
+            yield self._run_packed(fused, [one]) if logits is None else Logits([one.sequence], logits)
+        if rows:
             # a step with several decoders or with log-probabilities can fail after this decoder has run, and is then
             # computed again from the token pool
             keep = alone and all(is_greedy(one.sequence) and not one.sequence.params.logprobs for one in scheduled)
-            logits, ids = fused.decode(scheduled, keep=keep)
+            rows.sort(key=lambda one: one.sequence.block_table[0])  # equal beginnings side by side
+            logits, ids = fused.decode(rows, keep=keep)
             if not alone:  # the graphs of another decoder may overwrite them before tokens are drawn
                 logits, ids = logits.clone(), ids.clone()
-            return Logits([one.sequence for one in scheduled], logits, ids, in_pool=keep)
+            yield Logits([one.sequence for one in rows], logits, ids, in_pool=keep)
+
+    def _run_packed(self, fused: FusedRunner, scheduled: Rest[Scheduled]) -> Logits:
+        """Runs decoding rows and chunks of prompts as one packed row."""
         x = self._embed(scheduled[0].sequence.adapter, scheduled)
         ends = [i for i, one in enumerate(scheduled) if one.n_tokens == one.sequence.n_pending]
         return Logits([scheduled[i].sequence for i in ends], fused.prefill(scheduled, x, ends))
+
+    def _embed_whole(self, one: Scheduled) -> Tensor:
+        """Returns the embeddings [S, D] of a prompt, with those of tokens that were in the prefix cache."""
+        new = self._embed(one.sequence.adapter, [one])
+        if not one.sequence.computed:
+            return new
+        ids = to_device(one.sequence.tokens[: one.sequence.computed], torch.int64, new.device)
+        return torch.cat([self.models[one.sequence.adapter].decoder.lookup(ids), new])
 
     def _embed(self, adapter: str | None, scheduled: Rest[Scheduled]) -> Tensor:
         """Returns the embeddings [S, D] of the new tokens of some sequences with the same adapter."""

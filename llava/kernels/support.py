@@ -23,6 +23,8 @@ def _imported(name: str) -> Any:
 triton, tl = _imported("triton"), _imported("triton.language")
 _cuda = _imported("triton.language.extra.cuda")
 _errors = _imported("triton.errors")
+_descriptors = _imported("triton.tools.tensor_descriptor")
+TensorDescriptor: Any = getattr(_descriptors, "TensorDescriptor", None)
 TritonError: type[Exception] = getattr(_errors, "TritonError", RuntimeError)
 gdc_wait: Any = getattr(_cuda, "gdc_wait", None)
 gdc_launch_dependents: Any = getattr(_cuda, "gdc_launch_dependents", None)

@@ -10,7 +10,7 @@ import torch
 import llava
 from llava.assistant import Assistant
 from llava.config import EngineOptions
-from llava.engine import draw, runner
+from llava.engine import draw, prompt_graphs, runner
 from llava.engine.draw import Drawn
 from llava.engine.engine import Engine
 from llava.engine.fused import BUCKETS
@@ -115,7 +115,7 @@ def test_prompts_and_batches_of_every_size_get_the_replies_of_the_plain_decoder(
         assert replies(engine, asked, params) == replies(plain, asked, params), n
     (fused,) = engine.runner.fused.values()
     assert {bucket for bucket, *_ in fused._decoding} <= set(BUCKETS)
-    assert sorted(fused._prompts) == {"mpt": [], "window": []}.get(name, [64, 128])
+    assert sorted(fused.prompts.captured) == {"mpt": [], "window": []}.get(name, [64, 128])
 
 
 def test_nan_in_a_prompt_does_not_reach_the_next_one_in_the_same_graph(vlm: Assistant, graphs: RecordedGraphs) -> None:
@@ -125,10 +125,54 @@ def test_nan_in_a_prompt_does_not_reach_the_next_one_in_the_same_graph(vlm: Assi
     expected = replies(engine, asked, params)
     assert replies(engine, asked, params) == expected
     (fused,) = engine.runner.fused.values()
-    _, inputs, _ = fused._prompts[128]
+    _, inputs, _ = fused.prompts.captured[128]
     with torch.inference_mode():
         inputs.fill_(torch.nan)  # as a prompt with NaN in its picture leaves behind
     assert replies(engine, asked, params) == expected
+
+
+def arriving(engine: Engine, groups: Sequence[Sequence[ModelInput]], params: SamplingParams) -> list[list[int]]:
+    """Adds a group of prompts every third step. Returns the replies in the order of the prompts."""
+    found: dict[int, list[int]] = {}
+    for step in range(200):
+        for input in groups[step // 3] if step % 3 == 0 and step // 3 < len(groups) else ():
+            found[engine.add_request(input, params)] = []
+        for output in engine.step():
+            found[output.request] += output.token_ids
+    engine.check()
+    return list(found.values())
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("poison", [False, True])
+def test_prompts_beside_decoding_rows_run_as_graphs_also_if_their_beginning_is_cached(
+    poison: bool, overlap: bool, vlm: Assistant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if poison and overlap:
+        pytest.skip("on a CPU, a step in flight has no memory of its own that a replay leaves alone")
+    graphs = RecordedGraphs(poison=poison)
+    monkeypatch.setattr(runner, "Graphs", lambda device, active: graphs)
+    monkeypatch.setattr(prompt_graphs, "_FULL", 60)
+    begin = prompt(vlm, 37, 99).ids
+    inputs = [prompt(vlm, n, i) for i, n in enumerate((70, 80, 66, 100, 75, 90, 68))]
+    inputs = [ModelInput(**{**one.__dict__, "ids": torch.cat([begin, one.ids])}) for one in inputs]
+    groups = [inputs[:1], inputs[1:2], inputs[2:4], inputs[4:]]
+    params = SamplingParams(max_new_tokens=12)
+    plain = Engine(vlm.engine.variants, fused=False)
+    engine = Engine(vlm.engine.variants, fused=True, overlap=overlap)
+    with_graphs: list[int] = []
+    (fused,) = engine.runner.fused.values()
+    compute = fused.prompts.logits
+
+    def counted(one: Scheduled, x: torch.Tensor) -> torch.Tensor | None:
+        assert one.sequence.computed == 32  # two pages of the common beginning are reused
+        with_graphs.append(sum(row.is_decoding for row in engine.scheduler.running))
+        return compute(one, x)
+
+    monkeypatch.setattr(fused.prompts, "logits", counted)
+    assert arriving(engine, groups, params) == arriving(plain, groups, params)
+    assert len(with_graphs) >= 4
+    assert all(with_graphs)  # rows were decoding meanwhile
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -101,7 +101,7 @@ def test_prompts_of_a_length_seen_before_run_as_graphs(vlm: Assistant) -> None:
         check(vlm, asked, greedy(one, asked, 4))
     plain = only(one).fused.how
     expected = [] if plain.slopes is not None or plain.window is not None else [64, 128]
-    assert sorted(only(one)._prompts) == expected
+    assert sorted(only(one).prompts.captured) == expected
 
 
 def test_chunks_beside_decoding_rows_get_the_replies_of_the_plain_decoder(vlm: Assistant) -> None:
