@@ -14,6 +14,7 @@ from collections.abc import Sequence as Rest
 from dataclasses import dataclass
 
 from llava.engine.capture import Capture
+from llava.engine.collection import set_aside
 from llava.engine.input_processor import Request
 from llava.engine.reply import Output, Reply, Stream
 from llava.engine.sampling_params import SamplingParams
@@ -134,7 +135,8 @@ class Engine(EngineSteps):
         waiting = deque(enumerate(each))
         unfinished: dict[int, Sequence] = {}
         try:
-            with self.inputs.prefetch(inputs, adapter, template=template, n_ahead=limit) as prefetch:
+            prefetching = self.inputs.prefetch(inputs, adapter, template=template, n_ahead=limit)
+            with set_aside(), prefetching as prefetch:
                 while waiting or unfinished:
                     while waiting and len(unfinished) < limit and (prefetch.is_ready or not unfinished):
                         if len(self._inbox) + len(self.scheduler.waiting) >= _AHEAD:

@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class Graphs:
                 str(error).partition("\n")[0],
             )
             self.active = False
+            _end_capture()
             return None
 
     def _capture(self, function: Callable[[], Any]) -> "Captured":
@@ -52,6 +54,16 @@ class Graphs:
             result = function()
         self._pool = graph.pool()
         return Captured(graph, result)
+
+
+def _end_capture() -> None:
+    """Captures nothing: after a capture that failed, PyTorch's generators refuse to draw until one succeeds."""
+    with (
+        suppress(RuntimeError),
+        _ONE_AT_A_TIME,
+        torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"),
+    ):
+        torch.empty(0, device="cuda")
 
 
 class Captured:

@@ -23,6 +23,7 @@ _MULTIPLE = 64
 _MAX_TOKENS = 1024  # of a prompt; longer ones keep the GPU busy for longer than it takes to launch their kernels
 _MAX_TOGETHER = 3072  # the same for the prompts of a step
 _FULL = 512  # prompts of this length keep the GPU as busy one by one as in a packed row
+_MAX_ROWS = 32  # more decoding rows take so long by themselves that a packed row, which reads weights once, is faster
 _MAX_AGAIN = 128  # tokens in the prefix cache that are computed again, since a graph starts at the first token
 
 
@@ -35,13 +36,15 @@ class PromptGraphs:
         self.captured: dict[int, tuple[Captured, Tensor, Tensor]] = {}  # graph, embeddings, indices
         self._seen: set[int] = set()
 
-    def suit(self, prompts: Rest[Scheduled]) -> bool:
+    def suit(self, prompts: Rest[Scheduled], n_rows: int) -> bool:
         """Returns whether graphs should compute these new tokens of prompts, one prompt after the other.
+
+        n_rows: decoding rows in the same step, which then run as a graph of their own.
 
         A length that is never seen again is not worth a graph, so this is False for the first prompt of a length.
         """
         lengths = [self._length(one) for one in prompts]
-        if not self.graphs.active or not all(lengths) or sum(lengths) > _MAX_TOGETHER:
+        if not self.graphs.active or not all(lengths) or sum(lengths) > _MAX_TOGETHER or n_rows > _MAX_ROWS:
             return False
         if len(prompts) > 1 and min(one.n_tokens for one in prompts) < _FULL:
             return False

@@ -191,7 +191,7 @@ class Runner:
         """Runs the tokens of a fused decoder. alone: no other decoder runs in this step."""
         rows = [one for one in scheduled if one.sequence.is_decoding]
         prompts = scheduled[len(rows) :]
-        if prompts and not fused.prompts.suit(prompts):
+        if prompts and not fused.prompts.suit(prompts, len(rows)):
             yield self._run_packed(fused, scheduled)
             return
         for one in prompts:

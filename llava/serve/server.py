@@ -1,6 +1,7 @@
 """Runs the application with uvicorn: binds the address, says when it is ready, and drains on SIGTERM."""
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -8,7 +9,7 @@ import secrets
 import socket
 import sys
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from types import FrameType
 from typing import Any
 
@@ -17,6 +18,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llava.assistant import Assistant
+from llava.engine.collection import set_aside
 from llava.errors import ConfigError, LlavaError
 from llava.serve.access import log as access_log
 from llava.serve.app import State, create
@@ -41,12 +43,15 @@ def run(load: Callable[[], Assistant], settings: Settings) -> None:
     host = settings.access.host
     listening = bind(host, settings.port)
     switch_s = sys.getswitchinterval()
+    served = ExitStack()
     try:
         sys.setswitchinterval(_SWITCH_S)  # the engine's thread needs the lock for a moment between two operations
         address = f"[{host}]" if ":" in host else host
         url = f"{settings.scheme}://{address}:{listening.getsockname()[1]}"
 
         def on_ready() -> None:
+            gc.collect()
+            served.enter_context(set_aside())
             print(f"llava: serving {settings.name} at {url}", flush=True)
 
         def on_failure(error: LlavaError) -> None:
@@ -57,6 +62,7 @@ def run(load: Callable[[], Assistant], settings: Settings) -> None:
         server = _Server(_config(app, settings), state)
         server.run(sockets=[listening])
     finally:
+        served.close()
         sys.setswitchinterval(switch_s)
         listening.close()
     if state.error:
