@@ -205,6 +205,8 @@ def main(
     here = machine(str(target.device))
     earlier = read_earlier(join, here) if join else None
     started = time.monotonic()
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="llava-benchmark-", dir=folder) as scratch:
         setup = Setup(
             size=size,
