@@ -5,7 +5,7 @@ ARGS ?= # further options for pytest
 
 .PHONY: setup demo test lint
 
-# creates .venv with the project, its test dependencies and the lint tools
+# creates .venv with the project, its server and page, the test dependencies and the lint tools
 setup: .venv/.stamp
 
 demo: setup
@@ -21,7 +21,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 .venv/.stamp: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -e '.[test,dev]' -c constraints.txt
+	$(BIN)/python -m pip install -e '.[serve,ui,test,dev]' -c constraints.txt
 	@touch $@
 
 $(BIN)/python:

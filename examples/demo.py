@@ -55,6 +55,7 @@ def main() -> None:
         run("llava", "ask", PICTURE, "Describe this image in detail.", "--model", f"{OUT}/native"),
         run("llava", "ask", PICTURE, "What is on the right?"),
         say("With a real model: llava ask photo.jpg QUESTION --model FOLDER_OR_HUB_ID"),
+        say("To chat in a browser: .venv/bin/llava serve"),
     ]
     if sys.argv[1:2] == ["--svg"]:
         picture_of("\n".join(shown), Path(sys.argv[2]))
