@@ -7,20 +7,28 @@ from llava.explain.maps import words_of
 from llava.serve.ui.conversation import Answer, Figures, Token
 
 
-def details(answer: Answer, number: int) -> str:
-    """Returns the HTML below an answer. number: of its turn, from 0."""
-    return _words(answer.tokens, number) + _line(answer.figures) + _button(number)
+def finished(answer: Answer, number: int) -> str:
+    """Returns the HTML of an answer that no longer grows. number: of its turn, from 0."""
+    name = f"{number}:{answer.options.seed}"  # no other answer on the page ever has it
+    return _words(answer.tokens, name) + _line(answer.figures) + _buttons(name)
 
 
-def _words(tokens: list[Token], number: int) -> str:
+def _words(tokens: list[Token], name: str) -> str:
     """A toolbar: Tab reaches its first word, and the arrow keys the others."""
     words = []
     for i, (text, span) in enumerate(words_of([one.piece for one in tokens])):
         data = json.dumps([_alternatives(one) for one in tokens[span]])
         attributes = f'data-word="{i}" data-tokens="{escape(data)}" tabindex="{0 if i == 0 else -1}"'
-        words.append(f'<button type="button" class="word" {attributes}>{escape(text)}</button>')
+        space = _space(tokens[span.start]) if i else ""
+        words.append(f'{space}<button type="button" class="word" {attributes}>{escape(text)}</button>')
     label = "Words of the answer, with their alternatives"
-    return f'<div class="words" role="toolbar" aria-label="{label}" data-answer="{number}">{" ".join(words)}</div>'
+    return f'<div class="words" role="toolbar" aria-label="{label}" data-answer="{name}">{"".join(words)}</div>'
+
+
+def _space(first: Token) -> str:
+    """The white space before a word, of which line breaks matter."""
+    text = first.piece.decode(errors="replace")
+    return text[: len(text) - len(text.lstrip())]
 
 
 def _alternatives(token: Token) -> list[object]:
@@ -41,5 +49,6 @@ def _line(figures: Figures | None) -> str:
     return f'<p class="figures">{" · ".join(filter(None, parts))}</p>'
 
 
-def _button(number: int) -> str:
-    return f'<button type="button" class="look" data-answer="{number}">Show what it looked at, and the prompt</button>'
+def _buttons(name: str) -> str:
+    look = f'<button type="button" class="look" data-answer="{name}">Show what it looked at, and the prompt</button>'
+    return f'<p class="buttons">{look} <button type="button" class="copy">Copy</button></p>'

@@ -1,21 +1,24 @@
 """The tab Chat: pictures and questions, streamed answers, and what the answers look at."""
 
+import asyncio
 import json
 import random
+import re
 import shutil
-from collections.abc import AsyncIterator
-from html import escape
+from collections.abc import AsyncIterator, Sequence
+from html import escape, unescape
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import gradio as gr
 
 from llava.serve.settings import Settings
-from llava.serve.ui.answers import details
+from llava.serve.ui.answers import finished
 from llava.serve.ui.client import ApiClient, ApiFailure, Visitor
 from llava.serve.ui.conversation import Answer, Conversation, Options, Turn
-from llava.serve.ui.explaining import explanation
+from llava.serve.ui.explaining import Wanted, explanation
 from llava.serve.ui.generate import generate
 
 _EXAMPLES = {
@@ -24,6 +27,7 @@ _EXAMPLES = {
     "zoo.png": "What is on the left?",
 }
 _MAX_TOKENS = 512
+_HTML = re.compile(r"<(?=[A-Za-z/!?])|&(?=[#A-Za-z])")
 _SEEDS = 2**31
 
 View = dict[Any, Any]  # new values of components
@@ -32,12 +36,14 @@ View = dict[Any, Any]  # new values of components
 class ChatTab:
     """The components of the tab, and what happens when a visitor uses them."""
 
-    def __init__(self, settings: Settings, folder: Path):
-        self._client, self._limits, self._name = ApiClient(settings), settings.limits, settings.name
+    def __init__(self, settings: Settings, models: Sequence[str], folder: Path):
+        """models: their names, that of the model without adapters first. folder: for the example pictures."""
+        self._client, self._limits = ApiClient(settings), settings.limits
+        self._html: WeakKeyDictionary[Answer, gr.HTML] = WeakKeyDictionary()
         self._conversation = gr.State(Conversation())
         self._show_answers()
         self._show_question(folder)
-        self._show_options()
+        self._show_options(models)
         self._show_tools()
         self._connect()
 
@@ -47,11 +53,11 @@ class ChatTab:
             elem_id="answers",
             height="55vh",
             editable="user",
-            buttons=["copy", "copy_all"],
-            render_markdown=False,  # the text of the model and of visitors is text
-            sanitize_html=False,  # without Markdown, it is shown as it is
+            buttons=["copy_all"],
+            render_markdown=False,
             latex_delimiters=[],
             feedback_options=None,
+            group_consecutive_messages=False,  # in a group with pictures, gradio's editor fails
             layout="bubble",
         )
         self._problem = gr.HTML(elem_id="problem", js_on_load=None)
@@ -75,9 +81,9 @@ class ChatTab:
             api_visibility="private",
         )
 
-    def _show_options(self) -> None:
+    def _show_options(self, models: Sequence[str]) -> None:
         with gr.Accordion("Options", open=False):
-            self._model = gr.Dropdown([self._name], value=self._name, label="Model or adapter", elem_id="model")
+            self._model = gr.Dropdown(list(models), value=models[0], label="Model or adapter", elem_id="model")
             self._temperature = gr.Slider(0, 2, value=0, step=0.1, label="Temperature (0: always the likeliest token)")
             self._top_p = gr.Slider(0, 1, value=1, step=0.05, label="Top p")
             self._max_tokens = gr.Slider(1, 2048, value=_MAX_TOKENS, step=1, label="Maximum tokens of an answer")
@@ -96,10 +102,14 @@ class ChatTab:
     def _connect(self) -> None:
         options = [self._model, self._temperature, self._top_p, self._max_tokens]
         asked = [self._conversation, *options]
-        shown = [self._answers, self._question, self._conversation, self._problem]
-        asking = {"outputs": shown, "concurrency_limit": self._limits.requests, "api_visibility": "private"}
-        quick = {"queue": True, "show_progress": "hidden", "api_visibility": "private"}
-        running = [
+        shown = [self._answers, self._question, self._conversation, self._problem, self._look]
+        asking: dict[str, Any] = {
+            "outputs": shown,
+            "concurrency_limit": self._limits.requests,
+            "api_visibility": "private",
+        }
+        quick: dict[str, Any] = {"queue": True, "show_progress": "hidden", "api_visibility": "private"}
+        running: Any = [
             self._question.submit(self.ask, [self._question, *asked], show_progress="hidden", **asking),
             self._answers.retry(self.retry, asked, show_progress="hidden", **asking),
             self._answers.edit(self.edit, asked, show_progress="hidden", **asking),
@@ -116,15 +126,6 @@ class ChatTab:
             show_progress="minimal",
             api_visibility="private",
         )
-        gr.context.Context.root_block.load(self.models, None, [self._model, self._problem], **quick)  # type: ignore[union-attr]
-
-    async def models(self, request: gr.Request) -> View:
-        """Lists the models when the page is opened."""
-        try:
-            names = await self._client.models(_visitor(request))
-        except ApiFailure as error:
-            return {self._problem: _problem(error)}
-        return {self._model: gr.Dropdown(choices=names)}
 
     async def ask(
         self, request: gr.Request, question: dict[str, Any], conversation: Conversation, *options: Any
@@ -142,7 +143,7 @@ class ChatTab:
         self, event: gr.RetryData, request: gr.Request, conversation: Conversation, *options: Any
     ) -> AsyncIterator[View]:
         """Answers a question again, without what came after it."""
-        del conversation.turns[_turn(event.index) + 1 :]
+        del conversation.turns[_turn(event.index, conversation) + 1 :]
         async for view in self._answered(conversation, options, request):
             yield view
 
@@ -150,9 +151,9 @@ class ChatTab:
         self, event: gr.EditData, request: gr.Request, conversation: Conversation, *options: Any
     ) -> AsyncIterator[View]:
         """Answers a question that has been changed, without what came after it."""
-        number = _turn(event.index)
+        number = _turn(event.index, conversation)
         del conversation.turns[number + 1 :]
-        conversation.turns[number].text = str(event.value).strip()
+        conversation.turns[number].text = _written(str(event.value)).strip()
         async for view in self._answered(conversation, options, request):
             yield view
 
@@ -165,9 +166,10 @@ class ChatTab:
         yield self._view(conversation) | {
             self._question: gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True),
             self._problem: "",
+            self._look: "",
         }
         try:
-            messages = conversation.messages(len(conversation.turns) - 1)
+            messages = await asyncio.to_thread(conversation.messages, len(conversation.turns) - 1)
             async for answer in generate(self._client, _visitor(request), messages, turn.answer.options):
                 turn.answer = answer
                 yield self._view(conversation)
@@ -178,23 +180,25 @@ class ChatTab:
         yield {self._question: gr.MultimodalTextbox(submit_btn=True, stop_btn=False)}
 
     def stop(self, conversation: Conversation) -> View:
-        """Shows what there is of an answer that was stopped."""
-        if conversation.turns and not conversation.turns[-1].answer:
-            return self._view(conversation) | {self._question: _to_write(conversation.turns.pop())}
-        return self._view(conversation, is_running=False) | {
-            self._question: gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
-        }
+        """Shows what there is of an answer that was stopped. If there is nothing, its question can be written anew."""
+        turn = conversation.turns[-1] if conversation.turns else None
+        if turn and turn.answer and not turn.answer.text:
+            conversation.turns.pop()
+            return self._view(conversation) | {self._question: _to_write(turn)}
+        if turn and turn.answer:
+            turn.answer.is_finished = True
+        return self._view(conversation) | {self._question: gr.MultimodalTextbox(submit_btn=True, stop_btn=False)}
 
     def undo(self, conversation: Conversation) -> View:
         """Takes the last turn back, to write it anew."""
         if not conversation.turns:
-            return {}
+            return {self._problem: ""}
         turn = conversation.turns.pop()
-        return self._view(conversation) | {self._question: _to_write(turn), self._problem: ""}
+        return self._view(conversation) | {self._question: _to_write(turn), self._problem: "", self._look: ""}
 
     def clear(self) -> View:
         """Begins a new conversation."""
-        return {self._conversation: Conversation(), self._problem: ""}
+        return {self._conversation: Conversation(), self._problem: "", self._look: ""}
 
     def download(self, conversation: Conversation) -> View:
         """Gives the conversation to page.js, which saves it as a file."""
@@ -206,35 +210,46 @@ class ChatTab:
         return {self._record: f'<div class="record-data" {stamp} hidden>{escape(record)}</div>', self._problem: ""}
 
     async def explain(self, request: gr.Request, wanted: str, conversation: Conversation) -> View:
-        """Shows what the words of an answer look at. wanted: number of the turn and of the word."""
-        number, word = map(int, wanted.split(":"))
-        turn = conversation.turns[number]
-        assert turn.answer
-        options = turn.answer.options.body() | {"max_tokens": max(1, len(turn.answer.tokens))}
+        """Shows what the words of an answer look at. wanted: see `Wanted`."""
         try:
-            body = options | {"messages": conversation.messages(number)}
+            place = Wanted.read(wanted)
+            turn = place.turn(conversation)
+            assert turn.answer
+            messages = await asyncio.to_thread(conversation.messages, place.number)
+            body = turn.answer.options.body() | {"max_tokens": max(1, len(turn.answer.tokens)), "messages": messages}
             found = await self._client.explain(_visitor(request), body)
         except ApiFailure as error:
             return {self._problem: _problem(error)}
-        pictures = [path for one in conversation.turns[: number + 1] for path in one.pictures]
-        return {self._look: explanation(found, turn, pictures, number, word), self._problem: ""}
+        pictures = [path for one in conversation.turns[: place.number + 1] for path in one.pictures]
+        return {self._look: explanation(found, turn, pictures, place), self._problem: ""}
 
-    def _view(self, conversation: Conversation, *, is_running: bool = True) -> View:
-        """Shows a conversation. is_running: an answer without figures still grows."""
+    def _view(self, conversation: Conversation) -> View:
+        """Shows a conversation."""
         shown: list[Any] = []
         for number, turn in enumerate(conversation.turns):
-            files = [{"path": str(path), "alt_text": f"Picture {i + 1}"} for i, path in enumerate(turn.pictures)]
-            shown.append({"role": "user", "content": [*files, turn.text]})
-            if answer := turn.answer:
-                is_done = bool(answer.figures) or not is_running or turn is not conversation.turns[-1]
-                below = [gr.HTML(details(answer, number), js_on_load=None, render=False)] if is_done else []
-                shown.append({"role": "assistant", "content": [{"type": "text", "text": answer.text}, *below]})
+            for i, path in enumerate(turn.pictures):
+                shown.append({"role": "user", "content": {"path": str(path), "alt_text": f"Picture {i + 1}"}})
+            shown.append({"role": "user", "content": [_text(turn.text)]})
+            if turn.answer:
+                shown.append({"role": "assistant", "content": [self._shown(turn.answer, number)]})
         return {self._answers: shown, self._conversation: conversation}
 
+    def _shown(self, answer: Answer, number: int) -> Any:
+        if not answer.is_finished:
+            return _text(answer.text)
+        if answer not in self._html:  # once, and not with each token of the next answer
+            self._html[answer] = gr.HTML(finished(answer, number), js_on_load=None, render=False)
+        return self._html[answer]
 
-def chat_tab(settings: Settings, folder: Path) -> None:
-    """Adds the tab's content. folder: for the example pictures, which visitors can then see."""
-    ChatTab(settings, folder)
+
+def _text(text: str) -> dict[str, str]:
+    """Text as text: gradio shows what looks like a tag or an entity as HTML. See `_written`."""
+    return {"type": "text", "text": _HTML.sub(lambda found: escape(found[0]), text)}
+
+
+def _written(shown: str) -> str:
+    """Returns what a visitor has written in a text that `_text` has made."""
+    return unescape(shown)
 
 
 def _example(folder: Path, name: str) -> str:
@@ -256,18 +271,24 @@ def _options(model: str, temperature: float, top_p: float, max_tokens: float) ->
 
 
 def _visitor(request: gr.Request) -> Visitor:
+    assert request.request
     scope = request.request.scope
     host, port = scope["server"]
     return Visitor(host=host, port=port, key=scope["state"]["key"].decode())
 
 
-def _turn(index: Any) -> int:
-    """Returns the number of the turn of a message: each turn has two, and a message can have several parts."""
-    return int(index[0] if isinstance(index, list | tuple) else index) // 2
+def _turn(index: Any, conversation: Conversation) -> int:
+    """Returns the number of the turn to which a message belongs. Each picture is a message, as `_view` shows them."""
+    left = int(index[0] if isinstance(index, list | tuple) else index)
+    for number, turn in enumerate(conversation.turns):
+        left -= len(turn.pictures) + 1 + bool(turn.answer)
+        if left < 0:
+            return number
+    raise gr.Error("this message is no longer there; load the page again")
 
 
 def _to_write(turn: Turn) -> Any:
-    value = {"text": turn.text, "files": [str(path) for path in turn.pictures]}
+    value: dict[str, Any] = {"text": turn.text, "files": [str(path) for path in turn.pictures]}
     return gr.MultimodalTextbox(value=value, submit_btn=True, stop_btn=False)
 
 

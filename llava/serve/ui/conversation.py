@@ -55,7 +55,7 @@ class Figures:
         return (self.tokens - 1) / after_first if self.tokens > 1 and after_first > 0 else None
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Answer:
     """An answer, which grows while it is generated."""
 
@@ -63,6 +63,7 @@ class Answer:
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
     figures: Figures | None = None  # None: it was stopped, or is not finished
+    is_finished: bool = False
 
 
 @dataclass(kw_only=True)

@@ -34,7 +34,7 @@ async def generate(
             if listed:
                 first, last = first or now, now
         if usage := chunk.get("usage"):
-            answer.figures = _figures(usage, first, last)
+            answer.figures, answer.is_finished = _figures(usage, first, last), True
             yield answer
         elif now - shown > _SHOW_S:
             shown = now

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import tempfile
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from importlib import resources
 from pathlib import Path
@@ -27,6 +28,8 @@ _FILES = {  # our own, by their names in addresses
     "viewer.css": ("llava.explain", "text/css"),
     "style.css": ("llava.serve.ui", "text/css"),
 }
+_SESSIONS = 1000  # open pages whose conversations are kept
+_HOUR = 3600  # seconds; pictures are deleted after a day
 _WHILE_DRAINING = (CANCEL, EVENTS)
 
 
@@ -56,7 +59,8 @@ class Page:
     async def _build(self) -> ASGIApp:
         folder = self._open.enter_context(tempfile.TemporaryDirectory(prefix="llava-page-"))
         settings = self._state.settings
-        app = await asyncio.to_thread(build, settings, Path(folder))
+        models = list(self._state.ready.adapters)
+        app = await asyncio.to_thread(build, settings, models, Path(folder))
         await self._open.enter_async_context(app.router.lifespan_context(app))
         gate = Gate(app, folder=Path(folder), limits=settings.limits, streams=self._state.page_streams)
         return _OwnFiles(gate)
@@ -92,20 +96,17 @@ class _OwnFiles:
         await Response(content, media_type=kind, headers={"Cache-Control": "no-cache"})(scope, receive, send)
 
 
-def build(settings: Settings, folder: Path) -> FastAPI:
+def build(settings: Settings, models: Sequence[str], folder: Path) -> FastAPI:
     """Builds the page. folder: for the pictures that visitors send; only this user can read it."""
     os.environ["GRADIO_TEMP_DIR"] = str(folder)  # gradio reads it with each request
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio
 
-    from llava.serve.ui.chat import chat_tab
     from llava.serve.ui.theme import HEAD, theme
 
-    with gradio.Blocks(title=f"{settings.name} · llava", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
-        with gradio.Tabs():
-            with gradio.Tab("Chat"):
-                chat_tab(settings, folder)
-            # the tabs Gallery and Compare go here, each a function in a file of its own
+    title, delete_cache = f"{settings.name} · llava", (_HOUR, 24 * _HOUR)
+    with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=delete_cache) as blocks:
+        _add_tabs(settings, models, folder)
     blocks.queue(max_size=settings.limits.requests, api_open=False)
     blocks.has_launched = True  # or gradio would not check which files its components read
     blocks.state_session_capacity = _SESSIONS
@@ -129,4 +130,12 @@ def build(settings: Settings, folder: Path) -> FastAPI:
     return parent
 
 
-_SESSIONS = 1000  # open pages whose conversations are kept
+def _add_tabs(settings: Settings, models: Sequence[str], folder: Path) -> None:
+    import gradio
+
+    from llava.serve.ui.chat import ChatTab
+
+    with gradio.Tabs():  # noqa: SIM117
+        with gradio.Tab("Chat"):
+            ChatTab(settings, models, folder)
+        # Gallery and Compare: a tab here each, and a class in a file of its own, like `ChatTab`

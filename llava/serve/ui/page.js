@@ -62,17 +62,16 @@
 
   // What an answer looks at
 
-  let view = null, explained = null; // the viewer, and the number of the answer that it shows
+  let view = null, explained = null; // the viewer, and the answer that it shows
 
   function look(answer, word) {
-    if (explained === answer && view && word !== null) {
+    if (explained === answer && find("#look .viewer") && word !== null) {
       view.show(word);
       return;
     }
     const wanted = find("#wanted textarea, #wanted input");
     wanted.value = `${answer}:${word ?? 0}`;
     wanted.dispatchEvent(new Event("input", { bubbles: true }));
-    explained = answer;
     setTimeout(() => (find("#explain button") ?? find("#explain")).click(), 50); // after gradio has read the value
   }
 
@@ -80,6 +79,8 @@
     const word = wordAt(event), button = event.target.closest?.("#answers .look");
     if (word) look(word.closest(".words").dataset.answer, Number(word.dataset.word));
     if (button) look(button.dataset.answer, null);
+    const copy = event.target.closest?.("#answers .copy");
+    if (copy) copyText(copy, copy.closest(".bot, .message").querySelector(".words").textContent.trim());
   });
 
   function showLook(data) {
@@ -87,8 +88,18 @@
     root.setAttribute("aria-label", "What the answer looked at");
     data.replaceWith(root);
     view = showExplanation(root, parsed);
+    explained = parsed.answer;
     view.ready.then(() => view.show(parsed.word));
     root.scrollIntoView({ block: "nearest" });
+  }
+
+  async function copyText(button, text) {
+    try {
+      await navigator.clipboard.writeText(text);
+      button.textContent = "Copied";
+    } catch (error) {
+      say(`The answer cannot be copied: ${error.message ?? "this page needs https"}`);
+    }
   }
 
   // Downloads

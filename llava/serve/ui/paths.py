@@ -1,7 +1,7 @@
 """The paths of the page: the few routes of gradio that it needs, and our own files. No other route of gradio exists.
 
-Left out on purpose are, among others, `proxy=`, which fetches addresses, and `run`, `call` and `component_server`, which
-run functions outside the queue.
+Left out on purpose are, among others, `proxy=`, which fetches addresses, and `run`, `call` and `component_server`,
+which run functions outside the queue.
 """
 
 from starlette.routing import compile_path
