@@ -74,11 +74,13 @@ class ChatTab:
             elem_id="question",
             autofocus=True,
         )
-        gr.Examples(
-            [{"text": text, "files": [_example(folder, name)]} for name, text in _EXAMPLES.items()],
-            inputs=self._question,
+        self._samples = [{"text": text, "files": [_example(folder, name)]} for name, text in _EXAMPLES.items()]
+        self._examples = gr.Dataset(
+            components=[self._question],
+            samples=[[one] for one in self._samples],
+            type="index",
             label="Examples",
-            api_visibility="private",
+            elem_id="examples",
         )
 
     def _show_options(self, models: Sequence[str]) -> None:
@@ -115,6 +117,7 @@ class ChatTab:
             self._answers.edit(self.edit, asked, show_progress="hidden", **asking),
         ]
         self._question.stop(self.stop, [self._conversation], shown, cancels=running, **quick)
+        self._examples.click(self.take_example, [self._examples], [self._question], **quick)
         self._answers.undo(self.undo, [self._conversation], shown, **quick)
         self._answers.clear(self.clear, None, shown, **quick)
         self._download.click(self.download, [self._conversation], [self._record, self._problem], **quick)
@@ -126,6 +129,10 @@ class ChatTab:
             show_progress="minimal",
             api_visibility="private",
         )
+
+    def take_example(self, number: int) -> Any:
+        """Writes an example where questions are written."""
+        return gr.MultimodalTextbox(value=self._samples[number])
 
     async def ask(
         self, request: gr.Request, question: dict[str, Any], conversation: Conversation, *options: Any
