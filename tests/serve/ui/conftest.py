@@ -56,7 +56,7 @@ class Browser:
         try:
             context.set_default_timeout(30_000)
             page = context.new_page()
-            page.on("request", self._check)
+            page.on("request", lambda request: self._check(request.url))
             page.on("pageerror", lambda error: self.wrong.append(f"script: {error}"))
             page.on("console", lambda line: self.wrong.append(line.text) if "Content Security" in line.text else None)
             page.goto(url)
@@ -65,9 +65,9 @@ class Browser:
         finally:
             context.close()
 
-    def _check(self, request: Any) -> None:
-        if not request.url.startswith(("data:", "blob:")) and httpx.URL(request.url).host != "127.0.0.1":
-            self.wrong.append(f"request: {request.url}")
+    def _check(self, url: str) -> None:
+        if not url.startswith(("data:", "blob:")) and httpx.URL(url).host != "127.0.0.1":
+            self.wrong.append(f"request: {url}")
 
 
 @pytest.fixture
