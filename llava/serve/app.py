@@ -32,6 +32,7 @@ from llava.serve.schema import ChatRequest, CompletionRequest, ExplainRequest, T
 from llava.serve.service import Client, Service, client_error
 from llava.serve.settings import Settings
 from llava.serve.traces import TraceMiddleware, provider
+from llava.serve.ui.gate import Streams
 from llava.serve.ui.mount import Page
 from llava.serve.ui.paths import is_page, is_upload
 from llava.serve.validation import to_api_error
@@ -51,7 +52,7 @@ class State:
     service: Service | None = None
     draining: bool = False  # finish what runs, and take nothing new
     error: LlavaError | None = None  # why the model could not be loaded
-    page_streams: set[asyncio.Task[Any]] = field(default_factory=set)  # answers that end when a page is closed
+    page_streams: Streams = field(default_factory=dict)  # answers that end when a page is closed
 
     @property
     def ready(self) -> Service:

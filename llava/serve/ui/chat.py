@@ -6,7 +6,7 @@ import random
 import re
 import shutil
 from collections.abc import AsyncIterator, Sequence
-from html import escape, unescape
+from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -111,12 +111,10 @@ class ChatTab:
             "api_visibility": "private",
         }
         quick: dict[str, Any] = {"queue": True, "show_progress": "hidden", "api_visibility": "private"}
-        running: Any = [
-            self._question.submit(self.ask, [self._question, *asked], show_progress="hidden", **asking),
-            self._answers.retry(self.retry, asked, show_progress="hidden", **asking),
-            self._answers.edit(self.edit, asked, show_progress="hidden", **asking),
-        ]
-        self._question.stop(self.stop, [self._conversation], shown, cancels=running, **quick)
+        self._question.submit(self.ask, [self._question, *asked], show_progress="hidden", **asking)
+        self._answers.retry(self.retry, asked, show_progress="hidden", **asking)
+        self._answers.edit(self.edit, asked, show_progress="hidden", **asking)
+        self._question.stop(self.stop, [self._conversation], None, **quick)  # gradio's `cancels` can end in an error
         self._examples.click(self.take_example, [self._examples], [self._question], **quick)
         self._answers.undo(self.undo, [self._conversation], shown, **quick)
         self._answers.clear(self.clear, None, shown, **quick)
@@ -132,7 +130,8 @@ class ChatTab:
 
     def take_example(self, number: int) -> Any:
         """Writes an example where questions are written."""
-        return gr.MultimodalTextbox(value=self._samples[number])
+        value: Any = self._samples[number]
+        return gr.MultimodalTextbox(value=value)
 
     async def ask(
         self, request: gr.Request, question: dict[str, Any], conversation: Conversation, *options: Any
@@ -142,6 +141,7 @@ class ChatTab:
         if not text:
             yield {self._problem: _problem("write a question first")}
             return
+        conversation.stop()
         conversation.turns.append(Turn(text=text, pictures=pictures))
         async for view in self._answered(conversation, options, request):
             yield view
@@ -150,6 +150,7 @@ class ChatTab:
         self, event: gr.RetryData, request: gr.Request, conversation: Conversation, *options: Any
     ) -> AsyncIterator[View]:
         """Answers a question again, without what came after it."""
+        conversation.stop()
         del conversation.turns[_turn(event.index, conversation) + 1 :]
         async for view in self._answered(conversation, options, request):
             yield view
@@ -158,9 +159,10 @@ class ChatTab:
         self, event: gr.EditData, request: gr.Request, conversation: Conversation, *options: Any
     ) -> AsyncIterator[View]:
         """Answers a question that has been changed, without what came after it."""
+        conversation.stop()
         number = _turn(event.index, conversation)
         del conversation.turns[number + 1 :]
-        conversation.turns[number].text = _written(str(event.value)).strip()
+        conversation.turns[number].text = str(event.value).strip()
         async for view in self._answered(conversation, options, request):
             yield view
 
@@ -177,24 +179,21 @@ class ChatTab:
         }
         try:
             messages = await asyncio.to_thread(conversation.messages, len(conversation.turns) - 1)
-            async for answer in generate(self._client, _visitor(request), messages, turn.answer.options):
-                turn.answer = answer
+            async for _ in generate(self._client, _visitor(request), messages, turn.answer):
                 yield self._view(conversation)
         except ApiFailure as error:
-            conversation.turns.pop()
+            conversation.forget(turn)
             yield self._view(conversation) | {self._question: _to_write(turn), self._problem: _problem(error)}
             return
-        yield {self._question: gr.MultimodalTextbox(submit_btn=True, stop_btn=False)}
+        if turn.answer.text or not turn.answer.stop.is_set():
+            yield {self._question: gr.MultimodalTextbox(submit_btn=True, stop_btn=False)}
+        else:  # stopped before there was anything of it
+            conversation.forget(turn)
+            yield self._view(conversation) | {self._question: _to_write(turn)}
 
-    def stop(self, conversation: Conversation) -> View:
-        """Shows what there is of an answer that was stopped. If there is nothing, its question can be written anew."""
-        turn = conversation.turns[-1] if conversation.turns else None
-        if turn and turn.answer and not turn.answer.text:
-            conversation.turns.pop()
-            return self._view(conversation) | {self._question: _to_write(turn)}
-        if turn and turn.answer:
-            turn.answer.is_finished = True
-        return self._view(conversation) | {self._question: gr.MultimodalTextbox(submit_btn=True, stop_btn=False)}
+    async def stop(self, conversation: Conversation) -> None:
+        """Ends the answer that grows; `_answered` then shows what there is of it."""
+        conversation.stop()
 
     def undo(self, conversation: Conversation) -> View:
         """Takes the last turn back, to write it anew."""
@@ -250,13 +249,8 @@ class ChatTab:
 
 
 def _text(text: str) -> dict[str, str]:
-    """Text as text: gradio shows what looks like a tag or an entity as HTML. See `_written`."""
+    """Text as text: gradio shows what looks like a tag or an entity as HTML. page.js undoes it for whoever edits it."""
     return {"type": "text", "text": _HTML.sub(lambda found: escape(found[0]), text)}
-
-
-def _written(shown: str) -> str:
-    """Returns what a visitor has written in a text that `_text` has made."""
-    return unescape(shown)
 
 
 def _example(folder: Path, name: str) -> str:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -37,16 +37,11 @@ class ApiClient:
         self._scheme, self._timeout_s = settings.scheme, settings.limits.request_s + _MARGIN_S
         self._verify = _only(settings.certificate) if settings.certificate else True
 
-    async def models(self, visitor: Visitor) -> list[str]:
-        """Returns the names of the model and its adapters. Raises ApiFailure."""
-        body = await self._whole(visitor, "GET", "/v1/models")
-        return [one["id"] for one in body["data"]]
-
     async def explain(self, visitor: Visitor, body: dict[str, Any]) -> dict[str, Any]:
         """Returns an explanation. Raises ApiFailure."""
         return await self._whole(visitor, "POST", "/v1/explain", body)
 
-    async def chat(self, visitor: Visitor, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def chat(self, visitor: Visitor, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """Yields the chunks of a reply. Raises ApiFailure."""
         async with self._asked(visitor, "POST", "/v1/chat/completions", body) as response:
             async for line in response.aiter_lines():

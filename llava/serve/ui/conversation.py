@@ -1,5 +1,6 @@
 """A conversation on the page: its turns, as messages of the API and as JSON to keep."""
 
+import asyncio
 import base64
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,9 +65,10 @@ class Answer:
     tokens: list[Token] = field(default_factory=list)
     figures: Figures | None = None  # None: it was stopped, or is not finished
     is_finished: bool = False
+    stop: asyncio.Event = field(default_factory=asyncio.Event)  # set: its visitor wants no more of it
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Turn:
     """A question and its answer."""
 
@@ -89,6 +91,16 @@ class Conversation:
             if turn.answer and turn is not self.turns[last]:
                 found.append({"role": "assistant", "content": turn.answer.text})
         return found
+
+    def stop(self) -> None:
+        """Ends the answer that grows, if there is one."""
+        for turn in self.turns:
+            if turn.answer:
+                turn.answer.stop.set()
+
+    def forget(self, turn: Turn) -> None:
+        """Removes a turn, unless that has happened meanwhile."""
+        self.turns = [one for one in self.turns if one is not turn]
 
     def record(self) -> list[dict[str, Any]]:
         """Returns the conversation as messages for a file, with pictures inside. Raises ApiFailure."""

@@ -7,6 +7,7 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -31,14 +32,17 @@ _HEADERS = {
 }
 _INERT = "default-src 'none'; sandbox"  # a file of a visitor, opened by itself, is no page of this origin
 
+Streams = dict[asyncio.Task[Any], asyncio.Future[None]]
+
 
 class Gate:
     """Passes the requests of visitors to gradio, if they are what the page itself sends. Raises ApiError otherwise.
 
-    folder: the only folder whose files exist for visitors. streams: gets the tasks of answers that end with the page.
+    folder: the only folder whose files exist for visitors. streams: gets the answers that end when a page is closed:
+    the task of the request, and the task to cancel.
     """
 
-    def __init__(self, app: ASGIApp, *, folder: Path, limits: Limits, streams: set[asyncio.Task[Any]]):
+    def __init__(self, app: ASGIApp, *, folder: Path, limits: Limits, streams: Streams):
         self.app, self.limits, self._streams = app, limits, streams
         self._folder = folder.resolve()
         self._sessions: OrderedDict[str, bytes] = OrderedDict()  # {session: key of its visitor}
@@ -70,13 +74,20 @@ class Gate:
             await self.app(scope, receive, _with_headers(send))
 
     async def _beat(self, scope: Scope, receive: Receive, send: Send) -> None:
-        task = asyncio.current_task()
-        assert task
-        self._streams.add(task)
+        """Sends an answer that ends when the page is closed, or when the server ends and cancels it."""
+        own = asyncio.current_task()
+        assert own
+        beating = self._streams[own] = asyncio.ensure_future(self.app(scope, receive, _with_headers(send)))
         try:
-            await self.app(scope, receive, _with_headers(send))
+            await asyncio.wait({beating})
+            if not beating.cancelled():
+                beating.result()
+                return
+            with suppress(RuntimeError):  # it had ended already
+                await send({"type": "http.response.body", "body": b""})
         finally:
-            self._streams.discard(task)
+            beating.cancel()
+            del self._streams[own]
 
     def _check_file(self, path: str) -> None:
         """Raises ApiError unless it is a file that a visitor has sent: gradio would also serve others."""

@@ -113,7 +113,19 @@
     data.remove();
   }
 
+  // Questions
+
+  // The server escapes what would be HTML in a question; whoever edits it sees what was written.
+  function unescapeOnce(field) {
+    field.dataset.isText = "yes";
+    const text = field.value.replace(/&lt;/g, "<").replace(/&amp;/g, "&");
+    if (text === field.value) return;
+    field.value = text;
+    field.dispatchEvent(new Event("input", { bubbles: true }));
+  }
+
   new MutationObserver(() => {
+    document.querySelectorAll("#answers textarea:not([data-is-text])").forEach(unescapeOnce);
     const data = find("#look .look-data"), record = find("#record .record-data");
     if (data) showLook(data);
     if (record) save(record);
@@ -189,7 +201,7 @@
     document.body.classList.toggle("dark", on);
     localStorage.setItem("llava-dark", on ? "1" : "0");
   }
-  if (remembered !== null) addEventListener("load", () => setTimeout(() => setDark(remembered === "1"), 0));
+  if (remembered !== null) setDark(remembered === "1"); // gradio has set what the system asks for before
 
   document.addEventListener("click", (event) => {
     if (event.target.closest?.("#photograph")) photograph();

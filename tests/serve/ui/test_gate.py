@@ -176,6 +176,21 @@ def test_malformed_bodies_are_refused_in_our_own_words(site: Server, body: bytes
     assert answer.json()["error"]["message"]
 
 
+def test_an_answer_ends_when_its_page_is_closed(site: Server) -> None:
+    before = Visitor(site.http, "before")
+    before.ask("What is this?")
+    list(before.events())
+    visitor, finished = Visitor(site.http, "closed"), site.metric("llava_request_success_total")
+    with site.http.stream("GET", "/gradio_api/heartbeat/closed") as heartbeat:
+        next(heartbeat.iter_lines())
+        assert visitor.ask("Tell me a story.", max_tokens=900, temperature=2).status_code == 200
+        for event in visitor.events():
+            if event["msg"] == "process_generating":
+                break
+    site.waits_until("llava_num_requests_running", 0)
+    assert site.metric("llava_request_success_total") == finished
+
+
 def test_no_event_takes_components_from_a_visitor(site: Server) -> None:
     """The messages of a chatbot can hold components, which gradio makes with any arguments: none is ever an input."""
     config = site.http.get("/config").json()
