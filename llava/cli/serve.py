@@ -1,7 +1,9 @@
 """The command serve."""
 
+import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +13,8 @@ from llava.cli.answer import load, name_and_folder
 from llava.cli.app import app
 from llava.cli.options import Adapters, AsJson, Base, EngineFlags, Model, ModelOptions, grouped
 from llava.errors import ConfigError
+
+_INSTALL_PAGE = "pip install 'llava-native[ui]'"
 
 if TYPE_CHECKING:
     from llava.serve.plan import Plan
@@ -47,6 +51,9 @@ def serve(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="that compute on a CPU; default: one a core, but for one")
     ] = None,
+    ui: Annotated[
+        bool | None, typer.Option("--ui/--no-ui", help="the chat page at /; default: if gradio is installed")
+    ] = None,
     log_file: Annotated[Path | None, typer.Option("--log-file", help="append logs to a file; default: stderr")] = None,
     otlp_endpoint: Annotated[
         str | None, typer.Option("--otlp-endpoint", help="send traces there, e.g. http://127.0.0.1:4318/v1/traces")
@@ -78,6 +85,7 @@ def serve(
         media_hosts=tuple(allow_media_host or ()),
         otlp_endpoint=otlp_endpoint,
         threads=threads,
+        page=_has_page(ui) and not dry_run,
         log_prompts=log_prompts,
         certificate=certificate,
         private_key=private_key,
@@ -115,6 +123,16 @@ def _plan(
     )
     named = dict(map(name_and_folder, adapters or ()))
     return make_plan(model, name, options, engine.options(), adapters=named, dtype=loading.dtype, device=loading.device)
+
+
+def _has_page(ui: bool | None) -> bool:
+    """Returns whether there is a page. Raises ConfigError if it is wanted, but cannot be."""
+    is_installed = importlib.util.find_spec("gradio") is not None
+    if ui and not is_installed:
+        raise ConfigError(f"--ui needs gradio: {_INSTALL_PAGE}, or leave --ui out")
+    if ui is None and not is_installed:
+        print(f"llava: no chat page, as gradio is not installed: {_INSTALL_PAGE}", file=sys.stderr)
+    return is_installed and ui is not False
 
 
 def _name(model: str | None) -> str:

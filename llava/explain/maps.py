@@ -4,7 +4,7 @@ N tokens of the reply   B boxes   H, W height and width of a picture
 """
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -75,9 +75,23 @@ class AttentionMap:
     @property
     def words(self) -> list[tuple[str, slice]]:
         """The words of the reply with the range of their tokens. White space and the like belong to a word."""
-        starts = [i for i, token in enumerate(self.tokens) if i == 0 or token[:1].isspace()]
-        ranges = [slice(first, last) for first, last in zip(starts, [*starts[1:], len(self.tokens)], strict=True)]
-        return [("".join(self.tokens[one]).strip(), one) for one in ranges]
+        return _grouped(self.tokens)
+
+
+def words_of(pieces: Iterable[bytes]) -> list[tuple[str, slice]]:
+    """Returns the words of which these are the tokens, with the range of their tokens."""
+    return _grouped(_texts(pieces))
+
+
+def _texts(pieces: Iterable[bytes]) -> list[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character can have several tokens: the last has it
+    return [decoder.decode(piece) for piece in pieces]
+
+
+def _grouped(tokens: list[str]) -> list[tuple[str, slice]]:
+    starts = [i for i, token in enumerate(tokens) if i == 0 or token[:1].isspace()]
+    ranges = [slice(first, last) for first, last in zip(starts, [*starts[1:], len(tokens)], strict=True)]
+    return [("".join(tokens[one]).strip(), one) for one in ranges]
 
 
 def attention_map(
@@ -86,8 +100,7 @@ def attention_map(
     """Returns what the tokens of a reply look at, from what the engine has recorded for `focus.capture()`."""
     shares = focus.shares(captured, len(input.ids))[: len(reply.token_ids)]
     lengths = [len(image) for image in captured.images]
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character can have several tokens: the last has it
-    tokens = [decoder.decode(tokenizer.piece(id)) for id in reply.token_ids]
+    tokens = _texts(tokenizer.piece(id) for id in reply.token_ids)
     return AttentionMap(reply=reply, tokens=tokens, pictures=_picture_maps(shares, input, config, lengths))
 
 

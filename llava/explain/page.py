@@ -31,7 +31,15 @@ def page(found: AttentionMap, pictures: Sequence[Image.Image], question: str, pr
         for image, own in zip(pictures, found.pictures, strict=True)
     ]
     data = {"question": question, "prompt": prompt, "words": words, "pictures": shown}
-    return (resources.files("llava.explain") / "page.html").read_text(encoding="utf-8").replace("DATA", _embedded(data))
+    parts = {"VIEWER_CSS": _file("viewer.css"), "VIEWER_JS": _file("viewer.js"), "DATA": _embedded(data)}
+    text = _file("page.html")
+    for mark, part in parts.items():  # the data come last, as they may contain a mark
+        text = text.replace(mark, part, 1)
+    return text
+
+
+def _file(name: str) -> str:
+    return (resources.files("llava.explain") / name).read_text(encoding="utf-8")
 
 
 def _source(image: Image.Image) -> str:

@@ -4,6 +4,8 @@
 """
 
 import asyncio
+import base64
+import binascii
 import hashlib
 import hmac
 import ipaddress
@@ -12,7 +14,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -70,12 +72,25 @@ class Access:
         scheme, _, given = authorization.partition(" ")
         if not self.keys:
             return ""
-        digest = hashlib.sha256(given.encode()).digest()
-        matches = [hmac.compare_digest(digest, hashlib.sha256(key.encode()).digest()) for key in self.keys]
-        if not any(matches) or scheme.lower() != "bearer":
+        if not self._is_key(given) or scheme.lower() != "bearer":
             problem = "is not valid" if given else "is missing"
             raise ApiError(401, f"the API key {problem}; send it as Authorization: Bearer KEY", code="invalid_api_key")
         return given
+
+    def key_of_visitor(self, authorization: str) -> str:
+        """Like `key_of`, for the page: browsers ask for a password, which is the key; the user name does not matter."""
+        scheme, _, given = authorization.partition(" ")
+        if not self.keys:
+            return ""
+        password = _password(given)
+        if not self._is_key(password) or scheme.lower() != "basic":
+            raise PasswordError("is not valid" if given else "is missing")
+        return password
+
+    def _is_key(self, given: str) -> bool:
+        digest = hashlib.sha256(given.encode()).digest()
+        matches = [hmac.compare_digest(digest, hashlib.sha256(key.encode()).digest()) for key in self.keys]
+        return any(matches)
 
     def check_host(self, header: str) -> None:
         """Raises ApiError unless the Host header names this server: a web page could resolve its own name to it."""
@@ -94,11 +109,45 @@ class Access:
             raise ApiError(403, message, code="origin_not_allowed")
 
 
-class AccessMiddleware:
-    """Checks each request before its body is read, limits the body, and logs and counts the response."""
+class PasswordError(ApiError):
+    """A key that the visitor of the page has to enter: the browser asks for it."""
 
-    def __init__(self, app: ASGIApp, *, access: Access, limits: Limits, metrics: Metrics):
+    def __init__(self, problem: str):
+        expected = "enter it as the password, with any user name"
+        super().__init__(401, f"the API key {problem}; {expected}", code="invalid_api_key")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": 'Basic realm="llava", charset="UTF-8"'}
+
+
+def _password(credentials: str) -> str:
+    """Returns the password of Basic credentials (RFC 7617), or "" if there is none."""
+    try:
+        return base64.b64decode(credentials, validate=True).decode().partition(":")[2]
+    except (binascii.Error, ValueError):
+        return ""
+
+
+class AccessMiddleware:
+    """Checks each request before its body is read, limits the body, and logs and counts the response.
+
+    is_page: whether a path belongs to the page, whose visitors give the key as a password. is_upload: whether a body of
+    this path is a form with files.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        access: Access,
+        limits: Limits,
+        metrics: Metrics,
+        is_page: Callable[[str], bool],
+        is_upload: Callable[[str], bool],
+    ):
         self.app, self.access, self.limits, self.metrics = app, access, limits, metrics
+        self.is_page, self.is_upload = is_page, is_upload
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -111,7 +160,8 @@ class AccessMiddleware:
             if scope["method"] == "OPTIONS" and exchange.is_preflight:
                 await exchange.answer_preflight()
                 return
-            exchange.body = _LimitedBody(receive, self.limits, exchange.arrived)
+            has_values = not self.is_upload(scope["path"])
+            exchange.body = _LimitedBody(receive, self.limits, exchange.arrived, has_values=has_values)
             await self.app(scope, exchange.body.receive, exchange.send)
         except ApiError as error:
             await exchange.answer(error)
@@ -128,10 +178,12 @@ class AccessMiddleware:
         self.access.check_host(host)
         self.access.check_origin(origin, host)
         is_open = scope["path"] in _OPEN_PATHS or scope["method"] == "OPTIONS"
-        key = "" if is_open else self.access.key_of(authorization)
+        key_of = self.access.key_of_visitor if self.is_page(scope["path"]) else self.access.key_of
+        key = "" if is_open else key_of(authorization)
         if scope["method"] == "POST":
-            if headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-                raise ApiError(415, "the body has another type; send it as Content-Type: application/json")
+            expected = "multipart/form-data" if self.is_upload(scope["path"]) else "application/json"
+            if headers.get("content-type", "").split(";")[0].strip().lower() != expected:
+                raise ApiError(415, f"the body has another type; send it as Content-Type: {expected}")
             if "transfer-encoding" in headers and "content-length" in headers:  # a proxy could take the other one
                 raise ApiError(400, "the request has both Transfer-Encoding and Content-Length; send one of them")
             length = headers.get("content-length", "0")
@@ -147,8 +199,9 @@ def _too_large(limits: Limits) -> ApiError:
 class _LimitedBody:
     """Receives a body of limited size within a limited time."""
 
-    def __init__(self, receive: Receive, limits: Limits, arrived: float):
-        self._receive, self._limits, self._arrived = receive, limits, arrived
+    def __init__(self, receive: Receive, limits: Limits, arrived: float, *, has_values: bool):
+        """has_values: whether it is JSON."""
+        self._receive, self._limits, self._arrived, self._has_values = receive, limits, arrived, has_values
         self._n_bytes, self._n_values = 0, 0
         self.is_complete = False
 
@@ -163,7 +216,7 @@ class _LimitedBody:
             raise ApiError(408, f"the body took more than {self._limits.body_s:g} s to arrive") from None
         body = message.get("body", b"")
         self._n_bytes += len(body)
-        self._n_values += sum(map(body.count, _STARTS))
+        self._n_values += sum(map(body.count, _STARTS)) if self._has_values else 0
         if self._n_bytes > self._limits.body_bytes:
             raise _too_large(self._limits)
         if self._n_values > self._limits.body_values:

@@ -32,6 +32,9 @@ from llava.serve.schema import ChatRequest, CompletionRequest, ExplainRequest, T
 from llava.serve.service import Client, Service, client_error
 from llava.serve.settings import Settings
 from llava.serve.traces import TraceMiddleware, provider
+from llava.serve.ui.gate import Streams
+from llava.serve.ui.mount import Page
+from llava.serve.ui.paths import is_page, is_upload
 from llava.serve.validation import to_api_error
 
 log = logging.getLogger(__name__)
@@ -49,6 +52,7 @@ class State:
     service: Service | None = None
     draining: bool = False  # finish what runs, and take nothing new
     error: LlavaError | None = None  # why the model could not be loaded
+    page_streams: Streams = field(default_factory=dict)  # answers that end when a page is closed
 
     @property
     def ready(self) -> Service:
@@ -75,6 +79,7 @@ def create(
     """
     state = State(settings=settings)
     tracing = provider(settings.otlp_endpoint) if settings.otlp_endpoint else None
+    page = Page(state) if settings.page else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -83,6 +88,8 @@ def create(
         loading.cancel()
         with suppress(asyncio.CancelledError):
             await loading
+        if page:
+            await page.close()
         if state.service:
             await state.service.stop()
         if tracing:
@@ -94,10 +101,23 @@ def create(
     app.openapi = partial(_schema, app, app.openapi)  # type: ignore[method-assign]
     _add_errors(app)
     _add_routes(app, state)
-    app.add_middleware(AccessMiddleware, access=settings.access, limits=settings.limits, metrics=state.metrics)
+    if page:
+        page.add_to(app)
+    app.add_middleware(
+        AccessMiddleware,
+        access=settings.access,
+        limits=settings.limits,
+        metrics=state.metrics,
+        is_page=is_page if page else _never,
+        is_upload=is_upload if page else _never,
+    )
     if tracing:
         app.add_middleware(TraceMiddleware, provider=tracing)  # the outermost one
     return app
+
+
+def _never(path: str) -> bool:
+    return False
 
 
 def _schema(app: FastAPI, build: Callable[[], dict[str, Any]]) -> dict[str, Any]:

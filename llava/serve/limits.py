@@ -29,5 +29,6 @@ class Limits:
     map_values: int = 2_000_000  # numbers in the maps of an explanation
     map_bytes: int = 2**30  # memory for the attention that an explanation captures
     explanations: int = 4  # that run at the same time; those beyond get 429
+    upload_bytes: int = 2**30  # of all pictures that visitors of the page have sent, on disk
     requests: int = 256  # choices that wait or run at the same time; those beyond get 429
     request_s: float = 600.0  # seconds until a request is ended

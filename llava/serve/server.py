@@ -248,8 +248,10 @@ class _Server(uvicorn.Server):
         self._drain = asyncio.ensure_future(self._finish())
 
     async def _finish(self) -> None:
-        if running := list(self.server_state.tasks):  # new ones are refused
+        if running := self.server_state.tasks - self._state.page_streams.keys():  # new ones are refused
             await asyncio.wait(running, timeout=self._state.settings.drain_s)
+        for stream in self._state.page_streams.values():
+            stream.cancel()  # an open page would hold up the end
         self.should_exit = True
         await asyncio.sleep(_CLOSE_S)
         self.force_exit = True

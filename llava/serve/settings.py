@@ -20,6 +20,7 @@ class Settings:
     media_hosts: tuple[str, ...] = ()  # hosts from which pictures are fetched, over https
     otlp_endpoint: str | None = None  # of a collector for OpenTelemetry
     threads: int | None = None  # that compute on a CPU; None: one fewer than PyTorch would use
+    page: bool = False  # show the chat page, which needs gradio
     log_prompts: bool = False  # log prompts and replies
     drain_s: float = 60.0  # seconds that running requests have to finish after SIGTERM
     certificate: str | None = None  # PEM files, for https

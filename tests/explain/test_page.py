@@ -35,8 +35,7 @@ def test_the_page_shows_the_picture_and_what_a_word_looks_at(tmp_path: Path) -> 
     shown, hottest = {}, {}
     for word in ("croissant", "teapot"):
         i = words.index(word)
-        chosen = f"show(buttons[{i}], data.words[{i}])"
-        shown[word] = picture_in(shot(text.replace("show(buttons[0], data.words[0])", chosen), tmp_path))
+        shown[word] = picture_in(shot(text.replace("view.show(0)", f"view.show({i})"), tmp_path))
         heat = found.pictures[0].pixels(found.words[i][1])
         y, x = divmod(int(heat.argmax()), heat.shape[1])
         hottest[word] = (x + 5, y + 5)  # within the patch

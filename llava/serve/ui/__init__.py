@@ -1,0 +1,1 @@
+"""The chat page at `/`, made with gradio. It calls this server's own API."""
