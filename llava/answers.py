@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from llava.assistant import Assistant, question_about
 from llava.config import IMAGE_SUFFIXES
@@ -255,21 +255,26 @@ def _write(rows: Sequence[Answer], out: Path) -> None:
     check_new(out)  # it may have been created since the start
     with replacing(out) as partial, partial.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         if out.suffix.lower() == ".csv":
-            table = csv.DictWriter(file, [field.name for field in fields(Answer)])  # ends lines with \r\n (RFC 4180)
-            table.writeheader()
-            table.writerows(map(asdict, rows))
-            _warn_about_formulas(rows, out)
+            write_csv(rows, file)
+            if warning := formulas(rows):
+                log.warning("%s: %s", out, warning)
         else:
             file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _warn_about_formulas(rows: Sequence[Answer], out: Path) -> None:
-    """Spreadsheets compute what looks like a formula. The table has the exact text, so people must know."""
-    if n := sum(text.startswith(_FORMULA) for row in rows for text in (row.picture, row.question, row.answer or "")):
-        log.warning(
-            "%s: %s with =, +, - or @, which spreadsheets take for formulas; import the columns as text there",
-            out,
-            "1 cell begins" if n == 1 else f"{n} cells begin",
-        )
+def write_csv(rows: Iterable[Answer], file: TextIO) -> None:
+    """Writes rows below a header, with lines that end in \\r\\n (RFC 4180)."""
+    table = csv.DictWriter(file, [field.name for field in fields(Answer)])
+    table.writeheader()
+    table.writerows(map(asdict, rows))
+
+
+def formulas(rows: Iterable[Answer]) -> str:
+    """Says whether spreadsheets compute cells of a table, which has the exact text; "" if they do not."""
+    n = sum(text.startswith(_FORMULA) for row in rows for text in (row.picture, row.question, row.answer or ""))
+    if not n:
+        return ""
+    begin = "1 cell begins" if n == 1 else f"{n} cells begin"
+    return f"{begin} with =, +, - or @, which spreadsheets take for formulas; import the columns as text there"

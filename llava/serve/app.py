@@ -5,7 +5,6 @@ import logging
 import secrets
 import threading
 import time
-import warnings
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -121,15 +120,11 @@ def _never(path: str) -> bool:
 
 
 def _schema(app: FastAPI, build: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Returns the OpenAPI schema without the status 422, which is never answered, and with an id for each operation."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # GET and HEAD of one route have the same id until the loop below
-        schema = build()
+    """Returns the OpenAPI schema without the status 422, which is never answered."""
+    schema = build()
     for path in schema["paths"].values():
-        for method, operation in path.items():
+        for operation in path.values():
             operation["responses"].pop("422", None)
-            if method == "head":
-                operation["operationId"] += "_head"
     return schema
 
 
@@ -274,13 +269,15 @@ def _add_routes(app: FastAPI, state: State) -> None:
         service.adapter(model)
         return _model(service, model)
 
-    @app.api_route("/health", methods=["GET", "HEAD"])
+    @app.head("/health")
+    @app.get("/health")
     async def health() -> Response:
         """200 while the engine lives, or the model is being loaded."""
         alive = state.error is None and (state.service is None or state.service.is_alive)
         return JSONResponse({"status": "ok" if alive else "failed"}, status_code=200 if alive else 503)
 
-    @app.api_route("/ready", methods=["GET", "HEAD"])
+    @app.head("/ready")
+    @app.get("/ready")
     async def ready() -> dict[str, str]:
         """200 while requests are accepted."""
         _ = state.ready

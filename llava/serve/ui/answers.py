@@ -4,25 +4,25 @@ import json
 from html import escape
 
 from llava.explain.maps import words_of
-from llava.serve.ui.conversation import Answer, Figures, Token
+from llava.serve.ui.conversation import Answer, Token
 
 
 def finished(answer: Answer, number: int) -> str:
     """Returns the HTML of an answer that no longer grows. number: of its turn, from 0."""
     name = f"{number}:{answer.options.seed}"  # no other answer on the page ever has it
-    return _words(answer.tokens, name) + _line(answer.figures) + _buttons(name)
+    return words(answer, name) + figures(answer) + _buttons(name)
 
 
-def _words(tokens: list[Token], name: str) -> str:
-    """A toolbar: Tab reaches its first word, and the arrow keys the others."""
-    words = []
+def words(answer: Answer, name: str) -> str:
+    """A toolbar: Tab reaches its first word, and the arrow keys the others. name: by which page.js knows the answer."""
+    tokens, shown = answer.tokens, []
     for i, (text, span) in enumerate(words_of([one.piece for one in tokens])):
         data = json.dumps([_alternatives(one) for one in tokens[span]])
         attributes = f'data-word="{i}" data-tokens="{escape(data)}" tabindex="{0 if i == 0 else -1}"'
         space = _space(tokens[span.start]) if i else ""
-        words.append(f'{space}<button type="button" class="word" {attributes}>{escape(text)}</button>')
+        shown.append(f'{space}<button type="button" class="word" {attributes}>{escape(text)}</button>')
     label = "Words of the answer, with their alternatives"
-    return f'<div class="words" role="toolbar" aria-label="{label}" data-answer="{name}">{"".join(words)}</div>'
+    return f'<div class="words" role="toolbar" aria-label="{label}" data-answer="{name}">{"".join(shown)}</div>'
 
 
 def _space(first: Token) -> str:
@@ -36,15 +36,17 @@ def _alternatives(token: Token) -> list[object]:
     return [text, round(token.probability, 4), [[one, round(p, 4)] for one, p in token.alternatives]]
 
 
-def _line(figures: Figures | None) -> str:
-    if figures is None:
+def figures(answer: Answer) -> str:
+    """A line that says what an answer cost."""
+    found = answer.figures
+    if found is None:
         return '<p class="figures">stopped</p>'
-    speed = f"{figures.tokens_per_s:.1f} tokens/s" if figures.tokens_per_s else ""
+    speed = f"{found.tokens_per_s:.1f} tokens/s" if found.tokens_per_s else ""
     parts = [
-        f"first token after {figures.first_token_s:.2f} s",
-        f"{figures.tokens} tokens in {figures.total_s:.2f} s",
+        f"first token after {found.first_token_s:.2f} s",
+        f"{found.tokens} tokens in {found.total_s:.2f} s",
         speed,
-        f"{figures.prompt_tokens} prompt tokens, {figures.cached_tokens} of them cached",
+        f"{found.prompt_tokens} prompt tokens, {found.cached_tokens} of them cached",
     ]
     return f'<p class="figures">{" · ".join(filter(None, parts))}</p>'
 

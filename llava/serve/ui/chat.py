@@ -16,10 +16,11 @@ import gradio as gr
 
 from llava.serve.settings import Settings
 from llava.serve.ui.answers import finished
-from llava.serve.ui.client import ApiClient, ApiFailure, Visitor
+from llava.serve.ui.client import ApiClient, ApiFailure, visitor_of
 from llava.serve.ui.conversation import Answer, Conversation, Options, Turn
 from llava.serve.ui.explaining import Wanted, explanation
 from llava.serve.ui.generate import generate
+from llava.serve.ui.parts import alert, record
 
 _EXAMPLES = {
     "kitchen.png": "Describe this image in detail.",
@@ -139,7 +140,7 @@ class ChatTab:
         """Answers a new question."""
         text, pictures = question["text"].strip(), tuple(map(Path, question["files"]))
         if not text:
-            yield {self._problem: _problem("write a question first")}
+            yield {self._problem: alert("write a question first")}
             return
         conversation.stop()
         conversation.turns.append(Turn(text=text, pictures=pictures))
@@ -179,11 +180,11 @@ class ChatTab:
         }
         try:
             messages = await asyncio.to_thread(conversation.messages, len(conversation.turns) - 1)
-            async for _ in generate(self._client, _visitor(request), messages, turn.answer):
+            async for _ in generate(self._client, visitor_of(request), messages, turn.answer):
                 yield self._view(conversation)
         except ApiFailure as error:
             conversation.forget(turn)
-            yield self._view(conversation) | {self._question: _to_write(turn), self._problem: _problem(error)}
+            yield self._view(conversation) | {self._question: _to_write(turn), self._problem: alert(error)}
             return
         if turn.answer.text or not turn.answer.stop.is_set():
             yield {self._question: gr.MultimodalTextbox(submit_btn=True, stop_btn=False)}
@@ -209,11 +210,10 @@ class ChatTab:
     def download(self, conversation: Conversation) -> View:
         """Gives the conversation to page.js, which saves it as a file."""
         try:
-            record = json.dumps({"messages": conversation.record()}, ensure_ascii=False, indent=1)
+            text = json.dumps({"messages": conversation.record()}, ensure_ascii=False, indent=1)
         except ApiFailure as error:
-            return {self._problem: _problem(error)}
-        stamp = f'data-n="{random.randrange(_SEEDS)}"'  # a new value each time, or the browser would see no change
-        return {self._record: f'<div class="record-data" {stamp} hidden>{escape(record)}</div>', self._problem: ""}
+            return {self._problem: alert(error)}
+        return {self._record: record(text, "llava-chat", "json"), self._problem: ""}
 
     async def explain(self, request: gr.Request, wanted: str, conversation: Conversation) -> View:
         """Shows what the words of an answer look at. wanted: see `Wanted`."""
@@ -223,9 +223,9 @@ class ChatTab:
             assert turn.answer
             messages = await asyncio.to_thread(conversation.messages, place.number)
             body = turn.answer.options.body() | {"max_tokens": max(1, len(turn.answer.tokens)), "messages": messages}
-            found = await self._client.explain(_visitor(request), body)
+            found = await self._client.explain(visitor_of(request), body)
         except ApiFailure as error:
-            return {self._problem: _problem(error)}
+            return {self._problem: alert(error)}
         pictures = [path for one in conversation.turns[: place.number + 1] for path in one.pictures]
         return {self._look: explanation(found, turn, pictures, place), self._problem: ""}
 
@@ -271,13 +271,6 @@ def _options(model: str, temperature: float, top_p: float, max_tokens: float) ->
     )
 
 
-def _visitor(request: gr.Request) -> Visitor:
-    assert request.request
-    scope = request.request.scope
-    host, port = scope["server"]
-    return Visitor(host=host, port=port, key=scope["state"]["key"].decode())
-
-
 def _turn(index: Any, conversation: Conversation) -> int:
     """Returns the number of the turn to which a message belongs. Each picture is a message, as `_view` shows them."""
     left = int(index[0] if isinstance(index, list | tuple) else index)
@@ -291,7 +284,3 @@ def _turn(index: Any, conversation: Conversation) -> int:
 def _to_write(turn: Turn) -> Any:
     value: dict[str, Any] = {"text": turn.text, "files": [str(path) for path in turn.pictures]}
     return gr.MultimodalTextbox(value=value, submit_btn=True, stop_btn=False)
-
-
-def _problem(error: object) -> str:
-    return f'<p role="alert">{escape(str(error))}</p>'

@@ -52,6 +52,10 @@ class ApiClient:
                         raise ApiFailure(chunk["error"]["message"])
                     yield chunk
 
+    async def answer(self, visitor: Visitor, body: dict[str, Any]) -> dict[str, Any]:
+        """Returns a whole reply. Raises ApiFailure."""
+        return await self._whole(visitor, "POST", "/v1/chat/completions", body)
+
     async def _whole(
         self, visitor: Visitor, method: str, path: str, body: dict[str, Any] | None = None
     ) -> dict[str, Any]:
@@ -82,6 +86,13 @@ class ApiClient:
             raise ApiFailure("no answer came in time; try again later") from None
         except httpx.HTTPError as error:
             raise ApiFailure(f"the server cannot be reached ({type(error).__name__}); try again later") from None
+
+
+def visitor_of(request: Any) -> Visitor:
+    """Returns who has sent a `gradio.Request`."""
+    scope = request.request.scope
+    host, port = scope["server"]
+    return Visitor(host=host, port=port, key=scope["state"]["key"].decode())
 
 
 def _reason(body: bytes, status: int) -> str:

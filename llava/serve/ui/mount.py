@@ -134,8 +134,13 @@ def _add_tabs(settings: Settings, models: Sequence[str], folder: Path) -> None:
     import gradio
 
     from llava.serve.ui.chat import ChatTab
+    from llava.serve.ui.compare import CompareTab
+    from llava.serve.ui.gallery import GalleryTab
 
-    with gradio.Tabs():  # noqa: SIM117
+    with gradio.Tabs():
         with gradio.Tab("Chat"):
             ChatTab(settings, models, folder)
-        # Gallery and Compare: a tab here each, and a class in a file of its own, like `ChatTab`
+        with gradio.Tab("Gallery"):
+            GalleryTab(settings, models)
+        with gradio.Tab("Compare"):
+            CompareTab(settings, models)

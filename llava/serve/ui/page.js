@@ -39,7 +39,7 @@
   }
 
   const hideAlternatives = () => (tip.hidden = true);
-  const wordAt = (event) => event.target.closest?.("#answers .word");
+  const wordAt = (event) => event.target.closest?.(".words .word");
   document.addEventListener("mouseover", (event) => (wordAt(event) ? showAlternatives(wordAt(event)) : hideAlternatives()));
   document.addEventListener("focusin", (event) => wordAt(event) && showAlternatives(wordAt(event)));
   document.addEventListener("focusout", hideAlternatives);
@@ -77,7 +77,7 @@
 
   document.addEventListener("click", (event) => {
     const word = wordAt(event), button = event.target.closest?.("#answers .look");
-    if (word) look(word.closest(".words").dataset.answer, Number(word.dataset.word));
+    if (word?.closest("#answers")) look(word.closest(".words").dataset.answer, Number(word.dataset.word));
     if (button) look(button.dataset.answer, null);
     const copy = event.target.closest?.("#answers .copy");
     if (copy) copyText(copy, copy.closest(".bot, .message").querySelector(".words").textContent.trim());
@@ -106,8 +106,10 @@
 
   function save(data) {
     const link = document.createElement("a");
-    link.href = URL.createObjectURL(new Blob([data.textContent], { type: "application/json" }));
-    link.download = `llava-chat-${new Date().toISOString().slice(0, 19).replaceAll(":", "-")}.json`;
+    const type = { csv: "text/csv", json: "application/json" }[data.dataset.kind];
+    link.href = URL.createObjectURL(new Blob([data.textContent], { type: `${type};charset=utf-8` }));
+    const time = new Date().toISOString().slice(0, 19).replaceAll(":", "-");
+    link.download = `${data.dataset.name}-${time}.${data.dataset.kind}`;
     link.click();
     URL.revokeObjectURL(link.href);
     data.remove();
@@ -126,7 +128,7 @@
 
   new MutationObserver(() => {
     document.querySelectorAll("#answers textarea:not([data-is-text])").forEach(unescapeOnce);
-    const data = find("#look .look-data"), record = find("#record .record-data");
+    const data = find("#look .look-data"), record = find(".record-data");
     if (data) showLook(data);
     if (record) save(record);
   }).observe(document, { childList: true, subtree: true });
