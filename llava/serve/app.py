@@ -5,6 +5,7 @@ import logging
 import secrets
 import threading
 import time
+import warnings
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -94,7 +95,14 @@ def create(
         if tracing:
             await asyncio.to_thread(tracing.shutdown)  # sends what it still has
 
-    app = FastAPI(title="llava", version=llava.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="llava",
+        version=llava.__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,  # FastAPI's own takes one of GET and HEAD by chance
+    )
     app.router.redirect_slashes = False  # the address of a redirect would come from the Host header
     app.state.llava = state
     app.openapi = partial(_schema, app, app.openapi)  # type: ignore[method-assign]
@@ -120,11 +128,15 @@ def _never(path: str) -> bool:
 
 
 def _schema(app: FastAPI, build: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Returns the OpenAPI schema without the status 422, which is never answered."""
-    schema = build()
+    """Returns the OpenAPI schema without the status 422, which is never answered, and with an id for each operation."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # GET and HEAD of one route have the same id until the loop below
+        schema = build()
     for path in schema["paths"].values():
-        for operation in path.values():
+        for method, operation in path.items():
             operation["responses"].pop("422", None)
+            if method == "head":
+                operation["operationId"] += "_head"
     return schema
 
 
@@ -269,15 +281,13 @@ def _add_routes(app: FastAPI, state: State) -> None:
         service.adapter(model)
         return _model(service, model)
 
-    @app.head("/health")
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         """200 while the engine lives, or the model is being loaded."""
         alive = state.error is None and (state.service is None or state.service.is_alive)
         return JSONResponse({"status": "ok" if alive else "failed"}, status_code=200 if alive else 503)
 
-    @app.head("/ready")
-    @app.get("/ready")
+    @app.api_route("/ready", methods=["GET", "HEAD"])
     async def ready() -> dict[str, str]:
         """200 while requests are accepted."""
         _ = state.ready
