@@ -85,7 +85,7 @@ def serve(
         media_hosts=tuple(allow_media_host or ()),
         otlp_endpoint=otlp_endpoint,
         threads=threads,
-        page=_has_page(ui) and not dry_run,
+        page=not dry_run and _has_page(ui),
         log_prompts=log_prompts,
         certificate=certificate,
         private_key=private_key,

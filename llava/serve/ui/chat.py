@@ -75,6 +75,7 @@ class ChatTab:
             elem_id="question",
             autofocus=True,
         )
+        self._look = gr.HTML(elem_id="look", js_on_load=None)
         self._samples = [{"text": text, "files": [_example(folder, name)]} for name, text in _EXAMPLES.items()]
         self._examples = gr.Dataset(
             components=[self._question],
@@ -96,7 +97,6 @@ class ChatTab:
             self._photograph = gr.Button("Photograph", elem_id="photograph", size="sm")
             self._download = gr.Button("Download the conversation", elem_id="download", size="sm")
             self._dark = gr.Button("Dark or light", elem_id="dark", size="sm")
-        self._look = gr.HTML(elem_id="look", js_on_load=None)
         self._record = gr.HTML(elem_id="record", js_on_load=None, visible="hidden")
         # page.js writes into the first and presses the second: HTML below an answer has no events of gradio
         self._wanted = gr.Textbox(elem_id="wanted", visible="hidden", show_label=False)
@@ -118,7 +118,7 @@ class ChatTab:
         self._question.stop(self.stop, [self._conversation], None, **quick)  # gradio's `cancels` can end in an error
         self._examples.click(self.take_example, [self._examples], [self._question], **quick)
         self._answers.undo(self.undo, [self._conversation], shown, **quick)
-        self._answers.clear(self.clear, None, shown, **quick)
+        self._answers.clear(self.clear, [self._conversation], shown, **quick)
         self._download.click(self.download, [self._conversation], [self._record, self._problem], **quick)
         self._explain.click(
             self.explain,
@@ -186,6 +186,8 @@ class ChatTab:
             conversation.forget(turn)
             yield self._view(conversation) | {self._question: _to_write(turn), self._problem: alert(error)}
             return
+        if turn not in conversation.turns:  # taken back meanwhile
+            return
         if turn.answer.text or not turn.answer.stop.is_set():
             yield {self._question: gr.MultimodalTextbox(submit_btn=True, stop_btn=False)}
         else:  # stopped before there was anything of it
@@ -196,15 +198,18 @@ class ChatTab:
         """Ends the answer that grows; `_answered` then shows what there is of it."""
         conversation.stop()
 
-    def undo(self, conversation: Conversation) -> View:
+    async def undo(self, conversation: Conversation) -> View:
         """Takes the last turn back, to write it anew."""
         if not conversation.turns:
             return {self._problem: ""}
+        conversation.stop()
         turn = conversation.turns.pop()
         return self._view(conversation) | {self._question: _to_write(turn), self._problem: "", self._look: ""}
 
-    def clear(self) -> View:
+    async def clear(self, conversation: Conversation) -> View:
         """Begins a new conversation."""
+        conversation.stop()
+        conversation.turns.clear()
         return {self._conversation: Conversation(), self._problem: "", self._look: ""}
 
     def download(self, conversation: Conversation) -> View:

@@ -14,7 +14,7 @@ from llava.errors import LlavaError
 from llava.serve.settings import Settings
 
 _CONNECT_S = 5.0  # to this machine
-_MARGIN_S = 5.0  # after which a request that the server should have ended is given up
+_MARGIN_S = 1.0  # after which a request that the server should have ended is given up
 
 
 class ApiFailure(LlavaError):

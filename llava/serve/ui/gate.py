@@ -153,7 +153,7 @@ def _size(folder: Path) -> int:
     total = 0
     for file in folder.rglob("*"):
         try:
-            total += file.lstat().st_size
+            total += file.lstat().st_size if file.is_file() else 0
         except FileNotFoundError:
             continue
     return total

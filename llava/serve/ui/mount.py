@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,6 +107,7 @@ def build(settings: Settings, models: Sequence[str], folder: Path) -> FastAPI:
 
     title, delete_cache = f"{settings.name} · llava", (_HOUR, 24 * _HOUR)
     with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=delete_cache) as blocks:
+        gradio.HTML(f"<h1>{escape(settings.name)}</h1>", elem_id="heading", js_on_load=None)
         _add_tabs(settings, models, folder)
     blocks.queue(max_size=settings.limits.requests, api_open=False)
     blocks.has_launched = True  # or gradio would not check which files its components read

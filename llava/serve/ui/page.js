@@ -126,7 +126,13 @@
     field.dispatchEvent(new Event("input", { bubbles: true }));
   }
 
+  // Gradio has no text for pictures that are sent.
+  function name(image, n) {
+    image.alt = `Picture ${n + 1} of the conversation`;
+  }
+
   new MutationObserver(() => {
+    document.querySelectorAll("#answers img").forEach((image, n) => image.alt || name(image, n));
     document.querySelectorAll("#answers textarea:not([data-is-text])").forEach(unescapeOnce);
     const data = find("#look .look-data"), record = find(".record-data");
     if (data) showLook(data);

@@ -68,7 +68,7 @@ def test_a_picture_is_asked_about_over_several_turns(page: Any, site: Server) ->
     cached = re.search(r"(\d+) of them cached", second)
     assert cached
     assert int(cached[1]) > 100  # the picture was there before
-    picture = page.locator("#answers img").first
+    picture = page.get_by_alt_text("Picture 1 of the conversation")
     assert picture.evaluate("one => one.complete && one.naturalWidth") == 256
     with page.expect_download() as download:
         page.get_by_role("button", name="Download the conversation").click()
@@ -125,8 +125,12 @@ def test_an_answer_is_stopped_and_a_question_edited_and_asked_again(page: Any) -
     edit(page, DESCRIBE, "How many apples are there?")
     page.wait_for_function("document.querySelector('#answers .words')?.innerText.includes('one red apple')")
     assert page.locator("#answers .figures").count() == 1
+    before = page.locator("#answers .words").get_attribute("data-answer")
     page.locator("#answers").get_by_role("button", name="Retry").click()
-    page.wait_for_function("document.querySelector('#answers .figures')?.innerText.match(/1[0-9][0-9] of them cached/)")
+    page.wait_for_function(
+        f"![undefined, '{before}'].includes(document.querySelector('#answers .words')?.dataset.answer)"
+    )
+    assert answered(page) == "There is one red apple."
     page.locator("#answers").get_by_role("button", name="Undo").click()
     page.wait_for_function("document.querySelector('#question textarea').value === 'How many apples are there?'")
     assert page.locator("#question .thumbnail-item").count() == 1

@@ -1,5 +1,6 @@
 """What visitors of the page cannot make gradio do."""
 
+import asyncio
 import os
 import re
 import threading
@@ -12,8 +13,9 @@ from urllib.parse import quote
 
 import pytest
 
+from llava.serve.errors import ApiError
 from llava.serve.limits import Limits
-from llava.serve.ui.gate import policy
+from llava.serve.ui.gate import Gate, policy
 from tests.serve.ui.conftest import Visitor, file
 from tests.serving import Server, drawn
 
@@ -182,7 +184,8 @@ def test_an_answer_ends_when_its_page_is_closed(site: Server) -> None:
     list(before.events())
     visitor, finished = Visitor(site.http, "closed"), site.metric("llava_request_success_total")
     with site.http.stream("GET", "/gradio_api/heartbeat/closed") as heartbeat:
-        next(heartbeat.iter_lines())
+        beats = heartbeat.iter_lines()
+        next(beats)
         assert visitor.ask("Tell me a story.", max_tokens=900, temperature=2).status_code == 200
         for event in visitor.events():
             if event["msg"] == "process_generating":
@@ -199,9 +202,28 @@ def test_no_event_takes_components_from_a_visitor(site: Server) -> None:
     assert [one["id"] for one in config["dependencies"] if chatbots & set(one["inputs"])] == []
 
 
-def test_the_limit_of_all_uploads_counts_what_is_on_disk(tmp_path: Path) -> None:
-    from llava.serve.ui.gate import _size
+def test_uploads_stop_when_there_is_no_room(tmp_path: Path) -> None:
+    """Those that are under way count too: while one of 20 bytes arrives, another of 30 is tried."""
+    (tmp_path / "picture.png").write_bytes(bytes(60))
+    statuses: dict[int, int] = {}
 
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "b").write_bytes(bytes(100))
-    assert 100 <= _size(tmp_path) < 100_000
+    async def gradio(scope: Any, receive: Any, send: Any) -> None:
+        if not statuses:
+            await upload(30)
+
+    async def upload(n_bytes: int) -> None:
+        headers = [(b"content-length", str(n_bytes).encode())]
+        try:
+            await gate({"type": "http", "path": "/gradio_api/upload", "headers": headers}, unread, unread)
+            statuses[n_bytes] = 200
+        except ApiError as error:
+            statuses[n_bytes] = error.status
+
+    async def unread(*arguments: Any) -> Any:
+        raise AssertionError("nothing is read or sent")
+
+    gate = Gate(gradio, folder=tmp_path, limits=Limits(upload_bytes=100), streams={})
+    asyncio.run(upload(20))
+    asyncio.run(upload(41))
+    asyncio.run(upload(40))
+    assert statuses == {30: 413, 20: 200, 41: 413, 40: 200}

