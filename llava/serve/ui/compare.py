@@ -96,7 +96,11 @@ class CompareTab:
         except ApiFailure as error:
             yield {self._problem: alert(error)}
             return
-        yield {self._running: running, self._problem: "", self._question: gr.MultimodalTextbox(stop_btn=True)}
+        yield {
+            self._running: running,
+            self._problem: "",
+            self._question: gr.MultimodalTextbox(submit_btn=False, stop_btn=True),
+        }
         growing = [asyncio.create_task(_grown(self._client, visitor_of(request), messages, one)) for one in running]
         try:
             while not all(task.done() for task in growing):
@@ -105,7 +109,7 @@ class CompareTab:
         finally:
             for task in growing:
                 task.cancel()
-        yield self._view(running, growing) | {self._question: gr.MultimodalTextbox(stop_btn=False)}
+        yield self._view(running, growing) | {self._question: gr.MultimodalTextbox(submit_btn=True, stop_btn=False)}
 
     def _view(self, answers: Sequence[Answer], growing: Sequence[asyncio.Task[str]]) -> View:
         states = [task.result() if task.done() else "" for task in growing]

@@ -15,6 +15,7 @@ from urllib.parse import quote
 import gradio as gr
 
 from llava.answers import Answer, formulas, write_csv
+from llava.config import IMAGE_SUFFIXES
 from llava.serve.settings import Settings
 from llava.serve.ui.client import ApiClient, ApiFailure, Visitor, visitor_of
 from llava.serve.ui.conversation import Conversation, Turn
@@ -22,7 +23,7 @@ from llava.serve.ui.parts import alert, record
 from llava.serve.ui.paths import FILE_OF_VISITOR
 
 _AT_ONCE = 16  # requests of a table; the engine computes them together, and leaves room for other visitors
-_MAX_PICTURES = 2000
+_MAX_PICTURES = 500
 _MAX_TOKENS = 128
 _SHOW_S = 0.5  # seconds between two views of a table
 
@@ -49,18 +50,20 @@ class GalleryTab:
         """models: their names, that of the model without adapters first."""
         self._client, self._limits = ApiClient(settings), settings.limits
         self._table = gr.State(Table())
-        self._pictures = gr.File(
-            label="Pictures", file_count="multiple", file_types=["image"], elem_id="gallery-pictures", height=160
-        )
-        self._folder = gr.UploadButton("Add a folder", file_count="directory", elem_id="gallery-folder", size="sm")
-        self._question = gr.Textbox(
-            label="Question about each picture", elem_id="gallery-question", submit_btn="Ask", max_length=100_000
+        self._question = gr.MultimodalTextbox(
+            label="Question about each picture, and the pictures",
+            placeholder="Ask about each of many pictures: drop them here, or add them with the button",
+            sources=["upload"],
+            file_types=["image"],
+            file_count="multiple",
+            max_plain_text_length=100_000,
+            elem_id="gallery-question",
         )
         with gr.Accordion("Options", open=False):
             self._model = gr.Dropdown(list(models), value=models[0], label="Model or adapter")
             self._max_tokens = gr.Slider(1, 2048, value=_MAX_TOKENS, step=1, label="Maximum tokens of an answer")
         with gr.Row():
-            self._stop = gr.Button("Stop", elem_id="gallery-stop", size="sm")
+            self._folder = gr.UploadButton("Add a folder", file_count="directory", elem_id="gallery-folder", size="sm")
             self._csv = gr.Button("Download CSV", elem_id="gallery-csv", size="sm")
             self._json = gr.Button("Download JSON", elem_id="gallery-json", size="sm")
         self._problem = gr.HTML(elem_id="gallery-problem", js_on_load=None)
@@ -70,48 +73,46 @@ class GalleryTab:
 
     def _connect(self) -> None:
         quick: dict[str, Any] = {"queue": True, "show_progress": "hidden", "api_visibility": "private"}
-        self._folder.upload(self.add, [self._pictures, self._folder], [self._pictures], **quick)
+        self._folder.upload(self.add, [self._question, self._folder], [self._question], **quick)
         self._question.submit(
             self.ask,
-            [self._pictures, self._question, self._table, self._model, self._max_tokens],
-            [self._table, self._shown, self._problem],
+            [self._question, self._table, self._model, self._max_tokens],
+            [self._question, self._table, self._shown, self._problem],
             concurrency_limit=self._limits.requests,
             show_progress="hidden",
             api_visibility="private",
         )
-        self._stop.click(self.stop, [self._table], None, **quick)
+        self._question.stop(self.stop, [self._table], None, **quick)
         self._csv.click(self.csv, [self._table], [self._record, self._problem], **quick)
         self._json.click(self.json, [self._table], [self._record, self._problem], **quick)
 
-    def add(self, pictures: list[str] | None, folder: list[str]) -> list[str]:
+    def add(self, question: dict[str, Any], folder: list[str]) -> Any:
         """Adds the pictures of a folder to those that are there."""
-        return [*(pictures or []), *folder]
+        pictures = [one for one in folder if one.lower().endswith(IMAGE_SUFFIXES)]
+        return gr.MultimodalTextbox(value={**question, "files": [*question["files"], *pictures]})
 
     async def ask(
-        self,
-        request: gr.Request,
-        pictures: list[str] | None,
-        question: str,
-        table: Table,
-        model: str,
-        max_tokens: float,
+        self, request: gr.Request, question: dict[str, Any], table: Table, model: str, max_tokens: float
     ) -> AsyncIterator[View]:
         """Asks about each picture, and shows the answers as they come."""
-        if problem := _what_is_missing(pictures, question):
+        text, pictures = question["text"].strip(), list(map(Path, question["files"]))
+        if problem := _what_is_missing(len(pictures), text):
             yield {self._problem: alert(problem)}
             return
         table.stop.set()  # an earlier run
-        table.pictures, table.rows, table.stop = [Path(one) for one in pictures or []], {}, asyncio.Event()
+        table.pictures, table.rows, table.stop = pictures, {}, asyncio.Event()
         body = {"model": model, "temperature": 0, "max_tokens": int(max_tokens)}
-        yield {self._table: table, self._shown: _html(table), self._problem: ""}
+        asking = gr.MultimodalTextbox(submit_btn=False, stop_btn=True)
+        yield {self._question: asking, self._table: table, self._shown: _html(table), self._problem: ""}
         shown = time.monotonic()
-        async with aclosing(self._answers(visitor_of(request), table, question.strip(), body)) as answers:
+        async with aclosing(self._answers(visitor_of(request), table, text, body)) as answers:
             async for i, answer in answers:
                 table.rows[i] = answer
                 if time.monotonic() - shown > _SHOW_S * (1 + len(table.pictures) // 100):
                     shown = time.monotonic()
                     yield {self._shown: _html(table)}
-        yield {self._shown: _html(table), self._problem: _note(formulas(table.answers()))}
+        done = gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
+        yield {self._question: done, self._shown: _html(table), self._problem: _note(formulas(table.answers()))}
 
     async def _answers(
         self, visitor: Visitor, table: Table, question: str, body: dict[str, Any]
@@ -174,14 +175,12 @@ class GalleryTab:
         return {self._record: record(text, "llava-gallery", kind), self._problem: _note(formulas(table.answers()))}
 
 
-def _what_is_missing(pictures: list[str] | None, question: str) -> str:
-    if not pictures:
+def _what_is_missing(n_pictures: int, question: str) -> str:
+    if not n_pictures:
         return "add pictures first"
-    if len(pictures) > _MAX_PICTURES:
-        return (
-            f"found {len(pictures):,} pictures; {_MAX_PICTURES:,} at most, or use llava ask FOLDER QUESTION --csv FILE"
-        )
-    return "" if question.strip() else "write a question first"
+    if n_pictures > _MAX_PICTURES:
+        return f"found {n_pictures:,} pictures, at most {_MAX_PICTURES} fit; use llava ask FOLDER QUESTION --csv FILE"
+    return "" if question else "write a question first"
 
 
 def _html(table: Table) -> str:

@@ -31,13 +31,13 @@ def alert(page: Any, tab: str) -> str:
 
 
 def add(page: Any, *files: Path) -> None:
-    page.locator("#gallery-pictures input[type=file]").first.set_input_files(list(files))
-    page.locator("#gallery-pictures").get_by_text(files[-1].stem).first.wait_for()
+    page.locator("#gallery-question input[type=file]").set_input_files(list(files))
+    page.locator("#gallery-question .thumbnail-item").nth(len(files) - 1).wait_for()
 
 
 def ask(page: Any, question: str) -> None:
     page.locator("#gallery-question textarea").fill(question)
-    page.locator("#gallery-question button").click()
+    page.locator("#gallery-question textarea").press("Enter")
 
 
 def saved(page: Any, kind: str) -> str:
@@ -84,7 +84,7 @@ def test_a_gallery_is_stopped(page: Any, tmp_path: Path) -> None:
     add(page, *sorted(tmp_path.iterdir()))
     ask(page, "Describe this image in detail.")
     page.wait_for_function("/^[1-9]/.test(document.querySelector('#gallery-table p')?.innerText)")
-    page.locator("#gallery-stop").click()
+    page.locator("#gallery-question .stop-button").click()
     page.wait_for_timeout(1500)
     state = page.locator("#gallery-table p").inner_text()
     assert int(state.split()[0]) < 60
