@@ -134,8 +134,8 @@
   new MutationObserver(() => {
     document.querySelectorAll("#answers img").forEach((image, n) => image.alt || name(image, n));
     document.querySelectorAll("#answers textarea:not([data-is-text])").forEach(unescapeOnce);
-    // gradio's pictures beside a question are items of no list, which screen readers leave out
-    document.querySelectorAll(":not([role=list]) > [role=listitem]").forEach((one) => one.parentElement.setAttribute("role", "list"));
+    // gradio's pictures beside a question are items of what is no list
+    document.querySelectorAll(".thumbnail-wrapper[role=listitem]").forEach((one) => one.removeAttribute("role"));
     const data = find("#look .look-data"), record = find(".record-data");
     if (data) showLook(data);
     if (record) save(record);
