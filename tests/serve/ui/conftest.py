@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -23,10 +24,14 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
 @pytest.fixture(scope="package")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def log_of_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("site") / "errors.txt"
+
+
+@pytest.fixture(scope="package")
+def site(log_of_site: Path) -> Iterator[Server]:
     """llava-tiny with the page."""
-    log = tmp_path_factory.mktemp("site") / "errors.txt"
-    with serving(log, llava.load(device="cpu"), "llava-tiny", "--device", "cpu", "--ui") as server:
+    with serving(log_of_site, llava.load(device="cpu"), "llava-tiny", "--device", "cpu", "--ui") as server:
         yield server
 
 
