@@ -102,19 +102,23 @@ def test_without_the_page_there_is_none(plain: Server) -> None:
     assert plain.http.post("/gradio_api/upload", files={"files": ("a.png", b"a")}).status_code == 415
 
 
-@pytest.fixture
-def without_gradio(tmp_path: Path) -> dict[str, str]:
-    """The environment of a Python that has no gradio."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import importlib.util\n"
-        "find = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda name, *rest: None if name == 'gradio' else find(name, *rest)\n"
+def with_gradio(version: str | None, folder: Path) -> dict[str, str]:
+    """The environment of a Python that has this version of gradio, or none."""
+    (folder / "sitecustomize.py").write_text(
+        "from importlib import metadata\n"
+        "real = metadata.version\n"
+        "def version(name):\n"
+        f"    found = {version!r} if name == 'gradio' else real(name)\n"
+        "    if found is None:\n"
+        "        raise metadata.PackageNotFoundError(name)\n"
+        "    return found\n"
+        "metadata.version = version\n"
     )
-    return os.environ | {"PYTHONPATH": f"{tmp_path}:{PROJECT}", "LLAVA_API_KEY": ""}
+    return os.environ | {"PYTHONPATH": f"{folder}:{PROJECT}", "LLAVA_API_KEY": ""}
 
 
-def test_without_gradio_one_line_says_how_to_get_the_page(without_gradio: dict[str, str]) -> None:
-    process = start("serve", "--port", "0", "--device", "cpu", env=without_gradio)
+def test_without_gradio_one_line_says_how_to_get_the_page(tmp_path: Path) -> None:
+    process = start("serve", "--port", "0", "--device", "cpu", env=with_gradio(None, tmp_path))
     with process:
         url = wait_for_output(process, "\n").split()[-1]
         assert httpx.get(f"{url}/").status_code == 404
@@ -125,10 +129,13 @@ def test_without_gradio_one_line_says_how_to_get_the_page(without_gradio: dict[s
     assert lines == ["llava: no chat page, as gradio is not installed: pip install 'llava-native[ui]'"]
 
 
-def test_asking_for_the_page_without_gradio_is_an_error(without_gradio: dict[str, str]) -> None:
+@pytest.mark.parametrize("version", [None, "6.30.2", "7.0.0"])
+def test_asking_for_the_page_without_a_gradio_that_works_is_an_error(version: str | None, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "llava.cli"]
-    done = run("serve", "--ui", "--model", "no-such-folder/model", command=command, env=without_gradio)
+    environment = with_gradio(version, tmp_path)
+    done = run("serve", "--ui", "--model", "no-such-folder/model", command=command, env=environment)
     assert done.returncode == 2
+    assert (version or "not installed") in done.stderr
     assert "pip install 'llava-native[ui]'" in done.stderr
     assert "no-such-folder" not in done.stderr
 
