@@ -1,9 +1,10 @@
 """The command serve."""
 
-import importlib.util
 import json
 import os
+import re
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,7 @@ from llava.cli.app import app
 from llava.cli.options import Adapters, AsJson, Base, EngineFlags, Model, ModelOptions, grouped
 from llava.errors import ConfigError
 
+_GRADIO = (6, 31)  # the oldest one that it works with, and the newest major version
 _INSTALL_PAGE = "pip install 'llava-native[ui]'"
 
 if TYPE_CHECKING:
@@ -127,12 +129,22 @@ def _plan(
 
 def _has_page(ui: bool | None) -> bool:
     """Returns whether there is a page. Raises ConfigError if it is wanted, but cannot be."""
-    is_installed = importlib.util.find_spec("gradio") is not None
-    if ui and not is_installed:
-        raise ConfigError(f"--ui needs gradio: {_INSTALL_PAGE}, or leave --ui out")
-    if ui is None and not is_installed:
-        print(f"llava: no chat page, as gradio is not installed: {_INSTALL_PAGE}", file=sys.stderr)
-    return is_installed and ui is not False
+    problem = _problem_of_gradio() if ui is not False else None
+    if ui and problem:
+        raise ConfigError(f"--ui: {problem}: {_INSTALL_PAGE}, or leave --ui out")
+    if problem:
+        print(f"llava: no chat page, as {problem}: {_INSTALL_PAGE}", file=sys.stderr)
+    return ui is not False and not problem
+
+
+def _problem_of_gradio() -> str | None:
+    """Says why gradio cannot show the page, without importing it, which takes seconds."""
+    try:
+        version = metadata.version("gradio")
+    except metadata.PackageNotFoundError:
+        return "gradio is not installed"
+    major, minor = map(int, re.findall(r"\d+", version)[:2])
+    return None if (_GRADIO <= (major, minor) < (_GRADIO[0] + 1,)) else f"it does not work with gradio {version}"
 
 
 def _name(model: str | None) -> str:

@@ -6,13 +6,14 @@ import hashlib
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llava.serve.errors import ApiError
@@ -38,12 +39,13 @@ Streams = dict[asyncio.Task[Any], asyncio.Future[None]]
 class Gate:
     """Passes the requests of visitors to gradio, if they are what the page itself sends. Raises ApiError otherwise.
 
-    folder: the only folder whose files exist for visitors. streams: gets the answers that end when a page is closed:
-    the task of the request, and the task to cancel.
+    events: their numbers. folder: the only folder whose files exist for visitors. streams: gets the answers that end
+    when a page is closed: the task of the request, and the task to cancel.
     """
 
-    def __init__(self, app: ASGIApp, *, folder: Path, limits: Limits, streams: Streams):
+    def __init__(self, app: ASGIApp, *, events: Collection[int], folder: Path, limits: Limits, streams: Streams):
         self.app, self.limits, self._streams = app, limits, streams
+        self._events = list(events)  # a list, as what visitors send may have no hash
         self._folder = folder.resolve()
         self._sessions: OrderedDict[str, bytes] = OrderedDict()  # {session: key of its visitor}
         self._arriving = 0  # bytes of uploads that are under way
@@ -66,7 +68,12 @@ class Gate:
         elif path == EVENTS:
             query = parse_qs(scope["query_string"].decode("ascii", "replace"))
             self._check_session(query.get("session_hash", [""])[0], scope)
-            await self.app(scope, receive, _with_headers(send))
+            try:
+                await self.app(scope, receive, _with_headers(send))
+            except RuntimeError as error:
+                if not isinstance(error.__cause__, HTTPException):
+                    raise
+                await send({"type": "http.response.body", "body": b""})  # nothing runs in the session; gradio said so
         elif path.startswith(HEARTBEAT):
             self._check_session(path.removeprefix(HEARTBEAT), scope)
             await self._beat(scope, receive, send)
@@ -121,6 +128,8 @@ class Gate:
         if not isinstance(parsed, dict):
             raise ApiError(400, "the body: expected an object")
         self._check_session(parsed.get("session_hash"), scope)
+        if parsed.get("fn_index") not in self._events:
+            raise ApiError(400, "fn_index: this event does not exist; load the page again")
         for path in _paths(parsed):
             if not isinstance(path, str) or not self._is_visitors(path):
                 raise ApiError(400, "the picture is no longer there; add it again")

@@ -61,10 +61,10 @@ class Page:
         folder = self._open.enter_context(tempfile.TemporaryDirectory(prefix="llava-page-"))
         settings = self._state.settings
         models = list(self._state.ready.adapters)
-        app = await asyncio.to_thread(build, settings, models, Path(folder))
+        app, events = await asyncio.to_thread(build, settings, models, Path(folder))
         await self._open.enter_async_context(app.router.lifespan_context(app))
-        gate = Gate(app, folder=Path(folder), limits=settings.limits, streams=self._state.page_streams)
-        return _OwnFiles(gate)
+        streams = self._state.page_streams
+        return _OwnFiles(Gate(app, events=events, folder=Path(folder), limits=settings.limits, streams=streams))
 
     async def close(self) -> None:
         """Ends the page, and deletes what its visitors have sent."""
@@ -97,16 +97,20 @@ class _OwnFiles:
         await Response(content, media_type=kind, headers={"Cache-Control": "no-cache"})(scope, receive, send)
 
 
-def build(settings: Settings, models: Sequence[str], folder: Path) -> FastAPI:
-    """Builds the page. folder: for the pictures that visitors send; only this user can read it."""
+def build(settings: Settings, models: Sequence[str], folder: Path) -> tuple[FastAPI, list[int]]:
+    """Builds the page, and returns it with the numbers of its events.
+
+    folder: for the pictures that visitors send; only this user can read it.
+    """
     os.environ["GRADIO_TEMP_DIR"] = str(folder)  # gradio reads it with each request
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio
 
+    from llava.serve.ui.blocks import PageBlocks
     from llava.serve.ui.theme import HEAD, theme
 
     title, delete_cache = f"{settings.name} · llava", (_HOUR, 24 * _HOUR)
-    with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=delete_cache) as blocks:
+    with PageBlocks(title=title, analytics_enabled=False, delete_cache=delete_cache) as blocks:
         gradio.HTML(f"<h1>{escape(settings.name)}</h1>", elem_id="heading", js_on_load=None)
         _add_tabs(settings, models, folder)
     blocks.queue(max_size=settings.limits.requests, api_open=False)
@@ -129,7 +133,7 @@ def build(settings: Settings, models: Sequence[str], folder: Path) -> FastAPI:
         theme=theme(),
         head=HEAD,
     )
-    return parent
+    return parent, list(blocks.fns)
 
 
 def _add_tabs(settings: Settings, models: Sequence[str], folder: Path) -> None:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,18 +19,33 @@ pytest.importorskip("gradio", reason="gradio is not installed (pip install 'llav
 ARGUMENTS = ("--no-sandbox", "--disable-gpu", "--no-first-run")
 QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-sync")  # requests of its own
 CAMERA = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
+KEYS = ("first-key:with a colon", "second-key")
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
 @pytest.fixture(scope="package")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def log_of_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("site") / "errors.txt"
+
+
+@pytest.fixture(scope="package")
+def site(log_of_site: Path) -> Iterator[Server]:
     """llava-tiny with the page."""
-    log = tmp_path_factory.mktemp("site") / "errors.txt"
-    with serving(log, llava.load(device="cpu"), "llava-tiny", "--device", "cpu", "--ui") as server:
+    with serving(log_of_site, llava.load(device="cpu"), "llava-tiny", "--device", "cpu", "--ui") as server:
         yield server
 
 
 @pytest.fixture(scope="package")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with two keys."""
+    folder = tmp_path_factory.mktemp("locked")
+    (folder / "keys").write_text("\n".join(KEYS))
+    arguments = ("--device", "cpu", "--ui", "--api-key-file", folder / "keys")
+    with serving(folder / "errors.txt", llava.load(device="cpu"), "llava-tiny", *arguments) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")  # while it is open, no other test can run an event loop
 def chromium() -> Iterator[Any]:
     """The browser of this machine, driven by Playwright."""
     found = next(filter(None, map(shutil.which, NAMES)), None)

@@ -4,15 +4,14 @@ import base64
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import llava
-from tests.serve.ui.conftest import Browser
-from tests.serving import Server, serving
+from tests.serve.ui.conftest import KEYS, Browser
+from tests.serving import Server
 
 KITCHEN = Path(__file__).parents[3] / "examples" / "pictures" / "kitchen.png"
 DESCRIBE = "Describe this image in detail."
@@ -272,19 +271,8 @@ def test_all_of_it_works_with_the_keyboard(page: Any) -> None:
     page.locator("#look .viewer").wait_for()
 
 
-def test_the_key_is_asked_for_and_used(chromium: Any, tmp_path: Path) -> None:
-    with locked(tmp_path) as server:
-        browser = Browser(chromium, [])
-        with browser.open(server.url, http_credentials={"username": "me", "password": "a-key"}) as page:
-            attach(page, KITCHEN)
-            ask(page, "How many apples are there?")
-            assert answered(page) == "There is one red apple."
-        assert browser.wrong == []
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[Server]:
-    (folder / "keys").write_text("a-key")
-    arguments = ("--device", "cpu", "--ui", "--api-key-file", folder / "keys")
-    with serving(folder / "errors.txt", llava.load(device="cpu"), "llava-tiny", *arguments) as server:
-        yield server
+def test_the_key_is_asked_for_and_used(browser: Browser, locked: Server) -> None:
+    with browser.open(locked.url, http_credentials={"username": "me", "password": KEYS[0]}) as page:
+        attach(page, KITCHEN)
+        ask(page, "How many apples are there?")
+        assert answered(page) == "There is one red apple."

@@ -171,7 +171,10 @@ def test_uploads_are_limited_in_size(visitor: Visitor) -> None:
     assert endless.status_code == 411
 
 
-@pytest.mark.parametrize("body", [b"{", b"[]", b"{}", b'{"session_hash": "../a"}', b'{"session_hash": 1}'])
+BODIES = [b"{", b"[]", b"{}", b'{"session_hash": "../a"}', b'{"session_hash": 1}', b'{"session_hash": "a"}']
+
+
+@pytest.mark.parametrize("body", [*BODIES, b'{"session_hash": "a", "fn_index": 99}', b"[" * 100_000])
 def test_malformed_bodies_are_refused_in_our_own_words(site: Server, body: bytes) -> None:
     answer = site.http.post("/gradio_api/queue/join", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
@@ -192,6 +195,54 @@ def test_an_answer_ends_when_its_page_is_closed(site: Server) -> None:
                 break
     site.waits_until("llava_num_requests_running", 0)
     assert site.metric("llava_request_success_total") == finished
+
+
+@pytest.mark.parametrize(
+    ("event", "data"),
+    [
+        ("question.submit", []),
+        ("question.submit", [{"text": 3, "files": "a"}, None, "llava-tiny", 0, 1, 16]),
+        ("question.submit", [{"text": "secret words", "files": []}, None, "no-such-model", 0, 1, 16]),
+        ("question.submit", [{"text": "secret words", "files": []}, None, "llava-tiny", 9, 1, "secret"]),
+        ("answers.edit", [None, "llava-tiny", 0, 1, 16]),
+        ("explain.click", [None, None]),
+    ],
+)
+def test_an_event_with_malformed_data_fails_in_one_line(
+    site: Server, log_of_site: Path, event: str, data: list[Any]
+) -> None:
+    visitor = Visitor(site.http, "malformed")
+    before = log_of_site.read_text()
+    answer = visitor.join(event, *data, event_data={"index": 7, "value": 1, "previous_value": 2})
+    assert answer.status_code == 200
+    (completed,) = (one for one in visitor.events() if one["msg"] == "process_completed")
+    lines = log_of_site.read_text().removeprefix(before).splitlines()
+    assert all(line.startswith('{"time"') for line in lines)
+    assert "secret" not in str(lines)
+    assert completed["success"] or completed["output"]["error"]
+
+
+def test_a_session_in_which_nothing_runs_has_no_events(site: Server) -> None:
+    (event,) = Visitor(site.http, "silent").events()
+    assert event["msg"] == "unexpected_error"
+
+
+def test_what_is_no_form_is_no_upload(site: Server) -> None:
+    for kind in ("multipart/form-data; boundary=q", "multipart/form-data"):
+        answer = site.http.post("/gradio_api/upload", content=b"x", headers={"Content-Type": kind})
+        assert answer.status_code in (200, 400)
+        assert answer.status_code == 400 or answer.json() == []
+
+
+def test_behind_a_proxy_with_https_the_page_asks_over_https(site: Server) -> None:
+    root = site.http.get("/config", headers={"X-Forwarded-Proto": "https"}).json()["root"]
+    assert root == site.url.replace("http:", "https:")
+
+
+def test_fonts_are_those_of_the_system(site: Server) -> None:
+    style = site.http.get("/theme.css").text
+    assert set(re.findall(r"--font: (.*);", style)) == {"system-ui, sans-serif"}
+    assert not re.search(r"@import|@font-face|url\((?!['\"]?data:)", style)
 
 
 def test_no_event_takes_components_from_a_visitor(site: Server) -> None:
@@ -222,7 +273,7 @@ def test_uploads_stop_when_there_is_no_room(tmp_path: Path) -> None:
     async def unread(*arguments: Any) -> Any:
         raise AssertionError("nothing is read or sent")
 
-    gate = Gate(gradio, folder=tmp_path, limits=Limits(upload_bytes=100), streams={})
+    gate = Gate(gradio, events=[], folder=tmp_path, limits=Limits(upload_bytes=100), streams={})
     asyncio.run(upload(20))
     asyncio.run(upload(41))
     asyncio.run(upload(40))

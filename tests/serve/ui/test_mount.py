@@ -18,20 +18,8 @@ import pytest
 import llava
 from tests.command import PROJECT, run, start, wait_for_output
 from tests.serve.certificates import certificate
-from tests.serve.ui.conftest import Visitor, file
+from tests.serve.ui.conftest import KEYS, Visitor, file
 from tests.serving import TIMEOUT_S, Server, drawn, serving
-
-KEYS = ("first-key:with a colon", "second-key")
-
-
-@pytest.fixture(scope="module")
-def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with two keys."""
-    folder = tmp_path_factory.mktemp("locked")
-    (folder / "keys").write_text("\n".join(KEYS))
-    arguments = ("--device", "cpu", "--ui", "--api-key-file", folder / "keys")
-    with serving(folder / "errors.txt", llava.load(device="cpu"), "llava-tiny", *arguments) as server:
-        yield server
 
 
 def basic(key: str, user: str = "anybody") -> dict[str, str]:
@@ -74,6 +62,7 @@ def test_the_api_takes_no_password(locked: Server, path: str) -> None:
 
 def test_a_visitor_asks_with_the_own_key_and_sees_no_other_session(locked: Server) -> None:
     first, second = with_key(locked, KEYS[0], "shared"), with_key(locked, KEYS[1], "shared")
+    asked = n_chats(locked)
     (path,) = first.upload(drawn()).json()
     assert first.ask("What is in the picture?", file(path)).status_code == 200
     for answer in (second.http.get("/gradio_api/queue/data?session_hash=shared"), second.ask("And now?")):
@@ -81,8 +70,14 @@ def test_a_visitor_asks_with_the_own_key_and_sees_no_other_session(locked: Serve
     assert second.http.get("/gradio_api/heartbeat/shared").status_code == 403
     completed = [one for one in first.events() if one["msg"] == "process_completed"]
     assert completed[0]["success"]
-    counted = locked.http.get("/metrics", headers=bearer(KEYS[0])).text
-    assert 'llava_http_responses_total{path="/v1/chat/completions",status="200"} 1.0' in counted
+    assert n_chats(locked) == asked + 1
+
+
+def n_chats(server: Server) -> float:
+    """How many chats the API has answered."""
+    text = server.http.get("/metrics", headers=bearer(KEYS[0])).text
+    name = 'llava_http_responses_total{path="/v1/chat/completions",status="200"} '
+    return sum(float(line.removeprefix(name)) for line in text.splitlines() if line.startswith(name))
 
 
 @pytest.fixture(scope="module")
@@ -107,19 +102,23 @@ def test_without_the_page_there_is_none(plain: Server) -> None:
     assert plain.http.post("/gradio_api/upload", files={"files": ("a.png", b"a")}).status_code == 415
 
 
-@pytest.fixture
-def without_gradio(tmp_path: Path) -> dict[str, str]:
-    """The environment of a Python that has no gradio."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import importlib.util\n"
-        "find = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda name, *rest: None if name == 'gradio' else find(name, *rest)\n"
+def with_gradio(version: str | None, folder: Path) -> dict[str, str]:
+    """The environment of a Python that has this version of gradio, or none."""
+    (folder / "sitecustomize.py").write_text(
+        "from importlib import metadata\n"
+        "real = metadata.version\n"
+        "def version(name):\n"
+        f"    found = {version!r} if name == 'gradio' else real(name)\n"
+        "    if found is None:\n"
+        "        raise metadata.PackageNotFoundError(name)\n"
+        "    return found\n"
+        "metadata.version = version\n"
     )
-    return os.environ | {"PYTHONPATH": f"{tmp_path}:{PROJECT}", "LLAVA_API_KEY": ""}
+    return os.environ | {"PYTHONPATH": f"{folder}:{PROJECT}", "LLAVA_API_KEY": ""}
 
 
-def test_without_gradio_one_line_says_how_to_get_the_page(without_gradio: dict[str, str]) -> None:
-    process = start("serve", "--port", "0", "--device", "cpu", env=without_gradio)
+def test_without_gradio_one_line_says_how_to_get_the_page(tmp_path: Path) -> None:
+    process = start("serve", "--port", "0", "--device", "cpu", env=with_gradio(None, tmp_path))
     with process:
         url = wait_for_output(process, "\n").split()[-1]
         assert httpx.get(f"{url}/").status_code == 404
@@ -130,10 +129,13 @@ def test_without_gradio_one_line_says_how_to_get_the_page(without_gradio: dict[s
     assert lines == ["llava: no chat page, as gradio is not installed: pip install 'llava-native[ui]'"]
 
 
-def test_asking_for_the_page_without_gradio_is_an_error(without_gradio: dict[str, str]) -> None:
+@pytest.mark.parametrize("version", [None, "6.30.2", "7.0.0"])
+def test_asking_for_the_page_without_a_gradio_that_works_is_an_error(version: str | None, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "llava.cli"]
-    done = run("serve", "--ui", "--model", "no-such-folder/model", command=command, env=without_gradio)
+    environment = with_gradio(version, tmp_path)
+    done = run("serve", "--ui", "--model", "no-such-folder/model", command=command, env=environment)
     assert done.returncode == 2
+    assert (version or "not installed") in done.stderr
     assert "pip install 'llava-native[ui]'" in done.stderr
     assert "no-such-folder" not in done.stderr
 
