@@ -13,6 +13,7 @@ from llava.kernels.support import TritonError
 log = logging.getLogger(__name__)
 
 _ONE_AT_A_TIME = threading.Lock()  # PyTorch captures one graph at a time in a process
+_ROOM = 2 * 2**30  # bytes of free memory that the intermediate results of any step fit into
 
 
 class Graphs:
@@ -49,9 +50,17 @@ class Graphs:
                 function()  # compiles kernels, and lets libraries allocate what they keep
         finally:
             torch.cuda.current_stream().wait_stream(stream)
+        if torch.cuda.mem_get_info()[0] < _ROOM:  # while it captures, PyTorch cannot return memory that it keeps
+            torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
-        with _ONE_AT_A_TIME, torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-            result = function()
+        # without `torch.cuda.graph`, which always empties the cache, and lets the next steps wait for new memory
+        with _ONE_AT_A_TIME, torch.cuda.stream(stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                result = function()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
         self._pool = graph.pool()
         return Captured(graph, result)
 

@@ -36,6 +36,7 @@ from llava.serve.ui.gate import Streams
 from llava.serve.ui.mount import Page
 from llava.serve.ui.paths import is_page, is_upload
 from llava.serve.validation import to_api_error
+from llava.warmup import warm_up
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ async def _load(
     on_failure: Callable[[LlavaError], None] | None,
 ) -> None:
     try:
-        service = Service(await _in_daemon_thread(load), state.settings, state.metrics)
+        service = Service(await _in_daemon_thread(partial(_warmed, load)), state.settings, state.metrics)
         await service.start()
     except Exception as error:
         if not isinstance(error, LlavaError):
@@ -160,6 +161,17 @@ async def _load(
     state.service = service
     if on_ready:
         on_ready()
+
+
+def _warmed(load: Callable[[], Assistant]) -> Assistant:
+    """Loads a model. On a GPU, captures the graphs for all batch sizes, so that no request has to wait for that."""
+    assistant = load()
+    if assistant.device.type == "cuda":
+        try:
+            warm_up(assistant)
+        except LlavaError as error:
+            log.warning("the model cannot be warmed up, so the first requests take longer (%s)", error)
+    return assistant
 
 
 async def _in_daemon_thread(work: Callable[[], T]) -> T:
