@@ -392,9 +392,7 @@ def test_a_wrong_method_is_answered_with_the_right_one(server: Server, method: s
     assert sorted(response.headers["allow"].split(", ")) == sorted(allowed.split(", "))
 
 
-@pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/embeddings", "/docs", "/redoc", "/v1/chat/completions/", "/%00", "/../x"]
-)
+@pytest.mark.parametrize("path", ["/v1", "/v1/embeddings", "/docs", "/redoc", "/v1/chat/completions/", "/%00", "/../x"])
 def test_an_unknown_path_is_not_found(server: Server, path: str):
     check(server.http.get(path), 404, None, "does not exist")
     check(server.http.post(path, json={}), 404, None, "does not exist")
