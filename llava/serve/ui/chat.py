@@ -53,7 +53,7 @@ class ChatTab:
             elem_id="answers",
             height="55vh",
             editable="user",
-            buttons=["copy_all"],
+            buttons=[],  # gradio's cannot copy answers that are components
             render_markdown=False,
             latex_delimiters=[],
             feedback_options=None,
@@ -94,6 +94,7 @@ class ChatTab:
     def _show_tools(self) -> None:
         with gr.Row():
             self._photograph = gr.Button("Photograph", elem_id="photograph", size="sm")
+            self._copy = gr.Button("Copy the conversation", elem_id="copy", size="sm")
             self._download = gr.Button("Download the conversation", elem_id="download", size="sm")
             self._dark = gr.Button("Dark or light", elem_id="dark", size="sm")
         self._record = gr.HTML(elem_id="record", js_on_load=None, visible="hidden")
