@@ -54,7 +54,7 @@ class ChatTab:
             elem_id="answers",
             height="55vh",
             editable="user",
-            buttons=["copy_all"],
+            buttons=[],  # gradio's cannot copy answers that are components
             render_markdown=False,
             latex_delimiters=[],
             feedback_options=None,
@@ -93,10 +93,12 @@ class ChatTab:
             self._max_tokens = gr.Slider(1, 2048, value=_MAX_TOKENS, step=1, label="Maximum tokens of an answer")
 
     def _show_tools(self) -> None:
+        """Adds buttons. page.js does what those without an event are for."""
         with gr.Row():
-            self._photograph = gr.Button("Photograph", elem_id="photograph", size="sm")
+            gr.Button("Photograph", elem_id="photograph", size="sm")
+            gr.Button("Copy the conversation", elem_id="copy", size="sm")
             self._download = gr.Button("Download the conversation", elem_id="download", size="sm")
-            self._dark = gr.Button("Dark or light", elem_id="dark", size="sm")
+            gr.Button("Dark or light", elem_id="dark", size="sm")
         self._record = gr.HTML(elem_id="record", js_on_load=None, visible="hidden")
         # page.js writes into the first and presses the second: HTML below an answer has no events of gradio
         self._wanted = gr.Textbox(elem_id="wanted", visible="hidden", show_label=False)

@@ -96,10 +96,21 @@
   async function copyText(button, text) {
     try {
       await navigator.clipboard.writeText(text);
-      button.textContent = "Copied";
     } catch (error) {
-      say(`The answer cannot be copied: ${error.message ?? "this page needs https"}`);
+      say(`It cannot be copied: ${error.message ?? "this page needs https"}`);
+      return;
     }
+    const label = button.textContent;
+    button.textContent = "Copied";
+    setTimeout(() => (button.textContent = label), 2000);
+  }
+
+  function conversation() {
+    const parts = [...document.querySelectorAll("#answers .user .md, #answers .user img, #answers .bot .words")];
+    return parts.map((one) => {
+      if (one.matches("img")) return "User: [picture]";
+      return `${one.matches(".words") ? "Assistant" : "User"}: ${one.textContent.trim()}`;
+    }).join("\n\n");
   }
 
   // Downloads
@@ -215,6 +226,7 @@
 
   document.addEventListener("click", (event) => {
     if (event.target.closest?.("#photograph")) photograph();
+    if (event.target.closest?.("#copy")) copyText(event.target.closest("#copy"), conversation());
     if (event.target.closest?.("#dark")) setDark(!document.body.classList.contains("dark"));
   });
 })();

@@ -71,6 +71,7 @@ class Browser:
         context = self.chromium.new_context(viewport={"width": 1000, "height": 900}, **options)
         try:
             context.set_default_timeout(30_000)
+            context.grant_permissions(["clipboard-read", "clipboard-write", "camera"])
             page = context.new_page()
             page.on("request", lambda request: self._check(request.url))
             page.on("pageerror", lambda error: self.wrong.append(f"script: {error}"))

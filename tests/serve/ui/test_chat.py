@@ -15,6 +15,7 @@ from tests.serving import Server
 
 KITCHEN = Path(__file__).parents[3] / "examples" / "pictures" / "kitchen.png"
 DESCRIBE = "Describe this image in detail."
+LAST_TURN = ["User: How many apples are there?", "Assistant: There is one red apple."]
 EVIL = "<img src=x onerror=\"document.title='evil'\"> {{value}} ${1+1} a < b &amp; R&D"
 
 
@@ -56,7 +57,8 @@ def alert(page: Any) -> str:
 def test_a_picture_is_asked_about_over_several_turns(page: Any, site: Server) -> None:
     attach(page, KITCHEN)
     ask(page, DESCRIBE)
-    assert "red apple, a croissant" in answered(page)
+    first_words = answered(page)
+    assert "red apple, a croissant" in first_words
     assert page.locator("#question textarea").input_value() == ""
     ask(page, "How many apples are there?")
     assert answered(page, 2) == "There is one red apple."
@@ -69,6 +71,13 @@ def test_a_picture_is_asked_about_over_several_turns(page: Any, site: Server) ->
     assert int(cached[1]) > 100  # the picture was there before
     picture = page.get_by_alt_text("Picture 1 of the conversation")
     assert picture.evaluate("one => one.complete && one.naturalWidth") == 256
+    page.get_by_role("button", name="Copy the conversation").click()
+    page.get_by_role("button", name="Copied").wait_for()
+    copied = page.evaluate("navigator.clipboard.readText()").split("\n\n")
+    assert copied[:2] == ["User: [picture]", f"User: {DESCRIBE}"]
+    assert copied[2:] == [f"Assistant: {first_words}", *LAST_TURN]
+    page.locator("#answers .copy").last.click()
+    page.wait_for_function("navigator.clipboard.readText().then((text) => text === 'There is one red apple.')")
     with page.expect_download() as download:
         page.get_by_role("button", name="Download the conversation").click()
     assert re.fullmatch(r"llava-chat-[\dT-]+\.json", download.value.suggested_filename)

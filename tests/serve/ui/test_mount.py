@@ -184,6 +184,13 @@ def test_the_page_finds_the_api_on_any_address_and_behind_a_certificate_of_anoth
         assert process.wait(TIMEOUT_S) == 0
 
 
+def test_the_example_pictures_are_those_of_the_examples() -> None:
+    shipped, examples = PROJECT / "llava" / "serve" / "ui" / "pictures", PROJECT / "examples" / "pictures"
+    assert {one.name: one.read_bytes() for one in shipped.iterdir()} == {
+        one.name: one.read_bytes() for one in examples.iterdir()
+    }
+
+
 def test_an_adapter_can_be_chosen(adapted: Server) -> None:
     config = adapted.http.get("/config").json()
     (choices,) = (one["props"]["choices"] for one in config["components"] if one["props"].get("elem_id") == "model")
