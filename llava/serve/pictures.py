@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 _MEMORY_BYTES = 4 * 2**30  # of one process, above what it uses at the start
 _START_S = 120.0  # until a process is ready, on a slow disk
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # Pillow's EPS plugin, for one, runs a program
+_MAX_VIEWS = 16  # more than a picture is cut into
 _ATTEMPTS = 2  # a process may be killed from outside; a picture that kills two of them is to blame
 Connection = multiprocessing.connection.Connection
 
@@ -193,7 +194,8 @@ def _run(connection: Connection, settings: PictureSettings, limits: Limits) -> N
     with open(os.devnull, "w") as nothing:
         os.dup2(nothing.fileno(), 2)  # libtiff, for one, writes lines about damaged files there
     torch.set_num_threads(1)
-    Image.MAX_IMAGE_PIXELS = limits.pixels  # Pillow refuses twice as many, in what a file embeds too
+    # Pillow refuses twice as many, in what a file embeds, too, and in what it crops: views must pass in any case
+    Image.MAX_IMAGE_PIXELS = max(limits.pixels, _MAX_VIEWS * settings.config.size**2)
     warnings.simplefilter("ignore")
     _limit_memory()
     with suppress(EOFError, OSError):  # the server has ended

@@ -1,6 +1,7 @@
 """Messages that no row of the table follows, each with the reason."""
 
 _ZOO = "part of a command that `llava zoo show` prints; tests/journeys/test_zoo.py and tests/zoo check them"
+_PAGE = "on the page, where people follow it; tests/serve/ui"
 _LABEL = "no advice: a label, or words that are exchanged"
 
 EXCEPTIONS = {
@@ -25,5 +26,24 @@ EXCEPTIONS = {
     "llava convert {} {}-native --to native{}": _ZOO,
     "--otlp-endpoint needs {}": "would install packages; tests/serve/test_traces.py",
     "pip install '{}[{}]'": "a line of the doctor's report, which would install packages",
+    "pip install 'llava-native[ui]'": "would install packages; tests/serve/ui/test_mount.py",
+    "--ui: {}: {}, or leave --ui out": "would install packages; tests/serve/ui/test_mount.py",
+    "the request is malformed; load the page again": _PAGE,
+    "Ask about a picture: drop it here, paste it, or add it with the button": _PAGE,
+    "Ask both about a picture: drop it here, paste it, or add it with the button": _PAGE,
+    "Ask about each of many pictures: drop them here, or add them with the button": _PAGE,
+    "write a question first": _PAGE,
+    "add pictures first": _PAGE,
+    "this message is no longer there; load the page again": _PAGE,
+    "no answer came in time; try again later": _PAGE,
+    "the server cannot be reached ({}); try again later": _PAGE,
+    "the server answered with status {}; try again later": _PAGE,
+    "The server has one model. Started with `--adapter NAME=PATH`": _PAGE,
+    "the picture {} is no longer there; add it again": _PAGE,
+    "pictures, at most {} fit; use llava ask FOLDER QUESTION --csv FILE": _PAGE,
+    "this session belongs to another key; load the page again": _PAGE,
+    "fn_index: this event does not exist; load the page again": _PAGE,
+    "the picture is no longer there; add it again": _PAGE,
+    "the server has no room for more pictures; try again later": _PAGE,
     "the folder for compiled kernels {}": "needs environment variables; tests/cli/test_kernel_cache.py follows it",
 }
