@@ -30,5 +30,6 @@ class Limits:
     map_bytes: int = 2**30  # memory for the attention that an explanation captures
     explanations: int = 4  # that run at the same time; those beyond get 429
     upload_bytes: int = 2**30  # of all pictures that visitors of the page have sent, on disk
+    upload_files: int = 10_000  # the same, as files
     requests: int = 256  # choices that wait or run at the same time; those beyond get 429
     request_s: float = 600.0  # seconds until a request is ended

@@ -139,8 +139,9 @@ class Gate:
         if not length.isdecimal():
             raise ApiError(411, "the upload has no Content-Length")
         n_bytes = int(length[:20])
-        used = await asyncio.to_thread(_size, self._folder)
-        if used + self._arriving + n_bytes > self.limits.upload_bytes:
+        n_files, used = await asyncio.to_thread(_contents, self._folder)
+        is_full = used + self._arriving + n_bytes > self.limits.upload_bytes
+        if is_full or n_files >= self.limits.upload_files:
             raise ApiError(413, "the server has no room for more pictures; try again later")
         self._arriving += n_bytes
         try:
@@ -157,15 +158,14 @@ def _check_same_origin(path: str, headers: Headers) -> None:
         raise ApiError(403, "web pages of other sites may not use this page", code="origin_not_allowed")
 
 
-def _size(folder: Path) -> int:
-    """Returns the bytes of the files in a folder, of which some may be deleted meanwhile."""
-    total = 0
+def _contents(folder: Path) -> tuple[int, int]:
+    """Returns the number of files in a folder and their bytes. Some may be deleted meanwhile."""
+    n_files, n_bytes = 0, 0
     for file in folder.rglob("*"):
-        try:
-            total += file.lstat().st_size if file.is_file() else 0
-        except FileNotFoundError:
-            continue
-    return total
+        with suppress(FileNotFoundError):
+            n_bytes += file.lstat().st_size
+            n_files += 1
+    return n_files, n_bytes
 
 
 def _paths(value: Any) -> Iterator[Any]:

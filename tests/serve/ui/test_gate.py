@@ -278,3 +278,6 @@ def test_uploads_stop_when_there_is_no_room(tmp_path: Path) -> None:
     asyncio.run(upload(41))
     asyncio.run(upload(40))
     assert statuses == {30: 413, 20: 200, 41: 413, 40: 200}
+    gate.limits = Limits(upload_files=1)
+    asyncio.run(upload(1))
+    assert statuses[1] == 413
