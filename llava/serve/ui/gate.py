@@ -163,8 +163,9 @@ def _contents(folder: Path) -> tuple[int, int]:
     n_files, n_bytes = 0, 0
     for file in folder.rglob("*"):
         with suppress(FileNotFoundError):
-            n_bytes += file.lstat().st_size
-            n_files += 1
+            if file.is_file():
+                n_bytes += file.lstat().st_size
+                n_files += 1
     return n_files, n_bytes
 
 
