@@ -83,8 +83,8 @@ class GalleryTab:
             api_visibility="private",
         )
         self._question.stop(self.stop, [self._table], None, **quick)
-        self._csv.click(self.csv, [self._table], [self._record, self._problem], **quick)
-        self._json.click(self.json, [self._table], [self._record, self._problem], **quick)
+        self._csv.click(self.save_csv, [self._table], [self._record, self._problem], **quick)
+        self._json.click(self.save_json, [self._table], [self._record, self._problem], **quick)
 
     def add(self, question: dict[str, Any], folder: list[str]) -> Any:
         """Adds the pictures of a folder to those that are there."""
@@ -159,13 +159,13 @@ class GalleryTab:
         """Ends the run; the answers so far stay."""
         table.stop.set()
 
-    def csv(self, table: Table) -> View:
+    def save_csv(self, table: Table) -> View:
         """Gives the table to page.js as CSV, which saves it as a file."""
         text = io.StringIO(newline="")
         write_csv(table.answers(), text)
         return self._saved(table, text.getvalue(), "csv")
 
-    def json(self, table: Table) -> View:
+    def save_json(self, table: Table) -> View:
         """The same as JSON."""
         return self._saved(table, json.dumps([*map(asdict, table.answers())], ensure_ascii=False, indent=1), "json")
 
