@@ -210,7 +210,8 @@ class ChatTab:
         """Begins a new conversation."""
         conversation.stop()
         conversation.turns.clear()
-        return {self._conversation: Conversation(), self._problem: "", self._look: ""}
+        ready = gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
+        return {self._conversation: Conversation(), self._question: ready, self._problem: "", self._look: ""}
 
     def download(self, conversation: Conversation) -> View:
         """Gives the conversation to page.js, which saves it as a file."""

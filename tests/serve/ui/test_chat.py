@@ -136,6 +136,17 @@ def test_an_answer_is_stopped_and_a_question_edited_and_asked_again(page: Any) -
     assert page.locator("#answers .bot").count() == 0
 
 
+def test_a_conversation_is_cleared_while_an_answer_grows_and_the_next_question_can_be_sent(page: Any) -> None:
+    option(page, "Temperature", "2")
+    option(page, "Maximum tokens", "800")
+    ask(page, DESCRIBE)
+    page.wait_for_function("document.querySelector('#answers .bot')?.innerText.trim().length > 10")
+    page.locator("#answers").get_by_role("button", name="Clear").click()
+    page.locator("#question .submit-button").wait_for()
+    assert page.locator("#answers .bot").count() == 0
+    assert page.locator("#question .stop-button").count() == 0
+
+
 def edit(page: Any, old: str, new: str) -> None:
     page.locator("#answers").get_by_text(old).hover()
     page.locator("#answers").get_by_role("button", name="Edit").last.click()
