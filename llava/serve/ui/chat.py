@@ -144,6 +144,7 @@ class ChatTab:
             return
         conversation.stop()
         conversation.turns.append(Turn(text=text, pictures=pictures))
+        yield {self._question: gr.MultimodalTextbox(value=None)}
         async for view in self._answered(conversation, options, request):
             yield view
 
@@ -160,10 +161,14 @@ class ChatTab:
         self, event: gr.EditData, request: gr.Request, conversation: Conversation, *options: Any
     ) -> AsyncIterator[View]:
         """Answers a question that has been changed, without what came after it."""
+        text = str(event.value).strip()
+        if not text:
+            yield self._view(conversation) | {self._problem: alert("write a question first")}
+            return
         conversation.stop()
         number = _turn(event.index, conversation)
         del conversation.turns[number + 1 :]
-        conversation.turns[number].text = str(event.value).strip()
+        conversation.turns[number].text = text
         async for view in self._answered(conversation, options, request):
             yield view
 
@@ -174,7 +179,7 @@ class ChatTab:
         turn = conversation.turns[-1]
         turn.answer = Answer(options=_options(*options))
         yield self._view(conversation) | {
-            self._question: gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True),
+            self._question: gr.MultimodalTextbox(submit_btn=False, stop_btn=True),
             self._problem: "",
             self._look: "",
         }
