@@ -7,6 +7,7 @@ import codecs
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -90,7 +91,7 @@ def _texts(pieces: Iterable[bytes]) -> list[str]:
 
 def _grouped(tokens: list[str]) -> list[tuple[str, slice]]:
     starts = [i for i, token in enumerate(tokens) if i == 0 or token[:1].isspace()]
-    ranges = [slice(first, last) for first, last in zip(starts, [*starts[1:], len(tokens)], strict=True)]
+    ranges = [slice(first, last) for first, last in pairwise([*starts, len(tokens)])]
     return [("".join(tokens[one]).strip(), one) for one in ranges]
 
 

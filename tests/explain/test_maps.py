@@ -13,7 +13,7 @@ from llava.engine.capture import Capture
 from llava.engine.sampling_params import SamplingParams
 from llava.errors import ConfigError, PromptError
 from llava.explain.draw import overlay, sheet
-from llava.explain.maps import AttentionMap, PictureMap
+from llava.explain.maps import AttentionMap, PictureMap, words_of
 from llava.explain.page import page
 from llava.preprocess.boxes import token_boxes
 from tests import tiny
@@ -159,3 +159,12 @@ def test_the_page_has_all_data_and_its_texts_cannot_leave_their_element(found: A
     assert data["pictures"][0]["source"].startswith("data:image/png;base64,")
     assert len(data["words"][0]["shares"][0]) == len(data["pictures"][0]["boxes"])
     assert "http" not in text
+
+
+def test_a_reply_without_tokens_has_no_words() -> None:
+    assert words_of([]) == []
+    assert words_of([b"There", b" is", b" m", "é".encode()[:1], "é".encode()[1:]]) == [
+        ("There", slice(0, 1)),
+        ("is", slice(1, 2)),
+        ("mé", slice(2, 5)),
+    ]

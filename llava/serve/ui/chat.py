@@ -146,6 +146,7 @@ class ChatTab:
             return
         conversation.stop()
         conversation.turns.append(Turn(text=text, pictures=pictures))
+        yield {self._question: gr.MultimodalTextbox(value=None)}
         async for view in self._answered(conversation, options, request):
             yield view
 
@@ -162,10 +163,14 @@ class ChatTab:
         self, event: gr.EditData, request: gr.Request, conversation: Conversation, *options: Any
     ) -> AsyncIterator[View]:
         """Answers a question that has been changed, without what came after it."""
+        text = str(event.value).strip()
+        if not text:
+            yield self._view(conversation) | {self._problem: alert("write a question first")}
+            return
         conversation.stop()
         number = _turn(event.index, conversation)
         del conversation.turns[number + 1 :]
-        conversation.turns[number].text = str(event.value).strip()
+        conversation.turns[number].text = text
         async for view in self._answered(conversation, options, request):
             yield view
 
@@ -176,7 +181,7 @@ class ChatTab:
         turn = conversation.turns[-1]
         turn.answer = Answer(options=_options(*options))
         yield self._view(conversation) | {
-            self._question: gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True),
+            self._question: gr.MultimodalTextbox(submit_btn=False, stop_btn=True),
             self._problem: "",
             self._look: "",
         }
@@ -212,7 +217,8 @@ class ChatTab:
         """Begins a new conversation."""
         conversation.stop()
         conversation.turns.clear()
-        return {self._conversation: Conversation(), self._problem: "", self._look: ""}
+        ready = gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
+        return {self._conversation: Conversation(), self._question: ready, self._problem: "", self._look: ""}
 
     def download(self, conversation: Conversation) -> View:
         """Gives the conversation to page.js, which saves it as a file."""

@@ -35,7 +35,7 @@ class ApiClient:
 
     def __init__(self, settings: Settings):
         self._scheme, self._timeout_s = settings.scheme, settings.limits.request_s + _MARGIN_S
-        self._verify = _only(settings.certificate) if settings.certificate else True
+        self._verify = _only(settings.certificate)
 
     async def explain(self, visitor: Visitor, body: dict[str, Any]) -> dict[str, Any]:
         """Returns an explanation. Raises ApiFailure."""
@@ -102,10 +102,14 @@ def _reason(body: bytes, status: int) -> str:
         return f"the server answered with status {status}; try again later"
 
 
-def _only(certificate: str) -> ssl.SSLContext:
-    """Trusts this certificate and no other. It names the public host, and not the address that is asked here."""
+def _only(certificate: str | None) -> ssl.SSLContext:
+    """Trusts this certificate and no other. It names the public host, and not the address that is asked here.
+
+    None, for a server without https, trusts no certificate: httpx would read those of all authorities for each request.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # also if an authority has signed it
-    context.load_verify_locations(certificate)
+    if certificate:
+        context.load_verify_locations(certificate)
     return context

@@ -21,6 +21,7 @@ from llava.serve.limits import Limits
 from llava.serve.ui.paths import CANCEL, EVENTS, FILE_OF_VISITOR, HEARTBEAT, JOIN, UPLOAD
 
 _SESSIONS = 10_000  # sessions whose keys are remembered
+_EVENT_BYTES = 2**20  # of the body of an event, which has text and the paths of files; gradio keeps what nobody fetches
 _SESSION = re.compile(r"\w{1,64}", re.ASCII)
 _INLINE_SCRIPT = re.compile(rb"<script(?![^>]*\bsrc=)[^>]*>(.*?)</script>", re.DOTALL)
 # Forwarded hosts would end up in the addresses of the page. The answer to / is read here, so it is not compressed.
@@ -183,12 +184,15 @@ def _paths(value: Any) -> Iterator[Any]:
 
 
 async def _read(receive: Receive) -> bytes:
-    parts, more = [], True
+    parts, more, n_bytes = [], True, 0
     while more:
         message = await receive()
         if message["type"] != "http.request":
             raise ApiError(499, "the client has disconnected")
         parts.append(message.get("body", b""))
+        n_bytes += len(parts[-1])
+        if n_bytes > _EVENT_BYTES:
+            raise ApiError(413, f"the body has more than {_EVENT_BYTES} bytes; send a shorter text, or fewer pictures")
         more = message.get("more_body", False)
     return b"".join(parts)
 

@@ -208,11 +208,13 @@
     input.dispatchEvent(new Event("change", { bubbles: true }));
   }
 
+  // Beside #problem, whose contents gradio owns: it would no longer show what the server says.
   function say(text) {
     const line = document.createElement("p");
     line.setAttribute("role", "alert");
     line.textContent = text;
-    find("#problem").replaceChildren(line);
+    find("#problem").after(line);
+    setTimeout(() => line.remove(), 10_000);
   }
 
   // Dark mode

@@ -145,6 +145,40 @@ def test_an_answer_is_stopped_and_a_question_edited_and_asked_again(page: Any) -
     assert page.locator("#answers .bot").count() == 0
 
 
+def test_what_is_being_written_stays_when_an_answer_is_asked_for_again(page: Any) -> None:
+    ask(page, "What is this?")
+    answered(page)
+    page.locator("#question textarea").fill("a draft")
+    before = page.locator("#answers .words").get_attribute("data-answer")
+    page.locator("#answers").get_by_role("button", name="Retry").click()
+    page.wait_for_function(
+        "before => (document.querySelector('#answers .words')?.dataset.answer ?? before) !== before", arg=before
+    )
+    assert page.locator("#question textarea").input_value() == "a draft"
+    edit(page, "What is this?", " ")
+    assert alert(page) == "write a question first"
+    assert "What is this?" in page.locator("#answers .user").inner_text()
+
+
+def test_what_the_server_says_is_shown_after_a_problem_of_the_browser(page: Any) -> None:
+    page.evaluate("() => { navigator.mediaDevices.getUserMedia = () => Promise.reject(new Error('denied')); }")
+    page.get_by_role("button", name="Photograph").click()
+    page.get_by_text("The camera cannot be used: denied").wait_for()
+    page.locator("#question textarea").press("Enter")
+    assert alert(page) == "write a question first"
+
+
+def test_a_conversation_is_cleared_while_an_answer_grows_and_the_next_question_can_be_sent(page: Any) -> None:
+    option(page, "Temperature", "2")
+    option(page, "Maximum tokens", "800")
+    ask(page, DESCRIBE)
+    page.wait_for_function("document.querySelector('#answers .bot')?.innerText.trim().length > 10")
+    page.locator("#answers").get_by_role("button", name="Clear").click()
+    page.locator("#question .submit-button").wait_for()
+    assert page.locator("#answers .bot").count() == 0
+    assert page.locator("#question .stop-button").count() == 0
+
+
 def edit(page: Any, old: str, new: str) -> None:
     page.locator("#answers").get_by_text(old).hover()
     page.locator("#answers").get_by_role("button", name="Edit").last.click()

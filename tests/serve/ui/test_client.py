@@ -40,6 +40,11 @@ def test_an_error_of_the_api_is_told_as_it_is(site: Server) -> None:
     assert "tokens" in failure(port_of(site), BODY | {"messages": user("word " * 2000)})
 
 
+def test_no_certificates_of_authorities_are_read_for_a_server_without_https() -> None:
+    client = ApiClient(Settings(name="tiny", access=Access(host="127.0.0.1")))
+    assert client._verify.cert_store_stats()["x509_ca"] == 0  # reading them took 29 ms of the event loop a request
+
+
 def test_a_server_that_cannot_be_reached_is_named_so() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))

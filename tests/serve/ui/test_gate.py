@@ -171,6 +171,11 @@ def test_uploads_are_limited_in_size(visitor: Visitor) -> None:
     assert endless.status_code == 411
 
 
+def test_events_are_limited_in_size(visitor: Visitor) -> None:
+    assert visitor.join("question.submit", {"text": "a" * 2**20, "files": []}).status_code == 413
+    assert visitor.join("question.stop", None).status_code == 200
+
+
 BODIES = [b"{", b"[]", b"{}", b'{"session_hash": "../a"}', b'{"session_hash": 1}', b'{"session_hash": "a"}']
 
 
