@@ -53,6 +53,31 @@ def scienceqa(
         _show(task.table(found), *task.notes(found, run.rule))
 
 
+@score.command("llava-bench")
+def llava_bench(
+    *,
+    reviews: Annotated[
+        list[Path], typer.Option("--reviews", metavar="FILE", help="a judge's verdicts, as JSON lines; repeatable")
+    ],
+    more: Annotated[list[Path] | None, typer.Argument(metavar="FILE", help="more files of verdicts")] = None,
+    as_published: Annotated[
+        bool, typer.Option("--as-published", help="average unparsed verdicts in, as the original does")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score a judge's verdicts on LLaVA-Bench: in all and by category, relative to the reference answers."""
+    from llava.eval.tasks import llava_bench as task
+
+    read = [(file.stem, task.read_reviews(file)) for file in [*reviews, *(more or ())]]
+    both = {rule: [one for file in read for one in task.summarize(*file, as_published=rule)] for rule in (False, True)}
+    if as_json:
+        print(json.dumps([one.to_dict() for one in both[as_published]]))
+    elif not any(one.unparsed for one in both[as_published]):
+        _show(task.table(both[as_published], "all verdicts have scores, so both rules give these figures"))
+    else:
+        _show(*(task.table(both[rule], task.TITLES[rule]) for rule in (as_published, not as_published)))
+
+
 def _show(*parts: Any) -> None:
     from rich.console import Console
 

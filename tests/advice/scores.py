@@ -21,3 +21,11 @@ def a_split_that_does_not_exist(w: World) -> Steps:
 def a_split_with_more_ids_than_problems(w: World) -> Steps:
     yield score(w)
     yield score(w, "--skip-missing-problems")
+
+
+@advice("{}: tuple and score differ; keep the one that counts")
+def two_pairs_of_scores(w: World) -> Steps:
+    file = w / "reviews.jsonl"
+    file.write_bytes(lines({"tuple": [8, 9], "score": [9, 8]}))
+    yield ("eval", "score", "llava-bench", "--reviews", file)
+    file.write_bytes(lines({"tuple": [8, 9]}))

@@ -266,7 +266,7 @@ def table(result: Score) -> "Table":
 
     made = Table("questions", box=None, padding=(0, 2, 0, 0))
     for column in ("count", "correct", "accuracy"):
-        made.add_column(column, justify="right")
+        made.add_column(column, justify="right", no_wrap=True)
     rows = [("all", result.all), ("<image> in the prompt", result.image)]
     for name, tally in [*rows, *_named(result.by)]:
         value = "–" if tally.accuracy is None else f"{tally.accuracy:.2f} %"
