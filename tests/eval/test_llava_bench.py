@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from llava.eval.tasks.llava_bench import read_reviews, summarize, table
+from llava.eval.tasks.llava_bench import parse_scores, read_reviews, summarize, table
 from tests.command import assert_one_line_error, run, run_well
 from tests.eval.science import lines
 
@@ -92,6 +92,34 @@ def test_the_questions_of_llava_bench_coco_are_scored_by_category(shared: Path, 
     assert {one["category"]: [one["relative"], one["reference"], one["candidate"]] for one in found} == {
         category: values[:3] for category, values in wanted.items()
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "scores"),
+    [
+        ("8 9\nThe second …", (8, 9)),
+        ("8,9", (8, 9)),
+        ("8.5 9", (8.5, 9)),
+        ("8, 9", (-1, -1)),  # a comma and a space are two separators, in the original too
+        ("8  9", (-1, -1)),
+        ("8 9 ", (-1, -1)),
+        ("\n8 9", (-1, -1)),
+        ("8\n9", (-1, -1)),
+        ("8 9 7", (-1, -1)),
+        ("8/10 9/10", (-1, -1)),
+        ("Assistant 1: 8", (-1, -1)),
+        ("eight nine", (-1, -1)),
+        ("nan 9", (-1, -1)),
+        ("8 1e999", (-1, -1)),
+        ("", (-1, -1)),
+    ],
+)
+def test_a_verdict_is_parsed_by_the_rule_of_the_original(
+    text: str, scores: tuple[float, float], tmp_path: Path
+) -> None:
+    assert parse_scores(text) == scores
+    (tmp_path / "a.jsonl").write_bytes(lines({"question_id": 0, "content": text}))
+    assert [one.scores for one in read_reviews(tmp_path / "a.jsonl")] == [scores]
 
 
 def test_means_are_rounded_to_three_decimals_before_the_ratio(tmp_path: Path) -> None:
@@ -192,7 +220,8 @@ def test_harmless_differences_change_no_figure(content: bytes, tmp_path: Path) -
         (GOOD + b'{"tuple": [8,', "line 3, where the file ends: not valid JSON"),
         (b"8 9\n" + GOOD, "line 1: not valid JSON"),
         (GOOD + b"[8, 9]\n", "line 3: found [8, 9]"),
-        (GOOD + lines({"question_id": 1, "content": "8 9"}), "line 3: has neither tuple nor score"),
+        (GOOD + lines({"question_id": 1, "text": "8 9"}), "line 3: has neither tuple, score nor content"),
+        (GOOD + lines({"question_id": 1, "content": 89}), "line 3: has neither tuple, score nor content"),
         (GOOD + lines(review(2, [8])), "line 3: tuple is [8]"),
         (GOOD + lines(review(2, [8, 9, 7])), "line 3: tuple is [8, 9, 7]"),
         (GOOD + lines(review(2, [8, 9, 7], key="score")), "line 3: score is [8, 9, 7]"),

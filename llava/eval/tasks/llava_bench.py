@@ -78,11 +78,27 @@ def read_reviews(file: Path) -> list[Verdict]:
     return verdicts
 
 
+def parse_scores(text: str) -> tuple[float, float]:
+    """Returns the scores in what a judge wrote, or UNPARSED, as parse_score in the original's eval_gpt_review_bench.py.
+
+    Its first line must be two numbers with one space or comma between them, not both. Other than there, NaN and numbers
+    that are no scores are unparsed.
+    """
+    words = text.split("\n")[0].replace(",", " ").split(" ")
+    try:
+        first, second = map(float, words)
+    except ValueError:
+        return UNPARSED
+    return (first, second) if _is_score(first) and _is_score(second) else UNPARSED
+
+
 def _scores(entry: Entry) -> tuple[float, float]:
     """Returns both scores. `tuple` is the key of LLaVA's scripts, `score` that of the older ones."""
     given = {key: entry.value[key] for key in ("tuple", "score") if key in entry.value}
+    if not given and isinstance(content := entry.value.get("content"), str):
+        return parse_scores(content)
     if not given:
-        raise DataError(f"{entry.where}: has neither tuple nor score; expected {_EXPECTED}")
+        raise DataError(f"{entry.where}: has neither tuple, score nor content; expected {_EXPECTED}")
     pairs = [_pair(value, f"{entry.where}: {key}") for key, value in given.items()]
     if len(set(pairs)) > 1:
         raise DataError(f"{entry.where}: tuple and score differ; keep the one that counts")
