@@ -9,13 +9,18 @@ class LlavaError(Exception):
     """
 
     def __init__(self, message: str):
-        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+        line = printable(message)
         if len(line) > _MAX_LENGTH:
             line = f"{line[: _MAX_LENGTH // 2]} … {line[-_MAX_LENGTH // 2 :]}"
         super().__init__(line)
 
 
 _MAX_LENGTH = 1200  # characters
+
+
+def printable(text: str) -> str:
+    """Returns a text in one line, with unprintable characters escaped, such as \\n for a line break."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def counted(n: int, noun: str) -> str:

@@ -2,7 +2,20 @@
 
 try:
     # importing a module registers its commands; --help lists them in this order
-    from llava.cli import answer, bench_serve, checkpoint, doctor, explain, merge, serve, train, warmup, zoo
+    from llava.cli import (
+        answer,
+        bench_serve,
+        checkpoint,
+        doctor,
+        eval,
+        explain,
+        merge,
+        score,
+        serve,
+        train,
+        warmup,
+        zoo,
+    )
     from llava.cli.app import app, guarded, main, progress_bar
 except KeyboardInterrupt:  # Ctrl-C right after the start
     raise SystemExit(130) from None
@@ -13,11 +26,13 @@ __all__ = [
     "bench_serve",
     "checkpoint",
     "doctor",
+    "eval",
     "explain",
     "guarded",
     "main",
     "merge",
     "progress_bar",
+    "score",
     "serve",
     "train",
     "warmup",

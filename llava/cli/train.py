@@ -142,20 +142,36 @@ def data_check(
 class _Layout(str, Enum):
     sharegpt = "sharegpt"
     openai = "openai"
+    scienceqa = "scienceqa"
 
 
 @data.command("convert")
 def data_convert(
-    file: Annotated[Path, typer.Argument(metavar="IN", help=".json or .jsonl file")],
+    file: Annotated[
+        Path, typer.Argument(metavar="IN", help=".json or .jsonl file; of ScienceQA, the folder with problems.json")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help=".json or .jsonl file to write")],
     layout: Annotated[_Layout, typer.Option("--from", help="layout of IN")],
+    split: Annotated[
+        str | None, typer.Option("--split", help="of ScienceQA; default: from OUT, as in llava_train_QCM-LEA.json")
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option("--format", help="of ScienceQA's texts, such as QCM-LEPA; default: from OUT")
+    ] = None,
     drop: Annotated[
         bool, typer.Option("--drop", help="leave out samples that cannot be converted instead of failing")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert data in another layout to LLaVA's JSON. Nothing is written if a sample cannot be converted."""
-    from llava.data.convert import convert
+    from llava.data import convert as job
+    from llava.data.scienceqa import wanted
 
-    done = convert(file, out, layout=layout.value, drop=drop)
+    if layout is _Layout.scienceqa:
+        with progress_bar("convert", unit="samples") as progress:
+            done = job.convert_scienceqa(file, out, wanted(out, split, format), drop=drop, progress=progress)
+    elif split or format:
+        raise ConfigError(f"--split and --format are about ScienceQA; leave them out with --from {layout.value}")
+    else:
+        done = job.convert(file, out, layout=layout.value, drop=drop)
     print(json.dumps(done.to_dict(), ensure_ascii=False) if as_json else done.text())

@@ -1,14 +1,17 @@
-"""Converts data files in the layouts of ShareGPT and OpenAI to LLaVA's JSON."""
+"""Converts data files in the layouts of ShareGPT and OpenAI, and ScienceQA's problems, to LLaVA's JSON."""
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llava.data.layouts import Layout, UnsupportedError, layout_of, parse, to_llava
 from llava.data.records import BROKEN, Record, is_array, records
+from llava.data.scienceqa import MissingProblemError, Problems, Wanted, read_split
+from llava.data.scienceqa import sample as scienceqa_sample
 from llava.data.write import check_target, write_samples
 from llava.errors import DataError
 
@@ -21,7 +24,7 @@ class Lost:
     """A sample that cannot be converted."""
 
     sample: int  # zero-based index in the data
-    kind: str  # malformed, unsupported or layout
+    kind: str  # malformed, unsupported, layout or missing
     text: str  # what was found; names the file, the sample and the key
 
 
@@ -71,21 +74,52 @@ def convert(file: Path, out: Path, *, layout: Layout, drop: bool = False) -> Con
     """
     check_target(file, out, "OUT")
     array = out.suffix != ".jsonl" if out.suffix in (".json", ".jsonl") else is_array(file)
+    makers = (
+        partial(_converted, record, layout, f"{file}, sample {i}", str(i))
+        for i, record in enumerate(records(file, None))
+    )
+    return _write(file, out, makers, array=array, drop=drop)
+
+
+def convert_scienceqa(
+    given: Path, out: Path, wanted: Wanted, *, drop: bool = False, progress: Callable[[int, int], None]
+) -> Conversion:
+    """Writes a split of ScienceQA to `out` in LLaVA's JSON: JSON lines if its suffix is .jsonl, otherwise an array.
+
+    given: the folder with problems.json and pid_splits.json, or the former, with the latter beside it. drop: leave out
+    problems that are missing or cannot be converted; otherwise, raises DataError, and `out` is not written. progress:
+    receives the number of problems done and of all.
+    """
+    file = given / "problems.json" if given.is_dir() else given
+    check_target(file, out, "OUT")
+    ids = read_split(file.with_name("pid_splits.json"), wanted.split)
+    problems = Problems(file)
+
+    def make(i: int, id: str) -> dict[str, Any]:
+        progress(i + 1, len(ids))
+        return scienceqa_sample(problems[id], wanted.format)
+
+    makers = (partial(make, i, id) for i, id in enumerate(ids))
+    return _write(file, out, makers, array=out.suffix != ".jsonl", drop=drop)
+
+
+_Maker = Callable[[], dict[str, Any]]  # returns a sample, or raises DataError
+
+
+def _write(file: Path, out: Path, makers: Iterable[_Maker], *, array: bool, drop: bool) -> Conversion:
     result = Conversion(str(file), str(out))
-    write_samples(_texts(file, layout, drop, result), out, array=array)
+    write_samples(_texts(makers, drop, result), out, array=array)
     return result
 
 
-def _texts(file: Path, layout: Layout, drop: bool, result: Conversion) -> Iterator[str]:
+def _texts(makers: Iterable[_Maker], drop: bool, result: Conversion) -> Iterator[str]:
     """Yields the JSON text of each converted sample and counts them in `result`."""
-    for i, record in enumerate(records(file, None)):
+    for i, make in enumerate(makers):
         result.samples += 1
         try:
-            value = _converted(record, layout, f"{file}, sample {i}", str(i))
+            value = make()
         except DataError as error:
-            kind = "unsupported" if isinstance(error, UnsupportedError) else "malformed"
-            kind = "layout" if isinstance(error, _LayoutError) else kind
-            result.lost.append(Lost(i, kind, str(error)))
+            result.lost.append(Lost(i, _kind(error), str(error)))
             continue
         result.converted += 1
         result.with_pictures += "image" in value
@@ -93,7 +127,12 @@ def _texts(file: Path, layout: Layout, drop: bool, result: Conversion) -> Iterat
     if not drop:
         result.check_lost()
     if not result.converted:
-        raise DataError(f"{file}: no sample can be converted; nothing was written")
+        raise DataError(f"{result.file}: no sample can be converted; nothing was written")
+
+
+def _kind(error: DataError) -> str:
+    kinds = {UnsupportedError: "unsupported", _LayoutError: "layout", MissingProblemError: "missing"}
+    return next((name for kind, name in kinds.items() if isinstance(error, kind)), "malformed")
 
 
 class _LayoutError(DataError):

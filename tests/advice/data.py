@@ -15,6 +15,7 @@ from unittest import mock
 from llava.tensors import atomic
 from tests import tiny
 from tests.advice.table import Run, Steps, World, advice
+from tests.eval.science import problem, write_problems
 
 TURNS = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
 WITH_PICTURE = [{"from": "human", "value": "<image>\nHi"}, {"from": "gpt", "value": "Hello."}]
@@ -289,3 +290,31 @@ def a_fixed_copy_in_a_folder_of_others(w: World) -> Steps:
 def a_fixed_copy_on_a_disk_that_fills(w: World) -> Steps:
     with mock.patch("os.fsync", side_effect=OSError(28, "No space left on device")):
         yield check(w.data, "--fix", w / "fixed.json")
+
+
+# ------------------------------------------------------------------------------------------------------ ScienceQA
+
+
+def science(w: World, name: str, *more: object) -> Run:
+    write_problems(w.tmp, {"1": problem(1)}, {"train": ["1"]})
+    return ("data", "convert", w.tmp, w / name, "--from", "scienceqa", *more)
+
+
+@advice("{}: the name says neither split nor format, as in llava_train_QCM-LEA.json; add --split and --format")
+def a_name_that_says_nothing(w: World) -> Steps:
+    yield science(w, "out.json")
+    yield science(w, "out.json", "--split", "train", "--format", "QCM-LEA")
+
+
+@advice("--format is {}; choose one of {}")
+def an_unknown_format(w: World) -> Steps:
+    said = yield science(w, "out.json", "--split", "train", "--format", "QCM-ALE")
+    assert "QCM-LEPA" in said.text
+    yield science(w, "out.json", "--split", "train", "--format", "QCM-LEPA")
+
+
+@advice("--split and --format are about ScienceQA; leave them out with --from {}")
+def a_split_of_another_layout(w: World) -> Steps:
+    command = ("data", "convert", write(w, {}), w / "out.json", "--from", "sharegpt")
+    yield (*command, "--split", "train")
+    yield command

@@ -1,0 +1,1 @@
+"""Evaluation: scores of answers, by the rules of the published benchmarks."""

@@ -1,0 +1,71 @@
+"""Reads files of answers and verdicts: JSON lines, or one JSON value. Errors name the file and the line."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llava.errors import DataError
+
+
+class Entry(NamedTuple):
+    """One JSON object of a file."""
+
+    where: str  # the file and the line, for error messages
+    value: dict[str, Any]
+
+
+class JsonFile:
+    """A text file in UTF-8, with or without a byte order mark, that contains JSON. Raises DataError."""
+
+    def __init__(self, path: Path, expected: str):
+        """expected: what the file should contain, for error messages."""
+        self.path, self.expected = path, expected
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); expected {expected}") from None
+        try:
+            self.text = data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            line = data.count(b"\n", 0, error.start) + 1
+            raise DataError(f"{path}, line {line}: not UTF-8 text ({error.reason}); expected {expected}") from None
+
+    def value(self) -> Any:
+        """Returns the one value that the file contains."""
+        return self._parsed(self.text, f"{self.path}")
+
+    def is_one_value(self) -> bool:
+        """Whether the file contains one JSON value, on any number of lines."""
+        try:
+            json.loads(self.text)
+        except (ValueError, RecursionError):
+            return False
+        return True
+
+    def entries(self) -> Iterator[Entry]:
+        """Yields the objects of JSON lines, or of one JSON array. Lines of white space are skipped."""
+        if self.text.lstrip()[:1] == "[" and self.is_one_value():
+            for i, value in enumerate(self.value(), start=1):
+                yield self.entry(value, f"{self.path}, entry {i}")
+            return
+        lines = self.text.split("\n")  # not splitlines: strings in JSON may contain other line separators
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                where = f"{self.path}, line {number}"
+                ends = ", where the file ends" if number == len(lines) else ""
+                yield self.entry(self._parsed(line, where + ends), where)
+
+    def entry(self, value: Any, where: str) -> Entry:
+        """Returns an entry. Raises DataError if the value is not an object."""
+        if not isinstance(value, dict):
+            raise DataError(f"{where}: found {value!r:.60}; expected {self.expected}")
+        return Entry(where, value)
+
+    def _parsed(self, text: str, where: str) -> Any:
+        try:
+            return json.loads(text)
+        except ValueError as error:  # also integers with thousands of digits
+            raise DataError(f"{where}: not valid JSON ({error}); expected {self.expected}") from None
+        except RecursionError:
+            raise DataError(f"{where}: nested too deeply; expected {self.expected}") from None
