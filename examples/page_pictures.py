@@ -47,7 +47,7 @@ def gallery(page: Page) -> None:
     """One question about all example pictures."""
     page.get_by_role("tab", name="Gallery").click()
     ask(page, "gallery-question", "What is in the picture?", *sorted(PICTURES.glob("*.png")))
-    page.get_by_text("answered").wait_for()
+    page.get_by_text("3 of 3 done").wait_for()
     page.wait_for_function("![...document.querySelectorAll('#gallery-table td')].some((one) => one.innerText === '…')")
 
 

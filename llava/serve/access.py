@@ -15,7 +15,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -161,7 +161,8 @@ class AccessMiddleware:
                 await exchange.answer_preflight()
                 return
             has_values = not self.is_upload(scope["path"])
-            exchange.body = _LimitedBody(receive, self.limits, exchange.arrived, has_values=has_values)
+            limits = self._limits_of(scope["path"])
+            exchange.body = _LimitedBody(receive, limits, exchange.arrived, has_values=has_values)
             await self.app(scope, exchange.body.receive, exchange.send)
         except ApiError as error:
             await exchange.answer(error)
@@ -187,9 +188,16 @@ class AccessMiddleware:
             if "transfer-encoding" in headers and "content-length" in headers:  # a proxy could take the other one
                 raise ApiError(400, "the request has both Transfer-Encoding and Content-Length; send one of them")
             length = headers.get("content-length", "0")
-            if not length.isdecimal() or int(length[:20]) > self.limits.body_bytes:
-                raise _too_large(self.limits)
+            limits = self._limits_of(scope["path"])
+            if not length.isdecimal() or int(length[:20]) > limits.body_bytes:
+                raise _too_large(limits)
         return key
+
+    def _limits_of(self, path: str) -> Limits:
+        """Returns the limits of a body: a folder of pictures may be larger than a request, and goes to a disk."""
+        if not self.is_upload(path):
+            return self.limits
+        return replace(self.limits, body_bytes=self.limits.upload_body_bytes, body_s=self.limits.upload_s)
 
 
 def _too_large(limits: Limits) -> ApiError:

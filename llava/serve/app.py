@@ -56,6 +56,11 @@ class State:
     page_streams: Streams = field(default_factory=dict)  # answers that end when a page is closed
 
     @property
+    def is_loading(self) -> bool:
+        """Whether the model is still being loaded."""
+        return self.service is None and self.error is None and not self.draining
+
+    @property
     def ready(self) -> Service:
         """The service, if requests are accepted. Raises ApiError."""
         if self.draining:

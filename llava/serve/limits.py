@@ -29,6 +29,9 @@ class Limits:
     map_values: int = 2_000_000  # numbers in the maps of an explanation
     map_bytes: int = 2**30  # memory for the attention that an explanation captures
     explanations: int = 4  # that run at the same time; those beyond get 429
+    upload_body_bytes: int = 512 * 2**20  # of the pictures that the page sends at a time, such as a folder
+    upload_s: float = 600.0  # seconds in which they have to arrive
+    page_streams: int = 400  # open pages, each of which holds a connection; below `connections`, for the API's sake
     upload_bytes: int = 2**30  # of all pictures that visitors of the page have sent, on disk
     upload_files: int = 10_000  # the same, as files
     requests: int = 256  # choices that wait or run at the same time; those beyond get 429

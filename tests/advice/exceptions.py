@@ -45,5 +45,6 @@ EXCEPTIONS = {
     "fn_index: this event does not exist; load the page again": _PAGE,
     "the picture is no longer there; add it again": _PAGE,
     "the server has no room for more pictures; try again later": _PAGE,
+    "too many pages are open; close one, or try again later": _PAGE,
     "the folder for compiled kernels {}": "needs environment variables; tests/cli/test_kernel_cache.py follows it",
 }

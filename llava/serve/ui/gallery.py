@@ -16,6 +16,7 @@ import gradio as gr
 
 from llava.answers import Answer, formulas, write_csv
 from llava.config import IMAGE_SUFFIXES
+from llava.errors import counted
 from llava.serve.settings import Settings
 from llava.serve.ui.client import ApiClient, ApiFailure, Visitor, visitor_of
 from llava.serve.ui.conversation import Conversation, Turn
@@ -73,7 +74,7 @@ class GalleryTab:
 
     def _connect(self) -> None:
         quick: dict[str, Any] = {"queue": True, "show_progress": "hidden", "api_visibility": "private"}
-        self._folder.upload(self.add, [self._question, self._folder], [self._question], **quick)
+        self._folder.upload(self.add, [self._question, self._folder], [self._question, self._problem], **quick)
         self._question.submit(
             self.ask,
             [self._question, self._table, self._model, self._max_tokens],
@@ -86,10 +87,17 @@ class GalleryTab:
         self._csv.click(self.save_csv, [self._table], [self._record, self._problem], **quick)
         self._json.click(self.save_json, [self._table], [self._record, self._problem], **quick)
 
-    def add(self, question: dict[str, Any], folder: list[str]) -> Any:
-        """Adds the pictures of a folder to those that are there."""
-        pictures = [one for one in folder if one.lower().endswith(IMAGE_SUFFIXES)]
-        return gr.MultimodalTextbox(value={**question, "files": [*question["files"], *pictures]})
+    def add(self, question: dict[str, Any], folder: list[str]) -> View:
+        """Adds the pictures of a folder, by name, to those that are there."""
+        pictures = sorted(
+            (one for one in folder if one.lower().endswith(IMAGE_SUFFIXES)), key=lambda one: Path(one).name
+        )
+        n_others = len(folder) - len(pictures)
+        left_out = f"{counted(n_others, 'file')} of other types left out" if n_others else ""
+        if not pictures:
+            return {self._problem: alert(f"the folder has no pictures (*{', *'.join(IMAGE_SUFFIXES)})")}
+        value = {**question, "files": [*question["files"], *pictures]}
+        return {self._question: gr.MultimodalTextbox(value=value), self._problem: _note(left_out)}
 
     async def ask(
         self, request: gr.Request, question: dict[str, Any], table: Table, model: str, max_tokens: float
@@ -187,7 +195,7 @@ def _html(table: Table) -> str:
     """The table, with a line that says how far it is."""
     n, done = len(table.pictures), len(table.rows)
     failed = sum(row.error is not None for row in table.rows.values())
-    state = f"{done} of {n} answered" + (f", {failed} of them with an error" if failed else "")
+    state = f"{done} of {n} done" + (f", {failed} of them with an error" if failed else "")
     rows = "".join(_row(i, path, table.rows.get(i)) for i, path in enumerate(table.pictures))
     head = '<tr><th scope="col">Picture</th><th scope="col">Name</th><th scope="col">Answer</th></tr>'
     return f'<p role="status">{state}</p><table><thead>{head}</thead><tbody>{rows}</tbody></table>'

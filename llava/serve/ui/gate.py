@@ -83,6 +83,8 @@ class Gate:
 
     async def _beat(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends an answer that ends when the page is closed, or when the server ends and cancels it."""
+        if len(self._streams) >= self.limits.page_streams:
+            raise ApiError(429, "too many pages are open; close one, or try again later")
         own = asyncio.current_task()
         assert own
         beating = self._streams[own] = asyncio.ensure_future(self.app(scope, receive, _with_headers(send)))

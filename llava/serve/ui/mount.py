@@ -31,6 +31,9 @@ _FILES = {  # our own, by their names in addresses
 }
 _SESSIONS = 1000  # open pages whose conversations are kept
 _HOUR = 3600  # seconds; pictures are deleted after a day
+_LOADING = (
+    "<!doctype html><html lang=en><title>llava</title><p>The model is being loaded. This page then opens by itself."
+)
 _WHILE_DRAINING = (CANCEL, EVENTS)
 
 
@@ -51,6 +54,9 @@ class Page:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/" and self._state.is_loading:
+            await Response(_LOADING, 503, {"Refresh": "2"}, "text/html")(scope, receive, send)
+            return
         if not (self._state.draining and scope["path"] in _WHILE_DRAINING):
             _ = self._state.ready
         async with self._building:

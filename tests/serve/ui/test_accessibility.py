@@ -41,7 +41,7 @@ def gallery(page: Any) -> None:
     page.locator("#gallery-question .thumbnail-item").wait_for()
     page.locator("#gallery-question textarea").fill("What is this?")
     page.locator("#gallery-question textarea").press("Enter")
-    page.get_by_text("1 of 1 answered").wait_for()
+    page.get_by_text("1 of 1 done").wait_for()
 
 
 def compare(page: Any) -> None:

@@ -171,6 +171,30 @@ def test_uploads_are_limited_in_size(visitor: Visitor) -> None:
     assert endless.status_code == 411
 
 
+def test_a_folder_may_be_larger_than_a_request(visitor: Visitor) -> None:
+    files = [("files", (f"{i}.png", os.urandom(12 * 2**20))) for i in range(3)]
+    assert sum(len(contents) for _, (_, contents) in files) > Limits().body_bytes
+    answer = visitor.http.post("/gradio_api/upload", files=files)
+    assert (answer.status_code, len(answer.json())) == (200, 3)
+
+
+def test_open_pages_leave_connections_for_the_api(tmp_path: Path) -> None:
+    async def unread(*arguments: Any) -> Any:
+        raise AssertionError("nothing is read or sent")
+
+    async def heartbeat() -> None:
+        task = asyncio.ensure_future(asyncio.sleep(0))
+        streams: Any = {task: asyncio.get_running_loop().create_future()}
+        gate = Gate(unread, events=[], folder=tmp_path, limits=Limits(page_streams=1), streams=streams)
+        scope = {"type": "http", "path": "/gradio_api/heartbeat/a", "headers": [], "state": {"key": b""}}
+        with pytest.raises(ApiError, match="too many pages are open") as caught:
+            await gate(scope, unread, unread)
+        assert caught.value.status == 429
+
+    asyncio.run(heartbeat())
+    assert Limits().page_streams < Limits().connections
+
+
 def test_events_are_limited_in_size(visitor: Visitor) -> None:
     assert visitor.join("question.submit", {"text": "a" * 2**20, "files": []}).status_code == 413
     assert visitor.join("question.stop", None).status_code == 200

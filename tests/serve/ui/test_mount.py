@@ -14,8 +14,12 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.testclient import TestClient
 
 import llava
+from llava.serve.access import Access
+from llava.serve.app import create
+from llava.serve.settings import Settings
 from tests.command import PROJECT, run, start, wait_for_output
 from tests.serve.certificates import certificate
 from tests.serve.ui.conftest import KEYS, Visitor, file
@@ -86,6 +90,14 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("plain") / "errors.txt"
     with serving(log, llava.load(device="cpu"), "llava-tiny", "--device", "cpu", "--no-ui") as server:
         yield server
+
+
+def test_a_visitor_who_comes_too_early_waits() -> None:
+    settings = Settings(name="m", access=Access(host="127.0.0.1"), port=0, page=True)
+    app = create(lambda: llava.load(device="cpu"), settings)  # without its lifespan, it never loads the model
+    early = TestClient(app, base_url="http://127.0.0.1").get("/")
+    assert (early.status_code, early.headers["refresh"]) == (503, "2")
+    assert "is being loaded" in early.text
 
 
 def test_the_page_changes_nothing_about_the_api(site: Server, plain: Server) -> None:

@@ -57,7 +57,7 @@ def test_each_picture_of_a_gallery_is_asked_about(page: Any, tmp_path: Path, sit
     add(page, *pictures, tmp_path / "broken <b>.png", tmp_path / "=1+1.png")
     ask(page, QUESTION)
     n = len(pictures) + 2
-    page.get_by_text(f"{n} of {n} answered, 1 of them with an error").wait_for()
+    page.get_by_text(f"{n} of {n} done, 1 of them with an error").wait_for()
     rows = page.locator("#gallery-table tbody tr")
     assert rows.count() == n
     for i, picture in enumerate(pictures):
