@@ -17,7 +17,7 @@ from torch import Tensor
 from llava.config import ImageConfig, PictureOptions, TileGrid
 from llava.errors import ImageError
 from llava.preprocess import jpeg
-from llava.preprocess.raster import PictureMemory, Raster, Size, copy_pixels
+from llava.preprocess.raster import PictureMemory, Raster, Size, copy_pixels, resized
 from llava.preprocess.rgb import RgbPicture, to_rgb
 
 _DEFAULTS = PictureOptions()
@@ -155,7 +155,7 @@ def to_views(image: Image.Image | Raster, config: ImageConfig, patches: int) -> 
     if config.aspect == "anyres":
         canvas = choose_canvas(image.size, config)
         grid = tile_grid(image.size, canvas, config, patches)
-        views = [image.resize((config.size, config.size)), *_tiles(image, canvas, config)]
+        views = [resized(image, (config.size, config.size)), *_tiles(image, canvas, config)]
     elif config.aspect == "pad" and config.mode == "original":
         views = [_pad_to_square(image, config)]
     else:
@@ -183,10 +183,8 @@ def _crop(image: Image.Image | Raster, size: int) -> Image.Image | Raster:
     low, high = (max(start - margin, 0), min(stop + margin, long_after)) if margin else (0, long_after)
     a, b, length = low * long / long_after, high * long / long_after, high - low
     if axis:
-        resized = image.resize((size, length), Image.Resampling.BICUBIC, box=(0, a, image.width, b))
-        return resized.crop((0, start - low, size, stop - low))
-    resized = image.resize((length, size), Image.Resampling.BICUBIC, box=(a, 0, b, image.height))
-    return resized.crop((start - low, 0, stop - low, size))
+        return resized(image, (size, length), (0, a, image.width, b)).crop((0, start - low, size, stop - low))
+    return resized(image, (length, size), (a, 0, b, image.height)).crop((start - low, 0, stop - low, size))
 
 
 def _pad_to_square(image: Image.Image | Raster, config: ImageConfig) -> Image.Image | Raster:
@@ -230,7 +228,7 @@ def fitted(size: Size, canvas: Size) -> Size:
 
 
 def _tiles(image: Image.Image | Raster, canvas: Size, config: ImageConfig) -> list[Image.Image | Raster]:
-    padded = _on_canvas(image.resize(fitted(image.size, canvas)), canvas, (0, 0, 0))
+    padded = _on_canvas(resized(image, fitted(image.size, canvas)), canvas, (0, 0, 0))
     s = config.size
     corners = [(x, y) for y in range(0, canvas[1], s) for x in range(0, canvas[0], s)]
     return [padded.crop((x, y, x + s, y + s)) for x, y in corners]

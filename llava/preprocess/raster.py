@@ -20,7 +20,7 @@ from llava.kernels import resize
 
 Size = tuple[int, int]  # (width, height)
 Box = tuple[float, float, float, float]  # left, top, right, bottom
-_HEIGHT_MAY_BE_FIRST = int(PIL.__version__.partition(".")[0]) >= 13
+_PILLOW_CHOOSES = int(PIL.__version__.partition(".")[0]) >= 13  # what to resize first: see `resizes_height_first`
 _MAX_THREADS = 8
 _STRIP_ROWS = 64  # copied at a time: small enough for a CPU's cache
 
@@ -72,14 +72,25 @@ class Raster:
         return np.asarray(self.pixels.cpu().numpy(), dtype=dtype)
 
 
-def resizes_height_first(size: Size, new_size: Size) -> bool:
-    """Returns whether the installed Pillow resizes the height of a picture before its width.
+def resized(image: Image.Image | Raster, size: Size, box: Box | None = None) -> Image.Image | Raster:
+    """Returns an RGB image, or the part in `box`, resized by the bicubic filter, to the pixels of Pillow 13.
 
-    Pillow 13 does if the height loses more than twice as many pixels as the width, which takes less time. Earlier
-    versions never do.
+    Earlier versions always resize the width first, which rounds other values.
+    """
+    if isinstance(image, Raster) or _PILLOW_CHOOSES or not resizes_height_first(image.size, size):
+        return image.resize(size, Image.Resampling.BICUBIC, box)
+    left, top, right, bottom = box or (0, 0, *image.size)
+    narrow = image.resize((image.width, size[1]), Image.Resampling.BICUBIC, (0, top, image.width, bottom))
+    return narrow.resize(size, Image.Resampling.BICUBIC, (left, 0, right, size[1]))
+
+
+def resizes_height_first(size: Size, new_size: Size) -> bool:
+    """Returns whether the height of a picture is resized before its width, as by Pillow 13.
+
+    It is if the height loses more than twice as many pixels as the width, which takes less time.
     """
     lost_width, lost_height = size[0] - new_size[0], size[1] - new_size[1]
-    return _HEIGHT_MAY_BE_FIRST and lost_height > max(0, 2 * lost_width)
+    return lost_height > max(0, 2 * lost_width)
 
 
 def copy_pixels(image: Image.Image, target: NDArray[np.uint8]) -> None:

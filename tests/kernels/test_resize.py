@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from llava.kernels.resize import resize
-from llava.preprocess.raster import resizes_height_first
+from llava.preprocess.raster import resized, resizes_height_first
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -36,7 +36,7 @@ def picture(rng, width, height):
 
 def differing(pixels, size, box, device):
     """Number of values that differ from Pillow's."""
-    expected = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC, box=box))
+    expected = np.asarray(resized(Image.fromarray(pixels), size, box))
     height_first = resizes_height_first((pixels.shape[1], pixels.shape[0]), size)
     found = resize(torch.from_numpy(pixels).to(device), size, box, height_first=height_first).cpu().numpy()
     assert found.shape == expected.shape

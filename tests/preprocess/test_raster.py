@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from PIL import Image
 from llava.config import ImageConfig, PictureOptions
 from llava.engine.picture_memory import GpuPictureMemory
 from llava.errors import ImageError
+from llava.preprocess import raster
 from llava.preprocess.image import decode, to_views
 from llava.preprocess.raster import Raster, Size, copy_pixels
 
@@ -102,3 +104,19 @@ def test_all_rows_are_copied(height: int) -> None:
     target = np.zeros((height, 5, 3), np.uint8)
     copy_pixels(picture, target)
     assert np.array_equal(target, np.asarray(picture))
+
+
+@pytest.mark.skipif(int(PIL.__version__.partition(".")[0]) < 13, reason="needs Pillow 13, whose pixels are compared")
+def test_pictures_are_resized_by_older_versions_as_by_pillow_13(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(13)
+    monkeypatch.setattr(raster, "_PILLOW_CHOOSES", False)
+    height_first = 0
+    for i in range(500):
+        width, height, *size = rng.integers(1, 120, 4).tolist()
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        left, top = rng.uniform(0, width - 0.5), rng.uniform(0, height - 0.5)
+        box = (left, top, rng.uniform(left + 0.4, width), rng.uniform(top + 0.4, height)) if i % 2 else None
+        expected = image.resize(tuple(size), Image.Resampling.BICUBIC, box)
+        assert np.array_equal(raster.resized(image, tuple(size), box), expected), (width, height, size, box)
+        height_first += raster.resizes_height_first(image.size, tuple(size))
+    assert height_first > 50
