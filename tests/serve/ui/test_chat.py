@@ -19,6 +19,18 @@ LAST_TURN = ["User: How many apples are there?", "Assistant: There is one red ap
 EVIL = "<img src=x onerror=\"document.title='evil'\"> {{value}} ${1+1} a < b &amp; R&D"
 
 
+# As fast as a visitor can be, so that the answer does not end before.
+STOP_EARLY = """() => {
+    const timer = setInterval(() => {
+        const stop = document.querySelector("#question .stop-button"), answer = document.querySelector("#answers .bot");
+        if (!stop || !(answer?.innerText.trim().length > 10)) return;
+        window.finished = document.querySelectorAll("#answers .figures").length;
+        stop.click();
+        clearInterval(timer);
+    }, 20);
+}"""
+
+
 @pytest.fixture
 def page(browser: Browser, site: Server) -> Iterator[Any]:
     with browser.open(site.url) as page:
@@ -122,12 +134,10 @@ def test_an_answer_is_stopped_and_a_question_edited_and_asked_again(page: Any) -
     option(page, "Temperature", "2")
     option(page, "Maximum tokens", "800")
     attach(page, KITCHEN)
+    page.evaluate(STOP_EARLY)
     ask(page, DESCRIBE)
-    page.wait_for_function("document.querySelector('#answers .bot')?.innerText.trim().length > 10")
-    early = page.locator("#answers .bot").last.inner_text()
-    assert page.locator("#answers .figures").count() == 0, early  # it streams
-    page.locator("#question .stop-button").click()
     assert answered(page)
+    assert page.evaluate("window.finished") == 0  # answers, when there was text: it streams
     assert page.locator("#answers .figures").inner_text() == "stopped"
     option(page, "Temperature", "0")
     edit(page, DESCRIBE, "How many apples are there?")
