@@ -188,12 +188,13 @@ class ChatTab:
         try:
             messages = await asyncio.to_thread(conversation.messages, len(conversation.turns) - 1)
             async for _ in generate(self._client, visitor_of(request), messages, turn.answer):
-                yield self._view(conversation)
+                if turn in conversation.turns:  # not taken back or cleared meanwhile
+                    yield self._view(conversation)
         except ApiFailure as error:
             conversation.forget(turn)
             yield self._view(conversation) | {self._question: _to_write(turn), self._problem: alert(error)}
             return
-        if turn not in conversation.turns:  # taken back meanwhile
+        if turn not in conversation.turns:
             return
         if turn.answer.text or not turn.answer.stop.is_set():
             yield {self._question: gr.MultimodalTextbox(submit_btn=True, stop_btn=False)}
@@ -218,7 +219,7 @@ class ChatTab:
         conversation.stop()
         conversation.turns.clear()
         ready = gr.MultimodalTextbox(submit_btn=True, stop_btn=False)
-        return {self._conversation: Conversation(), self._question: ready, self._problem: "", self._look: ""}
+        return self._view(Conversation()) | {self._question: ready, self._problem: "", self._look: ""}
 
     def download(self, conversation: Conversation) -> View:
         """Gives the conversation to page.js, which saves it as a file."""
