@@ -160,6 +160,7 @@
     dialog.setAttribute("aria-label", "Photograph");
     video.playsInline = true;
     const shoot = button("Take the photo"), cancel = button("Cancel");
+    shoot.disabled = true; // until there is a picture to take
     dialog.append(video, shoot, cancel);
     document.body.append(dialog);
     let stream;
@@ -181,7 +182,8 @@
       dialog.close();
     });
     dialog.showModal();
-    await video.play();
+    video.addEventListener("playing", () => (shoot.disabled = false));
+    await video.play().catch(() => {}); // closed before it played
   }
 
   function button(text) {

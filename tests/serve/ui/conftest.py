@@ -1,6 +1,7 @@
 """A server with the page, and Chromium, in which no request may leave this machine."""
 
 import json
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -131,7 +132,7 @@ class Visitor:
 
 @pytest.fixture
 def visitor(site: Server) -> Visitor:
-    return Visitor(site.http)
+    return Visitor(site.http, session=secrets.token_hex(8))
 
 
 def file(path: str, **more: Any) -> dict[str, Any]:
