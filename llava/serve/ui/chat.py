@@ -20,7 +20,7 @@ from llava.serve.ui.client import ApiClient, ApiFailure, visitor_of
 from llava.serve.ui.conversation import Answer, Conversation, Options, Turn
 from llava.serve.ui.explaining import Wanted, explanation
 from llava.serve.ui.generate import generate
-from llava.serve.ui.parts import alert, record
+from llava.serve.ui.parts import alert, question_box, record
 
 _EXAMPLES = {
     "kitchen.png": "Describe this image in detail.",
@@ -64,15 +64,11 @@ class ChatTab:
         self._problem = gr.HTML(elem_id="problem", js_on_load=None)
 
     def _show_question(self, folder: Path) -> None:
-        self._question = gr.MultimodalTextbox(
-            label="Question and pictures",
+        self._question = question_box(
+            "Question and pictures",
+            "Ask about a picture: drop it here, paste it, or add it with the button",
+            "question",
             show_label=False,
-            placeholder="Ask about a picture: drop it here, paste it, or add it with the button",
-            sources=["upload"],
-            file_types=["image"],
-            file_count="multiple",
-            max_plain_text_length=100_000,
-            elem_id="question",
             autofocus=True,
         )
         self._look = gr.HTML(elem_id="look", js_on_load=None)

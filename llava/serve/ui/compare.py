@@ -14,7 +14,7 @@ from llava.serve.ui.answers import figures, words
 from llava.serve.ui.client import ApiClient, ApiFailure, Visitor, visitor_of
 from llava.serve.ui.conversation import Answer, Conversation, Options, Turn
 from llava.serve.ui.generate import generate
-from llava.serve.ui.parts import alert
+from llava.serve.ui.parts import alert, question_box
 
 _MAX_TOKENS = 512
 _SHOW_S = 0.1  # seconds between two views
@@ -35,14 +35,10 @@ class CompareTab:
                 "compare."
             )
         self._running = gr.State([])  # the answers that grow
-        self._question = gr.MultimodalTextbox(
-            label="Question and pictures for both",
-            placeholder="Ask both about a picture: drop it here, paste it, or add it with the button",
-            sources=["upload"],
-            file_types=["image"],
-            file_count="multiple",
-            max_plain_text_length=100_000,
-            elem_id="compare-question",
+        self._question = question_box(
+            "Question and pictures for both",
+            "Ask both about a picture: drop it here, paste it, or add it with the button",
+            "compare-question",
         )
         with gr.Accordion("Options", open=False):
             self._temperature = gr.Slider(0, 2, value=0, step=0.1, label="Temperature (0: always the likeliest token)")

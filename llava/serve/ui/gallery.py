@@ -20,7 +20,7 @@ from llava.errors import counted
 from llava.serve.settings import Settings
 from llava.serve.ui.client import ApiClient, ApiFailure, Visitor, visitor_of
 from llava.serve.ui.conversation import Conversation, Turn
-from llava.serve.ui.parts import alert, record
+from llava.serve.ui.parts import alert, question_box, record
 from llava.serve.ui.paths import FILE_OF_VISITOR
 
 _AT_ONCE = 16  # requests of a table; the engine computes them together, and leaves room for other visitors
@@ -51,14 +51,10 @@ class GalleryTab:
         """models: their names, that of the model without adapters first."""
         self._client, self._limits = ApiClient(settings), settings.limits
         self._table = gr.State(Table())
-        self._question = gr.MultimodalTextbox(
-            label="Question about each picture, and the pictures",
-            placeholder="Ask about each of many pictures: drop them here, or add them with the button",
-            sources=["upload"],
-            file_types=["image"],
-            file_count="multiple",
-            max_plain_text_length=100_000,
-            elem_id="gallery-question",
+        self._question = question_box(
+            "Question about each picture, and the pictures",
+            "Ask about each of many pictures: drop them here, or add them with the button",
+            "gallery-question",
         )
         with gr.Accordion("Options", open=False):
             self._model = gr.Dropdown(list(models), value=models[0], label="Model or adapter")
