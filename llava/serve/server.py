@@ -21,11 +21,12 @@ from llava.assistant import Assistant
 from llava.engine.collection import set_aside
 from llava.errors import ConfigError, LlavaError
 from llava.serve.access import log as access_log
-from llava.serve.app import State, create
+from llava.serve.app import create
 from llava.serve.errors import ApiError
 from llava.serve.limits import Limits
 from llava.serve.metrics import Metrics
 from llava.serve.settings import Settings
+from llava.serve.state import State
 
 log = logging.getLogger(__name__)
 

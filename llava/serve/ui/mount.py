@@ -21,7 +21,7 @@ from llava.serve.ui.gate import Gate
 from llava.serve.ui.paths import CANCEL, EVENTS, FILES, PATHS
 
 if TYPE_CHECKING:
-    from llava.serve.app import State
+    from llava.serve.state import State
 
 _FILES = {  # our own, by their names in addresses
     "page.js": ("llava.serve.ui", "text/javascript"),
