@@ -75,11 +75,10 @@ def tiled_view_attention(qkv: Tensor, n_heads: int) -> Tensor:
     (n_views, n, width), side = qkv.shape, 32 if is_interpreted() else 64
     head_dim = width // (3 * n_heads)
     y = qkv.new_empty(n_views, n, width // 3)
-    if y.numel():
-        view_attention_kernel[(triton.cdiv(n, side), n_views * n_heads)](
-            qkv.contiguous(), y, head_dim**-0.5 / math.log(2), n, n_heads, head_dim, side, side, 16, is_interpreted(),
-            num_warps=4, num_stages=3,
-        )  # fmt: skip
+    view_attention_kernel[(triton.cdiv(n, side), n_views * n_heads)](
+        qkv.contiguous(), y, head_dim**-0.5 / math.log(2), n, n_heads, head_dim, side, side, 16, is_interpreted(),
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
     return y
 
 

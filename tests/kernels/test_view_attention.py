@@ -15,7 +15,7 @@ SIZES = [
     (1, 1, 1, 128),
     (0, 5, 2, 16),
 ]  # V, N, H, E
-IN_INTERPRETER = [(2, 49, 2, 64), (1, 32, 1, 32), (3, 17, 2, 16), (1, 1, 1, 128), (0, 5, 2, 16)]
+IN_INTERPRETER = [(2, 49, 2, 64), (1, 32, 1, 32), (3, 17, 2, 16), (1, 1, 1, 128)]
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
