@@ -15,7 +15,6 @@ from llava.kernels.layer_norm import layer_norm
 from llava.kernels.linear_quick_gelu import linear_quick_gelu
 from llava.kernels.quick_gelu import eager_quick_gelu
 from llava.kernels.support import can_run
-from llava.kernels.view_attention import eager_view_attention, view_attention
 from llava.model.linear import Linear, linear
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": eager_quick_gelu, "gelu": F.gelu}
@@ -44,8 +43,9 @@ class Attention(nn.Module):
 
     def mix(self, x: Tensor) -> Tensor:
         """Everything before the output layer. x [V, N, D] -> [V, N, D]"""
-        qkv = self.qkv(x)
-        return view_attention(qkv, self.n_heads) if uses_kernels(x) else eager_view_attention(qkv, self.n_heads)
+        qkv = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)  # [3, V, H, N, E]
+        y = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
+        return y.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):

@@ -28,11 +28,10 @@ def exact(tower: Vision, pixels: torch.Tensor) -> torch.Tensor:
     return copy.deepcopy(tower).cpu().double()(pixels.cpu().double())
 
 
-@pytest.mark.parametrize("n_views", [3, 9])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_fused_kernels_are_as_close_to_float64_as_separate_operations(dtype, n_views, tower, device):
+def test_fused_kernels_are_as_close_to_float64_as_separate_operations(dtype, tower, device):
     tower = tower.to(device, dtype)
-    pixels = torch.randn(n_views, 3, 28, 28, device=device).to(dtype)
+    pixels = torch.randn(3, 3, 28, 28, device=device).to(dtype)
     plain = tower(pixels)
     with torch.inference_mode():
         assert uses_kernels(pixels)
@@ -41,7 +40,7 @@ def test_fused_kernels_are_as_close_to_float64_as_separate_operations(dtype, n_v
     errors = [(features.cpu().double() - expected).norm() / expected.norm() for features in (plain, fused)]
     bound = 3 if is_interpreted() and dtype == torch.bfloat16 else 1.2  # the interpreter truncates bfloat16
     assert errors[1] < max(bound * errors[0], torch.finfo(dtype).eps)
-    assert fused.shape == (n_views, 16, 64)
+    assert fused.shape == (3, 16, 64)
 
 
 def test_training_uses_separate_operations(tower, device):
