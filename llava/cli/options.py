@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
@@ -154,6 +155,15 @@ class ChatOptions(SamplingOptions):
     """`SamplingOptions` with the default temperature for chats."""
 
     temperature: Temperature = 0.2
+
+
+def model_name(model: str | None) -> str:
+    """Returns the name of a model for people: the hub id, the last component of the folder, or llava-tiny."""
+    from llava.assistant import LLAVA_TINY
+
+    if model is None:
+        return LLAVA_TINY.name
+    return Path(model).resolve().name if Path(model).exists() else model
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:

@@ -12,7 +12,7 @@ import typer
 
 from llava.cli.answer import load, name_and_folder
 from llava.cli.app import app
-from llava.cli.options import Adapters, AsJson, Base, EngineFlags, Model, ModelOptions, grouped
+from llava.cli.options import Adapters, AsJson, Base, EngineFlags, Model, ModelOptions, grouped, model_name
 from llava.errors import ConfigError
 
 _GRADIO = (6, 31)  # the oldest one that it works with, and the newest major version
@@ -79,7 +79,7 @@ def serve(
     except ImportError as error:
         raise ConfigError(f"llava serve needs {error.name}: pip install 'llava-native[serve]'") from None
     settings = Settings(
-        name=served_model_name or _name(model),
+        name=served_model_name or model_name(model),
         access=Access(
             host=host, keys=_keys(api_key_file), hosts=tuple(allow_host or ()), origins=tuple(allow_origin or ())
         ),
@@ -145,15 +145,6 @@ def _problem_of_gradio() -> str | None:
         return "gradio is not installed"
     major, minor = map(int, re.findall(r"\d+", version)[:2])
     return None if (_GRADIO <= (major, minor) < (_GRADIO[0] + 1,)) else f"it does not work with gradio {version}"
-
-
-def _name(model: str | None) -> str:
-    """Returns the name under which a model is served by default."""
-    from llava.assistant import LLAVA_TINY
-
-    if model is None:
-        return LLAVA_TINY.name
-    return Path(model).resolve().name if Path(model).exists() else model
 
 
 def _keys(file: Path | None) -> tuple[str, ...]:

@@ -14,6 +14,20 @@ class Entry(NamedTuple):
     where: str  # the file and the line, for error messages
     value: dict[str, Any]
 
+    def text(self, key: str) -> str:
+        """Returns a text. Raises DataError."""
+        value = self.value.get(key)
+        if not isinstance(value, str):
+            raise DataError(f"{self.where}: {key} is {value!r:.60}; expected a text")
+        return value
+
+    def id(self, key: str) -> str:
+        """Returns an id, which may be a number in the file. Raises DataError."""
+        value = self.value.get(key)
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise DataError(f"{self.where}: {key} is {value!r:.60}; expected the id of a question")
+        return str(value)
+
 
 class JsonFile:
     """A text file in UTF-8, with or without a byte order mark, that contains JSON. Raises DataError."""

@@ -1,0 +1,151 @@
+"""Commands that ask a model: eval run, eval tasks."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llava.cli.answer import load
+from llava.cli.app import progress_bar
+from llava.cli.eval import evaluation
+from llava.cli.options import Adapters, AsJson, Base, EngineFlags, Model, ModelOptions, Seed, grouped, model_name
+from llava.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llava.eval.run import TaskRun
+    from llava.eval.task import Scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """Which questions are asked."""
+
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="folder with the task's files, or with the folders of several tasks, as published"),
+    ] = None
+    images: Annotated[Path | None, typer.Option("--images", help="folder of the pictures; default: as published")] = (
+        None
+    )
+    split: Annotated[str | None, typer.Option("--split", help="of a task that has several")] = None
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="ask only so many questions, the first")] = None
+
+    def open(self, name: str, out: Path, settings: Mapping[str, Any], model: str) -> "TaskRun":
+        """Reads the questions of a task, and opens its part of the run."""
+        from llava.eval.run import Share, TaskRun
+        from llava.eval.task import Data
+        from llava.eval.tasks import task_named
+
+        task = task_named(name)
+        questions = task.questions(Data.of(task, self.data, images=self.images, split=self.split))[: self.limit]
+        share = Share(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))  # set by torchrun
+        made = TaskRun(task=task, questions=questions, folder=out / name, share=share, model=model)
+        made.open({**settings, "--split": self.split, "--limit": self.limit})
+        return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """How replies are generated: greedily, unless an option says otherwise."""
+
+    num_beams: Annotated[int, typer.Option("--num-beams", help="above 1: beam search with this many beams")] = 1
+    temperature: Annotated[float, typer.Option("--temperature", help="sampling temperature; 0: greedy")] = 0.0
+    seed: Seed = None
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=1, help="maximum length of a reply; default: that of the task")
+    ] = None
+
+    def options(self) -> dict[str, Any]:
+        """Returns the options that are given, as those of `Assistant.generate`. Raises ConfigError."""
+        from llava.engine.sampling_params import SamplingParams
+
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        try:
+            SamplingParams.from_options(**given)
+        except ConfigError as error:
+            name, _, rest = str(error).partition(" ")
+            raise ConfigError(f"--{name.replace('_', '-')} {rest}") from None
+        return given
+
+
+@evaluation.command()
+@grouped
+def run(
+    names: Annotated[list[str], typer.Argument(metavar="TASK...", help="names of tasks, from llava eval tasks")],
+    *,
+    context: typer.Context,
+    questions: Questions,
+    out: Annotated[Path, typer.Option("--out", help="folder of the run; one that was interrupted is continued")],
+    model: Model = None,
+    base: Base = None,
+    adapter: Adapters = None,
+    loading: ModelOptions,
+    engine: EngineFlags,
+    generation: Generation,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a model the questions of benchmarks, and score its answers."""
+    options = generation.options()
+    source = {"name": model_name(model), "path": model, "base": base}
+    given = {"model": model, "base": base, "adapter": adapter, "batch_invariant": engine.batch_invariant}
+    settings = {f"--{key.replace('_', '-')}": value for key, value in (given | vars(loading) | options).items()}
+    del settings["--device"]  # an interrupted run may continue on another one
+    runs = [questions.open(name, out, settings, str(source["name"])) for name in names]
+    vlm = load(model, replace(loading, device=_device(loading.device)), base=base, adapters=adapter, engine=engine)
+    from llava.eval.record import write_record
+    from llava.eval.run import evaluate
+
+    if runs[0].share.rank == 0:
+        write_record(out, vlm, source, settings)
+    found = []
+    for one in runs:
+        with progress_bar(one.task.name, unit="questions") as progress:
+            found.append(evaluate(vlm, one, options, describe=context.obj.render, progress=progress))
+    scores = [one for one in found if one]
+    if len(scores) == len(runs):  # else another process is still asking, and will print them
+        _report(scores, out, as_json)
+
+
+@evaluation.command()
+def tasks(as_json: AsJson = False) -> None:
+    """List the tasks, and the files that each expects."""
+    from llava.eval.tasks import TASKS
+
+    if as_json:
+        fields = ("name", "title", "metric", "folder", "judged")
+        listed = [{key: getattr(task, key) for key in fields} | {"files": dict(task.files)} for task in TASKS.values()]
+        print(json.dumps(listed))
+        return
+    for task in TASKS.values():
+        print(f"{task.name}: {task.title}; {task.metric}")
+        for file, content in task.files.items():
+            print(f"  {Path(task.folder) / file}: {content}")
+
+
+def _device(device: str) -> str:
+    """Returns the device of this process: by default, torchrun's processes share the GPUs."""
+    import torch
+
+    if device == "auto" and "RANK" in os.environ and torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return device
+
+
+def _report(scores: Sequence["Scores"], out: Path, as_json: bool) -> None:
+    """Prints scores. Exits with status 1 if there are questions without an answer."""
+    if as_json:
+        print(json.dumps({one.task: one.summary() for one in scores}))
+    else:
+        from rich.console import Console
+
+        from llava.eval.report import table
+
+        Console(width=None if sys.stdout.isatty() else 140, markup=False, highlight=False).print(*map(table, scores))
+        print(f"answers, scores and settings: {out}")
+    if any(one.unanswered for one in scores):
+        raise SystemExit(1)

@@ -1,0 +1,242 @@
+"""Asks a model the questions of a benchmark, and scores its answers.
+
+A run is a folder with a folder for each task. Answers are appended to a journal, answers.partial.RANK.jsonl, as soon as
+the engine has them; the same command continues after an interruption. With several processes, each asks every n-th
+question, and the last one to finish puts the journals together: answers.jsonl, in the order of the questions and in the
+layout of the original's scripts, and scores.json.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from llava.assistant import Assistant, question_about
+from llava.engine.sampling_params import SamplingParams
+from llava.errors import ConfigError, LlavaError, counted
+from llava.eval.entries import JsonFile
+from llava.eval.task import Answered, Question, Scores, Task, check_images, scores
+from llava.tensors.atomic import replacing
+from llava.tensors.writer import Progress, no_progress
+
+log = logging.getLogger(__name__)
+_EXPECTED = "an answer of this run as a JSON object"
+_SHOWN = 3  # errors in the log; the others are counted
+SETTINGS, ANSWERS, SCORES = "settings.json", "answers.jsonl", "scores.json"
+
+
+@dataclass(frozen=True)
+class Share:
+    """The questions of one of several processes: every `world`-th one, beginning with number `rank`."""
+
+    rank: int = 0
+    world: int = 1
+
+
+@dataclass(kw_only=True)
+class TaskRun:
+    """The answers to the questions of one task, in a folder of their own."""
+
+    task: Task
+    questions: Sequence[Question]
+    folder: Path
+    share: Share = field(default_factory=Share)
+    model: str = ""  # name of the model, for the answers
+
+    @property
+    def journal(self) -> Path:
+        """The file to which this process appends."""
+        return self.folder / f"answers.partial.{self.share.rank}.jsonl"
+
+    def open(self, settings: Mapping[str, Any]) -> None:
+        """Creates the folder, or checks that an earlier run had the same settings. Raises ConfigError or DataError.
+
+        settings: what the answers depend on, by the names that an error shows.
+        """
+        check_images(self.questions)
+        wanted = {"questions": fingerprint(self.task, self.questions), **settings}
+        file = self.folder / SETTINGS
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder / ".lock"):
+                if not file.exists():
+                    _write(file, json.dumps(wanted, indent=1, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise ConfigError(
+                f"{self.folder}: cannot be written ({error.strerror}); choose another folder with --out"
+            ) from None
+        _check_same(file, wanted)
+
+    def answers(self) -> dict[str, dict[str, Any]]:
+        """Returns the answers that exist, by question. A line that was not completed is not one of them."""
+        ids = {question.id for question in self.questions}
+        found: dict[str, dict[str, Any]] = {}
+        for file in [self.folder / ANSWERS, *sorted(self.folder.glob("answers.partial.*.jsonl"))]:
+            if file.exists():
+                found |= {id: value for value in _complete_lines(file) if (id := str(value.get("question_id"))) in ids}
+        return found
+
+    def missing(self) -> list[Question]:
+        """Returns the questions that this process has to ask."""
+        known = self.answers()
+        mine = self.questions[self.share.rank :: self.share.world]
+        return [question for question in mine if question.id not in known]
+
+    def add(self, question: Question, text: str, metadata: Mapping[str, Any]) -> None:
+        """Appends an answer, so that it outlives this process. Raises OSError."""
+        prompt = self.task.prompt(question)
+        line = {
+            "question_id": question.id,
+            "prompt": prompt,
+            "text": text,
+            "answer_id": hashlib.sha256(f"{question.id}\n{prompt}\n{text}".encode()).hexdigest()[:22],
+            "model_id": self.model,
+            "metadata": dict(metadata),
+        }
+        with self.journal.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def begin(self) -> None:
+        """Removes a line that this process had not completed when it was killed, and the errors of its last run."""
+        self._failed(self.share.rank).unlink(missing_ok=True)
+        if self.journal.exists():
+            data = self.journal.read_bytes()
+            if torn := len(data) - (data.rfind(b"\n") + 1):
+                os.truncate(self.journal, len(data) - torn)
+
+    def finish(self, failed: Mapping[str, str]) -> Scores | None:
+        """Puts the answers together and scores them, unless another process is still asking.
+
+        failed: errors by question. Questions without an answer are asked again by the next run.
+        """
+        with FileLock(self.folder / ".lock"):
+            _write(self._failed(self.share.rank), json.dumps(dict(failed)))
+            known, errors = self.answers(), self._errors()
+            if any(one.id not in known and one.id not in errors for one in self.questions):
+                return None
+            lines = [json.dumps(known[one.id], ensure_ascii=False) + "\n" for one in self.questions if one.id in known]
+            _write(self.folder / ANSWERS, "".join(lines))
+            for file in [*self.folder.glob("failed.*.json"), *self.folder.glob("answers.partial.*.jsonl")]:
+                file.unlink()
+            return self.score()
+
+    def _failed(self, rank: int) -> Path:
+        return self.folder / f"failed.{rank}.json"
+
+    def _errors(self) -> set[str]:
+        return {id for file in self.folder.glob("failed.*.json") for id in JsonFile(file, "errors by question").value()}
+
+    def score(self) -> Scores:
+        """Scores the answers, with the verdicts on them if there are any, and writes scores.json."""
+        known, verdicts = self.answers(), self.verdicts()
+        answered = [
+            Answered(one, known[one.id]["text"], tuple(verdicts.get(one.id, ())))
+            for one in self.questions
+            if one.id in known
+        ]
+        result = scores(self.task, answered, n_questions=len(self.questions))
+        _write(self.folder / SCORES, result.json())
+        return result
+
+    def verdicts(self) -> dict[str, list[tuple[float, float]]]:
+        """Returns the scores that a judge has given, by question."""
+        return {}
+
+
+def evaluate(
+    assistant: Assistant,
+    run: TaskRun,
+    options: Mapping[str, Any],
+    *,
+    describe: Callable[[LlavaError], str] = str,
+    progress: Progress = no_progress,
+) -> Scores | None:
+    """Asks the missing questions and returns the scores, or None if another process is still asking.
+
+    A question whose picture cannot be read, or whose prompt does not fit, has no answer, and a warning says why.
+
+    options: keyword options of `Assistant.generate`. describe: returns the text of an error.
+    """
+    failed: dict[str, str] = {}
+    try:
+        run.begin()
+        missing = run.missing()
+        progress(0, len(missing))
+        with closing(_ask(assistant, run.task, missing, options)) as results:
+            for done, (question, result) in enumerate(results, start=1):
+                if isinstance(result, LlavaError):
+                    failed[question.id] = describe(result)
+                else:
+                    run.add(question, result.text, {"finish_reason": result.finish_reason})
+                progress(done, len(missing))
+        _warn(run.task.name, failed)
+        return run.finish(failed)
+    except OSError as error:
+        raise LlavaError(
+            f"{run.folder}: cannot be written ({error.strerror or error}); fix the cause and run the same command again"
+        ) from None
+
+
+def _ask(
+    assistant: Assistant, task: Task, questions: Sequence[Question], options: Mapping[str, Any]
+) -> Generator[tuple[Question, Any], None, None]:
+    """Yields questions with their replies or errors, in the order in which the engine gives them."""
+    params = SamplingParams.from_options(**{"max_new_tokens": task.max_new_tokens, **options})
+    requests = [question_about([str(path) for path in one.images], task.prompt(one)) for one in questions]
+    with closing(assistant.engine.generate_each(requests, params, adapter=assistant.active)) as results:
+        for i, result in results:
+            yield questions[i], result
+
+
+def _warn(task: str, failed: Mapping[str, str]) -> None:
+    for id, error in list(failed.items())[:_SHOWN]:
+        log.warning("%s, question %s: no answer: %s", task, id, error)
+    if len(failed) > _SHOWN:
+        log.warning("%s: %s have no answer", task, counted(len(failed) - _SHOWN, "more question"))
+
+
+def fingerprint(task: Task, questions: Sequence[Question]) -> str:
+    """Returns a digest of everything that the model is asked, and of the right answers."""
+    digest = hashlib.sha256()
+    for one in questions:
+        images = [[path.name, path.stat().st_size] for path in one.images]
+        values = [one.id, task.prompt(one), images, one.answer, list(one.groups), dict(one.values)]
+        digest.update(json.dumps(values, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _check_same(file: Path, wanted: Mapping[str, Any]) -> None:
+    found = JsonFile(file, "the settings of a run").value()
+    wanted = json.loads(json.dumps(wanted))
+    changed = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
+    if changed:
+        then, now = (", ".join(f"{name} {one.get(name)!r:.80}" for name in changed) for one in (found, wanted))
+        raise ConfigError(
+            f"{file.parent}: has answers of a run with {then}; this run has {now}; choose another folder with --out, "
+            "or remove this one"
+        )
+
+
+def _complete_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """Yields the objects of JSON lines; what follows the last line end was not completed, and is left out."""
+    whole, _, _ = file.read_bytes().rpartition(b"\n")
+    for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
+        try:
+            value = json.loads(line)
+            if not isinstance(value["question_id"], str) or not isinstance(value["text"], str):
+                raise TypeError
+        except (ValueError, TypeError, KeyError):
+            raise ConfigError(f"{file}: its line {number} is not {_EXPECTED}; remove that line") from None
+        yield value
+
+
+def _write(file: Path, text: str) -> None:
+    with replacing(file) as partial:
+        partial.write_text(text, encoding="utf-8")

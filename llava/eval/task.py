@@ -1,0 +1,190 @@
+"""What a benchmark is: questions, the prompts that they become, and the figures that follow from the answers.
+
+A figure is a function of sums over questions, such as right answers and all answers. The sums of each question are kept
+in scores.json, so the figure of any selection or resampling of questions follows without the benchmark's files.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llava.errors import ConfigError, DataError, counted
+from llava.eval.metrics import share
+
+ALL = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One question of a benchmark."""
+
+    id: str
+    text: str  # as in the benchmark's file
+    images: tuple[Path, ...] = ()
+    answer: Any = None  # what the task compares a reply with
+    groups: tuple[str, ...] = ()  # of which figures are reported beside that of all questions
+    values: Mapping[str, Any] = field(default_factory=dict)  # other fields of the file that the task needs
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A question and a model's reply."""
+
+    question: Question
+    text: str
+    verdicts: tuple[tuple[float, float], ...] = ()  # of a judge: scores of the reference and of the reply
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """What a figure is a mean over: one question, or the questions that are scored together."""
+
+    id: str
+    sums: tuple[float, ...]
+    groups: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the files of a benchmark are."""
+
+    folder: Path
+    images: Path | None = None  # folder of the pictures, if it is not where the original has it
+    split: str | None = None  # of a benchmark that has several
+
+    @classmethod
+    def of(cls, task: "Task", folder: Path | None, *, images: Path | None = None, split: str | None = None) -> "Data":
+        """Returns the data of a task. folder: that of the task, or the one that contains it in the original's layout.
+
+        Raises ConfigError if there is no such folder.
+        """
+        if folder is None or not folder.is_dir():
+            found = "is missing" if folder is None else f"is {folder}, which is no folder"
+            raise ConfigError(f"--data {found}; expected the folder with the files that llava eval tasks lists")
+        inner = folder / task.folder
+        return cls(folder=inner if task.folder and inner.is_dir() else folder, images=images, split=split)
+
+    def file(self, name: str, content: str) -> Path:
+        """Returns a file in the folder. Raises DataError, which says what it should contain, if it is missing."""
+        path = self.folder / name
+        if not path.is_file():
+            raise DataError(f"{path}: not found; expected {content}; llava eval tasks lists the files of each task")
+        return path
+
+    def image(self, name: str, usual: str = "") -> Path:
+        """Returns the path of a picture. usual: the folder of pictures in the original's layout."""
+        return (self.images or self.folder / usual) / name
+
+
+class Task(ABC):
+    """A benchmark. A new one is a file in `tasks` and a line in its table."""
+
+    name: str
+    title: str
+    metric: str  # what `figure` returns, with its unit
+    files: Mapping[str, str]  # each file or folder that `questions` reads, and its content
+    folder: str = ""  # where these are in the original's layout, below playground/data/eval
+    max_new_tokens: int = 128
+    judged: bool = False  # whether the figures follow from a judge's verdicts on the replies
+
+    @abstractmethod
+    def questions(self, data: Data) -> list[Question]:
+        """Returns the questions in the order of the file. Raises DataError."""
+
+    def prompt(self, question: Question) -> str:
+        """Returns what the user says, without image placeholders."""
+        return question.text
+
+    @abstractmethod
+    def score(self, answered: Sequence[Answered]) -> list[Item]:
+        """Returns what the replies add to the sums."""
+
+    def figure(self, sums: Sequence[float]) -> float | None:
+        """Returns the metric of items with these sums; None if it is not defined. Default: the first in % of the last.
+
+        Sums are added up over items, so a figure must not depend on their order.
+        """
+        return share(sums[0], sums[-1])
+
+    def headline(self, figures: Mapping[str, float | None]) -> float | None:
+        """Returns the one number by which models are compared. figures: of ALL, and of each group."""
+        return figures[ALL]
+
+    def details(self, sums: Sequence[float]) -> Mapping[str, float | None]:
+        """Returns further figures of all items."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """The figures of a run, and what they follow from."""
+
+    task: str
+    metric: str
+    value: float | None  # the headline
+    n: int  # questions with an answer
+    unanswered: int
+    unjudged: int  # questions with an answer and without a verdict
+    figures: Mapping[str, float | None]  # of ALL, and of each group
+    details: Mapping[str, float | None]  # further figures of all questions
+    items: Sequence[Item]
+
+    def summary(self) -> dict[str, Any]:
+        """Returns everything except the items, as JSON-compatible values."""
+        given = {key: value for key, value in vars(self).items() if key != "items"}
+        return {**given, "figures": dict(self.figures), "details": dict(self.details)}
+
+    def json(self) -> str:
+        """Returns the content of scores.json, with each item on a line of its own."""
+        items = ({"groups": list(one.groups), "sums": list(one.sums)} for one in self.items)
+        lines = (f"  {_dumped(one.id)}: {_dumped(item)}" for one, item in zip(self.items, items, strict=True))
+        head = "".join(f" {_dumped(key)}: {_dumped(value)},\n" for key, value in self.summary().items())
+        return f'{{\n{head} "items": {{\n' + ",\n".join(lines) + "\n }\n}\n"
+
+
+def scores(task: Task, answered: Sequence[Answered], *, n_questions: int) -> Scores:
+    """Scores replies. Questions without a reply or a verdict are counted, and part of no figure."""
+    judged = [one for one in answered if one.verdicts or not task.judged]
+    items = task.score(judged)
+    figures = figures_of(task, items)
+    return Scores(
+        task=task.name,
+        metric=task.metric,
+        value=task.headline(figures),
+        n=len(judged),
+        unanswered=n_questions - len(answered),
+        unjudged=len(answered) - len(judged),
+        figures=figures,
+        details=task.details(_total(items)) if items else {},
+        items=items,
+    )
+
+
+def figures_of(task: Task, items: Sequence[Item]) -> dict[str, float | None]:
+    """Returns the figure of all items, and of each group in the order in which the groups appear."""
+    groups = dict.fromkeys(group for item in items for group in item.groups)
+    members = {ALL: items, **{group: [item for item in items if group in item.groups] for group in groups}}
+    return {group: task.figure(_total(some)) if some else None for group, some in members.items()}
+
+
+def _dumped(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _total(items: Iterable[Item]) -> list[float]:
+    return [sum(column) for column in zip(*(item.sums for item in items), strict=True)]
+
+
+def check_images(questions: Iterable[Question]) -> None:
+    """Raises DataError, which counts the pictures that do not exist."""
+    paths = dict.fromkeys(path for question in questions for path in question.images)
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        named = ", ".join(map(str, missing[:3])) + ", …" * (len(missing) > 3)
+        raise DataError(
+            f"{len(missing):,} of {counted(len(paths), 'picture')} not found ({named}); set images= (--images) to the "
+            "folder that has them"
+        )
