@@ -1,6 +1,7 @@
 """Commands that ask a model: eval run, eval tasks."""
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,8 @@ from llava.errors import ConfigError
 if TYPE_CHECKING:
     from llava.eval.run import TaskRun
     from llava.eval.task import Scores
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +93,11 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Ask a model the questions of benchmarks, and score its answers."""
+    from llava.eval.report import charts_missing, write_report
+
     options = generation.options()
+    if missing := charts_missing():
+        log.warning("report.md will have no charts: %s", missing)
     source = {"name": model_name(model), "path": model, "base": base}
     given = {"model": model, "base": base, "adapter": adapter, "batch_invariant": engine.batch_invariant}
     settings = {f"--{key.replace('_', '-')}": value for key, value in (given | vars(loading) | options).items()}
@@ -107,6 +114,8 @@ def run(
         with progress_bar(one.task.name, unit="questions") as progress:
             found.append(evaluate(vlm, one, options, describe=context.obj.render, progress=progress))
     scores = [one for one in found if one]
+    if scores:
+        write_report(out)
     if len(scores) == len(runs):  # else another process is still asking, and will print them
         _report(scores, out, as_json)
 
@@ -143,9 +152,9 @@ def _report(scores: Sequence["Scores"], out: Path, as_json: bool) -> None:
     else:
         from rich.console import Console
 
-        from llava.eval.report import table
+        from llava.eval.report import REPORT, table
 
         Console(width=None if sys.stdout.isatty() else 140, markup=False, highlight=False).print(*map(table, scores))
-        print(f"answers, scores and settings: {out}")
+        print(f"answers, scores and settings: {out}; report: {out / REPORT}")
     if any(one.unanswered for one in scores):
         raise SystemExit(1)

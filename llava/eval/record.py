@@ -11,10 +11,9 @@ import torch
 import llava
 from llava.assistant import Assistant
 from llava.checkpoint.detect import detect, read_files
+from llava.eval.runs import RUN, SCHEMA
 from llava.tensors.atomic import replacing
 from llava.zoo.match import match
-
-RUN, SCHEMA = "run.json", "llava-eval-run/1"
 
 
 def write_record(folder: Path, assistant: Assistant, model: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

@@ -1,11 +1,21 @@
-"""Tables of scores."""
+"""Tables of scores: in the terminal, and in the report.md of a run."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from llava.errors import ConfigError
+from llava.eval import charts, markdown
+from llava.eval.markdown import figure, words
+from llava.eval.runs import ANSWERS, Run, read_asked, read_prompts, read_run, read_settings
 from llava.eval.task import ALL, Scores
+from llava.tensors.atomic import new_file
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+REPORT = "report.md"
+_EXAMPLES = 3
 
 
 def table(scores: Scores) -> "Table":
@@ -15,15 +25,107 @@ def table(scores: Scores) -> "Table":
     made = Table(title=f"{scores.task}: {scores.metric}", title_justify="left", title_style="", box=None)
     made.add_column("questions")
     made.add_column("figure", justify="right", no_wrap=True)
-    made.add_row("headline", _figure(scores.value))
-    for group, value in scores.figures.items():
-        made.add_row(group if group != ALL else "all", _figure(value))
-    for name, value in scores.details.items():
-        made.add_row(f"all, {name}", _figure(value))
-    for what, n in (("answers", scores.n), ("unanswered", scores.unanswered), ("unjudged", scores.unjudged)):
-        made.add_row(what, f"{n:,}")
+    for name, value in rows(scores):
+        made.add_row(name, value)
     return made
 
 
-def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.2f}"
+def rows(scores: Scores) -> list[tuple[str, str]]:
+    """Returns the figures of a task by name, the headline first, and how many questions they are about."""
+    figures = {"headline": scores.value, **named(scores)}
+    figures |= {f"all, {name}": value for name, value in scores.details.items()}
+    counts = {"answers": scores.n, "unanswered": scores.unanswered, "unjudged": scores.unjudged}
+    return [(name, figure(value)) for name, value in figures.items()] + [(name, f"{n:,}") for name, n in counts.items()]
+
+
+def named(scores: Scores) -> dict[str, float | None]:
+    """Returns the figures of all questions and of each group, by the names that people read."""
+    return {"all" if name == ALL else name: value for name, value in scores.figures.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+
+
+def write_report(folder: Path) -> Path:
+    """Writes report.md about the scores that a run has so far, with a chart for each task, and returns its path.
+
+    Equal runs have equal reports. Without matplotlib there are no charts, and the report says what to install.
+    Raises DataError if the run is damaged, and CheckpointError if a file cannot be written.
+    """
+    run = read_run(folder)
+    missing = charts_missing()
+    parts = [_head(run), *(_part(run, one, charted=not missing) for one in run.scores.values()), _setup(run)]
+    if missing:
+        parts.insert(1, f"Without charts: {words(missing)}.\n")
+    with new_file(folder / REPORT, 0) as partial:
+        partial.write_text("\n".join(parts), encoding="utf-8")
+    return folder / REPORT
+
+
+def charts_missing() -> str:
+    """Returns why no charts can be drawn, with what to install, or ""."""
+    try:
+        charts.figures()
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def _head(run: Run) -> str:
+    lines = ([words(one.task), words(one.metric), figure(one.value), f"{one.n:,}"] for one in run.scores.values())
+    return f"# Scores of {words(run.name)}\n\n" + markdown.table(("Task", "Metric", "Score", "Answers"), lines, left=2)
+
+
+def _part(run: Run, scores: Scores, *, charted: bool) -> str:
+    """Returns the section of a task, and draws its chart."""
+    lines = ([words(name), value] for name, value in rows(scores))
+    text = f"## {words(scores.task)}\n\n{words(scores.metric)}\n\n" + markdown.table(("Questions", "Figure"), lines)
+    if charted:
+        charts.bars({f"{scores.task}: {scores.metric}": named(scores)}, run.folder / f"{scores.task}.png")
+        text += f"\n![Bars of the figures of {scores.task}]({scores.task}.png)\n"
+    return text + _examples(run, scores.task)
+
+
+def _examples(run: Run, task: str) -> str:
+    """Returns the first prompts with the template, and the answers."""
+    prompts, asked = read_prompts(run, task), read_asked(run, task)[:_EXAMPLES]
+    text = ""
+    if prompts:
+        text += "\nThe first prompts, as the model saw them:\n\n" + "\n".join(map(markdown.block, prompts))
+    if asked:
+        lines = ([words(one.id), words(one.prompt), _said(one.answer), _said(one.text)] for one in asked)
+        columns = ("Question", "Prompt", "Right answer", "Answer")
+        text += f"\nThe first answers; all are in {task}/{ANSWERS}:\n\n" + markdown.table(columns, lines, left=4)
+    return text
+
+
+def _said(value: Any) -> str:
+    return "–" if value is None else words(value if isinstance(value, str) else str(value))
+
+
+def _setup(run: Run) -> str:
+    """Returns the sections about the model, its settings, versions and machine."""
+    own = {name: read_settings(run, name) for name in run.scores}
+    more = {f"{key} of {task}": one[key] for task, one in own.items() for key in one if key not in run.settings}
+    sections = {
+        "Model": run.model,
+        "Settings": {**run.settings, **more},
+        "Versions": run.versions,
+        "Machine": run.machine,
+    }
+    return "\n".join(f"## {title}\n\n{_pairs(values.items())}" for title, values in sections.items())
+
+
+def _pairs(values: Iterable[tuple[str, Any]]) -> str:
+    return markdown.table(("Name", "Value"), ([words(name), _value(value)] for name, value in values), left=2)
+
+
+def _value(value: Any) -> str:
+    """Returns a setting as a person would write it."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{words(str(key))} {_value(one)}" for key, one in value.items()) or "–"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(map(_value, value)) or "–"
+    if value is None or isinstance(value, bool):
+        return {None: "–", True: "yes", False: "no"}[value]
+    return words(str(value))

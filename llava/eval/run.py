@@ -3,7 +3,7 @@
 A run is a folder with a folder for each task. Answers are appended to a journal, answers.partial.RANK.jsonl, as soon as
 the engine has them; the same command continues after an interruption. With several processes, each asks every n-th
 question, and the last one to finish puts the journals together: answers.jsonl, in the order of the questions and in the
-layout of the original's scripts, and scores.json.
+layout of the original's scripts, and scores.json. `runs` reads the folder.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from llava.assistant import Assistant, question_about
 from llava.engine.sampling_params import SamplingParams
 from llava.errors import ConfigError, LlavaError, counted
 from llava.eval.entries import JsonFile
+from llava.eval.runs import ANSWERS, PROMPTS, QUESTIONS, SCORES, SETTINGS, question_line
 from llava.eval.task import Answered, Question, Scores, Task, check_images, scores
 from llava.tensors.atomic import replacing
 from llava.tensors.writer import Progress, no_progress
@@ -29,7 +30,7 @@ from llava.tensors.writer import Progress, no_progress
 log = logging.getLogger(__name__)
 _EXPECTED = "an answer of this run as a JSON object"
 _SHOWN = 3  # errors in the log; the others are counted
-SETTINGS, ANSWERS, SCORES = "settings.json", "answers.jsonl", "scores.json"
+_EXAMPLES = 3  # prompts that are kept as the model saw them
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class TaskRun:
     def open(self, settings: Mapping[str, Any]) -> None:
         """Creates the folder, or checks that an earlier run had the same settings. Raises ConfigError or DataError.
 
+        The questions are written down, so that a run can be read without the files of the benchmark.
+
         settings: what the answers depend on, by the names that an error shows.
         """
         check_images(self.questions)
@@ -68,11 +71,13 @@ class TaskRun:
             with FileLock(self.folder / ".lock"):
                 if not file.exists():
                     _write(file, json.dumps(wanted, indent=1, ensure_ascii=False) + "\n")
+                _check_same(file, wanted)
+                lines = [question_line(one, self.task.prompt(one)) for one in self.questions]
+                _write(self.folder / QUESTIONS, "".join(lines))
         except OSError as error:
             raise ConfigError(
                 f"{self.folder}: cannot be written ({error.strerror}); choose another folder with --out"
             ) from None
-        _check_same(file, wanted)
 
     def answers(self) -> dict[str, dict[str, Any]]:
         """Returns the answers that exist, by question. A line that was not completed is not one of them."""
@@ -168,6 +173,8 @@ def evaluate(
     try:
         run.begin()
         missing = run.missing()
+        if run.share.rank == 0:
+            _write(run.folder / PROMPTS, json.dumps({"prompts": _examples(assistant, run)}, ensure_ascii=False) + "\n")
         progress(0, len(missing))
         with closing(_ask(assistant, run.task, missing, options)) as results:
             for done, (question, result) in enumerate(results, start=1):
@@ -182,6 +189,16 @@ def evaluate(
         raise LlavaError(
             f"{run.folder}: cannot be written ({error.strerror or error}); fix the cause and run the same command again"
         ) from None
+
+
+def _examples(assistant: Assistant, run: TaskRun) -> list[str]:
+    """Returns the first prompts as the model sees them. Those that cannot be prepared are left out; see `evaluate`."""
+    found = []
+    for one in run.questions[:_EXAMPLES]:
+        with suppress(LlavaError):
+            images = [str(path) for path in one.images]
+            found.append(assistant.prepare(question_about(images, run.task.prompt(one))).prompt)
+    return found
 
 
 def _ask(

@@ -89,6 +89,7 @@ class Task(ABC):
     folder: str = ""  # where these are in the original's layout, below playground/data/eval
     max_new_tokens: int = 128
     judged: bool = False  # whether the figures follow from a judge's verdicts on the replies
+    lower_is_better: bool = False  # as of a perplexity
 
     @abstractmethod
     def questions(self, data: Data) -> list[Question]:
@@ -108,6 +109,13 @@ class Task(ABC):
         Sums are added up over items, so a figure must not depend on their order.
         """
         return share(sums[0], sums[-1])
+
+    def item_score(self, sums: Sequence[float]) -> float | None:
+        """Returns how good the replies of one item are, by its sums. Default: its figure.
+
+        Unless the task is judged, or lower is better, 0 is wrong and 100 or more is right.
+        """
+        return self.figure(sums)
 
     def headline(self, figures: Mapping[str, float | None]) -> float | None:
         """Returns the one number by which models are compared. figures: of ALL, and of each group."""

@@ -63,6 +63,10 @@ class Pope(Task):
         true_yes, said, meant, *_ = sums
         return share(2 * true_yes, said + meant)
 
+    def item_score(self, sums: Sequence[float]) -> float | None:
+        """Returns 100 if the reply is right, also where yes is wrong, of which F1 knows nothing."""
+        return share(sums[3], sums[4])
+
     def headline(self, figures: Mapping[str, float | None]) -> float | None:
         """Returns the mean of the splits, which papers report."""
         values = [value for group, value in figures.items() if group != ALL and value is not None]
