@@ -16,7 +16,7 @@ def words(text: str) -> str:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
-    """Returns a table of cells that are Markdown already. left: how many columns have texts, before those of numbers."""
+    """Returns a table of cells that are Markdown already. left: how many columns have texts, before the numbers."""
     align = [_ALIGN["left" if i < left else "right"] for i in range(len(columns))]
     return "".join(f"| {' | '.join(row)} |\n" for row in chain((columns, align), rows))
 

@@ -93,14 +93,10 @@ def _examples(run: Run, task: str) -> str:
     if prompts:
         text += "\nThe first prompts, as the model saw them:\n\n" + "\n".join(map(markdown.block, prompts))
     if asked:
-        lines = ([words(one.id), words(one.prompt), _said(one.answer), _said(one.text)] for one in asked)
+        lines = ([words(one.id), words(one.prompt), as_words(one.answer), as_words(one.text)] for one in asked)
         columns = ("Question", "Prompt", "Right answer", "Answer")
         text += f"\nThe first answers; all are in {task}/{ANSWERS}:\n\n" + markdown.table(columns, lines, left=4)
     return text
-
-
-def _said(value: Any) -> str:
-    return "–" if value is None else words(value if isinstance(value, str) else str(value))
 
 
 def _setup(run: Run) -> str:
@@ -117,15 +113,15 @@ def _setup(run: Run) -> str:
 
 
 def _pairs(values: Iterable[tuple[str, Any]]) -> str:
-    return markdown.table(("Name", "Value"), ([words(name), _value(value)] for name, value in values), left=2)
+    return markdown.table(("Name", "Value"), ([words(name), as_words(value)] for name, value in values), left=2)
 
 
-def _value(value: Any) -> str:
-    """Returns a setting as a person would write it."""
+def as_words(value: Any) -> str:
+    """Returns a setting, an answer or a reply as Markdown in one line, as a person would write it."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{words(str(key))} {_value(one)}" for key, one in value.items()) or "–"
+        return ", ".join(f"{words(str(key))} {as_words(one)}" for key, one in value.items()) or "–"
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(map(_value, value)) or "–"
+        return ", ".join(map(as_words, value)) or "–"
     if value is None or isinstance(value, bool):
         return {None: "–", True: "yes", False: "no"}[value]
     return words(str(value))

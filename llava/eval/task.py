@@ -9,12 +9,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llava.errors import ConfigError, DataError, counted
 from llava.eval.metrics import share
 
 ALL = "all"
+Verdict = Literal["right", "partly right", "wrong", "scored", "not scored"]
+_RIGHT = 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,11 +113,14 @@ class Task(ABC):
         return share(sums[0], sums[-1])
 
     def item_score(self, sums: Sequence[float]) -> float | None:
-        """Returns how good the replies of one item are, by its sums. Default: its figure.
-
-        Unless the task is judged, or lower is better, 0 is wrong and 100 or more is right.
-        """
+        """Returns how good the replies of one item are. Default: its figure. See `verdict`."""
         return self.figure(sums)
+
+    def verdict(self, score: float | None) -> Verdict:
+        """Returns what the score of an item means: 0 is wrong and 100 or more is right, unless it is a judge's."""
+        if score is None or self.judged or self.lower_is_better:
+            return "scored" if score is not None else "not scored"
+        return "right" if score >= _RIGHT else "wrong" if score <= 0 else "partly right"
 
     def headline(self, figures: Mapping[str, float | None]) -> float | None:
         """Returns the one number by which models are compared. figures: of ALL, and of each group."""
