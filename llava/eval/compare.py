@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from llava.errors import ConfigError, DataError, counted
 from llava.eval.bootstrap import Options, interval
-from llava.eval.runs import RUN, Asked, Run, read_asked, read_runs, read_settings
+from llava.eval.runs import RUN, Asked, Run, check_scores, read_asked, read_runs, read_settings
 from llava.eval.task import Item, Scores, Task, figures_of
 from llava.eval.tasks import TASKS
 
@@ -68,6 +68,8 @@ def open_runs(folders: Sequence[Path]) -> list[Run]:
         if not (some := read_runs(folder)):
             raise DataError(f"{folder}: contains no run; expected a folder that llava eval run wrote, with {RUN} in it")
         found += some
+    for run in found:
+        check_scores(run)
     resolved = [run.folder.resolve() for run in found]
     if len(set(resolved)) < max(2, len(found)):
         what = "the same run twice" if len(found) > 1 else "one run"

@@ -1,5 +1,6 @@
 """Reads the folders that `llava eval run` writes. Of the benchmark's own files, only the pictures are needed."""
 
+import hashlib
 import json
 import logging
 import math
@@ -16,6 +17,7 @@ from llava.eval.tasks import TASKS
 log = logging.getLogger(__name__)
 RUN, SCHEMA = "run.json", "llava-eval-run/1"
 SETTINGS, QUESTIONS, ANSWERS, SCORES = "settings.json", "questions.jsonl", "answers.jsonl", "scores.json"
+DIGEST = "sha256:"  # of a picture without a file
 PROMPTS, REVIEWS = "prompts.json", "reviews.jsonl"
 _MAX = 1e300  # a larger number is no score
 _AGAIN = "run the llava eval run command of this folder again, which writes it"
@@ -30,12 +32,17 @@ class Run:
     settings: Mapping[str, Any]
     versions: Mapping[str, Any]
     machine: Mapping[str, Any]
-    scores: Mapping[str, Scores]  # by task, in the order of TASKS
+    scores: Mapping[str, Scores]  # by task; empty before the first task is finished
 
     @property
     def name(self) -> str:
         """The name of the model."""
         return str(self.model["name"])
+
+    @property
+    def zoo(self) -> list[str]:
+        """The ids of the published checkpoints that the files of the model can be."""
+        return list(self.model.get("zoo") or ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,57 +65,44 @@ class Asked:
 
 def read_runs(folder: Path) -> list[Run]:
     """Returns the runs in a folder, by name, or the one that the folder is. Raises DataError if one is damaged."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: is not a folder; expected an evaluation run, or a folder that contains some")
     folders = [folder] if (folder / RUN).exists() else sorted(file.parent for file in folder.glob(f"*/{RUN}"))
     return [read_run(one) for one in folders]
 
 
 def read_run(folder: Path) -> Run:
-    """Returns a run. Raises DataError if it is none, is damaged, or has no scores yet."""
-    entry = _object(folder / RUN, "the record of a run of llava eval run")
-    if (found := entry.value.get("schema")) != SCHEMA:
-        raise DataError(f"{entry.where}: schema is {found!r:.60}; expected {SCHEMA!r}")
+    """Returns a run. Raises DataError if it is none, or is damaged."""
+    entry = _object(folder / RUN, "the record of an evaluation run")
+    if (schema := entry.value.get("schema")) != SCHEMA:
+        raise DataError(f"{entry.where}: schema is {schema!r:.60}; expected {SCHEMA!r}")
     parts = {key: _mapping(entry, key) for key in ("model", "settings", "versions", "machine")}
-    if not isinstance(parts["model"].get("name"), str):
-        raise DataError(f"{entry.where}: its model has no name; {_AGAIN}")
-    found = {file.parent.name: read_scores(file) for file in folder.glob(f"*/{SCORES}")}
-    if not found:
-        raise DataError(f"{folder}: no task has a {SCORES} yet; finish the run with the same llava eval run command")
-    return Run(folder=folder, scores={name: found[name] for name in TASKS if name in found}, **parts)
+    name, zoo = parts["model"].get("name"), parts["model"].get("zoo") or []
+    if not isinstance(name, str):
+        raise DataError(f"{entry.where}: the name of the model is {name!r:.60}; expected a text")
+    if not isinstance(zoo, list) or not all(isinstance(id, str) for id in zoo):
+        raise DataError(f"{entry.where}: zoo is {zoo!r:.60}; expected a list of ids")
+    found = {file.parent.name: read_scores(file) for file in sorted(folder.glob(f"*/{SCORES}"))}
+    return Run(folder=folder, scores=found, **parts)
 
 
 def read_scores(file: Path) -> Scores:
-    """Returns the content of a scores.json. Raises DataError, also if its items do not give its headline."""
-    entry = _object(file, "the scores of a task")
-    name = entry.text("task")
-    if name != file.parent.name or name not in TASKS:
-        raise DataError(f"{file}: task is {name!r:.40}; expected the name of its folder, and one of {', '.join(TASKS)}")
-    items = _mapping(entry, "items")
-    scores = Scores(
-        task=name,
-        metric=entry.text("metric"),
+    """Returns the content of a scores.json. Raises DataError."""
+    entry = _object(file, "the scores of an evaluation run in a task")
+    task, metric = entry.value.get("task"), entry.value.get("metric")
+    if task != file.parent.name:
+        raise DataError(f"{file}: task is {task!r:.60}; expected {file.parent.name!r}, the name of its folder")
+    return Scores(
+        task=task,
+        metric=metric if isinstance(metric, str) else "",
         value=_number(entry, "value"),
         n=_count(entry, "n"),
         unanswered=_count(entry, "unanswered"),
         unjudged=_count(entry, "unjudged"),
         figures={key: _figure(entry, key, value) for key, value in _mapping(entry, "figures").items()},
         details={key: _figure(entry, key, value) for key, value in _mapping(entry, "details").items()},
-        items=[_item(entry, id, value) for id, value in items.items()],
+        items=[_item(entry, id, value) for id, value in _mapping(entry, "items").items()],
     )
-    _check_items(entry, scores, TASKS[name])
-    return scores
-
-
-def _check_items(entry: Entry, scores: Scores, task: Task) -> None:
-    """Raises DataError if the headline does not follow from the items."""
-    try:
-        value = task.headline(figures_of(task, scores.items)) if scores.items else scores.value
-    except (ValueError, LookupError, ArithmeticError, TypeError):  # sums of another length
-        value = math.nan
-    if (value is None) != (scores.value is None) or not math.isclose(value or 0, scores.value or 0, rel_tol=1e-9):
-        raise DataError(
-            f"{entry.where}: its items do not give the value {scores.value}; another version may have written it: "
-            f"{_AGAIN}"
-        )
 
 
 def _item(entry: Entry, id: str, value: Any) -> Item:
@@ -119,19 +113,48 @@ def _item(entry: Entry, id: str, value: Any) -> Item:
     return Item(id=id, groups=_texts(inner, "groups"), sums=tuple(map(float, sums)))
 
 
+def check_scores(run: Run) -> None:
+    """Raises DataError unless a run has scores, of known tasks, and their items give them."""
+    if not run.scores:
+        raise DataError(f"{run.folder}: has no scores yet; finish it with the same llava eval run command")
+    for name, scores in run.scores.items():
+        where = run.folder / name / SCORES
+        if name not in TASKS:
+            raise DataError(f"{where}: there is no task {name!r:.40}; expected one of {', '.join(TASKS)}")
+        if not _follows(scores, TASKS[name]):
+            raise DataError(f"{where}: its items do not give the value {scores.value}; remove this file, and {_AGAIN}")
+
+
+def _follows(scores: Scores, task: Task) -> bool:
+    try:
+        value = task.headline(figures_of(task, scores.items)) if scores.items else None
+    except (ValueError, LookupError, ArithmeticError, TypeError):  # sums of another length
+        return False
+    if value is None or scores.value is None:
+        return value is scores.value
+    return math.isclose(value, scores.value, rel_tol=1e-9)
+
+
 # --------------------------------------------------------------------------------------------------------- questions
 
 
 def question_line(question: Question, prompt: str) -> str:
-    """Returns the line of questions.jsonl for a question. Pictures have absolute paths."""
+    """Returns the line of questions.jsonl for a question.
+
+    Pictures have absolute paths. Those that are part of the benchmark's file, and so have none, have a digest.
+    """
     value = {
         "question_id": question.id,
         "prompt": prompt,
-        "images": [str(path.absolute()) for path in question.images],
+        "images": [_image(one) for one in question.images],
         "answer": question.answer,
         "groups": list(question.groups),
     }
     return json.dumps(value, ensure_ascii=False, default=str) + "\n"
+
+
+def _image(image: Path | bytes) -> str:
+    return str(image.absolute()) if isinstance(image, Path) else f"{DIGEST}{hashlib.sha256(image).hexdigest()}"
 
 
 def read_asked(run: Run, task: str) -> list[Asked]:

@@ -21,8 +21,8 @@ _MIN_AXES = 3  # of a radar chart
 COMPARE, BARS, RADAR = "compare.md", "bars.png", "radar.png"
 _COLUMNS = ("Task", "Run", "Difference", "95 % interval", "Items", "Clusters", "Better", "Worse", "Reworded")
 _RULE = (
-    "Differences are to {first}, in the items that both runs have. The intervals are those of a paired bootstrap, which "
-    "draws clusters with replacement: a picture with all its questions, or a question without a picture."
+    "Differences are to {first}, in the items that both runs have. The intervals are those of a paired bootstrap, "
+    "which draws clusters with replacement: a picture with all its questions, or a question without a picture."
 )
 
 
