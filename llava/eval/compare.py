@@ -24,7 +24,7 @@ class Change:
     id: str
     scores: tuple[float | None, float | None]
     better: bool
-    prompt: str | None = None  # of the first run; None if the item is not one question
+    prompt: str | None = None  # of the first run; None if it is not recorded
     answer: Any = None  # the right one
     texts: tuple[str | None, str | None] = (None, None)  # the replies
 
@@ -114,7 +114,7 @@ def _settings(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 def _row(task: Task, runs: Sequence[Run], names: Sequence[str], options: Options, notes: list[str]) -> Row:
     scores = [run.scores.get(task.name) for run in runs]
-    sides = [_Side.of(run, task.name) if task.name in run.scores else None for run in runs]
+    sides = [_Side.of(run, task) if task.name in run.scores else None for run in runs]
     differences: list[Difference | None] = []
     for name, side in zip(names[1:], sides[1:], strict=True):
         if sides[0] is None or side is None:
@@ -133,27 +133,47 @@ class _Side:
 
     metric: str
     items: Mapping[str, Item]
-    asked: Mapping[str, Asked]
+    asked: Mapping[str, Sequence[Asked]]  # the questions of each item, if they are recorded
     digest: Any  # of the questions
 
     @classmethod
-    def of(cls, run: Run, task: str) -> "_Side":
-        scores, digest = run.scores[task], read_settings(run, task).get("questions")
-        items = {item.id: item for item in scores.items}
-        return cls(scores.metric, items, {one.id: one for one in read_asked(run, task)}, digest)
+    def of(cls, run: Run, task: Task) -> "_Side":
+        scores, asked = run.scores[task.name], dict[str, list[Asked]]()
+        for one in read_asked(run, task.name):
+            asked.setdefault(task.item_of(one.id), []).append(one)
+        digest = read_settings(run, task.name).get("questions")
+        return cls(scores.metric, {item.id: item for item in scores.items}, asked, digest)
 
 
 class _Pair(NamedTuple):
     """An item in both runs."""
 
     items: tuple[Item, Item]
-    asked: tuple[Asked | None, Asked | None]
+    asked: tuple[Sequence[Asked], Sequence[Asked]]
 
     @property
     def cluster(self) -> str:
         """What the item is about: its pictures, or only itself."""
-        images = self.asked[0].images if self.asked[0] else ()
-        return "\n".join(images) or f"item {self.items[0].id}"
+        images = {image for one in self.asked[0] for image in one.images}
+        return "\n".join(sorted(images)) or f"item {self.items[0].id}"
+
+    @property
+    def same(self) -> bool:
+        """Whether both items are about the same questions, in whatever words."""
+        first, second = ([(one.id, one.about) for one in asked] for asked in self.asked)
+        return first == second
+
+    @property
+    def texts(self) -> tuple[str | None, str | None]:
+        """Both replies, or what both have replied to all questions of the item."""
+        first, second = (_joined([one.text for one in asked if one.text is not None]) for asked in self.asked)
+        return first, second
+
+    @property
+    def prompts(self) -> tuple[str | None, str | None]:
+        """What both were asked."""
+        first, second = (_joined([one.prompt for one in asked]) for asked in self.asked)
+        return first, second
 
 
 @dataclass(frozen=True)
@@ -167,21 +187,21 @@ def _common(first: _Side, second: _Side) -> _Common:
     if first.metric != second.metric:
         return _Common(notes=[f"not compared, as the metrics are {second.metric} and {first.metric}"])
     pairs = [
-        _Pair((item, second.items[id]), (first.asked.get(id), second.asked.get(id)))
+        _Pair((item, second.items[id]), (first.asked.get(id, ()), second.asked.get(id, ())))
         for id, item in first.items.items()
         if id in second.items
     ]
     if first.digest is not None and first.digest == second.digest:
         return _Common(pairs, list(_missing(first, second, pairs, "answered")))
-    if any(one is None for pair in pairs for one in pair.asked):
-        return _Common(notes=["not compared, as the questions differ and are scored together, or are not recorded"])
-    same = [pair for pair in pairs if len({one.about for one in pair.asked if one}) == 1]
-    prompts = sum(len({one.prompt for one in pair.asked if one}) > 1 for pair in same)
+    if not all(all(pair.asked) for pair in pairs):
+        return _Common(notes=["not compared, as the questions differ, and those of some items are not recorded"])
+    same = [pair for pair in pairs if pair.same]
+    prompts = sum(len(set(pair.prompts)) > 1 for pair in same)
     notes = list(_missing(first, second, pairs, "asked and answered"))
     if left := len(pairs) - len(same):
-        notes.append(f"{counted(left, 'question')} left out, with the same id and other pictures or right answers")
+        notes.append(f"{counted(left, 'item')} left out, with the same id and other pictures or right answers")
     if prompts:
-        notes.append(f"the prompts of {counted(prompts, 'common question')} differ")
+        notes.append(f"the prompts of {counted(prompts, 'common item')} differ")
     return _Common(same, notes)
 
 
@@ -207,7 +227,7 @@ def _difference(task: Task, common: _Common, options: Options) -> Difference:
         n=len(common.pairs),
         n_clusters=len(set(clusters)),
         changes=changes,
-        reworded=sum(len(set(_texts(pair))) > 1 for pair in common.pairs if pair.items[0].id not in changed),
+        reworded=sum(len(set(pair.texts)) > 1 for pair in common.pairs if pair.items[0].id not in changed),
     )
 
 
@@ -224,17 +244,16 @@ def _change(task: Task, pair: _Pair) -> Change | None:
     if before == after:
         return None
     more = (after if after is not None else -1) > (before if before is not None else -1)
-    asked = pair.asked[0]
     return Change(
         id=pair.items[0].id,
         scores=(before, after),
         better=more != task.lower_is_better,
-        prompt=asked.prompt if asked else None,
-        answer=asked.answer if asked else None,
-        texts=_texts(pair),
+        prompt=pair.prompts[0],
+        answer=_joined([one.answer for one in pair.asked[0]]),
+        texts=pair.texts,
     )
 
 
-def _texts(pair: _Pair) -> tuple[str | None, str | None]:
-    first, second = (one.text if one else None for one in pair.asked)
-    return first, second
+def _joined(values: Sequence[Any]) -> Any:
+    """Returns the one value, or all of an item with several questions; None if there is none."""
+    return values[0] if len(values) == 1 else " / ".join(map(str, values)) or None

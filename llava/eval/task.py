@@ -112,6 +112,10 @@ class Task(ABC):
         """
         return share(sums[0], sums[-1])
 
+    def item_of(self, question: str) -> str:
+        """Returns the id of the item that a question is part of, by their ids. Default: each is one of its own."""
+        return question
+
     def item_score(self, sums: Sequence[float]) -> float | None:
         """Returns how good the replies of one item are. Default: its figure. See `verdict`."""
         return self.figure(sums)
