@@ -27,6 +27,8 @@ def table(scores: Scores) -> "Table":
     made.add_column("figure", justify="right", no_wrap=True)
     for name, value in rows(scores):
         made.add_row(name, value)
+    if scores.note:
+        made.caption, made.caption_justify, made.caption_style = scores.note, "left", ""
     return made
 
 
@@ -80,6 +82,7 @@ def _part(run: Run, scores: Scores, *, charted: bool) -> str:
     """Returns the section of a task, and draws its chart."""
     lines = ([words(name), value] for name, value in rows(scores))
     text = f"## {words(scores.task)}\n\n{words(scores.metric)}\n\n" + markdown.table(("Questions", "Figure"), lines)
+    text += f"\n{words(scores.note)}\n" if scores.note else ""
     if charted:
         charts.bars({f"{scores.task}: {scores.metric}": named(scores)}, run.folder / f"{scores.task}.png")
         text += f"\n![Bars of the figures of {scores.task}]({scores.task}.png)\n"

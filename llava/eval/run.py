@@ -23,7 +23,7 @@ from llava.engine.sampling_params import SamplingParams
 from llava.errors import ConfigError, LlavaError, counted
 from llava.eval.entries import JsonFile
 from llava.eval.runs import ANSWERS, PROMPTS, QUESTIONS, SCORES, SETTINGS, question_line
-from llava.eval.task import Answered, Question, Scores, Task, check_images, scores
+from llava.eval.task import Answered, Data, Question, Scores, Task, check_images, scores
 from llava.tensors.atomic import replacing
 from llava.tensors.writer import Progress, no_progress
 
@@ -50,6 +50,7 @@ class TaskRun:
     folder: Path
     share: Share = field(default_factory=Share)
     model: str = ""  # name of the model, for the answers
+    data: Data | None = None  # of the benchmark; None: no files for its own programs are written
 
     @property
     def journal(self) -> Path:
@@ -147,6 +148,10 @@ class TaskRun:
             if one.id in known
         ]
         result = scores(self.task, answered, n_questions=len(self.questions))
+        for name, content in (self.task.submission(answered, self.data) if self.data else {}).items():
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self.folder / name) as partial:
+                partial.write_bytes(content)
         _write(self.folder / SCORES, result.json())
         return result
 
@@ -196,8 +201,7 @@ def _examples(assistant: Assistant, run: TaskRun) -> list[str]:
     found = []
     for one in run.questions[:_EXAMPLES]:
         with suppress(LlavaError):
-            images = [str(path) for path in one.images]
-            found.append(assistant.prepare(question_about(images, run.task.prompt(one))).prompt)
+            found.append(assistant.prepare(question_about(list(one.images), run.task.prompt(one))).prompt)
     return found
 
 
@@ -206,7 +210,7 @@ def _ask(
 ) -> Generator[tuple[Question, Any], None, None]:
     """Yields questions with their replies or errors, in the order in which the engine gives them."""
     params = SamplingParams.from_options(**{"max_new_tokens": task.max_new_tokens, **options})
-    requests = [question_about([str(path) for path in one.images], task.prompt(one)) for one in questions]
+    requests = [question_about(list(one.images), task.prompt(one)) for one in questions]
     with closing(assistant.engine.generate_each(requests, params, adapter=assistant.active)) as results:
         for i, result in results:
             yield questions[i], result
@@ -223,10 +227,16 @@ def fingerprint(task: Task, questions: Sequence[Question]) -> str:
     """Returns a digest of everything that the model is asked, and of the right answers."""
     digest = hashlib.sha256()
     for one in questions:
-        images = [[path.name, path.stat().st_size] for path in one.images]
+        images = [_identity(image) for image in one.images]
         values = [one.id, task.prompt(one), images, one.answer, list(one.groups), dict(one.values)]
         digest.update(json.dumps(values, sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def _identity(image: Path | bytes) -> list[Any]:
+    if isinstance(image, bytes):
+        return [hashlib.sha256(image).hexdigest()]
+    return [image.name, image.stat().st_size]
 
 
 def _check_same(file: Path, wanted: Mapping[str, Any]) -> None:

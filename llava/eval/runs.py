@@ -101,6 +101,7 @@ def read_scores(file: Path) -> Scores:
         unjudged=_count(entry, "unjudged"),
         figures={key: _figure(entry, key, value) for key, value in _mapping(entry, "figures").items()},
         details={key: _figure(entry, key, value) for key, value in _mapping(entry, "details").items()},
+        note=str(entry.value.get("note") or ""),
         items=[_item(entry, id, value) for id, value in _mapping(entry, "items").items()],
     )
 
