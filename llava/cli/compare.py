@@ -10,6 +10,7 @@ import typer
 
 from llava.cli.eval import evaluation
 from llava.cli.options import AsJson
+from llava.errors import counted
 
 log = logging.getLogger(__name__)
 
@@ -43,3 +44,32 @@ def compare(
     console.print(*side_by_side.tables(found), sep="\n")
     if written:
         print(f"changed questions, settings and charts: {written}")
+
+
+@evaluation.command()
+def show(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run")],
+    *,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="HTML file to write; default: show.html in the folder")
+    ] = None,
+    pictures: Annotated[
+        int, typer.Option("--pictures", min=0, help="megabytes of pictures, scaled down, at most")
+    ] = 50,
+) -> None:
+    """Write one HTML file to browse questions, pictures, answers and verdicts. It needs nothing from outside."""
+    from llava.eval.runs import check_scores, read_run
+    from llava.eval.show import page
+    from llava.tensors.atomic import new_file
+
+    run = read_run(folder)
+    check_scores(run)
+    text, n_left_out = page(run, max_bytes=pictures * 1_000_000)
+    if n_left_out:
+        log.warning(
+            "%s left out of the page; set pictures= (--pictures) to more megabytes", counted(n_left_out, "picture")
+        )
+    target = out or folder / "show.html"
+    with new_file(target, len(text)) as partial:
+        partial.write_text(text, encoding="utf-8")
+    print(target)

@@ -66,14 +66,17 @@ def radar(runs: Mapping[str, Sequence[float]], axes: Mapping[str, str], out: Pat
     angles = [2 * math.pi * i / len(axes) for i in range(len(axes))]
     for number, radii in enumerate(runs.values()):
         style = {"color": f"C{number % 10}", "linewidth": 1.5}
-        plot.plot([*angles, angles[0]], [*radii, radii[0]], marker="o", markersize=3, **style)
+        plot.plot([*angles, angles[0]], [*radii, radii[0]], marker="o", markersize=3, clip_on=False, **style)
         plot.fill(angles, radii, color=style["color"], alpha=0.08)
     plot.set_theta_offset(math.pi / 2)
     plot.set_theta_direction(-1)
-    plot.set_ylim(0, 1.05)
-    plot.set_yticks([0.25, 0.5, 0.75, 1], [])
+    plot.set_ylim(0, 1)
+    plot.set_yticks([0.25, 0.5, 0.75], [])
     plot.set_xticks(angles, [f"{_label(name)}\n{best}" for name, best in axes.items()], parse_math=False)
-    plot.tick_params(axis="x", pad=14)
+    plot.tick_params(axis="x", pad=8)
+    for label, angle in zip(plot.get_xticklabels(), angles, strict=True):  # beside the ring, not over it
+        side = math.sin(angle)
+        label.set_horizontalalignment("center" if abs(side) < 0.01 else "left" if side > 0 else "right")
     legend = figure.legend(plot.lines, list(map(_label, runs)), loc="outside lower center", ncols=2)
     for text in legend.get_texts():
         text.set_parse_math(False)

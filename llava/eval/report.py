@@ -120,11 +120,16 @@ def _pairs(values: Iterable[tuple[str, Any]]) -> str:
 
 
 def as_words(value: Any) -> str:
-    """Returns a setting, an answer or a reply as Markdown in one line, as a person would write it."""
+    """Returns a setting, an answer or a reply as Markdown in one line. See `plain`."""
+    return "–" if value is None else words(plain(value)) or "–"
+
+
+def plain(value: Any) -> str:
+    """Returns a value as a person would write it."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{words(str(key))} {as_words(one)}" for key, one in value.items()) or "–"
+        return ", ".join(f"{key} {plain(one)}" for key, one in value.items())
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(map(as_words, value)) or "–"
+        return ", ".join(map(plain, value))
     if value is None or isinstance(value, bool):
         return {None: "–", True: "yes", False: "no"}[value]
-    return words(str(value))
+    return str(value)
