@@ -12,7 +12,7 @@ from llava.tensors.atomic import new_file
 _DPI = 100
 _PER_ROW = 3  # panels
 _LONGEST = 28  # characters of a label
-_OPTIONS = {"format": "png", "metadata": {"Software": None}}  # equal files for equal scores
+_OPTIONS = {"format": "png", "bbox_inches": "tight", "metadata": {"Software": None}}  # equal files for equal scores
 
 Scores = Mapping[str, float | None]  # by the names of runs or groups
 

@@ -239,7 +239,7 @@ def _number(entry: Entry, key: str) -> float | None:
 def _count(entry: Entry, key: str) -> int:
     value = entry.value.get(key, 0)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise DataError(f"{entry.where}: {key} is {value!r:.60}; expected how many questions")
+        raise DataError(f"{entry.where}: {key} is {value!r:.60}; expected a number of questions")
     return value
 
 
