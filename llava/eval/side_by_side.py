@@ -174,7 +174,7 @@ def _changed(row: Row, names: Sequence[str]) -> str:
             text += f"\n### {words(name)}\n\n"
             text += markdown.table(columns, (_change(row.task, change) for change in one.changes[:_SHOWN]), left=6)
             if (more := len(one.changes) - _SHOWN) > 0:
-                text += f"\n{more:,} more; llava eval compare --json has them all.\n"
+                text += f"\n{more:,} more are in the JSON form of this comparison.\n"
     return f"## {words(row.task.name)}: changed questions\n{text}" if text else ""
 
 

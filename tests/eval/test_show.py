@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from llava.eval.runs import read_run
 from llava.eval.show import page
@@ -151,9 +152,8 @@ def test_whatever_a_run_says_stays_text(reader: Reader, questions: list[Question
 def test_only_the_scripts_of_the_page_may_run(reader: Reader, questions: list[Question], tmp_path: Path) -> None:
     file = shown(write_run(tmp_path / "run", {"pope": (questions, right)}))
     text = file.read_text()
-    assert re.findall(r"(?:src|href)=[\"']?([^\"'> ]+)", text.partition('<script type="application/json"')[0]) == [
-        "data:,"
-    ]
+    head = text.partition('<script type="application/json"')[0]
+    assert re.findall(r"(?:src|href)=[\"']?([^\"'> ]+)", head) == ["data:,"]
     (tmp_path / "with.html").write_text(text.replace("</body>", "<script>document.title = 'broken'</script></body>"))
     watcher = Reader(reader.chromium, [])
     with watcher.open(tmp_path / "with.html") as opened:
@@ -177,8 +177,6 @@ def test_the_page_fits_a_phone_in_light_and_dark(
 def test_pictures_are_in_the_file_scaled_down_and_once(
     reader: Reader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from PIL import Image
-
     questions = pope_questions(tmp_path, 6, per_picture=3)
     Image.effect_noise((2000, 1000), 50).save(questions[0].images[0])
     folder = write_run(tmp_path / "run", {"pope": (questions, right)})
