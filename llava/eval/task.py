@@ -89,8 +89,11 @@ class Data:
         return path
 
     def json(self, name: str, content: str) -> JsonFile:
-        """Returns a JSON file in the folder. Raises DataError."""
-        return JsonFile(self.file(name, content), content)
+        """Returns a JSON file in the folder. Raises DataError, also if it is empty."""
+        file = JsonFile(self.file(name, content), content)
+        if not file.text.strip():
+            raise DataError(f"{file.path}: is empty; expected {content}")
+        return file
 
     def image(self, name: str, usual: str = "") -> Path:
         """Returns the path of a picture. usual: the folder of pictures in the original's layout."""
@@ -176,7 +179,8 @@ def read_questions(task: Task, data: Data) -> list[Question]:
     """Returns the questions of a task. Raises DataError, also if there are none."""
     found = task.questions(data)
     if not found:
-        raise DataError(f"{data.folder}: has no question of {task.name}; expected those in {', '.join(task.files)}")
+        names = ", ".join(name.replace("{split}", data.split) for name in task.files)
+        raise DataError(f"{data.folder}: no question of {task.name} found; expected some in {names}")
     return found
 
 

@@ -20,10 +20,10 @@ from llava.eval.tasks.scienceqa import SUFFIX
 from llava.eval.tasks.vqav2 import without_labels
 
 _LETTERS = "ABCD"
-_EMPTY = frozenset(
-    ["", "#N/A N/A"]
-    + "#N/A #NA -1.#IND -1.#QNAN -NaN -nan 1.#IND 1.#QNAN <NA> N/A NA NULL NaN None n/a nan null".split()  # noqa: SIM905
-)  # cells that pandas reads as missing values
+_EMPTY = frozenset({
+    "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
+    "NULL", "NaN", "None", "n/a", "nan", "null",
+})  # fmt: skip  # cells that pandas reads as missing values
 _CN = "请直接回答选项字母。"
 _ROTATION = 1_000_000  # added to the index of a question for each rotation
 _LEFT_OUT = ("hint", "category", "source", "image", "comment", "l2-category")  # columns a submission has not

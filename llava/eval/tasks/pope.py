@@ -44,7 +44,10 @@ class Pope(Task):
     def _question(self, entry: Entry, label: Entry | None, data: Data) -> Question:
         text, split = entry.text("text"), _split(entry)
         if label is None or label.text("label") not in ("yes", "no") or not text.startswith(label.text("text")):
-            raise DataError(f"{entry.where}: has no label; expected as many labels as questions, in the same order")
+            raise DataError(
+                f"{entry.where}: {_LABELS.format(split)} has no label for it; expected as many labels as questions, in "
+                "the same order"
+            )
         return question(entry, data, "val2014", answer=label.text("label"), groups=(split,))
 
     def score(self, answered: Sequence[Answered]) -> list[Item]:
