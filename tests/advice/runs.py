@@ -7,7 +7,7 @@ from pathlib import Path
 from unittest import mock
 
 from tests.advice.table import Run, Steps, World, advice, say
-from tests.eval.runs import picture, pope_questions, right, write_run
+from tests.eval.answered import picture, pope_questions, right, write_run
 from tests.eval.science import lines
 
 

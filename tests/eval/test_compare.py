@@ -16,7 +16,7 @@ from llava.eval.compare import Comparison, compare, open_runs
 from llava.eval.runs import read_run
 from llava.eval.task import Question
 from tests.command import assert_one_line_error, run, run_well
-from tests.eval.runs import pope_questions, right, write_run, wrong, wrong_at
+from tests.eval.answered import pope_questions, right, write_run, wrong, wrong_at
 
 OPTIONS = Options(samples=100)
 MME = [

@@ -17,7 +17,7 @@ from llava.eval import markdown
 from llava.eval.report import write_report
 from llava.eval.task import Question
 from tests.advice.table import Said, say
-from tests.eval.runs import pope_questions, right, write_run, wrong_at
+from tests.eval.answered import pope_questions, right, write_run, wrong_at
 from tests.eval.science import lines
 
 PICTURES = Path(__file__).parents[2] / "examples" / "pictures"

@@ -16,7 +16,7 @@ from llava.eval.runs import read_run
 from llava.eval.show import page
 from llava.eval.task import Question
 from tests.command import assert_one_line_error, run, run_well
-from tests.eval.runs import pope_questions, right, write_run, wrong_at
+from tests.eval.answered import pope_questions, right, write_run, wrong_at
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
