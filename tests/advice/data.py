@@ -156,9 +156,9 @@ def a_tokenizer_and_a_model(w: World) -> Steps:
 
 @advice("a worker process was killed, possibly because memory ran out; if so, reduce --workers")
 def a_killed_worker(w: World) -> Steps:
-    from llava.data import check as job
+    from llava.data import pool
 
-    with mock.patch.object(job, "_examine", _die), mock.patch.object(job, "_CHUNK", 10):
+    with mock.patch.object(pool, "_run", _die), mock.patch.object(pool, "CHUNK", 10):
         yield ("data", "check", w.data, "--workers", 2)
     yield ("data", "check", w.data, "--workers", 1)
 
