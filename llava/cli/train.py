@@ -197,7 +197,10 @@ def data_overlap(
         typer.Option("--bench-images", help="location of BENCH's images; default: BENCH itself, a folder"),
     ] = None,
     distance: Annotated[
-        int, typer.Option("--distance", help="bits, of 256, in which the hashes of the same picture may differ")
+        int,
+        typer.Option(
+            "--distance", min=0, max=64, help="bits, of 256, in which the hashes of the same picture may differ"
+        ),
     ] = 24,
     workers: Annotated[
         int | None, typer.Option("--workers", min=0, help="number of worker processes; default: one per CPU")

@@ -32,7 +32,7 @@ class OverlapOptions:
 
     def __post_init__(self) -> None:
         if not 0 <= self.distance <= _MAX_DISTANCE:
-            raise ConfigError(f"--distance is {self.distance}; expected a number of bits from 0 to {_MAX_DISTANCE}")
+            raise ConfigError(f"distance is {self.distance}; expected a number of bits from 0 to {_MAX_DISTANCE}")
 
 
 @dataclass

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _SHOWN = 10  # pairs of each kind in the text; JSON has all
+_SIDES = (
+    ("train", "training data", "specify --images"),
+    ("bench", "benchmark", "specify --bench-images"),
+)
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ def render(report: Overlap) -> "Group":
     if report.questions.pairs:
         parts.append(_questions(report))
     if max(len(report.pictures), len(report.questions.pairs)) > _SHOWN:
-        parts.append("--json lists all")
+        parts.append("the rest is listed by --json")
     return Group(*parts)
 
 
@@ -148,8 +152,8 @@ def _rows(report: Overlap) -> Iterator[tuple[str, str]]:
     n_samples = len({i for pair in report.pictures for i in pair.samples})
     where = f", in {counted(n_samples, 'sample')}" if n_samples else ""
     yield "pictures in common", f"{report.common_pictures}{where}"
-    for side, name, option in (("train", "training data", "--images"), ("bench", "benchmark", "--bench-images")):
-        for text in _not_compared(report.sides[side], option):
+    for side, name, advice in _SIDES:
+        for text in _not_compared(report.sides[side], advice):
             yield "", f"{name}: {text}"
     if report.bench_left_out:
         yield "", f"benchmark: {counted(report.bench_left_out, 'picture')} left out, which no question names"
@@ -157,9 +161,9 @@ def _rows(report: Overlap) -> Iterator[tuple[str, str]]:
     yield "", f"apart from generic ones, such as “Describe the image”: {report.questions.generic}"
 
 
-def _not_compared(side: Side, option: str) -> Iterator[str]:
+def _not_compared(side: Side, advice: str) -> Iterator[str]:
     if side.nowhere:
-        yield f"{counted(side.nowhere, 'picture')} not compared; specify {option}"
+        yield f"{counted(side.nowhere, 'picture')} not compared; {advice}"
     if side.plain:
         yield f"{counted(len(side.plain), 'picture')} not compared, too plain to be told apart: {_first(side.plain)}"
     if side.unreadable:

@@ -167,6 +167,41 @@ def _die(chunk: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+# ------------------------------------------------------------------------------------------------------------- overlap
+
+
+def overlap(w: World, *more: object) -> Run:
+    return ("data", "overlap", w.data, w / "bench.json", "--workers", 0, *more)
+
+
+def write_bench(w: World, *questions: dict[str, str]) -> None:
+    (w / "bench.json").write_text(json.dumps(questions))
+
+
+@advice("specify --images")
+def pictures_of_training_data_that_are_not_compared(w: World) -> Steps:
+    write_bench(w, {"question": "Is this a unicorn?"})
+    yield overlap(w)
+    yield overlap(w, "--images", w.images)
+
+
+@advice("specify --bench-images")
+def pictures_of_a_benchmark_that_are_not_compared(w: World) -> Steps:
+    write_bench(w, {"question": "Is this a unicorn?", "image": w.picture.name})
+    yield overlap(w)
+    yield overlap(w, "--bench-images", w.picture.parent)
+
+
+@advice("the rest is listed by --json", succeeds=False)
+def many_questions_in_common(w: World) -> Steps:
+    asked = [f"Is number {i} a unicorn?" for i in range(11)]
+    write_bench(w, *[{"question": text} for text in asked])
+    turns = [turn for text in asked for turn in ({"from": "human", "value": text}, TURNS[1])]
+    file = write(w, {"conversations": turns}, name="train.json")
+    yield ("data", "overlap", file, w / "bench.json")
+    yield ("data", "overlap", file, w / "bench.json", "--json")
+
+
 # ------------------------------------------------------------------------------------------------- files and pictures
 
 
