@@ -133,8 +133,10 @@ class _Hasher:
     def _hash(self, name: str) -> Hashes | str | None:
         try:
             return picture_hash(self.source.picture(name))
-        except (DataError, ImageError) as error:
+        except DataError as error:
             return str(error)
+        except ImageError as error:
+            return f"{name:.200}: {str(error).removeprefix('picture: ')}"
 
 
 def _common_pictures(

@@ -19,14 +19,17 @@ _ADDED = re.compile(
 )
 _EDGES = " \t\n.,:;?!。"
 _MIN_LETTERS = 8  # a shorter question, such as "Why?", fits any picture
-_GENERIC = (
-    "a about above add all an analyze and any are at be brief briefly can caption characteristics clear comprehensive "
-    "concise concisely contents could depicted describe description detail detailed details display displayed do does "
-    "elaborate elements examine explain extensive following for give given going happening here how illustrate image "
-    "in informative is it its key main manner many me narrate narrative of on one open ended or out photo photograph "
-    "picture please presented provide provided rundown scene see short shown snapshot succinct succinctly summarise "
-    "summarize summary tell that the there these thing things this thorough to us visual walk what which who why with "
-    "within write you your"
+_GENERIC = (  # words about pictures and about asking, with which LLaVA's data asks for descriptions
+    "a about above account all an analysis analyze and any are aspects at be before break brief briefly but can "
+    "caption characteristics characterize clarify clear closely compact comprehensive concise concisely content "
+    "contents could create depicted depiction describe describing description descriptive detail detailed details "
+    "display displayed do does down elaborate elements ended examine exhaustive explain explanation extensive "
+    "features following for give given going great happening here how illustrate image important in informative "
+    "interpretation is it its key main manner many me narrate narrative of offer on one open or out photo "
+    "photograph picture please portray precision present presented provide provided relay render representing rich "
+    "rundown s scene see sentence share short shown snapshot subsequent succinct succinctly summarise summarize "
+    "summary tell terse that the there these thing things think this thorough through to us using various visual "
+    "walk well what which who why with within write you your"
 )
 _GENERIC_WORDS = frozenset(_GENERIC.split())
 
