@@ -9,7 +9,7 @@ import pytest
 from llava.errors import DataError
 from llava.eval.published import published, read_measured
 from llava.zoo import catalogue
-from tests.command import Command
+from tests.command import assert_one_line_error, run, run_well
 from tests.eval.runs import Figures, write_run, write_scores
 
 V15, V16 = "liuhaotian/llava-v1.5-7b", "liuhaotian/llava-v1.6-vicuna-7b"
@@ -115,8 +115,8 @@ def runs(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_tables_show_each_row_and_its_runs(runs: Path, command: Command) -> None:
-    lines = command("zoo", "--runs", runs).out.splitlines()
+def test_tables_show_each_row_and_its_runs(runs: Path) -> None:
+    lines = run_well("zoo", "--runs", runs).stdout.splitlines()
     names = [line.split()[0] for line in lines if line.strip()]
     at = names.index(V15)
     assert names[at : at + 3] == [V15, "first", "second"]
@@ -131,11 +131,11 @@ def test_tables_show_each_row_and_its_runs(runs: Path, command: Command) -> None
     assert f"{runs / 'third'}: mine; its files are those of no entry of the zoo" in text
     assert f"{runs / 'unfinished'}: mine\n  no scores yet" in text
     assert "  perplexity: 5.432, 10 questions, 2 unanswered" in text
-    assert "  pope: 8910 questions, 2 unanswered" in text
+    assert "  pope: 8,910 questions, 2 unanswered" in text
 
 
-def test_json_has_the_published_scores_and_the_runs(runs: Path, command: Command) -> None:
-    value = json.loads(command("zoo", "--runs", runs, "--json").out)
+def test_json_has_the_published_scores_and_the_runs(runs: Path) -> None:
+    value = json.loads(run_well("zoo", "--runs", runs, "--json").stdout)
     assert [entry["id"] for entry in value["entries"]] == [entry["id"] for entry in catalogue.entries()]
     by_id = {entry["id"]: entry["published"] for entry in value["entries"]}
     assert by_id[V15]["POPE"] == 85.9
@@ -146,15 +146,13 @@ def test_json_has_the_published_scores_and_the_runs(runs: Path, command: Command
     assert (unfinished["entry"], unfinished["tasks"]) == (V16, [])
 
 
-def test_filters_that_leave_out_runs_say_so(runs: Path, command: Command) -> None:
-    text = command("zoo", "--runs", runs, "--base-llm", "Yi").out
+def test_filters_that_leave_out_runs_say_so(runs: Path) -> None:
+    text = run_well("zoo", "--runs", runs, "--base-llm", "Yi").stdout
     assert "liuhaotian/llava-v1.6-34b" in text
     assert V15 not in text
     assert "3 runs of entries that the filters leave out" in text
 
 
-def test_a_damaged_run_is_one_line(runs: Path, command: Command) -> None:
+def test_a_damaged_run_is_one_line(runs: Path) -> None:
     (runs / "first" / "run.json").write_text("{")
-    said = command("zoo", "--runs", runs, fails=True)
-    assert "run.json: not valid JSON" in said.err
-    assert len(said.err.strip().splitlines()) == 1
+    assert_one_line_error(run("zoo", "--runs", runs), "run.json: not valid JSON")
