@@ -78,7 +78,7 @@ class Generation:
 @evaluation.command()
 @grouped
 def run(
-    names: Annotated[list[str], typer.Argument(metavar="TASK...", help="names of tasks, from llava eval tasks")],
+    names: Annotated[list[str], typer.Argument(metavar="TASK", help="names of tasks, from llava eval tasks")],
     *,
     context: typer.Context,
     questions: Questions,
