@@ -72,8 +72,8 @@ class Data:
             found = "is missing" if folder is None else f"is {folder}, which is no folder"
             raise ConfigError(f"--data {found}; expected the folder with the files that llava eval tasks lists")
         if split is not None and split not in task.splits:
-            known = f"choose one of {', '.join(task.splits)}" if task.splits else f"{task.name} has none, omit it"
-            raise ConfigError(f"--split is {split!r:.40}; {known}")
+            known = f"choose one of {', '.join(task.splits)}" if task.splits else "it has none, omit --split"
+            raise ConfigError(f"there is no split {split!r:.40} of {task.name}; {known}")
         inner = folder / task.folder
         return cls(
             folder=inner if task.folder and inner.is_dir() else folder,

@@ -7,19 +7,14 @@ from pathlib import Path
 from unittest import mock
 
 from tests.advice.table import Run, Steps, World, advice, say
-from tests.eval.answered import picture, pope_questions, right, write_run
-from tests.eval.science import lines
+from tests.eval.answered import pope_questions, right, write_run
+from tests.eval.pope import write_pope
 
 
 def ask(w: World) -> Run:
-    """Asks llava-tiny two questions of POPE."""
-    folder = w / "data" / "pope"
-    if not folder.exists():
-        (folder / "coco").mkdir(parents=True)
-        row = {"image": picture(folder / "val2014", 1).name, "text": "Is there a dog?", "category": "random"}
-        (folder / "llava_pope_test.jsonl").write_bytes(lines(*({**row, "question_id": i} for i in range(2))))
-        label = {"text": row["text"], "label": "no"}
-        (folder / "coco" / "coco_pope_random.json").write_bytes(lines(label, label))
+    """Asks llava-tiny three questions of POPE."""
+    if not (w / "data").exists():
+        write_pope(w / "data", per_split=1)
     return ("eval", "run", "pope", "--data", w / "data", "--out", w / "run", "--device", "cpu")
 
 

@@ -18,9 +18,8 @@ from llava.eval.report import write_report
 from llava.eval.task import Question
 from tests.advice.table import Said, say
 from tests.eval.answered import pope_questions, right, write_run, wrong_at
-from tests.eval.science import lines
+from tests.eval.pope import SUFFIX, write_pope
 
-PICTURES = Path(__file__).parents[2] / "examples" / "pictures"
 HOSTILE = [
     "<script>alert(1)</script>",
     "a | b | c",
@@ -59,26 +58,9 @@ def test_addresses_do_not_become_links(text: str) -> None:
     assert not re.search(r"[^\\]://|www\.|[^\\]@", markdown.words(text))  # what GitHub looks for
 
 
-def write_pope(folder: Path) -> Path:
-    """Six questions of POPE in the published layout, about two pictures."""
-    (folder / "coco").mkdir(parents=True)
-    (folder / "val2014").symlink_to(PICTURES)
-    names = sorted(path.name for path in PICTURES.glob("*.png"))[:2]
-    questions, labels = [], {}
-    for i, split in enumerate(("random", "popular", "adversarial") * 2):
-        text, image = f"Is there a {('dog', 'boat')[i % 2]} in the image?", names[i // 3]
-        row = {"question_id": i, "image": image, "text": f"{text}\nAnswer in one word.", "category": split}
-        questions.append(row)
-        labels.setdefault(split, []).append({"text": text, "label": ("no", "yes")[i % 2]})
-    (folder / "llava_pope_test.jsonl").write_bytes(lines(*questions))
-    for split, rows in labels.items():
-        (folder / "coco" / f"coco_pope_{split}.json").write_bytes(lines(*rows))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pope(tmp_path_factory.mktemp("data") / "pope")
+    return write_pope(tmp_path_factory.mktemp("data"), per_split=2)
 
 
 def asked(data: Path, out: Path, *more: str) -> Said:
@@ -98,16 +80,17 @@ def test_a_run_ends_with_a_report_of_scores_answers_settings_and_versions(report
     text = report.read_text()
     for part in ("| headline | ", "| all, accuracy | ", "| unjudged | 0 |", "| --num-beams | 1 |", "| torch | "):
         assert part in text
-    assert text.count("Answer in one word.") >= 6  # in prompts and in the table of answers
+    assert text.count(SUFFIX.strip()) == 6  # in three prompts and three answers
     with Image.open(report.parent / "pope.png") as image:
         assert image.size[0] > 300
     assert "](pope.png)" in text
 
 
 def test_the_report_shows_the_prompts_that_the_model_saw(report: Path, data: Path) -> None:
-    with (data / "llava_pope_test.jsonl").open() as file:
+    with (data / "pope" / "llava_pope_test.jsonl").open() as file:
         first = json.loads(next(file))
-    seen = llava.load(device="cpu").prepare(question_about(str(data / "val2014" / first["image"]), first["text"]))
+    picture = str(data / "pope" / "val2014" / first["image"])
+    seen = llava.load(device="cpu").prepare(question_about(picture, first["text"]))
     assert f"```text\n{seen.prompt}\n```" in report.read_text()
 
 

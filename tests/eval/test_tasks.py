@@ -355,9 +355,9 @@ def test_a_mistake_is_reported_with_its_file_and_line(benchmark_files: Benchmark
 
 
 def test_a_split_is_one_of_the_task(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--split is 'train'; choose one of test-dev, val"):
+    with pytest.raises(ConfigError, match="there is no split 'train' of vqav2; choose one of test-dev, val"):
         Data.of(task_named("vqav2"), tmp_path, split="train")
-    with pytest.raises(ConfigError, match="--split is 'val'; pope has none, omit it"):
+    with pytest.raises(ConfigError, match="there is no split 'val' of pope; it has none, omit --split"):
         Data.of(task_named("pope"), tmp_path, split="val")
 
 
