@@ -213,7 +213,7 @@ def _missing(first: _Side, second: _Side, pairs: Sequence[_Pair], what: str) -> 
 
 def _doubts(difference: Difference) -> Iterator[str]:
     if 0 < difference.n_clusters < _FEW:
-        yield f"{counted(difference.n_clusters, 'cluster')} of questions are too few for an exact interval"
+        yield f"the questions form {counted(difference.n_clusters, 'cluster')}, too few for an exact interval"
 
 
 def _difference(task: Task, common: _Common, options: Options) -> Difference:

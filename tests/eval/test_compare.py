@@ -139,7 +139,7 @@ def test_pictures_are_the_clusters_and_few_of_them_are_a_doubt(tmp_path: Path) -
     second = write_run(tmp_path / "second", {"pope": (questions, wrong)})
     found = compared(first, second)
     assert found.rows[0].differences[0].n_clusters == 6
-    assert any("6 clusters of questions are too few" in note for note in found.notes)
+    assert any("6 clusters, too few" in note for note in found.notes)
 
 
 # -------------------------------------------------------------------------------------------------- runs and settings
