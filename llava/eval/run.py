@@ -22,7 +22,8 @@ from llava.assistant import Assistant, question_about
 from llava.engine.sampling_params import SamplingParams
 from llava.errors import ConfigError, LlavaError, counted
 from llava.eval.entries import JsonFile
-from llava.eval.runs import ANSWERS, PROMPTS, QUESTIONS, SCORES, SETTINGS, question_line
+from llava.eval.questions import QUESTIONS, write_questions
+from llava.eval.runs import ANSWERS, PROMPTS, SCORES, SETTINGS
 from llava.eval.task import Answered, Data, Question, Scores, Task, check_images, scores
 from llava.tensors.atomic import replacing
 from llava.tensors.writer import Progress, no_progress
@@ -73,8 +74,7 @@ class TaskRun:
                 if not file.exists():
                     _write(file, json.dumps(wanted, indent=1, ensure_ascii=False) + "\n")
                 _check_same(file, wanted)
-                lines = [question_line(one, self.task.prompt(one)) for one in self.questions]
-                _write(self.folder / QUESTIONS, "".join(lines))
+                write_questions(self.folder / QUESTIONS, self.questions, list(map(self.task.prompt, self.questions)))
         except OSError as error:
             raise ConfigError(
                 f"{self.folder}: cannot be written ({error.strerror}); choose another folder with --out"

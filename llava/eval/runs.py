@@ -1,6 +1,5 @@
 """Reads the folders that `llava eval run` writes. Of the benchmark's own files, only the pictures are needed."""
 
-import hashlib
 import json
 import logging
 import math
@@ -11,13 +10,13 @@ from typing import Any
 
 from llava.errors import DataError
 from llava.eval.entries import Entry, JsonFile
-from llava.eval.task import Item, Question, Scores, Task, figures_of
+from llava.eval.questions import QUESTIONS
+from llava.eval.task import Item, Scores, Task, figures_of
 from llava.eval.tasks import TASKS
 
 log = logging.getLogger(__name__)
 RUN, SCHEMA = "run.json", "llava-eval-run/1"
-SETTINGS, QUESTIONS, ANSWERS, SCORES = "settings.json", "questions.jsonl", "answers.jsonl", "scores.json"
-DIGEST = "sha256:"  # of a picture without a file
+SETTINGS, ANSWERS, SCORES = "settings.json", "answers.jsonl", "scores.json"
 PROMPTS, REVIEWS = "prompts.json", "reviews.jsonl"
 _MAX = 1e300  # a larger number is no score
 _AGAIN = "run the llava eval run command of this folder again, which writes it"
@@ -137,25 +136,6 @@ def _follows(scores: Scores, task: Task) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------------- questions
-
-
-def question_line(question: Question, prompt: str) -> str:
-    """Returns the line of questions.jsonl for a question.
-
-    Pictures have absolute paths. Those that are part of the benchmark's file, and so have none, have a digest.
-    """
-    value = {
-        "question_id": question.id,
-        "prompt": prompt,
-        "images": [_image(one) for one in question.images],
-        "answer": question.answer,
-        "groups": list(question.groups),
-    }
-    return json.dumps(value, ensure_ascii=False, default=str) + "\n"
-
-
-def _image(image: Path | bytes) -> str:
-    return str(image.absolute()) if isinstance(image, Path) else f"{DIGEST}{hashlib.sha256(image).hexdigest()}"
 
 
 def read_asked(run: Run, task: str) -> list[Asked]:

@@ -11,8 +11,9 @@ from typing import Any
 from llava.config import PictureOptions
 from llava.errors import ImageError
 from llava.eval.markdown import figure
+from llava.eval.questions import DIGEST
 from llava.eval.report import plain
-from llava.eval.runs import DIGEST, Asked, Run, read_asked
+from llava.eval.runs import Asked, Run, read_asked
 from llava.eval.task import Task
 from llava.eval.tasks import TASKS
 from llava.preprocess.image import read_picture

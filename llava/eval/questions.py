@@ -1,0 +1,59 @@
+"""The questions of a task as a file of a run, so that its answers can be judged and shown without the benchmark's files."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava.errors import DataError
+from llava.eval.entries import Entry, JsonFile
+from llava.eval.task import Question
+from llava.tensors.atomic import replacing
+
+QUESTIONS = "questions.jsonl"
+DIGEST = "sha256:"  # of a picture without a file
+_EXPECTED = "a question of this run"
+
+
+def write_questions(file: Path, questions: Sequence[Question], prompts: Sequence[str]) -> None:
+    """Writes questions, one a line, and what the user says in each. Raises OSError.
+
+    Pictures have absolute paths. Those that are part of the benchmark's file, and so have none, have a digest.
+    """
+    values = (
+        {
+            "question_id": one.id,
+            "text": one.text,
+            "prompt": prompt,
+            "images": [_image(image) for image in one.images],
+            "answer": one.answer,
+            "groups": list(one.groups),
+            "values": dict(one.values),
+        }
+        for one, prompt in zip(questions, prompts, strict=True)
+    )
+    with replacing(file) as partial:
+        partial.write_text("".join(json.dumps(value, default=str) + "\n" for value in values), encoding="utf-8")
+
+
+def _image(image: Path | bytes) -> str:
+    return str(image.absolute()) if isinstance(image, Path) else f"{DIGEST}{hashlib.sha256(image).hexdigest()}"
+
+
+def read_questions(file: Path) -> list[Question]:
+    """Reads what `write_questions` wrote, except pictures without a file. Raises DataError."""
+    return [_question(entry) for entry in JsonFile(file, _EXPECTED).entries()]
+
+
+def _question(entry: Entry) -> Question:
+    values = entry.value.get("values")
+    if not isinstance(values, dict):
+        raise DataError(f"{entry.where}: values is {values!r:.60}; expected {_EXPECTED}")
+    return Question(
+        id=entry.id("question_id"),
+        text=entry.text("text"),
+        images=tuple(Path(image) for image in entry.texts("images") if not image.startswith(DIGEST)),
+        answer=entry.value.get("answer"),
+        groups=tuple(entry.texts("groups")),
+        values=values,
+    )
