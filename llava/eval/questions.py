@@ -1,4 +1,4 @@
-"""The questions of a task as a file of a run, so that its answers can be judged and shown without the benchmark's files."""
+"""The questions of a task as a file of a run: its answers can then be judged and shown without the benchmark."""
 
 import hashlib
 import json
@@ -52,8 +52,12 @@ def _question(entry: Entry) -> Question:
     return Question(
         id=entry.id("question_id"),
         text=entry.text("text"),
-        images=tuple(Path(image) for image in entry.texts("images") if not image.startswith(DIGEST)),
+        images=tuple(Path(image) for image in _texts(entry, "images") if not image.startswith(DIGEST)),
         answer=entry.value.get("answer"),
-        groups=tuple(entry.texts("groups")),
+        groups=tuple(_texts(entry, "groups")),
         values=values,
     )
+
+
+def _texts(entry: Entry, key: str) -> list[str]:
+    return [] if entry.value.get(key) == [] else entry.texts(key)

@@ -15,6 +15,7 @@ from llava.eval.bootstrap import Options
 from llava.eval.compare import Comparison, compare, open_runs
 from llava.eval.runs import read_run
 from llava.eval.task import Question
+from llava.eval.tasks import TASKS
 from tests.command import assert_one_line_error, run, run_well
 from tests.eval.answered import pope_questions, right, write_run, wrong, wrong_at
 
@@ -81,6 +82,17 @@ def test_an_item_of_several_questions_is_compared_with_all_of_them(tmp_path: Pat
     (row,) = compared(first, second).rows
     (change,) = row.differences[0].changes
     assert (change.id, change.scores, change.texts) == ("count/1", (50, 200), ("Yes / Yes", "Yes / No"))
+
+
+def test_where_lower_is_better_a_lower_score_is(
+    questions: list[Question], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = write_run(tmp_path / "first", {"pope": (questions, wrong_at(0, 2))})
+    second = write_run(tmp_path / "second", {"pope": (questions, wrong_at(4))})
+    monkeypatch.setattr(TASKS["pope"], "lower_is_better", True)
+    found = compared(first, second)
+    assert {one.id: one.better for one in found.rows[0].differences[0].changes} == {"0": False, "2": False, "4": True}
+    assert "0.00 → 100.00" in side_by_side.write(found, tmp_path / "out").read_text()
 
 
 # ---------------------------------------------------------------------------------------------- questions that differ
