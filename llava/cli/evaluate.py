@@ -96,7 +96,10 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Ask a model the questions of benchmarks, and score its answers."""
+    from llava.eval.record import write_record
     from llava.eval.report import charts_missing, write_report
+    from llava.eval.run import check_run, evaluate
+    from llava.eval.runs import RUN
 
     options = generation.options()
     if missing := charts_missing():
@@ -105,10 +108,8 @@ def run(
     given = {"model": model, "base": base, "adapter": adapter, "batch_invariant": engine.batch_invariant}
     settings = {f"--{key.replace('_', '-')}": value for key, value in (given | vars(loading) | options).items()}
     del settings["--device"]  # an interrupted run may continue on another one
+    check_run(out, settings)
     runs = [questions.open(name, out, settings, str(source["name"])) for name in names]
-    from llava.eval.record import write_record
-    from llava.eval.run import evaluate
-    from llava.eval.runs import RUN
 
     @cache
     def assistant() -> "Assistant":  # loaded when the first question is missing

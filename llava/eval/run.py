@@ -21,9 +21,9 @@ from filelock import FileLock
 from llava.assistant import Assistant, question_about
 from llava.engine.sampling_params import SamplingParams
 from llava.errors import ConfigError, LlavaError, counted
-from llava.eval.entries import JsonFile
+from llava.eval.entries import Entry, JsonFile
 from llava.eval.questions import QUESTIONS, write_questions
-from llava.eval.runs import ANSWERS, PROMPTS, SCORES, SETTINGS
+from llava.eval.runs import ANSWERS, PROMPTS, RUN, SCORES, SETTINGS
 from llava.eval.task import Answered, Data, Question, Scores, Task, check_images, scores
 from llava.tensors.atomic import replacing
 from llava.tensors.writer import Progress, no_progress
@@ -73,7 +73,7 @@ class TaskRun:
             with FileLock(self.folder / ".lock"):
                 if not file.exists():
                     _write(file, json.dumps(wanted, indent=1, ensure_ascii=False) + "\n")
-                _check_same(file, wanted)
+                _check_same(self.folder, _settings(file).value, wanted)
                 write_questions(self.folder / QUESTIONS, self.questions, list(map(self.task.prompt, self.questions)))
         except OSError as error:
             raise ConfigError(
@@ -244,16 +244,25 @@ def _states(question: Question) -> list[list[Any]]:
     ]
 
 
-def _check_same(file: Path, wanted: Mapping[str, Any]) -> None:
-    found = JsonFile(file, "the settings of a run").value()
+def check_run(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Raises ConfigError if the folder has a run with other settings, such as another model, in whatever tasks."""
+    if (folder / RUN).exists():
+        _check_same(folder, _settings(folder / RUN).part("settings").value, settings)
+
+
+def _check_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     wanted = json.loads(json.dumps(wanted))
     changed = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
     if changed:
         then, now = (", ".join(f"{name} {one.get(name)!r:.80}" for name in changed) for one in (found, wanted))
         raise ConfigError(
-            f"{file.parent}: has answers of a run with {then}; this run has {now}; choose another folder with --out, "
+            f"{folder}: has answers of a run with {then}; this run has {now}; choose another folder with --out, "
             "or remove this one"
         )
+
+
+def _settings(file: Path) -> Entry:
+    return JsonFile(file, "the settings of a run").object()
 
 
 def _complete_lines(file: Path) -> Iterator[dict[str, Any]]:

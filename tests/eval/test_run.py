@@ -9,7 +9,7 @@ import pytest
 
 import llava
 from llava.assistant import question_about
-from tests.command import interrupt, run, run_well, start
+from tests.command import assert_one_line_error, interrupt, run, run_well, start
 from tests.eval.pope import SUFFIX, write_pope
 
 
@@ -138,6 +138,14 @@ def test_other_settings_are_refused(data: Path, complete: Path) -> None:
         assert done.returncode == 2
         assert said in done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("option", "value"), [("--num-beams", "2"), ("--model", "another")])
+def test_a_run_has_one_model_and_the_same_settings_in_all_tasks(
+    option: str, value: str, data: Path, complete: Path
+) -> None:
+    line = ["eval", "run", "gqa", *arguments(data, complete)[3:], option, value]
+    assert_one_line_error(run(*line), "has answers of a run with", option, value)
 
 
 def test_a_picture_that_cannot_be_read_is_a_question_without_an_answer_until_it_is_mended(tmp_path: Path) -> None:
