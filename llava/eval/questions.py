@@ -2,38 +2,32 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from llava.errors import DataError
 from llava.eval.entries import Entry, JsonFile
 from llava.eval.task import Question
-from llava.tensors.atomic import replacing
 
 QUESTIONS = "questions.jsonl"
 DIGEST = "sha256:"  # of a picture without a file
 _EXPECTED = "a question of this run"
 
 
-def write_questions(file: Path, questions: Sequence[Question], prompts: Sequence[str]) -> None:
-    """Writes questions, one a line, and what the user says in each. Raises OSError.
+def question_line(question: Question, prompt: str) -> str:
+    """Returns the line of questions.jsonl for a question.
 
     Pictures have absolute paths. Those that are part of the benchmark's file, and so have none, have a digest.
     """
-    values = (
-        {
-            "question_id": one.id,
-            "text": one.text,
-            "prompt": prompt,
-            "images": [_image(image) for image in one.images],
-            "answer": one.answer,
-            "groups": list(one.groups),
-            "values": dict(one.values),
-        }
-        for one, prompt in zip(questions, prompts, strict=True)
-    )
-    with replacing(file) as partial:
-        partial.write_text("".join(json.dumps(value, default=str) + "\n" for value in values), encoding="utf-8")
+    value = {
+        "question_id": question.id,
+        "prompt": prompt,
+        "text": question.text,
+        "images": [_image(image) for image in question.images],
+        "answer": question.answer,
+        "groups": list(question.groups),
+        "values": dict(question.values),
+    }
+    return json.dumps(value, ensure_ascii=False, default=str) + "\n"
 
 
 def _image(image: Path | bytes) -> str:
@@ -41,7 +35,7 @@ def _image(image: Path | bytes) -> str:
 
 
 def read_questions(file: Path) -> list[Question]:
-    """Reads what `write_questions` wrote, except pictures without a file. Raises DataError."""
+    """Reads what is made of `question_line`, except pictures without a file. Raises DataError."""
     return [_question(entry) for entry in JsonFile(file, _EXPECTED).entries()]
 
 

@@ -22,7 +22,7 @@ from llava.assistant import Assistant, question_about
 from llava.engine.sampling_params import SamplingParams
 from llava.errors import ConfigError, LlavaError, counted
 from llava.eval.entries import Entry, JsonFile
-from llava.eval.questions import QUESTIONS, write_questions
+from llava.eval.questions import QUESTIONS, question_line
 from llava.eval.runs import ANSWERS, PROMPTS, RUN, SCORES, SETTINGS
 from llava.eval.task import Answered, Data, Question, Scores, Task, check_images, scores
 from llava.tensors.atomic import replacing
@@ -74,7 +74,8 @@ class TaskRun:
                 if not file.exists():
                     _write(file, json.dumps(wanted, indent=1, ensure_ascii=False) + "\n")
                 _check_same(self.folder, _settings(file).value, wanted)
-                write_questions(self.folder / QUESTIONS, self.questions, list(map(self.task.prompt, self.questions)))
+                lines = [question_line(one, self.task.prompt(one)) for one in self.questions]
+                _write(self.folder / QUESTIONS, "".join(lines))
         except OSError as error:
             raise ConfigError(
                 f"{self.folder}: cannot be written ({error.strerror}); choose another folder with --out"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llava.errors import DataError
-from llava.eval.questions import read_questions, write_questions
+from llava.eval.questions import question_line, read_questions
 from llava.eval.task import Question
 
 QUESTION = Question(
@@ -19,18 +19,19 @@ QUESTION = Question(
 
 def test_questions_are_read_as_they_were_written_with_absolute_paths(tmp_path: Path) -> None:
     file = tmp_path / "questions.jsonl"
-    write_questions(file, [QUESTION, replace(QUESTION, id="8", images=())], ["prompt 7", "prompt 8"])
+    other = replace(QUESTION, id="8", images=())
+    file.write_text(question_line(QUESTION, "prompt 7") + question_line(other, "prompt 8"))
     found = read_questions(file)
     assert found == [
         replace(QUESTION, images=(Path(os.getcwd()) / "a b.png",)),
-        replace(QUESTION, id="8", images=()),
+        other,
     ]
     assert [json.loads(line)["prompt"] for line in file.read_text().splitlines()] == ["prompt 7", "prompt 8"]
 
 
 def test_a_picture_without_a_file_is_written_as_its_digest(tmp_path: Path) -> None:
     file = tmp_path / "questions.jsonl"
-    write_questions(file, [replace(QUESTION, images=(b"picture",))], ["prompt"])
+    file.write_text(question_line(replace(QUESTION, images=(b"picture",)), "prompt"))
     assert json.loads(file.read_text())["images"] == [f"sha256:{hashlib.sha256(b'picture').hexdigest()}"]
     assert read_questions(file)[0].images == ()
 
@@ -45,7 +46,6 @@ def test_a_picture_without_a_file_is_written_as_its_digest(tmp_path: Path) -> No
 )
 def test_a_damaged_line_is_refused(change: dict[str, object], message: str, tmp_path: Path) -> None:
     file = tmp_path / "questions.jsonl"
-    write_questions(file, [QUESTION], ["prompt"])
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    file.write_text(json.dumps(json.loads(question_line(QUESTION, "prompt")) | change))
     with pytest.raises(DataError, match=message):
         read_questions(file)
