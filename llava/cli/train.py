@@ -219,7 +219,7 @@ def data_overlap(
         check_new(out)
     options = OverlapOptions(images=images, bench_images=bench_images, distance=distance, workers=workers)
     report = find_overlap(train, bench, options, progress_bar)
-    text = json.dumps(report.to_dict(), ensure_ascii=False)
+    text = json.dumps(report.to_dict())  # in ASCII, because names of files need not be valid Unicode
     if out:
         with new_file(out, 2 * len(text)) as partial:
             partial.write_text(text + "\n", encoding="utf-8")

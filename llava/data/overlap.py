@@ -14,7 +14,7 @@ from llava.data.pictures import is_data_url
 from llava.data.pool import Progress, run_in_chunks
 from llava.data.questions import is_generic, normalized, questions_of
 from llava.data.samples import Samples
-from llava.errors import ConfigError, DataError, ImageError
+from llava.errors import ConfigError, DataError, ImageError, counted
 
 Bars = Callable[[str, str], AbstractContextManager[Progress]]  # what is done, and its unit -> a progress bar
 _MAX_DISTANCE = 64  # bits; different pictures differ in 78 or more, see picture_hash.py
@@ -76,13 +76,14 @@ def find_overlap(
 
 
 def _read(samples: Samples, benchmark: Benchmark, progress: Progress) -> _Training:
-    found = _Training(samples)
+    found, first_error = _Training(samples), ""
     for i in range(len(samples)):
         if i % _PROGRESS == 0:
             progress(i, len(samples))
         try:
             sample = samples[i]
-        except DataError:
+        except DataError as error:
+            first_error = first_error or str(error)
             found.n_unread += 1
             continue
         for name in dict.fromkeys(sample.images):
@@ -93,6 +94,8 @@ def _read(samples: Samples, benchmark: Benchmark, progress: Progress) -> _Traini
             if key in benchmark.questions:
                 found.asked.setdefault(key, []).append(i)
     progress(len(samples), len(samples))
+    if found.n_unread == len(samples):
+        raise DataError(f"none of {counted(len(samples), 'sample')} can be read; the first: {first_error}")
     return found
 
 
@@ -178,5 +181,5 @@ def _hash_all(hasher: _Hasher, nowhere: int, options: OverlapOptions, progress: 
                 hashes[len(kept)] = found
                 kept.append(name)
     if len(unreadable) == n:
-        raise DataError(f"none of {n:,} pictures can be read; the first: {next(iter(unreadable.values()))}")
+        raise DataError(f"none of {counted(n, 'picture')} can be read; the first: {next(iter(unreadable.values()))}")
     return _Hashed(hashes[: len(kept)], kept), Side(n, len(kept), nowhere, plain, unreadable)

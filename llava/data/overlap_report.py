@@ -144,9 +144,9 @@ def _facts(report: Overlap) -> "Table":
 
 def _rows(report: Overlap) -> Iterator[tuple[str, str]]:
     unread = f", {report.unread_samples:,} not read" if report.unread_samples else ""
-    yield "training data", f"{report.train}: {counted(report.samples, 'sample')}{unread}"
+    yield "training data", f"{printable(report.train)}: {counted(report.samples, 'sample')}{unread}"
     files = ", ".join(f"{counted(n, 'question')} in {name}" for name, n in report.bench_files.items())
-    yield "benchmark", f"{report.bench}: {printable(files) or 'no questions'}"
+    yield "benchmark", f"{printable(report.bench)}: {printable(files) or 'no questions'}"
     if report.bench_answers or report.bench_unread:
         yield "", f"left out: {report.bench_answers:,} answers of models, {report.bench_unread:,} malformed samples"
     n_samples = len({i for pair in report.pictures for i in pair.samples})

@@ -112,7 +112,8 @@ def published(entry: Entry) -> dict[str, float]:
 
 def _measured(run: Run) -> Measured:
     known = {entry["id"]: entry for entry in entries()}
-    entry = known.get(run.zoo[0]) if len(run.zoo) == 1 else None
+    candidates = list(run.model.get("zoo") or ())
+    entry = known.get(candidates[0]) if len(candidates) == 1 else None
     splits = {task: read_settings(run, task).get("--split") for task in run.scores}
     values = {column: found for column, found in _columns(run.scores, splits).items() if found[1] is not None}
     aims = published(entry) if entry else {}
@@ -126,7 +127,7 @@ def _measured(run: Run) -> Measured:
         MeasuredTask(name, one.value, one.n, one.unanswered, splits[name], name in in_zoo)
         for name, one in run.scores.items()
     ]
-    return Measured(run.folder, run.name, entry, run.zoo, scores, tasks)
+    return Measured(run.folder, run.name, entry, candidates, scores, tasks)
 
 
 def _wanted(column: str, aims: Mapping[str, float]) -> bool:

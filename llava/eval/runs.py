@@ -27,7 +27,7 @@ class Run:
     """One model, and its scores in one task or several."""
 
     folder: Path
-    model: Mapping[str, Any]  # name, path, base, zoo
+    model: Mapping[str, Any]  # name, path, base, and zoo: ids of the entries that its files can be
     settings: Mapping[str, Any]
     versions: Mapping[str, Any]
     machine: Mapping[str, Any]
@@ -37,11 +37,6 @@ class Run:
     def name(self) -> str:
         """The name of the model."""
         return str(self.model["name"])
-
-    @property
-    def zoo(self) -> list[str]:
-        """The ids of the published checkpoints that the files of the model can be."""
-        return list(self.model.get("zoo") or ())
 
 
 @dataclass(frozen=True, kw_only=True)

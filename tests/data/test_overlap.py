@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,12 @@ def test_pictures_of_which_none_can_be_read_are_an_error(train: Path, bench: Pat
         find_overlap(train, bench, OverlapOptions(images=tmp_path / "empty"))
 
 
+def test_training_data_of_which_nothing_can_be_read_is_an_error(bench: Path, tmp_path: Path) -> None:
+    write_json(tmp_path / "q.json", QUESTIONS)
+    with pytest.raises(DataError, match=r"none of 6 samples can be read; the first: .*q\.json, sample 0"):
+        find_overlap(tmp_path / "q.json", bench, OverlapOptions())
+
+
 # --------------------------------------------------------------------------------------------------------- the command
 
 
@@ -161,6 +168,17 @@ def test_without_images_only_questions_are_compared(train: Path, tmp_path: Path)
     text = " ".join(shown.stdout.split())
     assert "pictures in common none to compare training data: 7 pictures not compared; specify --images" in text
     assert "questions in common 0 of 1 (0.0 %) apart from generic ones, such as “Describe the image”: 1 of 1" in text
+
+
+def test_names_need_not_be_valid_unicode(bench: Path, tmp_path: Path) -> None:
+    os.rename(bench / "images" / "0.png", os.fsencode(bench / "images") + b"/\xff.png")
+    sample = {"id": 1, "image": "0.jpg", "conversations": talk("<image>\nIst das schön?", "Nein")}
+    write_json(tmp_path / "one.json", [sample])
+    images = write_folder(tmp_path / "images", {"0.jpg": drawing(0)})
+    for option in ((), ("--json",)):
+        done = run("data", "overlap", tmp_path / "one.json", bench, "--images", images, *option)
+        assert (done.returncode, done.stderr) == (1, "")
+        assert "images/\\udcff.png" in done.stdout
 
 
 def test_a_wrong_call_is_one_line(train: Path, bench: Path, tmp_path: Path) -> None:

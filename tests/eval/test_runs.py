@@ -16,7 +16,7 @@ def test_a_run_is_read_back(tmp_path: Path) -> None:
     write_scores(folder, "mmbench", 61.5, {"all": 61.5, "LR": None}, split="dev_20230712", n=7)
     write_scores(folder, "mm-vet", None)
     run = read_run(folder)
-    assert (run.folder, run.name, run.zoo, run.versions) == (folder, "tiny", ["a/b"], {"llava": "1"})
+    assert (run.folder, run.name, run.model["zoo"], run.versions) == (folder, "tiny", ["a/b"], {"llava": "1"})
     assert list(run.scores) == ["mm-vet", "mmbench"]
     scores = run.scores["mmbench"]
     assert (scores.value, scores.n, scores.unanswered, scores.metric) == (61.5, 7, 2, "share (%)")
