@@ -22,8 +22,6 @@ def table(scores: Scores) -> "Table":
         made.add_row(f"all, {name}", _figure(value))
     for what, n in (("answers", scores.n), ("unanswered", scores.unanswered), ("unjudged", scores.unjudged)):
         made.add_row(what, f"{n:,}")
-    if scores.note:
-        made.caption, made.caption_justify, made.caption_style = scores.note, "left", ""
     return made
 
 

@@ -78,7 +78,7 @@ class MmBench(Task):
     def note(self, answered: Sequence[Answered]) -> str:
         """Returns why there is no figure, or how many questions are left out."""
         n = sum(_incomplete(rounds) for rounds in _by_base(answered).values())
-        left_out = f"{counted(n, 'question')} without replies to all rotations left out." if n else ""
+        left_out = f"{counted(n, 'question')} without replies to all rotations left out" if n else ""
         where = "submission.xlsx, for https://mmbench.opencompass.org.cn/mmbench-submission"
         return without_labels(answered, "this split of MMBench", where) or left_out
 
