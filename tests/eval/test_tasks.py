@@ -400,6 +400,12 @@ def test_what_lacks_a_part_of_its_replies_is_counted_and_in_no_figure(
     assert len(found.items) == len(scored(benchmark_files, tmp_path).items) - 1
 
 
+def test_the_language_of_mmbench_is_that_of_the_split_whatever_the_folder_is_called(tmp_path: Path) -> None:
+    task = task_named("mmbench")
+    asked = {one.id: task.prompt(one) for one in read(MMBENCH_DEV, tmp_path / "mmbench_cn_2023")}
+    assert asked == MMBENCH_DEV.prompts
+
+
 def test_mme_equals_the_sums_of_its_own_program_on_random_replies(tmp_path: Path) -> None:
     questions, rng = read(MME, tmp_path), random.Random(3)
     for _ in range(50):

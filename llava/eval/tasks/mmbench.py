@@ -105,7 +105,7 @@ def _question(id: str, row: Entry, data: Data) -> Question:
     values = {
         "options": options,
         "hint": [] if _is_none(hint) else [hint],
-        "suffix": _CN if "_cn_" in row.where else SUFFIX,
+        "suffix": _CN if "_cn_" in data.split else SUFFIX,
     }
     groups = tuple(dict.fromkeys(row.value[name] for name in ("l2-category", "category") if row.value.get(name)))
     return Question(
