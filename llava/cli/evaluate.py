@@ -168,6 +168,9 @@ def _report(scores: Sequence["Scores"], out: Path, as_json: bool) -> None:
         from llava.eval.report import REPORT, table
 
         Console(width=None if sys.stdout.isatty() else 140, markup=False, highlight=False).print(*map(table, scores))
+        for one in scores:
+            if one.note:
+                print(f"{one.task}: {one.note}")
         print(f"answers, scores and settings: {out}; report: {out / REPORT}")
     if any(one.unanswered for one in scores):
         raise SystemExit(1)

@@ -27,8 +27,6 @@ def table(scores: Scores) -> "Table":
     made.add_column("figure", justify="right", no_wrap=True)
     for name, value in rows(scores):
         made.add_row(name, value)
-    if scores.note:
-        made.caption, made.caption_justify, made.caption_style = scores.note, "left", ""
     return made
 
 

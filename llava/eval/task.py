@@ -249,10 +249,17 @@ def _total(items: Iterable[Item]) -> list[float]:
 def check_images(questions: Iterable[Question]) -> None:
     """Raises DataError, which counts the pictures that do not exist."""
     paths = dict.fromkeys(path for question in questions for path in question.images if isinstance(path, Path))
-    missing = [path for path in paths if not path.is_file()]
+    missing = [path for path in paths if not _is_file(path)]
     if missing:
         named = ", ".join(map(str, missing[:3])) + ", …" * (len(missing) > 3)
         raise DataError(
             f"{len(missing):,} of {counted(len(paths), 'picture')} not found ({named}); set images= (--images) to the "
             "folder that has them"
         )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long
+        return False

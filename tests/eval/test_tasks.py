@@ -354,6 +354,18 @@ def test_a_mistake_is_reported_with_its_file_and_line(benchmark_files: Benchmark
         read(benchmark_files, tmp_path)
 
 
+@pytest.mark.parametrize("key", ["question_id", "text", "image"])
+def test_texts_that_no_file_can_contain_are_refused(key: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"llava-mm-vet.jsonl, line 1: {key} is '\\ud800'"):
+        read(row(MM_VET, "llava-mm-vet.jsonl", 0, **{key: "\ud800"}), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "", "..", "a\0b"])
+def test_pictures_that_cannot_exist_are_not_found(name: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="1 of 2 pictures not found"):
+        check_images(read(row(MM_VET, "llava-mm-vet.jsonl", 0, image=name), tmp_path))
+
+
 def test_a_split_is_one_of_the_task(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no split 'train' of vqav2; choose one of test-dev, val"):
         Data.of(task_named("vqav2"), tmp_path, split="train")
@@ -373,8 +385,8 @@ def test_questions_about_videos_are_counted(tmp_path: Path, caplog: pytest.LogCa
 @pytest.mark.parametrize(
     ("benchmark_files", "wanted"),
     [
-        (MME, "1 picture with an answer to only one of two questions left out."),
-        (MMBENCH_DEV, "1 question without replies to all rotations left out."),
+        (MME, "1 picture with an answer to only one of two questions left out"),
+        (MMBENCH_DEV, "1 question without replies to all rotations left out"),
     ],
 )
 def test_what_lacks_a_part_of_its_replies_is_counted_and_in_no_figure(
@@ -386,6 +398,12 @@ def test_what_lacks_a_part_of_its_replies_is_counted_and_in_no_figure(
     )
     assert found.note == wanted
     assert len(found.items) == len(scored(benchmark_files, tmp_path).items) - 1
+
+
+def test_the_language_of_mmbench_is_that_of_the_split_whatever_the_folder_is_called(tmp_path: Path) -> None:
+    task = task_named("mmbench")
+    asked = {one.id: task.prompt(one) for one in read(MMBENCH_DEV, tmp_path / "mmbench_cn_2023")}
+    assert asked == MMBENCH_DEV.prompts
 
 
 def test_mme_equals_the_sums_of_its_own_program_on_random_replies(tmp_path: Path) -> None:
@@ -496,6 +514,15 @@ def test_a_table_equals_that_of_pandas(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- command line
+
+
+def test_a_run_without_a_figure_says_why_and_where_the_answers_are(tmp_path: Path) -> None:
+    MM_VET.write(tmp_path)
+    done = run("eval", "run", "mm-vet", "--data", tmp_path, "--out", tmp_path / "run", "--max-new-tokens", 2)
+    assert done.returncode == 0, done.stderr
+    assert "mm-vet: no figure, since GPT-4 grades MM-Vet; the answers are in submission.json, for https" in done.stdout
+    assert list(json.loads((tmp_path / "run/mm-vet/submission.json").read_text())) == ["v1_0", "v1_1"]
+    assert json.loads((tmp_path / "run/mm-vet/scores.json").read_text())["value"] is None
 
 
 @pytest.mark.parametrize("benchmark_files", [VQAV2_VAL, MMBENCH_DEV], ids=["vqav2 val", "mmbench dev"])

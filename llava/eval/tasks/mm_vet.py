@@ -43,4 +43,4 @@ class MmVet(Task):
     def note(self, answered: Sequence[Answered]) -> str:
         """Returns why there is no figure."""
         where = "https://huggingface.co/spaces/whyu/MM-Vet_Evaluator"
-        return f"There is no figure, since GPT-4 grades MM-Vet. The answers are in submission.json, for {where}."
+        return f"no figure, since GPT-4 grades MM-Vet; the answers are in submission.json, for {where}"

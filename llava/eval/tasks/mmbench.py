@@ -82,7 +82,7 @@ class MmBench(Task):
     def note(self, answered: Sequence[Answered]) -> str:
         """Returns why there is no figure, or how many questions are left out."""
         n = sum(_incomplete(rounds) for rounds in _by_base(answered).values())
-        left_out = f"{counted(n, 'question')} without replies to all rotations left out." if n else ""
+        left_out = f"{counted(n, 'question')} without replies to all rotations left out" if n else ""
         where = "submission.xlsx, for https://mmbench.opencompass.org.cn/mmbench-submission"
         return without_labels(answered, "this split of MMBench", where) or left_out
 
@@ -109,7 +109,7 @@ def _question(id: str, row: Entry, data: Data) -> Question:
     values = {
         "options": options,
         "hint": [] if _is_none(hint) else [hint],
-        "suffix": _CN if "_cn_" in row.where else SUFFIX,
+        "suffix": _CN if "_cn_" in data.split else SUFFIX,
     }
     groups = tuple(dict.fromkeys(row.value[name] for name in ("l2-category", "category") if row.value.get(name)))
     return Question(

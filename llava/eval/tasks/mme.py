@@ -78,7 +78,7 @@ class Mme(Task):
     def note(self, answered: Sequence[Answered]) -> str:
         """Returns how many pictures are left out."""
         n = sum(len(both) != 2 for both in _pictures(answered).values())
-        return f"{counted(n, 'picture')} with an answer to only one of two questions left out." if n else ""
+        return f"{counted(n, 'picture')} with an answer to only one of two questions left out" if n else ""
 
 
 def _picture(entry: Entry) -> tuple[str, str]:

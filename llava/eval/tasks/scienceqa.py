@@ -42,7 +42,8 @@ class ScienceQa(Task):
         if (data.folder / name).exists():
             return by_key(data.json(name, "a sample").entries(), lambda one: one.id("id"))
         ids = read_split(data.file(_SPLITS, self.files[_SPLITS]), data.split)
-        return {id: Entry(problems[id].where, sample(problems[id], "CQM-A")) for id in ids}
+        made = (Entry(problems[id].where, sample(problems[id], "CQM-A")) for id in ids)
+        return by_key(made, lambda one: one.id("id"))
 
     def prompt(self, question: Question) -> str:
         """Returns the question and the instruction."""

@@ -110,4 +110,4 @@ def without_labels(answered: Sequence[Answered], what: str, where: str) -> str:
     """Returns a note if there are no labels to compare the replies with."""
     if not answered or any(one.question.answer is not None for one in answered):
         return ""
-    return f"There is no figure, since the labels of {what} are not public. The answers are in {where}."
+    return f"no figure, since the labels of {what} are not public; the answers are in {where}"
