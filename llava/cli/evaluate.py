@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -147,5 +148,8 @@ def _report(scores: Sequence["Scores"], out: Path, as_json: bool) -> None:
 
         Console(width=None if sys.stdout.isatty() else 140, markup=False, highlight=False).print(*map(table, scores))
         print(f"answers, scores and settings: {out}")
+        if any(one.unjudged for one in scores):
+            words = ["llava", "eval", "judge", str(out), "--judge-url", "URL", "--judge-model", "NAME"]
+            print(f"to judge the answers, run: {shlex.join(words)}")
     if any(one.unanswered for one in scores):
         raise SystemExit(1)

@@ -21,6 +21,13 @@ class Entry(NamedTuple):
             raise DataError(f"{self.where}: {key} is {value!r:.60}; expected a text")
         return value
 
+    def texts(self, key: str) -> list[str]:
+        """Returns a list of texts. Raises DataError."""
+        value = self.value.get(key)
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise DataError(f"{self.where}: {key} is {value!r:.60}; expected a list of texts")
+        return value
+
     def id(self, key: str) -> str:
         """Returns an id, which may be a number in the file. Raises DataError."""
         value = self.value.get(key)
@@ -44,6 +51,13 @@ class JsonFile:
         except UnicodeDecodeError as error:
             line = data.count(b"\n", 0, error.start) + 1
             raise DataError(f"{path}, line {line}: not UTF-8 text ({error.reason}); expected {expected}") from None
+
+    @classmethod
+    def appended(cls, path: Path, expected: str) -> "JsonFile":
+        """Reads a file to which lines are appended. A last line without its end was not completed, and is left out."""
+        file = cls(path, expected)
+        file.text = file.text[: file.text.rfind("\n") + 1]
+        return file
 
     def value(self) -> Any:
         """Returns the one value that the file contains."""

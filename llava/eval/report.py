@@ -26,4 +26,6 @@ def table(scores: Scores) -> "Table":
 
 
 def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.2f}"
+    if value is None:
+        return "–"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"

@@ -22,6 +22,8 @@ from llava.assistant import Assistant, question_about
 from llava.engine.sampling_params import SamplingParams
 from llava.errors import ConfigError, LlavaError, counted
 from llava.eval.entries import JsonFile
+from llava.eval.questions import QUESTIONS, write_questions
+from llava.eval.reviews import REVIEWS, pairs_by_question
 from llava.eval.task import Answered, Question, Scores, Task, check_images, scores
 from llava.tensors.atomic import replacing
 from llava.tensors.writer import Progress, no_progress
@@ -67,6 +69,8 @@ class TaskRun:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / ".lock"):
                 if not file.exists():
+                    if self.task.judged:
+                        write_questions(self.folder / QUESTIONS, self.questions)
                     _write(file, json.dumps(wanted, indent=1, ensure_ascii=False) + "\n")
         except OSError as error:
             raise ConfigError(
@@ -146,8 +150,15 @@ class TaskRun:
         return result
 
     def verdicts(self) -> dict[str, list[tuple[float, float]]]:
-        """Returns the scores that a judge has given, by question."""
-        return {}
+        """Returns the scores that a judge has given, by question, in the order in which it was asked."""
+        file = self.folder / REVIEWS
+        if not self.task.judged or not file.exists():
+            return {}
+        return pairs_by_question(file, self.answer_ids())
+
+    def answer_ids(self) -> dict[str, str]:
+        """Returns the id of each answer, by question."""
+        return {id: str(answer.get("answer_id", id)) for id, answer in self.answers().items()}
 
 
 def evaluate(

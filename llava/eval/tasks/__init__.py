@@ -2,9 +2,10 @@
 
 from llava.errors import ConfigError
 from llava.eval.task import Task
+from llava.eval.tasks.llava_bench import LlavaBenchCoco, LlavaBenchWild
 from llava.eval.tasks.pope import Pope
 
-TASKS: dict[str, Task] = {task.name: task for task in (Pope(),)}
+TASKS: dict[str, Task] = {task.name: task for task in (LlavaBenchWild(), LlavaBenchCoco(), Pope())}
 
 
 def task_named(name: str) -> Task:
