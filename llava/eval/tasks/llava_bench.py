@@ -54,7 +54,7 @@ class Sums(NamedTuple):
 class LlavaBench(Judged):
     """A set of questions. The figure is the pooled ratio of the scores, as in summarize_gpt_review.py, unrounded."""
 
-    metric = "score of the candidate in % of the reference's, unparsed verdicts left out"
+    metric = "score in % of the reference answers'"
     max_new_tokens = 1024
     rule: str  # what the judge is asked to do
     pictures: str  # folder of the pictures in the original's layout
