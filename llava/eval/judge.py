@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -21,7 +21,7 @@ from llava.errors import ConfigError, DataError, LlavaError, counted
 from llava.eval.endpoint import Chat, Endpoint, NoReplyError, RefusedError
 from llava.eval.entries import Entry, JsonFile
 from llava.eval.questions import QUESTIONS, read_questions
-from llava.eval.reviews import REVIEWS, check_answers, metadata, parse_scores, read_reviews, sample
+from llava.eval.reviews import REVIEWS, check_answers, metadata, parse_scores, read_reviews, sample, warn_of_scale
 from llava.eval.run import ANSWERS, TaskRun
 from llava.eval.task import Judged, Question
 from llava.eval.tasks import TASKS
@@ -67,11 +67,13 @@ def judged_runs(folder: Path, name: str | None = None) -> list[TaskRun]:
 
     Raises ConfigError or DataError if there are none, or their answers are not complete.
     """
-    judged = [one for one in TASKS.values() if one.judged and name in (None, one.name)]
-    found = [one for one in judged if (folder / one.name / QUESTIONS).is_file()]
+    judged = [one for one in TASKS.values() if isinstance(one, Judged)]
+    found = [one for one in judged if name in (None, one.name) and (folder / one.name / QUESTIONS).is_file()]
     if not found:
-        names = ", ".join(one.name for one in judged) or ", ".join(one.name for one in TASKS.values() if one.judged)
-        raise ConfigError(f"{folder}: has no answers to judge; expected the folder of a llava eval run of {names}")
+        raise ConfigError(
+            f"{folder}: has no answers to judge{f' of a task {name}' if name else ''}; expected the folder of a run of "
+            + ", ".join(one.name for one in judged)
+        )
     runs = [TaskRun(task=one, questions=_questions(folder / one.name), folder=folder / one.name) for one in found]
     for run in runs:
         if not (run.folder / ANSWERS).is_file():
@@ -106,7 +108,8 @@ class Reviews:
     @property
     def task(self) -> Judged:
         """The task, with what the judge is asked."""
-        return cast(Judged, self.run.task)
+        assert isinstance(self.run.task, Judged)
+        return self.run.task
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -153,8 +156,9 @@ class Reviews:
     def add(self, case: Case, content: str, endpoint: Endpoint) -> None:
         """Appends a verdict, in the layout of the original. Raises OSError."""
         id, answer_id = case.question.id, case.answer.get("answer_id", case.question.id)
+        hashed = f"{id}\n{answer_id}\n{case.sample}\n{content}".encode(errors="replace")
         value = {
-            "review_id": hashlib.sha256(f"{id}\n{answer_id}\n{case.sample}\n{content}".encode()).hexdigest()[:22],
+            "review_id": hashlib.sha256(hashed).hexdigest()[:22],
             "question_id": id,
             "answer1_id": case.question.values.get("reference_id"),
             "answer2_id": answer_id,
@@ -218,6 +222,7 @@ def judge(
     try:
         failed = asyncio.run(_Court(reviews, endpoint, progress, len(cases)).hear(cases))
         reviews.finish()
+        warn_of_scale(reviews.file, [pair for pairs in reviews.run.verdicts().values() for pair in pairs])
         return failed
     except RefusedError as error:
         raise LlavaError(

@@ -24,7 +24,7 @@ from llava.errors import ConfigError, LlavaError, counted
 from llava.eval.entries import JsonFile
 from llava.eval.questions import QUESTIONS, write_questions
 from llava.eval.reviews import REVIEWS, pairs_by_question
-from llava.eval.task import Answered, Question, Scores, Task, check_images, scores
+from llava.eval.task import Answered, Judged, Question, Scores, Task, check_images, scores
 from llava.tensors.atomic import replacing
 from llava.tensors.writer import Progress, no_progress
 
@@ -69,7 +69,7 @@ class TaskRun:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / ".lock"):
                 if not file.exists():
-                    if self.task.judged:
+                    if isinstance(self.task, Judged):
                         write_questions(self.folder / QUESTIONS, self.questions)
                     _write(file, json.dumps(wanted, indent=1, ensure_ascii=False) + "\n")
         except OSError as error:

@@ -77,7 +77,8 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 self.send_verdict(body)
         finally:
-            judge.at_once -= 1
+            with judge.lock:
+                judge.at_once -= 1
 
     def send_verdict(self, body: Mapping[str, Any]) -> None:
         found = PROMPT.fullmatch(body["messages"][1]["content"])
@@ -123,7 +124,7 @@ def hang_up(handler: Handler) -> None:
 
 
 def silent(handler: Handler) -> None:
-    time.sleep(1.5)
+    time.sleep(5)
     handler.close_connection = True
 
 

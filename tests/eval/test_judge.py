@@ -20,7 +20,7 @@ from llava.eval.judge import Reviews, judge, judged_runs
 from llava.eval.run import TaskRun
 from llava.eval.task import Data
 from llava.eval.tasks import task_named
-from tests.command import TIMEOUT_S, assert_one_line_error, run, run_well, start
+from tests.command import TIMEOUT_S, assert_one_line_error, interrupt, run, run_well, start
 from tests.eval import judging
 from tests.eval.judging import Fault, RuleJudge, answered, body, content, expected, half, hang_up, silent, status
 from tests.eval.science import lines
@@ -228,7 +228,7 @@ def test_our_own_server_is_a_judge_whose_verdicts_are_counted_as_unparsed(done: 
 )
 def test_a_fault_is_repeated_until_there_is_a_verdict(fault: Fault, done: TaskRun, server: RuleJudge) -> None:
     server.faults = [fault, fault]
-    assert judged(done, server, timeout_s=1.0) == {}
+    assert judged(done, server, timeout_s=2 if fault is silent else 60) == {}
     assert len(server.bodies) == 8
     assert_scored_as_directly(done)
 
@@ -237,7 +237,6 @@ def test_the_time_that_a_server_asks_for_is_waited(done: TaskRun, server: RuleJu
     server.faults = [status(429, retry_after="1")]
     judged(done, server, concurrency=1)
     assert server.times[1] - server.times[0] >= 1
-    assert server.times[-1] - server.times[1] < 1
 
 
 @pytest.mark.parametrize(
@@ -297,6 +296,16 @@ def test_nobody_at_the_address_is_a_count(done: TaskRun) -> None:
     assert "6 answers without a verdict" in said.stderr
 
 
+@pytest.mark.parametrize("text", ["\ud800 9", "8 9\n\ud800\u2028\x00", "85 90", "8 9" * 100_000])
+def test_odd_verdicts_are_kept_as_they_are(text: str, done: TaskRun, server: RuleJudge) -> None:
+    server.verdict = lambda *_: text
+    said = run(*command(done, server))
+    assert "Traceback" not in said.stderr
+    assert said.returncode == (0 if text[:3] in ("8 9", "85 ") and len(text) < 100 else 1)
+    assert {one["content"] for one in reviews(done)} == {text}
+    assert ("6 verdicts with a score that is not from 0 to 10" in said.stderr) == (text == "85 90")
+
+
 @pytest.mark.parametrize("code", [401, 403, 404, 302])
 def test_a_server_that_refuses_everything_is_asked_once(
     code: int, done: TaskRun, server: RuleJudge, monkeypatch: pytest.MonkeyPatch
@@ -340,6 +349,20 @@ def test_a_killed_judge_continues_and_gives_the_same_scores(tmp_path: Path, data
     assert file.read_bytes() == (whole.folder / "reviews.jsonl").read_bytes()
 
 
+def test_ctrl_c_ends_the_command_in_one_line_and_keeps_what_came(tmp_path: Path, done: TaskRun) -> None:
+    with judging.judging(delay_s=0.5) as server:
+        process = start(*command(done, server, "--concurrency", 1))
+        end = time.monotonic() + TIMEOUT_S
+        while not (done.folder / "reviews.jsonl").exists():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        code, _, err = interrupt(process)
+    assert code == 130
+    assert err.splitlines()[-1] == "llava: interrupted"
+    assert "Traceback" not in err
+    assert 1 <= len(reviews(done)) < 6
+
+
 def test_nothing_is_asked_when_all_verdicts_are_there(done: TaskRun, server: RuleJudge) -> None:
     run_well(*command(done, server))
     n, before = len(server.bodies), (done.folder / "scores.json").read_bytes()
@@ -381,10 +404,10 @@ def test_requests_keep_the_rate_and_the_concurrency(done: TaskRun) -> None:
         assert server.most_at_once == 2
     (done.folder / "reviews.jsonl").unlink()
     with judging.judging() as server:
+        started = time.monotonic()
         judged(done, server, per_minute=600, concurrency=6)
-        gaps = np.diff(sorted(server.times))
-        assert server.times[-1] - server.times[0] >= 0.45
-        assert gaps.min() > 0.03
+        assert time.monotonic() - started >= 0.5
+        assert len(server.bodies) == 6
 
 
 def test_the_cost_is_estimated_before_the_start(done: TaskRun, server: RuleJudge) -> None:
@@ -549,7 +572,7 @@ def test_with_two_tasks_a_file_needs_the_name_of_one(tmp_path: Path, done: TaskR
         (("--requests-per-minute", 0), "--requests-per-minute is 0"),
         (("--timeout", 0), "--timeout is 0"),
         (("--price-in", 1), "pass both --price-in and --price-out"),
-        (("--task", "pope"), "has no answers to judge"),
+        (("--task", "pope"), "has no answers to judge of a task pope"),
         (("--verdicts", "missing.jsonl"), "missing.jsonl: cannot be read"),
     ],
 )
