@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ from llava.cli.options import Adapters, AsJson, Base, EngineFlags, Model, ModelO
 from llava.errors import ConfigError
 
 if TYPE_CHECKING:
+    from llava.assistant import Assistant
     from llava.eval.run import TaskRun
     from llava.eval.task import Scores
 
@@ -77,7 +79,7 @@ class Generation:
 @evaluation.command()
 @grouped
 def run(
-    names: Annotated[list[str], typer.Argument(metavar="TASK...", help="names of tasks, from llava eval tasks")],
+    names: Annotated[list[str], typer.Argument(metavar="TASK", help="names of tasks, from llava eval tasks")],
     *,
     context: typer.Context,
     questions: Questions,
@@ -97,14 +99,20 @@ def run(
     settings = {f"--{key.replace('_', '-')}": value for key, value in (given | vars(loading) | options).items()}
     del settings["--device"]  # an interrupted run may continue on another one
     runs = [questions.open(name, out, settings, str(source["name"])) for name in names]
-    vlm = load(model, replace(loading, device=_device(loading.device)), base=base, adapters=adapter, engine=engine)
     from llava.eval.record import write_record
     from llava.eval.run import evaluate
 
-    if runs[0].share.rank == 0:
-        write_record(out, vlm, source, settings)
+    @cache
+    def assistant() -> "Assistant":  # loaded when the first question is missing
+        on = replace(loading, device=_device(loading.device))
+        vlm = load(model, on, base=base, adapters=adapter, engine=engine)
+        if runs[0].share.rank == 0:
+            write_record(out, vlm, source, settings)
+        return vlm
+
     found = []
     for one in runs:
+        vlm = assistant() if one.missing() else None
         with progress_bar(one.task.name, unit="questions") as progress:
             found.append(evaluate(vlm, one, options, describe=context.obj.render, progress=progress))
     scores = [one for one in found if one]

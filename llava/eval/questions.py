@@ -19,7 +19,7 @@ def write_questions(file: Path, questions: Sequence[Question]) -> None:
         {
             "question_id": one.id,
             "text": one.text,
-            "images": [str(path) for path in one.images],
+            "images": [str(path.absolute()) for path in one.images],
             "answer": one.answer,
             "groups": list(one.groups),
             "values": dict(one.values),

@@ -79,13 +79,11 @@ class TaskRun:
         _check_same(file, wanted)
 
     def answers(self) -> dict[str, dict[str, Any]]:
-        """Returns the answers that exist, by question. A line that was not completed is not one of them."""
-        ids = {question.id for question in self.questions}
-        found: dict[str, dict[str, Any]] = {}
-        for file in [self.folder / ANSWERS, *sorted(self.folder.glob("answers.partial.*.jsonl"))]:
-            if file.exists():
-                found |= {id: value for value in _complete_lines(file) if (id := str(value.get("question_id"))) in ids}
-        return found
+        """Returns the answers that exist, by question, except to those whose pictures have changed since."""
+        files = [self.folder / ANSWERS, *sorted(self.folder.glob("answers.partial.*.jsonl"))]
+        found = {one["question_id"]: one for file in files if file.exists() for one in _complete_lines(file)}
+        known = ((one, found[one.id]) for one in self.questions if one.id in found)
+        return {one.id: answer for one, answer in known if not _changed(one, answer["metadata"].get("images"))}
 
     def missing(self) -> list[Question]:
         """Returns the questions that this process has to ask."""
@@ -102,7 +100,7 @@ class TaskRun:
             "text": text,
             "answer_id": hashlib.sha256(f"{question.id}\n{prompt}\n{text}".encode()).hexdigest()[:22],
             "model_id": self.model,
-            "metadata": dict(metadata),
+            "metadata": {**metadata, "images": _states(question)},
         }
         with self.journal.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -162,7 +160,7 @@ class TaskRun:
 
 
 def evaluate(
-    assistant: Assistant,
+    assistant: Assistant | None,
     run: TaskRun,
     options: Mapping[str, Any],
     *,
@@ -171,6 +169,7 @@ def evaluate(
 ) -> Scores | None:
     """Asks the missing questions and returns the scores, or None if another process is still asking.
 
+    assistant: may be None if no question is missing.
     A question whose picture cannot be read, or whose prompt does not fit, has no answer, and a warning says why.
 
     options: keyword options of `Assistant.generate`. describe: returns the text of an error.
@@ -178,7 +177,7 @@ def evaluate(
     failed: dict[str, str] = {}
     try:
         run.begin()
-        missing = run.missing()
+        missing = run.missing() if assistant else []
         progress(0, len(missing))
         with closing(_ask(assistant, run.task, missing, options)) as results:
             for done, (question, result) in enumerate(results, start=1):
@@ -196,9 +195,11 @@ def evaluate(
 
 
 def _ask(
-    assistant: Assistant, task: Task, questions: Sequence[Question], options: Mapping[str, Any]
+    assistant: Assistant | None, task: Task, questions: Sequence[Question], options: Mapping[str, Any]
 ) -> Generator[tuple[Question, Any], None, None]:
     """Yields questions with their replies or errors, in the order in which the engine gives them."""
+    if assistant is None:
+        return
     params = SamplingParams.from_options(**{"max_new_tokens": task.max_new_tokens, **options})
     requests = [question_about([str(path) for path in one.images], task.prompt(one)) for one in questions]
     with closing(assistant.engine.generate_each(requests, params, adapter=assistant.active)) as results:
@@ -217,10 +218,23 @@ def fingerprint(task: Task, questions: Sequence[Question]) -> str:
     """Returns a digest of everything that the model is asked, and of the right answers."""
     digest = hashlib.sha256()
     for one in questions:
-        images = [[path.name, path.stat().st_size] for path in one.images]
+        images = [path.name for path in one.images]
         values = [one.id, task.prompt(one), images, one.answer, list(one.groups), dict(one.values)]
         digest.update(json.dumps(values, sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def _states(question: Question) -> list[list[Any]]:
+    """Returns names and sizes of the pictures, by which a changed one is recognised. The size of a lost one is None."""
+    return [[path.name, path.stat().st_size if path.exists() else None] for path in question.images]
+
+
+def _changed(question: Question, before: Any) -> bool:
+    """Whether pictures differ from their states `before`. Lost ones do not: answers may be judged without them."""
+    now = _states(question)
+    if not isinstance(before, list) or len(before) != len(now):
+        return True
+    return any(new != old and new[1] is not None for new, old in zip(now, before, strict=True))
 
 
 def _check_same(file: Path, wanted: Mapping[str, Any]) -> None:
@@ -243,7 +257,8 @@ def _complete_lines(file: Path) -> Iterator[dict[str, Any]]:
             value = json.loads(line)
             if not isinstance(value["question_id"], str) or not isinstance(value["text"], str):
                 raise TypeError
-        except (ValueError, TypeError, KeyError):
+            value["metadata"].get("images")
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise ConfigError(f"{file}: its line {number} is not {_EXPECTED}; remove that line") from None
         yield value
 

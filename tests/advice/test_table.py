@@ -7,7 +7,20 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from tests.advice import bases, checkpoints, data, files, judging, outputs, prompts, scores, serving, tables, training  # noqa: F401 (their rows)
+from tests.advice import (  # noqa: F401 (their rows)
+    bases,
+    checkpoints,
+    data,
+    evaluation,
+    files,
+    judging,
+    outputs,
+    prompts,
+    scores,
+    serving,
+    tables,
+    training,
+)
 from tests.advice.exceptions import EXCEPTIONS
 from tests.advice.messages import messages_with_advice, pattern
 from tests.advice.table import ROWS, Row, World, say

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -361,6 +362,20 @@ def test_ctrl_c_ends_the_command_in_one_line_and_keeps_what_came(tmp_path: Path,
     assert err.splitlines()[-1] == "llava: interrupted"
     assert "Traceback" not in err
     assert 1 <= len(reviews(done)) < 6
+
+
+def test_a_run_is_judged_where_its_pictures_are_not(tmp_path: Path, server: RuleJudge) -> None:
+    judging.write_coco(tmp_path / "data")
+    asked = ("eval", "run", "llava-bench-coco", "--data", "data", "--limit", 2, "--out", "run", "--max-new-tokens", 2)
+    run_well(*asked, "--device", "cpu", cwd=tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").rename(tmp_path / "elsewhere" / "run")
+    line = ("eval", "judge", "run", "--judge-url", server.url, "--judge-model", "rule")
+    run_well(*line, cwd=tmp_path / "elsewhere")
+    shutil.rmtree(tmp_path / "data")
+    said = run_well(*line, "--samples", 2, "--json", cwd=tmp_path / "elsewhere")
+    assert len(server.bodies) == 4
+    assert json.loads(said.stdout)["llava-bench-coco"]["n"] == 2
 
 
 def test_nothing_is_asked_when_all_verdicts_are_there(done: TaskRun, server: RuleJudge) -> None:
