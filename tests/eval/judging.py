@@ -1,7 +1,11 @@
 """A judge behind OpenAI's protocol that scores by a rule, faults of such a server, and runs for it to judge."""
 
+import contextlib
+import io
 import json
+import logging
 import re
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,8 +15,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import typer
 from PIL import Image
 
+from llava.cli import app, main
+from llava.cli.advice import AdviceFormatter, Command
 from llava.eval.run import TaskRun
 from llava.eval.task import Data, Question
 from llava.eval.tasks import task_named
@@ -24,6 +31,31 @@ PROMPT = re.compile(
     re.DOTALL,
 )
 CATEGORIES = ("conv", "detail", "complex")
+
+
+def run(*args: object) -> Any:
+    """Runs `llava ARGS` in this process, in which servers of the test answer, and returns what a process would."""
+    line = [str(arg) for arg in args]
+    out, err = io.StringIO(), io.StringIO()
+    handler = logging.StreamHandler(err)
+    handler.setFormatter(AdviceFormatter(Command.running(typer.main.get_command(app), line)))
+    logging.getLogger("llava").addHandler(handler)
+    code = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main(line)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        logging.getLogger("llava").removeHandler(handler)
+    return subprocess.CompletedProcess(line, code, out.getvalue(), err.getvalue())
+
+
+def run_well(*args: object) -> Any:
+    """Like `run`, and asserts that the command succeeds."""
+    done = run(*args)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def rule(question: str, reference: str, candidate: str) -> str:

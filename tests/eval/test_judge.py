@@ -21,9 +21,22 @@ from llava.eval.judge import Reviews, judge, judged_runs
 from llava.eval.run import TaskRun
 from llava.eval.task import Data
 from llava.eval.tasks import task_named
-from tests.command import TIMEOUT_S, assert_one_line_error, interrupt, run, run_well, start
+from tests.command import TIMEOUT_S, assert_one_line_error, interrupt, start
 from tests.eval import judging
-from tests.eval.judging import Fault, RuleJudge, answered, body, content, expected, half, hang_up, silent, status
+from tests.eval.judging import (
+    Fault,
+    RuleJudge,
+    answered,
+    body,
+    content,
+    expected,
+    half,
+    hang_up,
+    run,
+    run_well,
+    silent,
+    status,
+)
 from tests.eval.science import lines
 from tests.serving import serving
 
@@ -182,14 +195,15 @@ def test_verdicts_are_kept_in_the_layout_of_the_original(done: TaskRun, server: 
     }
 
 
-def test_our_own_server_is_a_judge_whose_verdicts_are_counted_as_unparsed(done: TaskRun, tmp_path: Path) -> None:
+def test_our_own_server_is_a_judge_whose_verdicts_are_counted_as_unparsed(tmp_path: Path) -> None:
+    done = answered(tmp_path / "run", judging.write_coco(tmp_path / "data", 3))
     vlm = llava.load(device="cpu")
     with serving(tmp_path / "log", vlm, "llava-tiny", "--device", "cpu") as server:
         url = f"{server.url}/v1"
         said = run("eval", "judge", done.folder.parent, "--judge-url", url, "--judge-model", "llava-tiny")
     assert said.returncode == 1, said.stderr  # there is no figure
     assert scores(done)["value"] is None
-    assert scores(done)["details"]["unparsed verdicts"] == 6
+    assert scores(done)["details"]["unparsed verdicts"] == 3
     assert scores(done)["details"]["as published"] == 100.0  # -1 / -1
     assert "unparsed verdicts" in said.stdout
     assert all(one["content"] and one["tuple"] == [-1, -1] for one in reviews(done))
@@ -364,16 +378,20 @@ def test_ctrl_c_ends_the_command_in_one_line_and_keeps_what_came(tmp_path: Path,
     assert 1 <= len(reviews(done)) < 6
 
 
-def test_a_run_is_judged_where_its_pictures_are_not(tmp_path: Path, server: RuleJudge) -> None:
+def test_a_run_is_judged_where_its_pictures_are_not(
+    tmp_path: Path, server: RuleJudge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     judging.write_coco(tmp_path / "data")
     asked = ("eval", "run", "llava-bench-coco", "--data", "data", "--limit", 2, "--out", "run", "--max-new-tokens", 2)
-    run_well(*asked, "--device", "cpu", cwd=tmp_path)
+    run_well(*asked, "--device", "cpu")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "run").rename(tmp_path / "elsewhere" / "run")
     line = ("eval", "judge", "run", "--judge-url", server.url, "--judge-model", "rule")
-    run_well(*line, cwd=tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run_well(*line)
     shutil.rmtree(tmp_path / "data")
-    said = run_well(*line, "--samples", 2, "--json", cwd=tmp_path / "elsewhere")
+    said = run_well(*line, "--samples", 2, "--json")
     assert len(server.bodies) == 4
     assert json.loads(said.stdout)["llava-bench-coco"]["n"] == 2
 
@@ -451,6 +469,28 @@ def test_a_terminal_is_asked_before_the_start(
     assert (process.wait(TIMEOUT_S) == 0) == bool(n), (out, shown)
     assert (b"ask the judge?" in shown) == (not more)
     assert len(server.bodies) == n
+
+
+@pytest.mark.parametrize(
+    ("url", "key", "exposed"),
+    [
+        ("http://judge.example/v1", "key", True),
+        ("https://judge.example/v1", "key", False),
+        ("http://judge.example/v1", "", False),
+        ("http://127.0.0.1:8000/v1", "key", False),
+        ("http://[::1]:8000/v1", "key", False),
+        ("http://localhost:8000/v1", "key", False),
+        ("http://127.0.0.1.judge.example/v1", "key", True),
+    ],
+)
+def test_a_key_that_others_can_read_is_warned_of(url: str, key: str, exposed: bool) -> None:
+    assert Endpoint(url=url, model="m", key=key).exposes_key == exposed
+    assert "key" not in repr(Endpoint(url="https://x/v1", model="m", key="key")).replace("key=", "")
+
+
+@pytest.mark.parametrize("end", ["", "/", "/chat/completions"])
+def test_an_address_may_end_in_several_ways(end: str) -> None:
+    assert Endpoint(url=f"http://x/v1{end}", model="m").address == "http://x/v1/chat/completions"
 
 
 # ------------------------------------------------------------------------------------------------- figures and samples
