@@ -75,7 +75,7 @@ def _url_problem(url: str) -> str | None:
     if "@" in parts.netloc:
         return f"--judge-url has a user name or a key in it; {expected}, and a key only in the environment"
     good = parts.scheme in ("http", "https") and parts.hostname and not parts.query and not parts.fragment
-    return None if good and url.isascii() and url.isprintable() else f"--judge-url is {url!r:.80}; {expected}"
+    return None if good and all(33 <= ord(c) <= 126 for c in url) else f"--judge-url is {url!r:.80}; {expected}"
 
 
 class NoReplyError(LlavaError):
@@ -174,6 +174,8 @@ class Chat:
                         raise _FaultError(f"a response of more than {_MAX_BYTES >> 20} MiB")
         except (httpx.HTTPError, httpx.StreamError) as error:
             raise _FaultError(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from None
+        except (httpx.InvalidURL, UnicodeError) as error:  # a host that no name server can be asked for
+            raise RefusedError(f"not an address ({error})") from None
         if response.status_code != 200:
             self._refuse(response, bytes(data))
         return _content(bytes(data))

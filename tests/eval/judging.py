@@ -155,6 +155,11 @@ def hang_up(handler: Handler) -> None:
     handler.close_connection = True
 
 
+def junk(handler: Handler) -> None:
+    handler.wfile.write(b"\x00\xff no protocol\r\n\r\n")
+    handler.close_connection = True
+
+
 def silent(handler: Handler) -> None:
     time.sleep(5)
     handler.close_connection = True

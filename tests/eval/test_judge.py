@@ -32,6 +32,7 @@ from tests.eval.judging import (
     expected,
     half,
     hang_up,
+    junk,
     run,
     run_well,
     silent,
@@ -236,6 +237,9 @@ def test_our_own_server_is_a_judge_whose_verdicts_are_counted_as_unparsed(tmp_pa
         content([{"type": "text", "text": "8 9"}]),
         half,
         hang_up,
+        junk,
+        lambda handler: handler.send(200, b"no gzip", content_encoding="gzip"),
+        lambda handler: handler.send(204, b""),
         silent,
         body(b" " * (5 << 20)),
     ],
@@ -319,6 +323,12 @@ def test_odd_verdicts_are_kept_as_they_are(text: str, done: TaskRun, server: Rul
     assert said.returncode == (0 if text[:3] in ("8 9", "85 ") and len(text) < 100 else 1)
     assert {one["content"] for one in reviews(done)} == {text}
     assert ("6 verdicts with a score that is not from 0 to 10" in said.stderr) == (text == "85 90")
+
+
+def test_a_host_that_cannot_exist_is_one_line(done: TaskRun) -> None:
+    said = run(*command(done, RuleJudge(url="http://xn--a/v1")))
+    assert said.returncode == 2
+    assert "http://xn--a/v1/chat/completions refuses requests: not an address" in said.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("code", [401, 403, 404, 302])
@@ -617,6 +627,8 @@ def test_with_two_tasks_a_file_needs_the_name_of_one(tmp_path: Path, done: TaskR
     ("more", "said"),
     [
         (("--judge-url", "127.0.0.1:8000"), "--judge-url is '127.0.0.1:8000'; expected an address"),
+        (("--judge-url", " http://x/v1"), "--judge-url is ' http://x/v1'"),
+        (("--judge-url", "http://x y/v1"), "--judge-url is 'http://x y/v1'"),
         (("--judge-url", "ftp://x/v1"), "--judge-url is 'ftp://x/v1'"),
         (("--judge-url", "http://x:y/v1"), "--judge-url: Port could not be cast"),
         (("--judge-url", "https://me:secret@x/v1"), "--judge-url has a user name or a key in it"),
