@@ -1,37 +1,32 @@
 """The questions of a task as a file of a run, so that its answers can be judged without the benchmark's files."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from llava.errors import DataError
 from llava.eval.entries import Entry, JsonFile
 from llava.eval.task import Question
-from llava.tensors.atomic import replacing
 
 QUESTIONS = "questions.jsonl"
 _EXPECTED = "a question of this run"
 
 
-def write_questions(file: Path, questions: Sequence[Question]) -> None:
-    """Writes questions, one a line. Raises OSError."""
-    values = (
-        {
-            "question_id": one.id,
-            "text": one.text,
-            "images": [str(path.absolute()) for path in one.images],
-            "answer": one.answer,
-            "groups": list(one.groups),
-            "values": dict(one.values),
-        }
-        for one in questions
-    )
-    with replacing(file) as partial:
-        partial.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
+def question_line(question: Question, prompt: str) -> str:
+    """Returns the line of questions.jsonl for a question. Pictures have absolute paths."""
+    value = {
+        "question_id": question.id,
+        "prompt": prompt,
+        "text": question.text,
+        "images": [str(path.absolute()) for path in question.images],
+        "answer": question.answer,
+        "groups": list(question.groups),
+        "values": dict(question.values),
+    }
+    return json.dumps(value, ensure_ascii=False, default=str) + "\n"
 
 
 def read_questions(file: Path) -> list[Question]:
-    """Reads what `write_questions` wrote. Raises DataError."""
+    """Reads what is made of `question_line`. Raises DataError."""
     return [_question(entry) for entry in JsonFile(file, _EXPECTED).entries()]
 
 

@@ -22,9 +22,9 @@ from llava.assistant import Assistant, question_about
 from llava.engine.sampling_params import SamplingParams
 from llava.errors import ConfigError, LlavaError, counted
 from llava.eval.entries import JsonFile
-from llava.eval.questions import QUESTIONS, write_questions
+from llava.eval.questions import QUESTIONS, question_line
 from llava.eval.reviews import REVIEWS, pairs_by_question
-from llava.eval.task import Answered, Judged, Question, Scores, Task, check_images, scores
+from llava.eval.task import Answered, Question, Scores, Task, check_images, scores
 from llava.tensors.atomic import replacing
 from llava.tensors.writer import Progress, no_progress
 
@@ -60,6 +60,8 @@ class TaskRun:
     def open(self, settings: Mapping[str, Any]) -> None:
         """Creates the folder, or checks that an earlier run had the same settings. Raises ConfigError or DataError.
 
+        The questions are written down, so that a run can be read without the files of the benchmark.
+
         settings: what the answers depend on, by the names that an error shows.
         """
         check_images(self.questions)
@@ -69,14 +71,14 @@ class TaskRun:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / ".lock"):
                 if not file.exists():
-                    if isinstance(self.task, Judged):
-                        write_questions(self.folder / QUESTIONS, self.questions)
                     _write(file, json.dumps(wanted, indent=1, ensure_ascii=False) + "\n")
+                _check_same(file, wanted)
+                lines = [question_line(one, self.task.prompt(one)) for one in self.questions]
+                _write(self.folder / QUESTIONS, "".join(lines))
         except OSError as error:
             raise ConfigError(
                 f"{self.folder}: cannot be written ({error.strerror}); choose another folder with --out"
             ) from None
-        _check_same(file, wanted)
 
     def answers(self) -> dict[str, dict[str, Any]]:
         """Returns the answers that exist, by question, except to those whose pictures have changed since."""

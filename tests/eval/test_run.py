@@ -117,7 +117,7 @@ def test_two_processes_of_torchrun_share_the_questions(data: Path, complete: Pat
     assert (out / "pope" / "scores.json").read_bytes() == (complete / "pope" / "scores.json").read_bytes()
     assert json.loads(done.stdout)["pope"]["n"] == 30
     assert sorted(path.name for path in (out / "pope").iterdir()) == [
-        ".lock", "answers.jsonl", "scores.json", "settings.json",
+        ".lock", "answers.jsonl", "questions.jsonl", "scores.json", "settings.json",
     ]  # fmt: skip
 
 
