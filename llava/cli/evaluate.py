@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -172,5 +173,8 @@ def _report(scores: Sequence["Scores"], out: Path, as_json: bool) -> None:
             if one.note:
                 print(f"{one.task}: {one.note}")
         print(f"answers, scores and settings: {out}; report: {out / REPORT}")
+        if any(one.unjudged for one in scores):
+            words = ["llava", "eval", "judge", str(out), "--judge-url", "URL", "--judge-model", "NAME"]
+            print(f"to judge the answers, run: {shlex.join(words)}")
     if any(one.unanswered for one in scores):
         raise SystemExit(1)

@@ -66,16 +66,16 @@ def llava_bench(
     as_json: AsJson = False,
 ) -> None:
     """Score a judge's verdicts on LLaVA-Bench: in all and by category, relative to the reference answers."""
-    from llava.eval.tasks import llava_bench as task
+    from llava.eval.reviews import TITLES, read_reviews, summarize, table
 
-    read = [(file.stem, task.read_reviews(file)) for file in [*reviews, *(more or ())]]
-    both = {rule: [one for file in read for one in task.summarize(*file, as_published=rule)] for rule in (False, True)}
+    read = [(file.stem, read_reviews(file)) for file in [*reviews, *(more or ())]]
+    both = {rule: [one for file in read for one in summarize(*file, as_published=rule)] for rule in (False, True)}
     if as_json:
         print(json.dumps([one.to_dict() for one in both[as_published]]))
     elif not any(one.unparsed for one in both[as_published]):
-        _show(task.table(both[as_published], "all verdicts have scores, so both rules give these figures"))
+        _show(table(both[as_published], "all verdicts have scores, so both rules give these figures"))
     else:
-        _show(*(task.table(both[rule], task.TITLES[rule]) for rule in (as_published, not as_published)))
+        _show(*(table(both[rule], TITLES[rule]) for rule in (as_published, not as_published)))
 
 
 def _show(*parts: Any) -> None:

@@ -89,6 +89,13 @@ class JsonFile:
         self.path, self.expected = path, expected
         self.text = read_text(path, expected)
 
+    @classmethod
+    def appended(cls, path: Path, expected: str) -> "JsonFile":
+        """Reads a file to which lines are appended. A last line without its end was not completed, and is left out."""
+        file = cls(path, expected)
+        file.text = file.text[: file.text.rfind("\n") + 1]
+        return file
+
     def value(self) -> Any:
         """Returns the one value that the file contains."""
         return self._parsed(self.text, f"{self.path}")

@@ -30,5 +30,7 @@ def block(text: str) -> str:
 
 
 def figure(value: float | None, *, sign: bool = False) -> str:
-    """Returns a figure with two decimals, or a dash. sign: also of one above 0."""
+    """Returns a figure with two decimals, a count without, or a dash. sign: also of one above 0."""
+    if isinstance(value, int):
+        return f"{value:,}"
     return "–" if value is None else f"{value:{'+' if sign else ''},.2f}"

@@ -23,6 +23,7 @@ from llava.engine.sampling_params import SamplingParams
 from llava.errors import ConfigError, LlavaError, counted
 from llava.eval.entries import Entry, JsonFile
 from llava.eval.questions import QUESTIONS, question_line
+from llava.eval.reviews import REVIEWS, pairs_by_question
 from llava.eval.runs import ANSWERS, PROMPTS, RUN, SCORES, SETTINGS
 from llava.eval.task import Answered, Data, Question, Scores, Task, check_images, scores
 from llava.tensors.atomic import replacing
@@ -85,8 +86,8 @@ class TaskRun:
         """Returns the answers that exist, by question, except to those whose pictures have changed since."""
         files = [self.folder / ANSWERS, *sorted(self.folder.glob("answers.partial.*.jsonl"))]
         found = {one["question_id"]: one for file in files if file.exists() for one in _complete_lines(file)}
-        states = {question.id: _states(question) for question in self.questions if question.id in found}
-        return {id: found[id] for id, state in states.items() if found[id]["metadata"].get("images") == state}
+        known = ((one, found[one.id]) for one in self.questions if one.id in found)
+        return {one.id: answer for one, answer in known if not _changed(one, answer["metadata"].get("images"))}
 
     def missing(self) -> list[Question]:
         """Returns the questions that this process has to ask."""
@@ -155,8 +156,15 @@ class TaskRun:
         return result
 
     def verdicts(self) -> dict[str, list[tuple[float, float]]]:
-        """Returns the scores that a judge has given, by question."""
-        return {}
+        """Returns the scores that a judge has given, by question, in the order in which it was asked."""
+        file = self.folder / REVIEWS
+        if not self.task.judged or not file.exists():
+            return {}
+        return pairs_by_question(file, self.answer_ids())
+
+    def answer_ids(self) -> dict[str, str]:
+        """Returns the id of each answer, by question."""
+        return {id: str(answer.get("answer_id", id)) for id, answer in self.answers().items()}
 
 
 def evaluate(
@@ -236,13 +244,22 @@ def fingerprint(task: Task, questions: Sequence[Question]) -> str:
 
 
 def _states(question: Question) -> list[list[Any]]:
-    """Returns names and sizes of the pictures, by which a changed one is recognised."""
-    return [
-        [hashlib.sha256(image).hexdigest()[:22], len(image)]
-        if isinstance(image, bytes)
-        else [image.name, image.stat().st_size]
-        for image in question.images
-    ]
+    """Returns names and sizes of the pictures, by which a changed one is recognised. The size of a lost one is None."""
+    return [_state(image) for image in question.images]
+
+
+def _state(image: Path | bytes) -> list[Any]:
+    if isinstance(image, bytes):
+        return [hashlib.sha256(image).hexdigest()[:22], len(image)]
+    return [image.name, image.stat().st_size if image.exists() else None]
+
+
+def _changed(question: Question, before: Any) -> bool:
+    """Whether pictures differ from their states `before`. Lost ones do not: answers may be judged without them."""
+    now = _states(question)
+    if not isinstance(before, list) or len(before) != len(now):
+        return True
+    return any(new != old and new[1] is not None for new, old in zip(now, before, strict=True))
 
 
 def check_run(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 from llava.errors import DataError
 from llava.eval.entries import Entry, JsonFile
 from llava.eval.questions import QUESTIONS
+from llava.eval.reviews import REVIEWS
 from llava.eval.task import Item, Scores, Task, figures_of
 from llava.eval.tasks import TASKS
 
 log = logging.getLogger(__name__)
 RUN, SCHEMA = "run.json", "llava-eval-run/1"
 SETTINGS, ANSWERS, SCORES = "settings.json", "answers.jsonl", "scores.json"
-PROMPTS, REVIEWS = "prompts.json", "reviews.jsonl"
+PROMPTS = "prompts.json"
 _MAX = 1e300  # a larger number is no score
 _AGAIN = "run the llava eval run command of this folder again, which writes it"
 
@@ -141,7 +142,7 @@ def read_asked(run: Run, task: str) -> list[Asked]:
     folder = run.folder / task
     answers = {one.id("question_id"): one for one in _lines(folder / ANSWERS, "an answer")}
     reviews: dict[str, list[str]] = {}
-    for one in _lines(folder / REVIEWS, "a judge's verdict"):
+    for one in _verdicts(folder / REVIEWS):
         reviews.setdefault(one.id("question_id"), []).append(_review(one))
     questions = _lines(folder / QUESTIONS, "a question")
     if answers and not questions:
@@ -193,6 +194,11 @@ def _lines(file: Path, expected: str) -> list[Entry]:
     return list(JsonFile(file, expected).entries()) if file.exists() else []
 
 
+def _verdicts(file: Path) -> list[Entry]:
+    """Returns what a judge wrote, except a line that it is just writing."""
+    return list(JsonFile.appended(file, "a judge's verdict").entries()) if file.exists() else []
+
+
 def _mapping(entry: Entry, key: str) -> Mapping[str, Any]:
     value = entry.value.get(key, {})
     if not isinstance(value, dict):
@@ -221,7 +227,7 @@ def _count(entry: Entry, key: str) -> int:
 def _figure(entry: Entry, name: str, value: Any) -> float | None:
     if value is not None and not _is_number(value):
         raise DataError(f"{entry.where}: {name:.60} is {value!r:.60}; expected a number or null")
-    return value if value is None else float(value)
+    return value
 
 
 def _is_number(value: Any) -> bool:

@@ -184,6 +184,16 @@ def read_questions(task: Task, data: Data) -> list[Question]:
     return found
 
 
+class Judged(Task):
+    """A benchmark whose figures follow from a judge's verdicts: llava eval judge."""
+
+    judged = True
+
+    @abstractmethod
+    def judge_prompt(self, question: Question, reply: str) -> str:
+        """Returns what the judge is asked about a reply. The question's values have its category and reference_id."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scores:
     """The figures of a run, and what they follow from."""

@@ -13,6 +13,7 @@ from tests.advice import (  # noqa: F401 (their rows)
     data,
     evaluation,
     files,
+    judging,
     outputs,
     prompts,
     runs,

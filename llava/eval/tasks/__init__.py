@@ -3,6 +3,7 @@
 from llava.errors import ConfigError
 from llava.eval.task import Task
 from llava.eval.tasks.gqa import Gqa
+from llava.eval.tasks.llava_bench import LlavaBenchCoco, LlavaBenchWild
 from llava.eval.tasks.mm_vet import MmVet
 from llava.eval.tasks.mmbench import MmBench
 from llava.eval.tasks.mme import Mme
@@ -14,7 +15,8 @@ from llava.eval.tasks.vizwiz import VizWiz
 from llava.eval.tasks.vqav2 import Vqav2
 
 _ALL: tuple[Task, ...] = (
-    ScienceQa(), Pope(), Mme(), TextVqa(), Vqav2(), Gqa(), VizWiz(), MmBench(), Seed(), MmVet()
+    ScienceQa(), Pope(), Mme(), TextVqa(), Vqav2(), Gqa(), VizWiz(), MmBench(), Seed(), MmVet(),
+    LlavaBenchWild(), LlavaBenchCoco()
 )  # fmt: skip
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 

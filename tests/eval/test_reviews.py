@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from llava.eval.tasks.llava_bench import parse_scores, read_reviews, summarize, table
+from llava.eval.reviews import parse_scores, read_reviews, summarize, table
 from tests.command import assert_one_line_error, run, run_well
 from tests.eval.science import lines
 
