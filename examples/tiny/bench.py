@@ -20,19 +20,21 @@ from examples.tiny.paint import COLORS, WORDS
 from examples.tiny.questions import Asker, Turn, complex_, detail, dialogue
 from examples.tiny.score import CONVERSATION, SUBSETS, subset_of
 from examples.tiny.truth import Truth
-from examples.tiny.vocabulary import forms
+from examples.tiny.vocabulary import forms, vocabulary
 from examples.tiny.world import Scene, draw
 from llava.errors import LlavaError
+from llava.eval.marks import Vocabulary
 from llava.tensors.atomic import new_folder
 
 CONVERSATIONS = 3  # questions per scene, of different kinds
 DRAWS = 12  # questions drawn, of which some are of the other categories
-TRIES = 8  # to find a complex question, which not every scene has
+TRIES = 16  # to find a complex question, which not every scene has
+NAMED = 0.8  # probability that the answer to it is a thing, if one is found
 
 
 def files(glyphs: Glyphs, n: int, seed: int) -> dict[str, bytes]:
     """Returns the files of the questions about n scenes, by their paths."""
-    knowledge, pictures, lines = know(glyphs), {}, []
+    knowledge, words, pictures, lines = know(glyphs), vocabulary(glyphs.entries), {}, []
     for i in range(n):
         rng = random.Random(f"bench {seed} {i}")
         style, subset = glyphs.styles[i % len(glyphs.styles)], subset_of(i // len(glyphs.styles))
@@ -41,21 +43,27 @@ def files(glyphs: Glyphs, n: int, seed: int) -> dict[str, bytes]:
         n_objects = rng.randint(2, 6) if pairs == "held back" else None  # a pair needs two things
         scene = draw(told["seed"], glyphs, [style], pairs=pairs, n_objects=n_objects)
         pictures[f"images/{i:03}.jpg"] = jpeg(scene)
-        lines += [line | told for line in _asked(f"{i:03}", scene, Asker(rng, knowledge, phrasing))]
-    words = {"things": forms(glyphs.entries), "colors": [*COLORS], "printed": [*WORDS]}
-    return {"questions.jsonl": b"".join(map(_dumped, lines)), "vocabulary.json": _dumped(words), **pictures}
+        lines += [line | told for line in _asked(f"{i:03}", scene, Asker(rng, knowledge, phrasing), words)]
+    known = {"things": forms(glyphs.entries), "colors": [*COLORS], "printed": [*WORDS]}
+    return {"questions.jsonl": b"".join(map(_dumped, lines)), "vocabulary.json": _dumped(known), **pictures}
 
 
-def _asked(name: str, scene: Scene, ask: Asker) -> Iterator[dict[str, Any]]:
+def _asked(name: str, scene: Scene, ask: Asker, words: Vocabulary) -> Iterator[dict[str, Any]]:
     """Yields the lines of questions.jsonl about a scene."""
     talked = {turn.kind: turn for turn in dialogue(ask, scene, DRAWS) if turn.kind in CONVERSATION}
     truth = Truth(scene)
-    reasoned = next(filter(None, (complex_(ask, truth) for _ in range(TRIES))), None)
     turns = [("conv", turn) for turn in [*talked.values()][:CONVERSATIONS]]
-    turns += [("detail", detail(ask, truth)), ("complex", reasoned)]
+    turns += [("detail", detail(ask, truth)), *(("complex", turn) for turn in _reasoned(ask, truth, words))]
     for k, (category, turn) in enumerate(turns):
-        if turn:
-            yield {"question_id": f"{name}-{k}", "image": f"{name}.jpg", "text": turn.question} | _rule(category, turn)
+        yield {"question_id": f"{name}-{k}", "image": f"{name}.jpg", "text": turn.question} | _rule(category, turn)
+
+
+def _reasoned(ask: Asker, truth: Truth, words: Vocabulary) -> list[Turn]:
+    """Returns a complex question, or none. The answer to most of them is a thing that the question does not name."""
+    tried = [turn for _ in range(TRIES) if (turn := complex_(ask, truth))]
+    named = [turn for turn in tried if words.split(turn.answer)[0] - words.split(turn.question)[0]]
+    nothing = [turn for turn in tried if not words.split(turn.answer)[0]]
+    return (named if named and ask.rng.random() < NAMED else nothing)[:1]
 
 
 def _rule(category: str, turn: Turn) -> dict[str, str]:

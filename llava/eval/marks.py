@@ -1,7 +1,7 @@
 """Marks replies by rule: pure functions of the reference answer to a question, and of a model's reply.
 
 A reply is correct if it agrees with the reference on what the question is about: the names, the number or the position.
-The rules are those of llava-tiny's questions (examples/tiny), and no model takes part in them.
+The rules are those of the questions about drawn scenes (examples/tiny), and no model takes part in them.
 """
 
 import hashlib
