@@ -27,7 +27,10 @@ class Questions:
 
     data: Annotated[
         Path | None,
-        typer.Option("--data", help="folder with the task's files, or with the folders of several tasks, as published; a task that is included needs none"),
+        typer.Option(
+            "--data",
+            help="folder with the task's files, or with the folders of several tasks, as published; a task that is included needs none",
+        ),
     ] = None
     images: Annotated[Path | None, typer.Option("--images", help="folder of the pictures; default: as published")] = (
         None

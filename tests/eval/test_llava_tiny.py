@@ -46,7 +46,7 @@ def test_there_are_enough_questions_of_each_category_kind_style_and_subset(quest
     counts = Counter(group for one in questions for group in one.groups)
     assert counts["conv"] > 290
     assert counts["detail"] == 100
-    assert counts["complex"] > 90
+    assert counts["complex"] > 80
     assert min(counts.values()) >= 20
     assert len(set(counts) - set(CATEGORIES)) == 8  # kinds of questions in conversations
     assert len({one.id for one in questions}) == len(questions)
@@ -113,9 +113,10 @@ def test_the_command_needs_no_data_and_takes_other_data(tmp_path: Path) -> None:
 
 
 def test_the_list_of_tasks_says_that_it_is_included() -> None:
-    assert "llava-tiny: drawn scenes; marks, mean of conv, detail and complex (%); included" in run_well(
-        "eval", "tasks"
-    ).stdout.splitlines()
+    assert (
+        "llava-tiny: drawn scenes; marks, mean of conv, detail and complex (%); included"
+        in run_well("eval", "tasks").stdout.splitlines()
+    )
     listed = {one["name"]: one for one in json.loads(run_well("eval", "tasks", "--json").stdout)}
     assert listed["llava-tiny"]["included"] is True
     assert listed["pope"]["included"] is False
@@ -151,7 +152,10 @@ def words(value: Any) -> Callable[[Path], None]:
         (words({"things": {"dog": "dog"}, "colors": [], "printed": []}), r"vocabulary\.json: expected an object"),
         (words({"things": [], "colors": [], "printed": []}), r"vocabulary\.json: expected an object"),
         (words({"things": {}, "colors": [1], "printed": []}), r"vocabulary\.json: expected an object"),
-        (lambda folder: (folder / "vocabulary.json").unlink(), r"vocabulary\.json: not found; expected names of things"),
+        (
+            lambda folder: (folder / "vocabulary.json").unlink(),
+            r"vocabulary\.json: not found; expected names of things",
+        ),
     ],
 )
 def test_files_that_are_not_in_order_are_refused(tmp_path: Path, change, message) -> None:

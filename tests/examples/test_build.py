@@ -99,9 +99,7 @@ def share_named(model: Path, *, blind: bool) -> float:
     asked, words = fresh()
     answer = answers(str(model), device="cpu", batch_size=32, template=None, blind=blind)
     replies = answer([(scene.image, turn) for scene, turn in asked])
-    marks = [
-        correct(turn.measure, turn.answer, reply, words) for (_, turn), reply in zip(asked, replies, strict=True)
-    ]
+    marks = [correct(turn.measure, turn.answer, reply, words) for (_, turn), reply in zip(asked, replies, strict=True)]
     return sum(marks) / SCENES
 
 

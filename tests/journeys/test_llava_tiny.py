@@ -74,7 +74,9 @@ def test_it_is_an_ordinary_llava_of_at_most_16_megabytes() -> None:
 def test_no_code_makes_a_special_case_of_it() -> None:
     """Its name is only where the default model is chosen, and in the benchmark which has that name."""
     root = PROJECT / "llava"
-    named = {file.relative_to(root).as_posix() for file in root.rglob("*.py") if "llava-tiny" in file.read_text("utf-8")}
+    named = {
+        file.relative_to(root).as_posix() for file in root.rglob("*.py") if "llava-tiny" in file.read_text("utf-8")
+    }
     assert named == {"assistant.py", "cli/answer.py", "cli/options.py", "eval/tasks/llava_tiny.py"}
 
 
