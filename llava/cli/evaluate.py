@@ -29,7 +29,8 @@ class Questions:
         Path | None,
         typer.Option(
             "--data",
-            help="folder with the task's files, or with the folders of several tasks, as published; a task that is included needs none",
+            help="folder with the task's files, or with the folders of several tasks, as published; default: the files "
+            "in this package, if the task is included",
         ),
     ] = None
     images: Annotated[Path | None, typer.Option("--images", help="folder of the pictures; default: as published")] = (

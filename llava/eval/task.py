@@ -59,7 +59,7 @@ class Data:
     def of(cls, task: "Task", folder: Path | None, *, images: Path | None = None, split: str | None = None) -> "Data":
         """Returns the data of a task. folder: that of the task, or the one that contains it in the original's layout.
 
-        None: the files that are part of this package, if the task has such. Raises ConfigError if there is no such folder.
+        If it is None, the files of an included task are used. Raises ConfigError if there is no such folder.
         """
         folder = folder or task.included
         if folder is None or not folder.is_dir():

@@ -1,7 +1,7 @@
 """Drawn scenes, such as the included llava-tiny was trained on: conversation, descriptions, and complex questions.
 
-The files are part of this package, and written by examples/tiny/bench.py. No judge is asked: replies are marked by rule,
-so that the figures of a model are the same in every run.
+The files are part of this package, and written by examples/tiny/bench.py. No judge is asked: replies are marked by
+rule, so that the figures of a model are the same in every run.
 """
 
 from collections.abc import Mapping, Sequence
