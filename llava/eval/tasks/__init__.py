@@ -2,9 +2,10 @@
 
 from llava.errors import ConfigError
 from llava.eval.task import Task
+from llava.eval.tasks.llava_tiny import LlavaTiny
 from llava.eval.tasks.pope import Pope
 
-TASKS: dict[str, Task] = {task.name: task for task in (Pope(),)}
+TASKS: dict[str, Task] = {task.name: task for task in (Pope(), LlavaTiny())}
 
 
 def task_named(name: str) -> Task:
