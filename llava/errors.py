@@ -24,8 +24,8 @@ def printable(text: str) -> str:
 
 
 def counted(n: int, noun: str) -> str:
-    """Returns "1 tensor" or "3 tensors"."""
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+    """Returns "1 tensor" or "3,000 tensors"."""
+    return f"{n} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 class ConfigError(LlavaError):

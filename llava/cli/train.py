@@ -1,4 +1,4 @@
-"""Commands for training: train, data check, data convert."""
+"""Commands for training: train, data check, data convert, data overlap."""
 
 import json
 import os
@@ -175,3 +175,59 @@ def data_convert(
     else:
         done = job.convert(file, out, layout=layout.value, drop=drop)
     print(json.dumps(done.to_dict(), ensure_ascii=False) if as_json else done.text())
+
+
+@data.command("overlap")
+def data_overlap(
+    train: Annotated[
+        Path, typer.Argument(metavar="TRAIN", help="training data: .json, .jsonl or .tar file, or folder of .tar files")
+    ],
+    bench: Annotated[
+        Path,
+        typer.Argument(
+            metavar="BENCH", help="benchmark: a folder of pictures and JSON files, one such file, or training data"
+        ),
+    ],
+    images: Annotated[
+        Path | None,
+        typer.Option("--images", help="location of TRAIN's images: folder, .zip, .tar or folder of .tar files"),
+    ] = None,
+    bench_images: Annotated[
+        Path | None,
+        typer.Option("--bench-images", help="location of BENCH's images; default: BENCH itself, a folder"),
+    ] = None,
+    distance: Annotated[
+        int,
+        typer.Option(
+            "--distance", min=0, max=64, help="bits, of 256, in which the hashes of the same picture may differ"
+        ),
+    ] = 24,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=0, help="number of worker processes; default: one per CPU")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="write the report, as JSON, to a new file")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find images and questions of a benchmark in training data. The exit code is 1 if there are any."""
+    from llava.data.overlap import OverlapOptions, find_overlap
+    from llava.data.overlap_report import render
+    from llava.tensors.atomic import check_new, new_file
+
+    if out:
+        check_new(out)
+    options = OverlapOptions(images=images, bench_images=bench_images, distance=distance, workers=workers)
+    report = find_overlap(train, bench, options, progress_bar)
+    text = json.dumps(report.to_dict())  # in ASCII, because names of files need not be valid Unicode
+    if out:
+        with new_file(out, 2 * len(text)) as partial:
+            partial.write_text(text + "\n", encoding="utf-8")
+    if as_json:
+        print(text)
+    else:
+        from rich.console import Console
+
+        Console(width=None if sys.stdout.isatty() else 140, markup=False, highlight=False).print(render(report))
+    if report.found:
+        raise SystemExit(1)

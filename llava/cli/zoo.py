@@ -2,12 +2,15 @@
 
 import json
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llava.cli.app import app
 from llava.cli.options import AsJson, Revision
+from llava.errors import counted
 from llava.zoo import catalogue  # does not import torch
 
 if TYPE_CHECKING:
@@ -39,18 +42,43 @@ def tables(
     data: Annotated[
         str | None, typer.Option("--data", help="pretraining or finetuning data to filter by, e.g. 558K")
     ] = None,
+    runs: Annotated[
+        Path | None,
+        typer.Option(
+            "--runs", metavar="FOLDER", help="compare published scores with those of llava eval run: a run, or a folder"
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print a JSON list of entries instead of tables")] = False,
 ) -> None:
     """Browse the catalogue of published checkpoints, or identify a checkpoint folder."""
     if context.invoked_subcommand:
         return
     chosen = catalogue.select(base_llm=base_llm, format=format, vision_encoder=vision_encoder, data=data)
-    if as_json:
+    if runs:
+        _compare(chosen, runs, as_json=as_json)
+    elif as_json:
         _print_json(chosen)
     elif chosen:
-        _print_tables(chosen)
+        _print_tables(catalogue.tables(chosen))
     else:
         print("no entry matches; run llava zoo without filters to list all entries")
+
+
+def _compare(chosen: list[dict[str, Any]], folder: Path, *, as_json: bool) -> None:
+    from llava.eval.published import notes, published, read_measured, score_tables
+
+    ids = {entry["id"] for entry in chosen}
+    found = read_measured(folder)
+    measured = [run for run in found if run.entry is None or run.entry["id"] in ids]
+    if as_json:
+        scores = [{"id": entry["id"], "published": published(entry)} for entry in chosen]
+        _print_json({"entries": scores, "runs": [run.to_dict() for run in measured]})
+        return
+    _print_tables(score_tables(chosen, measured))
+    for run in measured:
+        _print_lines("", notes(run))
+    if n := len(found) - len(measured):
+        print(f"{counted(n, 'run')} of entries that the filters leave out")
 
 
 @zoo.command()
@@ -131,11 +159,11 @@ def _console(width: int) -> "Console":
     return Console(width=None if sys.stdout.isatty() else width, markup=False, highlight=False)
 
 
-def _print_tables(chosen: list[dict[str, Any]]) -> None:
+def _print_tables(tables: Iterable[catalogue.Table]) -> None:
     from rich.table import Table
 
     console = _console(width=400)
-    for part in catalogue.tables(chosen):
+    for part in tables:
         table = Table(title=part.title, title_justify="left", box=None, padding=(0, 2, 0, 0))
         table.add_column("Checkpoint", no_wrap=not sys.stdout.isatty(), overflow="fold")
         for column in part.columns:

@@ -1,17 +1,9 @@
 """Checks all samples of a data file in worker processes, reports the problems, and optionally writes a fixed copy."""
 
-import multiprocessing
-import multiprocessing.connection
-import os
-import signal
-import threading
 import time
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from statistics import median
 
@@ -21,15 +13,12 @@ from llava.data.findings import Change, Finding, Fixed, Report, TokenFigures
 from llava.data.layouts import Sample
 from llava.data.measure import Measure
 from llava.data.pictures import is_data_url
+from llava.data.pool import Progress, run_in_chunks
 from llava.data.records import is_array
 from llava.data.repair import Fault
-from llava.data.samples import WORKERS_START, Samples, starting_workers
-from llava.data.workers import available_cpus, capped_workers
+from llava.data.samples import Samples
 from llava.data.write import check_target, write_samples
 from llava.errors import DataError
-
-_CHUNK = 64  # samples per worker task
-Progress = Callable[[int, int], None]  # samples done, total samples
 
 
 @dataclass
@@ -122,7 +111,8 @@ def check(
             "for this model, token counts depend on picture sizes; specify the location of the pictures with --images"
         )
     tally = _Tally()
-    for i, found in enumerate(_examine_all(examiner, workers, progress)):
+    chunks = run_in_chunks(examiner, len(samples), workers, progress)
+    for i, found in enumerate(chain.from_iterable(chunks)):
         tally.add(i, found, samples.text(i))
     fixed = _write_fixed(samples, tally, fix, array=is_array(file)) if fix else None
     return Report(
@@ -152,59 +142,6 @@ def _source(sample: Sample) -> str:
         return "data: URLs"
     top, slash, _ = sample.images[0].removeprefix("./").partition("/")
     return "no folder" if not slash else "<number>/" if top.isdecimal() else f"{top}/"
-
-
-_examiner: Examiner | None = None  # set once per worker process, so that samples are not sent with every task
-
-
-def _start_worker(examiner: Examiner) -> None:
-    global _examiner
-    _examiner = examiner
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    warnings.simplefilter("ignore")  # Pillow warns about some pictures that it reads correctly
-
-
-def _exit_with_parent() -> None:
-    """Exits when the parent process dies; otherwise the worker would wait for tasks forever."""
-    parent = multiprocessing.parent_process()
-    assert parent
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
-
-
-def _examine(indices: range) -> list[Examined]:
-    assert _examiner
-    return _examiner(indices)
-
-
-def _examine_all(examiner: Examiner, workers: int | None, progress: Progress) -> Iterator[Examined]:
-    """Yields the results of all samples, in order."""
-    n = len(examiner.samples)
-    chunks = [range(i, min(i + _CHUNK, n)) for i in range(0, n, _CHUNK)]
-    asked = available_cpus() if workers is None else capped_workers(workers, "--workers")
-    workers = min(len(chunks) if len(chunks) > 1 else 0, asked)
-    for chunk, found in zip(chunks, _map_chunks(examiner, chunks, workers), strict=True):
-        yield from found
-        progress(chunk.stop, n)
-
-
-def _map_chunks(examiner: Examiner, chunks: list[range], workers: int) -> Iterator[list[Examined]]:
-    if workers == 0:
-        yield from map(examiner, chunks)
-        return
-    context = multiprocessing.get_context(WORKERS_START)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(examiner,))
-    try:
-        with starting_workers():
-            found = pool.map(_examine, chunks)
-        yield from found
-    except BrokenProcessPool:
-        raise DataError(
-            "a worker process was killed, possibly because memory ran out; if so, reduce --workers"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _write_fixed(samples: Samples, tally: _Tally, out: Path, *, array: bool) -> Fixed:

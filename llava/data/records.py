@@ -12,7 +12,7 @@ from llava.errors import DataError
 
 BLOCK = 1 << 24  # number of characters to read from a JSON array at a time
 BROKEN = object()  # sentinel: value of a record that is not valid JSON
-_PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _OTHER_MEDIA_SUFFIXES = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".mp3", ".wav", ".flac", ".ogg", ".m4a", ".opus")
 _SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
@@ -152,7 +152,7 @@ def _read_tar(file: Path, archives: Archives) -> Iterator[Record]:
     pictures: dict[str, list[str]] = {}
     other_media: dict[str, list[str]] = {}  # listed under "media", which `parse` refuses
     for name in names:
-        if name.lower().endswith(_PICTURE_SUFFIXES):
+        if name.lower().endswith(PICTURE_SUFFIXES):
             pictures.setdefault(_key(name), []).append(name)
         elif name.lower().endswith(_OTHER_MEDIA_SUFFIXES):
             other_media.setdefault(_key(name), []).append(name)

@@ -156,15 +156,50 @@ def a_tokenizer_and_a_model(w: World) -> Steps:
 
 @advice("a worker process was killed, possibly because memory ran out; if so, reduce --workers")
 def a_killed_worker(w: World) -> Steps:
-    from llava.data import check as job
+    from llava.data import pool
 
-    with mock.patch.object(job, "_examine", _die), mock.patch.object(job, "_CHUNK", 10):
+    with mock.patch.object(pool, "_run", _die), mock.patch.object(pool, "CHUNK", 10):
         yield ("data", "check", w.data, "--workers", 2)
     yield ("data", "check", w.data, "--workers", 1)
 
 
 def _die(chunk: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+# ------------------------------------------------------------------------------------------------------------- overlap
+
+
+def overlap(w: World, *more: object) -> Run:
+    return ("data", "overlap", w.data, w / "bench.json", "--workers", 0, *more)
+
+
+def write_bench(w: World, *questions: dict[str, str]) -> None:
+    (w / "bench.json").write_text(json.dumps(questions))
+
+
+@advice("specify --images")
+def pictures_of_training_data_that_are_not_compared(w: World) -> Steps:
+    write_bench(w, {"question": "Is this a unicorn?"})
+    yield overlap(w)
+    yield overlap(w, "--images", w.images)
+
+
+@advice("specify --bench-images")
+def pictures_of_a_benchmark_that_are_not_compared(w: World) -> Steps:
+    write_bench(w, {"question": "Is this a unicorn?", "image": w.picture.name})
+    yield overlap(w)
+    yield overlap(w, "--bench-images", w.picture.parent)
+
+
+@advice("the rest is listed by --json", succeeds=False)
+def many_questions_in_common(w: World) -> Steps:
+    asked = [f"Is number {i} a unicorn?" for i in range(11)]
+    write_bench(w, *[{"question": text} for text in asked])
+    turns = [turn for text in asked for turn in ({"from": "human", "value": text}, TURNS[1])]
+    file = write(w, {"conversations": turns}, name="train.json")
+    yield ("data", "overlap", file, w / "bench.json")
+    yield ("data", "overlap", file, w / "bench.json", "--json")
 
 
 # ------------------------------------------------------------------------------------------------- files and pictures
