@@ -44,14 +44,15 @@ class Questions:
     def open(self, name: str, out: Path, settings: Mapping[str, Any], model: str) -> "TaskRun":
         """Reads the questions of a task, and opens its part of the run."""
         from llava.eval.run import Share, TaskRun
-        from llava.eval.task import Data
+        from llava.eval.task import Data, read_questions
         from llava.eval.tasks import task_named
 
         task = task_named(name)
-        questions = task.questions(Data.of(task, self.data, images=self.images, split=self.split))[: self.limit]
+        data = Data.of(task, self.data, images=self.images, split=self.split)
+        questions = read_questions(task, data)[: self.limit]
         share = Share(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))  # set by torchrun
-        made = TaskRun(task=task, questions=questions, folder=out / name, share=share, model=model)
-        made.open({**settings, "--split": self.split, "--limit": self.limit})
+        made = TaskRun(task=task, questions=questions, folder=out / name, share=share, model=model, data=data)
+        made.open({**settings, "--split": data.split or None, "--limit": self.limit})
         return made
 
 
@@ -129,7 +130,7 @@ def tasks(as_json: AsJson = False) -> None:
     from llava.eval.tasks import TASKS
 
     if as_json:
-        fields = ("name", "title", "metric", "folder", "judged")
+        fields = ("name", "title", "metric", "folder", "judged", "splits")
         listed = [
             {key: getattr(task, key) for key in fields} | {"included": bool(task.included), "files": dict(task.files)}
             for task in TASKS.values()
@@ -138,6 +139,8 @@ def tasks(as_json: AsJson = False) -> None:
         return
     for task in TASKS.values():
         print(f"{task.name}: {task.title}; {task.metric}" + "; included" * bool(task.included))
+        if task.splits:
+            print(f"  splits: {', '.join(task.splits)}")
         for file, content in task.files.items():
             print(f"  {Path(task.folder) / file}: {content}")
 
@@ -161,6 +164,9 @@ def _report(scores: Sequence["Scores"], out: Path, as_json: bool) -> None:
         from llava.eval.report import table
 
         Console(width=None if sys.stdout.isatty() else 140, markup=False, highlight=False).print(*map(table, scores))
+        for one in scores:
+            if one.note:
+                print(f"{one.task}: {one.note}")
         print(f"answers, scores and settings: {out}")
     if any(one.unanswered for one in scores):
         raise SystemExit(1)

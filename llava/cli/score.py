@@ -41,7 +41,7 @@ def scienceqa(
     as_json: AsJson = False,
 ) -> None:
     """Score answers to ScienceQA: in all, with pictures, and by subject, context and grade."""
-    from llava.eval.tasks import scienceqa as task
+    from llava.eval import scienceqa as task
 
     run = task.open_run(
         problems, splits, split, rule=rule.value, seed=seed, skip_missing_problems=skip_missing_problems

@@ -85,6 +85,8 @@ class Problems:
 def read_split(file: Path, split: str) -> list[str]:
     """Returns the ids of a split, each once, from a `pid_splits.json`. Raises DataError or ConfigError."""
     splits = _read_object(file, "an object with the ids of each split, as in ScienceQA's pid_splits.json")
+    if not splits:
+        raise DataError(f"{file}: has no splits; expected the ids of each")
     if split not in splits:
         raise ConfigError(f"{file}: has no split {split!r}; choose one of {', '.join(splits)} with --split")
     ids = splits[split]

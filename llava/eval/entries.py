@@ -1,11 +1,13 @@
 """Reads files of answers and verdicts: JSON lines, or one JSON value. Errors name the file and the line."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from llava.errors import DataError
+
+_Key = TypeVar("_Key")
 
 
 class Entry(NamedTuple):
@@ -17,16 +19,66 @@ class Entry(NamedTuple):
     def text(self, key: str) -> str:
         """Returns a text. Raises DataError."""
         value = self.value.get(key)
-        if not isinstance(value, str):
+        if not isinstance(value, str) or not _is_unicode(value):
             raise DataError(f"{self.where}: {key} is {value!r:.60}; expected a text")
         return value
 
     def id(self, key: str) -> str:
         """Returns an id, which may be a number in the file. Raises DataError."""
         value = self.value.get(key)
-        if isinstance(value, bool) or not isinstance(value, str | int):
+        if isinstance(value, bool) or not isinstance(value, str | int) or not _is_unicode(str(value)):
             raise DataError(f"{self.where}: {key} is {value!r:.60}; expected the id of a question")
         return str(value)
+
+    def texts(self, key: str) -> list[str]:
+        """Returns a list of at least one text. Raises DataError."""
+        value = self.value.get(key)
+        if not isinstance(value, list) or not value or not all(isinstance(one, str) for one in value):
+            raise DataError(f"{self.where}: {key} is {value!r:.60}; expected a list of texts")
+        return value
+
+    def part(self, key: str) -> "Entry":
+        """Returns an object in this one. Raises DataError."""
+        value = self.value.get(key)
+        if not isinstance(value, dict):
+            raise DataError(f"{self.where}: {key} is {value!r:.60}; expected an object")
+        return Entry(f"{self.where}, {key}", value)
+
+    def parts(self, key: str) -> "list[Entry]":
+        """Returns the objects of a list in this one. Raises DataError."""
+        value = self.value.get(key)
+        if not isinstance(value, list) or not value or not all(isinstance(one, dict) for one in value):
+            raise DataError(f"{self.where}: {key} is {value!r:.60}; expected a list of objects")
+        return [Entry(f"{self.where}, {key}, entry {i}", one) for i, one in enumerate(value, start=1)]
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written to a file; half of a pair of surrogates, which JSON may contain, cannot."""
+    return text.isascii() or text == text.encode("utf-8", "ignore").decode()
+
+
+def by_key(entries: Iterable[Entry], key: Callable[[Entry], _Key]) -> dict[_Key, Entry]:
+    """Returns entries by their keys, which must differ. Raises DataError."""
+    found: dict[_Key, Entry] = {}
+    for entry in entries:
+        id = key(entry)
+        first = found.setdefault(id, entry)
+        if first is not entry:
+            raise DataError(f"{entry.where}: has the id {id!r:.60} of {first.where}; expected different ids")
+    return found
+
+
+def read_text(path: Path, expected: str) -> str:
+    """Returns the content of a file in UTF-8, with or without a byte order mark. Raises DataError."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); expected {expected}") from None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}, line {line}: not UTF-8 text ({error.reason}); expected {expected}") from None
 
 
 class JsonFile:
@@ -35,19 +87,15 @@ class JsonFile:
     def __init__(self, path: Path, expected: str):
         """expected: what the file should contain, for error messages."""
         self.path, self.expected = path, expected
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); expected {expected}") from None
-        try:
-            self.text = data.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            line = data.count(b"\n", 0, error.start) + 1
-            raise DataError(f"{path}, line {line}: not UTF-8 text ({error.reason}); expected {expected}") from None
+        self.text = read_text(path, expected)
 
     def value(self) -> Any:
         """Returns the one value that the file contains."""
         return self._parsed(self.text, f"{self.path}")
+
+    def object(self) -> Entry:
+        """Returns the one object that the file contains."""
+        return self.entry(self.value(), f"{self.path}")
 
     def is_one_value(self) -> bool:
         """Whether the file contains one JSON value, on any number of lines."""

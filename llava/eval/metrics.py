@@ -140,9 +140,14 @@ def _agreement(answer: str, references: Sequence[str]) -> float:
 # --------------------------------------------------------------------------------------------------------------- GQA
 
 
+def gqa_prediction(text: str) -> str:
+    """Returns an answer as LLaVA's convert_gqa_for_eval.py writes it: in lower case, without final dots."""
+    return text.rstrip(".").lower()
+
+
 def gqa_correct(text: str, answer: str) -> bool:
-    """Whether an answer is exactly that of GQA, after LLaVA's convert_gqa_for_eval.py: lower case, no final dots."""
-    return text.rstrip(".").lower() == answer
+    """Whether an answer is exactly that of GQA, after convert_gqa_for_eval.py."""
+    return gqa_prediction(text) == answer
 
 
 # --------------------------------------------------------------------------------------------------------------- MME

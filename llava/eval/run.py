@@ -22,7 +22,7 @@ from llava.assistant import Assistant, question_about
 from llava.engine.sampling_params import SamplingParams
 from llava.errors import ConfigError, LlavaError, counted
 from llava.eval.entries import JsonFile
-from llava.eval.task import Answered, Question, Scores, Task, check_images, scores
+from llava.eval.task import Answered, Data, Question, Scores, Task, check_images, scores
 from llava.tensors.atomic import replacing
 from llava.tensors.writer import Progress, no_progress
 
@@ -49,6 +49,7 @@ class TaskRun:
     folder: Path
     share: Share = field(default_factory=Share)
     model: str = ""  # name of the model, for the answers
+    data: Data | None = None  # of the benchmark; None: no files for its own programs are written
 
     @property
     def journal(self) -> Path:
@@ -140,6 +141,10 @@ class TaskRun:
             if one.id in known
         ]
         result = scores(self.task, answered, n_questions=len(self.questions))
+        for name, content in (self.task.submission(answered, self.data) if self.data else {}).items():
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self.folder / name) as partial:
+                partial.write_bytes(content)
         _write(self.folder / SCORES, result.json())
         return result
 
@@ -190,7 +195,7 @@ def _ask(
     if assistant is None:
         return
     params = SamplingParams.from_options(**{"max_new_tokens": task.max_new_tokens, **options})
-    requests = [question_about([str(path) for path in one.images], task.prompt(one)) for one in questions]
+    requests = [question_about(list(one.images), task.prompt(one)) for one in questions]
     with closing(assistant.engine.generate_each(requests, params, adapter=assistant.active)) as results:
         for i, result in results:
             yield questions[i], result
@@ -207,7 +212,7 @@ def fingerprint(task: Task, questions: Sequence[Question]) -> str:
     """Returns a digest of everything that the model is asked, and of the right answers."""
     digest = hashlib.sha256()
     for one in questions:
-        images = [path.name for path in one.images]
+        images = [name for name, _ in _states(one)]
         values = [one.id, task.prompt(one), images, one.answer, list(one.groups), dict(one.values)]
         digest.update(json.dumps(values, sort_keys=True, default=str).encode())
     return digest.hexdigest()
@@ -215,7 +220,12 @@ def fingerprint(task: Task, questions: Sequence[Question]) -> str:
 
 def _states(question: Question) -> list[list[Any]]:
     """Returns names and sizes of the pictures, by which a changed one is recognised."""
-    return [[path.name, path.stat().st_size] for path in question.images]
+    return [
+        [hashlib.sha256(image).hexdigest()[:22], len(image)]
+        if isinstance(image, bytes)
+        else [image.name, image.stat().st_size]
+        for image in question.images
+    ]
 
 
 def _check_same(file: Path, wanted: Mapping[str, Any]) -> None:

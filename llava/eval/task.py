@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import ConfigError, DataError, counted
+from llava.eval.entries import Entry, JsonFile
 from llava.eval.metrics import share
 
 ALL = "all"
@@ -23,19 +24,10 @@ class Question:
 
     id: str
     text: str  # as in the benchmark's file
-    images: tuple[Path, ...] = ()
+    images: tuple[Path | bytes, ...] = ()  # files, or the content of a file
     answer: Any = None  # what the task compares a reply with
     groups: tuple[str, ...] = ()  # of which figures are reported beside that of all questions
     values: Mapping[str, Any] = field(default_factory=dict)  # other fields of the file that the task needs
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A question and a model's reply."""
-
-    question: Question
-    text: str
-    verdicts: tuple[tuple[float, float], ...] = ()  # of a judge: scores of the reference and of the reply
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,26 +39,47 @@ class Item:
     groups: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Answered:
+    """A question and a model's reply."""
+
+    question: Question
+    text: str
+    verdicts: tuple[tuple[float, float], ...] = ()  # of a judge: scores of the reference and of the reply
+
+    def item(self, *sums: float) -> Item:
+        """Returns what the reply adds to the sums, as an item in the groups of its question."""
+        return Item(id=self.question.id, sums=tuple(map(float, sums)), groups=self.question.groups)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """Where the files of a benchmark are."""
 
     folder: Path
     images: Path | None = None  # folder of the pictures, if it is not where the original has it
-    split: str | None = None  # of a benchmark that has several
+    split: str = ""  # of a benchmark that has several
 
     @classmethod
     def of(cls, task: "Task", folder: Path | None, *, images: Path | None = None, split: str | None = None) -> "Data":
         """Returns the data of a task. folder: that of the task, or the one that contains it in the original's layout.
 
-        If it is None, the files of an included task are used. Raises ConfigError if there is no such folder.
+        If it is None, the files of an included task are used. Raises ConfigError if there is no such folder, or the
+        task has no such split.
         """
         folder = folder or task.included
         if folder is None or not folder.is_dir():
             found = "is missing" if folder is None else f"is {folder}, which is no folder"
             raise ConfigError(f"--data {found}; expected the folder with the files that llava eval tasks lists")
+        if split is not None and split not in task.splits:
+            known = f"choose one of {', '.join(task.splits)}" if task.splits else "it has none, omit --split"
+            raise ConfigError(f"there is no split {split!r:.40} of {task.name}; {known}")
         inner = folder / task.folder
-        return cls(folder=inner if task.folder and inner.is_dir() else folder, images=images, split=split)
+        return cls(
+            folder=inner if task.folder and inner.is_dir() else folder,
+            images=images,
+            split=split or next(iter(task.splits), ""),
+        )
 
     def file(self, name: str, content: str) -> Path:
         """Returns a file in the folder. Raises DataError, which says what it should contain, if it is missing."""
@@ -74,6 +87,13 @@ class Data:
         if not path.is_file():
             raise DataError(f"{path}: not found; expected {content}; llava eval tasks lists the files of each task")
         return path
+
+    def json(self, name: str, content: str) -> JsonFile:
+        """Returns a JSON file in the folder. Raises DataError, also if it is empty."""
+        file = JsonFile(self.file(name, content), content)
+        if not file.text.strip():
+            raise DataError(f"{file.path}: is empty; expected {content}")
+        return file
 
     def image(self, name: str, usual: str = "") -> Path:
         """Returns the path of a picture. usual: the folder of pictures in the original's layout."""
@@ -89,6 +109,7 @@ class Task(ABC):
     files: Mapping[str, str]  # each file or folder that `questions` reads, and its content
     folder: str = ""  # where these are in the original's layout, below playground/data/eval
     included: Path | None = None  # folder in this package that is used if no other one is given
+    splits: Sequence[str] = ()  # the values of --split, the default first
     max_new_tokens: int = 128
     judged: bool = False  # whether the figures follow from a judge's verdicts on the replies
 
@@ -119,6 +140,35 @@ class Task(ABC):
         """Returns further figures of all items."""
         return {}
 
+    def submission(self, answered: Sequence[Answered], data: Data) -> Mapping[str, bytes]:
+        """Returns the files in which the benchmark's own programs expect the replies. Default: none.
+
+        Each is written beside the answers, under its path here. Raises DataError.
+        """
+        return {}
+
+    def note(self, answered: Sequence[Answered]) -> str:
+        """Returns what is to be known about the figures, such as why there are none. Default: nothing."""
+        return ""
+
+
+def question(entry: Entry, data: Data, folder: str, **values: Any) -> Question:
+    """Returns a question in LLaVA's layout, with question_id, image and text. Raises DataError.
+
+    folder: that of the pictures in the original's layout. values: the other fields of the question.
+    """
+    path = data.image(entry.text("image"), folder)
+    return Question(**{"id": entry.id("question_id"), "text": entry.text("text"), "images": (path,), **values})
+
+
+def read_questions(task: Task, data: Data) -> list[Question]:
+    """Returns the questions of a task. Raises DataError, also if there are none."""
+    found = task.questions(data)
+    if not found:
+        names = ", ".join(name.replace("{split}", data.split) for name in task.files)
+        raise DataError(f"{data.folder}: no question of {task.name} found; expected some in {names}")
+    return found
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
@@ -133,6 +183,7 @@ class Scores:
     figures: Mapping[str, float | None]  # of ALL, and of each group
     details: Mapping[str, float | None]  # further figures of all questions
     items: Sequence[Item]
+    note: str = ""  # what is to be known about the figures
 
     def summary(self) -> dict[str, Any]:
         """Returns everything except the items, as JSON-compatible values."""
@@ -162,6 +213,7 @@ def scores(task: Task, answered: Sequence[Answered], *, n_questions: int) -> Sco
         figures=figures,
         details=task.details(_total(items)) if items else {},
         items=items,
+        note=task.note(judged),
     )
 
 
@@ -182,11 +234,18 @@ def _total(items: Iterable[Item]) -> list[float]:
 
 def check_images(questions: Iterable[Question]) -> None:
     """Raises DataError, which counts the pictures that do not exist."""
-    paths = dict.fromkeys(path for question in questions for path in question.images)
-    missing = [path for path in paths if not path.is_file()]
+    paths = dict.fromkeys(path for question in questions for path in question.images if isinstance(path, Path))
+    missing = [path for path in paths if not _is_file(path)]
     if missing:
         named = ", ".join(map(str, missing[:3])) + ", …" * (len(missing) > 3)
         raise DataError(
             f"{len(missing):,} of {counted(len(paths), 'picture')} not found ({named}); set images= (--images) to the "
             "folder that has them"
         )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long
+        return False

@@ -5,6 +5,7 @@ from unittest import mock
 
 from llava.eval.run import TaskRun
 from tests.advice.table import Run, Steps, World, advice, say
+from tests.eval.benchmarks import SEED_ALL, VQAV2_VAL
 from tests.eval.pope import write_pope
 
 
@@ -47,6 +48,30 @@ def pictures_in_another_folder(w: World) -> Steps:
     (w / "data" / "pope" / "val2014").rename(w / "pictures")
     yield evaluate(w)
     yield evaluate(w, "--images", w / "pictures")
+
+
+@advice("choose one of {}")
+def a_split_that_the_task_has_not(w: World) -> Steps:
+    VQAV2_VAL.write(w / "data")
+    run = ("eval", "run", "vqav2", "--data", w / "data", "--out", w / "run", "--device", "cpu", "--split")
+    said = yield (*run, "validation")
+    assert "choose one of test-dev, val" in said.text
+    yield (*run, "val")
+
+
+@advice("it has none, omit --split")
+def a_split_of_a_task_without_splits(w: World) -> Steps:
+    pope(w)
+    yield evaluate(w, "--split", "random")
+    yield evaluate(w)
+
+
+@advice("seed: {} about videos left out; --split all asks them, too")
+def questions_about_videos(w: World) -> Steps:
+    SEED_ALL.write(w / "data")
+    run = ("eval", "run", "seed", "--data", w / "data", "--device", "cpu", "--out")
+    yield (*run, w / "images")
+    yield (*run, w / "all", "--split", "all")
 
 
 OTHER_SETTINGS = (

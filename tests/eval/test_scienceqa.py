@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llava.data.scienceqa import Problems
-from llava.eval.tasks.scienceqa import Prediction, Run, letter, open_run, read_predictions, score
+from llava.eval.scienceqa import Prediction, Run, letter, open_run, read_predictions, score
 from tests.command import assert_one_line_error, run, run_well
 from tests.eval.science import answer, lines, problem, write_problems
 

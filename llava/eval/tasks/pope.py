@@ -6,9 +6,9 @@ Files and rules are those of LLaVA's scripts/v1_5/eval/pope.sh and eval_pope.py.
 from collections.abc import Mapping, Sequence
 
 from llava.errors import DataError
-from llava.eval.entries import Entry, JsonFile
+from llava.eval.entries import Entry, by_key
 from llava.eval.metrics import says_yes, share
-from llava.eval.task import ALL, Answered, Data, Item, Question, Task
+from llava.eval.task import ALL, Answered, Data, Item, Question, Task, question
 
 _SPLITS = ("random", "popular", "adversarial")
 _QUESTIONS, _LABELS = "llava_pope_test.jsonl", "coco/coco_pope_{}.json"
@@ -29,30 +29,26 @@ class Pope(Task):
 
     def questions(self, data: Data) -> list[Question]:
         """Returns the questions in the order of the file. Raises DataError."""
-        file = data.file(_QUESTIONS, self.files[_QUESTIONS])
-        entries = list(JsonFile(file, "a question").entries())
+        file = data.json(_QUESTIONS, self.files[_QUESTIONS])
+        entries = list(by_key(file.entries(), lambda one: one.id("question_id")).values())
         labels = {split: iter(self._labels(data, split)) for split in dict.fromkeys(_split(one) for one in entries)}
         found = [self._question(one, next(labels[_split(one)], None), data) for one in entries]
         for split, rest in labels.items():
             if next(rest, None):
-                raise DataError(f"{file}: has fewer questions of the category {split} than there are labels")
+                raise DataError(f"{file.path}: has fewer questions of the category {split} than there are labels")
         return found
 
     def _labels(self, data: Data, split: str) -> list[Entry]:
-        file = data.file(_LABELS.format(split), "the labels of this category")
-        return list(JsonFile(file, "a label").entries())
+        return list(data.json(_LABELS.format(split), "the labels of this category").entries())
 
     def _question(self, entry: Entry, label: Entry | None, data: Data) -> Question:
         text, split = entry.text("text"), _split(entry)
         if label is None or label.text("label") not in ("yes", "no") or not text.startswith(label.text("text")):
-            raise DataError(f"{entry.where}: has no label; expected as many labels as questions, in the same order")
-        return Question(
-            id=entry.id("question_id"),
-            text=text,
-            images=(data.image(entry.text("image"), "val2014"),),
-            answer=label.text("label"),
-            groups=(split,),
-        )
+            raise DataError(
+                f"{entry.where}: {_LABELS.format(split)} has no label for it; expected as many labels as questions, in "
+                "the same order"
+            )
+        return question(entry, data, "val2014", answer=label.text("label"), groups=(split,))
 
     def score(self, answered: Sequence[Answered]) -> list[Item]:
         """Returns one item per question."""
