@@ -1,4 +1,4 @@
-"""The group of commands for evaluation: eval score."""
+"""The group of commands for evaluation: eval score, eval perplexity."""
 
 import typer
 
