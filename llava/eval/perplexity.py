@@ -199,9 +199,7 @@ def _scored_bytes(text: str, tokenizer: Tokenizer, ids: Sequence[int], windows: 
     unscored = [i for one, end in zip(windows, ends, strict=False) for i in range(end, one.scored)]
     unscored += range(ends[-1], len(ids))
     size = len(text.encode())
-    for i in unscored:
-        if i == 0 and tokenizer.bos_id is not None:
-            continue
-        piece = tokenizer.piece(ids[i])
-        size -= len(piece) - (i == 0 and piece[:1] == b" " and text[:1] != " ")  # the space that Llama's adds
-    return size
+    if tokenizer.bos_id is None:
+        first = tokenizer.encode_tokens(text)[0]  # not its piece, which may begin with a space that the text lacks
+        size -= first.end - first.start
+    return size - sum(len(tokenizer.piece(ids[i])) for i in unscored if i > 0)
