@@ -3,8 +3,10 @@
 The package's file is a GGUF. transformers reads it and writes the folder, so that nothing in it is ours.
 """
 
+import functools
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -22,9 +24,13 @@ def package() -> Path | None:
 
 def write(folder: Path, package: Path) -> None:
     """Writes the model in float32 and its tokenizer. package: the folder with the GGUF."""
+    import gguf
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-    read = AutoModelForCausalLM.from_pretrained(package, gguf_file=FILE, dtype=torch.float32)
+    # transformers builds this table of names again for each module, which takes most of the time
+    once = functools.cache(gguf.get_tensor_name_map)
+    with mock.patch("gguf.get_tensor_name_map", once):
+        read = AutoModelForCausalLM.from_pretrained(package, gguf_file=FILE, dtype=torch.float32)
     vars(read.config).pop("quantization_config", None)
     plain = LlamaForCausalLM(read.config)  # a model read from a GGUF cannot be saved
     plain.load_state_dict(read.state_dict(), assign=True)
