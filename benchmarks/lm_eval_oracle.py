@@ -30,7 +30,6 @@ from tests import smollm2
 
 Program = Annotated[Path, typer.Option("--lm-eval", help="the program lm_eval of lm-eval's own environment")]
 NAME = "smollm2"
-BATCH = 16  # requests that a model computes together
 KINDS = {
     "The capital of {} is": "France Paris|Germany Berlin|Italy Rome|Spain Madrid|Japan Tokyo|Egypt Cairo|China Beijing|"
     "Russia Moscow|Greece Athens|Portugal Lisbon|Austria Vienna|Poland Warsaw|Hungary Budapest|Norway Oslo|"
@@ -126,7 +125,7 @@ def run(program: Path, backend: str, options: dict[str, Any], tasks: Path, out: 
     arguments = ",".join(f"{name}={value}" for name, value in options.items())
     command = [program, "run", "--model", backend, "--model_args", arguments, "--tasks", ",".join(TASKS)]
     files = ["--include_path", tasks, "--output_path", out, "--log_samples"]
-    subprocess.run([*command, "--device", "cpu", "--batch_size", str(BATCH), *files], check=True)
+    subprocess.run([*command, "--device", "cpu", *files], check=True)
     (results,) = out.rglob("results_*.json")
     found = json.loads(results.read_text())
     samples = {name: next(out.rglob(f"samples_{name}_*.jsonl")).read_text().splitlines() for name in TASKS}
@@ -164,7 +163,7 @@ def main(lm_eval: Program, out: Out = None, save: Save = False, commit: Commit =
         question="Do lm-eval's scores through `llava serve` equal those of its own backend?",
         device="cpu",
         dtype="float32",
-        settings={"batch": BATCH} | {name: theirs[name] for name in ("lm-eval", "transformers")},
+        settings={name: theirs[name] for name in ("lm-eval", "transformers")},
         seconds={},
         pairs=(),
         figures={
