@@ -128,8 +128,9 @@ def test_echoed_log_probabilities_are_those_of_teacher_forcing(server: Server, p
     choice = response.choices[0]
     check_tokens(choice.logprobs, choice.text)
     prepared = server.prepared(prompt)
-    ids = prepared.ids.tolist() + server.reply(prepared, max_new_tokens=4, strip=False).token_ids
-    values, are_greedy = expected_logprobs(server, ids)
+    reply = server.reply(prepared, max_new_tokens=4, strip=False)
+    end = [server.vlm.preprocessor.tokenizer.eos_id] if reply.finish_reason == "stop" else []
+    values, are_greedy = expected_logprobs(server, [*prepared.ids.tolist(), *reply.token_ids, *end])
     assert choice.logprobs.token_logprobs[0] is choice.logprobs.top_logprobs[0] is None
     assert choice.logprobs.token_logprobs[1:] == pytest.approx(values, abs=1e-4)
     for value, top, is_greedy in zip(
