@@ -22,9 +22,9 @@ from rich.progress import track
 
 from examples.tiny.dataset import TRAINING_SEEDS, know
 from examples.tiny.glyphs import Glyphs
-from examples.tiny.marks import Names
 from examples.tiny.questions import Asker
 from examples.tiny.truth import Truth
+from examples.tiny.vocabulary import vocabulary
 from examples.tiny.world import draw
 from llava.assistant import Assistant, question_about
 from llava.errors import LlavaError
@@ -112,12 +112,12 @@ def covered(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
 
 def measure(assistant: Assistant, glyphs: Glyphs, n: int, seed: int) -> dict[str, Any]:
     """Returns how often a thing is missed if what its name looks at is covered, and if something else is."""
-    names = Names.of_things(entry.name for entry in glyphs.entries)
+    words = vocabulary(glyphs.entries)
     asked, whose, counts = [], [], {"scenes": 0, "not named before": 0, "no other place": 0}
     for case in track(cases(glyphs, n, seed), "attention", total=n):
         counts["scenes"] += 1
         found = assistant.attention_map(question_about(case.image, case.question), max_new_tokens=MAX_NEW_TOKENS)
-        if case.name not in names.split(found.reply.text)[0] or not tokens_of(case.name, found.tokens):
+        if case.name not in words.split(found.reply.text)[0] or not tokens_of(case.name, found.tokens):
             counts["not named before"] += 1
             continue
         boxes, shares = attention_to(case.name, found)
@@ -130,7 +130,7 @@ def measure(assistant: Assistant, glyphs: Glyphs, n: int, seed: int) -> dict[str
             asked.append(question_about(covered(case.image, [boxes[one] for one in patches]), case.question))
         whose.append(case.name)
     replies = assistant.generate_batch(asked, max_new_tokens=MAX_NEW_TOKENS)
-    missed = [name not in names.split(reply.text)[0] for name, reply in zip(_twice(whose), replies, strict=True)]
+    missed = [name not in words.split(reply.text)[0] for name, reply in zip(_twice(whose), replies, strict=True)]
     on, off = sum(missed[::2]), sum(missed[1::2])
     return {
         **counts,

@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 from examples.tiny.glyphs import Entry
 from examples.tiny.paint import COLORS
@@ -30,8 +29,7 @@ from examples.tiny.things import (
 )
 from examples.tiny.truth import OPPOSITE, SIDES, Truth
 from examples.tiny.world import Placed, Scene
-
-Measure = Literal["names", "number", "place", "color", "yes or no", "words", "none", "detail"]
+from llava.eval.marks import Measure
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,13 @@ from rich.table import Table
 
 from examples.tiny.dataset import TRAINING_SEEDS, know
 from examples.tiny.glyphs import Glyphs
-from examples.tiny.marks import Names, correct, found_and_invented
 from examples.tiny.phrases import Phrasing
 from examples.tiny.questions import Asker, Knowledge, Turn, dialogue, naming
 from examples.tiny.truth import Truth
+from examples.tiny.vocabulary import vocabulary
 from examples.tiny.world import Pairs, draw
 from llava.errors import ConfigError, LlavaError
+from llava.eval.marks import Vocabulary, correct, found_and_invented
 
 SUBSETS: dict[str, tuple[float, Phrasing, Pairs]] = {  # fraction, phrasings, pairs of things
     "fresh scenes": (0.6, "training", "training"),
@@ -57,11 +58,16 @@ def items(glyphs: Glyphs, trained: Sequence[str], n: int, seed: int) -> Iterator
     """
     styles = glyphs.styles
     knowledge = {style: know(glyphs.only([*trained, style])) for style in styles}
-    subsets = [name for name, (share, *_) in SUBSETS.items() for _ in range(round(10 * share))]
     for i in range(n):
         scene_seed = TRAINING_SEEDS + random.Random(f"score {seed} {i}").randrange(TRAINING_SEEDS)
-        style, subset = styles[i % len(styles)], subsets[i // len(styles) % len(subsets)]
+        style, subset = styles[i % len(styles)], subset_of(i // len(styles))
         yield from _asked(glyphs, knowledge[style], style, subset, scene_seed)
+
+
+def subset_of(i: int) -> str:
+    """The subset of the scene with index i of a style: of each ten, as many are in a subset as its fraction says."""
+    subsets = [name for name, (share, *_) in SUBSETS.items() for _ in range(round(10 * share))]
+    return subsets[i % len(subsets)]
 
 
 def _asked(glyphs: Glyphs, knowledge: Knowledge, style: str, subset: str, seed: int) -> Iterator[Item]:
@@ -78,17 +84,21 @@ def _asked(glyphs: Glyphs, knowledge: Knowledge, style: str, subset: str, seed: 
     yield from (Item(seed, style, subset, single, scene.image, turn) for turn in turns)
 
 
-def tally(items: Sequence[Item], replies: Sequence[str], names: Names) -> dict[str, Any]:
+def tally(items: Sequence[Item], replies: Sequence[str], words: Vocabulary) -> dict[str, Any]:
     """Fractions of correct replies for each style: per kind, over all conversation questions, and per subset."""
     right: dict[tuple[str, str, str], list[bool]] = defaultdict(list)
     described: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
     for item, reply in zip(items, replies, strict=True):
         kind = "naming of single objects" if item.single and item.turn.kind == "naming" else item.turn.kind
-        right[item.style, item.subset, kind].append(correct(item.turn, reply, names))
+        right[item.style, item.subset, kind].append(_correct(item.turn, reply, words))
         if item.turn.measure == "detail":
-            described[item.style].append(found_and_invented(item.turn, reply, names))
+            described[item.style].append(found_and_invented(item.turn.answer, reply, words))
     styles = list(dict.fromkeys(item.style for item in items))
     return {style: _of_style(style, right, described[style]) for style in styles}
+
+
+def _correct(turn: Turn, reply: str, words: Vocabulary) -> bool:
+    return correct(turn.measure, turn.answer, reply, words)
 
 
 def _of_style(
@@ -183,11 +193,11 @@ def main(
     except LlavaError as error:
         typer.echo(f"score: {error}", err=True)
         raise typer.Exit(2) from None
-    names = Names.of_things(entry.name for entry in packs.entries)
-    scores = tally(asked, replies, names)
+    words = vocabulary(packs.entries)
+    scores = tally(asked, replies, words)
     console = Console()
     console.print(table(scores))
-    wrong = [(i, r) for i, r in zip(asked, replies, strict=True) if not correct(i.turn, r, names)]
+    wrong = [(i, r) for i, r in zip(asked, replies, strict=True) if not _correct(i.turn, r, words)]
     for item, reply in wrong[:show]:
         console.print(
             f"{item.style} {item.seed} {item.turn.question!r}: {reply!r}; right: {item.turn.answer!r}", markup=False

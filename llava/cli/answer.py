@@ -20,6 +20,7 @@ from llava.cli.options import (
     ChatOptions,
     Checkpoint,
     EngineFlags,
+    LanguageModelOptions,
     Model,
     ModelOptions,
     SamplingOptions,
@@ -139,7 +140,7 @@ def features(
 
 def load(
     path: str | None,
-    options: ModelOptions,
+    options: LanguageModelOptions,
     *,
     base: str | None,
     adapters: list[str] | None = None,

@@ -33,7 +33,11 @@ class Questions:
 
     data: Annotated[
         Path | None,
-        typer.Option("--data", help="folder with the task's files, or with the folders of several tasks, as published"),
+        typer.Option(
+            "--data",
+            help="folder with the task's files, or with the folders of several tasks, as published; default: the files "
+            "in this package, if the task is included",
+        ),
     ] = None
     images: Annotated[Path | None, typer.Option("--images", help="folder of the pictures; default: as published")] = (
         None
@@ -139,11 +143,14 @@ def tasks(as_json: AsJson = False) -> None:
 
     if as_json:
         fields = ("name", "title", "metric", "folder", "judged", "splits")
-        listed = [{key: getattr(task, key) for key in fields} | {"files": dict(task.files)} for task in TASKS.values()]
+        listed = [
+            {key: getattr(task, key) for key in fields} | {"included": bool(task.included), "files": dict(task.files)}
+            for task in TASKS.values()
+        ]
         print(json.dumps(listed))
         return
     for task in TASKS.values():
-        print(f"{task.name}: {task.title}; {task.metric}")
+        print(f"{task.name}: {task.title}; {task.metric}" + "; included" * bool(task.included))
         if task.splits:
             print(f"  splits: {', '.join(task.splits)}")
         for file, content in task.files.items():

@@ -86,21 +86,27 @@ Stop = Annotated[list[str] | None, typer.Option("--stop", help="string that ends
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """Options for all commands that load a model, with the same names as the parameters of `llava.load`."""
+class LanguageModelOptions:
+    """Options for all commands that load a language model, with the same names as the parameters of `llava.load`."""
 
-    vision_tower: VisionTower = None
-    template: Template = None
     dtype: DType = "auto"
     device: Device = "auto"
     quantize: Quantize = None
     revision: Revision = None
     force: Force = False
     ignore_tensors: IgnoreTensors = None
+    legacy_strip: LegacyStrip = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(LanguageModelOptions):
+    """The same for commands that take messages and pictures."""
+
+    vision_tower: VisionTower = None
+    template: Template = None
     image_mode: ImageMode = None
     exif: Exif = False
     transparency: Transparency = "drop"
-    legacy_strip: LegacyStrip = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import Generic, NamedTuple, TypeVar
 
 Request = TypeVar("Request")
@@ -29,8 +30,11 @@ class Prefetch(Generic[Request, Input]):
     def __init__(
         self, prepare: Callable[[Request], Input], requests: Iterable[Request], *, n_threads: int, n_ahead: int
     ):
-        """n_threads: 0 prepares each input when it is taken. n_ahead: maximum number of prepared inputs that wait."""
-        self._prepare, self._requests = prepare, deque(requests)
+        """n_threads: 0 prepares each input when it is taken. n_ahead: maximum number of prepared inputs that wait.
+
+        Requests are read as they are prepared, so they may be made on the way.
+        """
+        self._prepare, self._requests = prepare, iter(requests)
         self._threads = ThreadPoolExecutor(n_threads, "prepare") if n_threads else None
         self._n_ahead = max(n_ahead, n_threads)
         self._futures: deque[Future[Prepared[Input]]] = deque()
@@ -51,14 +55,15 @@ class Prefetch(Generic[Request, Input]):
     def take(self) -> Prepared[Input]:
         """Returns the next input. Raises what preparing it raised."""
         if not self._futures:
-            return self._timed(self._requests.popleft())
+            return self._timed(next(self._requests))
         future = self._futures.popleft()
         self._submit()
         return future.result()
 
     def _submit(self) -> None:
-        while self._threads and self._requests and len(self._futures) < self._n_ahead:
-            self._futures.append(self._threads.submit(self._timed, self._requests.popleft()))
+        if self._threads:
+            for request in islice(self._requests, self._n_ahead - len(self._futures)):
+                self._futures.append(self._threads.submit(self._timed, request))
 
     def _timed(self, request: Request) -> Prepared[Input]:
         started = time.perf_counter()

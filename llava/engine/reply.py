@@ -6,7 +6,7 @@ from collections.abc import Sequence as Rest
 from dataclasses import dataclass, field, replace
 
 from llava.engine.capture import Captured
-from llava.engine.sequence import FinishReason, Sequence
+from llava.engine.sequence import EndToken, FinishReason, Sequence
 from llava.errors import LlavaError
 
 
@@ -73,6 +73,9 @@ class Reply:
     # of each token of the prompt but the first, if requested; None for image tokens
     prompt_logprobs: list[float | None] | None = None
     prompt_top_logprobs: list[dict[int, float] | None] | None = None
+    end_token: EndToken | None = (
+        None  # that ended the reply and is not in `token_ids`, if log-probabilities are requested
+    )
 
     @classmethod
     def of(cls, sequence: Sequence) -> "Reply":
@@ -98,6 +101,7 @@ class Reply:
             top_logprobs=sequence.top_logprobs if params.logprobs else None,
             prompt_logprobs=sequence.prompt_logprobs if params.prompt_logprobs else None,
             prompt_top_logprobs=sequence.prompt_top_logprobs if params.prompt_logprobs else None,
+            end_token=sequence.end_token,
         )
 
 

@@ -8,7 +8,7 @@ import time
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -82,6 +82,7 @@ class Sequence:
     error: LlavaError | None = None
     logprobs: list[float] = field(default_factory=list)  # one per generated token
     top_logprobs: list[dict[int, float]] = field(default_factory=list)  # per token: {likely id: log-probability}
+    end_token: "EndToken | None" = None  # that ended the reply, if log-probabilities are requested
     # of the prompt's tokens after the first, if requested; None: an image token, or not computed yet
     prompt_logprobs: list[float | None] = field(default_factory=list)
     prompt_top_logprobs: list[dict[int, float] | None] = field(default_factory=list)
@@ -177,7 +178,7 @@ class Sequence:
         self.epoch += 1
         self.page_keys.clear()  # some may contain a token that has just been removed
         self.n_appended = n
-        self.finish_reason = self.error = self.beams = None
+        self.finish_reason = self.error = self.beams = self.end_token = None
         self.detokenizer = self.detokenizer.restarted(self.reply_ids)
 
     def expect_token(self) -> None:
@@ -202,6 +203,8 @@ class Sequence:
             self.tokens.append(id)
         if id in self.stop_ids:
             self.finish_reason = "stop"
+            if self.params.logprobs:
+                self.end_token = EndToken(id, self.logprobs[-1], self.top_logprobs[-1])
         else:
             self.detokenizer.append(id)
             if self.detokenizer.stopped:
@@ -219,6 +222,14 @@ class Sequence:
         self.first_token = self.first_token or self.ended
         n = len(self.detokenizer.ids)
         del self.logprobs[n:], self.top_logprobs[n:]
+
+
+class EndToken(NamedTuple):
+    """The token that ended a reply and is not part of it."""
+
+    id: int
+    logprob: float
+    top: dict[int, float]  # {likely id: log-probability}
 
 
 @dataclass(eq=False, kw_only=True)

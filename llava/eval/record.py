@@ -17,7 +17,7 @@ from llava.zoo.match import match
 
 
 def write_record(folder: Path, assistant: Assistant, model: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Writes run.json. model: its name, and where it and its base come from; None for llava-tiny. Raises OSError."""
+    """Writes run.json. model: name, path and base; a path of None is the included model. Raises OSError."""
     device = assistant.device
     value = {
         "schema": SCHEMA,

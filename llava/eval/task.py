@@ -66,8 +66,10 @@ class Data:
     def of(cls, task: "Task", folder: Path | None, *, images: Path | None = None, split: str | None = None) -> "Data":
         """Returns the data of a task. folder: that of the task, or the one that contains it in the original's layout.
 
-        Raises ConfigError if there is no such folder, or the task has no such split.
+        If it is None, the files of an included task are used. Raises ConfigError if there is no such folder, or the
+        task has no such split.
         """
+        folder = folder or task.included
         if folder is None or not folder.is_dir():
             found = "is missing" if folder is None else f"is {folder}, which is no folder"
             raise ConfigError(f"--data {found}; expected the folder with the files that llava eval tasks lists")
@@ -108,6 +110,7 @@ class Task(ABC):
     metric: str  # what `figure` returns, with its unit
     files: Mapping[str, str]  # each file or folder that `questions` reads, and its content
     folder: str = ""  # where these are in the original's layout, below playground/data/eval
+    included: Path | None = None  # folder in this package that is used if no other one is given
     splits: Sequence[str] = ()  # the values of --split, the default first
     max_new_tokens: int = 128
     judged: bool = False  # whether the figures follow from a judge's verdicts on the replies

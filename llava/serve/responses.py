@@ -10,6 +10,7 @@ from typing import Any
 
 from llava.engine.detokenize import INCOMPLETE
 from llava.engine.reply import Output, Reply
+from llava.engine.sequence import EndToken
 from llava.preprocess.tokenizer import Tokenizer
 from llava.serve.errors import ApiError
 from llava.serve.generation import Choice
@@ -213,6 +214,17 @@ class _Listing:
             "text_offset": offsets,
         }
 
+    def ended(self, end: EndToken | None) -> Body:
+        """Lists the token that ended the reply, if one did. Its text is empty, because the choice's text lacks it."""
+        if end is None:
+            return self.added([], [], [], final=True)
+        return {
+            "tokens": [""],
+            "token_logprobs": [end.logprob],
+            "top_logprobs": [self._top(*end)],
+            "text_offset": [self._offset],
+        }
+
     def _top(self, id: int, logprob: float | None, likely: dict[int, float]) -> dict[str, float]:
         """Returns the most likely tokens and the chosen one. Of several with the same text, the likeliest counts."""
         found: dict[str, float] = {}
@@ -250,6 +262,8 @@ class CompletionBodies:
             final = output.finish_reason is not None
             listing = self._streamed[index]
             logprobs = listing.added(output.token_ids, output.logprobs, output.top_logprobs, final=final)
+            if output.reply:
+                logprobs = _joined(logprobs, listing.ended(output.reply.end_token))
         return self._choice(index, output.text, logprobs, output.finish_reason)
 
     def _choice(self, index: int, text: str, logprobs: Body | None, finish_reason: str | None) -> Body:
@@ -267,17 +281,25 @@ class CompletionBodies:
         return listing
 
     def _logprobs(self, choice: Choice, reply: Reply) -> Body | None:
-        """Lists the tokens of the prompt, if it is repeated, and those of the reply. The first has no probability."""
+        """Lists the tokens of the prompt, if it is repeated, those of the reply, and the one that ended it.
+
+        The first token of the prompt has no probability.
+        """
         if self.n_top is None:
             return None
         own = reply.token_ids, reply.logprobs or [], reply.top_logprobs or []
         if not self.echo:
-            return self._after_prompt(choice, self.n_top).added(*own, final=True)
+            listing = self._after_prompt(choice, self.n_top)
+            return _joined(listing.added(*own, final=True), listing.ended(reply.end_token))
         listing = _Listing(self.tokenizer, self.n_top)
         logprobs, top = [None, *(reply.prompt_logprobs or [])], [None, *(reply.prompt_top_logprobs or [])]
         before = listing.added(choice.input.ids.tolist(), logprobs, top, final=not reply.token_ids)
-        found = listing.added(*own, final=True)
-        return {name: before[name] + found[name] for name in found}
+        return _joined(before, listing.added(*own, final=True), listing.ended(reply.end_token))
+
+
+def _joined(*parts: Body) -> Body:
+    """Returns successive listings as one."""
+    return {name: [value for part in parts for value in part[name]] for name in parts[0]}
 
 
 def _best(likely: dict[int, float], n: int) -> list[tuple[int, float]]:

@@ -1,4 +1,4 @@
-"""Advice about scores of answers and verdicts."""
+"""Advice about scores of answers, verdicts and texts."""
 
 from tests.advice.table import Run, Steps, World, advice
 from tests.eval.science import answer, lines, problem, write_problems
@@ -29,3 +29,15 @@ def two_pairs_of_scores(w: World) -> Steps:
     file.write_bytes(lines({"tuple": [8, 9], "score": [9, 8]}))
     yield ("eval", "score", "llava-bench", "--reviews", file)
     file.write_bytes(lines({"tuple": [8, 9]}))
+
+
+def perplexity(w: World, *more: object) -> Run:
+    (w / "text.txt").write_text("A plain text.")
+    return ("eval", "perplexity", w / "text.txt", "-m", w.llama, *more)
+
+
+@advice("windows have {} tokens, but the cache holds {}; reduce context= (--context) or raise")
+def windows_longer_than_the_cache(w: World) -> Steps:
+    said = yield perplexity(w, "--cache-memory", "1MB")
+    n = said.text.split("the cache holds ")[-1].split(";")[0]
+    yield perplexity(w, "--cache-memory", "1MB", "--context", n)

@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 
 from examples.tiny.dataset import TRAINING_SEEDS, know
 from examples.tiny.glyphs import Glyphs
-from examples.tiny.marks import Names, correct
 from examples.tiny.questions import Asker, Turn, naming
 from examples.tiny.score import answers
 from examples.tiny.truth import Truth
+from examples.tiny.vocabulary import vocabulary
 from examples.tiny.world import Scene, draw
+from llava.eval.marks import Vocabulary, correct
 from tests.conftest import PROJECT, Share
 
 pytestmark = pytest.mark.slow  # the build takes about a minute
@@ -80,7 +81,7 @@ def built(share: Share) -> Built:
     return Built(folder / "work", **json.loads((folder / "figures.json").read_text()))
 
 
-def fresh() -> tuple[list[tuple[Scene, Turn]], Names]:
+def fresh() -> tuple[list[tuple[Scene, Turn]], Vocabulary]:
     """Scenes with one thing, in both styles, with seeds that training never uses."""
     glyphs = Glyphs.load(GLYPHS).first(THINGS)
     knowledge, asked = know(glyphs), []
@@ -91,14 +92,15 @@ def fresh() -> tuple[list[tuple[Scene, Turn]], Names]:
         turn = naming(Asker(random.Random(seed), knowledge), Truth(scene))
         assert turn is not None
         asked.append((scene, turn))
-    return asked, Names.of_things(entry.name for entry in glyphs.entries)
+    return asked, vocabulary(glyphs.entries)
 
 
 def share_named(model: Path, *, blind: bool) -> float:
-    asked, names = fresh()
+    asked, words = fresh()
     answer = answers(str(model), device="cpu", batch_size=32, template=None, blind=blind)
     replies = answer([(scene.image, turn) for scene, turn in asked])
-    return sum(correct(turn, reply, names) for (_, turn), reply in zip(asked, replies, strict=True)) / SCENES
+    marks = [correct(turn.measure, turn.answer, reply, words) for (_, turn), reply in zip(asked, replies, strict=True)]
+    return sum(marks) / SCENES
 
 
 def losses(folder: Path) -> list[float]:

@@ -15,12 +15,13 @@ from PIL import Image, ImageChops
 
 from examples.tiny import dataset, phrases, questions, score, things, world
 from examples.tiny.glyphs import Entry, Glyphs, read_names
-from examples.tiny.marks import Names, correct, found_and_invented, number, tokens, without_printed
 from examples.tiny.paint import COLORS, TEXTURES, WORDS, lost_on, stylise
 from examples.tiny.questions import Asker, Turn
 from examples.tiny.talk import talk
 from examples.tiny.truth import SIDES, Truth
+from examples.tiny.vocabulary import vocabulary
 from llava.errors import ConfigError, ImageError
+from llava.eval.marks import correct, number, tokens, without_printed
 
 FOLDER = Path(__file__).parent / "glyphs"
 GLYPHS = Glyphs.load(FOLDER)
@@ -244,10 +245,10 @@ def test_all_kinds_are_asked_about_and_yes_is_as_frequent_as_no() -> None:
 
 
 def test_answers_contain_names_and_counts_are_numbers() -> None:
-    names = Names.of_things(BY_NAME)
+    words = vocabulary(GLYPHS.entries)
     for scene, turn in turns_of(300):
         there = {thing.entry.name for thing in scene.objects}
-        said = names.split(without_printed(turn.answer))[0]
+        said = words.split(without_printed(turn.answer))[0]
         match turn.kind:
             case "naming":
                 assert len(said & there) == 1
@@ -272,13 +273,13 @@ def test_counts_match_the_scene() -> None:
 
 def test_relations_are_unambiguous() -> None:
     """A thing to the left of another ends before the other begins, and is further to the left than above or below."""
-    names = Names.of_things(BY_NAME)
+    words = vocabulary(GLYPHS.entries)
     seen = 0
     for scene, turn in turns_of(500):
         match = [side for side, words in SIDES.items() if f" {words} the " in turn.answer]
         if turn.kind != "position" or not match or turn.measure != "place":
             continue
-        one, other = (next(iter(names.split(part)[0])) for part in turn.answer.split(SIDES[match[0]]))
+        one, other = (next(iter(words.split(part)[0])) for part in turn.answer.split(SIDES[match[0]]))
         boxes = {thing.entry.name: thing.box for thing in scene.objects}
         (l1, t1, r1, b1), (l2, t2, r2, b2) = boxes[one], boxes[other]
         apart = {"left": r1 <= l2, "right": l1 >= r2, "above": b1 <= t2, "below": t1 >= b2}
@@ -328,14 +329,14 @@ def test_colour_is_asked_only_where_all_styles_agree() -> None:
 
 
 def test_correct_answers_get_full_marks_and_others_do_not() -> None:
-    names, rng = Names.of_things(BY_NAME), random.Random(0)
+    words, rng = vocabulary(GLYPHS.entries), random.Random(0)
     turns = [turn for _, turn in turns_of(500)]
-    assert all(correct(turn, turn.answer, names) for turn in turns)
-    assert not any(correct(turn, "", names) for turn in turns)
+    assert all(correct(turn.measure, turn.answer, turn.answer, words) for turn in turns)
+    assert not any(correct(turn.measure, turn.answer, "", words) for turn in turns)
     chance = {}
     for kind in ("naming", "counting", "position", "colour", "yes or no", "listing"):
         own = [turn for turn in turns if turn.kind == kind]
-        chance[kind] = np.mean([correct(turn, rng.choice(own).answer, names) for turn in own])
+        chance[kind] = np.mean([correct(turn.measure, turn.answer, rng.choice(own).answer, words) for turn in own])
     assert 0.35 < chance.pop("yes or no") < 0.65
     assert chance.pop("counting") < 0.5
     assert max(chance.values()) < 0.25
@@ -344,45 +345,17 @@ def test_correct_answers_get_full_marks_and_others_do_not() -> None:
 def test_every_name_is_found_in_an_answer() -> None:
     """Even if one name contains another: a hot dog is not a dog."""
     every = everything()
-    names = Names.of_things(entry.name for entry in every)
+    words = vocabulary(every)
     for entry in every:
         for text in (f"This is {things.a(entry.name)}.", f"There is no {entry.name} in the picture."):
-            assert names.split(text)[0] == {entry.name}
+            assert words.split(text)[0] == {entry.name}
         if many := things.many(entry.name):
-            assert names.split(f"There are three {many}.")[0] == {entry.name}
-
-
-@pytest.mark.parametrize(
-    ("measure", "answer", "right", "wrong"),
-    [
-        ("names", "This is a dog.", "It's a dog!", "This is a hot dog."),
-        ("names", "None of these.", "You can eat none of them.", "The dog."),
-        ("number", "There are three dogs.", "I see 3 dogs.", "There are two dogs."),
-        ("number", "There are no dogs.", "There are 0.", "There is one dog."),
-        ("place", "The dog is at the top left.", "Top left", "The dog is at the top."),
-        ("color", "The dog is red.", "red", "The dog is blue and red."),
-        ("yes or no", "Yes, there is a dog.", "yes", "There is a dog, yes."),
-        ("words", "It says ZOO and 26.", "26 ZOO", "It says ZOO."),
-        ("words", "There is no text in the picture.", "There is none.", "It says ZOO."),
-        ("none", "There is no dog in the picture.", "No dog is there.", "The dog is on the left."),
-    ],
-)
-def test_grading_of_replies(measure, answer, right, wrong) -> None:
-    names, turn = Names.of_things(BY_NAME), Turn("any", measure, "?", answer)
-    assert correct(turn, right, names)
-    assert not correct(turn, wrong, names)
-
-
-def test_descriptions_are_graded_by_the_things_they_name() -> None:
-    names = Names.of_things(BY_NAME)
-    turn = Turn("detail", "detail", "?", "There is a dog and two cats. The word BUS is printed in red.")
-    assert found_and_invented(turn, turn.answer, names) == (2, 2, 0)
-    assert found_and_invented(turn, "There are three dogs and a bus and a hot dog.", names) == (1, 2, 2)
+            assert words.split(f"There are three {many}.")[0] == {entry.name}
 
 
 def test_a_perfect_model_gets_full_scores_on_unseen_scenes() -> None:
     asked = list(score.items(GLYPHS, GLYPHS.styles, 60, 0))
-    scores = score.tally(asked, [item.turn.answer for item in asked], Names.of_things(BY_NAME))
+    scores = score.tally(asked, [item.turn.answer for item in asked], vocabulary(GLYPHS.entries))
     assert list(scores) == ["noto", "twemoji"]
     for style in scores.values():
         assert all(share["right"] == 1 for share in style["kinds"].values())

@@ -128,8 +128,9 @@ def test_echoed_log_probabilities_are_those_of_teacher_forcing(server: Server, p
     choice = response.choices[0]
     check_tokens(choice.logprobs, choice.text)
     prepared = server.prepared(prompt)
-    ids = prepared.ids.tolist() + server.reply(prepared, max_new_tokens=4, strip=False).token_ids
-    values, are_greedy = expected_logprobs(server, ids)
+    reply = server.reply(prepared, max_new_tokens=4, strip=False)
+    end = [server.vlm.preprocessor.tokenizer.eos_id] if reply.finish_reason == "stop" else []
+    values, are_greedy = expected_logprobs(server, [*prepared.ids.tolist(), *reply.token_ids, *end])
     assert choice.logprobs.token_logprobs[0] is choice.logprobs.top_logprobs[0] is None
     assert choice.logprobs.token_logprobs[1:] == pytest.approx(values, abs=1e-4)
     for value, top, is_greedy in zip(
@@ -163,14 +164,18 @@ def test_without_echo_log_probabilities_are_of_the_reply(server: Server):
     assert server.complete(TEXT, max_tokens=1).choices[0].logprobs is None
 
 
-def test_lm_evaluation_harness_reads_log_likelihoods(server: Server):
-    """Its `local-completions` sends batches of context + continuation as ids, and reads the answers so."""
+@pytest.mark.parametrize("bias", [{}, {"2": 100}], ids=["a token follows", "the reply ends at once"])
+def test_lm_evaluation_harness_reads_log_likelihoods(server: Server, bias: dict[str, int]):
+    """Its `local-completions` sends batches of context + continuation as ids, and reads the answers so.
+
+    It leaves the last token out, because it asks for one, which may be the one that ends a text.
+    """
     contexts = ["What is in the picture?", "The sky is", "One, two,"]
     ids = [server.posted("/tokenize", prompt=one)["tokens"] for one in contexts]
     greedy = [server.reply(server.vlm.preprocessor.prepare_ids(one), max_new_tokens=3).token_ids for one in ids]
     requests = [context + after for context, own in zip(ids, greedy, strict=True) for after in (own, [550, 433])]
     body = {"prompt": requests, "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
-    choices = server.posted("/v1/completions", **body)["choices"]
+    choices = server.posted("/v1/completions", logit_bias=bias, **body)["choices"]
     assert len(choices) == len(requests)
     for i, choice in enumerate(sorted(choices, key=lambda one: one["index"])):
         n_context = len(ids[i // 2])
@@ -205,6 +210,17 @@ def test_tokens_of_ids_cover_the_text(server: Server, ids: list[int], bias: dict
             own = server.complete(ids, max_tokens=n, logprobs=1, logit_bias=bias).choices[0]
             assert own.text
             assert echoed.text.endswith(own.text)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_the_token_that_ends_a_completion_is_listed_without_text(server: Server, stream: bool):
+    """As other servers do; the text of the reply lacks it."""
+    found = server.complete(TEXT, max_tokens=5, logprobs=1, logit_bias={"2": 100}, stream=stream)
+    (logprobs,) = [one.choices[0].logprobs for one in (found if stream else [found])]
+    expected = logits(server, server.prepared(TEXT)).log_softmax(-1)[-1][2].item()
+    assert logprobs.tokens == [""]
+    assert logprobs.token_logprobs == pytest.approx([expected], abs=1e-4)
+    assert logprobs.top_logprobs[0]["</s>"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_log_probabilities_are_those_before_sampling_options(server: Server):

@@ -4,6 +4,7 @@ from llava.errors import ConfigError
 from llava.eval.task import Task
 from llava.eval.tasks.gqa import Gqa
 from llava.eval.tasks.llava_bench import LlavaBenchCoco, LlavaBenchWild
+from llava.eval.tasks.llava_tiny import LlavaTiny
 from llava.eval.tasks.mm_vet import MmVet
 from llava.eval.tasks.mmbench import MmBench
 from llava.eval.tasks.mme import Mme
@@ -16,7 +17,7 @@ from llava.eval.tasks.vqav2 import Vqav2
 
 _ALL: tuple[Task, ...] = (
     ScienceQa(), Pope(), Mme(), TextVqa(), Vqav2(), Gqa(), VizWiz(), MmBench(), Seed(), MmVet(),
-    LlavaBenchWild(), LlavaBenchCoco()
+    LlavaBenchWild(), LlavaBenchCoco(), LlavaTiny()
 )  # fmt: skip
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 
