@@ -16,7 +16,7 @@ _PLAIN = {  # column of the zoo -> task, and the group of its questions; "" for 
     "VQAv2": ("vqav2", ""),
     "GQA": ("gqa", ""),
     "VizWiz": ("vizwiz", ""),
-    "SQA": ("scienceqa", ""),
+    "SQA": ("scienceqa", "image"),  # as in the tables of LLaVA-1.5 and 1.6
     "TextVQA": ("textvqa", ""),
     "POPE": ("pope", ""),
     "MME": ("mme", ""),

@@ -85,7 +85,7 @@ class TaskRun:
     def answers(self) -> dict[str, dict[str, Any]]:
         """Returns the answers that exist, by question, except to those whose pictures have changed since."""
         files = [self.folder / ANSWERS, *sorted(self.folder.glob("answers.partial.*.jsonl"))]
-        found = {one["question_id"]: one for file in files if file.exists() for one in _complete_lines(file)}
+        found = {str(one["question_id"]): one for file in files if file.exists() for one in _complete_lines(file)}
         known = ((one, found[one.id]) for one in self.questions if one.id in found)
         return {one.id: answer for one, answer in known if not _changed(one, answer["metadata"].get("images"))}
 
@@ -99,7 +99,7 @@ class TaskRun:
         """Appends an answer, so that it outlives this process. Raises OSError."""
         prompt = self.task.prompt(question)
         line = {
-            "question_id": question.id,
+            "question_id": int(question.id) if question.numbered else question.id,  # for the original's scripts
             "prompt": prompt,
             "text": text,
             "answer_id": hashlib.sha256(f"{question.id}\n{prompt}\n{text}".encode()).hexdigest()[:22],
@@ -289,7 +289,7 @@ def _complete_lines(file: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
         try:
             value = json.loads(line)
-            if not isinstance(value["question_id"], str) or not isinstance(value["text"], str):
+            if not isinstance(value["question_id"], str | int) or not isinstance(value["text"], str):
                 raise TypeError
             value["metadata"].get("images")
         except (ValueError, TypeError, KeyError, AttributeError):

@@ -29,6 +29,7 @@ class Question:
     images: tuple[Path | bytes, ...] = ()  # files, or the content of a file
     answer: Any = None  # what the task compares a reply with
     groups: tuple[str, ...] = ()  # of which figures are reported beside that of all questions
+    numbered: bool = False  # whether the id is a number in the benchmark's file
     values: Mapping[str, Any] = field(default_factory=dict)  # other fields of the file that the task needs
 
 
@@ -174,8 +175,9 @@ def question(entry: Entry, data: Data, folder: str, **values: Any) -> Question:
 
     folder: that of the pictures in the original's layout. values: the other fields of the question.
     """
-    path = data.image(entry.text("image"), folder)
-    return Question(**{"id": entry.id("question_id"), "text": entry.text("text"), "images": (path,), **values})
+    path, id = data.image(entry.text("image"), folder), entry.id("question_id")
+    own = {"id": id, "numbered": "id" not in values and isinstance(entry.value["question_id"], int)}
+    return Question(**{**own, "text": entry.text("text"), "images": (path,), **values})
 
 
 def read_questions(task: Task, data: Data) -> list[Question]:

@@ -26,7 +26,7 @@ MME: Figures = {"perception": 1500.0, "cognition": 300.0}
         (V15, "vqav2", 78.5, {}, "val", {"VQAv2": (78.5, 78.5)}),
         (V15, "gqa", 61.0, {}, None, {"GQA": (61.0, 62.0)}),
         (V15, "vizwiz", 51.0, {}, None, {"VizWiz": (51.0, 50.0)}),
-        (V15, "scienceqa", 67.0, {"IMG": 1.0}, None, {"SQA": (67.0, 66.8)}),
+        (V15, "scienceqa", 71.0, {"IMG": 1.0, "image": 67.0}, None, {"SQA": (67.0, 66.8)}),
         (V15, "textvqa", 58.0, {}, None, {"TextVQA": (58.0, 58.2)}),
         (V15, "mm-vet", 31.0, {}, None, {"MM-Vet": (31.0, 31.1)}),
         (V15, "mme", 1500.0, MME, None, {"MME": (1500.0, 1510.7), "MME cognition": (300.0, None)}),

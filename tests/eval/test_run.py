@@ -37,7 +37,7 @@ def complete(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_answers_are_those_of_the_assistant_in_the_order_of_the_questions(data: Path, complete: Path) -> None:
     answers = read(complete / "pope" / "answers.jsonl")
     questions = read(data / "pope" / "llava_pope_test.jsonl")
-    assert [one["question_id"] for one in answers] == [str(one["question_id"]) for one in questions]
+    assert [one["question_id"] for one in answers] == [one["question_id"] for one in questions]  # numbers stay numbers
     assert [one["prompt"] for one in answers] == [one["text"] for one in questions]
     assert all(str(one["prompt"]).endswith(SUFFIX) for one in answers)
     assert {one["model_id"] for one in answers} == {"llava-tiny"}
