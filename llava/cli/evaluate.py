@@ -114,7 +114,7 @@ def run(
     settings = {f"--{key.replace('_', '-')}": value for key, value in (given | vars(loading) | options).items()}
     del settings["--device"]  # an interrupted run may continue on another one
     check_run(out, settings)
-    runs = [questions.open(name, out, settings, str(source["name"])) for name in names]
+    runs = [questions.open(name, out, settings, str(source["name"])) for name in dict.fromkeys(names)]
 
     @cache
     def assistant() -> "Assistant":  # loaded when the first question is missing
@@ -129,11 +129,12 @@ def run(
         vlm = assistant() if one.missing() or not (out / RUN).exists() else None
         with progress_bar(one.task.name, unit="questions") as progress:
             found.append(evaluate(vlm, one, options, describe=context.obj.render, progress=progress))
-    scores = [one for one in found if one]
-    if scores:
+    if any(found):
         write_report(out)
-    if len(scores) == len(runs):  # else another process is still asking, and will print them
-        _report(scores, out, as_json)
+    if found[-1]:  # else another process is still asking, and will print all scores
+        scores = [one or task.finished() for one, task in zip(found, runs, strict=True)]
+        if all(scores):
+            _report([one for one in scores if one], out, as_json)
 
 
 @evaluation.command()

@@ -19,14 +19,14 @@ class Entry(NamedTuple):
     def text(self, key: str) -> str:
         """Returns a text. Raises DataError."""
         value = self.value.get(key)
-        if not isinstance(value, str) or not _is_unicode(value):
+        if not isinstance(value, str) or not is_unicode(value):
             raise DataError(f"{self.where}: {key} is {value!r:.60}; expected a text")
         return value
 
     def id(self, key: str) -> str:
         """Returns an id, which may be a number in the file. Raises DataError."""
         value = self.value.get(key)
-        if isinstance(value, bool) or not isinstance(value, str | int) or not _is_unicode(str(value)):
+        if isinstance(value, bool) or not isinstance(value, str | int) or not is_unicode(str(value)):
             raise DataError(f"{self.where}: {key} is {value!r:.60}; expected the id of a question")
         return str(value)
 
@@ -52,7 +52,7 @@ class Entry(NamedTuple):
         return [Entry(f"{self.where}, {key}, entry {i}", one) for i, one in enumerate(value, start=1)]
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """Whether a text can be written to a file; half of a pair of surrogates, which JSON may contain, cannot."""
     return text.isascii() or text == text.encode("utf-8", "ignore").decode()
 

@@ -20,11 +20,11 @@ from filelock import FileLock
 
 from llava.assistant import Assistant, question_about
 from llava.engine.sampling_params import SamplingParams
-from llava.errors import ConfigError, LlavaError, counted
-from llava.eval.entries import Entry, JsonFile
+from llava.errors import ConfigError, DataError, LlavaError, counted
+from llava.eval.entries import Entry, JsonFile, is_unicode
 from llava.eval.questions import QUESTIONS, question_line
 from llava.eval.reviews import REVIEWS, pairs_by_question
-from llava.eval.runs import ANSWERS, PROMPTS, RUN, SCORES, SETTINGS
+from llava.eval.runs import ANSWERS, PROMPTS, RUN, SCORES, SETTINGS, read_scores
 from llava.eval.task import Answered, Data, Question, Scores, Task, check_images, scores
 from llava.tensors.atomic import replacing
 from llava.tensors.writer import Progress, no_progress
@@ -67,6 +67,7 @@ class TaskRun:
         settings: what the answers depend on, by the names that an error shows.
         """
         check_images(self.questions)
+        lines = [_line(self.task, one) for one in self.questions]
         wanted = {"questions": fingerprint(self.task, self.questions), **settings}
         file = self.folder / SETTINGS
         try:
@@ -75,7 +76,6 @@ class TaskRun:
                 if not file.exists():
                     _write(file, json.dumps(wanted, indent=1, ensure_ascii=False) + "\n")
                 _check_same(self.folder, _settings(file).value, wanted)
-                lines = [question_line(one, self.task.prompt(one)) for one in self.questions]
                 _write(self.folder / QUESTIONS, "".join(lines))
         except OSError as error:
             raise ConfigError(
@@ -85,9 +85,12 @@ class TaskRun:
     def answers(self) -> dict[str, dict[str, Any]]:
         """Returns the answers that exist, by question, except to those whose pictures have changed since."""
         files = [self.folder / ANSWERS, *sorted(self.folder.glob("answers.partial.*.jsonl"))]
-        found = {str(one["question_id"]): one for file in files if file.exists() for one in _complete_lines(file)}
-        known = ((one, found[one.id]) for one in self.questions if one.id in found)
-        return {one.id: answer for one, answer in known if not _changed(one, answer["metadata"].get("images"))}
+        asked, found = {one.id: one for one in self.questions}, dict[str, dict[str, Any]]()
+        for answer in (one for file in files if file.exists() for one in _complete_lines(file)):
+            question = asked.get(str(answer["question_id"]))
+            if question and not _changed(question, answer["metadata"].get("images")):
+                found[question.id] = answer  # the outdated answer of one process does not hide that of another
+        return {id: found[id] for id in asked if id in found}
 
     def missing(self) -> list[Question]:
         """Returns the questions that this process has to ask."""
@@ -132,6 +135,12 @@ class TaskRun:
             for file in [*self.folder.glob("failed.*.json"), *self.folder.glob("answers.partial.*.jsonl")]:
                 file.unlink()
             return self.score()
+
+    def finished(self) -> Scores | None:
+        """Returns the scores if the last process has put the answers together. Raises DataError."""
+        with FileLock(self.folder / ".lock"):
+            asking = any(self.folder.glob("failed.*.json"))  # which every process writes, and the last one removes
+            return None if asking or not (self.folder / SCORES).exists() else read_scores(self.folder / SCORES)
 
     def _failed(self, rank: int) -> Path:
         return self.folder / f"failed.{rank}.json"
@@ -231,6 +240,17 @@ def _warn(task: str, failed: Mapping[str, str]) -> None:
         log.warning("%s, question %s: no answer: %s", task, id, error)
     if len(failed) > _SHOWN:
         log.warning("%s: %s have no answer", task, counted(len(failed) - _SHOWN, "more question"))
+
+
+def _line(task: Task, question: Question) -> str:
+    """Returns the line of questions.jsonl. Raises DataError if it cannot be written."""
+    line = question_line(question, task.prompt(question))
+    if not is_unicode(line):
+        raise DataError(
+            f"{task.name}, question {question.id}: has half of a pair of surrogates, which no file can contain; "
+            "correct the benchmark's file"
+        )
+    return line
 
 
 def fingerprint(task: Task, questions: Sequence[Question]) -> str:

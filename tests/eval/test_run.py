@@ -9,6 +9,10 @@ import pytest
 
 import llava
 from llava.assistant import question_about
+from llava.errors import DataError
+from llava.eval.run import Share, TaskRun
+from llava.eval.task import Data, Question
+from llava.eval.tasks import task_named
 from tests.command import assert_one_line_error, interrupt, run, run_well, start
 from tests.eval.pope import SUFFIX, write_pope
 
@@ -119,6 +123,63 @@ def test_two_processes_of_torchrun_share_the_questions(data: Path, complete: Pat
     assert sorted(path.name for path in (out / "pope").iterdir()) == [
         ".lock", "answers.jsonl", "prompts.json", "questions.jsonl", "scores.json", "settings.json",
     ]  # fmt: skip
+
+
+def shares(data: Path, folder: Path, world: int) -> list[TaskRun]:
+    """A run of POPE as each of several processes has it, without a model."""
+    task = task_named("pope")
+    questions = task.questions(Data.of(task, data))
+    return [TaskRun(task=task, questions=questions, folder=folder, share=Share(i, world)) for i in range(world)]
+
+
+def answer(share: TaskRun, text: str) -> None:
+    for question in share.missing():
+        share.add(question, text, {})
+
+
+def test_a_task_is_finished_for_every_process_once_the_last_one_is(data: Path, tmp_path: Path) -> None:
+    first, last = shares(data, tmp_path / "pope", 2)
+    first.open({})
+    last.open({})
+    answer(first, "Yes")
+    assert first.finish({}) is None
+    assert first.finished() is None
+    answer(last, "No")
+    scores = last.finish({})
+    assert scores is not None
+    found = first.finished()
+    assert found is not None
+    assert found.json() == scores.json()
+
+
+def test_an_outdated_answer_of_another_process_does_not_hide_a_new_one(tmp_path: Path) -> None:
+    data = write_pope(tmp_path / "data")
+    *_, killed = shares(data, tmp_path / "pope", 4)
+    killed.open({})
+    answer(killed, "No")
+    for name in ("red.png", "blue.png"):
+        picture = data / "pope" / "val2014" / name
+        picture.write_bytes(picture.read_bytes() + bytes(99))
+    (alone,) = shares(data, tmp_path / "pope", 1)
+    alone.begin()
+    answer(alone, "Yes")
+    assert {one["text"] for one in alone.answers().values()} == {"Yes"}
+    scores = alone.finish({})
+    assert scores is not None
+    assert scores.n == 12
+
+
+def test_a_question_that_no_file_can_contain_is_refused_before_anything_is_written(data: Path, tmp_path: Path) -> None:
+    task = task_named("pope")
+    damaged = TaskRun(task=task, questions=[Question(id="7", text="a", answer=["\ud800"])], folder=tmp_path / "pope")
+    with pytest.raises(DataError, match="pope, question 7: has half of a pair of surrogates"):
+        damaged.open({})
+    assert not damaged.folder.exists()
+
+
+def test_a_task_that_is_named_twice_is_asked_and_printed_once(data: Path, complete: Path) -> None:
+    line = arguments(data, complete)
+    assert run_well(*line[:3], *line[2:]).stdout == run_well(*line).stdout
 
 
 def test_a_finished_run_is_scored_again_without_the_model(data: Path, complete: Path) -> None:
