@@ -94,6 +94,8 @@ def judge(
     from llava.eval.judge import Reviews, judged_runs
 
     cost.check()
+    if verdicts and (options.judge_url or options.judge_model):
+        raise ConfigError("with --verdicts FILE, no judge is asked; omit --judge-url and --judge-model, or --verdicts")
     found = {one.task.name: Reviews(run=one) for one in judged_runs(run, task)}
     from llava.eval.report import write_report
     from llava.eval.runs import RUN
@@ -179,5 +181,9 @@ def _report(scores: Sequence["Scores"], failed: Mapping[str, str], run: Path, as
     unjudged, unanswered = (sum(getattr(one, key) for one in scores) for key in ("unjudged", "unanswered"))
     if unjudged or unanswered:
         _say(f"{counted(unjudged, 'answer')} without a verdict, {counted(unanswered, 'question')} without an answer")
+    for one in scores:
+        if unparsed := int(one.details.get("unparsed verdicts") or 0):
+            left_out = "left out" if one.value is not None else "so there is no figure"
+            _say(f"{one.task}: {counted(unparsed, 'verdict')} without two scores in the first line, {left_out}")
     if failed or unjudged or unanswered or any(one.value is None for one in scores):
         raise SystemExit(1)

@@ -160,7 +160,7 @@ class Reviews:
         hashed = f"{id}\n{answer_id}\n{case.sample}\n{content}".encode(errors="replace")
         value = {
             "review_id": hashlib.sha256(hashed).hexdigest()[:22],
-            "question_id": id,
+            "question_id": case.answer["question_id"],
             "answer1_id": case.question.values.get("reference_id"),
             "answer2_id": answer_id,
             "reviewer_id": endpoint.model,

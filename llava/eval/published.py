@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.errors import DataError, counted
-from llava.eval.runs import Run, read_runs, read_settings
+from llava.eval.runs import SETTINGS, Run, read_runs, read_settings
 from llava.eval.task import Scores
 from llava.zoo.catalogue import Entry, Table, entries, origin, tables
 
@@ -114,7 +114,7 @@ def _measured(run: Run) -> Measured:
     known = {entry["id"]: entry for entry in entries()}
     candidates = list(run.model.get("zoo") or ())
     entry = known.get(candidates[0]) if len(candidates) == 1 else None
-    splits = {task: read_settings(run, task).get("--split") for task in run.scores}
+    splits = {task: _split(run, task) for task in run.scores}
     values = {column: found for column, found in _columns(run.scores, splits).items() if found[1] is not None}
     aims = published(entry) if entry else {}
     scores = {
@@ -128,6 +128,13 @@ def _measured(run: Run) -> Measured:
         for name, one in run.scores.items()
     ]
     return Measured(run.folder, run.name, entry, candidates, scores, tasks)
+
+
+def _split(run: Run, task: str) -> str | None:
+    split = read_settings(run, task).get("--split")
+    if split is not None and not isinstance(split, str):
+        raise DataError(f"{run.folder / task / SETTINGS}: --split is {split!r:.40}; expected a name or null")
+    return split
 
 
 def _wanted(column: str, aims: Mapping[str, float]) -> bool:

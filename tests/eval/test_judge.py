@@ -182,10 +182,10 @@ def test_verdicts_are_kept_in_the_layout_of_the_original(done: TaskRun, server: 
     assert judged(done, server) == {}
     answer = done.answers()["4"]
     found = reviews(done)[4]
-    assert [one["question_id"] for one in reviews(done)] == list("012345")
+    assert [one["question_id"] for one in reviews(done)] == list(range(6))
     assert found.pop("review_id")
     assert found == {
-        "question_id": "4",
+        "question_id": 4,
         "answer1_id": "4",  # the reference file has no answer_id
         "answer2_id": answer["answer_id"],
         "reviewer_id": "rule",
@@ -207,6 +207,7 @@ def test_our_own_server_is_a_judge_whose_verdicts_are_counted_as_unparsed(tmp_pa
     assert scores(done)["details"]["unparsed verdicts"] == 3
     assert scores(done)["details"]["as published"] == 100.0  # -1 / -1
     assert "unparsed verdicts" in said.stdout
+    assert "3 verdicts without two scores in the first line, so there is no figure" in said.stderr
     assert all(one["content"] and one["tuple"] == [-1, -1] for one in reviews(done))
 
 
@@ -552,6 +553,7 @@ def test_unparsed_verdicts_are_left_out_or_averaged_in(samples: int, tmp_path: P
     published = np.array([pairs[id] if id not in "15" else (-1, -1) for id in "012345"])
     found = scores(done)
     assert found["details"]["unparsed verdicts"] == 2 * samples
+    assert f"{2 * samples} verdicts without two scores in the first line, left out" in said.stderr
     assert (found["n"], found["unjudged"]) == (6, 0)
     for value, used in ((found["value"], sound), (found["details"]["as published"], published)):
         assert value == pytest.approx(100 * used[:, 1].sum() / used[:, 0].sum())
@@ -578,6 +580,12 @@ def test_a_file_of_verdicts_takes_the_place_of_a_judge(done: TaskRun, tmp_path: 
         said = run_well("eval", "judge", done.folder.parent, "--verdicts", tmp_path / "v.jsonl")
         assert "1 verdict on questions that the run does not answer, left out" in said.stderr
         assert_scored_as_directly(done)
+
+
+def test_a_file_of_verdicts_and_a_judge_are_one_too_many(done: TaskRun, server: RuleJudge, tmp_path: Path) -> None:
+    (tmp_path / "v.jsonl").write_bytes(lines(*verdict_lines(done)))
+    line = command(done, server, "--verdicts", tmp_path / "v.jsonl")
+    assert_one_line_error(run(*line), "no judge is asked; omit --judge-url and --judge-model")
 
 
 def test_a_file_with_too_few_verdicts_leaves_a_count(done: TaskRun, tmp_path: Path) -> None:
@@ -640,7 +648,6 @@ def test_with_two_tasks_a_file_needs_the_name_of_one(tmp_path: Path, done: TaskR
         (("--timeout", 0), "--timeout is 0"),
         (("--price-in", 1), "pass both --price-in and --price-out"),
         (("--task", "pope"), "has no answers to judge of a task pope"),
-        (("--verdicts", "missing.jsonl"), "missing.jsonl: cannot be read"),
     ],
 )
 def test_an_invalid_option_is_refused_in_one_line(
@@ -651,6 +658,8 @@ def test_an_invalid_option_is_refused_in_one_line(
 
 
 def test_without_a_judge_one_line_says_what_to_pass(done: TaskRun) -> None:
+    said = run("eval", "judge", done.folder.parent, "--verdicts", "missing.jsonl")
+    assert_one_line_error(said, "missing.jsonl: cannot be read")
     said = run("eval", "judge", done.folder.parent)
     assert_one_line_error(said, "pass --judge-url and --judge-model, or a file of verdicts with --verdicts")
 

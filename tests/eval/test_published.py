@@ -156,3 +156,9 @@ def test_filters_that_leave_out_runs_say_so(runs: Path) -> None:
 def test_a_damaged_run_is_one_line(runs: Path) -> None:
     (runs / "first" / "run.json").write_text("{")
     assert_one_line_error(run("zoo", "--runs", runs), "run.json: not valid JSON")
+
+
+def test_a_split_that_is_no_name_is_one_line(runs: Path) -> None:
+    write_scores(runs / "first", "gqa", 60.0)
+    (runs / "first" / "gqa" / "settings.json").write_text('{"--split": 5}')
+    assert_one_line_error(run("zoo", "--runs", runs), "settings.json: --split is 5; expected a name or null")

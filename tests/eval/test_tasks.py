@@ -534,7 +534,9 @@ def test_llava_tiny_is_asked_and_scored(benchmark_files: Benchmark, tmp_path: Pa
     done = run("eval", "run", benchmark_files.task, *options)
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in (out / benchmark_files.task / "answers.jsonl").read_text().splitlines()]
-    assert {one["question_id"]: one["prompt"] for one in answers} == benchmark_files.prompts
+    assert {one["question_id"]: one["prompt"] for one in answers} == {  # numbers, as the original's scripts compare
+        int(id): prompt for id, prompt in benchmark_files.prompts.items()
+    }
     found = json.loads(done.stdout)[benchmark_files.task]
     assert found["n"] == len(answers)
     assert found["value"] == json.loads((out / benchmark_files.task / "scores.json").read_text())["value"] is not None

@@ -86,6 +86,7 @@ class LlavaBench(Judged):
             raise DataError(f"{entry.where}: category is {category!r:.40}; expected one of {', '.join(_CATEGORIES)}")
         return Question(
             id=id,
+            numbered=isinstance(entry.value["question_id"], int),
             text=entry.text("text"),
             images=(self.picture(entry.text("image"), data),),
             answer=reference.text("text"),

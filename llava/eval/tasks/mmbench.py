@@ -113,7 +113,13 @@ def _question(id: str, row: Entry, data: Data) -> Question:
     }
     groups = tuple(dict.fromkeys(row.value[name] for name in ("l2-category", "category") if row.value.get(name)))
     return Question(
-        id=id, text=row.value["question"], images=(_picture(row),), answer=answer, groups=groups, values=values
+        id=id,
+        numbered=True,
+        text=row.value["question"],
+        images=(_picture(row),),
+        answer=answer,
+        groups=groups,
+        values=values,
     )
 
 

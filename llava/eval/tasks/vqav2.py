@@ -85,6 +85,7 @@ def _labelled(entry: Entry, id: str, labels: Mapping[str, Entry], data: Data) ->
         raise DataError(f"{entry.where}: image_id is {image!r:.60}; expected a number of COCO")
     return Question(
         id=id,
+        numbered=isinstance(entry.value["question_id"], int),
         text=f"{entry.text('question')}\n{SHORT}",
         images=(data.image(f"COCO_val2014_{image:012d}.jpg", "val2014"),),
         answer=annotators(labels[id]),
