@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from llava.errors import ConfigError, DataError, counted
 from llava.eval.bootstrap import Options, interval
-from llava.eval.runs import RUN, Asked, Run, check_scores, read_asked, read_runs, read_settings
+from llava.eval.runs import RUN, Asked, Run, check_scores, read_asked, read_judges, read_runs, read_settings
 from llava.eval.task import Item, Scores, Task, figures_of
 from llava.eval.tasks import TASKS
 
@@ -122,7 +122,8 @@ def _row(task: Task, runs: Sequence[Run], names: Sequence[str], options: Options
             continue
         common = _common(sides[0], side)
         difference = _difference(task, common, options)
-        notes += [f"{task.name}, {name} and {names[0]}: {note}" for note in (*common.notes, *_doubts(difference))]
+        doubts = [*common.notes, *_judges(sides[0], side), *_doubts(difference)]
+        notes += [f"{task.name}, {name} and {names[0]}: {note}" for note in doubts]
         differences.append(difference)
     return Row(task=task, scores=scores, differences=differences)
 
@@ -135,6 +136,7 @@ class _Side:
     items: Mapping[str, Item]
     asked: Mapping[str, Sequence[Asked]]  # the questions of each item, if they are recorded
     digest: Any  # of the questions
+    judges: Sequence[str]
 
     @classmethod
     def of(cls, run: Run, task: Task) -> "_Side":
@@ -142,7 +144,7 @@ class _Side:
         for one in read_asked(run, task.name):
             asked.setdefault(task.item_of(one.id), []).append(one)
         digest = read_settings(run, task.name).get("questions")
-        return cls(scores.metric, {item.id: item for item in scores.items}, asked, digest)
+        return cls(scores.metric, {item.id: item for item in scores.items}, asked, digest, read_judges(run, task.name))
 
 
 class _Pair(NamedTuple):
@@ -209,6 +211,12 @@ def _missing(first: _Side, second: _Side, pairs: Sequence[_Pair], what: str) -> 
     if len(pairs) < max(len(first.items), len(second.items)):
         counts = f"of {len(second.items):,} and {len(first.items):,} items, {len(pairs):,} are {what} in both"
         yield f"{counts}; the difference is of these"
+
+
+def _judges(first: _Side, second: _Side) -> Iterator[str]:
+    if first.judges and second.judges and first.judges != second.judges:
+        then, now = (", ".join(side.judges) for side in (second, first))
+        yield f"the judges differ, and judges differ in their scores ({then}; {now})"
 
 
 def _doubts(difference: Difference) -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from llava.errors import DataError
 from llava.eval.entries import Entry, JsonFile
 from llava.eval.questions import QUESTIONS
-from llava.eval.reviews import REVIEWS
+from llava.eval.reviews import REVIEWS, metadata
 from llava.eval.task import Item, Scores, Task, figures_of
 from llava.eval.tasks import TASKS
 
@@ -168,6 +168,13 @@ def _review(entry: Entry) -> str:
     content = entry.value.get("content")
     scores = entry.value.get("tuple", entry.value.get("score"))
     return content if isinstance(content, str) else json.dumps(scores)
+
+
+def read_judges(run: Run, task: str) -> list[str]:
+    """Returns the judges of a run's answers in a task; none if nobody has judged them. Raises DataError."""
+    made = (metadata(one) for one in _verdicts(run.folder / task / REVIEWS))
+    names = (f"{one['judge']} at temperature {one.get('temperature')}" if "judge" in one else "unknown" for one in made)
+    return sorted(set(names))
 
 
 def read_settings(run: Run, task: str) -> Mapping[str, Any]:

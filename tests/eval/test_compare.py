@@ -174,6 +174,22 @@ def test_runs_have_the_names_of_their_models_if_these_differ(
     assert compared(tmp_path / "runs").names == expected
 
 
+@pytest.mark.parametrize(
+    ("judges", "noted"), [(("a", "a"), False), (("a", "b"), True), (("a", None), True), (("a",), False)]
+)
+def test_scores_of_different_judges_are_compared_with_a_warning(
+    judges: tuple[str | None, ...], noted: bool, questions: list[Question], tmp_path: Path
+) -> None:
+    folders = [write_run(tmp_path / name, {"gqa": (GQA, right)}) for name in ("first", "second")]
+    for folder, judge in zip(folders, judges, strict=False):
+        made = {"judge": judge, "temperature": 0.2} if judge else {}
+        verdict = {"question_id": "q0", "content": "8 6", "metadata": made}
+        (folder / "gqa" / "reviews.jsonl").write_text(json.dumps(verdict) + "\n")
+    notes = [note for note in compared(*folders).notes if "the judges differ" in note]
+    assert len(notes) == noted
+    assert not noted or "a at temperature 0.2" in notes[0]
+
+
 def test_one_run_or_the_same_one_twice_is_refused(questions: list[Question], tmp_path: Path) -> None:
     folder = write_run(tmp_path / "first", {"pope": (questions, right)})
     for folders in ([folder], [folder, tmp_path / "." / "first"]):
