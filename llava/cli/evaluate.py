@@ -105,6 +105,7 @@ def run(
     from llava.eval.report import charts_missing, write_report
     from llava.eval.run import check_run, evaluate
     from llava.eval.runs import RUN
+    from llava.eval.task import Measured
 
     options = generation.options()
     if missing := charts_missing():
@@ -119,7 +120,8 @@ def run(
     @cache
     def assistant() -> "Assistant":  # loaded when the first question is missing
         on = replace(loading, device=_device(loading.device))
-        vlm = load(model, on, base=base, adapters=adapter, engine=engine)
+        sees = not all(isinstance(one.task, Measured) for one in runs)
+        vlm = load(model, on, base=base, adapters=adapter, vision=sees, engine=engine)
         if runs[0].share.rank == 0:
             write_record(out, vlm, source, settings)
         return vlm

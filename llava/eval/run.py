@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock
 
@@ -25,7 +25,7 @@ from llava.eval.entries import Entry, JsonFile, is_unicode
 from llava.eval.questions import QUESTIONS, question_line
 from llava.eval.reviews import REVIEWS, pairs_by_question
 from llava.eval.runs import ANSWERS, PROMPTS, RUN, SCORES, SETTINGS, read_scores
-from llava.eval.task import Answered, Data, Question, Scores, Task, check_images, scores
+from llava.eval.task import Answered, Data, Measured, Question, Scores, Task, check_images, scores
 from llava.tensors.atomic import replacing
 from llava.tensors.writer import Progress, no_progress
 
@@ -215,8 +215,8 @@ def evaluate(
 
 def _examples(assistant: Assistant, run: TaskRun) -> list[str]:
     """Returns the first prompts as the model sees them. Those that cannot be prepared are left out; see `evaluate`."""
-    found = []
-    for one in run.questions[:_EXAMPLES]:
+    found: list[str] = []
+    for one in run.questions[: 0 if isinstance(run.task, Measured) else _EXAMPLES]:
         with suppress(LlavaError):
             found.append(assistant.prepare(question_about(list(one.images), run.task.prompt(one))).prompt)
     return found
@@ -228,11 +228,28 @@ def _ask(
     """Yields questions with their replies or errors, in the order in which the engine gives them."""
     if assistant is None:
         return
+    if isinstance(task, Measured):
+        yield from ((one, _measured(assistant, task, one)) for one in questions)
+        return
     params = SamplingParams.from_options(**{"max_new_tokens": task.max_new_tokens, **options})
     requests = [question_about(list(one.images), task.prompt(one)) for one in questions]
     with closing(assistant.engine.generate_each(requests, params, adapter=assistant.active)) as results:
         for i, result in results:
             yield questions[i], result
+
+
+def _measured(assistant: Assistant, task: Measured, question: Question) -> "Measurement | LlavaError":
+    try:
+        return Measurement(task.measure(assistant, question))
+    except LlavaError as error:
+        return error
+
+
+class Measurement(NamedTuple):
+    """What takes the place of a reply."""
+
+    text: str
+    finish_reason: str = "measured"
 
 
 def _warn(task: str, failed: Mapping[str, str]) -> None:

@@ -9,11 +9,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from llava.errors import ConfigError, DataError, counted
 from llava.eval.entries import Entry, JsonFile
 from llava.eval.metrics import share
+
+if TYPE_CHECKING:
+    from llava.assistant import Assistant
 
 ALL = "all"
 Verdict = Literal["right", "partly right", "wrong", "scored", "not scored"]
@@ -197,6 +200,14 @@ class Judged(Task):
     @abstractmethod
     def judge_prompt(self, question: Question, reply: str) -> str:
         """Returns what the judge is asked about a reply. The question's values have its category and reference_id."""
+
+
+class Measured(Task):
+    """A benchmark in which the model generates nothing: a measurement takes the place of a reply."""
+
+    @abstractmethod
+    def measure(self, assistant: "Assistant", question: Question) -> str:
+        """Returns the measurement, as JSON. Raises LlavaError."""
 
 
 @dataclass(frozen=True, kw_only=True)

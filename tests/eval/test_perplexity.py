@@ -257,3 +257,49 @@ def test_what_cannot_be_measured_is_an_error_of_one_line(
     if contents is not None:
         file.write_bytes(contents)
     assert_one_line_error(run("eval", "perplexity", file, "-m", base, *options), said)
+
+
+def test_a_run_measures_each_text_and_compares_models_by_the_lower_perplexity(base: Path, tmp_path: Path) -> None:
+    data = tmp_path / "texts"
+    data.mkdir()
+    for name, text in (("one.txt", TEXT), ("two.txt", TEXT[100:400])):
+        (data / name).write_bytes(text.encode())
+    command = ("eval", "run", "perplexity", "--data", data, "--device", "cpu")
+    figures = {}
+    for name, model in (("first", ["--model", base]), ("second", [])):  # the second one is llava-tiny
+        done = run_well(*command, *model, "--out", tmp_path / name, "--json")
+        figures[name] = json.loads(done.stdout)["perplexity"]
+    one_by_one = ("eval", "perplexity", "--model", base, "--device", "cpu", "--json")
+    alone = [json.loads(run_well(*one_by_one, data / name).stdout) for name in ("one.txt", "two.txt")]
+    assert figures["first"]["figures"]["one.txt"] == pytest.approx(alone[0]["perplexity"], rel=1e-6)
+    nll, tokens, size = (sum(one[key] for one in alone) for key in ("nll", "tokens", "bytes"))
+    assert figures["first"]["value"] == pytest.approx(math.exp(nll / tokens), rel=1e-6)
+    assert figures["first"]["details"]["bits per byte"] == pytest.approx(nll / math.log(2) / size, rel=1e-6)
+    done = run_well("eval", "compare", tmp_path / "first", tmp_path / "second", "--json")
+    assert "perplexity" in done.stdout
+    before = (tmp_path / "first" / "perplexity" / "scores.json").read_bytes()
+    (tmp_path / "first" / "perplexity" / "scores.json").unlink()
+    again = run_well(*command, "--model", base, "--out", tmp_path / "first")
+    assert (tmp_path / "first" / "perplexity" / "scores.json").read_bytes() == before
+    assert "bits per byte" in again.stdout
+
+
+def test_texts_that_cannot_be_measured_are_named(base: Path, tmp_path: Path) -> None:
+    command = (
+        "eval",
+        "run",
+        "perplexity",
+        "--data",
+        tmp_path,
+        "--model",
+        base,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "r",
+    )
+    assert_one_line_error(run(*command), "no question of perplexity found; expected some in *.txt")
+    (tmp_path / "empty.txt").write_text("")
+    assert_one_line_error(run(*command), "empty.txt: is empty; expected a text")
+    (tmp_path / "empty.txt").write_bytes(b"\xff\xfe")
+    assert_one_line_error(run(*command), "empty.txt, line 1: not UTF-8 text")

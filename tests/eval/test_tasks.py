@@ -65,7 +65,7 @@ def scored(benchmark: Benchmark, root: Path) -> Scores:
 
 
 def test_every_task_has_a_benchmark_here() -> None:
-    of_their_own = {name for name, task in TASKS.items() if task.judged or task.included}  # in other files
+    of_their_own = {name for name, task in TASKS.items() if task.judged or task.included or isinstance(task, Measured)}
     assert {one.task for one in BENCHMARKS.values()} == set(TASKS) - of_their_own
 
 

@@ -8,6 +8,7 @@ from llava.eval.tasks.llava_tiny import LlavaTiny
 from llava.eval.tasks.mm_vet import MmVet
 from llava.eval.tasks.mmbench import MmBench
 from llava.eval.tasks.mme import Mme
+from llava.eval.tasks.perplexity import PerplexityOfTexts
 from llava.eval.tasks.pope import Pope
 from llava.eval.tasks.scienceqa import ScienceQa
 from llava.eval.tasks.seed import Seed
@@ -17,7 +18,7 @@ from llava.eval.tasks.vqav2 import Vqav2
 
 _ALL: tuple[Task, ...] = (
     ScienceQa(), Pope(), Mme(), TextVqa(), Vqav2(), Gqa(), VizWiz(), MmBench(), Seed(), MmVet(),
-    LlavaBenchWild(), LlavaBenchCoco(), LlavaTiny()
+    LlavaBenchWild(), LlavaBenchCoco(), PerplexityOfTexts(), LlavaTiny()
 )  # fmt: skip
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 
