@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 REPORT = "report.md"
 _EXAMPLES = 3
+_LONGEST = 2000  # characters of a text in a table
 
 
 def table(scores: Scores) -> "Table":
@@ -94,7 +95,7 @@ def _examples(run: Run, task: str) -> str:
     if prompts:
         text += "\nThe first prompts, as the model saw them:\n\n" + "\n".join(map(markdown.block, prompts))
     if asked:
-        lines = ([words(one.id), words(one.prompt), as_words(one.answer), as_words(one.text)] for one in asked)
+        lines = ([words(one.id), as_words(one.prompt), as_words(one.answer), as_words(one.text)] for one in asked)
         columns = ("Question", "Prompt", "Right answer", "Answer")
         text += f"\nThe first answers; all are in {task}/{ANSWERS}:\n\n" + markdown.table(columns, lines, left=4)
     return text
@@ -118,8 +119,10 @@ def _pairs(values: Iterable[tuple[str, Any]]) -> str:
 
 
 def as_words(value: Any) -> str:
-    """Returns a setting, an answer or a reply as Markdown in one line. See `plain`."""
-    return "–" if value is None else words(plain(value)) or "–"
+    """Returns a setting, an answer or a reply as Markdown in one line, cut if it is very long. See `plain`."""
+    text = "" if value is None else plain(value)
+    more = len(text) - _LONGEST
+    return words(f"{text[:_LONGEST]} … ({more:,} more characters)" if more > 0 else text) or "–"
 
 
 def plain(value: Any) -> str:

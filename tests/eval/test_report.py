@@ -133,3 +133,11 @@ def test_a_report_has_all_tasks(tmp_path: Path) -> None:
     assert "| unanswered | 1 |" in text
     assert "| pope | " in text
     assert right(questions[0]) in text
+
+
+def test_a_very_long_prompt_is_cut_in_the_report(tmp_path: Path) -> None:
+    text = "word " * 100_000
+    run = write_run(tmp_path / "run", {"gqa": ([Question(id="1", text=text, answer="yes")], right)})
+    found = write_report(run).read_text()
+    assert len(found) < 10_000
+    assert "… (498,000 more characters)" in found.replace("\\", "")

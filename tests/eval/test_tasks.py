@@ -22,6 +22,7 @@ from llava.eval.task import (
     Answered,
     Data,
     Item,
+    Measured,
     Question,
     Scores,
     Task,
