@@ -122,7 +122,7 @@ def _row(task: Task, runs: Sequence[Run], names: Sequence[str], options: Options
             continue
         common = _common(sides[0], side)
         difference = _difference(task, common, options)
-        doubts = [*common.notes, *_judges(sides[0], side), *_doubts(difference)]
+        doubts = [*common.notes, *_unlike(sides[0], side), *_doubts(difference)]
         notes += [f"{task.name}, {name} and {names[0]}: {note}" for note in doubts]
         differences.append(difference)
     return Row(task=task, scores=scores, differences=differences)
@@ -137,6 +137,7 @@ class _Side:
     asked: Mapping[str, Sequence[Asked]]  # the questions of each item, if they are recorded
     digest: Any  # of the questions
     judges: Sequence[str]
+    note: str  # on the figures
 
     @classmethod
     def of(cls, run: Run, task: Task) -> "_Side":
@@ -144,7 +145,14 @@ class _Side:
         for one in read_asked(run, task.name):
             asked.setdefault(task.item_of(one.id), []).append(one)
         digest = read_settings(run, task.name).get("questions")
-        return cls(scores.metric, {item.id: item for item in scores.items}, asked, digest, read_judges(run, task.name))
+        return cls(
+            scores.metric,
+            {item.id: item for item in scores.items},
+            asked,
+            digest,
+            read_judges(run, task.name),
+            scores.note,
+        )
 
 
 class _Pair(NamedTuple):
@@ -213,7 +221,10 @@ def _missing(first: _Side, second: _Side, pairs: Sequence[_Pair], what: str) -> 
         yield f"{counts}; the difference is of these"
 
 
-def _judges(first: _Side, second: _Side) -> Iterator[str]:
+def _unlike(first: _Side, second: _Side) -> Iterator[str]:
+    """Yields what differs in how the scores were made."""
+    if first.note != second.note:
+        yield f"the notes on the figures differ ({second.note or 'none'}; {first.note or 'none'})"
     if first.judges and second.judges and first.judges != second.judges:
         then, now = (", ".join(side.judges) for side in (second, first))
         yield f"the judges differ, and judges differ in their scores ({then}; {now})"

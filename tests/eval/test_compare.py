@@ -190,6 +190,20 @@ def test_scores_of_different_judges_are_compared_with_a_warning(
     assert not noted or "a at temperature 0.2" in notes[0]
 
 
+@pytest.mark.parametrize(("contexts", "noted"), [((512, 512), False), ((512, 2048), True)])
+def test_perplexities_with_other_windows_are_compared_with_a_warning(
+    contexts: tuple[int, int], noted: bool, tmp_path: Path
+) -> None:
+    text = Question(id="a.txt", text="a b", groups=("a.txt",))
+    folders = []
+    for i, context in enumerate(contexts):
+        measured = json.dumps({"nll": 3.0, "bytes": 3, "tokens": 2, "context": context})
+        folders.append(write_run(tmp_path / str(i), {"perplexity": ([text], lambda _, found=measured: found)}))
+    notes = [note for note in compared(*folders).notes if "the notes on the figures differ" in note]
+    assert len(notes) == noted
+    assert not noted or "windows of up to 2,048 tokens; windows of up to 512 tokens" in notes[0]
+
+
 def test_one_run_or_the_same_one_twice_is_refused(questions: list[Question], tmp_path: Path) -> None:
     folder = write_run(tmp_path / "first", {"pope": (questions, right)})
     for folders in ([folder], [folder, tmp_path / "." / "first"]):

@@ -43,7 +43,7 @@ class PerplexityOfTexts(Measured):
         from llava.eval.perplexity import perplexity
 
         found = perplexity(assistant, question.text)
-        return json.dumps({"nll": found.nll, "bytes": found.bytes, "tokens": found.tokens})
+        return json.dumps({name: getattr(found, name) for name in ("nll", "bytes", "tokens", "context")})
 
     def score(self, answered: Sequence[Answered]) -> list[Item]:
         """Returns one item per text."""
@@ -58,6 +58,11 @@ class PerplexityOfTexts(Measured):
         """Returns what can be compared between models with different tokenizers."""
         nll, n_bytes, _ = sums
         return {"bits per byte": nll / math.log(2) / n_bytes if n_bytes else None}
+
+    def note(self, answered: Sequence[Answered]) -> str:
+        """Returns the length of the windows: perplexities with others cannot be compared."""
+        lengths = {json.loads(one.text).get("context") for one in answered}
+        return ", ".join(f"windows of up to {n:,} tokens" for n in sorted(lengths, key=str) if isinstance(n, int))
 
 
 def _item(one: Answered) -> Item:
