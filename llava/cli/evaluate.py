@@ -101,7 +101,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Ask a model the questions of benchmarks, and score its answers."""
-    from llava.eval.record import write_record
+    from llava.eval.record import weights_digest, write_record
     from llava.eval.report import charts_missing, write_report
     from llava.eval.run import check_run, evaluate
     from llava.eval.runs import RUN
@@ -115,7 +115,9 @@ def run(
     settings = {f"--{key.replace('_', '-')}": value for key, value in (given | vars(loading) | options).items()}
     del settings["--device"]  # an interrupted run may continue on another one
     check_run(out, settings)
-    runs = [questions.open(name, out, settings, str(source["name"])) for name in dict.fromkeys(names)]
+    folders = [model, base, *(one.partition("=")[2] for one in adapter or ())]
+    of_tasks = {**settings, "weights": weights_digest(folders)}
+    runs = [questions.open(name, out, of_tasks, str(source["name"])) for name in dict.fromkeys(names)]
 
     @cache
     def assistant() -> "Assistant":  # loaded when the first question is missing

@@ -103,7 +103,11 @@ def _settings(runs: Sequence[Run]) -> dict[str, list[Any]]:
     for run, values in zip(runs, found, strict=True):
         for task in run.scores:
             own = read_settings(run, task).items()
-            values |= {f"{task}: {key}": value for key, value in own if key not in run.settings and key != "questions"}
+            values |= {
+                f"{task}: {key}": value
+                for key, value in own
+                if key not in run.settings and key not in ("questions", "weights")
+            }
     names = dict.fromkeys(name for values in found for name in values if name != "--model")
     rows = {name: [values.get(name) for values in found] for name in names}
     return {name: row for name, row in rows.items() if any(value != row[0] for value in row)}

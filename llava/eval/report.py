@@ -12,23 +12,24 @@ from llava.eval.task import ALL, Scores
 from llava.tensors.atomic import new_file
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 REPORT = "report.md"
 _EXAMPLES = 3
 _LONGEST = 2000  # characters of a text in a table
 
 
-def table(scores: Scores) -> "Table":
-    """Returns the figures of a task as a table."""
+def table(scores: Scores) -> "Group":
+    """Returns the figures of a task as a table below a title."""
+    from rich.console import Group
     from rich.table import Table
 
-    made = Table(title=f"{scores.task}: {scores.metric}", title_justify="left", title_style="", box=None)
+    made = Table(box=None)
     made.add_column("questions")
     made.add_column("figure", justify="right", no_wrap=True)
     for name, value in rows(scores):
         made.add_row(name, value)
-    return made
+    return Group(f"{scores.task}: {scores.metric}", made)
 
 
 def rows(scores: Scores) -> list[tuple[str, str]]:

@@ -77,6 +77,7 @@ class TaskRun:
                     _write(file, json.dumps(wanted, indent=1, ensure_ascii=False) + "\n")
                 _check_same(self.folder, _settings(file).value, wanted)
                 _write(self.folder / QUESTIONS, "".join(lines))
+                self._failed(self.share.rank).unlink(missing_ok=True)  # of an earlier run
         except OSError as error:
             raise ConfigError(
                 f"{self.folder}: cannot be written ({error.strerror}); choose another folder with --out"
@@ -131,6 +132,7 @@ class TaskRun:
             if any(one.id not in known and one.id not in errors for one in self.questions):
                 return None
             lines = [json.dumps(known[one.id], ensure_ascii=False) + "\n" for one in self.questions if one.id in known]
+            (self.folder / SCORES).unlink(missing_ok=True)  # they are about the answers before
             _write(self.folder / ANSWERS, "".join(lines))
             for file in [*self.folder.glob("failed.*.json"), *self.folder.glob("answers.partial.*.jsonl")]:
                 file.unlink()

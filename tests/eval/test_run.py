@@ -1,6 +1,7 @@
 """`llava eval run`: answers, scores, interruptions, several processes, and what is refused."""
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -256,3 +257,17 @@ def test_tasks_are_listed_with_their_files() -> None:
     assert "pope/llava_pope_test.jsonl: questions" in text
     listed = json.loads(run_well("eval", "tasks", "--json").stdout)
     assert "llava_pope_test.jsonl" in next(one for one in listed if one["name"] == "pope")["files"]
+
+
+def test_other_weights_in_the_folder_of_the_model_are_refused(data: Path, checkpoint: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    command = [*arguments(data, tmp_path / "run"), "--model", str(model), "--limit", "2", "--max-new-tokens", "2"]
+    run_well(*command)
+    run_well(*command)
+    file = next(file for file in model.iterdir() if file.suffix in (".safetensors", ".bin"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    done = run(*command)
+    assert done.returncode == 2
+    assert "has answers of a run with weights" in done.stderr
