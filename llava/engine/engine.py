@@ -213,7 +213,12 @@ class Engine(EngineSteps):
 
     def step(self) -> list[Output]:
         """Computes one step for all requests. Returns what it added to the replies, except for those of streams."""
-        with self._stepping:
-            self._advance()
-            outputs, self._unread = self._unread, []
-        return outputs
+        outputs: list[Output] = []
+        try:
+            with self._stepping:
+                self._advance()
+                outputs, self._unread = self._unread, []
+            return outputs
+        except BaseException:  # an interrupt: the next call returns them
+            self._unread[:0] = outputs
+            raise
