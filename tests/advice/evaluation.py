@@ -1,11 +1,12 @@
 """Advice about runs of evaluations."""
 
+import json
 import shutil
 from unittest import mock
 
 from llava.eval.run import TaskRun
 from tests.advice.table import Run, Steps, World, advice, say
-from tests.eval.benchmarks import SEED_ALL, VQAV2_VAL
+from tests.eval.benchmarks import SEED_ALL, TEXTVQA, VQAV2_VAL
 from tests.eval.pope import write_pope
 
 
@@ -121,3 +122,16 @@ def an_answer_that_somebody_has_edited(w: World) -> Steps:
     yield evaluate(w)
     answers.write_text("".join(rest))
     yield evaluate(w)
+
+
+@advice("{}, question {}: has half of a pair of surrogates, which no file can contain; correct the benchmark's file")
+def a_label_that_is_no_text(w: World) -> Steps:
+    data = TEXTVQA.write(w / "data")
+    file = data.folder / "TextVQA_0.5.1_val.json"
+    before = file.read_text()
+    answers = json.loads(before)
+    answers["data"][0]["answers"][0] = "\ud800"
+    file.write_text(json.dumps(answers))
+    command = ("eval", "run", "textvqa", "--data", data.folder, "--out", w / "run", "--device", "cpu", "--limit", 1)
+    yield command
+    file.write_text(before)

@@ -207,3 +207,12 @@ def verdicts_on_other_answers(w: World) -> Steps:
     (w / "verdicts.jsonl").write_bytes(verdicts(done) + lines({"question_id": 0, "tuple": [8, 9], "answer2_id": "x"}))
     yield ("eval", "judge", w / "run", "--verdicts", w / "verdicts.jsonl")
     (w / "verdicts.jsonl").write_bytes(verdicts(done))
+
+
+@advice("with --verdicts FILE, no judge is asked; omit --judge-url and --judge-model, or --verdicts")
+def a_file_of_verdicts_and_a_judge(w: World) -> Steps:
+    done = a_run(w)
+    (w / "verdicts.jsonl").write_bytes(verdicts(done))
+    command = ("eval", "judge", w / "run", "--verdicts", w / "verdicts.jsonl")
+    yield (*command, "--judge-url", "http://127.0.0.1:9", "--judge-model", "rule")
+    yield command

@@ -88,3 +88,12 @@ def a_run_without_its_questions(w: World) -> Steps:
 def more_pictures_than_the_page_may_have(w: World) -> Steps:
     yield ("eval", "show", a_run(w, "run"), "--pictures", 0)
     yield ("eval", "show", w / "run", "--pictures", 1)
+
+
+@advice("{}: --split is {}; expected a name or null")
+def a_split_that_is_no_text(w: World) -> Steps:
+    settings = a_run(w, "run") / "pope" / "settings.json"
+    before = settings.read_text()
+    settings.write_text(json.dumps(json.loads(before) | {"--split": 3}))
+    yield ("zoo", "--runs", w / "run")
+    settings.write_text(json.dumps(json.loads(before) | {"--split": None}))

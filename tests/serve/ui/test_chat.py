@@ -185,7 +185,9 @@ def test_a_conversation_is_cleared_while_an_answer_grows_and_the_next_question_c
     page.wait_for_function("document.querySelector('#answers .bot')?.innerText.trim().length > 10")
     page.locator("#answers").get_by_role("button", name="Clear").click()
     page.locator("#question .submit-button").wait_for()
-    assert page.locator("#answers .bot").count() == 0
+    page.wait_for_function("document.querySelector('#answers .bot') === null")  # drawn after the button
+    page.wait_for_timeout(500)
+    assert page.locator("#answers .bot").count() == 0  # it does not come back
     assert page.locator("#question .stop-button").count() == 0
 
 
