@@ -24,8 +24,9 @@ from timing import Device, DType
 
 from llava.assistant import Assistant, question_about
 from llava.engine.sampling_params import SamplingParams
-from llava.eval.run import TaskRun, evaluate
+from llava.eval.run import evaluate
 from llava.eval.task import Data, Question
+from llava.eval.task_run import TaskRun
 from llava.eval.tasks.pope import Pope
 
 _SIZE = 640, 480  # pixels of most pictures in COCO

@@ -21,8 +21,8 @@ from llava.errors import ConfigError
 
 if TYPE_CHECKING:
     from llava.assistant import Assistant
-    from llava.eval.run import TaskRun
     from llava.eval.task import Scores
+    from llava.eval.task_run import TaskRun
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +47,8 @@ class Questions:
 
     def open(self, name: str, out: Path, settings: Mapping[str, Any], model: str) -> "TaskRun":
         """Reads the questions of a task, and opens its part of the run."""
-        from llava.eval.run import Share, TaskRun
         from llava.eval.task import Data, read_questions
+        from llava.eval.task_run import Share, TaskRun
         from llava.eval.tasks import task_named
 
         task = task_named(name)
@@ -103,9 +103,10 @@ def run(
     """Ask a model the questions of benchmarks, and score its answers."""
     from llava.eval.record import weights_digest, write_record
     from llava.eval.report import charts_missing, write_report
-    from llava.eval.run import check_run, evaluate
+    from llava.eval.run import evaluate
     from llava.eval.runs import RUN
     from llava.eval.task import Measured
+    from llava.eval.task_run import check_run
 
     options = generation.options()
     if missing := charts_missing():

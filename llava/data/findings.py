@@ -1,7 +1,7 @@
 """The report of `llava data check`, and its rendering as tables."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -100,19 +100,20 @@ def render(report: Report) -> "Group":
     """Renders the report as Rich tables. Print them with markup=False, because names may contain brackets."""
     from rich.console import Group
 
-    parts: list[Table | str] = [_facts(report), *([_problems(report)] if report.problems else [])]
+    parts: list[Table | str] = [facts_table(_rows(report)), *([_problems(report)] if report.problems else [])]
     if report.fixed and report.fixed.changes:
         parts.append("\n".join(_changes(report.fixed)))
     return Group(*parts, "no problems" if report.clean else _verdict(report))
 
 
-def _facts(report: Report) -> "Table":
+def facts_table(rows: Iterable[tuple[str, str]]) -> "Table":
+    """Returns names and texts as a table without a header."""
     from rich.table import Table
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for name, text in _rows(report):
+    for name, text in rows:
         table.add_row(name, text)
     return table
 

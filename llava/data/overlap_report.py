@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from llava.data.findings import facts_table
 from llava.errors import counted, printable
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def render(report: Overlap) -> "Group":
     """Renders the report as Rich tables. Print them with markup=False, because names may contain brackets."""
     from rich.console import Group
 
-    parts: list[Table | str] = [_facts(report)]
+    parts: list[Table | str] = [facts_table(_rows(report))]
     if report.pictures:
         parts.append(_pictures(report))
     if report.questions.pairs:
@@ -129,17 +130,6 @@ def render(report: Overlap) -> "Group":
     if max(len(report.pictures), len(report.questions.pairs)) > _SHOWN:
         parts.append("the rest is listed by --json")
     return Group(*parts)
-
-
-def _facts(report: Overlap) -> "Table":
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, text in _rows(report):
-        table.add_row(name, text)
-    return table
 
 
 def _rows(report: Overlap) -> Iterator[tuple[str, str]]:

@@ -22,9 +22,9 @@ from llava.eval.endpoint import Chat, Endpoint, NoReplyError, RefusedError
 from llava.eval.entries import Entry, JsonFile
 from llava.eval.questions import QUESTIONS, read_questions
 from llava.eval.reviews import REVIEWS, check_answers, metadata, parse_scores, read_reviews, sample, warn_of_scale
-from llava.eval.run import TaskRun
 from llava.eval.runs import ANSWERS
 from llava.eval.task import Judged, Question
+from llava.eval.task_run import TaskRun
 from llava.eval.tasks import TASKS
 from llava.tensors.atomic import replacing
 from llava.tensors.writer import Progress, no_progress

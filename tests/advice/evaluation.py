@@ -4,7 +4,7 @@ import json
 import shutil
 from unittest import mock
 
-from llava.eval.run import TaskRun
+from llava.eval.task_run import TaskRun
 from tests.advice.table import Run, Steps, World, advice, say
 from tests.eval.benchmarks import SEED_ALL, TEXTVQA, VQAV2_VAL
 from tests.eval.pope import write_pope

@@ -6,7 +6,7 @@ from typing import Any
 from unittest import mock
 
 from llava.eval.judge import Reviews, judged_runs
-from llava.eval.run import TaskRun
+from llava.eval.task_run import TaskRun
 from tests.advice.table import Run, Steps, World, advice, say
 from tests.eval import judging
 from tests.eval.judging import RuleJudge, answered, expected

@@ -7,9 +7,9 @@ from typing import Any
 
 from PIL import Image
 
-from llava.eval.run import TaskRun
 from llava.eval.runs import RUN, SCHEMA
 from llava.eval.task import Question
+from llava.eval.task_run import TaskRun
 from llava.eval.tasks import TASKS
 
 SPLITS = ("random", "popular", "adversarial")

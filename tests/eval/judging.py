@@ -20,8 +20,8 @@ from PIL import Image
 
 from llava.cli import app, main
 from llava.cli.advice import AdviceFormatter, Command
-from llava.eval.run import TaskRun
 from llava.eval.task import Data, Question
+from llava.eval.task_run import TaskRun
 from llava.eval.tasks import task_named
 from tests.eval.science import lines
 

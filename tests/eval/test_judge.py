@@ -18,8 +18,8 @@ import llava
 from llava.errors import DataError, LlavaError
 from llava.eval.endpoint import Endpoint, retry_after_s
 from llava.eval.judge import Reviews, judge, judged_runs
-from llava.eval.run import TaskRun
 from llava.eval.task import Data
+from llava.eval.task_run import TaskRun
 from llava.eval.tasks import task_named
 from tests.command import TIMEOUT_S, assert_one_line_error, interrupt, start
 from tests.eval import judging

@@ -12,8 +12,10 @@ import pytest
 from PIL import Image, ImageOps
 
 import llava
-from llava.eval.run import SCORES, TaskRun, evaluate
+from llava.eval.run import evaluate
+from llava.eval.runs import SCORES
 from llava.eval.task import Answered, Data, Question, Scores, scores
+from llava.eval.task_run import TaskRun
 from llava.eval.tasks import TASKS
 from tests.conftest import PROJECT, Share
 

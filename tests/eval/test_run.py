@@ -11,8 +11,8 @@ import pytest
 import llava
 from llava.assistant import question_about
 from llava.errors import DataError
-from llava.eval.run import Share, TaskRun
 from llava.eval.task import Data, Question
+from llava.eval.task_run import Share, TaskRun
 from llava.eval.tasks import task_named
 from tests.command import assert_one_line_error, interrupt, run, run_well, start
 from tests.eval.pope import SUFFIX, write_pope

@@ -16,7 +16,6 @@ import pytest
 
 from llava.errors import ConfigError, DataError
 from llava.eval.metrics import PERCEPTION, MmeAnswer, mme, pope
-from llava.eval.run import TaskRun
 from llava.eval.tables import read_table, workbook
 from llava.eval.task import (
     Answered,
@@ -31,6 +30,7 @@ from llava.eval.task import (
     read_questions,
     scores,
 )
+from llava.eval.task_run import TaskRun
 from llava.eval.tasks import TASKS, task_named
 from tests.command import run
 from tests.eval.benchmarks import (

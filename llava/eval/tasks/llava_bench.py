@@ -5,6 +5,7 @@ eval_gpt_review_visual.py (COCO).
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -102,9 +103,9 @@ class LlavaBench(Judged):
         """Returns the path of a picture."""
         return data.image(name, self.pictures)
 
+    @abstractmethod
     def context(self, entry: Entry) -> str:
         """Returns what the judge reads instead of the picture. Raises DataError."""
-        raise NotImplementedError
 
     def judge_prompt(self, question: Question, reply: str) -> str:
         """Returns the user's message to the judge."""
